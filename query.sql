@@ -1,0 +1,290 @@
+-- One row per ICU stay of MIMIC-IV with its timed events as short clinical texts: what train.py learns from.
+--
+-- BigQuery Standard SQL over MIMIC-IV v3.1; for v2.2 rename the data sets to mimiciv_hosp and mimiciv_icu. Paste it
+-- into the BigQuery console and export the result as Parquet, or let `python train.py --data FOLDER` run this same
+-- text locally. It keeps to what both BigQuery and DuckDB (through sqlglot) read alike: `||` makes NULL of a NULL, so
+-- IFNULL(' | Name: ' || part, '') leaves out a part that is missing.
+--
+-- Numbers are rounded to what a clinician would write, about 3 significant digits, no trailing zeros and no float noise
+-- (49.999998807907104 ml is 50 ml): the same amount then gives the same text, which is encoded once. Rounded is
+-- ROUND(x * scale) / scale with scale = 10 ^ (decimals to keep): the quotient is the double nearest to the short
+-- decimal number, so its text is short too. FLOOR(LOG10(ABS(x))) is the place of the first digit; zero has none.
+
+WITH stays AS (
+  SELECT
+    icu.subject_id AS patient_id,
+    icu.hadm_id AS admission_id,
+    icu.stay_id AS icu_stay_id,
+    icu.intime AS icu_intime,
+    icu.outtime AS icu_outtime,
+    -- Only deathtime will do: patients.dod has a day but no time (and counts deaths after discharge), and dischtime of
+    -- the dead is often midnight of that day. Where deathtime is missing the stay is bounded by its ICU discharge.
+    adm.deathtime AS patient_death_time,
+    -- The final event is ICU discharge or death, whichever is first: charting goes on after death, and what is charted
+    -- then gives the label away. IF, not LEAST: BigQuery's LEAST is NULL as soon as one argument is.
+    IF(adm.deathtime < icu.outtime, adm.deathtime, icu.outtime) AS final_time,
+    -- The hospital's own flag is the label: a survivor of the ICU may still die on the ward.
+    adm.hospital_expire_flag AS patient_expired_in_hospital,
+    pat.gender AS patient_gender,
+    -- anchor_age is the age in anchor_year (over 89 it is set to 91); years are shifted per patient, differences hold.
+    pat.anchor_age + EXTRACT(YEAR FROM icu.intime) - pat.anchor_year AS patient_age,
+    adm.race AS patient_race,
+    adm.marital_status,
+    adm.admission_type,
+    adm.admission_location,
+    adm.insurance,
+    icu.first_careunit AS first_icu_careunit,
+    icu.last_careunit AS last_icu_careunit,
+    icu.los AS icu_length_of_stay_in_days,
+    adm.discharge_location  -- never a feature: its value DIED is the label
+  FROM `physionet-data.mimiciv_3_1_icu.icustays` AS icu
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.admissions` AS adm ON adm.hadm_id = icu.hadm_id
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.patients` AS pat ON pat.subject_id = icu.subject_id
+),
+
+-- Every event below is kept only from ICU admission to the final event, both included. Without that bound a quarter
+-- of the survivors' events, and a twelfth of the others', come from after the ICU: the label leaks.
+-- Hospital tables know no ICU stay: their rows are joined by admission (MIMIC assigns hadm_id by time, rows without
+-- one lie outside the admissions) and the bound picks the stay. ICU tables carry the stay's id.
+
+prescription_events AS (
+  -- An order is known when it starts. No duration: stoptime is moved to the moment an order is discontinued, which for
+  -- the dying is their death, so a "planned" duration would tell the future. The form is form_unit_disp because
+  -- form_rx is all but empty. Doses stay text: "1-2" and "25,000" are doses too.
+  SELECT
+    s.icu_stay_id,
+    rx.starttime AS event_time,
+    rx.starttime AS event_known_time,
+    'prescription' AS event_type,
+    'Prescription: ' || COALESCE(NULLIF(TRIM(REGEXP_REPLACE(rx.drug, r'\s+', ' ')), ''), 'unnamed')
+      || IFNULL(' | Strength: ' || NULLIF(TRIM(REGEXP_REPLACE(rx.prod_strength, r'\s+', ' ')), ''), '')
+      || IFNULL(' | Form: ' || NULLIF(TRIM(rx.form_unit_disp), ''), '')
+      || IFNULL(' | Dose: ' || NULLIF(TRIM(rx.dose_val_rx), '')
+        || IFNULL(' ' || NULLIF(TRIM(rx.dose_unit_rx), ''), ''), '')
+      || IFNULL(' | Route: ' || NULLIF(TRIM(rx.route), ''), '') AS event_text
+  FROM stays AS s
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.prescriptions` AS rx ON rx.hadm_id = s.admission_id
+  WHERE rx.starttime BETWEEN s.icu_intime AND s.final_time
+),
+
+procedure_events AS (
+  -- The text tells the duration, so it is known at the end. A task without a unit (an X-ray, a call to the family) is
+  -- a moment that MIMIC stores as one minute: it gets no duration.
+  SELECT
+    s.icu_stay_id,
+    p.starttime AS event_time,
+    p.endtime AS event_known_time,
+    'procedure_event' AS event_type,
+    'Procedure: ' || COALESCE(TRIM(REGEXP_REPLACE(d.label, r'\s+', ' ')), 'item ' || CAST(p.itemid AS STRING))
+      || IFNULL(' (' || TRIM(d.category) || ')', '')
+      || IFNULL(' | Location: ' || NULLIF(TRIM(REGEXP_REPLACE(p.location, r'\s+', ' ')), ''), '')
+      || IFNULL(' | Status: ' || NULLIF(TRIM(p.statusdescription), ''), '')
+      || IFNULL(' | for ' || REGEXP_REPLACE(CAST(ROUND(
+        p.value * CASE p.valueuom WHEN 'min' THEN 1 WHEN 'hour' THEN 60 WHEN 'day' THEN 1440 END
+      ) AS STRING), r'\.0$', '') || ' min', '') AS event_text
+  FROM stays AS s
+  INNER JOIN `physionet-data.mimiciv_3_1_icu.procedureevents` AS p ON p.stay_id = s.icu_stay_id
+  LEFT JOIN `physionet-data.mimiciv_3_1_icu.d_items` AS d ON d.itemid = p.itemid
+  WHERE p.starttime BETWEEN s.icu_intime AND s.final_time
+),
+
+lab_rows AS (
+  -- Beside a reference range, digits below about a tenth of its width are noise: hematocrit 34.6 (40-51) is written 35,
+  -- but creatinine 1.23 (0.5-1.2) and pH 7.32 (7.35-7.45) keep their digits, always at least 2 significant ones (TSH
+  -- 0.02). Without a range 3 significant digits. Digits before the point all stay.
+  SELECT
+    s.icu_stay_id,
+    l.*,
+    POW(10, GREATEST(
+      0,
+      1 - COALESCE(FLOOR(LOG10(ABS(NULLIF(l.valuenum, 0)))), 0),
+      1 - COALESCE(
+        FLOOR(LOG10(ABS(NULLIF(l.ref_range_upper - l.ref_range_lower, 0)))),
+        FLOOR(LOG10(ABS(NULLIF(l.valuenum, 0)))) - 1,
+        0
+      )
+    )) AS scale
+  FROM stays AS s
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.labevents` AS l ON l.hadm_id = s.admission_id
+  WHERE l.charttime BETWEEN s.icu_intime AND s.final_time
+),
+
+lab_values AS (
+  -- Numbers to text, and text cleaned: "___" is what de-identification left, "N/A" is no unit. Clock times and dates
+  -- that people typed into a comment go (events have their time in a column of its own, dates are shifted per patient,
+  -- and a time makes every text unique); titers such as 1:40 stay.
+  SELECT
+    icu_stay_id,
+    charttime,
+    storetime,
+    itemid,
+    valuenum AS x,
+    ref_range_lower AS lo,
+    ref_range_upper AS hi,
+    NULLIF(ref_range_upper - ref_range_lower, 0) AS width,
+    COALESCE(
+      REGEXP_REPLACE(CAST(ROUND(valuenum * scale) / scale AS STRING), r'\.0$', ''),
+      NULLIF(NULLIF(TRIM(REGEXP_REPLACE(value, r'\s+', ' ')), ''), '___')
+    ) AS value,
+    REGEXP_REPLACE(CAST(ROUND(ref_range_lower, 4) AS STRING), r'\.0$', '') AS lo_text,
+    REGEXP_REPLACE(CAST(ROUND(ref_range_upper, 4) AS STRING), r'\.0$', '') AS hi_text,
+    NULLIF(NULLIF(TRIM(valueuom), ''), 'N/A') AS unit,
+    NULLIF(TRIM(flag), '') AS flag,
+    NULLIF(TRIM(priority), '') AS priority,
+    NULLIF(NULLIF(TRIM(REGEXP_REPLACE(REGEXP_REPLACE(
+      comments,
+      r'\b([0-2]\d:[0-5]\d( ?[AaPp][Mm])?|\d:[0-5]\d ?[AaPp][Mm]|\d{4}-\d{2}-\d{2}|\d{1,2}/\d{1,2}/\d{2,4})\b', '___'
+    ), r'\s+', ' ')), ''), '___') AS comment
+  FROM lab_rows
+),
+
+lab_events AS (
+  -- event_time is when the blood was drawn; its result is known only at storetime (NULL: unknown, never assumed).
+  -- The level says in words how far a value lies from its reference range, for text encoders read numbers badly. The
+  -- more extreme of two yardsticks counts, the ratio to the limit and the distance in widths of the range: the ratio
+  -- alone misses pH and sodium, the width alone misses platelets. A range of no width (0-0) leaves the ratio, and where
+  -- the limit is 0 too, plainly "above range". The level is that of the value before rounding.
+  SELECT
+    v.icu_stay_id,
+    v.charttime AS event_time,
+    v.storetime AS event_known_time,
+    'labevent' AS event_type,
+    'Lab: ' || COALESCE(TRIM(REGEXP_REPLACE(d.label, r'\s+', ' ')), 'item ' || CAST(v.itemid AS STRING))
+      || IFNULL(' (' || TRIM(d.fluid) || ', ' || TRIM(d.category) || ')', '')
+      || IFNULL(' | Value: ' || v.value || IFNULL(' ' || v.unit, ''), '')
+      || COALESCE(
+        ' | Reference: ' || v.lo_text || '-' || v.hi_text,
+        ' | Reference: at least ' || v.lo_text,
+        ' | Reference: at most ' || v.hi_text,
+        ''
+      )
+      || IFNULL(' | Level: ' || CASE
+        WHEN v.x IS NULL OR COALESCE(v.lo, v.hi) IS NULL THEN NULL
+        WHEN v.x > v.hi THEN CASE
+          WHEN (v.hi > 0 AND v.x > 2 * v.hi) OR v.x > v.hi + 2 * v.width THEN 'far above range'
+          WHEN (v.hi > 0 AND v.x > 1.25 * v.hi) OR v.x > v.hi + 0.5 * v.width THEN 'above range'
+          WHEN v.hi = 0 AND v.width IS NULL THEN 'above range'
+          ELSE 'slightly above range' END
+        WHEN v.x < v.lo THEN CASE
+          WHEN (v.lo > 0 AND v.x < v.lo / 2) OR v.x < v.lo - 2 * v.width THEN 'far below range'
+          WHEN (v.lo > 0 AND v.x < 0.8 * v.lo) OR v.x < v.lo - 0.5 * v.width THEN 'below range'
+          WHEN v.lo = 0 AND v.width IS NULL THEN 'below range'
+          ELSE 'slightly below range' END
+        ELSE 'within range'
+      END, '')
+      || IFNULL(' | Flag: ' || v.flag, '')
+      || IFNULL(' | Priority: ' || v.priority, '')
+      || IFNULL(' | Comment: ' || v.comment, '') AS event_text
+  FROM lab_values AS v
+  LEFT JOIN `physionet-data.mimiciv_3_1_hosp.d_labitems` AS d ON d.itemid = v.itemid
+),
+
+microbiology_events AS (
+  -- charttime is missing where only the day of the culture is known: then midnight of chartdate, in that order.
+  -- A result without storetime is known by the end of its storedate, if it has one. The comment is added only where no
+  -- organism grew ("NO GROWTH."): beside an organism it repeats the laboratory's standing advice.
+  SELECT
+    s.icu_stay_id,
+    COALESCE(m.charttime, CAST(m.chartdate AS DATETIME)) AS event_time,
+    COALESCE(m.storetime, DATETIME_ADD(CAST(m.storedate AS DATETIME), INTERVAL 86399 SECOND)) AS event_known_time,
+    'microbiology' AS event_type,
+    'Microbiology: ' || COALESCE(NULLIF(TRIM(REGEXP_REPLACE(m.spec_type_desc, r'\s+', ' ')), ''), 'unnamed specimen')
+      || IFNULL(' | Test: ' || NULLIF(TRIM(REGEXP_REPLACE(m.test_name, r'\s+', ' ')), ''), '')
+      || IFNULL(' | Organism: ' || NULLIF(TRIM(REGEXP_REPLACE(m.org_name, r'\s+', ' ')), ''), '')
+      || IFNULL(' | Antibiotic: ' || NULLIF(TRIM(m.ab_name), ''), '')
+      || IFNULL(' | Interpretation: ' || CASE TRIM(m.interpretation)
+        WHEN 'S' THEN 'susceptible'
+        WHEN 'R' THEN 'resistant'
+        WHEN 'I' THEN 'intermediate'
+        WHEN 'P' THEN 'pending'
+      END, '')
+      || IF(m.org_name IS NULL, IFNULL(' | Comment: ' || NULLIF(NULLIF(TRIM(REGEXP_REPLACE(REGEXP_REPLACE(
+        m.comments,
+        r'\b([0-2]\d:[0-5]\d( ?[AaPp][Mm])?|\d:[0-5]\d ?[AaPp][Mm]|\d{4}-\d{2}-\d{2}|\d{1,2}/\d{1,2}/\d{2,4})\b', '___'
+      ), r'\s+', ' ')), ''), '___'), ''), '') AS event_text
+  FROM stays AS s
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.microbiologyevents` AS m ON m.hadm_id = s.admission_id
+  WHERE COALESCE(m.charttime, CAST(m.chartdate AS DATETIME)) BETWEEN s.icu_intime AND s.final_time
+),
+
+ingredient_rows AS (
+  SELECT
+    s.icu_stay_id,
+    i.*,
+    POW(10, GREATEST(0, 2 - COALESCE(FLOOR(LOG10(ABS(NULLIF(i.amount, 0)))), 0))) AS amount_scale,
+    POW(10, GREATEST(0, 2 - COALESCE(FLOOR(LOG10(ABS(NULLIF(i.rate, 0)))), 0))) AS rate_scale
+  FROM stays AS s
+  INNER JOIN `physionet-data.mimiciv_3_1_icu.ingredientevents` AS i ON i.stay_id = s.icu_stay_id
+  WHERE i.starttime BETWEEN s.icu_intime AND s.final_time
+),
+
+ingredient_events AS (
+  -- Amount and status are those of the whole infusion, so they are known at its end.
+  SELECT
+    i.icu_stay_id,
+    i.starttime AS event_time,
+    i.endtime AS event_known_time,
+    'ingredient' AS event_type,
+    'Ingredient: ' || COALESCE(TRIM(REGEXP_REPLACE(d.label, r'\s+', ' ')), 'item ' || CAST(i.itemid AS STRING))
+      || IFNULL(' | Amount: '
+        || REGEXP_REPLACE(CAST(ROUND(i.amount * i.amount_scale) / i.amount_scale AS STRING), r'\.0$', '')
+        || IFNULL(' ' || NULLIF(TRIM(i.amountuom), ''), ''), '')
+      || IFNULL(' | Rate: ' || REGEXP_REPLACE(CAST(ROUND(i.rate * i.rate_scale) / i.rate_scale AS STRING), r'\.0$', '')
+        || IFNULL(' ' || NULLIF(TRIM(i.rateuom), ''), ''), '')
+      || IFNULL(' | Status: ' || NULLIF(TRIM(i.statusdescription), ''), '') AS event_text
+  FROM ingredient_rows AS i
+  LEFT JOIN `physionet-data.mimiciv_3_1_icu.d_items` AS d ON d.itemid = i.itemid
+),
+
+all_events AS (
+  SELECT * FROM prescription_events
+  UNION ALL
+  SELECT * FROM procedure_events
+  UNION ALL
+  SELECT * FROM lab_events
+  UNION ALL
+  SELECT * FROM microbiology_events
+  UNION ALL
+  SELECT * FROM ingredient_events
+),
+
+sequences AS (
+  -- Times are often equal (one blood draw, thirty results): type, text and known time break the tie, so that the same
+  -- data always gives the same sequence.
+  SELECT
+    s.icu_stay_id,
+    ARRAY_AGG(STRUCT(
+      e.event_time AS event_time,
+      e.event_known_time AS event_known_time,
+      e.event_type AS event_type,
+      e.event_text AS event_text,
+      DATETIME_DIFF(s.final_time, e.event_time, SECOND) / 60 AS relative_time_to_final_event  -- minutes
+    ) ORDER BY e.event_time, e.event_type, e.event_text, e.event_known_time) AS events
+  FROM stays AS s
+  INNER JOIN all_events AS e ON e.icu_stay_id = s.icu_stay_id
+  GROUP BY s.icu_stay_id
+)
+
+-- A stay without events stays in the result, with an empty array: train.py counts what it drops.
+SELECT
+  s.patient_id,
+  s.admission_id,
+  s.icu_stay_id,
+  s.icu_intime,
+  s.icu_outtime,
+  s.patient_death_time,
+  s.patient_expired_in_hospital,
+  s.patient_gender,
+  s.patient_age,
+  s.patient_race,
+  s.marital_status,
+  s.admission_type,
+  s.admission_location,
+  s.insurance,
+  s.first_icu_careunit,
+  s.last_icu_careunit,
+  s.icu_length_of_stay_in_days,
+  s.discharge_location,
+  q.events
+FROM stays AS s
+LEFT JOIN sequences AS q ON q.icu_stay_id = s.icu_stay_id

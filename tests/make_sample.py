@@ -1,0 +1,590 @@
+"""Make a synthetic ICU table whose truth is known: `sample_train.csv`, and any number of further stays for tests.
+
+    python tests/make_sample.py                          write sample_train.csv beside train.py
+    python tests/make_sample.py --stays 2000 --seed 1 --out /tmp/big.csv
+
+No row comes from a patient. The texts have the wording of query.sql and the item names of MIMIC-IV. Whether a stay's
+patient dies is drawn from a risk that is a plain sum on the logit:
+
+    logit = INTERCEPT + age effect + sum of the true effects of the stay's events
+
+| kind          | event                                                        | true effect on the logit                     |
+|---------------|--------------------------------------------------------------|----------------------------------------------|
+| lactate       | lab, far above range (4.1 to 15 mmol/L)                      | 1.5 + log2(value / 4); 0 if > 24 h to the end|
+| platelets     | lab, far below range (10 to 70 K/uL)                         | 2 + 0.5 log2(70 / value)                     |
+| vasopressor   | prescription of norepinephrine                               | 2.6                                          |
+| blood culture | culture with an organism                                     | 2.6                                          |
+| liver         | bilirubin AND INR far above range: only together             | 4.0 for the pair, half each; one alone: 0    |
+| airway        | invasive ventilation OR cisatracurium: either is enough      | 2.6, shared equally by those that are there  |
+| extubation    | procedure                                                    | -2.8                                         |
+
+The effects of events of one kind add up; a stay has at most two of a kind. Kinds are independent of each other. A
+quarter of all events are decoys (troponin, potassium, defibrillation, ...): alarming to read, without any effect, and
+as independent of the label as the rest, the background. Roles of events, in `Sample.events`:
+
+    cause, late_cause (lactate that counts), joint_cause, redundant            true_effect is not 0
+    early (lactate too long before the end), lone (half a liver pair)          looks like a cause, true_effect is 0
+    decoy, background                                                          true_effect is 0
+"""
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+CAUSAL_ROLES = ("cause", "late_cause", "joint_cause", "redundant")
+INTERCEPT = -9.6          # gives about 20 % deaths
+AGE_EFFECT = 0.9          # logit per 15 years beyond 65
+LATE_MINUTES = 24 * 60    # a high lactate counts within this time of the end of the stay
+DECOY_SHARE = 0.28        # of all events that are no planted cause; with the causes counted too it is a quarter
+TABLE_COLUMNS = (
+    "patient_id admission_id icu_stay_id icu_intime icu_outtime patient_death_time patient_expired_in_hospital "
+    "patient_gender patient_age patient_race marital_status admission_type admission_location insurance "
+    "first_icu_careunit last_icu_careunit icu_length_of_stay_in_days discharge_location event_time event_known_time "
+    "event_type event_text relative_time_to_final_event").split()
+
+
+class Sample(NamedTuple):
+    """What `make_sample` returns; `table` and `events` have the same rows in the same order."""
+    table: pd.DataFrame   # one row per event, the columns of query.sql flattened
+    events: pd.DataFrame  # icu_stay_id, kind, role, true_effect (logit), group ("" or one id per pair and stay)
+    stays: pd.DataFrame   # icu_stay_id, patient_id, age_effect, true_logit, true_risk, label
+    intercept: float      # of the true logit
+    best_auroc: float     # AUROC of the true risk for the labels: no model can be expected to do better
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts: the wording of query.sql
+# ---------------------------------------------------------------------------------------------------------------------
+class Lab(NamedTuple):
+    """A blood test as MIMIC-IV names it, and the values it takes here."""
+    label: str
+    category: str
+    unit: str
+    low: float        # reference range
+    high: float
+    smallest: float   # values lie between these two, ...
+    largest: float
+    step: float       # ... in steps of this: routine values repeat, and so do their texts
+    comment: str = ""
+
+
+def magnitude_level(value, low, high):
+    """Where a value lies against its reference range, in the seven words of query.sql."""
+    width = high - low
+    if value > high:
+        if (high > 0 and value > 2 * high) or value > high + 2 * width:
+            return "far above range"
+        return "above range" if value > 1.25 * high or value > high + 0.5 * width else "slightly above range"
+    if value < low:
+        if value < low / 2 or value < low - 2 * width:
+            return "far below range"
+        return "below range" if value < 0.8 * low or value < low - 0.5 * width else "slightly below range"
+    return "within range"
+
+
+def lab_text(lab, value, priority, comment=""):
+    """One result, e.g. `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: ...`."""
+    level = magnitude_level(value, lab.low, lab.high)
+    parts = [f"Lab: {lab.label} (Blood, {lab.category})", f"Value: {value:.6g} {lab.unit}".rstrip(),
+             f"Reference: {lab.low:g}-{lab.high:g}", f"Level: {level}", "" if level == "within range" else "Flag: abnormal",
+             f"Priority: {priority}" if priority else "", f"Comment: {comment}" if comment else ""]
+    return " | ".join(part for part in parts if part)
+
+
+def lab_texts(rng, lab, values):
+    """Texts (object array) of an array of values; each distinct text is written once, which keeps this fast."""
+    value_list, value_index = np.unique(values, return_inverse=True)
+    priority_index = np.searchsorted([0.5, 0.92], rng.random(len(values)))   # 50 % STAT, 42 % ROUTINE, 8 % missing
+    comment_index = (rng.random(len(values)) < 0.5).astype(int)
+    code, where = np.unique((value_index * 3 + priority_index) * 2 + comment_index, return_inverse=True)
+    texts = [lab_text(lab, value_list[c // 6], ("STAT", "ROUTINE", "")[c // 2 % 3], lab.comment if c % 2 else "")
+             for c in code]
+    return np.array(texts, dtype=object)[where]
+
+
+def draw_values(rng, lab, n):
+    """`n` values of a test, more of them near the smaller end when the range spans more than a factor of 4."""
+    position = rng.random(n)
+    if lab.smallest > 0 and lab.largest / lab.smallest > 4:
+        values = lab.smallest * (lab.largest / lab.smallest) ** position
+    else:
+        values = lab.smallest + (lab.largest - lab.smallest) * (position + rng.random(n)) / 2
+    return np.clip(np.round(np.round(values / lab.step) * lab.step, 3), lab.smallest, lab.largest)
+
+
+def procedure_text(label, category, minutes, location=""):
+    """One procedure; the status is the one nearly all of MIMIC-IV's procedures have."""
+    place = f" | Location: {location}" if location else ""
+    return f"Procedure: {label} ({category}){place} | Status: FinishedRunning | for {minutes} min"
+
+
+def culture_text(specimen, test, organism="", antibiotic="", interpretation="", comment=""):
+    """One culture; missing parts are left out."""
+    names = ("Test", "Organism", "Antibiotic", "Interpretation", "Comment")
+    parts = zip(names, (test, organism, antibiotic, interpretation, comment))
+    return " | ".join([f"Microbiology: {specimen}"] + [f"{name}: {value}" for name, value in parts if value])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The catalogue: what happens in an ICU
+# ---------------------------------------------------------------------------------------------------------------------
+CHEM, HEM, GAS = "Chemistry", "Hematology", "Blood Gas"
+FASTING = "IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES."
+CRITICAL = "CRITICAL VALUE CALLED AND READ BACK."
+
+LACTATE = Lab("Lactate", GAS, "mmol/L", 0.5, 2, 4.1, 15, 0.1)
+PLATELETS = Lab("Platelet Count", HEM, "K/uL", 150, 400, 10, 70, 5)
+BILIRUBIN = Lab("Bilirubin, Total", CHEM, "mg/dL", 0, 1.5, 4, 24, 0.5)
+INR = Lab("INR(PT)", HEM, "", 0.9, 1.1, 2.4, 6, 0.1)
+
+BACKGROUND_LABS = (
+    Lab("Chloride", CHEM, "mEq/L", 96, 108, 94, 110, 1), Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 26, 2),
+    Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 20, 30, 1), Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 3.2, 5.2, 0.1),
+    Lab("Glucose", CHEM, "mg/dL", 70, 100, 80, 140, 5, FASTING), Lab("Magnesium", CHEM, "mg/dL", 1.6, 2.6, 1.6, 2.6, 0.1),
+    Lab("Phosphate", CHEM, "mg/dL", 2.7, 4.5, 2.4, 4.8, 0.2), Lab("Calcium, Total", CHEM, "mg/dL", 8.4, 10.3, 7.8, 10, 0.2),
+    Lab("Sodium", CHEM, "mEq/L", 133, 145, 131, 146, 1), Lab("Anion Gap", CHEM, "mEq/L", 8, 20, 9, 18, 1),
+    Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.1), Lab("RDW", HEM, "%", 10.5, 15.5, 12.5, 17, 0.5),
+    Lab("MCV", HEM, "fL", 82, 98, 84, 100, 2), Lab("PTT", HEM, "sec", 25, 36.5, 25, 40, 1),
+    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 13, 0.5), Lab("Hematocrit", HEM, "%", 34, 45, 30, 42, 1),
+    Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 9.5, 14, 0.5), Lab("pH", GAS, "units", 7.35, 7.45, 7.32, 7.48, 0.01),
+    Lab("pCO2", GAS, "mm Hg", 35, 45, 33, 50, 1), Lab("pO2", GAS, "mm Hg", 85, 105, 75, 130, 5),
+    Lab("Free Calcium", GAS, "mmol/L", 1.12, 1.32, 1.08, 1.28, 0.02), Lab("Albumin", CHEM, "g/dL", 3.5, 5.2, 3, 4.4, 0.2),
+    Lab("Alanine Aminotransferase (ALT)", CHEM, "IU/L", 0, 40, 12, 48, 2),
+    Lab("Alkaline Phosphatase", CHEM, "IU/L", 40, 130, 50, 140, 5),
+    # the harmless values of the four tests that elsewhere are causes
+    LACTATE._replace(smallest=0.8, largest=2.4), PLATELETS._replace(smallest=155, largest=395, step=10),
+    BILIRUBIN._replace(smallest=0.2, largest=1.6, step=0.1), INR._replace(smallest=0.9, largest=1.4))
+FREE_TEXT_LABS = tuple(f"Lab: {name} (Blood, {category}) | {rest}" for name, category, rest in (
+    ("Specimen Type", GAS, "Value: ART. | Priority: STAT"), ("Specimen Type", GAS, "Value: VEN. | Priority: STAT"),
+    ("Platelet Smear", HEM, "Comment: NORMAL."), ("Anisocytosis", HEM, "Comment: OCCASIONAL."),
+    ("Polychromasia", HEM, "Comment: NORMAL."), ("Poikilocytosis", HEM, "Comment: 1+."),
+    ("Estimated GFR (MDRD equation)", CHEM, "Comment: Using this patient's age, gender, and serum creatinine value."),
+    ("Specimen Hold", CHEM, "Comment: HOLD. DISCARD GREATER THAN 24 HRS OLD.")))
+DECOY_LABS = (
+    Lab("Troponin T", CHEM, "ng/mL", 0, 0.01, 0.1, 4, 0.1, CRITICAL), Lab("D-Dimer", CHEM, "ng/mL FEU", 0, 500, 1500, 9000, 500),
+    Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 6.1, 7.8, 0.1, CRITICAL), Lab("NTproBNP", CHEM, "pg/mL", 0, 624, 2000, 30000, 1000),
+    Lab("Glucose", CHEM, "mg/dL", 70, 100, 320, 700, 20, CRITICAL), Lab("Creatine Kinase (CK)", CHEM, "IU/L", 47, 322, 1000, 9000, 500),
+    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 23, 45, 1), Lab("C-Reactive Protein", CHEM, "mg/L", 0, 5, 80, 300, 10),
+    Lab("Sodium", CHEM, "mEq/L", 133, 145, 112, 121, 1, CRITICAL), Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 100))
+
+PRESCRIPTIONS = {
+    "background": (
+        "Insulin | Strength: 100 Units / mL - 10 mL Vial | Form: VIAL | Dose: 4 UNIT | Route: SC",
+        "Sodium Chloride 0.9%  Flush | Strength: 10 mL Syringe | Form: SYR | Dose: 10 mL | Route: IV",
+        "Magnesium Sulfate | Strength: 2 g / 50 mL Premix Bag | Form: BAG | Dose: 2 gm | Route: IV",
+        "Heparin | Strength: 5000 Units / mL- 1mL Vial | Form: mL | Dose: 5000 UNIT | Route: SC",
+        "Furosemide | Strength: 40mg/4mL Vial | Form: VIAL | Dose: 40 mg | Route: IV",
+        "Acetaminophen | Strength: 325mg Tablet | Form: TAB | Dose: 650 mg | Route: PO/NG",
+        "Docusate Sodium | Strength: 100mg Capsule | Form: CAP | Dose: 100 mg | Route: PO/NG",
+        "Pantoprazole | Strength: 40mg Tablet | Form: TAB | Dose: 40 mg | Route: PO",
+        "Senna | Strength: 8.6 mg Tablet | Form: TAB | Dose: 8.6 mg | Route: PO/NG",
+        "Potassium Chloride | Form: TAB | Dose: 20 mEq | Route: PO"),
+    "decoy": (
+        "EPINEPHrine | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
+        "Atropine Sulfate | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
+        "Amiodarone | Strength: 150mg/3mL Vial | Form: VIAL | Dose: 150 mg | Route: IV BOLUS",
+        "Naloxone | Strength: 0.4mg/1mL Vial | Form: VIAL | Dose: 0.4 mg | Route: IV"),
+    "vasopressor": (
+        "NORepinephrine | Strength: 8 mg / 250 mL Premix Bag | Form: BAG | Dose: 8 mg | Route: IV DRIP",
+        "NORepinephrine | Strength: 4mg/4mL Vial | Form: VIAL | Dose: 16 mg | Route: IV DRIP"),
+    "airway": ("Cisatracurium Besylate | Strength: 200mg/20mL Vial | Form: VIAL | Dose: 200 mg | Route: IV DRIP",)}
+
+LINE, TUBE = "Access Lines - Peripheral", "Access Lines - Invasive"
+INSTANT, DAYS = (1,), (720, 1440, 2160, 2880, 4320)   # minutes that a procedure may take
+PROCEDURES = {  # label, category, durations, locations
+    "background": (
+        ("Chest X-Ray", "5-Imaging", INSTANT, ("",)), ("EKG", "4-Procedures", INSTANT, ("",)),
+        ("20 Gauge", LINE, DAYS, ("", "Right Antecubital", "Left Metacarpal")), ("18 Gauge", LINE, DAYS, ("",)),
+        ("Arterial Line", TUBE, DAYS, ("Right Radial", "Left Radial")), ("Foley Catheter", "GI/GU", DAYS, ("Urethral",)),
+        ("Family updated by RN", "7-Communication", INSTANT, ("",)), ("Nasal Swab", "6-Cultures", INSTANT, ("",))),
+    "decoy": (
+        ("Cardioversion/Defibrillation", "3-Significant Events", INSTANT, ("",)),
+        ("Cardiac Arrest", "3-Significant Events", INSTANT, ("",)),
+        ("Temporary Pacemaker Wires Inserted", "4-Procedures", INSTANT, ("",)),
+        ("Bronchoscopy", "4-Procedures", INSTANT, ("",))),
+    "airway": (("Invasive Ventilation", "2-Ventilation", DAYS, ("",)),),
+    "extubation": (("Extubation", "1-Intubation/Extubation", INSTANT, ("",)),)}
+
+NO_GROWTH = dict(comment="NO GROWTH.")
+CULTURES = {
+    "background": (
+        culture_text("BLOOD CULTURE", "Blood Culture, Routine", **NO_GROWTH), culture_text("URINE", "URINE CULTURE", **NO_GROWTH),
+        culture_text("MRSA SCREEN", "MRSA SCREEN", comment="No MRSA isolated."), culture_text("STOOL", "C. difficile PCR"),
+        culture_text("SPUTUM", "GRAM STAIN", comment="NO MICROORGANISMS SEEN.")),
+    "decoy": (
+        culture_text("URINE", "URINE CULTURE", "PSEUDOMONAS AERUGINOSA", "CIPROFLOXACIN", "resistant"),
+        culture_text("URINE", "URINE CULTURE", "YEAST"),
+        culture_text("SPUTUM", "RESPIRATORY CULTURE", "ACINETOBACTER BAUMANNII COMPLEX", "MEROPENEM", "resistant"),
+        culture_text("SWAB", "WOUND CULTURE", "PROTEUS MIRABILIS", "AMPICILLIN", "intermediate")),
+    "blood culture": (
+        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "ESCHERICHIA COLI", "CEFTRIAXONE", "resistant"),
+        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "STAPH AUREUS COAG +", "OXACILLIN", "susceptible"),
+        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "KLEBSIELLA PNEUMONIAE", "GENTAMICIN", "susceptible"),
+        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "ENTEROCOCCUS FAECIUM"))}
+
+INGREDIENTS = {  # label, amount's unit, rates (None: given at once), rate's unit
+    "background": (("Water", "ml", (8, 20, 50, 100), "mL/hour"), ("IVF ingredient", "ml", (10, 25, 50, 75), "mL/hour"),
+                   ("Water", "ml", None, ""), ("Oral/Gastric Ingredient", "ml", None, ""),
+                   ("Calories", "Kcal", (5, 20, 60), "mL/hour"), ("Protein", "grams", (2, 4), "mL/hour")),
+    "decoy": (("Blood Ingredient", "ml", (300, 500, 999), "mL/hour"),)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Events: each function takes arrays over events and returns (texts, minutes until everything in the text is known)
+# ---------------------------------------------------------------------------------------------------------------------
+def lab_events(rng, lab, n):
+    """`n` results of one test; also returns their values."""
+    values = draw_values(rng, lab, n)
+    return lab_texts(rng, lab, values), lab_delay(rng, n), values
+
+
+def lab_delay(rng, n):
+    """Results come half an hour to three hours after the blood was drawn; for 1 % the time was not stored."""
+    return np.where(rng.random(n) < 0.01, np.nan, rng.integers(30, 181, n))
+
+
+def prescription_events(rng, kind, n):
+    """`n` orders of one kind; an order is known when it is made."""
+    texts = np.array(["Prescription: " + text for text in PRESCRIPTIONS[kind]], dtype=object)
+    return texts[rng.integers(0, len(texts), n)], np.zeros(n)
+
+
+def procedure_events(rng, kind, n):
+    """`n` procedures of one kind; their text tells how long they took, so they are known at their end."""
+    variants = [(procedure_text(label, category, minutes, location), minutes)
+                for label, category, durations, locations in PROCEDURES[kind]
+                for minutes in durations for location in locations]
+    # every procedure is equally frequent, however many variants of it there are
+    weight = [1 / (len(durations) * len(locations)) for _, _, durations, locations in PROCEDURES[kind]
+              for _ in range(len(durations) * len(locations))]
+    return pick(rng, variants, n, weight)
+
+
+def culture_events(rng, kind, n):
+    """`n` cultures of one kind, reported after one to three days; for 3 % that time was not stored."""
+    texts = np.array(CULTURES[kind], dtype=object)
+    delay = np.where(rng.random(n) < 0.03, np.nan, rng.integers(24 * 60, 72 * 60 + 1, n))
+    return texts[rng.integers(0, len(texts), n)], delay
+
+
+def ingredient_events(rng, kind, n):
+    """`n` ingredients of one kind; their text tells the amount, so they are known at their end."""
+    variants = []
+    for label, unit, rates, rate_unit in INGREDIENTS[kind]:
+        if rates is None:
+            variants += [(f"Ingredient: {label} | Amount: {amount} {unit} | Status: FinishedRunning", 1)
+                         for amount in (30, 60, 100, 250)]
+            continue
+        for rate, minutes, status in ((r, m, s) for r in rates for m in (60, 120, 240)
+                                      for s in ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")):
+            text = f"Ingredient: {label} | Amount: {rate * minutes / 60:g} {unit} | Rate: {rate} {rate_unit} | Status: {status}"
+            variants.append((text, minutes))
+    return pick(rng, variants, n)
+
+
+def pick(rng, variants, n, weight=None):
+    """`n` draws of (text, minutes) pairs -> texts (n,), minutes (n,)."""
+    edges = np.cumsum(np.ones(len(variants)) if weight is None else weight)
+    where = np.minimum(np.searchsorted(edges, rng.random(n) * edges[-1], side="right"), len(variants) - 1)
+    texts, minutes = zip(*variants)
+    return np.array(texts, dtype=object)[where], np.array(minutes, dtype=float)[where]
+
+
+def part(stay, event_type, texts, delay, kind, role, effect=0.0, minutes=np.nan, group=""):
+    """Events of one kind as a table; scalars are repeated. `minutes` to the end of the stay, NaN: to be drawn."""
+    return pd.DataFrame({"stay": stay, "event_type": event_type, "event_text": texts, "delay": delay, "kind": kind,
+                         "role": role, "true_effect": effect, "minutes": minutes, "group": group})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planting
+# ---------------------------------------------------------------------------------------------------------------------
+def stays_with(rng, n_stays, probability, second=0.0):
+    """Stay number of every event of a kind: a stay has it with `probability`, and then twice with `second`."""
+    count = (rng.random(n_stays) < probability) * (1 + (rng.random(n_stays) < second))
+    return np.repeat(np.arange(n_stays), count)
+
+
+def plant_lactate(rng, duration):
+    """High lactates. A fifth of those in stays of more than 36 h lie over 30 h before the end and do not count."""
+    stay = stays_with(rng, len(duration), 0.45, second=0.2)
+    texts, delay, values = lab_events(rng, LACTATE, len(stay))
+    early = (duration[stay] > 36 * 60) & (rng.random(len(stay)) < 0.2)
+    # nothing between 22 and 30 hours: the truth should not hang on minutes
+    start, stop = np.where(early, 30 * 60, 0), np.where(early, duration[stay], np.minimum(duration[stay], 22 * 60))
+    minutes = np.floor(start + (stop - start) * rng.random(len(stay)))
+    effect = np.where(minutes <= LATE_MINUTES, 1.5 + np.log2(values / 4), 0)
+    return part(stay, "labevent", texts, delay, "lactate", np.where(early, "early", "late_cause"), effect, minutes)
+
+
+def plant_platelets(rng, n_stays):
+    """Platelets far below range; the fewer, the worse."""
+    stay = stays_with(rng, n_stays, 0.45, second=0.2)
+    texts, delay, values = lab_events(rng, PLATELETS, len(stay))
+    return part(stay, "labevent", texts, delay, "platelets", "cause", 2 + 0.5 * np.log2(70 / values))
+
+
+def plant_simple(rng, n_stays):
+    """The kinds whose every event has the same effect."""
+    makers = {"prescription": prescription_events, "microbiology": culture_events,
+              "procedure_event": procedure_events}
+    kinds = (("vasopressor", "prescription", 0.45, 0.2, 2.6), ("blood culture", "microbiology", 0.42, 0.2, 2.6),
+             ("extubation", "procedure_event", 0.45, 0.0, -2.8))
+    for kind, event_type, probability, second, effect in kinds:
+        stay = stays_with(rng, n_stays, probability, second)
+        yield part(stay, event_type, *makers[event_type](rng, kind, len(stay)), kind, "cause", effect)
+
+
+def plant_liver(rng, n_stays):
+    """Bilirubin and INR, which count only together: 28 % of stays have both, 3 % only the one, 3 % only the other."""
+    draw = rng.random(n_stays)
+    both = draw < 0.28
+    for lab, has in ((BILIRUBIN, draw < 0.31), (INR, both | ((draw >= 0.31) & (draw < 0.34)))):
+        stay = np.flatnonzero(has)
+        texts, delay, _ = lab_events(rng, lab, len(stay))
+        role, effect = np.where(both[stay], "joint_cause", "lone"), np.where(both[stay], 4.0 / 2, 0.0)
+        yield part(stay, "labevent", texts, delay, "liver", role, effect, group=np.where(both[stay], "liver", ""))
+
+
+def plant_airway(rng, n_stays):
+    """Ventilation or a paralysing drug: 43 % of stays have one, a quarter of these have both, which adds nothing."""
+    draw = rng.random(n_stays)
+    ventilated, paralysed = draw < 0.265, (draw >= 0.165) & (draw < 0.43)
+    effect = 2.6 / np.maximum(ventilated.astype(int) + paralysed, 1)
+    for event_type, maker, has in (("procedure_event", procedure_events, ventilated),
+                                   ("prescription", prescription_events, paralysed)):
+        stay = np.flatnonzero(has)
+        yield part(stay, event_type, *maker(rng, "airway", len(stay)), "airway", "redundant", effect[stay], group="airway")
+
+
+def fill(rng, role, count):
+    """Events without effect: `count` (n_stays,) of them, of all types. `role` is "decoy" or "background"."""
+    stay = np.repeat(np.arange(len(count)), count)
+    edges = {"background": (0.52, 0.90, 0.955, 0.985), "decoy": (0.58, 0.74, 0.88, 0.95)}[role]
+    type_index = np.searchsorted(edges, rng.random(len(stay)), side="right")
+    yield from fill_labs(rng, role, stay[type_index == 0])
+    makers = (("ingredient", ingredient_events), ("prescription", prescription_events),
+              ("procedure_event", procedure_events), ("microbiology", culture_events))
+    for index, (event_type, maker) in enumerate(makers, start=1):
+        chosen = stay[type_index == index]
+        yield part(chosen, event_type, *maker(rng, role, len(chosen)), role, role)
+
+
+def fill_labs(rng, role, stay):
+    """Lab results without effect; 6 % of the background's are free text without a number."""
+    labs = BACKGROUND_LABS if role == "background" else DECOY_LABS
+    lab_index = rng.integers(0, len(labs), len(stay))
+    if role == "background":
+        lab_index[rng.random(len(stay)) < 0.06] = -1
+    for index, lab in enumerate(labs):
+        chosen = stay[lab_index == index]
+        texts, delay, _ = lab_events(rng, lab, len(chosen))
+        yield part(chosen, "labevent", texts, delay, role, role)
+    chosen = stay[lab_index == -1]
+    texts = np.array(FREE_TEXT_LABS, dtype=object)[rng.integers(0, len(FREE_TEXT_LABS), len(chosen))]
+    yield part(chosen, "labevent", texts, lab_delay(rng, len(chosen)), role, role)
+
+
+def plant_events(rng, n_stays):
+    """All events of all stays -> (events, duration in minutes (n_stays,)). Only lactate needs to know the duration."""
+    causes = [plant_platelets(rng, n_stays), *plant_simple(rng, n_stays), *plant_liver(rng, n_stays),
+              *plant_airway(rng, n_stays)]
+    n_causes = np.bincount(np.concatenate([cause["stay"] for cause in causes]), minlength=n_stays)
+    # sicker patients stay a little longer: the length of stay is tied to the label, but only weakly
+    days = np.clip(2.3 * np.exp(0.7 * rng.standard_normal(n_stays) + 0.04 * (n_causes - 4)), 0.5, 20)
+    duration = np.round(days * 24 * 60)
+    # most stays have 25 to 50 events and a few up to 200: pooling by attention sees shares of events, effects go by counts
+    size = 32 * days ** 0.1 * np.exp(0.15 * rng.standard_normal(n_stays))
+    size *= np.where(rng.random(n_stays) < 0.04, 1 + 4 * rng.random(n_stays), 1)
+    n_fill = np.clip(np.round(size), 20, 185).astype(int)
+    n_decoys = rng.binomial(n_fill, DECOY_SHARE)
+    events = pd.concat([plant_lactate(rng, duration), *causes, *fill(rng, "decoy", n_decoys),
+                        *fill(rng, "background", n_fill - n_decoys)], ignore_index=True)
+    anywhere = np.floor(rng.random(len(events)) * duration[events["stay"]])
+    events["minutes"] = events["minutes"].fillna(pd.Series(anywhere)).astype(int)
+    return events, duration.astype(int)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stays, admissions, patients
+# ---------------------------------------------------------------------------------------------------------------------
+def draw_labels(rng, events, n_stays):
+    """Age, true logit and risk, and the label drawn from it -> DataFrame (n_stays rows)."""
+    age = np.clip(np.round(65 + 15 * rng.standard_normal(n_stays)), 18, 91).astype(int)
+    age_effect = AGE_EFFECT * (age - 65) / 15
+    event_effect = np.bincount(events["stay"], weights=events["true_effect"], minlength=n_stays)
+    logit = INTERCEPT + age_effect + event_effect
+    risk = 1 / (1 + np.exp(-logit))
+    return pd.DataFrame({"patient_age": age, "age_effect": age_effect, "true_logit": logit, "true_risk": risk,
+                         "label": (rng.random(n_stays) < risk).astype(int)})
+
+
+def pair_up(rng, stays, share=0.27):
+    """Joins stays to patients after their labels were drawn, so that a label still follows from its own stay alone.
+
+    Two stays of one patient have the same age; two of one admission also the same label, as MIMIC-IV has one per
+    admission; and no patient who died comes back. Returns the number of the first stay of each second stay, else -1,
+    and whether both belong to one admission.
+    """
+    order = np.lexsort((rng.random(len(stays)), stays["patient_age"]))
+    first, second = order[:-1:2], order[1::2]
+    age, label = stays["patient_age"].to_numpy(), stays["label"].to_numpy()
+    first, second = np.where(label[first] > label[second], (second, first), (first, second))   # survivors come first
+    same_admission = (label[first] == 1) | ((label[first] == label[second]) & (rng.random(len(first)) < 0.4))
+    usable = np.flatnonzero(age[first] == age[second])
+    chosen = rng.permutation(usable)[:round(share * len(stays))]
+    earlier, shares_admission = np.full(len(stays), -1), np.zeros(len(stays), dtype=bool)
+    earlier[second[chosen]], shares_admission[second[chosen]] = first[chosen], same_admission[chosen]
+    return earlier, shares_admission
+
+
+def choose(rng, options, n):
+    """`n` draws from {value: weight}, "" standing for a missing value."""
+    values, edges = np.array(list(options), dtype=object), np.cumsum(list(options.values()))
+    values[values == ""] = None
+    return values[np.searchsorted(edges, rng.random(n) * edges[-1], side="right")]
+
+
+def add_people(rng, stays, earlier, shares_admission):
+    """Ids and static columns: drawn per stay, then copied from the first stay where patient or admission is the same."""
+    n = len(stays)
+    own = np.arange(n)
+    patient = np.where(earlier >= 0, earlier, own)
+    admission = np.where(shares_admission, earlier, own)
+    stays["patient_id"] = 10_000_000 + 7 * np.unique(patient, return_inverse=True)[1]
+    stays["admission_id"] = 20_000_000 + 7 * np.unique(admission, return_inverse=True)[1]
+    stays["icu_stay_id"] = 30_000_000 + 7 * own
+    per_patient = {
+        "patient_gender": {"M": 56, "F": 44},
+        "patient_race": {"WHITE": 64, "BLACK/AFRICAN AMERICAN": 14, "UNKNOWN": 8, "HISPANIC/LATINO - PUERTO RICAN": 5,
+                         "ASIAN": 4, "OTHER": 5},
+        "marital_status": {"MARRIED": 42, "SINGLE": 30, "WIDOWED": 13, "DIVORCED": 8, "": 7},
+        "insurance": {"Medicare": 45, "Other": 45, "Medicaid": 10}}
+    per_admission = {
+        "admission_type": {"EW EMER.": 45, "OBSERVATION ADMIT": 15, "URGENT": 18, "SURGICAL SAME DAY ADMISSION": 10,
+                           "DIRECT EMER.": 6, "ELECTIVE": 6},
+        "admission_location": {"EMERGENCY ROOM": 48, "PHYSICIAN REFERRAL": 25, "TRANSFER FROM HOSPITAL": 20,
+                               "CLINIC REFERRAL": 5, "INFORMATION NOT AVAILABLE": 2},
+        "discharge_location": {"HOME": 38, "HOME HEALTH CARE": 28, "SKILLED NURSING FACILITY": 18, "REHAB": 8,
+                               "CHRONIC/LONG TERM ACUTE CARE": 4, "HOSPICE": 2, "AGAINST ADVICE": 2}}
+    for columns, source in ((per_patient, patient), (per_admission, admission)):
+        for name, options in columns.items():
+            stays[name] = choose(rng, options, n)[source]
+    stays.loc[stays["label"] == 1, "discharge_location"] = "DIED"
+    add_care_units(rng, stays)
+
+
+def add_care_units(rng, stays):
+    """The first care unit, and the last, which is another one for a tenth of the stays."""
+    units = {"Medical Intensive Care Unit (MICU)": 24, "Surgical Intensive Care Unit (SICU)": 20,
+             "Medical/Surgical Intensive Care Unit (MICU/SICU)": 18, "Cardiac Vascular Intensive Care Unit (CVICU)": 16,
+             "Coronary Care Unit (CCU)": 12, "Trauma SICU (TSICU)": 10}
+    stays["first_icu_careunit"] = choose(rng, units, len(stays))
+    moved = rng.random(len(stays)) < 0.1
+    stays["last_icu_careunit"] = np.where(moved, choose(rng, units, len(stays)), stays["first_icu_careunit"])
+
+
+def add_times(rng, stays, duration, earlier, shares_admission):
+    """ICU times and death. The stay ends (`final`) with ICU discharge or death, which is what `duration` counts to.
+
+    Three in five of those who die do so in the ICU, the others in hospital, up to twelve days after it.
+    """
+    n, has_earlier = len(stays), earlier >= 0
+    start = rng.integers(0, 80 * 365 * 24 * 60, n)   # minutes since 2110: MIMIC-IV shifts its dates, too
+    gap = np.where(shares_admission, rng.integers(24 * 60, 5 * 24 * 60, n), rng.integers(30, 300, n) * 24 * 60)
+    dies, in_icu = stays["label"].to_numpy() == 1, rng.random(n) < 0.6
+    comes_back = np.zeros(n, dtype=bool)             # to the ICU in the same admission: such a stay ends alive
+    comes_back[earlier[shares_admission]] = True
+    in_icu &= dies & ~comes_back
+    after_final = np.where(in_icu, rng.integers(0, 61, n), 0)   # the bed is left a little later
+    start[has_earlier] = (start + duration + after_final)[earlier[has_earlier]] + gap[has_earlier]
+    final = start + duration
+    death = np.where(in_icu, final, final + rng.integers(6 * 60, 12 * 24 * 60, n)).astype(float)
+    death[earlier[shares_admission]] = death[shares_admission]
+    stays["final"] = clock(final)
+    stays["icu_intime"], stays["icu_outtime"] = clock(start), clock(final + after_final)
+    stays["patient_death_time"] = clock(np.where(dies, death, np.nan))
+    stays["icu_length_of_stay_in_days"] = np.round((duration + after_final) / (24 * 60), 4)
+
+
+def clock(minutes):
+    """Minutes since 2110 -> datetime64[s]; NaN -> NaT."""
+    whole = np.nan_to_num(minutes).astype("int64") * 60
+    times = np.datetime64("2110-01-01T00:00:00", "s") + whole.astype("timedelta64[s]")
+    return np.where(np.isnan(minutes), np.datetime64("NaT", "s"), times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything together
+# ---------------------------------------------------------------------------------------------------------------------
+def make_sample(n_stays=300, seed=0):
+    """A table of `n_stays` synthetic ICU stays (20 to 200 events each) with its truth, the same for the same arguments.
+
+    Two seeds share ids, so tables of two seeds should not be put into one. Raises ValueError below 10 stays.
+    """
+    if n_stays < 10:
+        raise ValueError(f"n_stays is {n_stays}; 10 is the least for which both outcomes can be expected.")
+    rng = np.random.default_rng(seed)
+    events, duration = plant_events(rng, n_stays)
+    stays = draw_labels(rng, events, n_stays)
+    earlier, shares_admission = pair_up(rng, stays)
+    add_people(rng, stays, earlier, shares_admission)
+    add_times(rng, stays, duration, earlier, shares_admission)
+
+    events = events.sort_values(["stay", "minutes", "event_type", "event_text"], ascending=[True, False, True, True],
+                                kind="stable", ignore_index=True)
+    columns = ["icu_stay_id", "patient_id", "age_effect", "true_logit", "true_risk", "label"]
+    best = roc_auc_score(stays["label"], stays["true_risk"]) if stays["label"].nunique() == 2 else float("nan")
+    return Sample(build_table(stays, events), build_truth(stays, events), stays[columns].copy(), INTERCEPT, float(best))
+
+
+def build_table(stays, events):
+    """The flat table, one row per event, in the order of `events`."""
+    rows = stays.rename(columns={"label": "patient_expired_in_hospital"}).loc[events["stay"]].reset_index(drop=True)
+    rows["event_time"] = rows["final"] - events["minutes"].to_numpy().astype("timedelta64[m]").astype("timedelta64[s]")
+    known = (events["delay"].fillna(0) * 60).to_numpy().astype("timedelta64[s]")
+    rows["event_known_time"] = (rows["event_time"] + known).where(events["delay"].notna())
+    rows["event_type"], rows["event_text"] = events["event_type"], events["event_text"]
+    rows["relative_time_to_final_event"] = events["minutes"]
+    return rows[TABLE_COLUMNS]
+
+
+def build_truth(stays, events):
+    """The truth about every event, in the order of the table."""
+    truth = events[["kind", "role", "true_effect", "group"]].copy()
+    truth.insert(0, "icu_stay_id", stays["icu_stay_id"].to_numpy()[events["stay"]])
+    named = truth["group"] != ""
+    truth.loc[named, "group"] = truth["group"][named] + " " + truth["icu_stay_id"][named].astype(str)
+    return truth
+
+
+def write_csv(sample, path):
+    """Writes the table; the same bytes on every machine."""
+    text = sample.table.to_csv(index=False, date_format="%Y-%m-%d %H:%M:%S", lineterminator="\n")
+    Path(path).write_bytes(text.encode("utf-8"))
+
+
+def describe(sample):
+    """One line for the command line."""
+    return (f"{len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, {len(sample.table):,} events, "
+            f"{sample.stays['label'].mean():.1%} died; best AUROC any model can reach (true risk): {sample.best_auroc:.3f}")
+
+
+def main():
+    """The command line."""
+    default = Path(__file__).resolve().parent.parent / "sample_train.csv"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stays", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=default)
+    arguments = parser.parse_args()
+    sample = make_sample(arguments.stays, arguments.seed)
+    write_csv(sample, arguments.out)
+    print(f"{arguments.out}: {describe(sample)}")
+
+
+if __name__ == "__main__":
+    main()

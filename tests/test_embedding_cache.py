@@ -1,0 +1,277 @@
+"""The embedding cache: parts that are whole or ignored, any number of writers, nothing executed."""
+import fcntl
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+
+DIM = 6
+
+
+def keys_of(*names):
+    return train.text_keys(names)
+
+
+def vectors_of(n, value=1.0):
+    return np.full((n, DIM), value, np.float32) * np.arange(1, n + 1, dtype=np.float32)[:, None]
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A cache folder of two parts: a, b, c and d."""
+    cache = train.EmbeddingCache(tmp_path / "cache", DIM)
+    cache.append(keys_of("a", "b", "c"), vectors_of(3))
+    cache.append(keys_of("d"), vectors_of(1, 9.0))
+    return cache.folder
+
+
+def parts(folder):
+    return sorted(folder.glob("part-*"))
+
+
+def test_key_is_the_md5_of_the_utf8_text():
+    assert keys_of("abc")[0].tobytes().hex() == "900150983cd24fb0d6963f7d28e17f72"  # RFC 1321
+    assert keys_of("", "é").shape == (2, 16) and keys_of("\ud800").shape == (1, 16) and keys_of().shape == (0, 16)
+
+
+def test_round_trip_in_any_order(filled):
+    cache = train.EmbeddingCache(filled, DIM)
+    np.testing.assert_array_equal(cache.gather(keys_of("d", "b", "d"))[:, 0], [9, 2, 9])
+    np.testing.assert_array_equal(cache.missing(keys_of("x", "a", "y", "c")), [True, False, True, False])
+    assert cache.gather(keys_of()).shape == (0, DIM)
+
+
+def test_new_cache_is_empty_and_makes_no_folder(tmp_path):
+    cache = train.EmbeddingCache(tmp_path / "none", DIM)
+    assert cache.missing(keys_of("a")).all() and not (tmp_path / "none").exists()
+    with pytest.raises(KeyError, match="1 of 1"):
+        cache.gather(keys_of("a"))
+
+
+def test_thousand_texts_in_many_parts(tmp_path):
+    cache, names = train.EmbeddingCache(tmp_path, DIM), [f"text {i}" for i in range(1000)]
+    for start in range(0, 1000, 90):
+        chunk = names[start : start + 90]
+        cache.append(keys_of(*chunk), vectors_of(len(chunk)) + start)
+    values = train.EmbeddingCache(tmp_path, DIM).gather(keys_of(*names[::-1]))[:, 0]
+    np.testing.assert_array_equal(values[::-1], np.arange(1, 1001))
+
+
+def test_keys_with_the_same_first_half_are_told_apart(tmp_path):
+    cache, keys = train.EmbeddingCache(tmp_path, DIM), np.zeros((4, 16), np.uint8)
+    keys[:, 15] = [3, 1, 2, 4]
+    cache.append(keys[:3], vectors_of(3))
+    np.testing.assert_array_equal(cache.gather(keys[:3])[:, 0], [1, 2, 3])
+    assert cache.missing(keys)[3]
+
+
+def test_later_part_wins(filled):
+    cache = train.EmbeddingCache(filled, DIM)
+    cache.append(keys_of("a"), vectors_of(1, 50.0))
+    assert cache.gather(keys_of("a"))[0, 0] == 50
+    assert train.EmbeddingCache(filled, DIM).gather(keys_of("a"))[0, 0] == 50
+
+
+def test_parts_of_others_are_seen_after_refresh_and_rows_stay(filled):
+    reader, writer = train.EmbeddingCache(filled, DIM), train.EmbeddingCache(filled, DIM)
+    rows = reader.locate(keys_of("a", "d"))
+    writer.append(keys_of("e"), vectors_of(1, 70.0))
+    reader.refresh()
+    assert reader.gather(keys_of("e"))[0, 0] == 70
+    np.testing.assert_array_equal(reader.take(rows)[:, 0], [1, 9])
+
+
+# ---- damage ----
+
+def cut_short(part):
+    path = part / "vectors.npy"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def cut_header(part):
+    (part / "vectors.npy").write_bytes(b"\x93NUMPY\x01")
+
+
+def other_dimension(part):
+    np.save(part / "vectors.npy", np.ones((3, DIM + 1), np.float32))
+
+
+def other_type(part):
+    np.save(part / "vectors.npy", np.ones((3, DIM), np.float64))
+
+
+def fewer_keys(part):
+    np.save(part / "keys.npy", keys_of("a"))
+
+
+def no_vectors(part):
+    (part / "vectors.npy").unlink()
+
+
+def a_file(part):
+    for path in part.iterdir():
+        path.unlink()
+    part.rmdir()
+    part.write_text("not a folder")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("let_in",)
+
+
+def objects(part):
+    np.save(part / "vectors.npy", np.array([Malicious()], object), allow_pickle=True)
+
+
+def pickled_keys(part):
+    (part / "keys.npy").write_bytes(pickle.dumps(Malicious()))
+
+
+DAMAGE = [cut_short, cut_header, other_dimension, other_type, fewer_keys, no_vectors, a_file, objects, pickled_keys]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_part_is_ignored_with_one_warning(filled, damage, caplog, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    damage(parts(filled)[0])
+    cache = train.EmbeddingCache(filled, DIM)
+    np.testing.assert_array_equal(cache.missing(keys_of("a", "b", "c", "d")), [True, True, True, False])
+    assert [record.getMessage()[:9] for record in caplog.records] == ["1 damaged"]
+    assert not Path("let_in").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_row_with_nan_counts_as_missing_and_is_replaced(filled, value, caplog):
+    path = parts(filled)[0] / "vectors.npy"
+    vectors = np.load(path)
+    vectors[1, 3] = value
+    np.save(path, vectors)
+    cache = train.EmbeddingCache(filled, DIM)
+    np.testing.assert_array_equal(cache.missing(keys_of("a", "b", "c")), [False, True, False])
+    assert "1 cached vectors hold NaN" in caplog.text
+    cache.append(keys_of("b"), vectors_of(1, 4.0))
+    assert not cache.missing(keys_of("b"))[0]
+    assert train.EmbeddingCache(filled, DIM).gather(keys_of("b"))[0, 0] == 4
+
+
+def test_nan_is_never_written(tmp_path):
+    with pytest.raises(train.InputError, match="NaN"):
+        train.EmbeddingCache(tmp_path, DIM).append(keys_of("a"), vectors_of(1, np.nan))
+    assert not parts(tmp_path)
+
+
+@pytest.mark.parametrize("n, dim", [(2, DIM), (1, DIM + 1)])
+def test_append_refuses_shapes_that_do_not_fit(tmp_path, n, dim):
+    with pytest.raises(ValueError, match="do not fit"):
+        train.EmbeddingCache(tmp_path, DIM).append(keys_of("a"), np.ones((n, dim)))
+
+
+def test_full_disk_is_a_clear_error_and_leaves_nothing(filled, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(train.InputError, match="No space left"):
+        train.EmbeddingCache(filled, DIM).append(keys_of("x"), vectors_of(1))
+    assert not list(filled.glob(".tmp-*")) and len(parts(filled)) == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_byte_changed_is_survived(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    train.EmbeddingCache(folder, DIM).append(keys_of("a", "b"), vectors_of(2))
+    path = parts(folder)[0] / data.draw(st.sampled_from(["keys.npy", "vectors.npy"]))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    cache = train.EmbeddingCache(folder, DIM)
+    present = ~cache.missing(keys_of("a", "b"))
+    assert np.isfinite(cache.gather(keys_of("a", "b")[present])).all()
+
+
+# ---- earlier layout ----
+
+def single_file(folder, name, array):
+    folder.mkdir(exist_ok=True)
+    np.save(folder / (keys_of(name).tobytes().hex() + ".npy"), array, allow_pickle=True)
+
+
+def test_single_files_are_read_as_they_are(tmp_path):
+    single_file(tmp_path / "old", "flat", np.full(DIM, 2, np.float32))
+    single_file(tmp_path / "new", "row", np.full((1, DIM), 3, np.float64))
+    cache = train.EmbeddingCache(tmp_path / "new", DIM, [tmp_path / "old", tmp_path / "none"])
+    np.testing.assert_array_equal(cache.adopt_legacy(keys_of("flat", "x", "row")), [True, False, True])
+    np.testing.assert_array_equal(cache.gather(keys_of("row", "flat"))[:, 0], [3, 2])
+
+
+def test_other_ranks_adopt_without_writing(tmp_path):
+    single_file(tmp_path, "flat", np.full(DIM, 2, np.float32))
+    assert train.EmbeddingCache(tmp_path, DIM).adopt_legacy(keys_of("flat"), write=False).all()
+    assert not parts(tmp_path)
+
+
+BAD_ARRAYS = [np.ones(DIM - 1), np.full(DIM, np.nan), np.array([Malicious()], object), np.array(["x"])]
+
+
+@pytest.mark.parametrize("array", BAD_ARRAYS)
+def test_damaged_single_file_is_ignored(tmp_path, array, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    single_file(tmp_path, "bad", array)
+    assert not train.EmbeddingCache(tmp_path, DIM).adopt_legacy(keys_of("bad")).any()
+    assert "1 single .npy files are damaged" in caplog.text and not Path("let_in").exists()
+
+
+# ---- several processes ----
+
+def write_many(folder, first, count):
+    cache = train.EmbeddingCache(folder, DIM)
+    for i in range(first, first + count):
+        cache.append(keys_of(f"text {i}"), vectors_of(1, i + 1.0))
+
+
+def start(target, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def test_two_processes_write_at_once(tmp_path):
+    writers = [start(write_many, tmp_path, first, 40) for first in (0, 20)]  # twenty texts are written by both
+    for writer in writers:
+        writer.join()
+    values = train.EmbeddingCache(tmp_path, DIM).gather(keys_of(*(f"text {i}" for i in range(60))))[:, 0]
+    np.testing.assert_array_equal(values, np.arange(1, 61))
+
+
+def test_killed_writer_leaves_nothing_half_written(tmp_path, caplog):
+    pause = random.Random(0)
+    for _ in range(8):
+        writer = start(write_many, tmp_path, 0, 100_000)
+        time.sleep(0.05 + 0.1 * pause.random())
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+    cache = train.EmbeddingCache(tmp_path, DIM)
+    assert not list(tmp_path.glob(".tmp-*")) and not caplog.records
+    assert len(parts(tmp_path)) > 0 and cache.gather(keys_of("text 0"))[0, 0] == 1
+
+
+def test_what_a_living_writer_holds_is_left_alone(tmp_path):
+    (tmp_path / ".tmp-someone").mkdir()
+    with open(tmp_path / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        train.EmbeddingCache(tmp_path, DIM)
+        assert (tmp_path / ".tmp-someone").exists()
+    train.EmbeddingCache(tmp_path, DIM)
+    assert not (tmp_path / ".tmp-someone").exists()

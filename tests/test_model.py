@@ -1,0 +1,175 @@
+"""Shapes and truths of the dataset, the model and the loss."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import train
+from make_sample import make_sample
+
+B, L, INPUT, S = 3, 7, 21, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return train.ClinicalTransformer(INPUT, S, d_model=32, n_layers=2, n_heads=4, d_feedforward=48).eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    sequences, static = torch.randn(B, L, INPUT, generator=generator), torch.randn(B, S, generator=generator)
+    mask = torch.arange(L) < torch.tensor([7, 4, 4]).unsqueeze(1)
+    return sequences * mask.unsqueeze(2), static, mask
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sample.csv"
+    make_sample(30, seed=5).table.to_csv(path, index=False)
+    table, _ = train.read_stays(path)
+    vectors = np.random.default_rng(0).normal(size=(len(table.texts), 768)).astype(np.float32)
+    return train.ClinicalSequenceDataset(table, train.ClinicalDataPreprocessor().fit(table), vectors)
+
+
+def test_default_model_has_the_shapes_of_the_specification():
+    torch.manual_seed(0)
+    model = train.ClinicalTransformer(774, 40).eval()
+    probability, attention = model(torch.randn(2, 9, 774), torch.randn(2, 40), torch.ones(2, 9, dtype=torch.bool), return_attention=True)
+    assert probability.shape == (2, 1) and attention["transformer_output"].shape == (2, 9, 256)
+    assert attention["pooling_weights"].shape == (2, 4, 1, 9) and attention["query_vector"].shape == (2, 1, 256)
+    assert [w.shape for w in attention["layer_attention_weights"]] == [(2, 8, 9, 9)] * 4
+    assert model.query_vector.shape == (1, 1, 256)
+    assert [tuple(layer.weight.shape) for layer in model.classifier if hasattr(layer, "weight")] == [(256, 296), (128, 256), (1, 128)]
+
+
+def test_padding_changes_no_output_whatever_it_holds(model, batch):
+    sequences, static, mask = batch
+    longer = torch.cat([sequences, torch.full((B, 5, INPUT), 1e6)], dim=1)
+    longer[:, :L][~mask] = -7.0
+    padded = model(longer, static, torch.cat([mask, torch.zeros(B, 5, dtype=torch.bool)], dim=1))
+    assert torch.allclose(padded, model(sequences, static, mask), atol=1e-5)
+
+
+def test_order_of_stays_changes_no_output(model, batch):
+    order = torch.tensor([2, 0, 1])
+    assert torch.allclose(model(*batch)[order], model(*(part[order] for part in batch)), atol=1e-6)
+
+
+def test_batched_stays_equal_single_stays(model, batch):
+    sequences, static, mask = batch
+    single = [model(sequences[i:i + 1, :mask[i].sum()], static[i:i + 1]) for i in range(B)]
+    assert torch.allclose(torch.cat(single), model(*batch), atol=1e-5)
+
+
+def test_attention_rows_sum_to_one_over_events_and_are_zero_on_padding(model, batch):
+    _, attention = model(*batch, return_attention=True)
+    mask = batch[2]
+    for weights in attention["layer_attention_weights"]:
+        assert torch.allclose(weights.sum(-1), mask[:, None, :].expand(-1, 4, -1).float(), atol=1e-5)
+        assert not weights.transpose(2, 3)[~mask[:, None, :, None].expand_as(weights)].any()
+    pooling = attention["pooling_weights"]
+    assert torch.allclose(pooling.sum(-1), torch.ones(B, 4, 1), atol=1e-5)
+    assert not pooling[~mask[:, None, None, :].expand_as(pooling)].any()
+
+
+def test_attention_is_that_of_the_pass_that_made_the_probability(model, batch):
+    """From the returned weights and the values, the probability can be made again."""
+    probability, attention = model(*batch, return_attention=True)
+    pooling, events = model.attention_pooling, attention["transformer_output"]
+    values = pooling.value(events).unflatten(2, (4, -1)).transpose(1, 2)
+    pooled = pooling.output((attention["pooling_weights"] @ values).transpose(1, 2).flatten(2)).squeeze(1)
+    again = torch.sigmoid(model.classifier(torch.cat([pooled, batch[1]], dim=1)))
+    assert torch.allclose(again, probability, atol=1e-6) and torch.allclose(probability, model(*batch), atol=1e-6)
+
+
+def test_layer_weights_equal_what_the_fused_pass_used(model, batch):
+    sequences, static, mask = batch
+    layer, seen = model.transformer_encoder[0], {}
+    hooks = [layer.query_key_value.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
+             layer.attention_output.register_forward_hook(lambda m, i, o: seen.update(attended=i[0]))]
+    _, attention = model(*batch, return_attention=True)
+    for hook in hooks:
+        hook.remove()
+    value = train.unpack(seen["qkv"], mask).unflatten(2, (3, 4, -1))[:, :, 2].transpose(1, 2)
+    by_weights = (attention["layer_attention_weights"][0] @ value).transpose(1, 2).flatten(2)[mask]
+    assert torch.allclose(by_weights, seen["attended"], atol=1e-5)
+
+
+def test_model_without_events_is_finite(model, batch):
+    sequences, static, mask = batch
+    assert torch.isfinite(model(sequences, static, torch.zeros_like(mask))).all()
+
+
+def test_positions_are_made_for_any_length():
+    positions = train.sinusoidal_positions(torch.tensor([0, 100_000]), 4)
+    expected = [[0, 1, 0, 1], [math.sin(1e5), math.cos(1e5), math.sin(1e3), math.cos(1e3)]]
+    assert torch.allclose(positions, torch.tensor(expected), atol=2e-2)
+
+
+def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
+    sequence, static, label = dataset[3]
+    assert sequence.shape == (dataset.table.lengths[3], 774) and label.shape == (1,) and static.shape == (dataset.static.shape[1],)
+    assert (sequence[:-1, 773] >= sequence[1:, 773]).all()       # minutes to the final event fall
+    assert torch.equal(sequence[:, :5].sum(1), torch.ones(len(sequence)))
+    first = dataset.table.offsets[3]
+    assert torch.equal(sequence[0, 5:773], dataset.text_vectors[int(dataset.table.text[first])])
+
+
+def test_collate_pads_with_mask_true_at_real_events(dataset):
+    batch = train.collate_stays([dataset[0], dataset[1], dataset[2]])
+    assert batch["attention_mask"].sum(1).tolist() == dataset.lengths[:3].tolist()
+    assert not batch["sequences"][~batch["attention_mask"]].any()
+
+
+def test_batches_hold_every_stay_once_and_respect_the_event_budget():
+    lengths = np.random.default_rng(0).integers(1, 500, 300)
+    batches = train.plan_batches(lengths, batch_size=8, max_events=1000, seed=1)
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    assert all(len(b) <= 8 and (len(b) == 1 or lengths[b].max() * len(b) <= 1000) for b in batches)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, train.plan_batches(lengths, 8, 1000, seed=1)))
+    assert any(not np.array_equal(a, b) for a, b in zip(batches, train.plan_batches(lengths, 8, 1000, seed=2)))
+
+
+def test_batches_are_little_padding_on_long_tailed_lengths():
+    lengths = np.random.default_rng(0).lognormal(5.7, 1.1, 500).astype(int) + 1
+    batches = train.plan_batches(lengths, batch_size=16, max_events=16384, seed=0)
+    padded = sum(lengths[b].max() * len(b) for b in batches)
+    assert 1 - lengths.sum() / padded < 0.10
+
+
+def test_shares_of_processes_hold_every_stay_once_with_weight_one():
+    shares = [train.share_of_batch(np.array([4, 7, 9]), rank, 4) for rank in range(4)]
+    assert sorted(s for stays, weights in shares for s, w in zip(stays, weights) if w) == [4, 7, 9]
+    assert all(len(stays) for stays, _ in shares)
+
+
+def test_temporal_weights_of_two_events_by_hand():
+    weights = train.temporal_weights(torch.tensor([[24.0, 0.0, 99.0]]), torch.tensor([[True, True, False]]), tau_hours=24.0)
+    older = math.exp(-1) / (1 + math.exp(-1))
+    assert torch.allclose(weights, torch.tensor([[older, 1 - older, 0.0]]), atol=1e-6)
+
+
+def test_temporal_loss_of_two_events_by_hand():
+    loss = train.TemporalAwareLoss(d_model=1, tau_hours=24.0, weight=0.3)
+    with torch.no_grad():
+        loss.event_head.weight.fill_(1.0)
+        loss.event_head.bias.zero_()
+    events, hours, mask = torch.tensor([[[2.0], [-1.0]]]), torch.tensor([[24.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    value = loss(torch.tensor([[0.5]]), events, torch.tensor([[1.0]]), hours, mask)
+    bce = lambda logit: math.log1p(math.exp(-logit))
+    older = math.exp(-1) / (1 + math.exp(-1))
+    assert value.item() == pytest.approx(0.7 * bce(0.5) + 0.3 * (older * bce(2.0) + (1 - older) * bce(-1.0)), abs=1e-6)
+
+
+def test_temporal_weight_zero_is_plain_bce():
+    loss = train.TemporalAwareLoss(d_model=1, weight=0.0)
+    value = loss(torch.tensor([[0.0]]), torch.zeros(1, 2, 1), torch.tensor([[1.0]]), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    assert value.item() == pytest.approx(math.log(2)) and not list(loss.parameters())
+
+
+def test_input_statistics_are_mean_and_spread_of_training_events(dataset):
+    mean, scale = train.input_statistics(dataset)
+    events = torch.cat([dataset[i][0] for i in range(len(dataset))])
+    assert torch.allclose(mean, events.mean(0), atol=1e-4) and torch.allclose(scale, events.std(0, correction=0), atol=1e-4)

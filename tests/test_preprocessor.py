@@ -1,0 +1,93 @@
+"""The preprocessor: fitted on training stays alone, plain-data state, unknown categories and missing values."""
+import json
+import math
+
+import numpy as np
+import pytest
+import train
+from make_sample import make_sample
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sample.csv"
+    make_sample(40, seed=3).table.to_csv(path, index=False)
+    return train.read_stays(path)[0]
+
+
+def fitted(table, **options):
+    return train.ClinicalDataPreprocessor(**options).fit(table)
+
+
+def test_event_type_has_five_columns_and_unknown_is_all_zeros(table):
+    encoded = fitted(table).encode_event_type([*train.EVENT_TYPES, "transfusion"])
+    assert np.array_equal(encoded, np.vstack([np.eye(5), np.zeros(5)]))
+
+
+def test_relative_time_has_mean_zero_and_scale_one_on_training_events(table):
+    encoded = fitted(table).encode_relative_time(table.minutes_to_end)
+    assert encoded.shape == (len(table.text), 1)
+    assert encoded.mean() == pytest.approx(0, abs=1e-4) and encoded.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_decode_hours_inverts_relative_time(table):
+    import torch
+
+    preprocessor = fitted(table)
+    encoded = torch.from_numpy(preprocessor.encode_relative_time(np.array([0.0, 60.0, 6000.0])))
+    assert torch.allclose(preprocessor.decode_hours(encoded).squeeze(1), torch.tensor([0.0, 1.0, 100.0]), atol=1e-4)
+
+
+def test_static_features_of_unknown_category_are_all_zeros(table):
+    preprocessor = fitted(table, static_features=["insurance"])
+    stays = table.stays.head(1).assign(insurance="never seen")
+    assert not preprocessor.encode_static_features(stays).any()
+
+
+def test_static_features_missing_category_is_unknown_and_missing_number_is_training_mean(table):
+    preprocessor = fitted(table, static_features=["insurance", "patient_age"])
+    encoded = preprocessor.encode_static_features(table.stays.head(1).assign(insurance=None, patient_age=math.nan))[0]
+    on = [name for name, value in zip(preprocessor.static_names, encoded) if value]
+    assert on == [("insurance", "Unknown")] and encoded[-1] == 0
+
+
+def test_static_numbers_have_mean_zero_and_scale_one(table):
+    encoded = fitted(table, static_features=["patient_age"]).encode_static_features(table.stays)
+    assert encoded.mean() == pytest.approx(0, abs=1e-5) and encoded.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_fit_is_not_moved_by_other_stays(table):
+    first, rest = np.arange(20), np.arange(20, len(table.stays))
+    before = fitted(table.take(first)).state_dict()
+    changed = table.stays.copy()
+    changed.loc[rest, "patient_age"] = 1000.0
+    import dataclasses
+    after = fitted(dataclasses.replace(table, stays=changed).take(first)).state_dict()
+    assert before == after
+
+
+def test_state_is_plain_data_and_round_trips(table):
+    preprocessor = fitted(table, value_channel=True)
+    state = json.loads(json.dumps(preprocessor.state_dict()))
+    copy = train.ClinicalDataPreprocessor().load_state_dict(state)
+    assert np.array_equal(copy.encode_static_features(table.stays), preprocessor.encode_static_features(table.stays))
+    assert np.array_equal(copy.encode_values(table.texts), preprocessor.encode_values(table.texts))
+
+
+@pytest.mark.parametrize("text, item, value", [
+    ("Lab: Lactate (Blood, Blood Gas) | Value: 2.4 mmol/L | Reference: 0.5-2 | Level: slightly above range",
+     "Lab: Lactate (Blood, Blood Gas) mmol/L", 2.4),
+    ("Lab: pH (Urine, Hematology) | Value: NEG", "Lab: pH (Urine, Hematology)", math.nan),
+    ("Prescription: Heparin | Strength: 5000 Units / mL Vial | Dose: 5000 UNIT | Route: SC", "Prescription: Heparin UNIT", 5000),
+    ("Prescription: Heparin | Dose: 5-10 mg", "Prescription: Heparin", math.nan),
+    ("Ingredient: Dextrose 5% | Amount: 50 ml | Rate: 25 mL/hour | Status: FinishedRunning", "Ingredient: Dextrose #% mL/hour", 25),
+    ("", "", math.nan)])
+def test_parse_value_item_and_number(text, item, value):
+    found = train.parse_value(text)
+    assert found[0] == item and (found[1] == value or math.isnan(found[1]) and math.isnan(value))
+
+
+def test_values_are_quantiles_of_their_item_clipped_and_new_items_are_zero():
+    quantiles = {"Lab: X (Blood, C) mg/dL": [0.0, 1.0, 2.0, 3.0]}
+    texts = [f"Lab: X (Blood, C) | Value: {v} mg/dL" for v in (-5, 1.5, 99)] + ["Lab: Y (Blood, C) | Value: 1 mg/dL", "none"]
+    assert train.encode_values(texts, quantiles).tolist() == [[-1, 1], [0, 1], [1, 1], [0, 0], [0, 0]]

@@ -1,0 +1,268 @@
+"""query.sql through sqlglot and DuckDB on a made-up MIMIC-IV folder: no row here comes from a patient."""
+import gzip
+from datetime import datetime
+
+import pyarrow.parquet
+import pytest
+
+import train
+
+IN, OUT = "2150-01-01 10:00:00", "2150-01-03 10:00:00"
+LAB = ("subject_id,hadm_id,itemid,charttime,storetime,value,valuenum,valueuom,ref_range_lower,ref_range_upper,"
+       "flag,priority,comments")
+
+# Patient 1: admission 11 with the ICU stays 101 and 102. Patient 2: admission 21, stay 201, dies before ICU discharge.
+# Patient 3: admission 31, stay 301, without any event.
+TABLES = {
+    "hosp/patients": """subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod
+1,F,70,2148,2011 - 2013,2150-06-01
+2,M,50,2150,2011 - 2013,2150-01-02
+3,M,91,2150,2011 - 2013,""",
+    "hosp/admissions": """hadm_id,deathtime,admission_type,admission_location,discharge_location,insurance,\
+marital_status,race,hospital_expire_flag
+11,,URGENT,EMERGENCY ROOM,HOME,Medicare,,WHITE,0
+21,2150-01-02 09:30:00,EW EMER.,EMERGENCY ROOM,DIED,Other,SINGLE,ASIAN,1
+31,,URGENT,EMERGENCY ROOM,HOME,Other,SINGLE,WHITE,0""",
+    "icu/icustays": f"""subject_id,hadm_id,stay_id,first_careunit,last_careunit,intime,outtime,los
+3,31,301,MICU,MICU,{IN},{OUT},2
+1,11,102,SICU,SICU,2150-01-10 10:00:00,2150-01-11 10:00:00,1
+1,11,101,MICU,SICU,{IN},{OUT},2
+2,21,201,MICU,MICU,{IN},{OUT},2""",
+    "hosp/d_labitems": """itemid,label,fluid,category
+1,Creatinine,Blood,Chemistry
+2,pH,Blood,Blood Gas
+3,Glucose,Urine,Hematology
+4,,Blood,Chemistry""",
+    "icu/d_items": """itemid,label,abbreviation,category
+10,Dextrose  5%,D5,Ingredients
+11,Invasive Ventilation,Vent,2-Ventilation
+12,Chest X-Ray,CXR,5-Imaging""",
+    "hosp/labevents": f"""{LAB}
+1,11,1,2150-01-01 09:59:59,2150-01-01 11:00:00,9.1,9.1,mg/dL,0.5,1.2,,STAT,
+1,11,1,2150-01-01 10:00:00,2150-01-01 11:00:00,2.40,2.4,mg/dL,0.5,1.2,abnormal,STAT,___
+1,11,1,2150-01-03 10:00:00,,0.9,0.9,mg/dL,0.5,1.2,,ROUTINE,"CALLED  TO ___
+AT 10:30 PM, titer 1:40"
+1,11,1,2150-01-03 10:00:01,2150-01-03 11:00:00,9.2,9.2,mg/dL,0.5,1.2,,STAT,
+1,11,2,2150-01-10 10:00:00,2150-01-10 11:00:00,7.3200001,7.3200001,units,7.35,7.45,,,
+1,11,3,2150-01-10 11:00:00,2150-01-10 12:00:00,___,,N/A,0,0,,,NEG.
+1,11,3,2150-01-10 12:00:00,2150-01-10 12:00:00,>300,,mg/dL,,,,,
+1,11,4,2150-01-10 13:00:00,2150-01-10 13:00:00,1234.56,1234.56, ,,,,,
+1,,1,2150-01-10 14:00:00,2150-01-10 14:00:00,7,7,mg/dL,0.5,1.2,,,
+2,21,1,2150-01-02 09:30:00,2150-01-02 09:40:00,3,3,mg/dL,0.5,1.2,,STAT,
+2,21,1,2150-01-02 09:31:00,2150-01-02 09:40:00,4,4,mg/dL,0.5,1.2,,STAT,""",
+    "hosp/microbiologyevents": """hadm_id,chartdate,charttime,storedate,storetime,spec_type_desc,test_name,org_name,\
+ab_name,interpretation,comments
+21,2150-01-02 00:00:00,,2150-01-04 00:00:00,,BLOOD CULTURE,"Blood Culture, Routine",ESCHERICHIA COLI,CEFEPIME,R,unused
+21,2150-01-01 00:00:00,2150-01-01 12:00:00,,,URINE,URINE CULTURE,,,,NO  GROWTH.""",
+    "hosp/prescriptions": f"""hadm_id,starttime,stoptime,drug,prod_strength,dose_val_rx,\
+dose_unit_rx,form_unit_disp,route
+21,{IN},2150-01-02 09:30:00,Norepinephrine,8mg/250mL,0.1,mcg/kg/min,BAG,IV
+21,{IN},,Heparin,,"25,000",UNIT,,""",
+    "icu/procedureevents": f"""stay_id,starttime,endtime,itemid,value,valueuom,location,statusdescription
+201,{IN},2150-01-01 22:00:00,11,0.5,day,,FinishedRunning
+201,{IN},2150-01-01 10:01:00,12,1,None,,FinishedRunning""",
+    "icu/ingredientevents": f"""stay_id,starttime,endtime,itemid,amount,amountuom,rate,rateuom,statusdescription
+201,{IN},2150-01-01 11:00:00,10,49.999998807907104,ml,50,mL/hour,FinishedRunning
+201,{IN},2150-01-01 11:30:00,99,0,ml,,,Stopped""",
+}
+
+
+def write_folder(folder, **changed):
+    """The tables above as a MIMIC-IV folder, every second one gzipped; `changed` maps a table's name to other text."""
+    for number, (table, text) in enumerate(TABLES.items()):
+        text = changed.get(table.split("/")[1], text)
+        (folder / table).parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            path = folder / (f"{table}.csv" if number % 2 else f"{table}.csv.gz")
+            path.write_bytes(text.encode() if number % 2 else gzip.compress(text.encode()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stays(tmp_path_factory):
+    """{stay id: row as a dict} of the query's result."""
+    folder = write_folder(tmp_path_factory.mktemp("it's a mimic"))
+    result = train.run_mimic_query(folder, tmp_path_factory.mktemp("cache"))
+    rows = pyarrow.parquet.read_table(result).to_pylist()
+    assert [row["icu_stay_id"] for row in rows] == [101, 102, 201, 301]
+    return {row["icu_stay_id"]: row for row in rows}
+
+
+def texts(stay, event_type):
+    return [event["event_text"] for event in stay["events"] if event["event_type"] == event_type]
+
+
+def test_stay_columns_have_the_names_and_order_of_the_contract(stays):
+    assert list(stays[101]) == [
+        "patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime", "patient_death_time",
+        "patient_expired_in_hospital", "patient_gender", "patient_age", "patient_race", "marital_status",
+        "admission_type", "admission_location", "insurance", "first_icu_careunit", "last_icu_careunit",
+        "icu_length_of_stay_in_days", "discharge_location", "events"]
+
+
+def test_label_is_hospital_death_and_later_death_is_not(stays):
+    assert {stay: row["patient_expired_in_hospital"] for stay, row in stays.items()} == {101: 0, 102: 0, 201: 1, 301: 0}
+    assert stays[101]["patient_death_time"] is None and stays[201]["patient_death_time"] == datetime(2150, 1, 2, 9, 30)
+
+
+def test_age_counts_on_from_the_anchor_year(stays):
+    assert (stays[101]["patient_age"], stays[201]["patient_age"]) == (72, 50)
+
+
+def test_events_lie_from_admission_to_discharge_both_included(stays):
+    times = [event["event_time"] for event in stays[101]["events"]]
+    assert times == [datetime(2150, 1, 1, 10), datetime(2150, 1, 3, 10)]
+
+
+def test_events_after_death_are_left_out_though_icu_discharge_is_later(stays):
+    assert max(event["event_time"] for event in stays[201]["events"]) == datetime(2150, 1, 2, 9, 30)
+
+
+def test_two_stays_of_one_admission_share_no_event(stays):
+    assert len(stays[101]["events"]) == 2 and len(stays[102]["events"]) == 4
+
+
+def test_stay_without_events_is_kept(stays):
+    assert not stays[301]["events"]
+
+
+def test_minutes_to_final_event_end_at_death_or_discharge(stays):
+    assert [e["relative_time_to_final_event"] for e in stays[101]["events"]] == [48 * 60, 0]
+    assert stays[201]["events"][0]["relative_time_to_final_event"] == 23.5 * 60
+
+
+def test_events_are_ordered_by_time_type_and_text(stays):
+    keys = [(e["event_time"], e["event_type"], e["event_text"]) for e in stays[201]["events"]]
+    assert keys == sorted(keys) and len(keys) == 9
+
+
+def test_lab_text_has_value_range_level_flag_and_priority(stays):
+    assert texts(stays[101], "labevent")[0] == (
+        "Lab: Creatinine (Blood, Chemistry) | Value: 2.4 mg/dL | Reference: 0.5-1.2 | Level: above range | "
+        "Flag: abnormal | Priority: STAT")
+
+
+def test_lab_comment_loses_clock_time_and_line_break_but_not_titer(stays):
+    assert texts(stays[101], "labevent")[1].endswith("| Priority: ROUTINE | Comment: CALLED TO ___ AT ___, titer 1:40")
+
+
+def test_lab_parts_that_are_missing_are_left_out(stays):
+    assert texts(stays[102], "labevent") == [
+        "Lab: pH (Blood, Blood Gas) | Value: 7.32 units | Reference: 7.35-7.45 | Level: slightly below range",
+        "Lab: Glucose (Urine, Hematology) | Reference: 0-0 | Comment: NEG.",
+        "Lab: Glucose (Urine, Hematology) | Value: >300 mg/dL",
+        "Lab: item 4 (Blood, Chemistry) | Value: 1235"]
+
+
+def test_other_texts_follow_the_wording(stays):
+    assert texts(stays[201], "prescription") == [
+        "Prescription: Heparin | Dose: 25,000 UNIT",
+        "Prescription: Norepinephrine | Strength: 8mg/250mL | Form: BAG | Dose: 0.1 mcg/kg/min | Route: IV"]
+    assert texts(stays[201], "procedure_event") == [
+        "Procedure: Chest X-Ray (5-Imaging) | Status: FinishedRunning",
+        "Procedure: Invasive Ventilation (2-Ventilation) | Status: FinishedRunning | for 720 min"]
+    assert texts(stays[201], "ingredient") == [
+        "Ingredient: Dextrose 5% | Amount: 50 ml | Rate: 50 mL/hour | Status: FinishedRunning",
+        "Ingredient: item 99 | Amount: 0 ml | Status: Stopped"]
+    assert texts(stays[201], "microbiology") == [
+        "Microbiology: URINE | Test: URINE CULTURE | Comment: NO GROWTH.",
+        "Microbiology: BLOOD CULTURE | Test: Blood Culture, Routine | Organism: ESCHERICHIA COLI | "
+        "Antibiotic: CEFEPIME | Interpretation: resistant"]
+
+
+def test_known_time_follows_store_and_end_times_and_is_null_where_unknown(stays):
+    assert [e["event_known_time"] for e in stays[101]["events"]] == [datetime(2150, 1, 1, 11), None]
+    known = {e["event_text"].split(" | ")[0]: e["event_known_time"] for e in stays[201]["events"]}
+    assert known["Ingredient: Dextrose 5%"] == datetime(2150, 1, 1, 11)
+    assert known["Procedure: Invasive Ventilation (2-Ventilation)"] == datetime(2150, 1, 1, 22)
+    assert known["Prescription: Norepinephrine"] == datetime(2150, 1, 1, 10)
+    assert known["Microbiology: URINE"] is None
+
+
+def test_culture_without_times_is_dated_by_day_and_known_at_the_end_of_its_store_date(stays):
+    culture = next(e for e in stays[201]["events"] if "BLOOD CULTURE" in e["event_text"])
+    assert culture["event_time"] == datetime(2150, 1, 2)
+    assert culture["event_known_time"] == datetime(2150, 1, 4, 23, 59, 59)
+
+
+LEVELS = [
+    (2.4, 0.5, 1.2, "above range"), (2.5, 0.5, 1.2, "far above range"), (1.3, 0.5, 1.2, "slightly above range"),
+    (1.2, 0.5, 1.2, "within range"), (0.5, 0.5, 1.2, "within range"), (7.0, 7.35, 7.45, "far below range"),
+    (7.29, 7.35, 7.45, "below range"), (150, 133, 145, "slightly above range"), (160, 133, 145, "above range"),
+    (170, 133, 145, "far above range"), (40, 150, 400, "far below range"), (140, 150, 400, "slightly below range"),
+    (-5, -2, 2, "below range"), (30, 0, 0, "above range"), (9, "", 4, "far above range"), (3, 4, "", "below range"),
+    (5, 4, "", "within range")]
+
+
+def test_level_says_how_far_a_value_lies_from_its_range(tmp_path):
+    rows = [f"1,11,1,2150-01-01 11:{minute:02}:00,,,{value},u,{low},{high},,,"
+            for minute, (value, low, high, _) in enumerate(LEVELS)]
+    folder = write_folder(tmp_path / "mimic", labevents="\n".join([LAB, *rows]))
+    stay = pyarrow.parquet.read_table(train.run_mimic_query(folder, tmp_path)).to_pylist()[0]
+    assert [text.split(" | Level: ")[1] for text in texts(stay, "labevent")] == [level for *_, level in LEVELS]
+
+
+ROUNDINGS = [
+    ("49.999998807907104", "", "", "50"), ("0.0312456", "", "", "0.0312"), ("15432.4", "", "", "15432"),
+    ("0", "", "", "0"), ("34.6", "40", "51", "35"), ("1.234", "0.5", "1.2", "1.23"),
+    ("1.025", "1.001", "1.035", "1.025"), ("0.021", "0.27", "4.2", "0.021"), ("-4.04", "-2", "2", "-4")]
+
+
+def test_numbers_are_rounded_to_what_a_clinician_would_write(tmp_path):
+    rows = [f"1,11,1,2150-01-01 11:{minute:02}:00,,,{value},,{low},{high},,,"
+            for minute, (value, low, high, _) in enumerate(ROUNDINGS)]
+    folder = write_folder(tmp_path / "mimic", labevents="\n".join([LAB, *rows]))
+    stay = pyarrow.parquet.read_table(train.run_mimic_query(folder, tmp_path)).to_pylist()[0]
+    values = [text.split(" | ")[1] for text in texts(stay, "labevent")]
+    assert values == [f"Value: {written}" for *_, written in ROUNDINGS]
+
+
+def test_result_is_reused_until_a_file_changes(tmp_path):
+    folder = write_folder(tmp_path / "mimic")
+    first = train.run_mimic_query(folder, tmp_path)
+    made = first.stat().st_mtime_ns
+    assert train.run_mimic_query(folder, tmp_path) == first and first.stat().st_mtime_ns == made
+    write_folder(folder, prescriptions=TABLES["hosp/prescriptions"].replace("Heparin", "Insulin"))
+    assert train.run_mimic_query(folder, tmp_path) != first
+    assert all(path.suffix == ".parquet" for path in (tmp_path / "query_results").iterdir())  # nothing half-written
+
+
+def test_slices_of_stays_give_the_same_result(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "mimic")
+    whole = train.run_mimic_query(folder, tmp_path / "whole")
+    monkeypatch.setattr(train, "ROWS_PER_SLICE", 6)
+    sliced = train.run_mimic_query(folder, tmp_path / "sliced")
+    assert pyarrow.parquet.read_table(whole).equals(pyarrow.parquet.read_table(sliced))
+
+
+def test_folder_without_tables_names_them(tmp_path):
+    with pytest.raises(train.InputError, match=r"hosp/labevents\.csv.*not found"):
+        train.run_mimic_query(write_folder(tmp_path, labevents=None), tmp_path)
+
+
+def test_missing_column_is_named(tmp_path):
+    folder = write_folder(tmp_path, d_labitems="itemid,label,category\n1,Creatinine,Chemistry")
+    with pytest.raises(train.InputError, match="d_labitems.*no column fluid"):
+        train.run_mimic_query(folder, tmp_path)
+
+
+def test_truncated_gzip_is_an_input_error(tmp_path):
+    path = next(path for path in write_folder(tmp_path).rglob("*.csv.gz"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(train.InputError, match="cannot be read"):
+        train.run_mimic_query(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("broken", [TABLES["hosp/labevents"].replace("2.40,2.4,", "2.40,two,"),
+                                    TABLES["hosp/labevents"].replace("2.40,2.4,", "2.40,")])
+def test_malformed_rows_are_an_input_error_without_their_content(tmp_path, broken):
+    with pytest.raises(train.InputError, match="labevents") as caught:
+        train.run_mimic_query(write_folder(tmp_path, labevents=broken), tmp_path)
+    assert "two" not in str(caught.value) and "2150" not in str(caught.value)
+    assert caught.value.__cause__ is None and not list((tmp_path / "query_results").iterdir())
+
+
+def test_query_has_no_table_but_those_that_are_read():
+    tree = train.sqlglot.parse_one(train.QUERY_FILE.read_text(encoding="utf-8"), read="bigquery")
+    used = [table for table in tree.find_all(train.sqlglot.exp.Table) if table.db]
+    assert {f"{table.db.rsplit('_', 1)[1]}/{table.name}" for table in used} == set(train.MIMIC_TABLES)

@@ -1,0 +1,194 @@
+"""The whole program as users run it: train, resume, evaluate, other encoders, two processes."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import train
+from make_sample import make_sample
+
+SMALL = ["--d-model", "32", "--n-layers", "1", "--n-heads", "2", "--d-feedforward", "32", "--n-bootstrap", "50", "--patience", "99"]
+
+
+def arguments(folder, data, *more, encoder="hashing"):
+    return [*SMALL, "--data", str(data), "--text-encoder", str(encoder), "--cache-dir", str(folder / "cache"),
+            "--output-dir", str(folder / "out"), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sample.csv"
+    make_sample(90, seed=1).table.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A finished run of three epochs: its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert train.main(arguments(folder, data, "--max-epochs", 3)) == 0
+    return folder
+
+
+def weights(folder, name="best_model.pth"):
+    return torch.load(folder / "out" / "checkpoints" / name, weights_only=True)["model"]
+
+
+def test_training_writes_every_output(trained):
+    names = {str(path.relative_to(trained / "out")) for path in (trained / "out").rglob("*") if path.is_file()}
+    plots = {f"plots/{name}.png" for name in ("training_curves", "roc_and_precision_recall", "calibration", "decision_curve")}
+    expected = {"metrics.json", "predictions.csv", "leakage_audit.csv", "subgroups.csv", "checkpoints/best_model.pth",
+                "checkpoints/latest_checkpoint.pth", "attention_weights/attention_epoch_1_batch_0.npz"} | plots
+    assert expected <= names
+
+
+def test_metrics_name_the_encoder_and_carry_intervals(trained):
+    content = json.loads((trained / "out" / "metrics.json").read_text())
+    auroc = content["metrics"]["test"]["auroc"]
+    assert content["text_encoder"] == "hashing" and auroc["low"] <= auroc["value"] <= auroc["high"]
+
+
+def test_predictions_hold_each_test_stay_once(trained):
+    predictions = pd.read_csv(trained / "out" / "predictions.csv")
+    assert list(predictions.columns) == ["icu_stay_id", "patient_id", "patient_expired_in_hospital", "probability"]
+    assert predictions.icu_stay_id.is_unique and predictions.probability.between(0, 1).all()
+
+
+def test_saved_attention_is_bounded_and_sums_to_one(trained):
+    with np.load(trained / "out" / "attention_weights" / "attention_epoch_1_batch_0.npz", allow_pickle=False) as saved:
+        assert saved["pooling_weights"].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
+        assert max(saved["layer_attention"].shape[2:]) <= train.MAX_MAP_BINS
+
+
+def test_no_patient_is_in_two_splits(trained):
+    patients = torch.load(trained / "out" / "checkpoints" / "best_model.pth", weights_only=True)["patients"]
+    together = sum(patients.values(), [])
+    assert len(together) == len(set(together)) and set(patients) == {"train", "validation", "test"}
+
+
+def test_evaluate_gives_the_same_probabilities_as_the_training_run(trained, data):
+    checkpoint = trained / "out" / "checkpoints" / "best_model.pth"
+    assert train.main(arguments(trained, data, "--evaluate", checkpoint)) == 0
+    scored = pd.read_csv(trained / "out" / "evaluation" / "predictions.csv").set_index("icu_stay_id").probability
+    before = pd.read_csv(trained / "out" / "predictions.csv").set_index("icu_stay_id").probability
+    assert np.allclose(scored[before.index], before, atol=2e-6)
+
+
+def test_evaluate_without_labels_writes_predictions(trained, data, tmp_path):
+    unlabelled = tmp_path / "new.csv"
+    pd.read_csv(data, dtype=str).drop(columns="patient_expired_in_hospital").to_csv(unlabelled, index=False)
+    checkpoint = trained / "out" / "checkpoints" / "best_model.pth"
+    assert train.main([*arguments(tmp_path, unlabelled, "--evaluate", checkpoint)]) == 0
+    scored = pd.read_csv(tmp_path / "out" / "evaluation" / "predictions.csv")
+    assert scored.patient_expired_in_hospital.isna().all() and scored.probability.notna().all()
+
+
+def test_evaluate_trajectory_scores_stays_while_they_last(trained, data, tmp_path):
+    checkpoint = trained / "out" / "checkpoints" / "best_model.pth"
+    assert train.main(arguments(tmp_path, data, "--evaluate", checkpoint, "--trajectory", "6,24")) == 0
+    rows = pd.read_csv(tmp_path / "out" / "evaluation" / "risk_trajectories.csv")
+    hours = train.stay_hours(train.read_stays(data)[0])
+    assert set(rows.hours_after_admission) == {6, 24} and (rows.hours_after_admission == 24).sum() == (hours > 24).sum()
+
+
+def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(trained, data, tmp_path):
+    assert train.main(arguments(tmp_path, data, "--max-epochs", 1)) == 0
+    assert train.main(arguments(tmp_path, data, "--max-epochs", 3, "--resume")) == 0
+    straight, resumed = weights(trained, "latest_checkpoint.pth"), weights(tmp_path, "latest_checkpoint.pth")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_prospective_run_uses_no_column_known_only_later(data, tmp_path):
+    assert train.main(arguments(tmp_path, data, "--max-epochs", 1, "--observation-hours", 24)) == 0
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert not set(content["settings"]["static_features"]) & set(train.KNOWN_ONLY_LATER)
+    assert [step["stays"] for step in content["cohort"]] == sorted((step["stays"] for step in content["cohort"]), reverse=True)
+
+
+def test_audit_alone_names_discharge_location(data, tmp_path):
+    assert train.main(arguments(tmp_path, data, "--audit")) == 0
+    audit = pd.read_csv(tmp_path / "out" / "leakage_audit.csv").set_index("name")
+    assert audit.flagged["discharge_location"] and not audit.flagged["patient_age"]
+
+
+def test_cross_validation_holds_out_every_stay_once(data, tmp_path):
+    assert train.main(arguments(tmp_path, data, "--max-epochs", 1, "--cross-validate", 3)) == 0
+    predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert predictions.icu_stay_id.is_unique and len(predictions) == 90
+    assert (predictions.groupby("patient_id").fold.nunique() == 1).all()
+
+
+def test_value_channel_and_temperature_scaling_train_and_evaluate(data, tmp_path):
+    run = arguments(tmp_path, data, "--max-epochs", 1, "--value-channel", "--temperature-scaling")
+    assert train.main(run) == 0
+    checkpoint = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
+    assert checkpoint.model.architecture["input_dim"] == 776
+    assert train.main(arguments(tmp_path, data, "--evaluate", tmp_path / "out" / "checkpoints" / "best_model.pth")) == 0
+
+
+def test_whole_program_on_a_tiny_longformer_with_another_hidden_size(tiny_longformer, data, tmp_path):
+    assert train.main(arguments(tmp_path, data, "--max-epochs", 1, encoder=tiny_longformer)) == 0
+    checkpoint = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
+    assert checkpoint.model.architecture["input_dim"] == 5 + 32 + 1
+    run = arguments(tmp_path, data, "--evaluate", tmp_path / "out" / "checkpoints" / "best_model.pth", encoder=tiny_longformer)
+    assert train.main(run) == 0
+
+
+def test_shuffled_labels_score_near_one_half(tmp_path):
+    """With labels that mean nothing, held-out patients cannot be told apart."""
+    table = make_sample(400, seed=2).table
+    patients = table.patient_id.unique()
+    drawn = pd.Series(np.random.default_rng(0).permutation(np.arange(len(patients)) % 4 == 0).astype(int), index=patients)
+    table["patient_expired_in_hospital"] = table.patient_id.map(drawn)
+    table.to_csv(tmp_path / "shuffled.csv", index=False)
+    assert train.main(arguments(tmp_path, tmp_path / "shuffled.csv", "--max-epochs", 3, "--batch-size", 32)) == 0
+    auroc = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["test"]["auroc"]
+    assert auroc["low"] < 0.5 < auroc["high"]
+
+
+def test_import_does_no_work(tmp_path):
+    """Importing makes no file, prints nothing, reads no arguments and leaves matplotlib and warnings alone."""
+    code = ("import sys, warnings; sys.argv = ['x', '--nonsense']; before = list(warnings.filters); import train; import sys;"
+            "assert 'captum' not in sys.modules and 'matplotlib.pyplot' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+    assert done.returncode == 0 and not done.stdout and not done.stderr and not list(tmp_path.iterdir()), done.stderr
+
+
+GRADIENT_SCRIPT = """
+import sys, torch, numpy as np
+from pathlib import Path
+import train
+from accelerate import Accelerator
+settings = train.check_settings(train.Settings(data=sys.argv[1], cache_dir=sys.argv[2], text_encoder='hashing', d_model=32, n_layers=1, n_heads=2,
+    d_feedforward=32, dropout=0.0, event_dropout=0.0, gradient_clip=1e9, max_events_per_batch=65536, batch_size=12, save_attention_every=0))
+accelerator = Accelerator(cpu=True)
+table, _ = train.read_stays(settings.data, settings.cache_dir)
+encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
+trainer = train.Trainer(table, train.split_by_patient(table, 0), vectors, encoder, settings, Path(sys.argv[3]), accelerator)
+loss = trainer.train_epoch(1)
+gradients = [p.grad for p in accelerator.unwrap_model(trainer.objective).parameters()]
+logits = trainer.predict(trainer.test_set)
+if accelerator.is_main_process:
+    torch.save({'gradients': gradients, 'loss': loss, 'logits': torch.from_numpy(logits.copy())}, sys.argv[4])
+"""
+
+
+def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
+    """Same losses, gradients of the last step and held-out logits, each stay once: one process or two."""
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENT_SCRIPT)
+    results = []
+    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]):
+        out = tmp_path / f"{len(results)}.pt"
+        command = [*launcher, str(script), str(data), str(tmp_path / "cache"), str(tmp_path), str(out)]
+        subprocess.run(command, check=True, capture_output=True, env={**__import__("os").environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"})
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one["gradients"], two["gradients"]))
+    assert torch.allclose(one["logits"], two["logits"], atol=1e-4)

@@ -1,0 +1,2685 @@
+"""Predict in-hospital mortality from the event texts of an ICU stay, with a frozen text encoder and a small transformer.
+
+    python train.py                                             # the bundled synthetic sample, a few minutes on a CPU
+    python train.py --data PATH/TO/mimic-iv                     # MIMIC-IV or its open demo: a folder with hosp/ and icu/
+    python train.py --data "exported/*.parquet"                 # what query.sql returned in BigQuery
+    python train.py --data mimic-iv --observation-hours 24      # predict 24 h after ICU admission, from what was known then
+    python train.py --evaluate trained_models/clinical_LF/checkpoints/best_model.pth --data NEW.csv
+    accelerate launch --num_processes 8 train.py --data PATH/TO/mimic-iv
+
+Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer turns
+each distinct text into a vector once; a transformer reads the stay's events and pools them by attention.
+
+Axes: B stays in a batch, L events of a stay, N events of a whole batch without padding, E text dimension, D model dimension,
+S static dimension, H heads. Times carry their unit in the name. Masks are True at real events.
+
+Research software: not a medical device, not for clinical use.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import textwrap
+import time
+import uuid
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+
+import duckdb
+import numpy as np
+import pandas as pd
+import sqlglot
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+from scipy.stats import binomtest
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
+from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
+from sklearn.tree import DecisionTreeRegressor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+logger = logging.getLogger("clinical_LF")
+
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "sample_train.csv"
+EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
+CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
+CHECKPOINT_FORMAT = 1
+
+
+class InputError(ValueError):
+    """Something that the person who runs the program can mend: says what is wrong, where, and how to mend it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A settings field with its one-sentence help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number a person may want to change. The checkpoint carries it."""
+
+    data: str = option("sample_train.csv", "MIMIC-IV folder, nested Parquet (or a glob), or a flat CSV/Parquet file.")
+    output_dir: str = option("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
+    cache_dir: str = option("clinical_LF_precomp_emb", "Folder for the embedding cache and the query's result.")
+    hf_cache: str = option("hf_cache", "Folder for downloaded encoder weights.")
+
+    text_encoder: str = option(CLINICAL_LONGFORMER, "Hugging Face id or local path of an encoder, or 'hashing'.")
+    text_encoder_revision: str = option("main", "Branch, tag or commit of the encoder on the hub.")
+    max_text_tokens: int = option(512, "Texts are cut after this many tokens.")
+    text_encoder_dtype: str = option("auto", "Precision of the frozen encoder: auto, float32 or bfloat16.")
+    value_channel: bool = option(False, "Two more inputs per event: its number as a quantile, and whether it has one.")
+    static_features: list[str] = option([], "Static columns to use; default: all that are known at the prediction.")
+
+    observation_hours: float = option(0.0, "Predict this many hours after ICU admission; 0 reads the whole stay.")
+    gap_hours: float = option(0.0, "Leave out stays that end within this many hours after the prediction.")
+    first_stay_only: bool = option(False, "Keep only the first ICU stay of each patient.")
+
+    d_model: int = option(256, "Width of the transformer.")
+    n_layers: int = option(4, "Transformer layers.")
+    n_heads: int = option(8, "Attention heads of each layer.")
+    d_feedforward: int = option(512, "Width of the feed-forward part of each layer.")
+    n_pooling_heads: int = option(4, "Attention heads that pool the events.")
+    dropout: float = option(0.1, "Dropout everywhere but inside attention (fused kernels take none there).")
+
+    event_dropout: float = option(0.2, "Share of a stay's events hidden at random in each training step.")
+    weight_averaging: float = option(0.98, "Decay per step of the running mean of the weights that is validated and kept.")
+
+    temporal_weight: float = option(0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.")
+    tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.")
+    learning_rate: float = option(5e-4, "Peak learning rate of AdamW.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    warmup_steps: int = option(50, "Steps over which the learning rate rises to its peak.")
+    gradient_clip: float = option(1.0, "Largest norm of the gradient.")
+    max_epochs: int = option(50, "Epochs at most.")
+    patience: int = option(8, "Stop after this many epochs without a better validation loss.")
+    batch_size: int = option(16, "Stays per step at most, over all processes.")
+    max_events_per_batch: int = option(16384, "Padded events per batch at most (a longer stay is a batch of its own).")
+    mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on CUDA devices that have it, else no.")
+    seed: int = option(0, "Seed of the split, the weights, the order of batches and the bootstrap.")
+    n_bootstrap: int = option(1000, "Bootstrap samples of patients behind every 95 % interval.")
+    save_attention_every: int = option(50, "Save the attention of every so many batches; 0 saves none.")
+
+    resume: bool = option(False, "Go on from latest_checkpoint.pth in the output folder.")
+    evaluate: str = option("", "Checkpoint with which to score --data, without training.")
+    trajectory: str = option("", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.")
+    temperature_scaling: bool = option(False, "Calibrate by one temperature fitted on the validation split.")
+    cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.")
+    audit: bool = option(False, "Only run the leakage audit: write leakage_audit.csv and stop.")
+
+
+# What a prospective model cannot know at the moment of prediction.
+KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
+DEFAULT_STATIC_FEATURES = ("patient_gender", "patient_age", "patient_race", "marital_status", "admission_type",
+                           "admission_location", "insurance", "first_icu_careunit", "icu_length_of_stay_in_days")
+NUMERIC_STATIC_FEATURES = ("patient_age", "icu_length_of_stay_in_days")
+
+
+def check_settings(settings: Settings) -> Settings:
+    """Fill in the static features of the mode and refuse settings that contradict each other (`InputError`)."""
+    prospective = settings.observation_hours > 0
+    chosen = settings.static_features or [name for name in DEFAULT_STATIC_FEATURES
+                                          if not (prospective and name in KNOWN_ONLY_LATER)]
+    if unknown := [name for name in chosen if name not in STATIC_COLUMNS]:
+        raise InputError(f"--static-features {' '.join(unknown)}: no such column. Choose from {', '.join(STATIC_COLUMNS)}.")
+    if prospective and (late := [name for name in chosen if name in KNOWN_ONLY_LATER]):
+        raise InputError(f"--static-features {' '.join(late)}: known only after the prediction at {settings.observation_hours:g} h. "
+                         "Leave these columns out, or drop --observation-hours.")
+    positive = ("d_model", "n_layers", "n_heads", "d_feedforward", "n_pooling_heads", "tau_hours", "learning_rate", "max_epochs",
+                "patience", "batch_size", "max_events_per_batch", "max_text_tokens", "gradient_clip")
+    for name, bad in [(name, getattr(settings, name) <= 0) for name in positive] + [
+            ("dropout", not 0 <= settings.dropout < 1), ("temporal_weight", not 0 <= settings.temporal_weight <= 1),
+            ("observation_hours", settings.observation_hours < 0), ("gap_hours", settings.gap_hours < 0),
+            ("cross_validate", settings.cross_validate in (1,) or settings.cross_validate < 0),
+            ("d_model", settings.d_model % settings.n_heads or settings.d_model % settings.n_pooling_heads or settings.d_model % 2),
+            ("mixed_precision", settings.mixed_precision not in ("auto", "no", "bf16")),
+            ("text_encoder_dtype", settings.text_encoder_dtype not in ("auto", "float32", "bfloat16"))]:
+        if bad:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: out of range "
+                             "(sizes are positive, shares lie in 0..1, --d-model is a multiple of the heads; see --help).")
+    if settings.gap_hours and not prospective:
+        raise InputError("--gap-hours needs --observation-hours: there is no gap where the whole stay is read.")
+    if settings.trajectory and not settings.evaluate:
+        raise InputError("--trajectory needs --evaluate CHECKPOINT.")
+    return replace(settings, static_features=list(chosen))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading MIMIC-IV: query.sql, run locally by DuckDB
+# ---------------------------------------------------------------------------------------------------------------------
+
+QUERY_FILE = HERE / "query.sql"
+ROWS_PER_SLICE = 4_000_000  # event rows of the tables behind one slice of stays; keeps a slice near 2 GB
+
+# The tables and columns that query.sql reads, with their types. Types are stated, never sniffed: a column that looks
+# like numbers or is empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
+MIMIC_TABLES = {
+    "icu/icustays": "subject_id BIGINT, hadm_id BIGINT, stay_id BIGINT, intime TIMESTAMP, outtime TIMESTAMP, "
+                    "los DOUBLE, first_careunit VARCHAR, last_careunit VARCHAR",
+    "hosp/patients": "subject_id BIGINT, gender VARCHAR, anchor_age BIGINT, anchor_year BIGINT",
+    "hosp/admissions": "hadm_id BIGINT, deathtime TIMESTAMP, admission_type VARCHAR, admission_location VARCHAR, "
+                       "discharge_location VARCHAR, insurance VARCHAR, marital_status VARCHAR, race VARCHAR, "
+                       "hospital_expire_flag BIGINT",
+    "hosp/d_labitems": "itemid BIGINT, label VARCHAR, fluid VARCHAR, category VARCHAR",
+    "icu/d_items": "itemid BIGINT, label VARCHAR, category VARCHAR",
+    "hosp/prescriptions": "hadm_id BIGINT, starttime TIMESTAMP, drug VARCHAR, prod_strength VARCHAR, "
+                          "dose_val_rx VARCHAR, dose_unit_rx VARCHAR, form_unit_disp VARCHAR, route VARCHAR",
+    "icu/procedureevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, value DOUBLE, "
+                           "valueuom VARCHAR, location VARCHAR, statusdescription VARCHAR",
+    "hosp/labevents": "hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, value VARCHAR, "
+                      "valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
+                      "flag VARCHAR, priority VARCHAR, comments VARCHAR",
+    "hosp/microbiologyevents": "hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, storedate TIMESTAMP, "
+                               "storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
+                               "ab_name VARCHAR, interpretation VARCHAR, comments VARCHAR",
+    "icu/ingredientevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, amount DOUBLE, "
+                            "amountuom VARCHAR, rate DOUBLE, rateuom VARCHAR, statusdescription VARCHAR",
+}
+
+
+def find_mimic_files(folder: Path) -> dict[str, Path]:
+    """The file of every table that query.sql reads, .csv or .csv.gz. InputError names the tables that are missing."""
+    candidates = {table: [folder / f"{table}.csv", folder / f"{table}.csv.gz"] for table in MIMIC_TABLES}
+    found = {table: next((path for path in paths if path.is_file()), None) for table, paths in candidates.items()}
+    missing = [f"{table}.csv[.gz]" for table, path in found.items() if path is None]
+    if missing:
+        raise InputError(f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
+                         "folder that holds hosp/ and icu/, as downloaded from PhysioNet.")
+    return found
+
+
+def sql_quoted(text) -> str:
+    """`text` as an SQL string literal."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def query_for_duckdb(text: str) -> str:
+    """query.sql in DuckDB's dialect, its BigQuery tables replaced by local ones of the same name."""
+    tree = sqlglot.parse_one(text, read="bigquery")
+    for table in list(tree.find_all(sqlglot.exp.Table)):
+        if table.db:  # a common table expression has no data set
+            table.replace(sqlglot.exp.to_table(table.name, alias=table.alias))
+    return tree.sql(dialect="duckdb")
+
+
+def load_mimic_table(database, table: str, path: Path) -> None:
+    """Copy one CSV file into `database`, typed; of event tables only the rows of ICU stays. InputError if damaged."""
+    columns = dict(column.split() for column in MIMIC_TABLES[table].split(", "))
+    source = f"""read_csv({sql_quoted(path)}, all_varchar=true, header=true, delim=',', quote='"', escape='"')"""
+    typed = ", ".join(f"CAST({name} AS {kind}) AS {name}" for name, kind in columns.items())
+    key = "stay_id" if "stay_id" in columns else "hadm_id"
+    is_event = len({"starttime", "charttime"} & set(columns)) > 0
+    only = f"WHERE TRY_CAST({key} AS BIGINT) IN (SELECT {key} FROM icustays)" if is_event else ""
+    try:
+        header = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
+        if absent := [name for name in columns if name not in header]:
+            raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
+        try:
+            database.execute(f"CREATE TABLE {Path(table).name} AS SELECT {typed} FROM {source} {only}").fetchall()
+        except duckdb.ConversionException:
+            bad = ", ".join(f"count(*) FILTER ({name} IS NOT NULL AND TRY_CAST({name} AS {kind}) IS NULL)"
+                            for name, kind in columns.items())
+            counts = zip(columns, database.execute(f"SELECT {bad} FROM {source}").fetchall()[0])
+            wrong = ", ".join(f"{name} ({columns[name]}) in {count} rows" for name, count in counts if count)
+            raise InputError(f"{path} has values that do not fit their column's type: {wrong}.") from None
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:  # its message quotes rows of patients: only its kind is passed on
+        raise InputError(f"{path} cannot be read ({type(error).__name__}). Is the download complete? Compare the file "
+                         "with SHA256SUMS.txt of the data set and fetch it again.") from None
+
+
+def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") -> Path:
+    """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay, by stay id) as a Parquet file.
+
+    The file is kept in `cache_dir`/query_results and used again while query and folder are unchanged. Tables go to a
+    DuckDB file on disk first, stays are then worked through in slices: the arrays of one slice are all that has to fit
+    in `memory_limit`, the rest spills. Raises InputError for a folder that is not MIMIC-IV or is damaged.
+    """
+    folder, results = Path(folder), Path(cache_dir) / "query_results"
+    files, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
+    stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files.values()]
+    target = results / f"{hashlib.md5(repr((query, MIMIC_TABLES, stats)).encode()).hexdigest()}.parquet"
+    if target.exists():
+        return target
+    results.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=results, prefix="working_") as scratch:
+        with duckdb.connect(f"{scratch}/mimic.duckdb") as database:
+            database.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
+            database.execute(f"SET temp_directory = {sql_quoted(scratch + '/spilled')}")
+            try:
+                for table, path in tqdm(files.items(), desc="reading MIMIC-IV", unit="table", leave=False):
+                    load_mimic_table(database, table, path)
+                collect_stays(database, query_for_duckdb(query))
+                database.execute(f"COPY stays_with_events TO {sql_quoted(scratch + '/result.parquet')} "
+                                 "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)").fetchall()
+            except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+                raise InputError(f"query.sql stopped ({type(error).__name__}) with {memory_limit} of memory and "
+                                 f"{shutil.disk_usage(results).free / 1e9:.0f} GB left on the disk of {results}: "
+                                 "it needs more of the one or the other.") from None
+        os.replace(f"{scratch}/result.parquet", target)
+    return target
+
+
+def collect_stays(database, query: str) -> None:
+    """Run the query for one slice of the ICU stays after the other; appends to the table `stays_with_events`."""
+    database.execute("ALTER TABLE icustays RENAME TO all_icustays")
+    stay_ids = [row[0] for row in database.execute("SELECT stay_id FROM all_icustays ORDER BY stay_id").fetchall()]
+    if not stay_ids:
+        raise InputError("icu/icustays has no rows: nothing to learn from.")
+    names = [Path(table).name for table in MIMIC_TABLES if table != "icu/icustays"]
+    count = " + ".join(f"(SELECT count(*) FROM {name})" for name in names)
+    n_slices = min(len(stay_ids), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
+    for number in tqdm(range(n_slices), desc="building events", unit="slice", leave=False):
+        part = stay_ids[number * len(stay_ids) // n_slices:(number + 1) * len(stay_ids) // n_slices]
+        database.execute("CREATE OR REPLACE TEMP VIEW icustays AS SELECT * FROM all_icustays "
+                         f"WHERE stay_id BETWEEN {part[0]} AND {part[-1]}")
+        action = "INSERT INTO stays_with_events" if number else "CREATE TABLE stays_with_events AS"
+        database.execute(f"{action} SELECT * FROM ({query}) ORDER BY icu_stay_id").fetchall()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: MIMIC-IV folder, nested Parquet or flat table -> flat arrays
+# ---------------------------------------------------------------------------------------------------------------------
+
+STAY_COLUMNS = {
+    "patient_id": "BIGINT", "admission_id": "BIGINT", "icu_stay_id": "BIGINT", "icu_intime": "TIMESTAMP",
+    "icu_outtime": "TIMESTAMP", "patient_death_time": "TIMESTAMP", "patient_expired_in_hospital": "DOUBLE",
+    "patient_gender": "VARCHAR", "patient_age": "DOUBLE", "patient_race": "VARCHAR", "marital_status": "VARCHAR",
+    "admission_type": "VARCHAR", "admission_location": "VARCHAR", "insurance": "VARCHAR", "first_icu_careunit": "VARCHAR",
+    "last_icu_careunit": "VARCHAR", "icu_length_of_stay_in_days": "DOUBLE", "discharge_location": "VARCHAR"}
+EVENT_COLUMNS = {"event_time": "TIMESTAMP", "event_known_time": "TIMESTAMP", "event_type": "VARCHAR",
+                 "event_text": "VARCHAR", "relative_time_to_final_event": "DOUBLE"}
+LABEL = "patient_expired_in_hospital"
+STATIC_COLUMNS = tuple(STAY_COLUMNS)[7:]      # what may be used as a static feature
+
+
+@dataclass(frozen=True)
+class StayTable:
+    """ICU stays with their events in flat arrays: the events of stay i are `offsets[i]:offsets[i + 1]`, oldest first.
+
+    `minutes_to_end` counts from the event to the end of what is read: the final event (ICU discharge or death,
+    whichever is first), or in prospective mode the moment of prediction.
+    """
+    stays: pd.DataFrame                  # (n_stays): STAY_COLUMNS
+    offsets: np.ndarray                  # (n_stays + 1) int64
+    event_type: np.ndarray               # (n_events) int8: index in EVENT_TYPES, len(EVENT_TYPES) if it is none of them
+    text: np.ndarray                     # (n_events) int32: index in texts
+    minutes_since_intime: np.ndarray     # (n_events) float32
+    known_minutes_since_intime: np.ndarray  # (n_events) float32, NaN where nobody knows when the ward knew
+    minutes_to_end: np.ndarray           # (n_events) float32
+    texts: np.ndarray                    # (n_texts) of str: distinct texts
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n_stays) float64: 1 died in hospital, 0 survived, NaN unknown."""
+        return self.stays[LABEL].to_numpy(float)
+
+    @property
+    def stay_of_event(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.stays)), self.lengths)
+
+    def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> StayTable:
+        """The table of these stays (indices, in this order) and of those of their events that `keep_event` marks."""
+        lengths = self.lengths[stays]
+        starts = np.repeat(self.offsets[:-1][stays] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+        events = starts + np.arange(lengths.sum())
+        stay_of_event = np.repeat(np.arange(len(stays)), lengths)
+        if keep_event is not None:
+            stay_of_event, events = stay_of_event[keep_event[events]], events[keep_event[events]]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(stay_of_event, minlength=len(stays)))]).astype(np.int64)
+        arrays = {name: getattr(self, name)[events] for name in ("event_type", "text", "minutes_since_intime",
+                                                                 "known_minutes_since_intime", "minutes_to_end")}
+        return StayTable(self.stays.iloc[stays].reset_index(drop=True), offsets, texts=self.texts, **arrays)
+
+
+def read_stays(data: str | Path, cache_dir: str | Path = "clinical_LF_precomp_emb",
+               need_label: bool = True) -> tuple[StayTable, dict[str, int]]:
+    """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
+
+    Raises `InputError` for a table that cannot be read as it was meant.
+    """
+    path = Path(data)
+    if not path.exists() and not any(c in str(data) for c in "*?["):
+        raise InputError(f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file.")
+    if path.is_dir():
+        path = run_mimic_query(path, Path(cache_dir))
+    with duckdb.connect() as con:
+        con.execute("SET preserve_insertion_order = false")
+        try:
+            kind = _register_source(con, path)
+            _check_columns(con, path, need_label)
+            _check_values(con, path, need_label)
+            return _load_arrays(con, path, kind)
+        except duckdb.Error as error:
+            raise InputError(f"{data}: cannot be read ({_reason(error)}). CSV must be UTF-8 with a header and the columns of the "
+                             "README's data table; Parquet files of one glob must share a schema.") from None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the row it went wrong in: rows hold patient data."""
+    line = re.search(r"Line: ?(\d+)", str(error))
+    first = re.split(r"[\n:\"']", str(error).removeprefix("Invalid Input Error: "))[0].strip()
+    return f"{type(error).__name__}: {first}" + (f" at line {line[1]}" if line else "")
+
+
+def _register_source(con: duckdb.DuckDBPyConnection, path: Path) -> str:
+    """Views `stay_rows` and `event_rows` over the file, columns as they are; returns 'nested' or 'flat'."""
+    is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
+    if not is_csv and not path.name.lower().endswith(".parquet"):
+        raise InputError(f"{path}: --data takes a folder, *.parquet, *.csv or *.csv.gz.")
+    if is_csv and path.exists() and path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty. It needs a header and one row per event.")
+    quoted = "'" + str(path).replace("'", "''") + "'"        # a path that the user typed, never a name from inside a file
+    rows = f"read_csv({quoted}, all_varchar=true, header=true, delim=',', quote='\"', escape='\"', max_line_size=16000000)" \
+        if is_csv else f"read_parquet({quoted})"
+    types = {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()}
+    if "events" not in types:
+        con.execute(f"CREATE VIEW stay_rows AS SELECT * FROM {rows}")
+        con.execute(f"CREATE VIEW event_rows AS SELECT * FROM {rows}")
+        return "flat"
+    # BigQuery's exports wrap each element of an array in structs called list and element.
+    events = "events" if types["events"].endswith("[]") else "list_transform(events.list, lambda e: e.element)"
+    con.execute(f"CREATE VIEW stay_rows AS SELECT * EXCLUDE events FROM {rows}")
+    con.execute(f"CREATE VIEW event_rows AS SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})")
+    return "nested"
+
+
+def _columns(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
+    return {name: kind for name, kind, *_ in con.execute(f"DESCRIBE {view}").fetchall()}
+
+
+def _check_columns(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) -> None:
+    """Every column is there, and of a type that holds what it should."""
+    stay_columns, event_columns = _columns(con, "stay_rows"), _columns(con, "event_rows")
+    missing = [name for name in STAY_COLUMNS if name not in stay_columns and (need_label or name != LABEL)]
+    missing += [name for name in EVENT_COLUMNS if name not in event_columns]
+    if missing:
+        raise InputError(f"{path}: missing columns {', '.join(missing)}. query.sql yields them all; the README's data table lists them.")
+    for name in ("patient_id", "admission_id", "icu_stay_id"):
+        if stay_columns[name] in ("DOUBLE", "FLOAT"):
+            lost = con.execute(f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992").fetchone()[0]
+            if lost:
+                raise InputError(f"{path}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids lose digits. "
+                                 "Export it as INT64.")
+
+
+def _typed(name: str, kind: str) -> str:
+    """SQL for a column as its type; empty text is NULL."""
+    return f"nullif(trim(CAST({name} AS VARCHAR)), '')" if kind == "VARCHAR" else f"TRY_CAST({name} AS {kind})"
+
+
+def _check_values(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) -> None:
+    """Unreadable values, missing keys and stays that contradict themselves are errors that name the first places."""
+    for view, columns in (("stay_rows", STAY_COLUMNS), ("event_rows", EVENT_COLUMNS)):
+        present = _columns(con, view)
+        checks = {name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' AND TRY_CAST({name} AS {kind}) IS NULL"
+                  for name, kind in columns.items() if kind != "VARCHAR" and name in present}
+        checks |= {name: f"{checks.get(name, 'false')} OR {_typed(name, columns[name])} IS NULL" for name in
+                   ("patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime") if name in columns}
+        if LABEL in checks:
+            value = _typed(LABEL, "DOUBLE")
+            checks[LABEL] += f" OR ({value} IS NOT NULL AND {value} NOT IN (0, 1))" + (f" OR {value} IS NULL" if need_label else "")
+        _raise_first(con, path, view, checks)
+    conflicts = {name: f"count(DISTINCT coalesce(CAST({name} AS VARCHAR), '')) > 1" for name in STAY_COLUMNS
+                 if name != "icu_stay_id" and name in _columns(con, "stay_rows")}
+    found = con.execute(f"SELECT icu_stay_id, {', '.join(conflicts.values())} FROM stay_rows GROUP BY icu_stay_id "
+                        f"HAVING {' OR '.join(conflicts.values())} ORDER BY 1").fetchall()
+    if found:
+        names = [name for name, bad in zip(conflicts, found[0][1:]) if bad]
+        raise InputError(f"{path}: {len(found)} stays contradict themselves, first icu_stay_id {', '.join(str(row[0]) for row in found[:3])} in "
+                         f"{', '.join(names)}. A stay has one value of each stay column on all its rows.")
+
+
+def _raise_first(con: duckdb.DuckDBPyConnection, path: Path, view: str, checks: dict[str, str]) -> None:
+    counts = con.execute(f"SELECT {', '.join(f'count(*) FILTER (WHERE {c})' for c in checks.values())} FROM {view}").fetchone()
+    for (name, condition), count in zip(checks.items(), counts):
+        if count:
+            rows = con.execute(f"SELECT row FROM (SELECT row_number() OVER () AS row, * FROM {view}) WHERE {condition} ORDER BY row LIMIT 3").fetchall()
+            wanted = {"BIGINT": "an integer", "TIMESTAMP": "a time like 2150-01-31 23:59:00", "DOUBLE": "a number"}
+            meaning = "0 or 1" if name == LABEL else wanted[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]]
+            raise InputError(f"{path}: column {name} is not {meaning} in {count} rows, first row {', '.join(str(r[0]) for r in rows)} "
+                             "after the header. Mend or remove these rows.")
+
+
+def _load_arrays(con: duckdb.DuckDBPyConnection, path: Path, kind: str) -> tuple[StayTable, dict[str, int]]:
+    """Stays, events and distinct texts, sorted; the work is DuckDB's, Python sees only flat arrays."""
+    present = _columns(con, "stay_rows")
+    selected = ", ".join(f"any_value({_typed(name, kind_)}) AS {name}" if name in present else f"NULL::{kind_} AS {name}"
+                         for name, kind_ in STAY_COLUMNS.items() if name != "icu_stay_id")
+    con.execute(f"""CREATE TEMP TABLE stays AS
+        SELECT row_number() OVER (ORDER BY icu_stay_id) - 1 AS stay, *, least(icu_outtime, coalesce(patient_death_time, icu_outtime)) AS final_time
+        FROM (SELECT {_typed('icu_stay_id', 'BIGINT')} AS icu_stay_id, {selected} FROM stay_rows GROUP BY 1)""")
+    typed = ", ".join(f"{_typed(name, kind_)} AS {name}" for name, kind_ in EVENT_COLUMNS.items() if name != "event_text")
+    minutes = "epoch(%s - icu_intime) / 60"
+    con.execute(f"""CREATE TEMP TABLE events AS
+        SELECT stay, event_type, event_text, relative_time_to_final_event AS stated,
+               {minutes % 'event_time'} AS minutes, {minutes % 'event_known_time'} AS known, epoch(final_time - event_time) / 60 AS to_end
+        FROM (SELECT {_typed('icu_stay_id', 'BIGINT')} AS icu_stay_id, {typed}, coalesce(CAST(event_text AS VARCHAR), '') AS event_text FROM event_rows)
+        JOIN stays USING (icu_stay_id)""")
+    report = _repair_events(con, path)
+    con.execute("CREATE TEMP TABLE texts AS SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, event_text FROM (SELECT DISTINCT event_text FROM events)")
+    codes = " ".join(f"WHEN '{name}' THEN {code}" for code, name in enumerate(EVENT_TYPES))
+    columns = con.execute(f"""
+        SELECT stay::INTEGER AS stay, (CASE event_type {codes} ELSE {len(EVENT_TYPES)} END)::TINYINT AS event_type, text::INTEGER AS text,
+               minutes::FLOAT AS minutes, known::FLOAT AS known, to_end::FLOAT AS to_end
+        FROM events JOIN texts USING (event_text) ORDER BY stay, minutes, event_type, text""").fetchnumpy()
+    stays = con.execute("SELECT * EXCLUDE (stay, final_time) FROM stays ORDER BY stay").df()
+    if stays.empty:
+        raise InputError(f"{path}: the table has a header but no rows.")
+    lengths = np.bincount(columns["stay"], minlength=len(stays))
+    table = StayTable(stays, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns["event_type"], columns["text"],
+                      columns["minutes"], np.ma.filled(columns["known"], np.nan), columns["to_end"],
+                      con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"])
+    report["stays without events, dropped"] = int((lengths == 0).sum())
+    report["events of unknown type, kept (their type is all zeros)"] = int((table.event_type == len(EVENT_TYPES)).sum())
+    if not lengths.any():
+        raise InputError(f"{path}: no stay has an event between icu_intime and the final event (dropped: {report}).")
+    return table.take(np.flatnonzero(lengths)), {reason: count for reason, count in report.items() if count}
+
+
+def _repair_events(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, int]:
+    """Drop events that belong to no stay's time, and duplicates; say how many. Times that contradict each other are an error."""
+    usable = "stated IS NOT NULL AND isfinite(stated) AND to_end IS NOT NULL"
+    compared, hours, differ = con.execute(f"""SELECT count(*) FILTER (WHERE abs(to_end) > 60),
+        count(*) FILTER (WHERE abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2), count(*) FILTER (WHERE abs(stated - to_end) > 2)
+        FROM events WHERE {usable}""").fetchone()
+    if differ and hours > 0.5 * compared:
+        raise InputError(f"{path}: relative_time_to_final_event is in hours in {hours} of {compared} events. It must be minutes: multiply by 60.")
+    if differ:
+        stays = con.execute(f"SELECT DISTINCT icu_stay_id FROM events JOIN stays USING (stay) WHERE {usable} AND abs(stated - to_end) > 2 ORDER BY 1 LIMIT 3").fetchall()
+        raise InputError(f"{path}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, patient_death_time) - event_time "
+                         f"in {differ} events, first icu_stay_id {', '.join(str(s[0]) for s in stays)}. Recompute it in minutes.")
+    report = {}
+    for reason, condition in (("events without a time, dropped", "minutes IS NULL OR to_end IS NULL"),
+                              ("events before ICU admission, dropped", "minutes < 0"),
+                              ("events after the final event, dropped (they leak the label)", "to_end < 0")):
+        report[reason] = con.execute(f"DELETE FROM events WHERE {condition}").fetchone()[0]
+    before = con.execute("SELECT count(*) FROM events").fetchone()[0]
+    con.execute("CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events")
+    report["duplicate events, dropped"] = before - con.execute("SELECT count(*) FROM events").fetchone()[0]
+    return report
+
+
+class CohortStep(NamedTuple):
+    name: str
+    stays: int
+    patients: int
+    events: int
+    deaths: int
+
+
+def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list[CohortStep]]:
+    """First stays only and the moment of prediction, with the flow of numbers from all stays to those analysed."""
+    flow: list[CohortStep] = []
+
+    def note(name: str, current: StayTable) -> StayTable:
+        deaths = int(np.nansum(current.labels))
+        flow.append(CohortStep(name, len(current.stays), current.stays.patient_id.nunique(), int(current.lengths.sum()), deaths))
+        if not len(current.stays):
+            steps = "; ".join(f"{step.name}: {step.stays}" for step in flow)
+            raise InputError(f"no stay is left ({steps}). Lower --observation-hours or --gap-hours.")
+        return current
+
+    table = note("all stays with events", table)
+    if settings.first_stay_only:
+        order = table.stays.sort_values(["icu_intime", "icu_stay_id"], kind="stable")
+        table = note("first ICU stay of each patient", table.take(np.sort(order.drop_duplicates("patient_id").index.to_numpy())))
+    if settings.observation_hours > 0:
+        table = note(f"still in the ICU and alive {settings.observation_hours + settings.gap_hours:g} h after admission",
+                     table.take(np.flatnonzero(stay_hours(table) > settings.observation_hours + settings.gap_hours)))
+        table = note(f"with an event known {settings.observation_hours:g} h after admission",
+                     known_at(table, settings.observation_hours))
+    return table, flow
+
+
+def stay_hours(table: StayTable) -> np.ndarray:
+    """(n_stays) hours from ICU admission to the final event, ICU discharge or death, whichever is first."""
+    final = table.stays[["icu_outtime", "patient_death_time"]].min(axis=1)
+    return ((final - table.stays.icu_intime).dt.total_seconds() / 3600).to_numpy()
+
+
+def known_at(table: StayTable, hours: float) -> StayTable:
+    """What the ward knew `hours` after ICU admission, times counted to that moment; stays of which nothing was known go."""
+    minutes = hours * 60
+    known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)   # NaN <= x is False
+    seen = np.flatnonzero(np.bincount(table.stay_of_event[known], minlength=len(table.stays)))
+    part = table.take(seen, keep_event=known)
+    return replace(part, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
+
+
+class Split(NamedTuple):
+    train: np.ndarray         # indices of stays
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split_by_patient(table: StayTable, seed: int) -> Split:
+    """64 / 16 / 20 % of the patients, stratified by whether any of their stays ended in death; indices of stays."""
+    outcome = pd.Series(table.labels).groupby(table.stays.patient_id).max()
+    try:
+        rest, test = train_test_split(outcome.index, test_size=0.2, stratify=outcome, random_state=seed)
+        train, validation = train_test_split(rest, test_size=0.2, stratify=outcome[rest], random_state=seed)
+    except ValueError:
+        raise InputError(f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split 64/16/20 by patient with both outcomes in "
+                         "each part. It takes some 10 patients of either outcome.") from None
+    parts = [np.flatnonzero(table.stays.patient_id.isin(part)) for part in (train, validation, test)]
+    if any(len(np.unique(table.labels[part])) < 2 for part in parts):
+        raise InputError(f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. Use more patients.")
+    return Split(*parts)
+
+
+def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator[Split]:
+    """Patient-level folds; a fifth of the other patients of each fold validates."""
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    inner = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+    labels, patients = table.labels, table.stays.patient_id.to_numpy()
+    deaths = len(np.unique(patients[labels == 1]))
+    if deaths < folds + 4:
+        raise InputError(f"--cross-validate {folds}: only {deaths} patients died; use fewer folds.")
+    for rest, test in splitter.split(labels, labels, patients):
+        train, validation = next(inner.split(labels[rest], labels[rest], patients[rest]))
+        yield Split(rest[train], rest[validation], test)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preprocessing
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ClinicalDataPreprocessor:
+    """Encoders of event types, times and static columns, fitted on the training stays alone.
+
+    The state is plain data (`state_dict`), so that a checkpoint loads without pickle.
+    """
+
+    def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, value_channel: bool = False) -> None:
+        self.numeric = [name for name in static_features if name in NUMERIC_STATIC_FEATURES]
+        self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
+        self.value_channel = value_channel
+
+    def fit(self, table: StayTable) -> ClinicalDataPreprocessor:
+        """Learn categories, means and scales from the training stays, and nothing from any other."""
+        categories = [sorted({*column.dropna().astype(str), "Unknown"}) for _, column in table.stays[self.categorical].items()]
+        numbers = table.stays[self.numeric].astype(float)
+        minutes = table.minutes_to_end.astype(float)
+        state = {"categorical": self.categorical, "categories": categories, "numeric": self.numeric, "value_channel": self.value_channel,
+                 "means": numbers.mean().fillna(0).tolist(), "scales": numbers.std(ddof=0).replace(0, 1).fillna(1).tolist(),
+                 "time_mean": float(minutes.mean()), "time_scale": float(minutes.std()) or 1.0}
+        if self.value_channel:
+            state["item_quantiles"] = item_quantiles(table)
+        return self.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> ClinicalDataPreprocessor:
+        self._state = state
+        self.categorical, self.numeric, self.value_channel = state["categorical"], state["numeric"], state["value_channel"]
+        self._types = OneHotEncoder(categories=[list(EVENT_TYPES)], sparse_output=False, handle_unknown="ignore")
+        self._types.fit([[EVENT_TYPES[0]]])
+        if self.categorical:
+            self._static = OneHotEncoder(categories=[np.array(c, dtype=object) for c in state["categories"]], sparse_output=False,
+                                         handle_unknown="ignore").fit(np.array([[c[0] for c in state["categories"]]], dtype=object))
+        self._numbers, self._time = StandardScaler(), StandardScaler()
+        for scaler, mean, scale in ((self._numbers, state["means"], state["scales"]),
+                                    (self._time, [state["time_mean"]], [state["time_scale"]])):
+            scaler.mean_, scaler.scale_ = np.array(mean, float), np.array(scale, float)
+            scaler.var_, scaler.n_features_in_ = scaler.scale_ ** 2, len(mean)
+        return self
+
+    @property
+    def static_names(self) -> list[tuple[str, str | None]]:
+        """(S) pairs of column and category (None for a number): what each static input means."""
+        names = [(column, category) for column, categories in zip(self.categorical, self._state["categories"]) for category in categories]
+        return names + [(column, None) for column in self.numeric]
+
+    @property
+    def static_dim(self) -> int:
+        return len(self.static_names)
+
+    def encode_event_type(self, event_types: Sequence[str]) -> np.ndarray:
+        """(n) names -> (n, 5) one-hot float32; an unknown type is all zeros."""
+        return self._types.transform(np.asarray(event_types, dtype=object).reshape(-1, 1)).astype(np.float32)
+
+    def encode_relative_time(self, minutes: np.ndarray) -> np.ndarray:
+        """(n) minutes to the final event -> (n, 1) float32, mean 0 and scale 1 on the training events."""
+        return self._time.transform(np.asarray(minutes, float).reshape(-1, 1)).astype(np.float32)
+
+    def decode_hours(self, encoded: Tensor) -> Tensor:
+        """Inverse of `encode_relative_time`, in hours, for a tensor of any shape."""
+        return (encoded * float(self._time.scale_[0]) + float(self._time.mean_[0])) / 60
+
+    def encode_static_features(self, stays: pd.DataFrame) -> np.ndarray:
+        """(n stays) -> (n, S) float32: one-hot groups, then numbers; a missing number is the training mean."""
+        parts = [np.zeros((len(stays), 0))]
+        if self.categorical:
+            parts.append(self._static.transform(stays[self.categorical].astype(object).fillna("Unknown").astype(str).to_numpy(object)))
+        if self.numeric:
+            parts.append(np.nan_to_num(self._numbers.transform(stays[self.numeric].astype(float).to_numpy())))
+        return np.hstack(parts).astype(np.float32)
+
+    def encode_values(self, texts: Sequence[str]) -> np.ndarray:
+        """(n texts) -> (n, 2) float32: the number's quantile among training values of its item, in -1..1, and whether it has one."""
+        return encode_values(texts, self._state["item_quantiles"])
+
+
+N_QUANTILES = 65
+
+
+def parse_value(text: str) -> tuple[str, float]:
+    """Item (what was measured or given, with its unit) and number of an event's text; NaN where it has no number."""
+    item = re.sub(r"\d+(\.\d+)?", "#", text.split(" | ", 1)[0])
+    found = re.search(r"\| (?:Value|Rate|Dose): [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text) \
+        or re.search(r"\| Amount: [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text)
+    if not found:
+        return item, math.nan
+    return f"{item} {found[2].strip()}".strip(), float(found[1])
+
+
+def item_quantiles(table: StayTable) -> dict[str, list[float]]:
+    """Quantiles of each item's values over the training events: item -> (at most 65) sorted numbers."""
+    counts = np.bincount(table.text, minlength=len(table.texts))
+    used = np.flatnonzero(counts)
+    items, values = zip(*(parse_value(table.texts[i]) for i in used))
+    frame = pd.DataFrame({"item": items, "value": values, "count": counts[used]}).dropna()
+    grid = np.linspace(0, 1, N_QUANTILES)
+    return {item: np.quantile(np.repeat(group.value, group["count"]), grid, method="nearest").tolist()
+            for item, group in frame.groupby("item")}
+
+
+def encode_values(texts: Sequence[str], quantiles: dict[str, list[float]]) -> np.ndarray:
+    """(n, 2) float32: quantile in -1..1 (0 is the item's median; values outside the seen range are its ends) and a flag.
+
+    An item that training never saw has no place among its like: both are 0.
+    """
+    encoded = np.zeros((len(texts), 2), np.float32)
+    for row, (item, value) in enumerate(map(parse_value, texts)):
+        if item in quantiles and math.isfinite(value):
+            below, upto = np.searchsorted(quantiles[item], value, "left"), np.searchsorted(quantiles[item], value, "right")
+            encoded[row] = (below + upto) / len(quantiles[item]) - 1, 1
+    return encoded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text embedding: every distinct text becomes a vector once, kept under the text's MD5
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLAN_CHUNK = 16_384  # texts tokenised at a time: bounds memory, and a chunk that is all cached is never tokenised
+
+
+class EncoderUnreachable(InputError):
+    """The text encoder's weights are neither on this machine nor can they be downloaded."""
+
+
+def clean_text(text) -> str:
+    """The text itself; the empty string where it is missing (None, NaN)."""
+    return text if isinstance(text, str) else "" if pd.isna(text) else str(text)
+
+
+def without_surrogates(text) -> str:
+    """Lone surrogates, which no tokenizer takes, as question-mark characters."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def text_keys(texts) -> np.ndarray:
+    """MD5 of each text's UTF-8, lone surrogates included: (n, 16) uint8."""
+    digests = (hashlib.md5(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+
+
+def key_halves(keys) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 16) uint8 -> the first and the last eight bytes as two (n,) uint64, which sort like the keys."""
+    halves = np.ascontiguousarray(keys, np.uint8).view(">u8").astype(np.uint64)
+    return halves[:, 0], halves[:, 1]
+
+
+class EmbeddingCache:
+    """Vectors of one encoder on disk, keyed by the text's MD5.
+
+    Each append makes one immutable part, `part-<time>-<id>/` with `keys.npy` (n, 16) uint8 and `vectors.npy` (n, dim)
+    float32, under a temporary name first: several processes may append at once, and a killed one leaves no half part.
+    Vectors are memory-mapped, only keys are read. Row numbers from `locate` stay valid for the life of the object.
+    A part that is cut short, of another dimension or not plain arrays is ignored with a warning: its texts are missing.
+    """
+
+    def __init__(self, folder, dim: int, legacy_folders=()):
+        self.folder, self.dim = Path(folder), dim
+        self.legacy_folders = [self.folder, *map(Path, legacy_folders)]  # may hold single <md5>.npy files
+        self._seen, self._vectors, self._ends = set(), [], np.zeros(0, np.int64)
+        self._keys, self._bad, self._stale = np.zeros((0, 16), np.uint8), np.zeros(0, np.int64), False
+        self._remove_orphans()
+        self._index()
+        self.refresh()
+
+    def refresh(self):
+        """Takes in the parts that any process has added since the last look."""
+        self._stale, keys, damaged = False, [self._keys], []
+        for path in sorted(path for path in self.folder.glob("part-*") if path.name not in self._seen):
+            self._seen.add(path.name)
+            try:
+                part_keys, vectors = self._open_part(path)
+            except Exception:  # numpy parses a damaged header as Python text, and many things can go wrong there
+                damaged.append(path.name)
+                continue
+            keys.append(part_keys)
+            self._vectors.append(vectors)
+        if damaged:
+            logger.warning("%d damaged parts of the embedding cache are ignored, their texts are encoded anew: %s",
+                           len(damaged), ", ".join(damaged[:3]))
+        if len(keys) > 1:
+            self._keys = np.concatenate(keys)
+            self._ends = np.cumsum([len(vectors) for vectors in self._vectors])
+            self._index()
+
+    def _open_part(self, path):
+        keys = np.load(path / "keys.npy", allow_pickle=False)
+        vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        if keys.dtype != np.uint8 or vectors.dtype != np.float32:
+            raise ValueError("wrong type")
+        if keys.shape != (len(vectors), 16) or vectors.shape != (len(keys), self.dim):
+            raise ValueError("wrong shape")
+        return keys, np.asarray(vectors)
+
+    def _index(self):
+        order = np.setdiff1d(np.arange(len(self._keys)), self._bad, assume_unique=True)
+        high, low = key_halves(self._keys[order])
+        by_key = np.lexsort((low, high))  # stable: of two rows with one key, the one of the later part comes last
+        high, low, order = high[by_key], low[by_key], order[by_key]
+        last = np.ones(len(order), bool)
+        last[:-1] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        self._high, self._low, self._row = high[last], low[last], order[last]
+
+    def locate(self, keys) -> np.ndarray:
+        """Row number of each key, -1 where there is none: (n, 16) uint8 -> (n,) int64."""
+        if self._stale:
+            self.refresh()
+        high, low = key_halves(keys)
+        place, rows, todo = np.searchsorted(self._high, high), np.full(len(high), -1), np.arange(len(high))
+        while len(todo):  # a second round only for two keys with the same first eight bytes
+            todo = todo[place[todo] < len(self._high)]
+            todo = todo[self._high[place[todo]] == high[todo]]
+            hit = self._low[place[todo]] == low[todo]
+            rows[todo[hit]] = self._row[place[todo[hit]]]
+            todo = todo[~hit]
+            place[todo] += 1
+        return rows
+
+    def take(self, rows) -> np.ndarray:
+        """Vectors of rows that `locate` found: (n,) -> (n, dim) float32."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and rows.min() < 0:
+            raise KeyError(f"{(rows < 0).sum()} of {len(rows)} texts have no vector in {self.folder}")
+        out, part_of_row = np.empty((len(rows), self.dim), np.float32), np.searchsorted(self._ends, rows, side="right")
+        for part in np.unique(part_of_row):
+            here = part_of_row == part
+            out[here] = self._vectors[part][rows[here] - (self._ends[part] - len(self._vectors[part]))]
+        return out
+
+    def gather(self, keys) -> np.ndarray:
+        """(n, 16) uint8 -> (n, dim) float32. Raises KeyError where a key has no vector."""
+        return self.take(self.locate(keys))
+
+    def missing(self, keys) -> np.ndarray:
+        """(n,) bool, True where there is no usable vector; reads the rows, so that NaN or inf count as missing."""
+        while True:
+            rows = self.locate(keys)
+            found = np.unique(rows[rows >= 0])
+            blocks = np.array_split(found, len(found) // 16_384 + 1)
+            bad = np.concatenate([block[~np.isfinite(self.take(block)).all(axis=1)] for block in blocks])
+            if not len(bad):
+                return rows < 0
+            logger.warning("%d cached vectors hold NaN or infinity and are encoded anew", len(bad))
+            self._bad = np.union1d(self._bad, bad)
+            self._index()
+
+    def append(self, keys, vectors):
+        """Adds (n, 16) uint8 keys and their (n, dim) float32 vectors as one part. Raises InputError: disk, NaN."""
+        keys, vectors = np.asarray(keys, np.uint8), np.asarray(vectors, np.float32)
+        if keys.shape != (len(vectors), 16) or vectors.shape != (len(keys), self.dim):
+            raise ValueError(f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}")
+        if not np.isfinite(vectors).all():
+            raise InputError("the text encoder gave NaN or infinity: its weights are damaged, or try float32")
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex}"
+        temporary = self.folder / f".tmp-{name}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / ".lock", "a") as lock:
+                with contextlib.suppress(OSError):  # some network disks cannot lock: then nobody removes orphans
+                    fcntl.flock(lock, fcntl.LOCK_SH)  # falls with the process: who holds it is a living writer
+                temporary.mkdir()
+                for file_name, array in (("keys.npy", keys), ("vectors.npy", vectors)):
+                    with open(temporary / file_name, "wb") as file:
+                        np.save(file, array, allow_pickle=False)
+                        file.flush()
+                        os.fsync(file.fileno())
+                temporary.rename(self.folder / f"part-{name}")
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise InputError(f"cannot write to the embedding cache {self.folder}: {error}") from error
+        self._stale = True
+
+    def _remove_orphans(self):
+        """Removes what killed writers left behind, provided that no writer is alive."""
+        orphans = list(self.folder.glob(".tmp-*"))
+        with contextlib.suppress(OSError):  # a writer is alive, or the folder is not ours to change
+            if orphans:
+                with open(self.folder / ".lock", "a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    for orphan in orphans:
+                        shutil.rmtree(orphan, ignore_errors=True)
+
+    def adopt_legacy(self, keys, write=True) -> np.ndarray:
+        """Copies vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts: (n,) bool, True where adopted."""
+        adopted, damaged, waiting = np.zeros(len(keys), bool), 0, []
+        todo, names = np.flatnonzero(self.locate(keys) < 0), [bytes(key).hex() + ".npy" for key in keys]
+        for folder in self.legacy_folders:
+            files = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+            for i in (i for i in todo if not adopted[i] and names[i] in files):
+                try:
+                    vector = np.load(folder / names[i], allow_pickle=False).astype(np.float32).reshape(-1)
+                except Exception:  # whatever is wrong with it, its text can be encoded
+                    vector = np.zeros(0)
+                adopted[i] = len(vector) == self.dim and np.isfinite(vector).all()
+                damaged += not adopted[i]
+                waiting += [(keys[i], vector)] if adopted[i] else []
+                if write and len(waiting) >= 50_000:
+                    self.append(*zip(*waiting, strict=True))
+                    waiting = []
+        if damaged:
+            logger.warning("%d single .npy files are damaged or of another dimension, their texts are encoded", damaged)
+        if write and waiting:
+            self.append(*zip(*waiting, strict=True))
+        return adopted
+
+
+class TextEncoder:
+    """What all encoders share: distinct texts only, planned in batches, cached. A subclass has `_load`, `_tokenise`
+    (texts -> anything with a length), `_forward` (device number, tokenised texts -> (n, dim) float32) and these:
+
+    id (str, for logs and metrics), dim (int), cache (EmbeddingCache), n_encoded (texts encoded by this object).
+    """
+
+    flush_seconds = 30.0  # a killed run loses at most this much work
+    budget = 200_000  # tokens in a batch
+    n_devices = 1
+    n_encoded = 0
+
+    def embed(self, texts, rank=0, world=1, progress=True):
+        """Sees to it that every text is in the cache. Of several processes each calls it with all texts and its rank.
+
+        The batches are planned over all texts, cached or not, so a run that was killed and started again forms the
+        same batches and gives the same vectors, bit for bit. What is done is kept when the run is stopped.
+        """
+        texts = list(dict.fromkeys(map(clean_text, texts)))
+        keys = text_keys(texts)
+        self.cache.refresh()
+        adopted = self.cache.adopt_legacy(keys, write=rank == 0)
+        missing = self.cache.missing(keys) & ~adopted
+        if not missing.any():
+            return
+        self._load()
+        done, flushed = [], time.monotonic()
+        total = -(-int(missing.sum()) // world)
+        with tqdm(total=total, desc=f"encoding texts with {self.id}", unit=" texts", disable=not progress) as bar:
+            try:
+                for numbers, vectors in self._encoded(self._batches(texts, keys, missing, rank, world)):
+                    done.append((keys[numbers], vectors))
+                    self.n_encoded += len(numbers)
+                    bar.update(len(numbers))
+                    if time.monotonic() - flushed > self.flush_seconds:
+                        ready, done, flushed = done, [], time.monotonic()
+                        self.cache.append(*map(np.concatenate, zip(*ready, strict=True)))
+            finally:  # also on Ctrl-C
+                if done:
+                    self.cache.append(*map(np.concatenate, zip(*done, strict=True)))
+
+    def vectors(self, texts) -> np.ndarray:
+        """Vectors of texts that `embed` has seen: (n, dim) float32. Raises KeyError for others."""
+        keys = text_keys(map(clean_text, texts))
+        if (self.cache.locate(keys) < 0).any():
+            self.cache.refresh()  # another process may have encoded them
+        return self.cache.gather(keys)
+
+    def encode_event_text_batch(self, texts, batch_size=32) -> np.ndarray:
+        """Encodes the texts as they come, past the cache: (n, dim) float32, missing text as the empty string."""
+        self._load()
+        tokens = self._tokenise(list(map(clean_text, texts)))
+        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # alike lengths together: little padding
+        out = np.zeros((len(tokens), self.dim), np.float32)
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            out[numbers] = self._forward(0, [tokens[i] for i in numbers])
+        self.n_encoded += len(tokens)
+        return out
+
+    def _batches(self, texts, keys, missing, rank, world):
+        """Yields (numbers of missing texts, their tokens), longest first, so that memory peaks at once."""
+        order = np.lexsort((*key_halves(keys), [-len(text) for text in texts]))
+        for chunk_number, start in enumerate(range(0, len(order), PLAN_CHUNK)):
+            chunk = order[start : start + PLAN_CHUNK]
+            if not missing[chunk].any():
+                continue
+            tokens = self._tokenise([texts[i] for i in chunk])
+            lengths = np.array([max(1, len(text_tokens)) for text_tokens in tokens])
+            by_length = np.argsort(-lengths, kind="stable")
+            for batch_number, batch in enumerate(self._split(by_length, lengths[by_length])):
+                batch = [j for j in batch if missing[chunk[j]]]
+                if batch and (chunk_number + batch_number) % world == rank:
+                    yield chunk[batch], [tokens[j] for j in batch]
+
+    def _split(self, numbers, lengths):
+        """Cuts numbers, sorted by falling length, into batches under the budget with at most a quarter of padding."""
+        while len(numbers):
+            size = np.searchsorted(-lengths, -0.75 * lengths[0], side="right")
+            size = min(size, max(1, self.budget // lengths[0]))
+            yield numbers[:size]
+            numbers, lengths = numbers[size:], lengths[size:]
+
+    def _encoded(self, batches):
+        """Yields (numbers, vectors) in the order of the batches; one thread per device, two batches ahead."""
+        pools, waiting = [ThreadPoolExecutor(1) for _ in range(self.n_devices)], deque()
+        try:
+            for count, (numbers, tokens) in enumerate(batches):
+                device = count % self.n_devices
+                waiting.append((numbers, pools[device].submit(self._forward, device, tokens)))
+                if len(waiting) > 2 * self.n_devices:
+                    numbers, future = waiting.popleft()
+                    yield numbers, future.result()
+            for numbers, future in waiting:
+                yield numbers, future.result()
+        finally:
+            for pool in pools:
+                pool.shutdown(cancel_futures=True)
+
+
+class HashingTextEncoder(TextEncoder):
+    """An encoder without weights: words, word pairs and character n-grams, hashed and randomly projected to 768.
+
+    Counts and the +-1 projection are whole numbers, exact in float32: the same vector on every machine, in any batch.
+    A vector's elements have mean 0 and variance about 1 (norm about 28), words weighing four times the characters.
+    """
+
+    id, dim, n_features = "hashing", 768, 2**14
+
+    def __init__(self, cache_dir=Path("clinical_LF_precomp_emb")):
+        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v1-768", self.dim)
+        self._projection = None
+
+    def _load(self):
+        if self._projection is None:
+            options = dict(n_features=self.n_features, norm=None, dtype=np.float32)  # norm=None: signed whole counts
+            words = HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options)
+            characters = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options)
+            signs = np.random.RandomState(768).randint(0, 2, (2, self.n_features, self.dim), np.int8)  # a frozen stream
+            signs = signs.astype(np.float32) * 2 - 1
+            self._projection = [(words, signs[0], np.float32(0.8**0.5)), (characters, signs[1], np.float32(0.2**0.5))]
+
+    def _tokenise(self, texts):
+        return list(map(without_surrogates, texts))
+
+    def _forward(self, device_number, texts):
+        out = np.zeros((len(texts), self.dim), np.float32)
+        for vectorizer, signs, weight in self._projection:
+            counts = vectorizer.transform(texts)  # (n, n_features) sparse
+            squares = np.asarray(counts.multiply(counts).sum(axis=1)).reshape(-1, 1)
+            out += weight * ((counts @ signs) / np.sqrt(np.maximum(squares, 1)))
+        return out
+
+
+class ClinicalTextEncoder(TextEncoder):
+    """A frozen Hugging Face encoder; a text's vector is the last layer's output at the first (CLS) token.
+
+    name: a hub id, downloaded once to `weights_dir` (Clinical-Longformer to `clinical_longformer/` there), or a folder.
+    Vectors are kept in a folder of `cache_dir` of their own for each (id, revision, max_tokens), for a local folder
+    each content. They are reused whatever dtype ("auto", "float32", "bfloat16") or device made them.
+    devices: None for all CUDA devices, else CPU. Raises InputError when the weights are unusable, EncoderUnreachable
+    when they are nowhere to be had; both when built with an empty cache, else when first needed. Runs no foreign code.
+    """
+
+    def __init__(self, name=CLINICAL_LONGFORMER, revision=None, max_tokens=512,
+                 cache_dir=Path("clinical_LF_precomp_emb"), weights_dir=Path("hf_cache"), devices=None, dtype="auto"):
+        self.name, self.revision, self.max_tokens, self._models = str(name), revision, max_tokens, []
+        is_default = (self.name, revision, max_tokens) == (CLINICAL_LONGFORMER, None, 512)
+        self._local = not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.name) or Path(self.name).is_dir()
+        if self._local:
+            self._folder = Path(self.name)
+            self.id = f"{self._folder.resolve().name}@{folder_fingerprint(self._folder)}"
+        else:
+            self.id = self.name + (f"@{revision}" if revision else "")
+            short = "clinical_longformer" if self.id == CLINICAL_LONGFORMER else re.sub(r"[^\w.-]", "--", self.id)
+            self._folder = Path(weights_dir) / short
+        self._cache_folder = Path(cache_dir) / (re.sub(r"[^\w.-]", "--", self.id) + f"-cls-{max_tokens}")
+        self._metadata = self._read_metadata()
+        self.dim = self._metadata.get("dim") or self._config().hidden_size
+        self.cache = EmbeddingCache(self._cache_folder, self.dim, [Path(cache_dir)] if is_default else [])
+        devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+        self._devices = [torch.device(device) for device in devices]
+        self.n_devices, self._dtype = len(self._devices), encoder_dtype(dtype, self._devices[0])
+        self.budget = 32_768 if self._devices[0].type == "cuda" else 2_048
+
+    def _read_metadata(self) -> dict:
+        with contextlib.suppress(OSError, ValueError):
+            metadata = json.loads((self._cache_folder / "encoder.json").read_text("utf-8"))
+            if isinstance(metadata, dict) and isinstance(metadata.get("dim"), int) and metadata["dim"] > 0:
+                return metadata
+        return {}
+
+    def _config(self):
+        if not (self._folder / "config.json").is_file():
+            if self._local:
+                raise InputError(f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer "
+                                 "is needed, as save_pretrained writes it")
+            download_encoder(self.name, self.revision, self._folder)
+        with usable_encoder(self._folder):
+            return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+
+    def _load(self):
+        if self._models:
+            return
+        config = self._config()
+        with usable_encoder(self._folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
+            model, info = transformers.AutoModel.from_pretrained(
+                self._folder, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True)
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
+            raise InputError(f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source")
+        lost = [key for key in info["missing_keys"] if "pooler" not in key]
+        if lost or config.is_encoder_decoder:
+            raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
+        self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
+        self._length_limit = min(self.max_tokens, position_limit(config))
+        self._check_weights(model)
+        windows = set(getattr(config, "attention_window", [])) if config.model_type == "longformer" else set()
+        self._window = windows.pop() if len(windows) == 1 and self._length_limit <= 1024 else None  # a band fits memory
+        model = (longformer_as_roberta(model) if self._window else model).to(self._dtype).eval().requires_grad_(False)
+        # the last device takes the model itself, the others copies of it
+        if self._devices[0].type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            for module in model.modules():
+                if type(module) is torch.nn.Linear:
+                    module.__class__ = OneDnnLinear
+        others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]
+        self._models = [*others, model.to(self._devices[-1])]
+
+    def _check_weights(self, model):
+        """Refuses weights other than those the cache was made with; writes the cache's metadata where there is none."""
+        weights = model_fingerprint(model, self._tokenizer)
+        if self._metadata.get("weights", weights) != weights or self.dim != model.config.hidden_size:
+            raise InputError(f"{self._cache_folder} holds vectors of other weights than {self._folder}: "
+                             "give the old weights, or move that cache folder away")
+        self._metadata = dict(encoder=self.id, revision=self.revision, pooling="cls", max_tokens=self.max_tokens,
+                              dim=self.dim, weights=weights)
+        try:
+            self._cache_folder.mkdir(parents=True, exist_ok=True)
+            temporary = self._cache_folder / f".encoder-{uuid.uuid4().hex}.json"
+            temporary.write_text(json.dumps(self._metadata, indent=1), "utf-8")
+            temporary.replace(self._cache_folder / "encoder.json")
+        except OSError as error:
+            raise InputError(f"cannot write to the embedding cache {self._cache_folder}: {error}") from error
+
+    def _tokenise(self, texts):
+        options = dict(truncation=True, max_length=self._length_limit, return_attention_mask=False)
+        return self._tokenizer(list(map(without_surrogates, texts)), **options)["input_ids"] if texts else []
+
+    @torch.inference_mode()
+    def _forward(self, device_number, tokens):
+        lengths = torch.tensor([len(text_tokens) for text_tokens in tokens])
+        longest = int(lengths.max())
+        ids = torch.tensor([text_tokens + [self._pad] * (longest - len(text_tokens)) for text_tokens in tokens])  # n, L
+        is_token = torch.arange(longest) < lengths[:, None]  # (n, L)
+        mask = is_token.long() if self._window is None else band_mask(is_token, self._window)
+        device = self._devices[device_number]
+        mask = mask if mask is None else mask.to(device)
+        hidden = self._models[device_number](input_ids=ids.to(device), attention_mask=mask).last_hidden_state
+        return hidden[:, 0].float().cpu().numpy()
+
+
+class OneDnnLinear(torch.nn.Linear):
+    """A Linear through oneDNN, as bfloat16 has it anyway: on AMD processors twice as fast as MKL, torch's choice."""
+
+    def forward(self, inputs):
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+
+def make_text_encoder(name=CLINICAL_LONGFORMER, **options) -> TextEncoder:
+    """The encoder of `--text-encoder`: "hashing", a hub id or a folder. For options see ClinicalTextEncoder."""
+    if name == "hashing":
+        return HashingTextEncoder(options.get("cache_dir", Path("clinical_LF_precomp_emb")))
+    return ClinicalTextEncoder(name, **options)
+
+
+def band_mask(is_token, window):
+    """Longformer's local attention as a mask for SDPA, True where attention may look; None where it may everywhere.
+
+    is_token (n, L) bool -> (n, 1, 1, L) while the window covers every pair of tokens, else (n, 1, L, L).
+    """
+    length = is_token.shape[1]
+    if length <= window // 2 + 1:
+        return None if is_token.all() else is_token[:, None, None, :]
+    place = torch.arange(length)
+    distance = (place[:, None] - place[None, :]).abs()
+    # padding looks at itself, so that no softmax runs over nothing
+    return ((distance <= window // 2) & is_token[:, None, :] | (distance == 0))[:, None]
+
+
+def longformer_as_roberta(longformer):
+    """The same weights in RoBERTa's layers: without global attention (`*_global`) the two differ by the band only."""
+    names = ("vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+             "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id").split()
+    config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names})
+    roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+    weights = {name: value for name, value in longformer.state_dict().items()
+               if "_global." not in name and not name.startswith("pooler.") and not name.endswith("position_ids")}
+    roberta.load_state_dict(weights, strict=True)
+    return roberta
+
+
+def position_limit(config) -> int:
+    """The most tokens the model has positions for; RoBERTa's kin count them from behind the padding token."""
+    limit = getattr(config, "max_position_embeddings", None) or 1_000_000
+    kin = ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
+    return limit - (config.pad_token_id + 1 if config.model_type in kin else 0)
+
+
+def encoder_dtype(dtype, device) -> torch.dtype:
+    """"auto" is bfloat16 where the hardware multiplies it (CUDA from Ampere, AMX, AVX-512-BF16), else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if any(check and check() for check in checks) else torch.float32
+
+
+def folder_fingerprint(folder) -> str:
+    """12 hex digits that change with a model folder's content: names, sizes, first and last MB of each file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix in (".json", ".txt", ".model", ".safetensors", ".bin") and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(2**20))
+                file.seek(max(0, path.stat().st_size - 2**20))
+                digest.update(file.read(2**20))
+    return digest.hexdigest()[:12]
+
+
+def model_fingerprint(model, tokenizer) -> str:
+    """12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever files they came in."""
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith("pooler."):  # never used, and random where the files have none
+            digest.update(name.encode() + value.flatten()[::997].float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def usable_encoder(folder):
+    """Keeps transformers quiet and turns whatever it raises about a folder into an InputError."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})") from error
+    finally:
+        transformers.utils.logging.enable_progress_bar()
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def download_encoder(name, revision, folder):
+    """Downloads a model's files (weights, config, tokenizer; no code) to `folder`; goes on where it was stopped."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:  # one request without retries: on a machine without network this fails within seconds
+        files = [file.rfilename for file in HfApi(token=False).model_info(name, revision=revision, timeout=10).siblings]
+        safe = any(re.match(r"model.*\.safetensors", file) for file in files)
+        weights = "model*.safetensors" if safe else "pytorch_model*.bin"
+        snapshot_download(name, revision=revision, local_dir=partial, token=False,
+                          allow_patterns=["*.json", "*.txt", "*.model", weights])
+        partial.rename(folder)
+    except Exception as error:
+        if (folder / "config.json").is_file():
+            return  # another process was faster
+        raise EncoderUnreachable(
+            f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). Either "
+            "copy its files there from a machine with network (or give the folder as --text-encoder PATH), or run with "
+            "--text-encoder hashing, which needs no weights") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ClinicalSequenceDataset(Dataset):
+    """One item per ICU stay, whole: `(sequence (L, 5 + E + 1), static (S,), label (1,))`, oldest event first.
+
+    The columns of an event are its type (5), its text vector (E, 768 for Clinical-Longformer), its time (1) and, with the
+    value channel, its value and whether it has one (2).
+    """
+
+    def __init__(self, table: StayTable, preprocessor: ClinicalDataPreprocessor, text_vectors: np.ndarray) -> None:
+        self.table = table
+        self.type_columns = torch.from_numpy(preprocessor.encode_event_type((*EVENT_TYPES, "unknown")))   # (6, 5)
+        vectors = torch.from_numpy(text_vectors)                                                          # (n_texts, E)
+        self.values = torch.from_numpy(preprocessor.encode_values(table.texts)) if preprocessor.value_channel else None
+        self.text_vectors = vectors
+        self.times = torch.from_numpy(preprocessor.encode_relative_time(table.minutes_to_end))            # (n_events, 1)
+        self.static = torch.from_numpy(preprocessor.encode_static_features(table.stays))                  # (n_stays, S)
+        self.labels = torch.from_numpy(table.labels.astype(np.float32)).unsqueeze(1)                      # (n_stays, 1)
+        self.event_type, self.text = torch.from_numpy(table.event_type), torch.from_numpy(table.text)
+        self.lengths = table.lengths
+
+    @property
+    def input_dim(self) -> int:
+        return len(EVENT_TYPES) + self.text_vectors.shape[1] + 1 + (2 if self.values is not None else 0)
+
+    def __len__(self) -> int:
+        return len(self.table.stays)
+
+    def __getitem__(self, stay: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.events(slice(self.table.offsets[stay], self.table.offsets[stay + 1])), self.static[stay], self.labels[stay]
+
+    def events(self, rows: slice | Tensor) -> Tensor:
+        """(n, input_dim): the model's inputs for some rows of the flat event arrays."""
+        text = self.text[rows].long()
+        parts = [self.type_columns[self.event_type[rows].long()], self.text_vectors[text], self.times[rows]]
+        return torch.cat(parts + ([self.values[text]] if self.values is not None else []), dim=1)
+
+
+def collate_stays(items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Pad to the longest stay; `attention_mask (B, L)` is True at real events."""
+    sequences, static, labels = zip(*items)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return {"sequences": nn.utils.rnn.pad_sequence(sequences, batch_first=True),             # (B, L, input_dim)
+            "static_features": torch.stack(static),                                          # (B, S)
+            "labels": torch.stack(labels),                                                   # (B, 1)
+            "attention_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(1)}       # (B, L)
+
+
+def plan_batches(lengths: np.ndarray, batch_size: int, max_events: int, seed: int | None = None) -> list[np.ndarray]:
+    """Indices of stays of similar length, each stay once; with a seed, shuffled anew.
+
+    A batch holds at most `batch_size` stays and `max_events` padded events (a longer stay is alone), and its shortest stay has
+    at least 4/5 of its longest, so that little is padding. Sizes are jittered before sorting, so that batches differ by epoch.
+    """
+    rng = np.random.default_rng(seed)
+    jitter = rng.uniform(0.95, 1.05, len(lengths)) if seed is not None else 1.0
+    batches: list[list[int]] = []
+    shortest = longest = 0
+    for stay in np.argsort(-lengths * jitter, kind="stable"):
+        length = int(lengths[stay])
+        full = not batches or len(batches[-1]) == batch_size
+        shortest, longest = (length, length) if full else (min(shortest, length), max(longest, length))
+        if not full and ((len(batches[-1]) + 1) * longest > max_events or shortest < 0.8 * longest):
+            full, shortest, longest = True, length, length
+        if full:
+            batches.append([])
+        batches[-1].append(int(stay))
+    if seed is not None:
+        rng.shuffle(batches)
+    return [np.array(batch) for batch in batches]
+
+
+def share_of_batch(batch: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+    """This process's stays of a batch, and their weights: a process left without a stay computes one with weight 0."""
+    share = batch[rank::world]
+    return (share, np.ones(len(share))) if len(share) else (batch[:1], np.zeros(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:
+    """(N,) positions of any size -> (N, D): Vaswani et al. 2017, section 3.5."""
+    rates = torch.exp(torch.arange(0, d_model, 2, device=positions.device) * (-math.log(10000.0) / d_model))
+    angles = positions.unsqueeze(1) * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """Softmax attention of packed events (N, H, D/H), each within its own stay; memory grows with N, not with its square.
+
+    CUDA in half precision takes one variable-length kernel for the batch, everything else one fused call per run of stays
+    of equal length.
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+        ends = F.pad(torch.tensor(lengths, device=query.device).cumsum(0), (1, 0)).to(torch.int32)
+        return varlen_attn(query, key, value, ends, ends, max(lengths), max(lengths))
+    runs = [(length, len(list(same))) for length, same in groupby(lengths) if length]
+    parts = []
+    for (length, stays), *qkv in zip(runs, *(tensor.split([length * stays for length, stays in runs]) for tensor in (query, key, value))):
+        q, k, v = (tensor.unflatten(0, (stays, length)).transpose(1, 2) for tensor in qkv)          # (stays, H, length, D/H)
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts) if parts else query
+
+
+def attention_weights_within_stays(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, H, L, L) weights that `attend_within_stays` used, 0 in rows and columns of padding."""
+    padded_query, padded_key = (unpack(tensor.flatten(1), attention_mask).unflatten(2, tensor.shape[1:]).transpose(1, 2)
+                                for tensor in (query.float(), key.float()))
+    scores = padded_query @ padded_key.transpose(2, 3) / math.sqrt(query.shape[2])
+    is_event = attention_mask[:, None, None, :]
+    return scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event * is_event.transpose(2, 3)
+
+
+def unpack(packed: Tensor, attention_mask: Tensor) -> Tensor:
+    """(N, D) packed events -> (B, L, D), zeros at padding."""
+    padded = packed.new_zeros(*attention_mask.shape, packed.shape[1])
+    padded[attention_mask] = packed
+    return padded
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer (Xiong et al. 2020) over packed events."""
+
+    def __init__(self, d_model: int, n_heads: int, d_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm_attention, self.norm_feedforward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.query_key_value = nn.Linear(d_model, 3 * d_model)
+        self.attention_output = nn.Linear(d_model, d_model)
+        self.feedforward = nn.Sequential(nn.Linear(d_model, d_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, events: Tensor, lengths: list[int], attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        qkv = self.query_key_value(self.norm_attention(events)).unflatten(1, (3, self.n_heads, -1))  # (N, 3, H, D/H)
+        query, key, value = qkv.unbind(1)
+        if maps is not None:
+            maps.append(attention_weights_within_stays(query, key, attention_mask))
+        attended = attend_within_stays(query, key, value, lengths).flatten(1)                        # (N, D)
+        events = events + self.dropout(self.attention_output(attended))
+        return events + self.dropout(self.feedforward(self.norm_feedforward(events)))
+
+
+class AttentionPooling(nn.Module):
+    """Multi-head attention of one learnable query over a stay's events."""
+
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
+
+    def forward(self, query: Tensor, events: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L)."""
+        q, k, v = (tensor.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+                   for tensor in (self.query_projection(query), self.key(events), self.value(events)))
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(k.shape[3])                             # (B, H, 1, L)
+        is_event = attention_mask[:, None, None, :]
+        weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event   # a stay without events: all 0
+        return self.output((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)), weights
+
+
+class ClinicalTransformer(nn.Module):
+    """Probability of death in hospital, from a stay's events and its static features.
+
+    Pre-norm layers, inputs normalised by the training events' mean and spread and again after the projection, positions at
+    a learnable small scale, a small query vector: what each is worth stands in tests/benchmarks/ablation.md.
+    """
+
+    def __init__(self, input_dim: int, static_dim: int, d_model: int = 256, n_layers: int = 4, n_heads: int = 8,
+                 d_feedforward: int = 512, n_pooling_heads: int = 4, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.architecture = {"input_dim": input_dim, "static_dim": static_dim, "d_model": d_model, "n_layers": n_layers, "n_heads": n_heads,
+                             "d_feedforward": d_feedforward, "n_pooling_heads": n_pooling_heads, "dropout": dropout}
+        self.register_buffer("event_mean", torch.zeros(input_dim))
+        self.register_buffer("event_scale", torch.ones(input_dim))
+        self.input_projection = nn.Linear(input_dim, d_model)
+        self.input_norm = nn.LayerNorm(d_model)
+        self.position_scale = nn.Parameter(torch.tensor(0.1))
+        self.dropout = nn.Dropout(dropout)
+        self.transformer_encoder = nn.ModuleList(EncoderLayer(d_model, n_heads, d_feedforward, dropout) for _ in range(n_layers))
+        self.final_norm = nn.LayerNorm(d_model)
+        self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, d_model))
+        self.attention_pooling = AttentionPooling(d_model, n_pooling_heads)
+        self.classifier = nn.Sequential(nn.Linear(d_model + static_dim, 256), nn.ReLU(), nn.Dropout(dropout),
+                                        nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 1))
+
+    def set_input_statistics(self, mean: Tensor, scale: Tensor) -> None:
+        """Mean and spread of the training events' columns (input_dim each)."""
+        self.event_mean.copy_(mean)
+        self.event_scale.copy_(scale)
+
+    def forward(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None,
+                return_attention: bool = False) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """(B, L, input_dim), (B, S), (B, L) -> probability (B, 1); on request also the attention of this very pass.
+
+        The dict holds `transformer_output (B, L, D)`, `pooling_weights (B, 4, 1, L)`, `query_vector (B, 1, D)` and
+        `layer_attention_weights`, a list with (B, 8, L, L) per layer. The weights cost memory that grows with the square of L.
+        """
+        logits, attention = self.score(sequences, static_features, attention_mask, return_attention)
+        return (torch.sigmoid(logits.float()), attention) if return_attention else torch.sigmoid(logits.float())
+
+    def logits(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, 1): log-odds of death, what losses and attributions are computed on."""
+        return self.score(sequences, static_features, attention_mask)[0]
+
+    def score(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None,
+              return_attention: bool = False) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (B, 1), and a dict with `transformer_output (B, L, D)` and, on request, the attention weights."""
+        if attention_mask is None:
+            attention_mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+        maps: list[Tensor] | None = [] if return_attention else None
+        events = unpack(self.encode(sequences, attention_mask, maps), attention_mask)                  # (B, L, D)
+        query = self.query_vector.expand(len(sequences), -1, -1)                                       # (B, 1, D)
+        pooled, pooling_weights = self.attention_pooling(query, events, attention_mask)
+        logits = self.classifier(torch.cat([pooled.squeeze(1), static_features], dim=1))
+        details: dict[str, Any] = {"transformer_output": events}
+        if return_attention:
+            details |= {"pooling_weights": pooling_weights, "query_vector": query, "layer_attention_weights": maps}
+        return logits, details
+
+    def encode(self, sequences: Tensor, attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """(B, L, input_dim) -> (N, D): the stays' real events, contextualised, without padding."""
+        lengths = attention_mask.sum(1).tolist()
+        positions = torch.arange(sequences.shape[1], device=sequences.device).expand_as(attention_mask)[attention_mask]
+        normalised = (sequences[attention_mask] - self.event_mean) / self.event_scale                  # (N, input_dim)
+        events = self.input_norm(self.input_projection(normalised))                                    # (N, D)
+        events = self.dropout(events + self.position_scale * sinusoidal_positions(positions, events.shape[1]))
+        for layer in self.transformer_encoder:
+            events = layer(events, lengths, attention_mask, maps)
+        return self.final_norm(events)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+def temporal_weights(hours_to_final_event: Tensor, attention_mask: Tensor, tau_hours: float) -> Tensor:
+    """(B, L) -> (B, L): exp(-hours / tau), summing to 1 over each stay's events; a softmax does just that, without underflow."""
+    return (-hours_to_final_event / tau_hours).masked_fill(~attention_mask, torch.finfo(torch.float32).min).softmax(1)
+
+
+class TemporalAwareLoss(nn.Module):
+    """BCE of the stay's logit, mixed with each event's own prediction of the outcome; recent events weigh more.
+
+    The second part is target replication (Lipton et al. 2016, arXiv 1511.03677) with weights that fall off with time:
+    (1 - weight) * BCE(stay) + weight * sum_i w_i * BCE(event i), w_i ~ exp(-hours_i / tau). Weight 0 is plain BCE.
+    """
+
+    def __init__(self, d_model: int, tau_hours: float = 24.0, weight: float = 0.3) -> None:
+        super().__init__()
+        self.tau_hours, self.weight = tau_hours, weight
+        self.event_head = nn.Linear(d_model, 1) if weight else None
+
+    def forward(self, logits: Tensor, events: Tensor, labels: Tensor, hours_to_final_event: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, 1), (B, L, D), (B, 1), (B, L), (B, L) -> loss of each stay (B,)."""
+        loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").squeeze(1)
+        if self.event_head is None:
+            return loss
+        event_logits = self.event_head(events).squeeze(2).float()                                      # (B, L)
+        event_loss = F.binary_cross_entropy_with_logits(event_logits, labels.expand_as(event_logits), reduction="none")
+        weights = temporal_weights(hours_to_final_event, attention_mask, self.tau_hours)
+        return (1 - self.weight) * loss + self.weight * (weights * event_loss).sum(1)
+
+
+class TrainingObjective(nn.Module):
+    """Model and loss as one module, so that one wrapper synchronises the gradients of both."""
+
+    def __init__(self, model: ClinicalTransformer, loss: TemporalAwareLoss, preprocessor: ClinicalDataPreprocessor,
+                 event_dropout: float) -> None:
+        super().__init__()
+        self.model, self.loss, self.preprocessor, self.event_dropout = model, loss, preprocessor, event_dropout
+
+    def forward(self, batch: dict[str, Tensor], time_column: int) -> Tensor:
+        """Loss of each stay of the batch (B,); some of its events are hidden at random."""
+        attention_mask = batch["attention_mask"]
+        if self.training and self.event_dropout:
+            attention_mask = attention_mask & (torch.rand(attention_mask.shape) >= self.event_dropout).to(attention_mask.device)
+        logits, details = self.model.score(batch["sequences"], batch["static_features"], attention_mask)
+        hours = self.preprocessor.decode_hours(batch["sequences"][..., time_column])
+        return self.loss(logits, details["transformer_output"], batch["labels"], hours, attention_mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: discrimination, calibration, clinical use, subgroups, leakage
+# ---------------------------------------------------------------------------------------------------------------------
+# n stays, R bootstrap resamples, G distinct probabilities, k coefficients. Outcome 1 is death in hospital.
+
+METRICS = ("auroc", "auprc", "brier", "calibration_intercept", "calibration_slope")
+MIN_PER_OUTCOME = 20         # below this a subgroup's interval spans nearly everything and only invites over-reading
+LEAK_AUROC = 0.95            # no single bedside fact ranks deaths this well; a column that does knows the outcome
+KNOWN_LATER = "events known only after the moment of prediction"
+IMPOSSIBLE = {
+    "events after the final event": "They happened after ICU discharge or death; the query should have cut them off.",
+    KNOWN_LATER: "A bedside model could not have read them.",
+    "patients in two splits": "The same patient is trained on and tested on.",
+    "admissions in two splits": "The same hospital admission, hence the same outcome, is trained on and tested on.",
+    "stays with conflicting labels": "Rows of one stay, or stays of one admission, disagree on the outcome.",
+}
+
+
+def evaluate_predictions(labels, probabilities, patient_ids, n_bootstrap=1000, seed=0) -> dict:
+    """Figures of held-out predictions with 95 % intervals from resampling patients, each with all of their stays.
+
+    labels (n,) 0/1, probabilities (n,) in [0, 1], patient_ids (n,). Returns JSON-ready counts and, per name in METRICS,
+    {"value", "low", "high"}; None where a figure does not exist (then with a "reason"). Resamples with one outcome only
+    are skipped (all but Brier need both) and counted. Raises ValueError for lengths or values that make no sense.
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    patient_of_stay, patients = pd.factorize(np.asarray(patient_ids))
+    if len(patient_of_stay) != len(labels):
+        raise ValueError(f"{len(labels)} labels but {len(patient_of_stay)} patient ids")
+    n_stays, n_patients, n_deaths = len(labels), len(patients), int(labels.sum())
+    result = {"n_stays": n_stays, "n_patients": n_patients, "n_deaths": n_deaths,
+              "prevalence": n_deaths / n_stays if n_stays else None, "n_bootstrap": n_bootstrap}
+    values = _weighted_metrics(np.ones((1, n_stays)), labels, probabilities) if n_stays else np.full((1, 5), np.nan)
+    draws, chunk = [], max(1, 2_000_000 // max(n_stays, 1))      # a chunk of resamples takes about 16 MB per array
+    generator = np.random.default_rng(seed)
+    for first in range(0, n_bootstrap if n_patients > 1 else 0, chunk):
+        size = min(chunk, n_bootstrap - first)
+        times_drawn = generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size)  # (R, patients)
+        draws.append(_weighted_metrics(times_drawn[:, patient_of_stay].astype(float), labels, probabilities))
+    draws = np.concatenate(draws) if draws else np.empty((0, len(METRICS)))
+    result["n_resamples_skipped"] = int(np.isnan(draws[:, 0]).sum())
+    for column, name in enumerate(METRICS):
+        result[name] = _with_interval(values[0, column], draws[:, column])
+    return result
+
+
+def _checked(labels, probabilities):
+    labels, probabilities = np.asarray(labels, dtype=float).ravel(), np.asarray(probabilities, dtype=float).ravel()
+    if len(labels) != len(probabilities):
+        raise ValueError(f"{len(labels)} labels but {len(probabilities)} probabilities")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("labels must be 0 or 1; leave out stays whose outcome is unknown")
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():      # false for NaN too
+        raise ValueError("probabilities must lie between 0 and 1 and must not be NaN")
+    return labels, probabilities
+
+
+def _with_interval(value, draws):
+    """An infinite draw (separated outcomes: no finite slope) keeps its rank, so the interval is honestly unbounded."""
+    draws = draws[~np.isnan(draws)]
+    bounds = np.quantile(draws, [0.025, 0.975], method="inverted_cdf") if len(draws) else [np.nan, np.nan]
+    value, low, high = (float(x) if np.isfinite(x) else None for x in (value, *bounds))
+    result = {"value": value, "low": low, "high": high}
+    if value is None:
+        result["reason"] = "needs stays of both outcomes whose probabilities neither tie all nor separate the outcomes"
+    elif len(draws) and (low is None or high is None):
+        result["reason"] = "a missing bound is unbounded: in some resamples the probabilities separate the outcomes"
+    return result
+
+
+def _weighted_metrics(weights, labels, probabilities):
+    """The figures in METRICS for every row of stay weights (R, n), as (R, 5); NaN where a row lacks an outcome."""
+    order = np.argsort(probabilities, kind="stable")
+    weights, labels, probabilities = weights[:, order], labels[order], probabilities[order]
+    first_of_tie = np.flatnonzero(np.r_[True, np.diff(probabilities) > 0])
+    deaths = np.add.reduceat(weights * labels, first_of_tie, axis=1)                          # (R, G), rising risk
+    survivors = np.add.reduceat(weights * (1 - labels), first_of_tie, axis=1)                 # (R, G)
+    n_deaths, n_survivors = deaths.sum(1), survivors.sum(1)
+    both = (n_deaths > 0) & (n_survivors > 0)
+    figures = np.full((len(weights), len(METRICS)), np.nan)
+    figures[:, 2] = weights @ (probabilities - labels) ** 2 / (n_deaths + n_survivors)
+    if not both.any():
+        return figures
+    weights, deaths, survivors = weights[both], deaths[both], survivors[both]
+    below = survivors.cumsum(1) - survivors / 2                                               # a tie counts a half
+    figures[both, 0] = (deaths * below).sum(1) / (n_deaths * n_survivors)[both]
+    found = deaths[:, ::-1].cumsum(1)[:, ::-1]                                                # deaths at or above
+    alarms = found + survivors[:, ::-1].cumsum(1)[:, ::-1]
+    figures[both, 1] = (deaths * found / np.maximum(alarms, 1)).sum(1) / n_deaths[both]       # average precision
+    logits = logit(probabilities.clip(1e-7, 1 - 1e-7))
+    figures[both, 3] = _logistic_fits(weights, labels, np.ones((len(labels), 1)), offset=logits)[:, 0]
+    figures[both, 4] = _calibration_slopes(weights, labels, logits)
+    return figures
+
+
+def _calibration_slopes(weights, labels, logits):
+    """Slope of logit(death) on the logits (n,) per row of weights (R, n); infinite where they separate the outcomes."""
+    is_drawn, died = weights > 0, labels == 1
+    low = [np.where(is_drawn & group, logits, np.inf).min(1) for group in (died, ~died)]
+    high = [np.where(is_drawn & group, logits, -np.inf).max(1) for group in (died, ~died)]
+    deaths_above, deaths_below = high[1] <= low[0], high[0] <= low[1]
+    slopes = np.where(deaths_above, np.inf, np.where(deaths_below, -np.inf, np.nan))
+    slopes[deaths_above & deaths_below] = np.nan                     # all tied: no slope at all
+    finite = ~(deaths_above | deaths_below)
+    if finite.any():
+        scale = logits.std()
+        standardised = np.column_stack([np.ones(len(logits)), (logits - logits.mean()) / scale])
+        slopes[finite] = _logistic_fits(weights[finite], labels, standardised)[:, 1] / scale
+    return slopes
+
+
+def _logistic_fits(weights, labels, features, offset=0.0):
+    """Weighted logistic regressions by Newton, one per row of weights (R, n) at once: coefficients (R, k)."""
+    n_features = features.shape[1]
+    products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)       # (n, k * k)
+    coefficients = np.zeros((len(weights), n_features))
+    for _ in range(100):
+        risks = expit(coefficients @ features.T + offset)                                     # (R, n)
+        gradient = (weights * (labels - risks)) @ features
+        curvature = ((weights * risks * (1 - risks)) @ products).reshape(-1, n_features, n_features)
+        curvature = curvature + 1e-9 * np.eye(n_features)            # flat where every risk is near 0 or 1
+        step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0].clip(-2, 2)  # longer steps can oscillate
+        coefficients += step
+        if np.abs(step).max() < 1e-7:
+            break
+    return np.where(np.abs(step).max(1, keepdims=True) < 1e-4, coefficients, np.nan)
+
+
+def race_group(race) -> str:
+    """MIMIC's 30-odd values by their first words: `BLACK/CAPE VERDEAN` is BLACK; the ways of not saying are UNKNOWN."""
+    words = "" if pd.isna(race) else str(race).strip().upper()
+    for separator in ("/", " - ", " OR "):
+        words = words.split(separator)[0]
+    return "UNKNOWN" if words.startswith(("UNABLE", "PATIENT DECLINED", "UNKNOWN")) or not words else words
+
+
+def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
+    """The groups reported on, one row per stay: sex, age band, race, care unit (from the flat table's columns)."""
+    bands = pd.cut(stays["patient_age"].astype(float), [-np.inf, 45, 65, 80, np.inf], right=False,
+                   labels=["under 45", "45 to 64", "65 to 79", "80 and over"])
+    groups = {"sex": stays["patient_gender"], "age band": bands, "race": stays["patient_race"].map(race_group),
+              "care unit": stays["first_icu_careunit"]}
+    return pd.DataFrame({name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()})
+
+
+def subgroup_table(labels, probabilities, patient_ids, groups: pd.DataFrame, n_bootstrap=1000, seed=0) -> pd.DataFrame:
+    """The figures of `evaluate_predictions` per group, sizes first; a plain "too few" below MIN_PER_OUTCOME of either.
+
+    groups has one row per stay, in the order of labels, and one column per grouping.
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    patient_ids, rows = np.asarray(patient_ids), []
+    members = [("all", "all stays", np.ones(len(labels), dtype=bool))]
+    for name in groups:
+        values = sorted(groups[name].unique(), key=lambda value: (not str(value).startswith("under"), str(value)))
+        members += [(name, value, (groups[name] == value).to_numpy()) for value in values]
+    for name, value, is_member in members:
+        deaths, stays = int(labels[is_member].sum()), int(is_member.sum())
+        enough = min(deaths, stays - deaths) >= MIN_PER_OUTCOME
+        row = {"group": name, "value": value, "stays": stays, "patients": len(np.unique(patient_ids[is_member])),
+               "deaths": deaths, "prevalence": deaths / max(stays, 1), "note": "" if enough else "too few"}
+        if enough:
+            figures = evaluate_predictions(labels[is_member], probabilities[is_member], patient_ids[is_member],
+                                           n_bootstrap, seed)
+        for metric in METRICS:
+            for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+                row[metric + suffix] = figures[metric][part] if enough else None
+        rows.append(row)
+    return pd.DataFrame(rows).astype({metric + suffix: float for metric in METRICS for suffix in ("", "_low", "_high")})
+
+
+def decision_curve(labels, probabilities, thresholds=np.arange(0.01, 0.61, 0.01)) -> pd.DataFrame:
+    """Net benefit per stay when stays at or above each risk threshold are treated, against treating all or none.
+
+    Net benefit = true positives / n - false positives / n * t / (1 - t): t is the risk at which one would just treat.
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    thresholds = np.asarray(thresholds, dtype=float)
+    if not ((thresholds > 0) & (thresholds < 1)).all() or not len(labels):
+        raise ValueError("a decision curve needs at least one stay, and thresholds above 0 and below 1")
+    is_treated = probabilities[None, :] >= thresholds[:, None]                                # (thresholds, n)
+    odds, prevalence = thresholds / (1 - thresholds), labels.mean()
+    model = (is_treated * labels).mean(1) - (is_treated * (1 - labels)).mean(1) * odds
+    return pd.DataFrame({"threshold": thresholds, "model": model, "treat_all": prevalence - (1 - prevalence) * odds,
+                         "treat_none": 0.0, "share_treated": is_treated.mean(1)})
+
+
+def calibration_table(labels, probabilities, n_bins=10) -> pd.DataFrame:
+    """Mean predicted risk and observed death rate in up to n_bins bins of about equal size (fewer where risks tie).
+
+    The 95 % Wilson interval takes stays as independent: a little too narrow where patients have several stays.
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    bins = pd.qcut(pd.Series(probabilities), n_bins, labels=False, duplicates="drop").fillna(0)
+    table = pd.DataFrame({"bin": bins, "risk": probabilities, "died": labels}).groupby("bin").agg(
+        n=("died", "size"), deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=("died", "mean"))
+    intervals = [binomtest(int(row.deaths), int(row.n)).proportion_ci(method="wilson") for row in table.itertuples()]
+    table["low"], table["high"] = np.transpose([(interval.low, interval.high) for interval in intervals])
+    return table.reset_index(drop=True).astype({"deaths": int})
+
+
+def fit_temperature(logits, labels) -> float:
+    """The T > 0 for which sigmoid(logit / T) has the least log loss on these stays (n,); convex in 1 / T.
+
+    Returns 1 (with a warning) where the data set no such T: it would go to 0 (all on the right side) or infinity.
+    """
+    logits, labels = np.asarray(logits, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
+    signed = np.where(labels == 1, logits, -logits)                  # positive: on the right side of 0.5
+    inverse = minimize_scalar(lambda inverse: np.logaddexp(0, -inverse * signed).sum(), bounds=(0.02, 50),
+                              method="bounded", options={"xatol": 1e-7}).x
+    if not 0.021 < inverse < 49 or not 0 < labels.sum() < len(labels):
+        logger.warning("Temperature scaling left out: %d validation stays (%d deaths) do not determine a temperature",
+                       len(labels), labels.sum())
+        return 1.0
+    return float(1 / inverse)
+
+
+def split_counts(patient_ids, admission_ids, split) -> dict:
+    """How many patients and admissions occur in more than one split: both must be 0."""
+    table = pd.DataFrame({"patients in two splits": patient_ids, "admissions in two splits": admission_ids})
+    return {name: int((pd.Series(split).groupby(table[name].to_numpy()).nunique() > 1).sum()) for name in table}
+
+
+def leakage_audit(stays, per_stay, labels, patient_ids, split, counts, prospective=False) -> pd.DataFrame:
+    """What, alone, tells the outcome, and what cannot be: one row per column of stays and per_stay, and per count.
+
+    stays (n rows): candidate columns. per_stay (n rows): numbers such as how many events, or hours from admission to
+    the first. Each gets the AUROC of its own small model, cross-validated on the patients of the split "train" only.
+    counts: how often impossible things occur (names in IMPOSSIBLE; others are allowed). What became known only after
+    the moment of prediction is to be expected in retrospective mode, hence flagged only if prospective.
+    """
+    is_train = np.asarray(split) == "train"
+    y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
+    folds, rows = patient_folds(y, patients), []
+    for kind, table in (("column", stays), ("per stay", per_stay)):
+        for name in table:
+            auroc = np.nan if folds is None else single_column_auroc(table.loc[is_train, name], y, folds)
+            flagged, reason = max(auroc, 1 - auroc) > LEAK_AUROC, ""
+            if np.isnan(auroc):
+                reason = "Not judged: too few training patients of one outcome to cross-validate."
+            elif flagged:
+                reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
+            rows.append((name, kind, auroc, pd.NA, bool(flagged), reason))
+    for name, count in counts.items():
+        excused = name == KNOWN_LATER and not prospective
+        reason = IMPOSSIBLE.get(name, "This should not occur.") if count else ""
+        if excused and count:
+            reason = "Expected: the retrospective mode reads the whole stay. A bedside model could not have read them."
+        rows.append((name, "count", np.nan, int(count), count > 0 and not excused, reason))
+    audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
+    return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
+
+
+def patient_folds(labels, patient_ids, n_folds=5):
+    """The fold (n,) of each stay, patients whole, deaths spread evenly; None where an outcome has one patient only."""
+    died = pd.Series(labels).groupby(np.asarray(patient_ids)).max()                          # by patient, sorted
+    n_folds = int(min(n_folds, died.sum(), (1 - died).sum()))
+    if n_folds < 2:
+        return None
+    fold_of_patient = np.zeros(len(died), dtype=int)
+    for fold, (_, held_out) in enumerate(StratifiedKFold(n_folds, shuffle=True, random_state=0).split(died, died)):
+        fold_of_patient[held_out] = fold
+    return fold_of_patient[died.index.get_indexer(np.asarray(patient_ids))]
+
+
+def single_column_auroc(column: pd.Series, labels, folds) -> float:
+    """Cross-validated AUROC of one column (n,) alone, for 0/1 labels (n,) and folds (n,); NaN where no fold can tell.
+
+    Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
+    AUROC is taken within folds and averaged by pairs: pooled, the folds' own death rates would bias it below 0.5.
+    """
+    is_time = pd.api.types.is_datetime64_any_dtype(column)
+    if is_time or pd.api.types.is_numeric_dtype(column):
+        numbers = (column - column.min()).dt.total_seconds() if is_time else column
+        values = numbers.to_numpy(dtype=float, na_value=np.nan)[:, None]
+        model = DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=max(5, len(values) // 50), random_state=0)
+        score = model.predict
+    else:
+        values = column.astype(object).where(column.notna(), "Unknown").astype(str).to_numpy(dtype=object)[:, None]
+        model = TargetEncoder(target_type="binary")
+        score = model.transform
+    pairs, total = 0, 0.0
+    for fold in np.unique(folds):
+        held_out, fit_rows = folds == fold, folds != fold
+        fold_pairs = labels[held_out].sum() * (1 - labels[held_out]).sum()
+        if fold_pairs and len(np.unique(labels[fit_rows])) == 2:
+            model.fit(values[fit_rows], labels[fit_rows])
+            pairs += fold_pairs
+            total += fold_pairs * roc_auc_score(labels[held_out], score(values[held_out]).ravel())
+    return float(total / pairs) if pairs else float("nan")
+
+
+def audit_summary(audit: pd.DataFrame) -> str:
+    """One line for the log of every run: how much was checked and what was flagged, by name."""
+    aurocs = audit[audit.kind != "count"].set_index("name").auroc
+    found = [f"{name} (AUROC {auroc:.2f} alone)" if kind != "count" else f"{count} {name}" for name, kind, auroc, count
+             in audit.loc[audit.flagged, ["name", "kind", "auroc", "count"]].itertuples(index=False)]
+    verdict = f"FLAGGED: {', '.join(found)}" if found else "nothing flagged"
+    if not found and aurocs.notna().any():
+        verdict += f" (the most telling alone: {aurocs.idxmax()}, AUROC {aurocs.max():.2f})"
+    unjudged = f"; {aurocs.isna().sum()} columns not judged, too few deaths" if aurocs.isna().any() else ""
+    return f"Leakage audit of {len(aurocs)} columns and {len(audit) - len(aurocs)} counts: {verdict}{unjudged}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots: each returns a matplotlib Figure, drawn without pyplot so that no global state changes
+# ---------------------------------------------------------------------------------------------------------------------
+BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"   # Okabe-Ito, and a grey
+METRIC_WORDS = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier score", "calibration_intercept": "intercept",
+              "calibration_slope": "slope"}
+
+
+def _new_figure(title, caption, height, width=7.2):
+    """Page-wide figure: the question on top, a caption line below; constrained layout keeps both clear of the axes."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.suptitle(textwrap.fill(title, 88), fontsize=11)
+    if caption:
+        figure.supxlabel(textwrap.fill(caption, 115), fontsize=7.5, color="#444444")
+    return figure
+
+
+def _tidy(axes, xlabel, ylabel, title=None):
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=9)
+
+
+def metric_text(metrics: dict, name: str) -> str:
+    """`AUROC 0.81 (95 % interval 0.70 to 0.90)`, or that it is not defined."""
+    value, low, high = (metrics[name][part] for part in ("value", "low", "high"))
+    if value is None:
+        return f"{METRIC_WORDS[name]} not defined"
+    low, high = ("unbounded" if bound is None else f"{bound:.2f}" for bound in (low, high))
+    return f"{METRIC_WORDS[name]} {value:.2f} (95 % interval {low} to {high})"
+
+
+def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
+    """history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
+    figure = _new_figure("Does training still help on patients it does not see?", caption, height=2.9)
+    loss, auroc, rate = figure.subplots(1, 3)
+    loss_title, style = "Loss", {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
+    loss.plot(history.epoch, history.train_loss, color=BLUE, label="training", **style)
+    loss.plot(history.epoch, history.validation_loss, color=VERMILLION, linestyle="--", label="validation", **style)
+    auroc.plot(history.epoch, history.validation_auroc, color=VERMILLION, linestyle="--", **style)
+    rate.plot(history.epoch, history.learning_rate, color=GREY, **style)
+    if history.validation_loss.notna().any():
+        best = int(history.loc[history.validation_loss.idxmin(), "epoch"])
+        loss_title = f"Loss (validation lowest in epoch {best})"
+        for axes in (loss, auroc):
+            axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
+    loss.legend(fontsize=7, frameon=False)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    rate.yaxis.get_offset_text().set_fontsize(8)
+    rate.set_ylim(bottom=0)
+    for axes, label, title in ((loss, "loss", loss_title), (auroc, "AUROC", "Validation AUROC"),
+                               (rate, "learning rate", "Learning rate")):
+        _tidy(axes, "epoch", label, title)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
+
+
+def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
+    """ROC and precision-recall curves of held-out stays; metrics as `evaluate_predictions` returns them."""
+    labels, probabilities = _checked(labels, probabilities)
+    figure = _new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
+    roc, pr = figure.subplots(1, 2)
+    if 0 < labels.sum() < len(labels):
+        false_alarms, found, _ = roc_curve(labels, probabilities)
+        roc.plot(false_alarms, found, color=BLUE, label="model")
+        precision, recall, _ = precision_recall_curve(labels, probabilities)
+        pr.step(recall, precision, where="post", color=BLUE, label="model")
+    else:
+        roc.text(0.5, 0.6, "only one outcome: no curve", ha="center", fontsize=8)
+    roc.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="no better than chance")
+    prevalence = labels.mean() if len(labels) else 0.0
+    pr.axhline(prevalence, color=GREY, linestyle="--", linewidth=1, label=f"chance: the death rate, {prevalence:.2f}")
+    _tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)",
+          metric_text(metrics, "auroc"))
+    _tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
+    for axes, corner in ((roc, "lower right"), (pr, "best")):
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+        axes.legend(fontsize=8, frameon=False, loc=corner)
+    return figure
+
+
+def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
+    """Observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
+    labels, probabilities = _checked(labels, probabilities)
+    table = calibration_table(labels, probabilities, n_bins=int(np.clip(len(labels) // 10, 2, 10)))
+    figure = _new_figure("Do as many die as the predicted risk says?", caption, height=5.4, width=5.6)
+    curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top = min(1.0, np.ceil(10 * max(table.high.max(), probabilities.max()) + 0.2) / 10)
+    curve.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1, label="perfect agreement")
+    errors = [table.observed_rate - table.low, table.high - table.observed_rate]
+    smallest, largest = int(table.n.min()), int(table.n.max())
+    size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+    curve.errorbar(table.mean_risk, table.observed_rate, yerr=np.clip(errors, 0, None), fmt="o", color=BLUE, capsize=2,
+                   markersize=4, linewidth=1, label=f"{len(table)} bins of {size} stays, 95 % interval")
+    curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
+    curve.legend(fontsize=8, frameon=False, loc="upper left")
+    _tidy(curve, "", "observed death rate", "\n".join(
+        metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")))
+    histogram.hist([probabilities[labels == 0], probabilities[labels == 1]], bins=np.linspace(0, top, 31), stacked=True,
+                   color=[BLUE, VERMILLION], label=["survived", "died"])
+    histogram.legend(fontsize=8, frameon=False)
+    histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _tidy(histogram, "predicted risk of death in hospital", "stays")
+    return figure
+
+
+def plot_decision_curve(curve: pd.DataFrame, caption="") -> Figure:
+    """curve as `decision_curve` returns it."""
+    figure = _new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
+    axes = figure.subplots()
+    axes.plot(curve.threshold, curve.treat_all, color=ORANGE, linestyle="--", label="treat all")
+    axes.plot(curve.threshold, curve.treat_none, color=GREY, linestyle=":", label="treat none")
+    axes.plot(curve.threshold, curve.model, color=BLUE, label="treat by the model")
+    top = max(curve.model.max(), curve.treat_all.max(), 0.01)
+    axes.set_ylim(max(-0.3 * top, min(curve.model.min(), curve.treat_all.min())) - 0.03 * top, 1.08 * top)
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes, "risk threshold at which one would treat", "net benefit per stay")
+    return figure
+
+
+def plot_attention_heatmap(layer_maps, pooling, hours, title, caption="",
+                           hours_label="hours after ICU admission") -> Figure:
+    """Self-attention of every layer (layers, bins, bins) over pooling weights (heads, n) of one stay's n events.
+
+    A map's rows look, its columns are looked at; hours (n,) are the events' times, first event first.
+    """
+    layer_maps, pooling, hours = (np.asarray(array, dtype=float) for array in (layer_maps, pooling, hours))
+    figure = _new_figure(title, caption, height=4.6)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1.2, 1])
+    panels = np.atleast_1d(upper.subplots(1, len(layer_maps), sharey=True))
+    # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
+    norm = PowerNorm(0.5, vmin=0, vmax=max(np.quantile(layer_maps, 0.995), 1e-12))
+    for layer, (axes, weights) in enumerate(zip(panels, layer_maps), start=1):
+        image = axes.imshow(weights, norm=norm, cmap="cividis", extent=(0, 100, 100, 0), interpolation="nearest")
+        _tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
+    bars = [upper.colorbar(image, ax=panels, shrink=0.8, extend="max", pad=0.01)]
+    per_cell = -(-pooling.shape[1] // 600)                 # more columns than pixels would drop events unseen
+    cells = np.maximum.reduceat(pooling, np.arange(0, pooling.shape[1], per_cell), axis=1)
+    axes = lower.subplots()
+    image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    bars.append(lower.colorbar(image, ax=axes, pad=0.01))
+    for bar in bars:
+        bar.set_label("attention weight", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
+    decimals = 0 if np.ptp(hours) >= 20 else 1
+    axes.set_xticks(shown, [f"{hours[cell * per_cell]:.{decimals}f}" for cell in shown])
+    axes.set_yticks(range(len(cells)), [f"head {head}" for head in range(1, len(cells) + 1)])
+    width = "each event equally wide" if per_cell == 1 else f"each column the heaviest of {per_cell} events"
+    _tidy(axes, f"{hours_label} ({width})", "", "Pooling: weight of each event in the prediction")
+    return figure
+
+
+def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=4) -> Figure:
+    """trajectories, one row per stay and time: stay, hours_after_admission, probability, label (0/1).
+
+    Single stays are chosen without looking at their risk: the longest followed of each outcome, then by stay.
+    """
+    figure = _new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
+    single, mean = figure.subplots(1, 2, sharey=True)
+    times = np.sort(trajectories.hours_after_admission.unique())
+    for label, color, line, word in ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived")):
+        group = trajectories[trajectories.label == label].sort_values("hours_after_admission")
+        if group.empty:
+            continue
+        followed = group.groupby("stay").size().sort_index().sort_values(ascending=False, kind="stable")
+        for rank, stay in enumerate(followed.index[:n_individual]):
+            one = group[group.stay == stay]
+            single.plot(one.hours_after_admission, one.probability, color=color, linestyle=line, marker="o",
+                        markersize=3, linewidth=1, label=word if rank == 0 else None)
+        summary = group.groupby("hours_after_admission").probability.describe(percentiles=[0.25, 0.75])
+        mean.plot(summary.index, summary["mean"], color=color, linestyle=line, marker="o", markersize=4, label=word)
+        mean.fill_between(summary.index, summary["25%"], summary["75%"], color=color, alpha=0.15, linewidth=0)
+        for time, n in summary["count"].reindex(times, fill_value=0).items():
+            mean.annotate(f"n={n:.0f}", (time, 1.07 if label else 1.02), xycoords=("data", "axes fraction"),
+                          color=color, fontsize=7, ha="center")
+    for axes, title in ((single, f"Up to {n_individual} stays of each outcome"),
+                        (mean, "Mean and middle half of the stays still there")):
+        _tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
+        axes.set_title(title, fontsize=9, pad=24)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(times, [f"{time:g}" for time in times], minor=False)
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write through a temporary name, so that a reader or a killed run never meets half a file. `write` gets the name to use."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another --output-dir.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    return write_whole(path, lambda name: name.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n", "utf-8"))
+
+
+def save_figure(path: Path, figure: Figure) -> Path:
+    return write_whole(path, lambda name: figure.savefig(name, dpi=150, format="png"))
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path, active: bool = True) -> Iterator[None]:
+    """Hold the output folder for this run; a second run into it is refused with `InputError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}). Choose another --output-dir.") from None
+    with lock:
+        if active:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{folder}: another run writes here. Wait for it, or choose another --output-dir.") from None
+        yield
+
+
+class Checkpoint(NamedTuple):
+    """A trained model and all that is needed to apply and explain it."""
+    model: ClinicalTransformer
+    preprocessor: ClinicalDataPreprocessor
+    settings: Settings
+    text_encoder: str                      # identity of the encoder its inputs came from
+    patients: dict[str, list[int]]         # ids of the patients of each part of the split
+    baseline: dict[str, Tensor]            # mean training event (input_dim,) and mean static features (S,)
+    temperature: float                     # probability = sigmoid(logit / temperature)
+    state: dict[str, Any]                  # everything that the file holds
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-logits / self.temperature))
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Load a checkpoint without executing anything in it; the model is in eval mode. Raises `InputError` for any other file."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
+    except Exception as error:      # torch.load raises nearly anything for a damaged or hostile file
+        raise InputError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another file.") from None
+    if not isinstance(state, dict) or state.get("program") != "clinical_LF":
+        raise InputError(f"{path}: a checkpoint of another program.")
+    if state["format"] > CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: written by a newer version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Update train.py.")
+    try:
+        model = ClinicalTransformer(**state["architecture"]).to(device)
+        model.load_state_dict(state["model"])
+        known = {entry.name for entry in fields(Settings)}
+        settings = Settings(**{name: value for name, value in state["settings"].items() if name in known})
+        return Checkpoint(model.eval(), ClinicalDataPreprocessor().load_state_dict(state["preprocessor"]), settings, state["text_encoder"],
+                          state["patients"], state["baseline"], state["temperature"], state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again.") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
+    """Mean and spread (input_dim,) of the dataset's events; a column that never varies keeps its size."""
+    total = torch.zeros(dataset.input_dim, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    n_events = len(dataset.text)
+    for rows in torch.arange(n_events).split(65536):
+        events = dataset.events(rows).double()
+        total += events.sum(0)
+        squares += events.square().sum(0)
+    mean = total / n_events
+    scale = (squares / n_events - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), torch.where(scale > 1e-6, scale, torch.ones_like(scale)).float()
+
+
+class Trainer:
+    """One training run: what the loop needs, so that an epoch reads as the algorithm."""
+
+    def __init__(self, table: StayTable, split: Split, text_vectors: np.ndarray, text_encoder: str, settings: Settings,
+                 output: Path, accelerator: Accelerator) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.output, self.accelerator, self.text_encoder = settings, output, accelerator, text_encoder
+        train_table = table.take(split.train)
+        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.value_channel).fit(train_table)
+        self.train_set, self.validation_set, self.test_set = (
+            ClinicalSequenceDataset(table.take(part), self.preprocessor, text_vectors) for part in split)
+        self.time_column = len(EVENT_TYPES) + text_vectors.shape[1]
+        model = ClinicalTransformer(self.train_set.input_dim, self.preprocessor.static_dim, settings.d_model, settings.n_layers,
+                                    settings.n_heads, settings.d_feedforward, settings.n_pooling_heads, settings.dropout)
+        mean, scale = input_statistics(self.train_set)
+        model.set_input_statistics(mean, scale)
+        self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
+        self.patients = {name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()}
+        objective = TrainingObjective(model, TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight), self.preprocessor,
+                                      settings.event_dropout)
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(settings.weight_averaging))
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+        self.history: list[dict[str, float]] = []
+        self.step = self.epochs_done = 0
+        self.temperature = 1.0
+
+    @property
+    def model(self) -> ClinicalTransformer:
+        """The averaged weights: what is validated, kept and explained."""
+        return self.average.module
+
+    def train_epoch(self, epoch: int) -> float:
+        """One pass over the training stays; mean loss of a stay. Depends on the seed and the epoch's number alone."""
+        settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
+        torch.manual_seed(settings.seed + 100_003 * epoch + 17 * rank)
+        batches = plan_batches(self.train_set.lengths, settings.batch_size, settings.max_events_per_batch, settings.seed + epoch)
+        shares = [share_of_batch(batch, rank, world) for batch in batches]
+        loader = DataLoader(self.train_set, batch_sampler=[stays for stays, _ in shares], collate_fn=collate_stays)
+        self.objective.train()
+        total_loss = n_stays = n_events = 0
+        started = time.monotonic()
+        bar = tqdm(zip(loader, batches, shares), total=len(batches), desc=f"epoch {epoch}", leave=False, disable=not self.accelerator.is_main_process)
+        for number, (batch, stays, (share, weights)) in enumerate(bar):
+            self.warm_up()
+            losses = self.objective(send_to_device(batch, self.accelerator.device), self.time_column)      # (B,)
+            # Processes average their gradients: scaled so, the average is the gradient of the whole batch's mean.
+            loss = (losses * losses.new_tensor(weights)).sum() * world / len(stays)
+            self.stop_if_not_finite(losses, share)
+            self.optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.gradient_clip)
+            self.optimizer.step()
+            self.step += 1
+            self.average.update_parameters(self.accelerator.unwrap_model(self.objective).model)
+            total_loss += loss.item() * len(stays) / world
+            n_stays += len(stays)
+            n_events += int(self.train_set.lengths[stays].sum())
+            bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {n_events / (time.monotonic() - started):,.0f} events/s")
+            if settings.save_attention_every and number % settings.save_attention_every == 0 and self.accelerator.is_main_process:
+                self.save_attention(epoch, number, stays)
+        sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
+        return float(sums[0]) / n_stays
+
+    def warm_up(self) -> None:
+        """Raise the learning rate linearly over the first steps; afterwards the plateau schedule alone changes it."""
+        if self.step < self.settings.warmup_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * (self.step + 1) / self.settings.warmup_steps
+
+    def stop_if_not_finite(self, losses: Tensor, share: np.ndarray) -> None:
+        if not torch.isfinite(losses).all():
+            stays = self.train_set.table.stays.icu_stay_id.iloc[share[~torch.isfinite(losses).cpu().numpy()]].tolist()
+            raise InputError(f"the loss is not finite for icu_stay_id {', '.join(map(str, stays[:5]))}. The best checkpoint so far stays in "
+                             f"{self.output / 'checkpoints'}. Lower --learning-rate, or use --mixed-precision no; then --resume.")
+
+    def fit(self) -> None:
+        """Train until the validation loss has not improved for `patience` epochs; the best weights are kept in best_model.pth."""
+        settings, main = self.settings, self.accelerator.is_main_process
+        if not self.epochs_done:
+            self.save("latest_checkpoint.pth")
+        while self.epochs_done < settings.max_epochs and not self.out_of_patience():
+            started, epoch = time.monotonic(), self.epochs_done + 1
+            train_loss = self.train_epoch(epoch)
+            logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
+            loss = float(F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels)))
+            self.history.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": loss, "validation_auroc": float(roc_auc_score(labels, logits)),
+                                 "learning_rate": self.optimizer.param_groups[0]["lr"]})
+            self.epochs_done = epoch
+            self.scheduler.step(loss)
+            best = loss <= min(row["validation_loss"] for row in self.history)
+            if best:
+                self.save("best_model.pth")
+            self.save("latest_checkpoint.pth")
+            seconds = time.monotonic() - started
+            if main:
+                row = self.history[-1]
+                logger.info(f"epoch {epoch:2d}/{settings.max_epochs}  train loss {train_loss:.4f}  validation loss {loss:.4f}  AUROC {row['validation_auroc']:.3f}  "
+                            f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / seconds:7,.0f} events/s  {seconds:5.1f} s{'  best' if best else ''}")
+
+    def out_of_patience(self) -> bool:
+        if not self.history:
+            return False
+        return self.epochs_done - self.best_epoch >= self.settings.patience
+
+    @property
+    def best_epoch(self) -> int:
+        return int(min(self.history, key=lambda row: row["validation_loss"])["epoch"])
+
+    def predict(self, dataset: ClinicalSequenceDataset) -> np.ndarray:
+        return predict_logits(self.model, dataset, self.settings, self.accelerator)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint: plain data and tensors only."""
+        if not self.accelerator.is_main_process:
+            return
+        objective = self.accelerator.unwrap_model(self.objective)
+        state = {"program": "clinical_LF", "format": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "architecture": self.model.architecture,
+                 "model": self.model.state_dict(), "preprocessor": self.preprocessor.state_dict(), "text_encoder": self.text_encoder,
+                 "patients": self.patients, "baseline": self.baseline, "temperature": self.temperature, "history": self.history,
+                 "epochs_done": self.epochs_done, "step": self.step}
+        if name == "latest_checkpoint.pth":
+            state |= {"objective": objective.state_dict(), "n_averaged": self.average.n_averaged, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        write_whole(self.output / "checkpoints" / name, lambda path: torch.save(state, path))
+
+    def resume(self) -> None:
+        """Go on from latest_checkpoint.pth; refuses one whose data, encoder or model differ."""
+        path = self.output / "checkpoints" / "latest_checkpoint.pth"
+        saved = load_checkpoint(path, self.accelerator.device)
+        changed = [name for name in ("data", "seed", "static_features", "value_channel", "observation_hours", "gap_hours", "first_stay_only", "learning_rate", "batch_size",
+                                     "temporal_weight", "tau_hours", "dropout", "max_events_per_batch")
+                   if getattr(saved.settings, name) != getattr(self.settings, name)]
+        if changed or saved.patients != self.patients or saved.text_encoder != self.text_encoder or saved.model.architecture != self.model.architecture:
+            raise InputError(f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other patients, encoder or model sizes'}). "
+                             "Give the same settings, or train anew without --resume.")
+        objective = self.accelerator.unwrap_model(self.objective)
+        objective.load_state_dict(saved.state["objective"])
+        self.model.load_state_dict(saved.state["model"])
+        self.average.n_averaged.copy_(saved.state["n_averaged"])
+        self.optimizer.load_state_dict(saved.state["optimizer"])
+        self.scheduler.load_state_dict(saved.state["scheduler"])
+        self.history, self.epochs_done, self.step = saved.state["history"], saved.state["epochs_done"], saved.state["step"]
+        logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
+
+    def save_attention(self, epoch: int, batch: int, stays: np.ndarray) -> None:
+        """Attention of one stay of the batch, in a pass of its own without dropout, as .npz and as a heatmap."""
+        stay = int(min(stays, key=lambda s: abs(int(self.train_set.lengths[s]) - 512)))
+        record = attention_record(self.model, self.train_set, stay, self.accelerator.device)
+        name = f"attention_epoch_{epoch}_batch_{batch}"
+        write_whole(self.output / "attention_weights" / f"{name}.npz", lambda path: _save_npz(path, record))
+        figure = plot_attention_heatmap(record["layer_attention"].astype(np.float32).mean(1), record["pooling_weights"], record["hours_to_final_event"],
+                                        title=f"Where does the model look in ICU stay {record['icu_stay_id']}? (epoch {epoch}, batch {batch})",
+                                        caption=f"risk {record['probability']:.2f} · text encoder: {self.text_encoder}")
+        save_figure(self.output / "plots" / f"{name}.png", figure)
+        self.objective.train()
+
+
+def _save_npz(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **record)
+
+
+MAX_MAP_EVENTS, MAX_MAP_BINS = 1024, 64
+
+
+@torch.no_grad()
+def attention_record(model: ClinicalTransformer, dataset: ClinicalSequenceDataset, stay: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Attention of one pass over a stay's last 1,024 events: bounded however long the stay.
+
+    `layer_attention (n_layers, H, bins, bins)` are means over at most 64 equal bins of events, `pooling_weights (4, L)` are exact.
+    """
+    model.eval()
+    sequence, static, _ = dataset[stay]
+    sequence = sequence[-MAX_MAP_EVENTS:].to(device)
+    probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
+    maps = torch.cat(attention["layer_attention_weights"])                                             # (n_layers, H, L, L)
+    bins = min(len(sequence), MAX_MAP_BINS)
+    events = slice(dataset.table.offsets[stay + 1] - len(sequence), dataset.table.offsets[stay + 1])
+    return {"icu_stay_id": np.array(dataset.table.stays.icu_stay_id[stay]), "probability": probability.cpu().numpy()[0, 0],
+            "layer_attention": F.adaptive_avg_pool2d(maps, bins).cpu().numpy().astype(np.float16),
+            "pooling_weights": attention["pooling_weights"][0, :, 0].cpu().numpy(),
+            "hours_to_final_event": dataset.table.minutes_to_end[events] / 60, "event_type": dataset.table.event_type[events]}
+
+
+@torch.no_grad()
+def predict_logits(model: ClinicalTransformer, dataset: ClinicalSequenceDataset, settings: Settings, accelerator: Accelerator) -> np.ndarray:
+    """(n_stays) float64 logits, each stay once however many processes there are."""
+    model.eval()
+    batches = plan_batches(dataset.lengths, 4 * settings.batch_size, settings.max_events_per_batch)
+    mine = batches[accelerator.process_index::accelerator.num_processes]
+    loader = DataLoader(dataset, batch_sampler=mine, collate_fn=collate_stays)
+    scored: list[tuple[int, float]] = []
+    for stays, batch in zip(mine, tqdm(loader, desc="predict", leave=False, disable=not accelerator.is_main_process, delay=2)):
+        batch = send_to_device(batch, accelerator.device)
+        with accelerator.autocast():
+            logits = model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
+        scored += zip(stays.tolist(), logits.double().squeeze(1).tolist())
+    everywhere = gather_object(scored) if accelerator.num_processes > 1 else scored
+    return np.array([logit for _, logit in sorted(everywhere)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
+    (settings,) = HfArgumentParser(Settings, description=__doc__.split("\n\n")[0], allow_abbrev=False).parse_args_into_dataclasses(
+        args=sys.argv[1:] if argv is None else list(argv))
+    _log_to_stdout()
+    try:
+        settings = check_settings(settings)
+        run(settings)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Encoded texts are kept; go on with the same command and --resume "
+              f"({Path(settings.output_dir) / 'checkpoints' / 'latest_checkpoint.pth'} holds the last whole epoch).", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _log_to_stdout() -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    precision = settings.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return Accelerator(mixed_precision=precision)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """All phases of a run; returns what metrics.json holds."""
+    accelerator = make_accelerator(settings)
+    output = Path(settings.output_dir)
+    with only_run_in(output, active=accelerator.is_main_process):
+        checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
+        with accelerator.main_process_first():            # one process runs the query, the others find its result
+            table, repairs = read_stays(data_path(settings.data), settings.cache_dir, need_label=checkpoint is None)
+        if checkpoint is not None:
+            return evaluate_checkpoint(checkpoint, table, repairs, settings, accelerator)
+        table, flow = choose_cohort(table, settings)
+        describe(table, repairs, flow)
+        if settings.audit:
+            split = split_by_patient(table, settings.seed)
+            return {"audit": write_audit(table, split, repairs, settings, output)}
+        text_encoder, text_vectors = embed_texts(table.texts, settings, accelerator)
+        if settings.cross_validate:
+            return cross_validate(table, text_vectors, text_encoder, flow, repairs, settings, accelerator)
+        split = split_by_patient(table, settings.seed)
+        return train_and_report(table, split, text_vectors, text_encoder, flow, repairs, settings, output, accelerator)
+
+
+def data_path(data: str) -> Path:
+    """The path as given; the bundled sample is also found from another working directory."""
+    return SAMPLE if data == SAMPLE.name and not Path(data).exists() else Path(data)
+
+
+def describe(table: StayTable, repairs: dict[str, int], flow: list[CohortStep]) -> None:
+    """Three lines: size, sequence lengths, what was dropped and why; in between the flow of the cohort, where there is one."""
+    labels, quantiles = table.labels, np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
+    used = len(np.unique(table.text))
+    logger.info(f"Data        {len(table.stays):,} ICU stays of {table.stays.patient_id.nunique():,} patients, {len(table.text):,} events, {used:,} distinct texts, "
+                f"{_death_rate(labels)}")
+    logger.info(f"Length      {' / '.join(f'{q:,}' for q in quantiles)} events per stay (min, 25 %, median, 75 %, 95 %, max)")
+    logger.info(f"Dropped     {'; '.join(f'{count:,} {reason}' for reason, count in repairs.items()) or 'nothing'}")
+    for step in flow[1:] and flow:
+        logger.info(f"Cohort      {step.stays:7,} stays {step.patients:7,} patients {step.events:11,} events {step.deaths:6,} deaths  {step.name}")
+
+
+def _death_rate(labels: np.ndarray) -> str:
+    known = labels[~np.isnan(labels)]
+    return f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
+
+
+def train_and_report(table: StayTable, split: Split, text_vectors: np.ndarray, text_encoder: str, flow: list[CohortStep], repairs: dict[str, int],
+                     settings: Settings, output: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """Train on a split, score its test stays once with the best weights, and write everything."""
+    trainer = Trainer(table, split, text_vectors, text_encoder, settings, output, accelerator)
+    if settings.resume:
+        trainer.resume()
+    audit = write_audit(table, split, repairs, settings, output) if accelerator.is_main_process else []
+    n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    logger.info(f"Split       {' / '.join(str(len(part)) for part in split)} stays (training, validation, test), no patient in two of them")
+    logger.info(f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, {trainer.preprocessor.static_dim} static, "
+                f"on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
+    started = time.monotonic()
+    trainer.fit()
+    accelerator.wait_for_everyone()
+    best = load_checkpoint(output / "checkpoints" / "best_model.pth", accelerator.device)
+    trainer.model.load_state_dict(best.model.state_dict())
+    logits = {"validation": trainer.predict(trainer.validation_set), "test": trainer.predict(trainer.test_set)}
+    if not accelerator.is_main_process:
+        return {}
+    if settings.temperature_scaling:
+        trainer.temperature = fit_temperature(logits["validation"], trainer.validation_set.table.labels)
+        state = best.state | {"temperature": trainer.temperature}
+        write_whole(output / "checkpoints" / "best_model.pth", lambda path: torch.save(state, path))
+    training = {"epochs": trainer.epochs_done, "best_epoch": trainer.best_epoch, "seconds": round(time.monotonic() - started, 1), "parameters": n_parameters,
+                "temperature": trainer.temperature}
+    return report(trainer, logits, training, flow, repairs, audit)
+
+
+def report(trainer: Trainer, logits: dict[str, np.ndarray], training: dict[str, Any], flow: list[CohortStep], repairs: dict[str, int],
+           audit: list[dict]) -> dict[str, Any]:
+    """Metrics, predictions and plots of the held-out stays; prints the summary a person looks for."""
+    settings, output, temperature = trainer.settings, trainer.output, trainer.temperature
+    test, probabilities = trainer.test_set.table, 1 / (1 + np.exp(-logits["test"] / temperature))
+    validation = trainer.validation_set.table
+    score = lambda part, risk: evaluate_predictions(part.labels, risk, part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
+    metrics = {"test": score(test, probabilities), "validation": score(validation, 1 / (1 + np.exp(-logits["validation"] / temperature)))}
+    if settings.temperature_scaling:
+        metrics["test_before_temperature_scaling"] = score(test, 1 / (1 + np.exp(-logits["test"])))
+    content = {"text_encoder": trainer.text_encoder, "metrics": metrics, "training": training, "cohort": [step._asdict() for step in flow],
+               "dropped_or_repaired": repairs, "leakage_audit": audit, "settings": asdict(settings), "versions": versions()}
+    caption = f"text encoder: {trainer.text_encoder} · {len(test.stays)} held-out stays of {test.stays.patient_id.nunique()} patients"
+    written = [output / "checkpoints" / "best_model.pth", output / "checkpoints" / "latest_checkpoint.pth", write_json(output / "metrics.json", content),
+               write_predictions(output / "predictions.csv", test, probabilities), output / "leakage_audit.csv",
+               *write_evaluation(output, test, probabilities, metrics["test"], caption),
+               save_figure(output / "plots" / "training_curves.png", plot_training_curves(pd.DataFrame(trainer.history), caption))]
+    log_metrics(metrics["test"], f"Test        {len(test.stays)} stays of {test.stays.patient_id.nunique()} patients, {int(test.labels.sum())} deaths; weights of epoch "
+                                 f"{training['best_epoch']}, trained in {training['seconds']:.0f} s")
+    logger.info(f"Encoder     {trainer.text_encoder}")
+    logger.info("Written     " + "\n            ".join(map(str, written)))
+    return content
+
+
+def log_metrics(metrics: dict[str, Any], title: str) -> None:
+    logger.info(title)
+    for name, label in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("brier", "Brier score"), ("calibration_intercept", "calibration intercept"),
+                        ("calibration_slope", "calibration slope")):
+        value = metrics[name]
+        text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value["low"] is not None else f"not defined ({value.get('reason', '')})"
+        logger.info(f"            {label:22s} {text}" + (f"  at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""))
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")}
+
+
+def write_predictions(path: Path, table: StayTable, probabilities: np.ndarray, **more: Any) -> Path:
+    """One row per stay: ids, label where known, predicted probability of death in hospital."""
+    frame = pd.DataFrame({"icu_stay_id": table.stays.icu_stay_id, "patient_id": table.stays.patient_id,
+                          LABEL: table.stays[LABEL].astype("Int64"), "probability": probabilities, **more})
+    return write_whole(path, lambda name: frame.to_csv(name, index=False, float_format="%.6f"))
+
+
+def embed_texts(texts: np.ndarray, settings: Settings, accelerator: Accelerator, expected: str | None = None) -> tuple[str, np.ndarray]:
+    """Identity of the encoder and (n_texts, E) vectors of the distinct texts; only new ones are computed, by all processes.
+
+    On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on a user's data that is an error.
+    """
+    options = {"revision": None if settings.text_encoder_revision == "main" else settings.text_encoder_revision,
+               "max_tokens": settings.max_text_tokens, "cache_dir": Path(settings.cache_dir), "weights_dir": Path(settings.hf_cache),
+               "dtype": settings.text_encoder_dtype}
+    if accelerator.num_processes > 1:
+        options["devices"] = [accelerator.device]
+    try:
+        with accelerator.main_process_first():
+            encoder = make_text_encoder(settings.text_encoder, **options)
+    except EncoderUnreachable:
+        if settings.text_encoder != CLINICAL_LONGFORMER or data_path(settings.data).resolve() != SAMPLE.resolve() or expected:
+            raise
+        logger.warning("Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing encoder instead. "
+                       "Results say nothing about Clinical-Longformer.")
+        encoder = make_text_encoder("hashing", **options)
+    if expected is not None and encoder.id != expected:
+        raise InputError(f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. Give the same encoder.")
+    started = time.monotonic()
+    encoder.embed(texts, accelerator.process_index, accelerator.num_processes, progress=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    vectors = encoder.vectors(texts)
+    logger.info(f"Encoder     {encoder.id}: {len(texts):,} distinct texts, {encoder.n_encoded:,} of them new, {time.monotonic() - started:.1f} s")
+    return encoder.id, vectors
+
+
+def write_audit(table: StayTable, split: Split, repairs: dict[str, int], settings: Settings, output: Path) -> list[dict]:
+    """Leakage audit of the table and the split: a line in the log, leakage_audit.csv, and its rows."""
+    stays = table.stays
+    part = np.empty(len(stays), dtype=object)
+    for name, members in split._asdict().items():
+        part[members] = name
+    first, last = table.offsets[:-1], table.offsets[1:] - 1
+    end_minutes = settings.observation_hours * 60 if settings.observation_hours else 60 * stay_hours(table)[table.stay_of_event]
+    per_stay = pd.DataFrame({"number of events": table.lengths, "first event, hours after ICU admission": table.minutes_since_intime[first] / 60,
+                             "last event, hours after ICU admission": table.minutes_since_intime[last] / 60})
+    late = int((table.known_minutes_since_intime > end_minutes).sum())
+    conflicting = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
+    counts = {"events after the final event": next((count for reason, count in repairs.items() if "after the final event" in reason), 0),
+              KNOWN_LATER: late, "stays with conflicting labels": conflicting,
+              **split_counts(stays.patient_id.to_numpy(), stays.admission_id.to_numpy(), part)}
+    audit = leakage_audit(stays[list(STATIC_COLUMNS)], per_stay, table.labels, stays.patient_id.to_numpy(), part, counts,
+                          prospective=settings.observation_hours > 0)
+    logger.info(f"Audit       {audit_summary(audit)}")
+    write_whole(output / "leakage_audit.csv", lambda path: audit.to_csv(path, index=False))
+    if used := sorted(set(audit.name[audit.flagged]) & set(settings.static_features)):
+        logger.warning(f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. Leave it out of --static-features.")
+    return json.loads(audit.to_json(orient="records"))
+
+
+def write_evaluation(output: Path, table: StayTable, probabilities: np.ndarray, metrics: dict[str, Any], caption: str) -> list[Path]:
+    """Curves, calibration, decision curve and subgroups of scored stays whose labels are known."""
+    labels, plots = table.labels, output / "plots"
+    groups = subgroup_table(labels, probabilities, table.stays.patient_id.to_numpy(), subgroups_of_stays(table.stays))
+    return [write_whole(output / "subgroups.csv", lambda path: groups.to_csv(path, index=False)),
+            save_figure(plots / "roc_and_precision_recall.png", plot_roc_and_pr(labels, probabilities, metrics, caption)),
+            save_figure(plots / "calibration.png", plot_calibration(labels, probabilities, metrics, caption)),
+            save_figure(plots / "decision_curve.png", plot_decision_curve(decision_curve(labels, probabilities), caption))]
+
+
+def evaluate_checkpoint(checkpoint: Checkpoint, table: StayTable, repairs: dict[str, int], settings: Settings,
+                        accelerator: Accelerator) -> dict[str, Any]:
+    """Score a table with a trained model, refitting nothing; metrics where the labels are known, trajectories on request."""
+    trained, output = checkpoint.settings, Path(settings.output_dir) / "evaluation"
+    local = settings.text_encoder if settings.text_encoder != CLINICAL_LONGFORMER else trained.text_encoder
+    if checkpoint.text_encoder == "hashing":
+        local = "hashing"
+    elif local != CLINICAL_LONGFORMER and settings.text_encoder == CLINICAL_LONGFORMER and Path(local).exists():
+        raise InputError(f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a checkpoint are not followed. "
+                         "Give its folder as --text-encoder PATH.")
+    settings = replace(trained, data=settings.data, output_dir=str(output), cache_dir=settings.cache_dir, hf_cache=settings.hf_cache, text_encoder=local,
+                       trajectory=settings.trajectory, n_bootstrap=settings.n_bootstrap, first_stay_only=settings.first_stay_only)
+    whole = table
+    table, flow = choose_cohort(table, settings)
+    describe(table, repairs, flow)
+    text_encoder, vectors = embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
+    score = lambda part: checkpoint.probabilities(predict_logits(
+        checkpoint.model, ClinicalSequenceDataset(part, checkpoint.preprocessor, vectors), settings, accelerator))
+    probabilities = score(table)
+    content: dict[str, Any] = {"text_encoder": text_encoder, "cohort": [step._asdict() for step in flow], "dropped_or_repaired": repairs}
+    written = []
+    if accelerator.is_main_process:
+        written.append(write_predictions(output / "predictions.csv", table, probabilities))
+    known = np.flatnonzero(~np.isnan(table.labels))
+    if len(known) and accelerator.is_main_process:
+        part = table.take(known)
+        metrics = evaluate_predictions(part.labels, probabilities[known], part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
+        content["metrics"] = metrics
+        overlap = part.stays.patient_id.isin(checkpoint.patients["train"] + checkpoint.patients["validation"]).sum()
+        if overlap:
+            logger.warning(f"Evaluation  WARNING: {overlap} of {len(known)} stays are of patients that this model was trained or tuned on; the figures flatter it.")
+        caption = f"text encoder: {text_encoder} · {len(known)} stays of {part.stays.patient_id.nunique()} patients"
+        written += write_evaluation(output, part, probabilities[known], metrics, caption)
+        log_metrics(metrics, f"Evaluation  {len(known)} stays with known outcome, {int(part.labels.sum())} deaths")
+    if settings.trajectory:
+        content["trajectory"] = score_trajectories(whole, settings, score)
+        if accelerator.is_main_process:
+            written += write_trajectories(output, content.pop("trajectory"), trained, text_encoder)
+    if accelerator.is_main_process:
+        written.append(write_json(output / "metrics.json", content))
+        logger.info(f"Encoder     {text_encoder}\nWritten     " + "\n            ".join(map(str, written)))
+    return content
+
+
+def score_trajectories(table: StayTable, settings: Settings, score: Callable[[StayTable], np.ndarray]) -> pd.DataFrame:
+    """Risk of each stay at several hours after admission, each from what was known by then; a stay leaves when it ends."""
+    try:
+        hours = sorted({float(part) for part in settings.trajectory.split(",")})
+        if hours[0] <= 0 or not math.isfinite(hours[-1]):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--trajectory {settings.trajectory}: give hours above 0, such as 6,12,24,48.") from None
+    rows = []
+    for hour in hours:
+        present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
+        if len(present.stays):
+            rows.append(pd.DataFrame({"stay": present.stays.icu_stay_id, "patient_id": present.stays.patient_id, "hours_after_admission": hour,
+                                      "probability": score(present), "label": present.labels}))
+    if not rows:
+        raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
+    return pd.concat(rows, ignore_index=True)
+
+
+def write_trajectories(output: Path, trajectories: pd.DataFrame, trained: Settings, text_encoder: str) -> list[Path]:
+    mode = f"predicts at {trained.observation_hours:g} h" if trained.observation_hours else "read whole stays"
+    if not trained.observation_hours:
+        logger.warning("Trajectory  WARNING: the model was trained on whole stays (no --observation-hours), so early risks are extrapolations.")
+    return [write_whole(output / "risk_trajectories.csv", lambda path: trajectories.to_csv(path, index=False, float_format="%.6f")),
+            save_figure(output / "plots" / "risk_trajectories.png", plot_risk_trajectories(
+                trajectories, caption=f"the model was trained to: {mode} · text encoder: {text_encoder}"))]
+
+
+def cross_validate(table: StayTable, text_vectors: np.ndarray, text_encoder: str, flow: list[CohortStep], repairs: dict[str, int],
+                   settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """Train and test on every patient-level fold; the spread over folds, and figures over all held-out predictions."""
+    output, folds, parts = Path(settings.output_dir), [], []
+    for number, split in enumerate(cross_validation_splits(table, settings.cross_validate, settings.seed), start=1):
+        logger.info(f"Fold        {number} of {settings.cross_validate}")
+        folder = output / f"fold_{number}"
+        content = train_and_report(table, split, text_vectors, text_encoder, flow, repairs, replace(settings, output_dir=str(folder)), folder, accelerator)
+        if content:
+            folds.append({name: content["metrics"]["test"][name]["value"] for name in METRICS})
+            parts.append(pd.read_csv(folder / "predictions.csv").assign(fold=number))
+    if not accelerator.is_main_process:
+        return {}
+    predictions, spread = pd.concat(parts, ignore_index=True), pd.DataFrame(folds).astype(float)
+    pooled = evaluate_predictions(predictions[LABEL].astype(float), predictions.probability, predictions.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
+    summary = {name: {"mean": float(spread[name].mean()), "sd": float(spread[name].std()), "folds": spread[name].tolist()} for name in METRICS}
+    result = {"text_encoder": text_encoder, "folds": settings.cross_validate, "spread": summary, "pooled": pooled, "settings": asdict(settings)}
+    logger.info(f"Folds       AUROC {summary['auroc']['mean']:.3f} (sd {summary['auroc']['sd']:.3f}), AUPRC {summary['auprc']['mean']:.3f} (sd {summary['auprc']['sd']:.3f})")
+    log_metrics(pooled, f"Pooled      {pooled['n_stays']} held-out stays of {pooled['n_patients']} patients, {pooled['n_deaths']} deaths")
+    written = [write_whole(output / "predictions.csv", lambda path: predictions.to_csv(path, index=False, float_format="%.6f")),
+               write_json(output / "cross_validation.json", json.loads(json.dumps(result).replace("NaN", "null")))]
+    logger.info(f"Encoder     {text_encoder}\nWritten     " + "\n            ".join(map(str, written)))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
