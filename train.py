@@ -1315,6 +1315,12 @@ class ClinicalSequenceDataset(Dataset):
     def input_dim(self) -> int:
         return len(EVENT_TYPES) + self.text_vectors.shape[1] + 1 + (2 if self.values is not None else 0)
 
+    @property
+    def part_sizes(self) -> Tensor:
+        """(input_dim,) how many columns the part of an event has that each column belongs to."""
+        sizes = [len(EVENT_TYPES), self.text_vectors.shape[1], 1, 2][:3 + (self.values is not None)]
+        return torch.tensor(sizes).repeat_interleave(torch.tensor(sizes))
+
     def __len__(self) -> int:
         return len(self.table.stays)
 
@@ -1436,11 +1442,16 @@ class EncoderLayer(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Multi-head attention of one learnable query over a stay's events."""
+    """Multi-head attention of one learnable query over a stay's events.
+
+    Softmax averages: the same finding would count less in a longer stay. So each head multiplies what it pooled by
+    (events of the stay / 100) ** exponent, with a learnable exponent: 0 is a mean, 1 a sum.
+    """
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.length_exponent = nn.Parameter(torch.full((n_heads, 1, 1), 0.5))
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(self, query: Tensor, events: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -1450,7 +1461,8 @@ class AttentionPooling(nn.Module):
         scores = (q @ k.transpose(2, 3)).float() / math.sqrt(k.shape[3])                             # (B, H, 1, L)
         is_event = attention_mask[:, None, None, :]
         weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event   # a stay without events: all 0
-        return self.output((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)), weights
+        size = (attention_mask.sum(1).clamp(min=1)[:, None, None, None] / 100) ** self.length_exponent  # (B, H, 1, 1)
+        return self.output(((weights * size).to(v.dtype) @ v).transpose(1, 2).flatten(2)), weights
 
 
 class ClinicalTransformer(nn.Module):
@@ -2154,7 +2166,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 # ---------------------------------------------------------------------------------------------------------------------
 
 def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
-    """Mean and spread (input_dim,) of the dataset's events; a column that never varies keeps its size."""
+    """Mean and scale (input_dim,) of the dataset's events: scaled so, the parts of an event (type, text, time, value) vary alike.
+
+    Scaling column by column instead would leave the time one voice among 774. A column that never varies keeps its size.
+    """
     total = torch.zeros(dataset.input_dim, dtype=torch.float64)
     squares = torch.zeros_like(total)
     n_events = len(dataset.text)
@@ -2164,7 +2179,8 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
         squares += events.square().sum(0)
     mean = total / n_events
     scale = (squares / n_events - mean.square()).clamp(min=0).sqrt()
-    return mean.float(), torch.where(scale > 1e-6, scale, torch.ones_like(scale)).float()
+    scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
+    return mean.float(), (scale * dataset.part_sizes.sqrt()).float()
 
 
 class Trainer:

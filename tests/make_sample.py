@@ -8,18 +8,20 @@ patient dies is drawn from a risk that is a plain sum on the logit:
 
     logit = INTERCEPT + age effect + sum of the true effects of the stay's events
 
-| kind          | event                                                        | true effect on the logit                     |
-|---------------|--------------------------------------------------------------|----------------------------------------------|
-| lactate       | lab, far above range (4.1 to 15 mmol/L)                      | 1.5 + log2(value / 4); 0 if > 24 h to the end|
-| platelets     | lab, far below range (10 to 70 K/uL)                         | 2 + 0.5 log2(70 / value)                     |
-| vasopressor   | prescription of norepinephrine                               | 2.6                                          |
-| blood culture | culture with an organism                                     | 2.6                                          |
-| liver         | bilirubin AND INR far above range: only together             | 4.0 for the pair, half each; one alone: 0    |
-| airway        | invasive ventilation OR cisatracurium: either is enough      | 2.6, shared equally by those that are there  |
-| extubation    | procedure                                                    | -2.8                                         |
+| kind          | event                                              | true effect on the logit                   |
+|---------------|----------------------------------------------------|--------------------------------------------|
+| lactate       | lab, far above range (4.1 to 15 mmol/L)            | 1.5 + log2(value / 4); 0 if > 24 h to end  |
+| platelets     | lab, far below range (10 to 70 K/uL)               | 2 + 0.5 log2(70 / value)                   |
+| vasopressor   | prescription of norepinephrine                     | 2.6                                        |
+| blood culture | culture with an organism                           | 2.6                                        |
+| liver         | bilirubin AND INR far above range: only together   | 4.0 for the pair, half each; one alone: 0  |
+| airway        | invasive ventilation OR cisatracurium: one will do | 2.6, shared equally by those that are there|
+| extubation    | procedure                                          | -2.8                                       |
+| feeding       | enteral nutrition, an ingredient                   | -2.4                                       |
 
-The effects of events of one kind add up; a stay has at most two of a kind. Kinds are independent of each other. A
-quarter of all events are decoys (troponin, potassium, defibrillation, ...): alarming to read, without any effect, and
+Effects of events of one kind add up; a stay has at most two of a kind. Kinds are independent of each other, and harm
+and protection are about balanced: a sum far from zero would drown in the number of events that attention averages over.
+A quarter of all events are decoys (troponin, potassium, defibrillation, ...): alarming to read, without any effect, and
 as independent of the label as the rest, the background. Roles of events, in `Sample.events`:
 
     cause, late_cause (lactate that counts), joint_cause, redundant            true_effect is not 0
@@ -35,7 +37,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 CAUSAL_ROLES = ("cause", "late_cause", "joint_cause", "redundant")
-INTERCEPT = -9.6          # gives about 20 % deaths
+INTERCEPT = -5.8          # gives 20 to 25 % deaths
 AGE_EFFECT = 0.9          # logit per 15 years beyond 65
 LATE_MINUTES = 24 * 60    # a high lactate counts within this time of the end of the stay
 DECOY_SHARE = 0.28        # of all events that are no planted cause; with the causes counted too it is a quarter
@@ -88,8 +90,9 @@ def magnitude_level(value, low, high):
 def lab_text(lab, value, priority, comment=""):
     """One result, e.g. `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: ...`."""
     level = magnitude_level(value, lab.low, lab.high)
+    flag = "" if level == "within range" else "Flag: abnormal"
     parts = [f"Lab: {lab.label} (Blood, {lab.category})", f"Value: {value:.6g} {lab.unit}".rstrip(),
-             f"Reference: {lab.low:g}-{lab.high:g}", f"Level: {level}", "" if level == "within range" else "Flag: abnormal",
+             f"Reference: {lab.low:g}-{lab.high:g}", f"Level: {level}", flag,
              f"Priority: {priority}" if priority else "", f"Comment: {comment}" if comment else ""]
     return " | ".join(part for part in parts if part)
 
@@ -116,9 +119,10 @@ def draw_values(rng, lab, n):
 
 
 def procedure_text(label, category, minutes, location=""):
-    """One procedure; the status is the one nearly all of MIMIC-IV's procedures have."""
+    """One procedure, with the status that nearly all of MIMIC-IV's have; what is over in a moment has no duration."""
     place = f" | Location: {location}" if location else ""
-    return f"Procedure: {label} ({category}){place} | Status: FinishedRunning | for {minutes} min"
+    length = f" | for {minutes} min" if minutes > 1 else ""
+    return f"Procedure: {label} ({category}){place} | Status: FinishedRunning{length}"
 
 
 def culture_text(specimen, test, organism="", antibiotic="", interpretation="", comment=""):
@@ -141,51 +145,41 @@ BILIRUBIN = Lab("Bilirubin, Total", CHEM, "mg/dL", 0, 1.5, 4, 24, 0.5)
 INR = Lab("INR(PT)", HEM, "", 0.9, 1.1, 2.4, 6, 0.1)
 
 BACKGROUND_LABS = (
-    Lab("Chloride", CHEM, "mEq/L", 96, 108, 94, 110, 1), Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 26, 2),
-    Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 20, 30, 1), Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 3.2, 5.2, 0.1),
-    Lab("Glucose", CHEM, "mg/dL", 70, 100, 80, 140, 5, FASTING), Lab("Magnesium", CHEM, "mg/dL", 1.6, 2.6, 1.6, 2.6, 0.1),
-    Lab("Phosphate", CHEM, "mg/dL", 2.7, 4.5, 2.4, 4.8, 0.2), Lab("Calcium, Total", CHEM, "mg/dL", 8.4, 10.3, 7.8, 10, 0.2),
-    Lab("Sodium", CHEM, "mEq/L", 133, 145, 131, 146, 1), Lab("Anion Gap", CHEM, "mEq/L", 8, 20, 9, 18, 1),
-    Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.1), Lab("RDW", HEM, "%", 10.5, 15.5, 12.5, 17, 0.5),
-    Lab("MCV", HEM, "fL", 82, 98, 84, 100, 2), Lab("PTT", HEM, "sec", 25, 36.5, 25, 40, 1),
-    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 13, 0.5), Lab("Hematocrit", HEM, "%", 34, 45, 30, 42, 1),
-    Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 9.5, 14, 0.5), Lab("pH", GAS, "units", 7.35, 7.45, 7.32, 7.48, 0.01),
-    Lab("pCO2", GAS, "mm Hg", 35, 45, 33, 50, 1), Lab("pO2", GAS, "mm Hg", 85, 105, 75, 130, 5),
-    Lab("Free Calcium", GAS, "mmol/L", 1.12, 1.32, 1.08, 1.28, 0.02), Lab("Albumin", CHEM, "g/dL", 3.5, 5.2, 3, 4.4, 0.2),
-    Lab("Alanine Aminotransferase (ALT)", CHEM, "IU/L", 0, 40, 12, 48, 2),
-    Lab("Alkaline Phosphatase", CHEM, "IU/L", 40, 130, 50, 140, 5),
+    Lab("Chloride", CHEM, "mEq/L", 96, 108, 96, 108, 2), Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 24, 2),
+    Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 3.4, 5.0, 0.2),
+    Lab("Glucose", CHEM, "mg/dL", 70, 100, 75, 120, 5, FASTING),
+    Lab("Magnesium", CHEM, "mg/dL", 1.6, 2.6, 1.6, 2.6, 0.2),
+    Lab("Calcium, Total", CHEM, "mg/dL", 8.4, 10.3, 8, 10, 0.2),
+    Lab("Sodium", CHEM, "mEq/L", 133, 145, 134, 144, 2), Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.2),
+    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 11, 1), Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 10, 14, 0.5),
+    Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 22, 30, 2), Lab("pH", GAS, "units", 7.35, 7.45, 7.34, 7.46, 0.02),
     # the harmless values of the four tests that elsewhere are causes
-    LACTATE._replace(smallest=0.8, largest=2.4), PLATELETS._replace(smallest=155, largest=395, step=10),
-    BILIRUBIN._replace(smallest=0.2, largest=1.6, step=0.1), INR._replace(smallest=0.9, largest=1.4))
+    LACTATE._replace(smallest=0.8, largest=2.0, step=0.2), PLATELETS._replace(smallest=160, largest=380, step=20),
+    BILIRUBIN._replace(smallest=0.2, largest=1.4, step=0.2), INR._replace(smallest=0.9, largest=1.3))
 FREE_TEXT_LABS = tuple(f"Lab: {name} (Blood, {category}) | {rest}" for name, category, rest in (
-    ("Specimen Type", GAS, "Value: ART. | Priority: STAT"), ("Specimen Type", GAS, "Value: VEN. | Priority: STAT"),
-    ("Platelet Smear", HEM, "Comment: NORMAL."), ("Anisocytosis", HEM, "Comment: OCCASIONAL."),
-    ("Polychromasia", HEM, "Comment: NORMAL."), ("Poikilocytosis", HEM, "Comment: 1+."),
-    ("Estimated GFR (MDRD equation)", CHEM, "Comment: Using this patient's age, gender, and serum creatinine value."),
-    ("Specimen Hold", CHEM, "Comment: HOLD. DISCARD GREATER THAN 24 HRS OLD.")))
+    ("Specimen Type", GAS, "Value: ART. | Priority: STAT"), ("Platelet Smear", HEM, "Comment: NORMAL."),
+    ("Anisocytosis", HEM, "Comment: OCCASIONAL."),
+    ("Estimated GFR (MDRD equation)", CHEM, "Comment: Using this patient's age, gender, and serum creatinine value.")))
 DECOY_LABS = (
-    Lab("Troponin T", CHEM, "ng/mL", 0, 0.01, 0.1, 4, 0.1, CRITICAL), Lab("D-Dimer", CHEM, "ng/mL FEU", 0, 500, 1500, 9000, 500),
-    Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 6.1, 7.8, 0.1, CRITICAL), Lab("NTproBNP", CHEM, "pg/mL", 0, 624, 2000, 30000, 1000),
-    Lab("Glucose", CHEM, "mg/dL", 70, 100, 320, 700, 20, CRITICAL), Lab("Creatine Kinase (CK)", CHEM, "IU/L", 47, 322, 1000, 9000, 500),
-    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 23, 45, 1), Lab("C-Reactive Protein", CHEM, "mg/L", 0, 5, 80, 300, 10),
-    Lab("Sodium", CHEM, "mEq/L", 133, 145, 112, 121, 1, CRITICAL), Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 100))
+    Lab("Troponin T", CHEM, "ng/mL", 0, 0.01, 0.2, 4, 0.2, CRITICAL),
+    Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 6.4, 7.8, 0.2, CRITICAL),
+    Lab("Glucose", CHEM, "mg/dL", 70, 100, 350, 700, 50, CRITICAL),
+    Lab("Creatine Kinase (CK)", CHEM, "IU/L", 47, 322, 1000, 9000, 1000),
+    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 24, 45, 3),
+    Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 200))
 
 PRESCRIPTIONS = {
     "background": (
         "Insulin | Strength: 100 Units / mL - 10 mL Vial | Form: VIAL | Dose: 4 UNIT | Route: SC",
-        "Sodium Chloride 0.9%  Flush | Strength: 10 mL Syringe | Form: SYR | Dose: 10 mL | Route: IV",
-        "Magnesium Sulfate | Strength: 2 g / 50 mL Premix Bag | Form: BAG | Dose: 2 gm | Route: IV",
+        "Sodium Chloride 0.9% Flush | Strength: 10 mL Syringe | Form: SYR | Dose: 10 mL | Route: IV",
         "Heparin | Strength: 5000 Units / mL- 1mL Vial | Form: mL | Dose: 5000 UNIT | Route: SC",
         "Furosemide | Strength: 40mg/4mL Vial | Form: VIAL | Dose: 40 mg | Route: IV",
         "Acetaminophen | Strength: 325mg Tablet | Form: TAB | Dose: 650 mg | Route: PO/NG",
-        "Docusate Sodium | Strength: 100mg Capsule | Form: CAP | Dose: 100 mg | Route: PO/NG",
         "Pantoprazole | Strength: 40mg Tablet | Form: TAB | Dose: 40 mg | Route: PO",
-        "Senna | Strength: 8.6 mg Tablet | Form: TAB | Dose: 8.6 mg | Route: PO/NG",
         "Potassium Chloride | Form: TAB | Dose: 20 mEq | Route: PO"),
     "decoy": (
         "EPINEPHrine | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
         "Atropine Sulfate | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
-        "Amiodarone | Strength: 150mg/3mL Vial | Form: VIAL | Dose: 150 mg | Route: IV BOLUS",
         "Naloxone | Strength: 0.4mg/1mL Vial | Form: VIAL | Dose: 0.4 mg | Route: IV"),
     "vasopressor": (
         "NORepinephrine | Strength: 8 mg / 250 mL Premix Bag | Form: BAG | Dose: 8 mg | Route: IV DRIP",
@@ -198,21 +192,22 @@ PROCEDURES = {  # label, category, durations, locations
     "background": (
         ("Chest X-Ray", "5-Imaging", INSTANT, ("",)), ("EKG", "4-Procedures", INSTANT, ("",)),
         ("20 Gauge", LINE, DAYS, ("", "Right Antecubital", "Left Metacarpal")), ("18 Gauge", LINE, DAYS, ("",)),
-        ("Arterial Line", TUBE, DAYS, ("Right Radial", "Left Radial")), ("Foley Catheter", "GI/GU", DAYS, ("Urethral",)),
+        ("Arterial Line", TUBE, DAYS, ("Right Radial", "Left Radial")),
+        ("Foley Catheter", "GI/GU", DAYS, ("Urethral",)),
         ("Family updated by RN", "7-Communication", INSTANT, ("",)), ("Nasal Swab", "6-Cultures", INSTANT, ("",))),
     "decoy": (
         ("Cardioversion/Defibrillation", "3-Significant Events", INSTANT, ("",)),
-        ("Cardiac Arrest", "3-Significant Events", INSTANT, ("",)),
-        ("Temporary Pacemaker Wires Inserted", "4-Procedures", INSTANT, ("",)),
-        ("Bronchoscopy", "4-Procedures", INSTANT, ("",))),
+        ("Cardiac Arrest", "3-Significant Events", INSTANT, ("",))),
     "airway": (("Invasive Ventilation", "2-Ventilation", DAYS, ("",)),),
     "extubation": (("Extubation", "1-Intubation/Extubation", INSTANT, ("",)),)}
 
 NO_GROWTH = dict(comment="NO GROWTH.")
 CULTURES = {
     "background": (
-        culture_text("BLOOD CULTURE", "Blood Culture, Routine", **NO_GROWTH), culture_text("URINE", "URINE CULTURE", **NO_GROWTH),
-        culture_text("MRSA SCREEN", "MRSA SCREEN", comment="No MRSA isolated."), culture_text("STOOL", "C. difficile PCR"),
+        culture_text("BLOOD CULTURE", "Blood Culture, Routine", **NO_GROWTH),
+        culture_text("URINE", "URINE CULTURE", **NO_GROWTH),
+        culture_text("MRSA SCREEN", "MRSA SCREEN", comment="No MRSA isolated."),
+        culture_text("STOOL", "C. difficile PCR"),
         culture_text("SPUTUM", "GRAM STAIN", comment="NO MICROORGANISMS SEEN.")),
     "decoy": (
         culture_text("URINE", "URINE CULTURE", "PSEUDOMONAS AERUGINOSA", "CIPROFLOXACIN", "resistant"),
@@ -229,7 +224,8 @@ INGREDIENTS = {  # label, amount's unit, rates (None: given at once), rate's uni
     "background": (("Water", "ml", (8, 20, 50, 100), "mL/hour"), ("IVF ingredient", "ml", (10, 25, 50, 75), "mL/hour"),
                    ("Water", "ml", None, ""), ("Oral/Gastric Ingredient", "ml", None, ""),
                    ("Calories", "Kcal", (5, 20, 60), "mL/hour"), ("Protein", "grams", (2, 4), "mL/hour")),
-    "decoy": (("Blood Ingredient", "ml", (300, 500, 999), "mL/hour"),)}
+    "decoy": (("Blood Ingredient", "ml", (300, 500, 999), "mL/hour"),),
+    "feeding": (("Enteral Nutrition Ingredient", "ml", (40, 60), "mL/hour"),)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +276,8 @@ def ingredient_events(rng, kind, n):
             continue
         for rate, minutes, status in ((r, m, s) for r in rates for m in (60, 120, 240)
                                       for s in ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")):
-            text = f"Ingredient: {label} | Amount: {rate * minutes / 60:g} {unit} | Rate: {rate} {rate_unit} | Status: {status}"
+            amount = f"{rate * minutes / 60:g} {unit}"
+            text = f"Ingredient: {label} | Amount: {amount} | Rate: {rate} {rate_unit} | Status: {status}"
             variants.append((text, minutes))
     return pick(rng, variants, n)
 
@@ -310,7 +307,7 @@ def stays_with(rng, n_stays, probability, second=0.0):
 
 def plant_lactate(rng, duration):
     """High lactates. A fifth of those in stays of more than 36 h lie over 30 h before the end and do not count."""
-    stay = stays_with(rng, len(duration), 0.45, second=0.2)
+    stay = stays_with(rng, len(duration), 0.34, second=0.2)
     texts, delay, values = lab_events(rng, LACTATE, len(stay))
     early = (duration[stay] > 36 * 60) & (rng.random(len(stay)) < 0.2)
     # nothing between 22 and 30 hours: the truth should not hang on minutes
@@ -322,7 +319,7 @@ def plant_lactate(rng, duration):
 
 def plant_platelets(rng, n_stays):
     """Platelets far below range; the fewer, the worse."""
-    stay = stays_with(rng, n_stays, 0.45, second=0.2)
+    stay = stays_with(rng, n_stays, 0.32, second=0.2)
     texts, delay, values = lab_events(rng, PLATELETS, len(stay))
     return part(stay, "labevent", texts, delay, "platelets", "cause", 2 + 0.5 * np.log2(70 / values))
 
@@ -330,19 +327,19 @@ def plant_platelets(rng, n_stays):
 def plant_simple(rng, n_stays):
     """The kinds whose every event has the same effect."""
     makers = {"prescription": prescription_events, "microbiology": culture_events,
-              "procedure_event": procedure_events}
-    kinds = (("vasopressor", "prescription", 0.45, 0.2, 2.6), ("blood culture", "microbiology", 0.42, 0.2, 2.6),
-             ("extubation", "procedure_event", 0.45, 0.0, -2.8))
+              "procedure_event": procedure_events, "ingredient": ingredient_events}
+    kinds = (("vasopressor", "prescription", 0.32, 0.2, 2.6), ("blood culture", "microbiology", 0.30, 0.2, 2.6),
+             ("extubation", "procedure_event", 0.55, 0.0, -2.8), ("feeding", "ingredient", 0.55, 0.3, -2.4))
     for kind, event_type, probability, second, effect in kinds:
         stay = stays_with(rng, n_stays, probability, second)
         yield part(stay, event_type, *makers[event_type](rng, kind, len(stay)), kind, "cause", effect)
 
 
 def plant_liver(rng, n_stays):
-    """Bilirubin and INR, which count only together: 28 % of stays have both, 3 % only the one, 3 % only the other."""
+    """Bilirubin and INR, which count only together: 20 % of stays have both, 2 % only the one, 2 % only the other."""
     draw = rng.random(n_stays)
-    both = draw < 0.28
-    for lab, has in ((BILIRUBIN, draw < 0.31), (INR, both | ((draw >= 0.31) & (draw < 0.34)))):
+    both = draw < 0.20
+    for lab, has in ((BILIRUBIN, draw < 0.22), (INR, both | ((draw >= 0.22) & (draw < 0.24)))):
         stay = np.flatnonzero(has)
         texts, delay, _ = lab_events(rng, lab, len(stay))
         role, effect = np.where(both[stay], "joint_cause", "lone"), np.where(both[stay], 4.0 / 2, 0.0)
@@ -350,14 +347,15 @@ def plant_liver(rng, n_stays):
 
 
 def plant_airway(rng, n_stays):
-    """Ventilation or a paralysing drug: 43 % of stays have one, a quarter of these have both, which adds nothing."""
+    """Ventilation or a paralysing drug: 32 % of stays have one, a quarter of these have both, which adds nothing."""
     draw = rng.random(n_stays)
-    ventilated, paralysed = draw < 0.265, (draw >= 0.165) & (draw < 0.43)
+    ventilated, paralysed = draw < 0.20, (draw >= 0.12) & (draw < 0.32)
     effect = 2.6 / np.maximum(ventilated.astype(int) + paralysed, 1)
     for event_type, maker, has in (("procedure_event", procedure_events, ventilated),
                                    ("prescription", prescription_events, paralysed)):
         stay = np.flatnonzero(has)
-        yield part(stay, event_type, *maker(rng, "airway", len(stay)), "airway", "redundant", effect[stay], group="airway")
+        texts, delay = maker(rng, "airway", len(stay))
+        yield part(stay, event_type, texts, delay, "airway", "redundant", effect[stay], group="airway")
 
 
 def fill(rng, role, count):
@@ -393,15 +391,18 @@ def plant_events(rng, n_stays):
     causes = [plant_platelets(rng, n_stays), *plant_simple(rng, n_stays), *plant_liver(rng, n_stays),
               *plant_airway(rng, n_stays)]
     n_causes = np.bincount(np.concatenate([cause["stay"] for cause in causes]), minlength=n_stays)
-    # sicker patients stay a little longer: the length of stay is tied to the label, but only weakly
+    # much happens in long stays; the label is tied to the length only weakly, since harm and protection both count
     days = np.clip(2.3 * np.exp(0.7 * rng.standard_normal(n_stays) + 0.04 * (n_causes - 4)), 0.5, 20)
     duration = np.round(days * 24 * 60)
-    # most stays have 25 to 50 events and a few up to 200: pooling by attention sees shares of events, effects go by counts
-    size = 32 * days ** 0.1 * np.exp(0.15 * rng.standard_normal(n_stays))
+    # most stays have 25 to 50 events and a few up to 200: attention sees shares of events, effects are counts
+    size = 29 * days ** 0.1 * np.exp(0.15 * rng.standard_normal(n_stays))
     size *= np.where(rng.random(n_stays) < 0.04, 1 + 4 * rng.random(n_stays), 1)
-    n_fill = np.clip(np.round(size), 20, 185).astype(int)
+    size = np.clip(np.round(size), 20, 200).astype(int)
+    lactate = plant_lactate(rng, duration)
+    # the causes take the place of other events, so that the number of events tells nothing about the label
+    n_fill = size - n_causes - np.bincount(lactate["stay"], minlength=n_stays)
     n_decoys = rng.binomial(n_fill, DECOY_SHARE)
-    events = pd.concat([plant_lactate(rng, duration), *causes, *fill(rng, "decoy", n_decoys),
+    events = pd.concat([lactate, *causes, *fill(rng, "decoy", n_decoys),
                         *fill(rng, "background", n_fill - n_decoys)], ignore_index=True)
     anywhere = np.floor(rng.random(len(events)) * duration[events["stay"]])
     events["minutes"] = events["minutes"].fillna(pd.Series(anywhere)).astype(int)
@@ -449,7 +450,7 @@ def choose(rng, options, n):
 
 
 def add_people(rng, stays, earlier, shares_admission):
-    """Ids and static columns: drawn per stay, then copied from the first stay where patient or admission is the same."""
+    """Ids and static columns: drawn per stay, then copied from the first stay of the same patient or admission."""
     n = len(stays)
     own = np.arange(n)
     patient = np.where(earlier >= 0, earlier, own)
@@ -569,8 +570,9 @@ def write_csv(sample, path):
 
 def describe(sample):
     """One line for the command line."""
-    return (f"{len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, {len(sample.table):,} events, "
-            f"{sample.stays['label'].mean():.1%} died; best AUROC any model can reach (true risk): {sample.best_auroc:.3f}")
+    return (f"{len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, "
+            f"{len(sample.table):,} events, {sample.stays['label'].mean():.1%} died; "
+            f"best AUROC any model can reach (true risk): {sample.best_auroc:.3f}")
 
 
 def main():
