@@ -115,15 +115,15 @@ class Settings:
     n_heads: int = option(8, "Attention heads of each layer.")
     d_feedforward: int = option(512, "Width of the feed-forward part of each layer.")
     n_pooling_heads: int = option(4, "Attention heads that pool the events.")
-    dropout: float = option(0.1, "Dropout everywhere but inside attention (fused kernels take none there).")
+    dropout: float = option(0.2, "Dropout everywhere but inside attention (fused kernels take none there).")
 
-    event_dropout: float = option(0.2, "Share of a stay's events hidden at random in each training step.")
+    event_dropout: float = option(0.1, "Share of a stay's events hidden at random in each training step.")
     weight_averaging: float = option(0.98, "Decay per step of the running mean of the weights that is validated and kept.")
 
     temporal_weight: float = option(0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.")
     tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.")
     learning_rate: float = option(5e-4, "Peak learning rate of AdamW.")
-    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    weight_decay: float = option(0.1, "Weight decay of AdamW.")
     warmup_steps: int = option(50, "Steps over which the learning rate rises to its peak.")
     gradient_clip: float = option(1.0, "Largest norm of the gradient.")
     max_epochs: int = option(50, "Epochs at most.")
@@ -162,11 +162,13 @@ def check_settings(settings: Settings) -> Settings:
                          "Leave these columns out, or drop --observation-hours.")
     positive = ("d_model", "n_layers", "n_heads", "d_feedforward", "n_pooling_heads", "tau_hours", "learning_rate", "max_epochs",
                 "patience", "batch_size", "max_events_per_batch", "max_text_tokens", "gradient_clip")
-    for name, bad in [(name, getattr(settings, name) <= 0) for name in positive] + [
-            ("dropout", not 0 <= settings.dropout < 1), ("temporal_weight", not 0 <= settings.temporal_weight <= 1),
-            ("observation_hours", settings.observation_hours < 0), ("gap_hours", settings.gap_hours < 0),
-            ("cross_validate", settings.cross_validate in (1,) or settings.cross_validate < 0),
-            ("d_model", settings.d_model % settings.n_heads or settings.d_model % settings.n_pooling_heads or settings.d_model % 2),
+    not_negative = ("observation_hours", "gap_hours", "weight_decay", "warmup_steps", "n_bootstrap", "save_attention_every", "seed")
+    shares = ("dropout", "event_dropout", "weight_averaging")
+    # Written so that NaN, which compares false with everything, is out of range too.
+    for name, bad in [(name, not 0 < getattr(settings, name) < math.inf) for name in positive] + [
+            *((name, not 0 <= getattr(settings, name) < 2**31) for name in not_negative), *((name, not 0 <= getattr(settings, name) < 1) for name in shares),
+            ("temporal_weight", not 0 <= settings.temporal_weight <= 1), ("cross_validate", settings.cross_validate == 1 or settings.cross_validate < 0),
+            ("d_model", any(settings.d_model % max(heads, 1) for heads in (settings.n_heads, settings.n_pooling_heads, 2))),
             ("mixed_precision", settings.mixed_precision not in ("auto", "no", "bf16")),
             ("text_encoder_dtype", settings.text_encoder_dtype not in ("auto", "float32", "bfloat16"))]:
         if bad:
@@ -176,7 +178,22 @@ def check_settings(settings: Settings) -> Settings:
         raise InputError("--gap-hours needs --observation-hours: there is no gap where the whole stay is read.")
     if settings.trajectory and not settings.evaluate:
         raise InputError("--trajectory needs --evaluate CHECKPOINT.")
+    trajectory_hours(settings.trajectory)
+    together = [name for name in ("evaluate", "audit", "cross_validate", "resume") if getattr(settings, name)]
+    if len(together) > 1 and together != ["cross_validate", "resume"]:
+        raise InputError(f"--{', --'.join(together).replace('_', '-')}: these do not go together. Run one after the other.")
     return replace(settings, static_features=list(chosen))
+
+
+def trajectory_hours(text: str) -> list[float]:
+    """The hours of --trajectory, ascending. Raises `InputError`."""
+    try:
+        hours = sorted({float(part) for part in text.split(",")} if text else ())
+    except ValueError:
+        hours = [math.nan]
+    if not all(0 < hour < math.inf for hour in hours):
+        raise InputError(f"--trajectory {text}: give hours above 0, such as 6,12,24,48.")
+    return hours
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,21 +294,24 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
     target = results / f"{hashlib.md5(repr((query, MIMIC_TABLES, stats)).encode()).hexdigest()}.parquet"
     if target.exists():
         return target
-    results.mkdir(parents=True, exist_ok=True)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{results}: cannot be written ({error.strerror}). Choose another --cache-dir.") from None
     with tempfile.TemporaryDirectory(dir=results, prefix="working_") as scratch:
-        with duckdb.connect(f"{scratch}/mimic.duckdb") as database:
-            database.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
-            database.execute(f"SET temp_directory = {sql_quoted(scratch + '/spilled')}")
-            try:
+        try:
+            with duckdb.connect(f"{scratch}/mimic.duckdb") as database:
+                database.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
+                database.execute(f"SET temp_directory = {sql_quoted(scratch + '/spilled')}")
                 for table, path in tqdm(files.items(), desc="reading MIMIC-IV", unit="table", leave=False):
                     load_mimic_table(database, table, path)
                 collect_stays(database, query_for_duckdb(query))
                 database.execute(f"COPY stays_with_events TO {sql_quoted(scratch + '/result.parquet')} "
                                  "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)").fetchall()
-            except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-                raise InputError(f"query.sql stopped ({type(error).__name__}) with {memory_limit} of memory and "
-                                 f"{shutil.disk_usage(results).free / 1e9:.0f} GB left on the disk of {results}: "
-                                 "it needs more of the one or the other.") from None
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            raise InputError(f"query.sql stopped ({type(error).__name__}) with {memory_limit} of memory and "
+                             f"{shutil.disk_usage(results).free / 1e9:.0f} GB left on the disk of {results}: "
+                             "it needs more of the one or the other.") from None
         os.replace(f"{scratch}/result.parquet", target)
     return target
 
@@ -398,8 +418,10 @@ def read_stays(data: str | Path, cache_dir: str | Path = "clinical_LF_precomp_em
 def _reason(error: Exception) -> str:
     """What went wrong, without the row it went wrong in: rows hold patient data."""
     line = re.search(r"Line: ?(\d+)", str(error))
-    first = re.split(r"[\n:\"']", str(error).removeprefix("Invalid Input Error: "))[0].strip()
-    return f"{type(error).__name__}: {first}" + (f" at line {line[1]}" if line else "")
+    first = re.split(r"[\n:\"']", re.sub(r"^(\w+ )+Error: ", "", str(error)))[0].strip()
+    first = "a row with more or fewer values than the header, or a quote that never closes" if "sniffing" in first else first
+    known = re.search(r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote", str(error))
+    return f"{type(error).__name__}: {first}" + (f" at line {line[1]}" if line else "") + (f", {known[0]}" if known else "")
 
 
 def _register_source(con: duckdb.DuckDBPyConnection, path: Path) -> str:
@@ -407,10 +429,10 @@ def _register_source(con: duckdb.DuckDBPyConnection, path: Path) -> str:
     is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
     if not is_csv and not path.name.lower().endswith(".parquet"):
         raise InputError(f"{path}: --data takes a folder, *.parquet, *.csv or *.csv.gz.")
-    if is_csv and path.exists() and path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty. It needs a header and one row per event.")
+    if path.exists() and path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty. Copy or export it again.")
     quoted = "'" + str(path).replace("'", "''") + "'"        # a path that the user typed, never a name from inside a file
-    rows = f"read_csv({quoted}, all_varchar=true, header=true, delim=',', quote='\"', escape='\"', max_line_size=16000000)" \
+    rows = f"read_csv({quoted}, all_varchar=true, header=true, delim=',', quote='\"', escape='\"', comment='', max_line_size=16000000)" \
         if is_csv else f"read_parquet({quoted})"
     types = {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()}
     if "events" not in types:
@@ -450,9 +472,12 @@ def _typed(name: str, kind: str) -> str:
 
 def _check_values(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) -> None:
     """Unreadable values, missing keys and stays that contradict themselves are errors that name the first places."""
+    # What a type takes and a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a time.
+    unfit = {"BIGINT": "TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)", "TIMESTAMP": "NOT isfinite(TRY_CAST({0} AS TIMESTAMP))",
+             "DOUBLE": "abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30"}
     for view, columns in (("stay_rows", STAY_COLUMNS), ("event_rows", EVENT_COLUMNS)):
         present = _columns(con, view)
-        checks = {name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' AND TRY_CAST({name} AS {kind}) IS NULL"
+        checks = {name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' AND (TRY_CAST({name} AS {kind}) IS NULL OR {unfit[kind].format(name)})"
                   for name, kind in columns.items() if kind != "VARCHAR" and name in present}
         checks |= {name: f"{checks.get(name, 'false')} OR {_typed(name, columns[name])} IS NULL" for name in
                    ("patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime") if name in columns}
@@ -460,9 +485,10 @@ def _check_values(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) 
             value = _typed(LABEL, "DOUBLE")
             checks[LABEL] += f" OR ({value} IS NOT NULL AND {value} NOT IN (0, 1))" + (f" OR {value} IS NULL" if need_label else "")
         _raise_first(con, path, view, checks)
-    conflicts = {name: f"count(DISTINCT coalesce(CAST({name} AS VARCHAR), '')) > 1" for name in STAY_COLUMNS
-                 if name != "icu_stay_id" and name in _columns(con, "stay_rows")}
-    found = con.execute(f"SELECT icu_stay_id, {', '.join(conflicts.values())} FROM stay_rows GROUP BY icu_stay_id "
+    present, stay_id = _columns(con, "stay_rows"), _typed("icu_stay_id", "BIGINT")
+    conflicts = {name: f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1" for name, kind in STAY_COLUMNS.items()
+                 if name != "icu_stay_id" and name in present}
+    found = con.execute(f"SELECT {stay_id} AS stay, {', '.join(conflicts.values())} FROM stay_rows GROUP BY stay "
                         f"HAVING {' OR '.join(conflicts.values())} ORDER BY 1").fetchall()
     if found:
         names = [name for name, bad in zip(conflicts, found[0][1:]) if bad]
@@ -475,7 +501,7 @@ def _raise_first(con: duckdb.DuckDBPyConnection, path: Path, view: str, checks: 
     for (name, condition), count in zip(checks.items(), counts):
         if count:
             rows = con.execute(f"SELECT row FROM (SELECT row_number() OVER () AS row, * FROM {view}) WHERE {condition} ORDER BY row LIMIT 3").fetchall()
-            wanted = {"BIGINT": "an integer", "TIMESTAMP": "a time like 2150-01-31 23:59:00", "DOUBLE": "a number"}
+            wanted = {"BIGINT": "an integer", "TIMESTAMP": "a time like 2150-01-31 23:59:00", "DOUBLE": "a finite number"}
             meaning = "0 or 1" if name == LABEL else wanted[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]]
             raise InputError(f"{path}: column {name} is not {meaning} in {count} rows, first row {', '.join(str(r[0]) for r in rows)} "
                              "after the header. Mend or remove these rows.")
@@ -894,7 +920,8 @@ class EmbeddingCache:
                 temporary.rename(self.folder / f"part-{name}")
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise InputError(f"cannot write to the embedding cache {self.folder}: {error}") from error
+            reason = error.strerror or f"{error}, is the disk full?"
+            raise InputError(f"cannot write to the embedding cache {self.folder}: {reason}") from error
         self._stale = True
 
     def _remove_orphans(self):
@@ -1041,7 +1068,7 @@ class HashingTextEncoder(TextEncoder):
     id, dim, n_features = "hashing", 768, 2**14
 
     def __init__(self, cache_dir=Path("clinical_LF_precomp_emb")):
-        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v1-768", self.dim)
+        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v2-768", self.dim)
         self._projection = None
 
     def _load(self):
@@ -1054,7 +1081,8 @@ class HashingTextEncoder(TextEncoder):
             self._projection = [(words, signs[0], np.float32(0.8**0.5)), (characters, signs[1], np.float32(0.2**0.5))]
 
     def _tokenise(self, texts):
-        return list(map(without_surrogates, texts))
+        # A number keeps its first digit and its magnitude: 4.1 and 4.3 are one word, 4e+00, not two unrelated ones.
+        return [re.sub(r"(?<![\w.])\d+(?:\.\d+)?", lambda found: f"{float(found[0]):.0e}", without_surrogates(text)) for text in texts]
 
     def _forward(self, device_number, texts):
         out = np.zeros((len(texts), self.dim), np.float32)
@@ -1316,10 +1344,10 @@ class ClinicalSequenceDataset(Dataset):
         return len(EVENT_TYPES) + self.text_vectors.shape[1] + 1 + (2 if self.values is not None else 0)
 
     @property
-    def part_sizes(self) -> Tensor:
-        """(input_dim,) how many columns the part of an event has that each column belongs to."""
-        sizes = [len(EVENT_TYPES), self.text_vectors.shape[1], 1, 2][:3 + (self.values is not None)]
-        return torch.tensor(sizes).repeat_interleave(torch.tensor(sizes))
+    def is_text(self) -> Tensor:
+        """(input_dim,) True at the columns of the text vector."""
+        columns = torch.arange(self.input_dim)
+        return (columns >= len(EVENT_TYPES)) & (columns < len(EVENT_TYPES) + self.text_vectors.shape[1])
 
     def __len__(self) -> int:
         return len(self.table.stays)
@@ -1473,13 +1501,15 @@ class ClinicalTransformer(nn.Module):
     """
 
     def __init__(self, input_dim: int, static_dim: int, d_model: int = 256, n_layers: int = 4, n_heads: int = 8,
-                 d_feedforward: int = 512, n_pooling_heads: int = 4, dropout: float = 0.1) -> None:
+                 d_feedforward: int = 512, n_pooling_heads: int = 4, dropout: float = 0.2) -> None:
         super().__init__()
         self.architecture = {"input_dim": input_dim, "static_dim": static_dim, "d_model": d_model, "n_layers": n_layers, "n_heads": n_heads,
                              "d_feedforward": d_feedforward, "n_pooling_heads": n_pooling_heads, "dropout": dropout}
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.input_projection = nn.Linear(input_dim, d_model)
+        # An average event is all bias: were that near 0, the LayerNorm would blow the smallest difference up.
+        nn.init.normal_(self.input_projection.bias, std=0.3)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
@@ -1529,7 +1559,7 @@ class ClinicalTransformer(nn.Module):
         lengths = attention_mask.sum(1).tolist()
         positions = torch.arange(sequences.shape[1], device=sequences.device).expand_as(attention_mask)[attention_mask]
         normalised = (sequences[attention_mask] - self.event_mean) / self.event_scale                  # (N, input_dim)
-        events = self.input_norm(self.input_projection(normalised))                                    # (N, D)
+        events = self.input_norm(self.input_projection(normalised))                # (N, D)
         events = self.dropout(events + self.position_scale * sinusoidal_positions(positions, events.shape[1]))
         for layer in self.transformer_encoder:
             events = layer(events, lengths, attention_mask, maps)
@@ -2066,8 +2096,8 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
         summary = group.groupby("hours_after_admission").probability.describe(percentiles=[0.25, 0.75])
         mean.plot(summary.index, summary["mean"], color=color, linestyle=line, marker="o", markersize=4, label=word)
         mean.fill_between(summary.index, summary["25%"], summary["75%"], color=color, alpha=0.15, linewidth=0)
-        for time, n in summary["count"].reindex(times, fill_value=0).items():
-            mean.annotate(f"n={n:.0f}", (time, 1.07 if label else 1.02), xycoords=("data", "axes fraction"),
+        for hour, n in summary["count"].reindex(times, fill_value=0).items():
+            mean.annotate(f"n={n:.0f}", (hour, 1.07 if label else 1.02), xycoords=("data", "axes fraction"),
                           color=color, fontsize=7, ha="center")
     for axes, title in ((single, f"Up to {n_individual} stays of each outcome"),
                         (mean, "Mean and middle half of the stays still there")):
@@ -2084,17 +2114,22 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
 # Checkpoints and files
 # ---------------------------------------------------------------------------------------------------------------------
 
+HALF_WRITTEN = "-half-written-"    # in the temporary names of outputs: the next run into the folder removes what a killed one left
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """Write through a temporary name, so that a reader or a killed run never meets half a file. `write` gets the name to use."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another --output-dir.") from None
+    except (OSError, RuntimeError) as error:      # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise InputError(f"{path}: cannot be written ({reason}). Free space or choose another --output-dir.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):        # as where the folder is a file
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -2120,6 +2155,8 @@ def only_run_in(folder: Path, active: bool = True) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{folder}: another run writes here. Wait for it, or choose another --output-dir.") from None
+            for left_by_a_killed_run in folder.rglob(f".*{HALF_WRITTEN}*"):
+                left_by_a_killed_run.unlink(missing_ok=True)
         yield
 
 
@@ -2140,24 +2177,28 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint without executing anything in it; the model is in eval mode. Raises `InputError` for any other file."""
+    device = torch.device(device)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)     # Accelerate's cpu:1 is no place to it
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
     except Exception as error:      # torch.load raises nearly anything for a damaged or hostile file
         raise InputError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another file.") from None
-    if not isinstance(state, dict) or state.get("program") != "clinical_LF":
-        raise InputError(f"{path}: a checkpoint of another program.")
+    if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
+        raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
     if state["format"] > CHECKPOINT_FORMAT:
         raise InputError(f"{path}: written by a newer version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Update train.py.")
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
         model.load_state_dict(state["model"])
         known = {entry.name for entry in fields(Settings)}
-        settings = Settings(**{name: value for name, value in state["settings"].items() if name in known})
-        return Checkpoint(model.eval(), ClinicalDataPreprocessor().load_state_dict(state["preprocessor"]), settings, state["text_encoder"],
-                          state["patients"], state["baseline"], state["temperature"], state)
-    except (KeyError, TypeError, RuntimeError) as error:
+        settings = check_settings(Settings(**{name: value for name, value in state["settings"].items() if name in known}))
+        preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
+        if not (set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric} and state["temperature"] > 0
+                and model.architecture["static_dim"] == preprocessor.static_dim and {"train", "validation", "test"} <= set(state["patients"])):
+            raise ValueError
+        return Checkpoint(model.eval(), preprocessor, settings, state["text_encoder"], state["patients"], state["baseline"], state["temperature"], state)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again.") from None
 
 
@@ -2166,7 +2207,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 # ---------------------------------------------------------------------------------------------------------------------
 
 def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
-    """Mean and scale (input_dim,) of the dataset's events: scaled so, the parts of an event (type, text, time, value) vary alike.
+    """Mean and scale (input_dim,) of the dataset's events. Scaled so, the text makes three quarters of an event's variance.
 
     Scaling column by column instead would leave the time one voice among 774. A column that never varies keeps its size.
     """
@@ -2180,7 +2221,8 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
     mean = total / n_events
     scale = (squares / n_events - mean.square()).clamp(min=0).sqrt()
     scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
-    return mean.float(), (scale * dataset.part_sizes.sqrt()).float()
+    share = torch.where(dataset.is_text, 0.75 / dataset.is_text.sum(), 0.25 / (~dataset.is_text).sum())     # of the variance
+    return mean.float(), (scale / (share * dataset.input_dim).sqrt()).float()
 
 
 class Trainer:
@@ -2258,7 +2300,7 @@ class Trainer:
         if not torch.isfinite(losses).all():
             stays = self.train_set.table.stays.icu_stay_id.iloc[share[~torch.isfinite(losses).cpu().numpy()]].tolist()
             raise InputError(f"the loss is not finite for icu_stay_id {', '.join(map(str, stays[:5]))}. The best checkpoint so far stays in "
-                             f"{self.output / 'checkpoints'}. Lower --learning-rate, or use --mixed-precision no; then --resume.")
+                             f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with --mixed-precision no.")
 
     def fit(self) -> None:
         """Train until the validation loss has not improved for `patience` epochs; the best weights are kept in best_model.pth."""
@@ -2312,9 +2354,12 @@ class Trainer:
     def resume(self) -> None:
         """Go on from latest_checkpoint.pth; refuses one whose data, encoder or model differ."""
         path = self.output / "checkpoints" / "latest_checkpoint.pth"
+        if not path.exists():           # stopped before the first checkpoint, or in an earlier fold
+            logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
+            return
         saved = load_checkpoint(path, self.accelerator.device)
         changed = [name for name in ("data", "seed", "static_features", "value_channel", "observation_hours", "gap_hours", "first_stay_only", "learning_rate", "batch_size",
-                                     "temporal_weight", "tau_hours", "dropout", "max_events_per_batch")
+                                     "temporal_weight", "tau_hours", "dropout", "event_dropout", "weight_averaging", "max_events_per_batch", "event_dropout", "weight_averaging", "weight_decay", "warmup_steps", "gradient_clip")
                    if getattr(saved.settings, name) != getattr(self.settings, name)]
         if changed or saved.patients != self.patients or saved.text_encoder != self.text_encoder or saved.model.architecture != self.model.architecture:
             raise InputError(f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other patients, encoder or model sizes'}). "
@@ -2336,7 +2381,8 @@ class Trainer:
         write_whole(self.output / "attention_weights" / f"{name}.npz", lambda path: _save_npz(path, record))
         figure = plot_attention_heatmap(record["layer_attention"].astype(np.float32).mean(1), record["pooling_weights"], record["hours_to_final_event"],
                                         title=f"Where does the model look in ICU stay {record['icu_stay_id']}? (epoch {epoch}, batch {batch})",
-                                        caption=f"risk {record['probability']:.2f} · text encoder: {self.text_encoder}")
+                                        caption=f"risk {record['probability']:.2f} · text encoder: {self.text_encoder}",
+                                        hours_label="hours before the " + ("prediction" if self.settings.observation_hours else "final event"))
         save_figure(self.output / "plots" / f"{name}.png", figure)
         self.objective.train()
 
@@ -2391,8 +2437,11 @@ def predict_logits(model: ClinicalTransformer, dataset: ClinicalSequenceDataset,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
-    (settings,) = HfArgumentParser(Settings, description=__doc__.split("\n\n")[0], allow_abbrev=False).parse_args_into_dataclasses(
-        args=sys.argv[1:] if argv is None else list(argv))
+    parser = HfArgumentParser(Settings, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    settings, unknown = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else list(argv), return_remaining_strings=True,
+                                                           look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown option {' '.join(unknown)}; --help lists them all")
     _log_to_stdout()
     try:
         settings = check_settings(settings)
@@ -2400,9 +2449,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Encoded texts are kept; go on with the same command and --resume "
-              f"({Path(settings.output_dir) / 'checkpoints' / 'latest_checkpoint.pth'} holds the last whole epoch).", file=sys.stderr)
+        latest = Path(settings.output_dir) / "checkpoints" / "latest_checkpoint.pth"
+        print("\nInterrupted. Encoded texts are kept" + (f", {latest} holds the last whole epoch" if latest.exists() else "") +
+              "; go on with the same command and --resume.", file=sys.stderr)
         return 130
     return 0
 
@@ -2418,7 +2471,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
     precision = settings.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    return Accelerator(mixed_precision=precision)
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    return Accelerator(mixed_precision=precision, cpu=several_on_cpu)     # unasked, it takes torchrun's processes on CPUs for single ones
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -2433,14 +2487,15 @@ def run(settings: Settings) -> dict[str, Any]:
             return evaluate_checkpoint(checkpoint, table, repairs, settings, accelerator)
         table, flow = choose_cohort(table, settings)
         describe(table, repairs, flow)
+        # Split first: a table too small for it is refused before hours of encoding.
+        splits = list(cross_validation_splits(table, settings.cross_validate, settings.seed)) if settings.cross_validate \
+            else [split_by_patient(table, settings.seed)]
         if settings.audit:
-            split = split_by_patient(table, settings.seed)
-            return {"audit": write_audit(table, split, repairs, settings, output)}
+            return {"audit": write_audit(table, splits[0], repairs, settings, output)}
         text_encoder, text_vectors = embed_texts(table.texts, settings, accelerator)
         if settings.cross_validate:
-            return cross_validate(table, text_vectors, text_encoder, flow, repairs, settings, accelerator)
-        split = split_by_patient(table, settings.seed)
-        return train_and_report(table, split, text_vectors, text_encoder, flow, repairs, settings, output, accelerator)
+            return cross_validate(table, splits, text_vectors, text_encoder, flow, repairs, settings, accelerator)
+        return train_and_report(table, splits[0], text_vectors, text_encoder, flow, repairs, settings, output, accelerator)
 
 
 def data_path(data: str) -> Path:
@@ -2522,7 +2577,7 @@ def log_metrics(metrics: dict[str, Any], title: str) -> None:
     for name, label in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("brier", "Brier score"), ("calibration_intercept", "calibration intercept"),
                         ("calibration_slope", "calibration slope")):
         value = metrics[name]
-        text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value["low"] is not None else f"not defined ({value.get('reason', '')})"
+        text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if None not in (value["value"], value["low"], value["high"]) else f"not defined ({value.get('reason', '')})"
         logger.info(f"            {label:22s} {text}" + (f"  at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""))
 
 
@@ -2646,14 +2701,8 @@ def evaluate_checkpoint(checkpoint: Checkpoint, table: StayTable, repairs: dict[
 
 def score_trajectories(table: StayTable, settings: Settings, score: Callable[[StayTable], np.ndarray]) -> pd.DataFrame:
     """Risk of each stay at several hours after admission, each from what was known by then; a stay leaves when it ends."""
-    try:
-        hours = sorted({float(part) for part in settings.trajectory.split(",")})
-        if hours[0] <= 0 or not math.isfinite(hours[-1]):
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--trajectory {settings.trajectory}: give hours above 0, such as 6,12,24,48.") from None
     rows = []
-    for hour in hours:
+    for hour in trajectory_hours(settings.trajectory):
         present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
         if len(present.stays):
             rows.append(pd.DataFrame({"stay": present.stays.icu_stay_id, "patient_id": present.stays.patient_id, "hours_after_admission": hour,
@@ -2672,11 +2721,11 @@ def write_trajectories(output: Path, trajectories: pd.DataFrame, trained: Settin
                 trajectories, caption=f"the model was trained to: {mode} · text encoder: {text_encoder}"))]
 
 
-def cross_validate(table: StayTable, text_vectors: np.ndarray, text_encoder: str, flow: list[CohortStep], repairs: dict[str, int],
+def cross_validate(table: StayTable, splits: Sequence[Split], text_vectors: np.ndarray, text_encoder: str, flow: list[CohortStep], repairs: dict[str, int],
                    settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """Train and test on every patient-level fold; the spread over folds, and figures over all held-out predictions."""
     output, folds, parts = Path(settings.output_dir), [], []
-    for number, split in enumerate(cross_validation_splits(table, settings.cross_validate, settings.seed), start=1):
+    for number, split in enumerate(splits, start=1):
         logger.info(f"Fold        {number} of {settings.cross_validate}")
         folder = output / f"fold_{number}"
         content = train_and_report(table, split, text_vectors, text_encoder, flow, repairs, replace(settings, output_dir=str(folder)), folder, accelerator)

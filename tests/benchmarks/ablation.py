@@ -1,0 +1,174 @@
+"""What each part of the recipe is worth: one change at a time, on synthetic stays whose best reachable AUROC is known.
+
+    python tests/benchmarks/ablation.py                                    # all variants, 3 seeds; hours
+    python tests/benchmarks/ablation.py --seeds 0 --variants default "value channel"
+    python tests/benchmarks/ablation.py --list
+
+Every run is added to tests/benchmarks/ablation.md as soon as it is done, and a run that stands there is not made again:
+the script may be stopped at any time and started anew. Seed by seed, so that an early stop leaves a fair comparison.
+A seed sets the split, the weights and the order of batches; the stays are the same. Test AUROC is that of the weights
+with the lowest validation loss; "of the way" is (AUROC - 0.5) / (AUROC of the true risk of the same test stays - 0.5).
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from common import hashing_vectors, log_epochs, machine, markdown, synthetic_stays, train, train_and_test
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+TABLE = Path(__file__).with_name("ablation.md")
+RUN_COLUMNS = ["variant", "seed", "stays", "AUROC", "of the way", "validation loss", "epochs", "seconds"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changes that no setting makes: each alters a fresh model, given the training stays
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def positions_of_size_one(model, dataset):
+    model.position_scale.fill_(1.0)
+
+
+def no_input_normalisation(model, dataset):
+    model.set_input_statistics(torch.zeros_like(model.event_mean), torch.ones_like(model.event_scale))
+
+
+def scale_per_column(model, dataset):
+    """Each column to variance 1, so that the time is one voice among 774, instead of each part of an event."""
+    model.set_input_statistics(model.event_mean, model.event_scale / dataset.part_sizes.sqrt().to(model.event_scale))
+
+
+@torch.no_grad()
+def pool_by_mean(model, dataset):
+    model.attention_pooling.length_exponent.zero_().requires_grad_(False)
+
+
+class PostNormLayer(train.EncoderLayer):
+    """The layer of Vaswani et al. 2017: what a part adds is normalised together with its input, after the sum."""
+
+    def forward(self, events, lengths, attention_mask, maps=None):
+        query, key, value = self.query_key_value(events).unflatten(1, (3, self.n_heads, -1)).unbind(1)
+        attended = train.attend_within_stays(query, key, value, lengths).flatten(1)
+        events = self.norm_attention(events + self.dropout(self.attention_output(attended)))
+        return self.norm_feedforward(events + self.dropout(self.feedforward(events)))
+
+
+def post_norm(model, dataset):
+    """The layers' class alone changes; the model's last LayerNorm, which post-norm does not need, stays."""
+    for layer in model.transformer_encoder:
+        layer.__class__ = PostNormLayer
+
+
+class Variant(NamedTuple):
+    """The default with these settings, and with this change to the fresh model."""
+    settings: dict
+    change: Callable[[nn.Module, train.ClinicalSequenceDataset], None] | None = None
+
+
+VARIANTS = {
+    "default": Variant({}),
+    "value channel": Variant({"value_channel": True}),
+    "learning rate 2e-4": Variant({"learning_rate": 2e-4}),
+    "learning rate 1e-3": Variant({"learning_rate": 1e-3}),
+    "no warm-up": Variant({"warmup_steps": 0}),
+    "temporal loss weight 0": Variant({"temporal_weight": 0.0}),
+    "temporal loss weight 0.5": Variant({"temporal_weight": 0.5}),
+    "tau 6 h": Variant({"tau_hours": 6.0}),
+    "tau 96 h": Variant({"tau_hours": 96.0}),
+    "dropout 0": Variant({"dropout": 0.0}),
+    "dropout 0.3": Variant({"dropout": 0.3}),
+    "batch size 8": Variant({"batch_size": 8}),
+    "batch size 32": Variant({"batch_size": 32}),
+    "event dropout 0": Variant({"event_dropout": 0.0}),
+    "event dropout 0.3": Variant({"event_dropout": 0.3}),
+    "no averaging of weights": Variant({"weight_averaging": 0.0}),
+    "positions of size 1": Variant({}, positions_of_size_one),
+    "no input normalisation": Variant({}, no_input_normalisation),
+    "input scaled per column": Variant({}, scale_per_column),
+    "pooling by the mean": Variant({}, pool_by_mean),
+    "post-norm": Variant({}, post_norm),
+    "bf16 autocast": Variant({"mixed_precision": "bf16"}),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table: runs are read back from it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_runs() -> pd.DataFrame:
+    """The runs that stand in ablation.md, as text."""
+    text = TABLE.read_text("utf-8") if TABLE.exists() else ""
+    lines = text[text.find("| variant | seed |"):].splitlines()[2:] if "| variant | seed |" in text else []
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in lines if line.startswith("|")]
+    return pd.DataFrame(rows, columns=RUN_COLUMNS)
+
+
+def summary(runs: pd.DataFrame) -> str:
+    """A row per variant: mean and standard deviation over the seeds; the difference is over the seeds of both."""
+    numbers = runs.astype({"AUROC": float, "of the way": float, "validation loss": float, "seconds": float})
+    default = numbers[numbers.variant == "default"].set_index("seed").AUROC
+    rows = []
+    for name in (name for name in VARIANTS if name in set(runs.variant)):
+        group = numbers[numbers.variant == name].set_index("seed")
+        gain = (group.AUROC - default).dropna()
+        rows.append([name, f"{group.AUROC.mean():.3f} ({group.AUROC.std():.3f})".replace("nan", "-"),
+                     f"{gain.mean():+.3f} ({gain.std():.3f})".replace("nan", "-").replace("+-", "-"),
+                     f"{group['of the way'].mean():.1%}", f"{group['validation loss'].mean():.3f}",
+                     f"{group.seconds.mean():.0f}", len(group)])
+    return markdown(["variant", "test AUROC, mean (sd)", "gain over the default (sd)", "of the way", "validation loss",
+                     "seconds", "seeds"], rows)
+
+
+def write_table(runs: pd.DataFrame) -> None:
+    parts = ["# Ablation", "Written by `ablation.py`, which says how to read it: one change to the default at a time, "
+             "text through the hashing encoder."]
+    for stays, group in runs.groupby("stays", sort=False):
+        parts.append(f"## {stays} stays\n\n{summary(group)}")
+    parts += [machine(), f"## Runs\n\n{markdown(RUN_COLUMNS, runs.to_numpy().tolist())}"]
+    train.write_whole(TABLE, lambda path: path.write_text("\n\n".join(parts) + "\n", "utf-8"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=2000, metavar="STAYS", help="this many synthetic stays")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                        help="see --list")
+    parser.add_argument("--max-epochs", type=int, default=train.Settings().max_epochs)
+    parser.add_argument("--verbose", action="store_true", help="show every epoch")
+    parser.add_argument("--list", action="store_true", help="name the variants and stop")
+    options = parser.parse_args()
+    if options.list:
+        return print("\n".join(f"{name:26}{variant.settings or variant.change.__name__}" if name != "default" else name
+                               for name, variant in VARIANTS.items()))
+    if options.verbose:
+        log_epochs()
+    table, true_risk = synthetic_stays(options.sample)
+    vectors, default = hashing_vectors(table), train.check_settings(train.Settings(max_epochs=options.max_epochs))
+    for seed in options.seeds:
+        split = train.split_by_patient(table, seed)
+        labels = table.labels[split.test]
+        best = roc_auc_score(labels, true_risk[split.test])
+        for name in options.variants:
+            runs = read_runs()      # anew each time: another process may add to it
+            if ((runs.variant == name) & (runs.seed == str(seed)) & (runs.stays == str(len(table.stays)))).any():
+                continue
+            variant = VARIANTS[name]
+            run = train_and_test(table, split, vectors, replace(default, seed=seed, **variant.settings), variant.change)
+            auroc = roc_auc_score(labels, run.probabilities)
+            row = [name, seed, len(table.stays), f"{auroc:.4f}", f"{(auroc - 0.5) / (best - 0.5):.4f}",
+                   f"{run.validation_loss:.4f}", run.epochs, f"{run.seconds:.0f}"]
+            runs = read_runs()
+            write_table(pd.concat([runs, pd.DataFrame([map(str, row)], columns=RUN_COLUMNS)], ignore_index=True))
+            print("  ".join(f"{column} {value}" for column, value in zip(RUN_COLUMNS, row, strict=True)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

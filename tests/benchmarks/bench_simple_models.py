@@ -1,0 +1,267 @@
+"""This model against simple ones, on identical patient splits: AUROC and AUPRC of the test stays with 95 % intervals.
+
+    python tests/benchmarks/bench_simple_models.py --sample 2000 --seeds 0 1 2 --out simple_models_sample.md
+    python tests/benchmarks/bench_simple_models.py --data PATH/TO/mimic-iv-demo --cross-validate 5
+    python tests/benchmarks/bench_simple_models.py --sample 400 --only "label rate" "logistic regression"
+
+Every model sees the same training stays and tunes itself on the same validation stays (by log loss, as ours stops).
+A seed makes a split (--cross-validate: folds, whose held-out predictions are pooled). Intervals resample patients;
+"against the trees" is the AUROC less that of the trees on item summaries, on the same resamples. On the sample, "of the
+way" is (AUROC - 0.5) / (AUROC of the true risk of the same test stays - 0.5).
+"""
+
+import argparse
+import math
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from common import hashing_vectors, log_epochs, machine, markdown, synthetic_stays, train, train_and_test
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+TREES = "boosted trees, item summaries"
+
+
+class Data(NamedTuple):
+    """What the models of one split and seed are given."""
+    table: train.StayTable
+    vectors: np.ndarray            # (n_texts, 768)
+    split: train.Split
+    settings: train.Settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features of the simple models: one row per stay of the whole table, what is learnt comes from the training stays
+# ---------------------------------------------------------------------------------------------------------------------
+
+def static_features(data: Data) -> np.ndarray:
+    """(n_stays, S): what the transformer gets."""
+    preprocessor = train.ClinicalDataPreprocessor(data.settings.static_features).fit(data.table.take(data.split.train))
+    return preprocessor.encode_static_features(data.table.stays)
+
+
+def mean_text_features(data: Data) -> np.ndarray:
+    """(n_stays, S + 6 + E): static features, event counts per type and the mean text vector."""
+    table, stay, n = data.table, data.table.stay_of_event, len(data.table.stays)
+    counts = np.zeros((n, len(train.EVENT_TYPES) + 1))
+    np.add.at(counts, (stay, table.event_type), 1)
+    per_text = pd.DataFrame({"stay": stay, "text": table.text}).value_counts().reset_index()
+    means = np.zeros((n, data.vectors.shape[1]))
+    for chunk in np.array_split(np.arange(len(per_text)), len(per_text) // 20_000 + 1):      # bounds memory
+        rows = per_text.iloc[chunk]
+        np.add.at(means, rows["stay"], data.vectors[rows["text"]] * rows["count"].to_numpy()[:, None])
+    return np.hstack([static_features(data), np.log1p(counts), means / table.lengths[:, None]])
+
+
+def item_of_text(text: str) -> tuple[str, float]:
+    """Item and number. What has no number is its whole text, numbers masked: an organism is in it, not in its head."""
+    item, value = train.parse_value(text)
+    return (item, value) if math.isfinite(value) else (re.sub(r"\d+(\.\d+)?", "#", text), value)
+
+
+def item_features(data: Data) -> np.ndarray:
+    """(n_stays, S + 6 + ...): static features, event counts per type, and per item min, max, mean, last and count.
+
+    Of items that occur in at least 1 % (and 3) of the training stays. Missing numbers stay NaN, trees split on that.
+    """
+    table, n = data.table, len(data.table.stays)
+    items, values = zip(*map(item_of_text, table.texts), strict=True)
+    codes, _ = pd.factorize(np.array(items, dtype=object))
+    events = pd.DataFrame({"stay": table.stay_of_event, "item": codes[table.text],
+                           "value": np.array(values)[table.text]})
+    in_training = events[events.stay.isin(data.split.train)].drop_duplicates(["stay", "item"]).item.value_counts()
+    kept = in_training.index[in_training >= max(3, 0.01 * len(data.split.train))]
+    groups = events[events.item.isin(kept)].groupby(["stay", "item"]).value       # oldest first, so that last is last
+    wide = groups.agg(["min", "max", "mean", "last"]).dropna(how="all").unstack("item").reindex(range(n))
+    counts = groups.size().unstack("item").reindex(range(n)).fillna(0)
+    return np.hstack([static_features(data), pd.crosstab(events.stay, table.event_type), wide, counts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: each takes the data of a split and returns the probabilities of its test stays
+# ---------------------------------------------------------------------------------------------------------------------
+
+def label_rate(data: Data) -> np.ndarray:
+    return np.full(len(data.split.test), data.table.labels[data.split.train].mean())
+
+
+def logistic_regression(data: Data) -> np.ndarray:
+    """Regularised as suits the validation stays best."""
+    features, labels, split = mean_text_features(data), data.table.labels, data.split
+    fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
+            .fit(features[split.train], labels[split.train]) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1)]
+    best = min(fits, key=lambda fit: log_loss(labels[split.validation], fit.predict_proba(features[split.validation])))
+    return best.predict_proba(features[split.test])[:, 1]
+
+
+def boosted_trees(features: np.ndarray, data: Data) -> np.ndarray:
+    """Size and number of trees and share of features per split as suit the validation stays best."""
+    labels, split, found = data.table.labels, data.split, []
+    for leaves in (2, 4, 8, 16):
+        for share in (0.3, 1.0):
+            model = HistGradientBoostingClassifier(
+                learning_rate=0.05, max_iter=300, max_leaf_nodes=leaves, max_features=share, min_samples_leaf=10,
+                l2_regularization=1.0, early_stopping=False, random_state=data.settings.seed)
+            model.fit(features[split.train], labels[split.train])
+            losses = [log_loss(labels[split.validation], risk)
+                      for risk in model.staged_predict_proba(features[split.validation])]
+            found.append((min(losses), int(np.argmin(losses)), model))
+    _, stage, model = min(found, key=lambda fit: fit[0])
+    return [risk[:, 1] for risk in model.staged_predict_proba(features[split.test])][stage]
+
+
+def ours(data: Data) -> np.ndarray:
+    return train_and_test(data.table, data.split, data.vectors, data.settings).probabilities
+
+
+def without_text(data: Data) -> np.ndarray:
+    return ours(data._replace(vectors=np.zeros_like(data.vectors)))
+
+
+def with_times_shuffled(data: Data) -> np.ndarray:
+    """Events change places within their stay: each keeps its type and text, and gets another's time and position."""
+    table, rng = data.table, np.random.default_rng(data.settings.seed)
+    order = np.lexsort((rng.random(len(table.text)), table.stay_of_event))
+    return ours(data._replace(table=replace(table, event_type=table.event_type[order], text=table.text[order])))
+
+
+def with_value_channel(data: Data) -> np.ndarray:
+    return ours(data._replace(settings=replace(data.settings, value_channel=True)))
+
+
+MODELS = {
+    "label rate": label_rate,
+    "logistic regression, mean text": logistic_regression,
+    "boosted trees, mean text": lambda data: boosted_trees(mean_text_features(data), data),
+    TREES: lambda data: boosted_trees(item_features(data), data),
+    "this model": ours,
+    "this model, text zeros": without_text,
+    "this model, times shuffled": with_times_shuffled,
+    "this model, value channel": with_value_channel,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
+# ---------------------------------------------------------------------------------------------------------------------
+
+def held_out(name: str, data: Data, splits: list[train.Split]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Stays and their probabilities over all splits (one, or folds), and the seconds that took."""
+    started = time.monotonic()
+    risks = [MODELS[name](data._replace(split=split)) for split in splits]
+    return np.concatenate([split.test for split in splits]), np.concatenate(risks), time.monotonic() - started
+
+
+def difference_interval(labels, risks, other_risks, patients, n_bootstrap) -> str:
+    """AUROC less that of the other model, with the 95 % interval of the same resampled patients."""
+    groups = [np.flatnonzero(patients == patient) for patient in np.unique(patients)]
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(n_bootstrap):
+        stays = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
+        if 0 < labels[stays].sum() < len(stays):
+            draws.append(roc_auc_score(labels[stays], risks[stays]) - roc_auc_score(labels[stays], other_risks[stays]))
+    low, high = np.quantile(draws, [0.025, 0.975]) if draws else (math.nan, math.nan)
+    return f"{roc_auc_score(labels, risks) - roc_auc_score(labels, other_risks):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def with_interval(metric: dict) -> str:
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]" if metric["value"] is not None else "-"
+
+
+def compare(data: Data, splits, names, true_risk) -> tuple[list[list[str]], dict[str, tuple[float, float]]]:
+    """A row per model, and each model's (AUROC, share of the way to the best reachable one)."""
+    stays = np.concatenate([split.test for split in splits])
+    labels, patients = data.table.labels[stays], data.table.stays.patient_id.to_numpy()[stays]
+    results = {name: held_out(name, data, splits)[1:] for name in names}
+    best = math.nan
+    if true_risk is not None:
+        best = roc_auc_score(labels, true_risk[stays])
+        results["the true risk (best reachable)"] = (true_risk[stays], 0.0)
+    rows, figures = [], {}
+    for name, (risks, seconds) in results.items():
+        metrics = train.evaluate_predictions(labels, risks, patients, data.settings.n_bootstrap)
+        auroc = metrics["auroc"]["value"]
+        figures[name] = auroc, (auroc - 0.5) / (best - 0.5)
+        against = difference_interval(labels, risks, results[TREES][0], patients, data.settings.n_bootstrap) \
+            if TREES in results and name != TREES else "-"
+        rows.append([name, with_interval(metrics["auroc"]), with_interval(metrics["auprc"]), against,
+                     f"{figures[name][1]:.1%}" if true_risk is not None else "-", f"{seconds:.0f}"])
+    return rows, figures
+
+
+def spread(figures: list[dict]) -> str:
+    """Mean and standard deviation over the seeds."""
+    rows = []
+    for name in figures[0]:
+        auroc, share = np.array([figure[name] for figure in figures]).T
+        rows.append([name, f"{auroc.mean():.3f} ({auroc.std(ddof=1):.3f})",
+                     f"{share.mean():.1%} ({share.std(ddof=1):.1%})" if np.isfinite(share).all() else "-"])
+    return markdown(["model", "AUROC, mean over seeds (sd)", "of the way (sd)"], rows)
+
+
+def read_data(options) -> tuple[Data, np.ndarray | None, str]:
+    """The table with its text vectors, the true risks where there are such, and a line that describes it."""
+    settings = train.check_settings(train.Settings(observation_hours=options.observation_hours,
+                                                   n_bootstrap=options.bootstrap, max_epochs=options.max_epochs))
+    table, true_risk = synthetic_stays(options.sample) if not options.data else (
+        train.read_stays(options.data, options.cache_dir)[0], None)
+    if options.observation_hours:
+        id_of_risk = table.stays.icu_stay_id
+        table, _ = train.choose_cohort(table, settings)
+        true_risk = None if true_risk is None else true_risk[id_of_risk.isin(table.stays.icu_stay_id)]
+    title = (f"{len(table.stays):,} stays of {table.stays.patient_id.nunique():,} patients, "
+             f"{len(table.text):,} events, {table.labels.mean():.1%} died; hashing encoder")
+    return Data(table, hashing_vectors(table), None, settings), true_risk, title
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="anything that train.py --data takes")
+    source.add_argument("--sample", type=int, metavar="STAYS", help="this many synthetic stays")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--cross-validate", type=int, default=0, metavar="K", help="K folds by patient, pooled")
+    parser.add_argument("--observation-hours", type=float, default=0.0, help="as in train.py")
+    parser.add_argument("--only", nargs="+", default=[""], help="models whose name contains one of these words")
+    parser.add_argument("--max-epochs", type=int, default=train.Settings().max_epochs)
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind every interval")
+    parser.add_argument("--cache-dir", default="clinical_LF_precomp_emb", help="where query.sql's result is kept")
+    parser.add_argument("--out", type=Path, help="file for the tables, in markdown")
+    parser.add_argument("--verbose", action="store_true", help="show every epoch")
+    options = parser.parse_args()
+    if options.verbose:
+        log_epochs()
+    data, true_risk, title = read_data(options)
+    names = [name for name in MODELS if any(word in name for word in options.only)]
+    parts, figures = [title], []
+    for seed in options.seeds:
+        splits = list(train.cross_validation_splits(data.table, options.cross_validate, seed)) \
+            if options.cross_validate else [train.split_by_patient(data.table, seed)]
+        seeded = data._replace(settings=replace(data.settings, seed=seed))
+        rows, figure = compare(seeded, splits, names, true_risk)
+        how = " / ".join(str(len(part)) for part in splits[0]) + " stays to train, validate and test"
+        if options.cross_validate:
+            how = f"{options.cross_validate} folds by patient, held-out predictions pooled"
+        header = ["model", "AUROC [95 %]", "AUPRC [95 %]", "AUROC against the trees", "of the way", "seconds"]
+        parts.append(f"Seed {seed}: {how}\n\n{markdown(header, rows)}")
+        figures.append(figure)
+        print(("\n\n".join(parts) if len(figures) == 1 else "\n" + parts[-1]), flush=True)
+    if len(figures) > 1:
+        parts.append(spread(figures))
+        print("\n" + parts[-1])
+    parts.append(machine())
+    print("\n" + parts[-1])
+    if options.out:
+        options.out.write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Nothing lost: killed runs end as if they had not been killed; a full disk, Ctrl-C, a second run and a loss of NaN are clear."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from small_table import arguments, leftovers, small_table
+
+KILL_TEST = Path(__file__).parent / "benchmarks" / "kill_test.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    small_table().to_csv(tmp_path / "data.csv", index=False)
+    return tmp_path / "data.csv"
+
+
+def test_killed_runs_end_with_the_bits_of_the_run_that_was_never_killed():
+    """Four kills at random moments; the checks, of weights, predictions, saved texts and temporary files, are kill_test.py's."""
+    done = subprocess.run([sys.executable, KILL_TEST, "--kills", "4", "--seed", "1"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 4
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def epochs_done(folder):
+    path = folder / "out" / "checkpoints" / "latest_checkpoint.pth"
+    return torch.load(path, weights_only=True)["epochs_done"] if path.exists() else -1
+
+
+def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd):
+    """While a run trains, another into its folder is refused; Ctrl-C ends the first with a checkpoint that --resume takes up."""
+    argv = arguments(tmp_path, data, "--max-epochs", 9999, "--patience", 9999)
+    process = subprocess.Popen([sys.executable, train.__file__, *argv], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: epochs_done(tmp_path) >= 1, process)
+    assert train.main(argv) == 2 and "another run writes here" in capfd.readouterr().err
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=30)[1]
+    reached = epochs_done(tmp_path)
+    assert process.returncode == 130 and "go on with the same command and --resume" in stderr and "Traceback" not in stderr
+    assert "latest_checkpoint.pth holds the last whole epoch" in stderr and not leftovers(tmp_path / "out")
+    assert train.main(arguments(tmp_path, data, "--max-epochs", reached + 1, "--patience", 9999, "--resume")) == 0
+    assert epochs_done(tmp_path) == reached + 1
+
+
+def test_resume_without_a_checkpoint_starts_at_the_first_epoch_and_says_so(data, tmp_path, capfd):
+    assert train.main(arguments(tmp_path, data, "--resume")) == 0
+    assert "training starts at epoch 1" in capfd.readouterr().out and epochs_done(tmp_path) == 1
+
+
+def test_cross_validation_goes_on_with_the_fold_it_was_stopped_in(data, tmp_path):
+    argv = arguments(tmp_path, data, "--cross-validate", 2)
+    assert train.main(argv) == 0
+    expected = (tmp_path / "out" / "predictions.csv").read_bytes()
+    for path in (tmp_path / "out" / "fold_2").rglob("*.pth"):
+        path.unlink()
+    assert train.main([*argv, "--resume"]) == 0
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == expected
+
+
+def test_what_a_killed_run_left_half_written_is_removed_by_the_next(data, tmp_path):
+    folder = tmp_path / "out" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / f".0a1b2c3d{train.HALF_WRITTEN}best_model.pth").write_bytes(b"half")
+    (folder / ".mine").write_text("not the program's")
+    assert train.main(arguments(tmp_path, data)) == 0
+    assert leftovers(tmp_path / "out") == [folder / ".mine"]
+
+
+def test_same_seed_gives_the_same_bits(data, tmp_path):
+    states = []
+    for name in ("one", "two"):
+        assert train.main(arguments(tmp_path / name, data)) == 0
+        states.append(torch.load(tmp_path / name / "out" / "checkpoints" / "best_model.pth", weights_only=True)["model"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_loss_of_nan_stops_with_the_stays_named_and_keeps_the_best_checkpoint(data, tmp_path, capfd, monkeypatch):
+    assert train.main(arguments(tmp_path, data)) == 0
+    best = (tmp_path / "out" / "checkpoints" / "best_model.pth").read_bytes()
+    forward = train.TrainingObjective.forward
+
+    def spoiled(self, batch, time_column):
+        losses = forward(self, batch, time_column)
+        return losses + torch.where(torch.arange(len(losses)) == 2, torch.nan, 0.0)
+
+    monkeypatch.setattr(train.TrainingObjective, "forward", spoiled)
+    capfd.readouterr()
+    assert train.main(arguments(tmp_path, data, "--max-epochs", 2, "--resume")) == 2
+    message = capfd.readouterr().err
+    assert "the loss is not finite for icu_stay_id 300000" in message and "," not in message.split("icu_stay_id")[1].split(".")[0]
+    assert (tmp_path / "out" / "checkpoints" / "best_model.pth").read_bytes() == best and epochs_done(tmp_path) == 1
+
+
+def test_learning_rate_that_makes_nan_is_a_clear_error(data, tmp_path, capfd):
+    assert train.main(arguments(tmp_path, data, "--learning-rate", 1e30, "--warmup-steps", 0, "--max-epochs", 3)) == 2
+    assert "the loss is not finite for icu_stay_id" in capfd.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a tmpfs of so many kB and returns its folder."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tmp_path / f"disk_{kilobytes}"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("option, kilobytes", [("--output-dir", 64), ("--output-dir", 600), ("--output-dir", 1500), ("--cache-dir", 16)])
+def test_full_disk_is_a_clear_error_and_leaves_nothing_half_written(option, kilobytes, data, tmp_path, small_disk, capfd):
+    folder = small_disk(kilobytes)
+    assert train.main(arguments(tmp_path, data, option, folder)) == 2
+    message = capfd.readouterr().err.split("error: ")[-1]
+    assert "No space left" in message or "cannot be written" in message or "is the disk full?" in message
+    assert "Traceback" not in message and not leftovers(folder)
+    for path in folder.rglob("*.pth"):
+        train.load_checkpoint(path)
+
+
+def test_full_disk_under_the_query_is_a_clear_error(tmp_path, small_disk, capfd):
+    from test_bad_input import broken_mimic
+
+    broken_mimic(tmp_path / "mimic")
+    (tmp_path / "mimic" / "icu" / "icustays.csv").write_text("subject_id,hadm_id,stay_id,intime,outtime,los,first_careunit,last_careunit\n"
+                                                             "1,2,3,2150-01-01 00:00:00,2150-01-02 00:00:00,1,MICU,MICU\n")
+    folder = small_disk(8)
+    assert train.main(arguments(tmp_path, tmp_path / "mimic", "--cache-dir", folder)) == 2
+    message = capfd.readouterr().err
+    assert "query.sql stopped (IOException)" in message and "Traceback" not in message and not leftovers(folder)
