@@ -128,7 +128,7 @@ class Settings:
     gradient_clip: float = option(1.0, "Largest norm of the gradient.")
     max_epochs: int = option(50, "Epochs at most.")
     patience: int = option(8, "Stop after this many epochs without a better validation loss.")
-    batch_size: int = option(16, "Stays per step at most, over all processes.")
+    batch_size: int = option(32, "Stays per step at most, over all processes.")
     max_events_per_batch: int = option(16384, "Padded events per batch at most (a longer stay is a batch of its own).")
     mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on CUDA devices that have it, else no.")
     seed: int = option(0, "Seed of the split, the weights, the order of batches and the bootstrap.")
@@ -166,8 +166,10 @@ def check_settings(settings: Settings) -> Settings:
     shares = ("dropout", "event_dropout", "weight_averaging")
     # Written so that NaN, which compares false with everything, is out of range too.
     for name, bad in [(name, not 0 < getattr(settings, name) < math.inf) for name in positive] + [
-            *((name, not 0 <= getattr(settings, name) < 2**31) for name in not_negative), *((name, not 0 <= getattr(settings, name) < 1) for name in shares),
-            ("temporal_weight", not 0 <= settings.temporal_weight <= 1), ("cross_validate", settings.cross_validate == 1 or settings.cross_validate < 0),
+            *((name, not 0 <= getattr(settings, name) < 2**31) for name in not_negative),
+            *((name, not 0 <= getattr(settings, name) < 1) for name in shares),
+            ("temporal_weight", not 0 <= settings.temporal_weight <= 1),
+            ("cross_validate", settings.cross_validate == 1 or settings.cross_validate < 0),
             ("d_model", any(settings.d_model % max(heads, 1) for heads in (settings.n_heads, settings.n_pooling_heads, 2))),
             ("mixed_precision", settings.mixed_precision not in ("auto", "no", "bf16")),
             ("text_encoder_dtype", settings.text_encoder_dtype not in ("auto", "float32", "bfloat16"))]:
@@ -477,7 +479,8 @@ def _check_values(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) 
              "DOUBLE": "abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30"}
     for view, columns in (("stay_rows", STAY_COLUMNS), ("event_rows", EVENT_COLUMNS)):
         present = _columns(con, view)
-        checks = {name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' AND (TRY_CAST({name} AS {kind}) IS NULL OR {unfit[kind].format(name)})"
+        checks = {name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' "
+                        f"AND (TRY_CAST({name} AS {kind}) IS NULL OR {unfit[kind].format(name)})"
                   for name, kind in columns.items() if kind != "VARCHAR" and name in present}
         checks |= {name: f"{checks.get(name, 'false')} OR {_typed(name, columns[name])} IS NULL" for name in
                    ("patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime") if name in columns}
@@ -2197,7 +2200,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         if not (set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric} and state["temperature"] > 0
                 and model.architecture["static_dim"] == preprocessor.static_dim and {"train", "validation", "test"} <= set(state["patients"])):
             raise ValueError
-        return Checkpoint(model.eval(), preprocessor, settings, state["text_encoder"], state["patients"], state["baseline"], state["temperature"], state)
+        return Checkpoint(model.eval(), preprocessor, settings, state["text_encoder"], state["patients"], state["baseline"],
+                          state["temperature"], state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again.") from None
 
@@ -2248,7 +2252,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(settings.weight_averaging))
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
         self.history: list[dict[str, float]] = []
         self.step = self.epochs_done = 0
         self.temperature = 1.0
@@ -2418,7 +2422,7 @@ def attention_record(model: ClinicalTransformer, dataset: ClinicalSequenceDatase
 def predict_logits(model: ClinicalTransformer, dataset: ClinicalSequenceDataset, settings: Settings, accelerator: Accelerator) -> np.ndarray:
     """(n_stays) float64 logits, each stay once however many processes there are."""
     model.eval()
-    batches = plan_batches(dataset.lengths, 4 * settings.batch_size, settings.max_events_per_batch)
+    batches = plan_batches(dataset.lengths, 2 * settings.batch_size, settings.max_events_per_batch)
     mine = batches[accelerator.process_index::accelerator.num_processes]
     loader = DataLoader(dataset, batch_sampler=mine, collate_fn=collate_stays)
     scored: list[tuple[int, float]] = []

@@ -13,7 +13,7 @@ from conftest import save_longformer
 
 import train
 
-GOLDEN = [-0.4246335, -0.3884627, 0.6414449, -0.9305979, -0.4246335, 0.6776158]
+GOLDEN = [0.0547101, -0.7604152, 0.5292788, -0.7850068, 0.6509949, -0.1764260]
 LENGTHS = (5, 60, 257, 258, 400, 512)
 
 
@@ -336,6 +336,12 @@ def test_download_is_put_in_place_whole_and_used(make, tiny_longformer, tmp_path
 
 
 # ---- the encoder without weights ----
+
+def test_hashing_reads_a_number_by_first_digit_and_magnitude(tmp_path):
+    encode = train.HashingTextEncoder(tmp_path).encode_event_text_batch
+    low, near, high = encode([f"Value: {value} mmol/L" for value in ("4.1", "4.3", "41")])
+    assert np.array_equal(low, near) and not np.array_equal(low, high)
+
 
 def test_hashing_vector_is_the_same_on_every_machine(tmp_path):
     vector = train.HashingTextEncoder(tmp_path).encode_event_text_batch(["Lab: Lactate | Value: 4.1 mmol/L"])[0]

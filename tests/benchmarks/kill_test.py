@@ -38,7 +38,17 @@ def start(argv, log):
     os.dup2(out, 1), os.dup2(out, 2)
     train.TextEncoder.flush_seconds = 0.02
     train.PLAN_CHUNK = 64
+    signal.alarm(300)       # a run that hangs is a failure
     os._exit(train.main(argv))
+
+
+def make_encoder(folder):
+    """Made in a process of its own: this one must have no threads, whose locks a fork would copy."""
+    if pid := os.fork():
+        assert os.waitpid(pid, 0)[1] == 0
+        return folder
+    save_longformer(folder)
+    os._exit(0)
 
 
 def finish(argv, log):
@@ -109,9 +119,10 @@ def main():
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         table = small_table(60, 20)
-        table["event_text"] = [f"Lab: Lactate (Blood, Blood Gas) | Value: {i} mmol/L" + " | Comment: repeated" * (i % 40) for i in range(len(table))]
+        table["event_text"] = [f"Lab: Lactate (Blood, Blood Gas) | Value: {i} mmol/L" + " | Comment: repeated" * (i % 40)
+                               for i in range(len(table))]
         table.to_csv(root / "data.csv", index=False)
-        encoder = save_longformer(root / "encoder")
+        encoder = make_encoder(root / "encoder")
         run = lambda folder: arguments(folder, root / "data.csv", "--max-epochs", EPOCHS, "--patience", 99, "--batch-size", 4, "--resume", encoder=encoder)
         started = time.monotonic()
         finish(run(root / "reference"), root / "log")
