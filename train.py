@@ -1473,16 +1473,11 @@ class EncoderLayer(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Multi-head attention of one learnable query over a stay's events.
-
-    Softmax averages: the same finding would count less in a longer stay. So each head multiplies what it pooled by
-    (events of the stay / 100) ** exponent, with a learnable exponent: 0 is a mean, 1 a sum.
-    """
+    """Multi-head attention of one learnable query over a stay's events."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.length_exponent = nn.Parameter(torch.full((n_heads, 1, 1), 0.5))
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(self, query: Tensor, events: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -1492,8 +1487,7 @@ class AttentionPooling(nn.Module):
         scores = (q @ k.transpose(2, 3)).float() / math.sqrt(k.shape[3])                             # (B, H, 1, L)
         is_event = attention_mask[:, None, None, :]
         weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event   # a stay without events: all 0
-        size = (attention_mask.sum(1).clamp(min=1)[:, None, None, None] / 100) ** self.length_exponent  # (B, H, 1, 1)
-        return self.output(((weights * size).to(v.dtype) @ v).transpose(1, 2).flatten(2)), weights
+        return self.output((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)), weights
 
 
 class ClinicalTransformer(nn.Module):
@@ -2278,7 +2272,7 @@ class Trainer:
             losses = self.objective(send_to_device(batch, self.accelerator.device), self.time_column)      # (B,)
             # Processes average their gradients: scaled so, the average is the gradient of the whole batch's mean.
             loss = (losses * losses.new_tensor(weights)).sum() * world / len(stays)
-            self.stop_if_not_finite(losses, share)
+            self.stop_if_not_finite(losses, self.train_set, share)
             self.optimizer.zero_grad()
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.gradient_clip)
@@ -2300,9 +2294,9 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * (self.step + 1) / self.settings.warmup_steps
 
-    def stop_if_not_finite(self, losses: Tensor, share: np.ndarray) -> None:
+    def stop_if_not_finite(self, losses: Tensor, dataset: ClinicalSequenceDataset, share: np.ndarray) -> None:
         if not torch.isfinite(losses).all():
-            stays = self.train_set.table.stays.icu_stay_id.iloc[share[~torch.isfinite(losses).cpu().numpy()]].tolist()
+            stays = dataset.table.stays.icu_stay_id.iloc[share[~torch.isfinite(losses).cpu().numpy()]].tolist()
             raise InputError(f"the loss is not finite for icu_stay_id {', '.join(map(str, stays[:5]))}. The best checkpoint so far stays in "
                              f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with --mixed-precision no.")
 
@@ -2315,6 +2309,7 @@ class Trainer:
             started, epoch = time.monotonic(), self.epochs_done + 1
             train_loss = self.train_epoch(epoch)
             logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
+            self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
             loss = float(F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels)))
             self.history.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": loss, "validation_auroc": float(roc_auc_score(labels, logits)),
                                  "learning_rate": self.optimizer.param_groups[0]["lr"]})

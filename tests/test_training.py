@@ -1,5 +1,6 @@
 """The whole program as users run it: train, resume, evaluate, other encoders, two processes."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,12 +151,12 @@ def test_shuffled_labels_score_near_one_half(tmp_path):
     assert auroc["low"] < 0.5 < auroc["high"]
 
 
-def test_import_does_no_work(tmp_path):
+def test_import_does_no_work(tmp_path, tmp_path_factory):
     """Importing makes no file, prints nothing, reads no arguments and leaves matplotlib and warnings alone."""
     code = ("import sys, warnings; sys.argv = ['x', '--nonsense']; before = list(warnings.filters); import train; import sys;"
             "assert 'captum' not in sys.modules and 'matplotlib.pyplot' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+                          env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path_factory.mktemp("home"))})
     assert done.returncode == 0 and not done.stdout and not done.stderr and not list(tmp_path.iterdir()), done.stderr
 
 
@@ -165,7 +166,7 @@ from pathlib import Path
 import train
 from accelerate import Accelerator
 settings = train.check_settings(train.Settings(data=sys.argv[1], cache_dir=sys.argv[2], text_encoder='hashing', d_model=32, n_layers=1, n_heads=2,
-    d_feedforward=32, dropout=0.0, input_dropout=0.0, event_dropout=0.0, gradient_clip=1e9, max_events_per_batch=65536, batch_size=12, save_attention_every=0))
+    d_feedforward=32, dropout=0.0, event_dropout=0.0, gradient_clip=1e9, max_events_per_batch=65536, batch_size=12, save_attention_every=0))
 accelerator = Accelerator(cpu=True)
 table, _ = train.read_stays(settings.data, settings.cache_dir)
 encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
@@ -186,7 +187,7 @@ def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
     for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]):
         out = tmp_path / f"{len(results)}.pt"
         command = [*launcher, str(script), str(data), str(tmp_path / "cache"), str(tmp_path), str(out)]
-        subprocess.run(command, check=True, capture_output=True, env={**__import__("os").environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"})
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"})
         results.append(torch.load(out, weights_only=True))
     one, two = results
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
