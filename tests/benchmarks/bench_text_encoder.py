@@ -1,7 +1,7 @@
 """Text encoding: one text at a time through LongformerModel, as users have it, against train.py's encoder, in one run.
 
     python tests/benchmarks/bench_text_encoder.py                              # the sample's lab texts
-    python tests/benchmarks/bench_text_encoder.py --data labs.parquet          # any table with event_text, event_type
+    python tests/benchmarks/bench_text_encoder.py --data ../mimic-iv-demo        # anything that train.py reads
 
 Base size with Clinical-Longformer's configuration and random weights; a byte-level BPE is trained on the spot to about
 the 2.9 characters per token that Clinical-Longformer's own vocabulary gives on lab texts.
@@ -28,8 +28,10 @@ import train  # noqa: E402
 
 def lab_texts(path, count):
     """`count` distinct lab texts, drawn with a fixed seed, so that short and long ones come as they are."""
-    table = pd.read_parquet(path) if str(path).endswith(".parquet") else pd.read_csv(path)
-    texts = table.loc[table["event_type"] == "labevent", "event_text"].dropna().drop_duplicates()
+    with tempfile.TemporaryDirectory() as cache:
+        table, _ = train.read_stays(path, cache)
+    is_lab = table.event_type == train.EVENT_TYPES.index("labevent")
+    texts = pd.Series(table.texts[np.unique(table.text[is_lab])])
     return texts.sample(min(count, len(texts)), random_state=0).tolist()
 
 
@@ -86,7 +88,7 @@ def timed(work):
 
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", default=ROOT / "sample_train.csv", help="Parquet or CSV with event_text, event_type")
+    options.add_argument("--data", default=ROOT / "sample_train.csv", help="anything that train.py --data takes")
     options.add_argument("--texts", type=int, default=1500, help="distinct texts for our side, over all rounds")
     options.add_argument("--baseline-texts", type=int, default=30, help="texts for the baseline, over all rounds")
     options.add_argument("--rounds", type=int, default=3, help="the sides take turns, so that a busy machine hits all")
