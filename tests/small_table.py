@@ -1,6 +1,7 @@
 """A flat table of a few rows per stay, for tests that damage it: quick to read, to train on and to look through."""
 import numpy as np
 import pandas as pd
+
 import train
 
 MARK = "Zebedee"        # stands for patient text: it must never reach the log

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import train
 from conftest import save_longformer
 from small_table import MARK, arguments, leftovers, small_table, to_parquet
+
+import train
 
 
 def assert_clear(result, fragment, capfd, folder):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 from small_table import arguments, leftovers, small_table
+
+import train
 
 KILL_TEST = Path(__file__).parent / "benchmarks" / "kill_test.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,10 +2,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-import train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_table import small_table, to_parquet
+
+import train
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 ODD = ["", " ", "nan", "NaN", "inf", "-inf", "infinity", "epoch", "1e308", "-1e308", "1e-320", "9007199254740993", "9223372036854775807", "-9223372036854775808",

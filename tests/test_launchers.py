@@ -6,8 +6,9 @@ import sys
 
 import pandas as pd
 import pytest
-import train
 from small_table import arguments, leftovers, small_table
+
+import train
 
 # Without MPI, accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts them all, on CPUs too.
 LAUNCHERS = {"accelerate launch --cpu": (1, ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",

@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
-import train
 from make_sample import make_sample
+
+import train
 
 B, L, INPUT, S = 3, 7, 21, 4
 

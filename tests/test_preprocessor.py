@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import train
 from make_sample import make_sample
+
+import train
 
 
 @pytest.fixture(scope="module")

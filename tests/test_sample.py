@@ -4,10 +4,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from make_sample import CAUSAL_ROLES, TABLE_COLUMNS, magnitude_level, make_sample, write_csv
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-
-from make_sample import CAUSAL_ROLES, TABLE_COLUMNS, magnitude_level, make_sample, write_csv
 
 COMMITTED = Path(__file__).resolve().parent.parent / "sample_train.csv"
 

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import train
 from make_sample import make_sample
+
+import train
 
 SMALL = ["--d-model", "32", "--n-layers", "1", "--n-heads", "2", "--d-feedforward", "32", "--n-bootstrap", "50", "--patience", "99"]
 
