@@ -1495,7 +1495,7 @@ class ClinicalTransformer(nn.Module):
     """Probability of death in hospital, from a stay's events and its static features.
 
     Pre-norm layers, inputs normalised by the training events' mean and spread and again after the projection, positions at
-    a learnable small scale, a small query vector: what each is worth stands in tests/benchmarks/ablation.md.
+    a learnable small scale, a small query vector: tests/benchmarks/ablation.py measures what each is worth.
     """
 
     def __init__(self, input_dim: int, static_dim: int, d_model: int = 256, n_layers: int = 4, n_heads: int = 8,
