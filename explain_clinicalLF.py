@@ -59,9 +59,9 @@ from train import (
     ClinicalTransformer,
     InputError,
     calibration_table,
+    new_figure,
+    tidy,
 )
-from train import _new_figure as new_figure
-from train import _tidy as tidy
 
 logger = logging.getLogger("clinical_LF")
 
@@ -1942,7 +1942,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code: 0 done, 1 the self-check fell short, 2 something to mend, 130 interrupted."""
     (settings,) = HfArgumentParser(ExplainSettings, description=__doc__.split("\n\n")[0], allow_abbrev=False).parse_args_into_dataclasses(
         args=sys.argv[1:] if argv is None else list(argv))
-    train._log_to_stdout()
+    train.log_to_stdout()
     options = {name: value for name, value in asdict(settings).items() if name not in ("checkpoint", "data", "save_dir")}
     try:
         if settings.selfcheck:

@@ -1926,7 +1926,7 @@ METRIC_WORDS = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier score", "cal
               "calibration_slope": "slope"}
 
 
-def _new_figure(title, caption, height, width=7.2):
+def new_figure(title, caption, height, width=7.2):
     """Page-wide figure: the question on top, a caption line below; constrained layout keeps both clear of the axes."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(textwrap.fill(title, 88), fontsize=11)
@@ -1935,7 +1935,7 @@ def _new_figure(title, caption, height, width=7.2):
     return figure
 
 
-def _tidy(axes, xlabel, ylabel, title=None):
+def tidy(axes, xlabel, ylabel, title=None):
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -1955,7 +1955,7 @@ def metric_text(metrics: dict, name: str) -> str:
 
 def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
     """history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
-    figure = _new_figure("Does training still help on patients it does not see?", caption, height=2.9)
+    figure = new_figure("Does training still help on patients it does not see?", caption, height=2.9)
     loss, auroc, rate = figure.subplots(1, 3)
     loss_title, style = "Loss", {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
     loss.plot(history.epoch, history.train_loss, color=BLUE, label="training", **style)
@@ -1973,7 +1973,7 @@ def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
     rate.set_ylim(bottom=0)
     for axes, label, title in ((loss, "loss", loss_title), (auroc, "AUROC", "Validation AUROC"),
                                (rate, "learning rate", "Learning rate")):
-        _tidy(axes, "epoch", label, title)
+        tidy(axes, "epoch", label, title)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
@@ -1981,7 +1981,7 @@ def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
 def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
     """ROC and precision-recall curves of held-out stays; metrics as `evaluate_predictions` returns them."""
     labels, probabilities = _checked(labels, probabilities)
-    figure = _new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
+    figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
     roc, pr = figure.subplots(1, 2)
     if 0 < labels.sum() < len(labels):
         false_alarms, found, _ = roc_curve(labels, probabilities)
@@ -1993,9 +1993,9 @@ def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
     roc.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="no better than chance")
     prevalence = labels.mean() if len(labels) else 0.0
     pr.axhline(prevalence, color=GREY, linestyle="--", linewidth=1, label=f"chance: the death rate, {prevalence:.2f}")
-    _tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)",
+    tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)",
           metric_text(metrics, "auroc"))
-    _tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
+    tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
     for axes, corner in ((roc, "lower right"), (pr, "best")):
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
         axes.legend(fontsize=8, frameon=False, loc=corner)
@@ -2006,7 +2006,7 @@ def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
     """Observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
     labels, probabilities = _checked(labels, probabilities)
     table = calibration_table(labels, probabilities, n_bins=int(np.clip(len(labels) // 10, 2, 10)))
-    figure = _new_figure("Do as many die as the predicted risk says?", caption, height=5.4, width=5.6)
+    figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.4, width=5.6)
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top = min(1.0, np.ceil(10 * max(table.high.max(), probabilities.max()) + 0.2) / 10)
     curve.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1, label="perfect agreement")
@@ -2017,19 +2017,19 @@ def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
                    markersize=4, linewidth=1, label=f"{len(table)} bins of {size} stays, 95 % interval")
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
     curve.legend(fontsize=8, frameon=False, loc="upper left")
-    _tidy(curve, "", "observed death rate", "\n".join(
+    tidy(curve, "", "observed death rate", "\n".join(
         metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")))
     histogram.hist([probabilities[labels == 0], probabilities[labels == 1]], bins=np.linspace(0, top, 31), stacked=True,
                    color=[BLUE, VERMILLION], label=["survived", "died"])
     histogram.legend(fontsize=8, frameon=False)
     histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _tidy(histogram, "predicted risk of death in hospital", "stays")
+    tidy(histogram, "predicted risk of death in hospital", "stays")
     return figure
 
 
 def plot_decision_curve(curve: pd.DataFrame, caption="") -> Figure:
     """curve as `decision_curve` returns it."""
-    figure = _new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
+    figure = new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
     axes = figure.subplots()
     axes.plot(curve.threshold, curve.treat_all, color=ORANGE, linestyle="--", label="treat all")
     axes.plot(curve.threshold, curve.treat_none, color=GREY, linestyle=":", label="treat none")
@@ -2037,7 +2037,7 @@ def plot_decision_curve(curve: pd.DataFrame, caption="") -> Figure:
     top = max(curve.model.max(), curve.treat_all.max(), 0.01)
     axes.set_ylim(max(-0.3 * top, min(curve.model.min(), curve.treat_all.min())) - 0.03 * top, 1.08 * top)
     axes.legend(fontsize=8, frameon=False)
-    _tidy(axes, "risk threshold at which one would treat", "net benefit per stay")
+    tidy(axes, "risk threshold at which one would treat", "net benefit per stay")
     return figure
 
 
@@ -2048,14 +2048,14 @@ def plot_attention_heatmap(layer_maps, pooling, hours, title, caption="",
     A map's rows look, its columns are looked at; hours (n,) are the events' times, first event first.
     """
     layer_maps, pooling, hours = (np.asarray(array, dtype=float) for array in (layer_maps, pooling, hours))
-    figure = _new_figure(title, caption, height=4.6)
+    figure = new_figure(title, caption, height=4.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.2, 1])
     panels = np.atleast_1d(upper.subplots(1, len(layer_maps), sharey=True))
     # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
     norm = PowerNorm(0.5, vmin=0, vmax=max(np.quantile(layer_maps, 0.995), 1e-12))
     for layer, (axes, weights) in enumerate(zip(panels, layer_maps), start=1):
         image = axes.imshow(weights, norm=norm, cmap="cividis", extent=(0, 100, 100, 0), interpolation="nearest")
-        _tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
+        tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
     bars = [upper.colorbar(image, ax=panels, shrink=0.8, extend="max", pad=0.01)]
     per_cell = -(-pooling.shape[1] // 600)                 # more columns than pixels would drop events unseen
     cells = np.maximum.reduceat(pooling, np.arange(0, pooling.shape[1], per_cell), axis=1)
@@ -2070,7 +2070,7 @@ def plot_attention_heatmap(layer_maps, pooling, hours, title, caption="",
     axes.set_xticks(shown, [f"{hours[cell * per_cell]:.{decimals}f}" for cell in shown])
     axes.set_yticks(range(len(cells)), [f"head {head}" for head in range(1, len(cells) + 1)])
     width = "each event equally wide" if per_cell == 1 else f"each column the heaviest of {per_cell} events"
-    _tidy(axes, f"{hours_label} ({width})", "", "Pooling: weight of each event in the prediction")
+    tidy(axes, f"{hours_label} ({width})", "", "Pooling: weight of each event in the prediction")
     return figure
 
 
@@ -2079,7 +2079,7 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
 
     Single stays are chosen without looking at their risk: the longest followed of each outcome, then by stay.
     """
-    figure = _new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
+    figure = new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
     single, mean = figure.subplots(1, 2, sharey=True)
     times = np.sort(trajectories.hours_after_admission.unique())
     for label, color, line, word in ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived")):
@@ -2099,7 +2099,7 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
                           color=color, fontsize=7, ha="center")
     for axes, title in ((single, f"Up to {n_individual} stays of each outcome"),
                         (mean, "Mean and middle half of the stays still there")):
-        _tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
+        tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
         axes.set_title(title, fontsize=9, pad=24)
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{time:g}" for time in times], minor=False)
@@ -2170,7 +2170,7 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]                  # everything that the file holds
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-logits / self.temperature))
+        return expit(logits / self.temperature)
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -2358,8 +2358,10 @@ class Trainer:
             logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
             return
         saved = load_checkpoint(path, self.accelerator.device)
-        changed = [name for name in ("data", "seed", "static_features", "value_channel", "observation_hours", "gap_hours", "first_stay_only", "learning_rate", "batch_size",
-                                     "temporal_weight", "tau_hours", "dropout", "event_dropout", "weight_averaging", "max_events_per_batch", "event_dropout", "weight_averaging", "weight_decay", "warmup_steps", "gradient_clip")
+        changed = [name for name in ("data", "seed", "static_features", "value_channel", "observation_hours",
+                                     "gap_hours", "first_stay_only", "learning_rate", "batch_size",
+                                     "temporal_weight", "tau_hours", "dropout", "event_dropout", "weight_averaging",
+                                     "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip")
                    if getattr(saved.settings, name) != getattr(self.settings, name)]
         if changed or saved.patients != self.patients or saved.text_encoder != self.text_encoder or saved.model.architecture != self.model.architecture:
             raise InputError(f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other patients, encoder or model sizes'}). "
@@ -2442,7 +2444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                                            look_for_args_file=False)
     if unknown:
         parser.error(f"unknown option {' '.join(unknown)}; --help lists them all")
-    _log_to_stdout()
+    log_to_stdout()
     try:
         settings = check_settings(settings)
         run(settings)
@@ -2460,7 +2462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _log_to_stdout() -> None:
+def log_to_stdout() -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers, logger.propagate = [handler], False
@@ -2552,12 +2554,12 @@ def report(trainer: Trainer, logits: dict[str, np.ndarray], training: dict[str, 
            audit: list[dict]) -> dict[str, Any]:
     """Metrics, predictions and plots of the held-out stays; prints the summary a person looks for."""
     settings, output, temperature = trainer.settings, trainer.output, trainer.temperature
-    test, probabilities = trainer.test_set.table, 1 / (1 + np.exp(-logits["test"] / temperature))
+    test, probabilities = trainer.test_set.table, expit(logits["test"] / temperature)
     validation = trainer.validation_set.table
     score = lambda part, risk: evaluate_predictions(part.labels, risk, part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
-    metrics = {"test": score(test, probabilities), "validation": score(validation, 1 / (1 + np.exp(-logits["validation"] / temperature)))}
+    metrics = {"test": score(test, probabilities), "validation": score(validation, expit(logits["validation"] / temperature))}
     if settings.temperature_scaling:
-        metrics["test_before_temperature_scaling"] = score(test, 1 / (1 + np.exp(-logits["test"])))
+        metrics["test_before_temperature_scaling"] = score(test, expit(logits["test"]))
     content = {"text_encoder": trainer.text_encoder, "metrics": metrics, "training": training, "cohort": [step._asdict() for step in flow],
                "dropped_or_repaired": repairs, "leakage_audit": audit, "settings": asdict(settings), "versions": versions()}
     caption = f"text encoder: {trainer.text_encoder} · {len(test.stays)} held-out stays of {test.stays.patient_id.nunique()} patients"
