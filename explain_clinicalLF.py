@@ -712,7 +712,7 @@ def check_linear_model(seed: int = 0) -> dict[str, Any]:
 # Name: clinical words for inputs, events and windows
 # ---------------------------------------------------------------------------------------------------------------------
 
-STATIC_WORDS = {"patient_gender": "gender", "patient_age": "age", "patient_race": "race", "icu_length_of_stay_in_days": "length of ICU stay",
+STATIC_WORDS = {"patient_gender": "gender", "patient_age": "age (years)", "patient_race": "race", "icu_length_of_stay_in_days": "length of ICU stay (days)",
                 "first_icu_careunit": "first care unit", "last_icu_careunit": "last care unit"}
 
 
@@ -1896,7 +1896,7 @@ def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: E
     trained = run.checkpoint.settings
     setting = f"The model predicts {trained.observation_hours:g} h after ICU admission from what was known then." if trained.observation_hours \
         else "The model reads the whole stay up to discharge or death, so it describes a stay that has ended and does not foresee."
-    caption = f"{len(tables['stays'])} held-out stays · text encoder: {run.checkpoint.text_encoder}"
+    caption = f"{len(tables['stays'])} held-out stays of {tables['stays']['patient_id'].nunique()} patients · text encoder: {run.checkpoint.text_encoder}"
     figures = draw_figures(tables, caption)
     written += [train.save_figure(folder / f"{name}.png", figure) for name, figure in figures.items()]
     info = {"data": Path(settings.data).name, "checkpoint": Path(settings.checkpoint).name, "text_encoder": run.checkpoint.text_encoder,

@@ -73,7 +73,7 @@ HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "sample_train.csv"
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 class InputError(ValueError):
@@ -962,6 +962,9 @@ class EmbeddingCache:
         return adopted
 
 
+NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?"    # 4, 4.1, or 4e+00
+
+
 class TextEncoder:
     """What all encoders share: distinct texts only, planned in batches, cached. A subclass has `_load`, `_tokenise`
     (texts -> anything with a length), `_forward` (device number, tokenised texts -> (n, dim) float32) and these:
@@ -1063,30 +1066,38 @@ class TextEncoder:
 
 
 class HashingTextEncoder(TextEncoder):
-    """An encoder without weights: words, word pairs and character n-grams, hashed and randomly projected to 768.
+    """An encoder without weights: what a text says of its item, words, word pairs and character n-grams, hashed to 768.
 
+    "Level: far above range" means one thing of lactate and another of glucose, so each part of a text counts together
+    with the item it stands behind, with its number and without; this makes four fifths of a vector's variance.
     Counts and the +-1 projection are whole numbers, exact in float32: the same vector on every machine, in any batch.
-    A vector's elements have mean 0 and variance about 1 (norm about 28), words weighing four times the characters.
+    A vector's elements have mean 0 and variance about 1 (norm about 28).
     """
 
     id, dim, n_features = "hashing", 768, 2**14
 
     def __init__(self, cache_dir=Path("clinical_LF_precomp_emb")):
-        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v2-768", self.dim)
+        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v3-768", self.dim)
         self._projection = None
+
+    @staticmethod
+    def _of_its_item(text):
+        item, *parts = text.lower().split(" | ")
+        return [item, *(f"{item} {part}" for part in parts), *(f"{item} {re.sub(NUMBER, '#', part)}" for part in parts)]
 
     def _load(self):
         if self._projection is None:
             options = dict(n_features=self.n_features, norm=None, dtype=np.float32)  # norm=None: signed whole counts
-            words = HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options)
-            characters = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options)
-            signs = np.random.RandomState(768).randint(0, 2, (2, self.n_features, self.dim), np.int8)  # a frozen stream
-            signs = signs.astype(np.float32) * 2 - 1
-            self._projection = [(words, signs[0], np.float32(0.8**0.5)), (characters, signs[1], np.float32(0.2**0.5))]
+            vectorizers = (HashingVectorizer(analyzer=self._of_its_item, **options),
+                           HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options),
+                           HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options))
+            signs = np.random.RandomState(768).randint(0, 2, (3, self.n_features, self.dim), np.int8)  # a frozen stream
+            weights = np.sqrt(np.array([0.8, 0.15, 0.05], np.float32))
+            self._projection = list(zip(vectorizers, signs.astype(np.float32) * 2 - 1, weights))
 
     def _tokenise(self, texts):
         # A number keeps its first digit and its magnitude: 4.1 and 4.3 are one word, 4e+00, not two unrelated ones.
-        return [re.sub(r"(?<![\w.])\d+(?:\.\d+)?", lambda found: f"{float(found[0]):.0e}", without_surrogates(text)) for text in texts]
+        return [re.sub(NUMBER, lambda found: f"{float(found[0]):.0e}", without_surrogates(text)) for text in texts]
 
     def _forward(self, device_number, texts):
         out = np.zeros((len(texts), self.dim), np.float32)
@@ -1451,8 +1462,15 @@ def unpack(packed: Tensor, attention_mask: Tensor) -> Tensor:
     return padded
 
 
+LAYER_SCALE = 0.01
+
+
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer (Xiong et al. 2020) over packed events."""
+    """Pre-norm transformer layer (Xiong et al. 2020) over packed events.
+
+    What a layer adds starts small and is scaled per channel (LayerScale, Touvron et al. 2021): with a thousand stays a
+    model first has to learn what each event says by itself, and context only as far as the data ask for it.
+    """
 
     def __init__(self, d_model: int, n_heads: int, d_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -1462,6 +1480,7 @@ class EncoderLayer(nn.Module):
         self.attention_output = nn.Linear(d_model, d_model)
         self.feedforward = nn.Sequential(nn.Linear(d_model, d_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model))
         self.dropout = nn.Dropout(dropout)
+        self.attention_scale, self.feedforward_scale = (nn.Parameter(torch.full((d_model,), LAYER_SCALE)) for _ in range(2))
 
     def forward(self, events: Tensor, lengths: list[int], attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         qkv = self.query_key_value(self.norm_attention(events)).unflatten(1, (3, self.n_heads, -1))  # (N, 3, H, D/H)
@@ -1469,8 +1488,8 @@ class EncoderLayer(nn.Module):
         if maps is not None:
             maps.append(attention_weights_within_stays(query, key, attention_mask))
         attended = attend_within_stays(query, key, value, lengths).flatten(1)                        # (N, D)
-        events = events + self.dropout(self.attention_output(attended))
-        return events + self.dropout(self.feedforward(self.norm_feedforward(events)))
+        events = events + self.attention_scale * self.dropout(self.attention_output(attended))
+        return events + self.feedforward_scale * self.dropout(self.feedforward(self.norm_feedforward(events)))
 
 
 class AttentionPooling(nn.Module):
@@ -1506,8 +1525,9 @@ class ClinicalTransformer(nn.Module):
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.input_projection = nn.Linear(input_dim, d_model)
-        # An average event is all bias: were that near 0, the LayerNorm would blow the smallest difference up.
-        nn.init.normal_(self.input_projection.bias, std=0.3)
+        # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up, and a
+        # path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
+        nn.init.normal_(self.input_projection.bias)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
@@ -2184,8 +2204,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         raise InputError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another file.") from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
         raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
-    if state["format"] > CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: written by a newer version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Update train.py.")
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train anew, or explain it with the train.py that wrote it.")
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
         model.load_state_dict(state["model"])

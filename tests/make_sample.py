@@ -10,14 +10,14 @@ patient dies is drawn from a risk that is a plain sum on the logit:
 
 | kind          | event                                              | true effect on the logit                   |
 |---------------|----------------------------------------------------|--------------------------------------------|
-| lactate       | lab, far above range (4.1 to 15 mmol/L)            | 1.5 + log2(value / 4); 0 if > 24 h to end  |
-| platelets     | lab, far below range (10 to 70 K/uL)               | 2 + 0.5 log2(70 / value)                   |
-| vasopressor   | prescription of norepinephrine                     | 2.6                                        |
-| blood culture | culture with an organism                           | 2.6                                        |
-| liver         | bilirubin AND INR far above range: only together   | 4.0 for the pair, half each; one alone: 0  |
-| airway        | invasive ventilation OR cisatracurium: one will do | 2.6, shared equally by those that are there|
-| extubation    | procedure                                          | -2.8                                       |
-| feeding       | enteral nutrition, an ingredient                   | -2.4                                       |
+| lactate       | lab, far above range (4.1 to 15 mmol/L)            | 2.5 + 1.7 log2(value / 4); 0 if > 24 h to end |
+| platelets     | lab, far below range (10 to 70 K/uL)               | 3.4 + 0.9 log2(70 / value)                 |
+| vasopressor   | prescription of norepinephrine                     | 4.4                                        |
+| blood culture | culture with an organism                           | 4.4                                        |
+| liver         | bilirubin AND INR far above range: only together   | 6.8 for the pair, half each; one alone: 0  |
+| airway        | invasive ventilation OR cisatracurium: one will do | 4.4, shared equally by those that are there|
+| extubation    | procedure                                          | -4.8                                       |
+| feeding       | enteral nutrition, an ingredient                   | -4.1                                       |
 
 Effects of events of one kind add up; a stay has at most two of a kind. Kinds are independent of each other, and harm
 and protection are about balanced: a sum far from zero would drown in the number of events that attention averages over.
@@ -37,10 +37,10 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 CAUSAL_ROLES = ("cause", "late_cause", "joint_cause", "redundant")
-INTERCEPT = -5.8          # gives 20 to 25 % deaths
-AGE_EFFECT = 0.9          # logit per 15 years beyond 65
+INTERCEPT = -9.9          # gives 20 to 25 % deaths
+AGE_EFFECT = 1.5          # logit per 15 years beyond 65
 LATE_MINUTES = 24 * 60    # a high lactate counts within this time of the end of the stay
-DECOY_SHARE = 0.28        # of all events that are no planted cause; with the causes counted too it is a quarter
+DECOY_SHARE = 0.25        # of all events of a stay, whatever causes it has
 TABLE_COLUMNS = (
     "patient_id admission_id icu_stay_id icu_intime icu_outtime patient_death_time patient_expired_in_hospital "
     "patient_gender patient_age patient_race marital_status admission_type admission_location insurance "
@@ -100,11 +100,10 @@ def lab_text(lab, value, priority, comment=""):
 def lab_texts(rng, lab, values):
     """Texts (object array) of an array of values; each distinct text is written once, which keeps this fast."""
     value_list, value_index = np.unique(values, return_inverse=True)
-    priority_index = np.searchsorted([0.5, 0.92], rng.random(len(values)))   # 50 % STAT, 42 % ROUTINE, 8 % missing
     comment_index = (rng.random(len(values)) < 0.5).astype(int)
-    code, where = np.unique((value_index * 3 + priority_index) * 2 + comment_index, return_inverse=True)
-    texts = [lab_text(lab, value_list[c // 6], ("STAT", "ROUTINE", "")[c // 2 % 3], lab.comment if c % 2 else "")
-             for c in code]
+    priority = "STAT" if lab.category == GAS else "ROUTINE"
+    code, where = np.unique(value_index * 2 + comment_index, return_inverse=True)
+    texts = [lab_text(lab, value_list[c // 2], priority, lab.comment if c % 2 else "") for c in code]
     return np.array(texts, dtype=object)[where]
 
 
@@ -306,14 +305,14 @@ def stays_with(rng, n_stays, probability, second=0.0):
 
 
 def plant_lactate(rng, duration):
-    """High lactates. A fifth of those in stays of more than 36 h lie over 30 h before the end and do not count."""
+    """High lactates. A tenth of those in stays of more than 36 h lie over 30 h before the end and do not count."""
     stay = stays_with(rng, len(duration), 0.34, second=0.2)
     texts, delay, values = lab_events(rng, LACTATE, len(stay))
-    early = (duration[stay] > 36 * 60) & (rng.random(len(stay)) < 0.2)
+    early = (duration[stay] > 36 * 60) & (rng.random(len(stay)) < 0.1)
     # nothing between 22 and 30 hours: the truth should not hang on minutes
     start, stop = np.where(early, 30 * 60, 0), np.where(early, duration[stay], np.minimum(duration[stay], 22 * 60))
     minutes = np.floor(start + (stop - start) * rng.random(len(stay)))
-    effect = np.where(minutes <= LATE_MINUTES, 1.5 + np.log2(values / 4), 0)
+    effect = np.where(minutes <= LATE_MINUTES, 2.5 + 1.7 * np.log2(values / 4), 0)
     return part(stay, "labevent", texts, delay, "lactate", np.where(early, "early", "late_cause"), effect, minutes)
 
 
@@ -321,15 +320,15 @@ def plant_platelets(rng, n_stays):
     """Platelets far below range; the fewer, the worse."""
     stay = stays_with(rng, n_stays, 0.32, second=0.2)
     texts, delay, values = lab_events(rng, PLATELETS, len(stay))
-    return part(stay, "labevent", texts, delay, "platelets", "cause", 2 + 0.5 * np.log2(70 / values))
+    return part(stay, "labevent", texts, delay, "platelets", "cause", 3.4 + 0.9 * np.log2(70 / values))
 
 
 def plant_simple(rng, n_stays):
     """The kinds whose every event has the same effect."""
     makers = {"prescription": prescription_events, "microbiology": culture_events,
               "procedure_event": procedure_events, "ingredient": ingredient_events}
-    kinds = (("vasopressor", "prescription", 0.32, 0.2, 2.6), ("blood culture", "microbiology", 0.30, 0.2, 2.6),
-             ("extubation", "procedure_event", 0.55, 0.0, -2.8), ("feeding", "ingredient", 0.55, 0.3, -2.4))
+    kinds = (("vasopressor", "prescription", 0.32, 0.2, 4.4), ("blood culture", "microbiology", 0.30, 0.2, 4.4),
+             ("extubation", "procedure_event", 0.55, 0.0, -4.8), ("feeding", "ingredient", 0.55, 0.3, -4.1))
     for kind, event_type, probability, second, effect in kinds:
         stay = stays_with(rng, n_stays, probability, second)
         yield part(stay, event_type, *makers[event_type](rng, kind, len(stay)), kind, "cause", effect)
@@ -342,7 +341,7 @@ def plant_liver(rng, n_stays):
     for lab, has in ((BILIRUBIN, draw < 0.22), (INR, both | ((draw >= 0.22) & (draw < 0.24)))):
         stay = np.flatnonzero(has)
         texts, delay, _ = lab_events(rng, lab, len(stay))
-        role, effect = np.where(both[stay], "joint_cause", "lone"), np.where(both[stay], 4.0 / 2, 0.0)
+        role, effect = np.where(both[stay], "joint_cause", "lone"), np.where(both[stay], 6.8 / 2, 0.0)
         yield part(stay, "labevent", texts, delay, "liver", role, effect, group=np.where(both[stay], "liver", ""))
 
 
@@ -350,7 +349,7 @@ def plant_airway(rng, n_stays):
     """Ventilation or a paralysing drug: 32 % of stays have one, a quarter of these have both, which adds nothing."""
     draw = rng.random(n_stays)
     ventilated, paralysed = draw < 0.20, (draw >= 0.12) & (draw < 0.32)
-    effect = 2.6 / np.maximum(ventilated.astype(int) + paralysed, 1)
+    effect = 4.4 / np.maximum(ventilated.astype(int) + paralysed, 1)
     for event_type, maker, has in (("procedure_event", procedure_events, ventilated),
                                    ("prescription", prescription_events, paralysed)):
         stay = np.flatnonzero(has)
@@ -394,14 +393,14 @@ def plant_events(rng, n_stays):
     # much happens in long stays; the label is tied to the length only weakly, since harm and protection both count
     days = np.clip(2.3 * np.exp(0.7 * rng.standard_normal(n_stays) + 0.04 * (n_causes - 4)), 0.5, 20)
     duration = np.round(days * 24 * 60)
-    # most stays have 25 to 50 events and a few up to 200: attention sees shares of events, effects are counts
-    size = 29 * days ** 0.1 * np.exp(0.15 * rng.standard_normal(n_stays))
-    size *= np.where(rng.random(n_stays) < 0.04, 1 + 4 * rng.random(n_stays), 1)
+    # most stays have 20 to 35 events and a few up to 200: attention sees shares of events, effects are counts
+    size = 22 * days ** 0.1 * np.exp(0.15 * rng.standard_normal(n_stays))
+    size *= np.where(rng.random(n_stays) < 0.01, 1 + 4 * rng.random(n_stays), 1)
     size = np.clip(np.round(size), 20, 200).astype(int)
     lactate = plant_lactate(rng, duration)
     # the causes take the place of other events, so that the number of events tells nothing about the label
     n_fill = size - n_causes - np.bincount(lactate["stay"], minlength=n_stays)
-    n_decoys = rng.binomial(n_fill, DECOY_SHARE)
+    n_decoys = np.minimum(rng.binomial(size, DECOY_SHARE), n_fill)
     events = pd.concat([lactate, *causes, *fill(rng, "decoy", n_decoys),
                         *fill(rng, "background", n_fill - n_decoys)], ignore_index=True)
     anywhere = np.floor(rng.random(len(events)) * duration[events["stay"]])

@@ -340,7 +340,7 @@ BAD_CHECKPOINTS = {
     "a list": (lambda state, path: torch.save([1, 2], path), "of another program"),
     "of another program": (changed(program="other"), "of another program"),
     "without a format": (changed(format=None), "of another program"),
-    "of a newer version": (changed(format=99), "written by a newer version (format 99"),
+    "of a newer version": (changed(format=99), "written by another version (format 99"),
     "without weights": (changed(model=None), "lacks parts"),
     "of another architecture": (changed(architecture={"depth": 3}), "lacks parts"),
     "without patients": (changed(patients={}), "lacks parts"),

@@ -115,7 +115,7 @@ def test_true_effects_age_and_intercept_sum_to_the_logit(large):
 def test_effects_are_exactly_those_of_the_causal_roles(large):
     causal = large.events["role"].isin(CAUSAL_ROLES)
     assert ((large.events["true_effect"] != 0) == causal).all()
-    assert 0.05 <= causal.mean() <= 0.12
+    assert 0.05 <= causal.mean() <= 0.15
     assert 0.23 <= (large.events["role"] == "decoy").mean() <= 0.27
 
 
@@ -124,13 +124,13 @@ def test_lactate_counts_by_its_number_and_only_late(large):
     value = lactate["event_text"].str.extract(r"Value: ([\d.]+) mmol/L")[0].astype(float)
     late = lactate["relative_time_to_final_event"] <= 24 * 60
     effect = large.events.loc[lactate.index, "true_effect"]
-    np.testing.assert_allclose(effect, np.where(late, 1.5 + np.log2(value / 4), 0), atol=1e-9)
+    np.testing.assert_allclose(effect, np.where(late, 2.5 + 1.7 * np.log2(value / 4), 0), atol=1e-9)
 
 
 def test_group_effects_sum_to_the_group(large):
     groups = large.events[large.events["group"] != ""].groupby(["kind", "group"])["true_effect"].agg(["sum", "size"])
-    np.testing.assert_allclose(groups.loc["airway", "sum"], 2.6)
-    np.testing.assert_allclose(groups.loc["liver", "sum"], 4.0)
+    np.testing.assert_allclose(groups.loc["airway", "sum"], 4.4)
+    np.testing.assert_allclose(groups.loc["liver", "sum"], 6.8)
     assert set(groups.loc["airway", "size"]) == {1, 2} and set(groups.loc["liver", "size"]) == {2}
 
 

@@ -13,7 +13,7 @@ from conftest import save_longformer
 
 import train
 
-GOLDEN = [0.0547101, -0.7604152, 0.5292788, -0.7850068, 0.6509949, -0.1764260]
+GOLDEN = [1.2079865, 0.1290994, 1.1471283, 0.0221500, 2.4989810, -0.7819800]
 LENGTHS = (5, 60, 257, 258, 400, 512)
 
 
@@ -343,15 +343,23 @@ def test_hashing_reads_a_number_by_first_digit_and_magnitude(tmp_path):
     assert np.array_equal(low, near) and not np.array_equal(low, high)
 
 
+def test_hashing_reads_a_level_together_with_its_item(tmp_path):
+    """What is said of another item is nearly as far away as what is said of nothing alike: below the same item's other value."""
+    encode = train.HashingTextEncoder(tmp_path).encode_event_text_batch
+    lactate, other_value, glucose = encode([f"Lab: {name} | Value: {value} mmol/L | Level: far above range"
+                                            for name, value in (("Lactate", 5), ("Lactate", 9), ("Glucose", 5))])
+    assert np.corrcoef(lactate, other_value)[0, 1] > 0.7 > 0.4 > np.corrcoef(lactate, glucose)[0, 1]
+
+
 def test_hashing_vector_is_the_same_on_every_machine(tmp_path):
     vector = train.HashingTextEncoder(tmp_path).encode_event_text_batch(["Lab: Lactate | Value: 4.1 mmol/L"])[0]
     np.testing.assert_allclose(vector[:6], GOLDEN, atol=1e-5)
 
 
 def test_hashing_of_one_word_is_its_signs(tmp_path):
-    vector = train.HashingTextEncoder(tmp_path).encode_event_text_batch(["a"])[0]  # one word, one 3-gram (" a ")
-    words, characters = 0.8**0.5, 0.2**0.5
-    np.testing.assert_allclose(np.unique(np.abs(vector)), [words - characters, words + characters], rtol=1e-5)
+    vector = train.HashingTextEncoder(tmp_path).encode_event_text_batch(["a"])[0]  # one item, one word, one 3-gram (" a ")
+    sizes = [abs(0.8**0.5 + a * 0.15**0.5 + b * 0.05**0.5) for a in (-1, 1) for b in (-1, 1)]
+    np.testing.assert_allclose(np.unique(np.abs(vector)), sorted(sizes), rtol=1e-4)
 
 
 def test_hashing_does_not_depend_on_batch(tmp_path):

@@ -210,7 +210,8 @@ def spread(figures: list[dict]) -> str:
 def read_data(options) -> tuple[Data, np.ndarray | None, str]:
     """The table with its text vectors, the true risks where there are such, and a line that describes it."""
     settings = train.check_settings(train.Settings(observation_hours=options.observation_hours,
-                                                   n_bootstrap=options.bootstrap, max_epochs=options.max_epochs))
+                                                   n_bootstrap=options.bootstrap, max_epochs=options.max_epochs,
+                                                   batch_size=options.batch_size))
     table, true_risk = synthetic_stays(options.sample) if not options.data else (
         train.read_stays(options.data, options.cache_dir)[0], None)
     if options.observation_hours:
@@ -232,6 +233,7 @@ def main():
     parser.add_argument("--observation-hours", type=float, default=0.0, help="as in train.py")
     parser.add_argument("--only", nargs="+", default=[""], help="models whose name contains one of these words")
     parser.add_argument("--max-epochs", type=int, default=train.Settings().max_epochs)
+    parser.add_argument("--batch-size", type=int, default=train.Settings().batch_size, help="smaller where stays are few")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind every interval")
     parser.add_argument("--cache-dir", default="clinical_LF_precomp_emb", help="where query.sql's result is kept")
     parser.add_argument("--out", type=Path, help="file for the tables, in markdown")
