@@ -245,7 +245,7 @@ def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = ClinicalTransformer(**model.architecture)
-    fresh.set_input_statistics(model.event_mean.cpu(), model.event_scale.cpu())
+    fresh.set_input_statistics(model.event_mean.cpu(), model.event_scale.cpu(), model.static_weight.cpu())
     return fresh.to(device).eval()
 
 
@@ -495,7 +495,7 @@ def bootstrap(values: np.ndarray, patients: np.ndarray, n_bootstrap: int = 1000,
     known = ~np.isnan(np.asarray(values, float))
     frame = pd.DataFrame({"patient": np.asarray(patients)[known], "value": np.asarray(values, float)[known]})
     sums = frame.groupby("patient")["value"].agg(["sum", "count"])
-    result = {"value": float(frame["value"].mean()), "low": math.nan, "high": math.nan, "n": len(frame)}
+    result = {"value": float(frame["value"].mean()), "low": math.nan, "high": math.nan, "n": len(frame), "n_patients": len(sums)}
     if len(sums) >= 3:
         draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_bootstrap)
         means = (draws @ sums["sum"].to_numpy()) / (draws @ sums["count"].to_numpy())
@@ -1110,20 +1110,11 @@ def for_plot(text, width=46, shorten=short_text):
     return shorten(text, width).replace("$", r"\$")
 
 
-def means_by(table, group, value, n_bootstrap=1000):
-    """Mean of `value` per group, 95 % interval over resampled patients -> mean, low, high, n (rows), n_patients.
-
-    The interval is missing where fewer than three patients have the group: resampling them says nothing.
-    """
-    cells = table.groupby(["patient_id", group], observed=True)[value].agg(["sum", "count"]).unstack(fill_value=0)
-    sums, counts, patients = cells["sum"], cells["count"], len(cells)
-    draws = np.random.default_rng(0).multinomial(patients, np.full(patients, 1 / patients), size=n_bootstrap)
-    with np.errstate(invalid="ignore"):
-        means = (draws @ sums.to_numpy()) / (draws @ counts.to_numpy())                       # (R, groups)
-    result = pd.DataFrame({"mean": sums.sum() / counts.sum(), "n": counts.sum(), "n_patients": (counts > 0).sum()})
-    result["low"], result["high"] = np.nanquantile(means, (0.025, 0.975), axis=0)
-    result.loc[result.n_patients < 3, ["low", "high"]] = np.nan
-    return result
+def means_by(table, group, value):
+    """`bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
+    found = {name: bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy()) for name, part in table.groupby(group, observed=True)}
+    columns = ["value", "low", "high", "n", "n_patients"]
+    return pd.DataFrame(list(found.values()), index=list(found), columns=columns).rename(columns={"value": "mean"})
 
 
 def shares_by(events, bins, columns):
@@ -1515,10 +1506,33 @@ def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame
     return figure
 
 
+def draw_deletion_insertion(curves: pd.DataFrame, caption="") -> Figure:
+    """curves as `deletion_insertion` gives them, of all checked stays: one panel for each way of taking away and giving."""
+    curves = curves.assign(order=curves.order.str.replace(r"random \d+", "random", regex=True))
+    n_stays = curves.icu_stay_id.nunique()
+    figure = page("Do the events that an explanation ranks first move the prediction most?", f"{caption} · measured on {n_stays} stays", 5.2)
+    styles = {"attribution": ("black", "-"), "removal": (ORANGE, "--"), "attention": (BLUE, "-."), "random": ("0.5", ":")}
+    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    for row, direction in zip(panels, ("deletion", "insertion")):
+        for axes, way in zip(row, ("masking", "mean replacement")):
+            part = curves[(curves.direction == direction) & (curves.way == way)]
+            for order, (color, line) in styles.items():
+                means = part[part.order == order].groupby("fraction").change.mean()
+                axes.plot(100 * means.index, means, color=color, linestyle=line, marker=".", label=ORDERS.get(order, "random order"))
+            titles = {"masking": ("Events masked", "All other events masked"),
+                      "mean replacement": ("Events made average events", "All other events made average events")}
+            tidy(axes, f"% of the events {'taken away' if direction == 'deletion' else 'given'}", "change of the logit" if way == "masking" else "",
+                 titles[way][direction == "insertion"])
+    panels[0, 1].legend(loc="lower left", ncols=2, fontsize=7, frameon=False)
+    return figure
+
+
 def draw_figures(tables: dict, caption="") -> dict:
-    """All nine figures by file name (without .png); tables by the names of the report's tables."""
+    """The nine figures by file name (without .png), and a tenth where stays were checked; tables by the names of the report's."""
     get = tables.get
-    return {"layer_attention_weights": draw_layer_attention_weights(get("attention"), caption),
+    checked = get("curves")
+    more = {"deletion_insertion": draw_deletion_insertion(checked, caption)} if checked is not None and len(checked) else {}
+    return more | {"layer_attention_weights": draw_layer_attention_weights(get("attention"), caption),
             "sequence_importance": draw_sequence_importance(get("events"), get("attention"), caption),
             "sequence_importance_combined": draw_sequence_importance_combined(get("events"), get("attention"), get("windows"), caption),
             "head_specialization": draw_head_specialization(get("heads"), caption),
@@ -1548,7 +1562,7 @@ svg text{font:12px system-ui,Arial,sans-serif;fill:#333}.row{display:flex;gap:2r
 h3,caption{break-after:avoid}a{color:inherit;text-decoration:none}}
 """
 APPENDIX = ("captum_attributions", "sequence_importance", "layer_attention_weights", "captum_layer_attributions", "head_specialization",
-            "query_vector_analysis")
+            "query_vector_analysis", "deletion_insertion")
 e = html.escape
 
 

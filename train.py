@@ -1524,6 +1524,7 @@ class ClinicalTransformer(nn.Module):
                              "d_feedforward": d_feedforward, "n_pooling_heads": n_pooling_heads, "dropout": dropout}
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
+        self.register_buffer("static_weight", torch.ones(static_dim))
         self.input_projection = nn.Linear(input_dim, d_model)
         # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up, and a
         # path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
@@ -1538,10 +1539,11 @@ class ClinicalTransformer(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(d_model + static_dim, 256), nn.ReLU(), nn.Dropout(dropout),
                                         nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 1))
 
-    def set_input_statistics(self, mean: Tensor, scale: Tensor) -> None:
-        """Mean and spread of the training events' columns (input_dim each)."""
+    def set_input_statistics(self, mean: Tensor, scale: Tensor, static_weight: Tensor) -> None:
+        """Mean and spread of the training events' columns (input_dim each), and what each static column (S) is multiplied by."""
         self.event_mean.copy_(mean)
         self.event_scale.copy_(scale)
+        self.static_weight.copy_(static_weight)
 
     def forward(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None,
                 return_attention: bool = False) -> Tensor | tuple[Tensor, dict[str, Any]]:
@@ -1566,7 +1568,7 @@ class ClinicalTransformer(nn.Module):
         events = unpack(self.encode(sequences, attention_mask, maps), attention_mask)                  # (B, L, D)
         query = self.query_vector.expand(len(sequences), -1, -1)                                       # (B, 1, D)
         pooled, pooling_weights = self.attention_pooling(query, events, attention_mask)
-        logits = self.classifier(torch.cat([pooled.squeeze(1), static_features], dim=1))
+        logits = self.classifier(torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1))
         details: dict[str, Any] = {"transformer_output": events}
         if return_attention:
             details |= {"pooling_weights": pooling_weights, "query_vector": query, "layer_attention_weights": maps}
@@ -2244,6 +2246,9 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
     return mean.float(), (scale / (share * dataset.input_dim).sqrt()).float()
 
 
+NUMBER_WEIGHT = 3.0
+
+
 class Trainer:
     """One training run: what the loop needs, so that an epoch reads as the algorithm."""
 
@@ -2259,7 +2264,9 @@ class Trainer:
         model = ClinicalTransformer(self.train_set.input_dim, self.preprocessor.static_dim, settings.d_model, settings.n_layers,
                                     settings.n_heads, settings.d_feedforward, settings.n_pooling_heads, settings.dropout)
         mean, scale = input_statistics(self.train_set)
-        model.set_input_statistics(mean, scale)
+        # One number among forty flags goes unheard otherwise: with weight 1 a tenth of the sample's true effect of age is learnt.
+        static_weight = torch.tensor([NUMBER_WEIGHT if category is None else 1.0 for _, category in self.preprocessor.static_names])
+        model.set_input_statistics(mean, scale, static_weight)
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
         self.patients = {name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()}
         objective = TrainingObjective(model, TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight), self.preprocessor,

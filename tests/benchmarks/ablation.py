@@ -38,13 +38,17 @@ def positions_of_size_one(model, dataset):
 
 
 def no_input_normalisation(model, dataset):
-    model.set_input_statistics(torch.zeros_like(model.event_mean), torch.ones_like(model.event_scale))
+    model.set_input_statistics(torch.zeros_like(model.event_mean), torch.ones_like(model.event_scale), model.static_weight)
 
 
 def scale_per_column(model, dataset):
     """Each column to variance 1, so that the time is one voice among 774, instead of each part of an event."""
     share = torch.where(dataset.is_text, 0.75 / dataset.is_text.sum(), 0.25 / (~dataset.is_text).sum())
-    model.set_input_statistics(model.event_mean, model.event_scale * (share * dataset.input_dim).sqrt().to(model.event_scale))
+    model.set_input_statistics(model.event_mean, model.event_scale * (share * dataset.input_dim).sqrt().to(model.event_scale), model.static_weight)
+
+
+def static_numbers_weigh_as_flags(model, dataset):
+    model.static_weight.fill_(1.0)
 
 
 @torch.no_grad()
@@ -91,6 +95,7 @@ VARIANTS = {
     "value channel": Variant({"value_channel": True}),
     "layers at full size from the start": Variant({}, layers_at_full_size),
     "small bias of the projection": Variant({}, small_bias_of_the_projection),
+    "static numbers weigh as flags": Variant({}, static_numbers_weigh_as_flags),
     "temporal loss weight 0": Variant({"temporal_weight": 0.0}),
     "temporal loss weight 0.6": Variant({"temporal_weight": 0.6}),
     "no input normalisation": Variant({}, no_input_normalisation),
