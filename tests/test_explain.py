@@ -414,7 +414,7 @@ def test_every_file_is_written(tables, trained):
     names = {path.name for path in (trained.folder / "out").iterdir()}
     pictures = {f"{name}.png" for name in (
         "layer_attention_weights", "sequence_importance", "sequence_importance_combined", "head_specialization", "feature_importance",
-        "query_vector_analysis", "captum_attributions", "captum_layer_attributions", "captum_ablation_attributions")}
+        "query_vector_analysis", "captum_attributions", "captum_layer_attributions", "captum_ablation_attributions", "deletion_insertion")}
     assert names == pictures | set(explain.TABLE_FILES.values()) | {"faithfulness.json", "report.html"}
     assert tables["faithfulness"]["sentence"].str.len().min() > 20
 
@@ -433,7 +433,7 @@ def test_trajectory_ends_at_the_risk_of_the_whole_stay(run):
 def test_every_input_has_a_clinical_name(run):
     names = explain.map_features_to_clinical(run.checkpoint.preprocessor, run.dataset.input_dim)
     assert (names["input"] == "event").sum() == 774 and (names["input"] == "static").sum() == run.checkpoint.preprocessor.static_dim
-    assert names["name"][2] == "event type: labevent" and "gender: F" in set(names["name"]) and "age" in set(names["name"])
+    assert names["name"][2] == "event type: labevent" and "gender: F" in set(names["name"]) and "age (years)" in set(names["name"])
 
 
 def test_truth_finds_its_events(tables, trained):
