@@ -538,10 +538,14 @@ def deletion_insertion(model: ClinicalTransformer, sequence: Tensor, static: Ten
     return pd.concat(tables, ignore_index=True)
 
 
+def with_one_random_order(curves: pd.DataFrame) -> pd.DataFrame:
+    """Curves in which all random orders have the one name `random`, to be averaged."""
+    return curves.assign(order=curves["order"].str.replace(r"random \d+", "random", regex=True))
+
+
 def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
     """Mean over the fractions of how much further an order moves the logit than random orders do; paired by stay."""
-    part = curves[curves["fraction"] > 0]
-    part = part.assign(order=part["order"].str.replace(r"random \d+", "random", regex=True))
+    part = with_one_random_order(curves[curves["fraction"] > 0])
     means = part.groupby(["icu_stay_id", "patient_id", "way", "direction", "order"])["change"].mean().unstack("order")
     rows = []
     for (way, direction), table in means.groupby(["way", "direction"]):
@@ -1508,21 +1512,20 @@ def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame
 
 def draw_deletion_insertion(curves: pd.DataFrame, caption="") -> Figure:
     """curves as `deletion_insertion` gives them, of all checked stays: one panel for each way of taking away and giving."""
-    curves = curves.assign(order=curves.order.str.replace(r"random \d+", "random", regex=True))
+    curves = with_one_random_order(curves)
     n_stays = curves.icu_stay_id.nunique()
     figure = page("Do the events that an explanation ranks first move the prediction most?", f"{caption} · measured on {n_stays} stays", 5.2)
     styles = {"attribution": ("black", "-"), "removal": (ORANGE, "--"), "attention": (BLUE, "-."), "random": ("0.5", ":")}
+    titles = {("deletion", "masking"): "Events masked", ("deletion", "mean replacement"): "Events made average events",
+              ("insertion", "masking"): "All other events masked", ("insertion", "mean replacement"): "All other events made average events"}
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    for row, direction in zip(panels, ("deletion", "insertion")):
+    for row, (direction, verb) in zip(panels, (("deletion", "taken away"), ("insertion", "given"))):
         for axes, way in zip(row, ("masking", "mean replacement")):
             part = curves[(curves.direction == direction) & (curves.way == way)]
             for order, (color, line) in styles.items():
                 means = part[part.order == order].groupby("fraction").change.mean()
                 axes.plot(100 * means.index, means, color=color, linestyle=line, marker=".", label=ORDERS.get(order, "random order"))
-            titles = {"masking": ("Events masked", "All other events masked"),
-                      "mean replacement": ("Events made average events", "All other events made average events")}
-            tidy(axes, f"% of the events {'taken away' if direction == 'deletion' else 'given'}", "change of the logit" if way == "masking" else "",
-                 titles[way][direction == "insertion"])
+            tidy(axes, f"% of the events {verb}", "change of the logit" if way == "masking" else "", titles[direction, way])
     panels[0, 1].legend(loc="lower left", ncols=2, fontsize=7, frameon=False)
     return figure
 
@@ -1530,9 +1533,10 @@ def draw_deletion_insertion(curves: pd.DataFrame, caption="") -> Figure:
 def draw_figures(tables: dict, caption="") -> dict:
     """The nine figures by file name (without .png), and a tenth where stays were checked; tables by the names of the report's."""
     get = tables.get
-    checked = get("curves")
-    more = {"deletion_insertion": draw_deletion_insertion(checked, caption)} if checked is not None and len(checked) else {}
-    return more | {"layer_attention_weights": draw_layer_attention_weights(get("attention"), caption),
+    curves = get("curves")
+    figures = {} if curves is None or curves.empty else {"deletion_insertion": draw_deletion_insertion(curves, caption)}
+    return figures | {
+            "layer_attention_weights": draw_layer_attention_weights(get("attention"), caption),
             "sequence_importance": draw_sequence_importance(get("events"), get("attention"), caption),
             "sequence_importance_combined": draw_sequence_importance_combined(get("events"), get("attention"), get("windows"), caption),
             "head_specialization": draw_head_specialization(get("heads"), caption),

@@ -962,9 +962,6 @@ class EmbeddingCache:
         return adopted
 
 
-NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?"    # 4, 4.1, or 4e+00
-
-
 class TextEncoder:
     """What all encoders share: distinct texts only, planned in batches, cached. A subclass has `_load`, `_tokenise`
     (texts -> anything with a length), `_forward` (device number, tokenised texts -> (n, dim) float32) and these:
@@ -1063,6 +1060,9 @@ class TextEncoder:
         finally:
             for pool in pools:
                 pool.shutdown(cancel_futures=True)
+
+
+NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?"    # 4, 4.1, or 4e+00
 
 
 class HashingTextEncoder(TextEncoder):
@@ -1363,6 +1363,11 @@ class ClinicalSequenceDataset(Dataset):
         """(input_dim,) True at the columns of the text vector."""
         columns = torch.arange(self.input_dim)
         return (columns >= len(EVENT_TYPES)) & (columns < len(EVENT_TYPES) + self.text_vectors.shape[1])
+
+    @property
+    def share_of_variance(self) -> Tensor:
+        """(input_dim,) How much of an event's variance each column is given: the text's three quarters, all others' one."""
+        return torch.where(self.is_text, 0.75 / self.is_text.sum(), 0.25 / (~self.is_text).sum())
 
     def __len__(self) -> int:
         return len(self.table.stays)
@@ -2242,8 +2247,7 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
     mean = total / n_events
     scale = (squares / n_events - mean.square()).clamp(min=0).sqrt()
     scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
-    share = torch.where(dataset.is_text, 0.75 / dataset.is_text.sum(), 0.25 / (~dataset.is_text).sum())     # of the variance
-    return mean.float(), (scale / (share * dataset.input_dim).sqrt()).float()
+    return mean.float(), (scale / (dataset.share_of_variance * dataset.input_dim).sqrt()).float()
 
 
 NUMBER_WEIGHT = 3.0

@@ -43,8 +43,8 @@ def no_input_normalisation(model, dataset):
 
 def scale_per_column(model, dataset):
     """Each column to variance 1, so that the time is one voice among 774, instead of each part of an event."""
-    share = torch.where(dataset.is_text, 0.75 / dataset.is_text.sum(), 0.25 / (~dataset.is_text).sum())
-    model.set_input_statistics(model.event_mean, model.event_scale * (share * dataset.input_dim).sqrt().to(model.event_scale), model.static_weight)
+    factor = (dataset.share_of_variance * dataset.input_dim).sqrt().to(model.event_scale)
+    model.set_input_statistics(model.event_mean, model.event_scale * factor, model.static_weight)
 
 
 def static_numbers_weigh_as_flags(model, dataset):
