@@ -411,12 +411,12 @@ def plant_events(rng, n_stays):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stays, admissions, patients
 # ---------------------------------------------------------------------------------------------------------------------
-def draw_labels(rng, events, n_stays):
+def draw_labels(rng, events, n_stays, effect_scale):
     """Age, true logit and risk, and the label drawn from it -> DataFrame (n_stays rows)."""
     age = np.clip(np.round(65 + 15 * rng.standard_normal(n_stays)), 18, 91).astype(int)
-    age_effect = AGE_EFFECT * (age - 65) / 15
+    age_effect = effect_scale * AGE_EFFECT * (age - 65) / 15
     event_effect = np.bincount(events["stay"], weights=events["true_effect"], minlength=n_stays)
-    logit = INTERCEPT + age_effect + event_effect
+    logit = effect_scale * INTERCEPT + age_effect + event_effect
     risk = 1 / (1 + np.exp(-logit))
     return pd.DataFrame({"patient_age": age, "age_effect": age_effect, "true_logit": logit, "true_risk": risk,
                          "label": (rng.random(n_stays) < risk).astype(int)})
@@ -520,16 +520,18 @@ def clock(minutes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything together
 # ---------------------------------------------------------------------------------------------------------------------
-def make_sample(n_stays=300, seed=0):
+def make_sample(n_stays=300, seed=0, effect_scale=1.0):
     """A table of `n_stays` synthetic ICU stays (20 to 200 events each) with its truth, the same for the same arguments.
 
-    Two seeds share ids, so tables of two seeds should not be put into one. Raises ValueError below 10 stays.
+    `effect_scale` multiplies the intercept and every effect: risks near 0 and 1 are easy to tell apart, but a model has no
+    reason to learn how far beyond 4 a logit lies, so that sizes of effects are better compared with a scale below 1. Two seeds share ids, so tables of two seeds should not be put into one. Raises ValueError below 10 stays.
     """
     if n_stays < 10:
         raise ValueError(f"n_stays is {n_stays}; 10 is the least for which both outcomes can be expected.")
     rng = np.random.default_rng(seed)
     events, duration = plant_events(rng, n_stays)
-    stays = draw_labels(rng, events, n_stays)
+    events["true_effect"] *= effect_scale
+    stays = draw_labels(rng, events, n_stays, effect_scale)
     earlier, shares_admission = pair_up(rng, stays)
     add_people(rng, stays, earlier, shares_admission)
     add_times(rng, stays, duration, earlier, shares_admission)
@@ -538,7 +540,8 @@ def make_sample(n_stays=300, seed=0):
                                 kind="stable", ignore_index=True)
     columns = ["icu_stay_id", "patient_id", "age_effect", "true_logit", "true_risk", "label"]
     best = roc_auc_score(stays["label"], stays["true_risk"]) if stays["label"].nunique() == 2 else float("nan")
-    return Sample(build_table(stays, events), build_truth(stays, events), stays[columns].copy(), INTERCEPT, float(best))
+    return Sample(build_table(stays, events), build_truth(stays, events), stays[columns].copy(),
+                  effect_scale * INTERCEPT, float(best))
 
 
 def build_table(stays, events):

@@ -127,6 +127,13 @@ def test_lactate_counts_by_its_number_and_only_late(large):
     np.testing.assert_allclose(effect, np.where(late, 2.5 + 1.7 * np.log2(value / 4), 0), atol=1e-9)
 
 
+def test_effect_scale_scales_the_true_logit_and_nothing_else():
+    full, half = make_sample(60, seed=2), make_sample(60, seed=2, effect_scale=0.5)
+    assert half.table["event_text"].equals(full.table["event_text"]) and half.intercept == full.intercept / 2
+    np.testing.assert_allclose(half.events["true_effect"], full.events["true_effect"] / 2)
+    np.testing.assert_allclose(half.stays["true_logit"], full.stays["true_logit"] / 2)
+
+
 def test_group_effects_sum_to_the_group(large):
     groups = large.events[large.events["group"] != ""].groupby(["kind", "group"])["true_effect"].agg(["sum", "size"])
     np.testing.assert_allclose(groups.loc["airway", "sum"], 4.4)

@@ -1,23 +1,27 @@
-"""What each part of the recipe is worth: one change at a time, on synthetic stays whose best reachable AUROC is known.
+"""What each part of the recipe is worth: one change at a time, on synthetic stays whose best reachable AUROC is known, or on real ones.
 
-    python tests/benchmarks/ablation.py                                    # all variants, 3 seeds; hours
+    python tests/benchmarks/ablation.py                                    # all variants, 3 seeds: 2 hours on one core
     python tests/benchmarks/ablation.py --seeds 0 --variants default "value channel"
+    python tests/benchmarks/ablation.py --data PATH/TO/mimic-iv-demo --observation-hours 24 --batch-size 8 --max-epochs 12 --seeds 0
     python tests/benchmarks/ablation.py --list
 
 Every run is added to tests/benchmarks/ablation.md as soon as it is done, and a run that stands there is not made again:
 the script may be stopped at any time and started anew. Seed by seed, so that an early stop leaves a fair comparison.
-A seed sets the split, the weights and the order of batches. Training and validation stays are as many as train.py takes
-of 2,000; test stays are all the others of 5,000, since 400 would leave an AUROC uncertain by 0.02. Test AUROC is that of the
-weights with the lowest validation loss; "of the way" is (AUROC - 0.5) / (AUROC of the true risk of the test stays - 0.5).
+A seed sets the split, the weights and the order of batches. Of synthetic stays, training and validation have as many as
+train.py takes of 2,000; test stays are all the others of 5,000, since 400 would leave an AUROC uncertain by 0.02. Real stays
+are held out once each, in 5 folds by patient. Test AUROC is that of the weights with the lowest validation loss; "of the way"
+is (AUROC - 0.5) / (AUROC of the true risk of the test stays - 0.5).
 """
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from common import hashing_vectors, log_epochs, machine, markdown, synthetic_stays, train, train_and_test
@@ -25,7 +29,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 TABLE = Path(__file__).with_name("ablation.md")
-RUN_COLUMNS = ["variant", "seed", "stays", "AUROC", "of the way", "validation loss", "epochs", "seconds"]
+RUN_COLUMNS = ["variant", "seed", "data", "AUROC", "of the way", "validation loss", "epochs", "seconds"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ def read_runs() -> pd.DataFrame:
 
 def summary(runs: pd.DataFrame) -> str:
     """A row per variant: mean and standard deviation over the seeds; the difference is over the seeds of both."""
-    numbers = runs.astype({"AUROC": float, "of the way": float, "validation loss": float, "seconds": float})
+    numbers = runs.replace("-", "nan").astype({"AUROC": float, "of the way": float, "validation loss": float, "seconds": float})
     default = numbers[numbers.variant == "default"].set_index("seed").AUROC
     rows = []
     for name in (name for name in VARIANTS if name in set(runs.variant)):
@@ -140,7 +144,7 @@ def summary(runs: pd.DataFrame) -> str:
         gain = (group.AUROC - default).dropna()
         rows.append([name, f"{group.AUROC.mean():.3f} ({group.AUROC.std():.3f})".replace("nan", "-"),
                      f"{gain.mean():+.3f} ({gain.std():.3f})".replace("nan", "-").replace("+-", "-"),
-                     f"{group['of the way'].mean():.1%}", f"{group['validation loss'].mean():.3f}",
+                     f"{group['of the way'].mean():.1%}".replace("nan%", "-"), f"{group['validation loss'].mean():.3f}",
                      f"{group.seconds.mean():.0f}", len(group)])
     return markdown(["variant", "test AUROC, mean (sd)", "gain over the default (sd)", "of the way", "validation loss",
                      "seconds", "seeds"], rows)
@@ -149,8 +153,8 @@ def summary(runs: pd.DataFrame) -> str:
 def write_table(runs: pd.DataFrame) -> None:
     parts = ["# Ablation", "Written by `ablation.py`, which says how to read it: one change to the default at a time, "
              "text through the hashing encoder."]
-    for stays, group in runs.groupby("stays", sort=False):
-        parts.append(f"## {stays} stays\n\n{summary(group)}")
+    for data, group in runs.groupby("data", sort=False):
+        parts.append(f"## {data}\n\n{summary(group)}")
     parts += [machine(), f"## Runs\n\n{markdown(RUN_COLUMNS, runs.to_numpy().tolist())}"]
     train.write_whole(TABLE, lambda path: path.write_text("\n\n".join(parts) + "\n", "utf-8"))
 
@@ -164,10 +168,36 @@ def many_test_stays(table: train.StayTable, share: float, seed: int) -> train.Sp
     return train.Split(train_stays, validation_stays, (~used).to_numpy().nonzero()[0])
 
 
+def stays_and_splits(options) -> tuple[train.StayTable, np.ndarray | None, str, Callable[[int], list[train.Split]]]:
+    """The table, the true risks where there are such, what the data are called, and the splits of a seed."""
+    if not options.data:
+        table, true_risk = synthetic_stays(options.all)
+        return table, true_risk, f"{options.sample} synthetic stays", lambda seed: [many_test_stays(table, options.sample / options.all, seed)]
+    settings = train.Settings(observation_hours=options.observation_hours)
+    table, _ = train.choose_cohort(train.read_stays(options.data, options.cache_dir)[0], settings)
+    when = f", {options.observation_hours:g} h after admission" if options.observation_hours else ""
+    name = f"{len(table.stays)} stays of {Path(options.data).name}{when}, 5 folds, batches of {options.batch_size}, {options.max_epochs} epochs at most"
+    return table, None, name, lambda seed: list(train.cross_validation_splits(table, 5, seed))
+
+
+def test_variant(variant: Variant, table, splits, vectors, true_risk, settings) -> list[str]:
+    """AUROC, of the way, validation loss, epochs and seconds: of one run, or of one run per fold with pooled predictions."""
+    runs = [train_and_test(table, split, vectors, replace(settings, **variant.settings), variant.change) for split in splits]
+    stays = np.concatenate([split.test for split in splits])
+    auroc = roc_auc_score(table.labels[stays], np.concatenate([run.probabilities for run in runs]))
+    best = math.nan if true_risk is None else roc_auc_score(table.labels[stays], true_risk[stays])
+    return [f"{auroc:.4f}", f"{(auroc - 0.5) / (best - 0.5):.4f}".replace("nan", "-"), f"{np.mean([run.validation_loss for run in runs]):.4f}",
+            f"{np.mean([run.epochs for run in runs]):.0f}", f"{sum(run.seconds for run in runs):.0f}"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=2000, metavar="STAYS", help="train and validate as of this many")
     parser.add_argument("--all", type=int, default=5000, metavar="STAYS", help="synthetic stays in all")
+    parser.add_argument("--data", help="real stays instead, as train.py --data takes them")
+    parser.add_argument("--observation-hours", type=float, default=0.0, help="as in train.py")
+    parser.add_argument("--cache-dir", default="clinical_LF_precomp_emb", help="where query.sql's result is kept")
+    parser.add_argument("--batch-size", type=int, default=train.Settings().batch_size, help="of the default; smaller where stays are few")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
                         help="see --list")
@@ -180,23 +210,17 @@ def main():
                                for name, variant in VARIANTS.items()))
     if options.verbose:
         log_epochs()
-    table, true_risk = synthetic_stays(options.all)
-    vectors, default = hashing_vectors(table), train.check_settings(train.Settings(max_epochs=options.max_epochs))
+    table, true_risk, data, splits_of = stays_and_splits(options)
+    vectors = hashing_vectors(table)
+    default = train.check_settings(train.Settings(max_epochs=options.max_epochs, batch_size=options.batch_size,
+                                                  observation_hours=options.observation_hours))
     for seed in options.seeds:
-        split = many_test_stays(table, options.sample / options.all, seed)
-        labels = table.labels[split.test]
-        best = roc_auc_score(labels, true_risk[split.test])
         for name in options.variants:
             runs = read_runs()      # anew each time: another process may add to it
-            if ((runs.variant == name) & (runs.seed == str(seed)) & (runs.stays == str(options.sample))).any():
+            if ((runs.variant == name) & (runs.seed == str(seed)) & (runs.data == data)).any():
                 continue
-            variant = VARIANTS[name]
-            run = train_and_test(table, split, vectors, replace(default, seed=seed, **variant.settings), variant.change)
-            auroc = roc_auc_score(labels, run.probabilities)
-            row = [name, seed, options.sample, f"{auroc:.4f}", f"{(auroc - 0.5) / (best - 0.5):.4f}",
-                   f"{run.validation_loss:.4f}", run.epochs, f"{run.seconds:.0f}"]
-            runs = read_runs()
-            write_table(pd.concat([runs, pd.DataFrame([map(str, row)], columns=RUN_COLUMNS)], ignore_index=True))
+            row = [name, str(seed), data, *test_variant(VARIANTS[name], table, splits_of(seed), vectors, true_risk, replace(default, seed=seed))]
+            write_table(pd.concat([read_runs(), pd.DataFrame([row], columns=RUN_COLUMNS)], ignore_index=True))
             print("  ".join(f"{column} {value}" for column, value in zip(RUN_COLUMNS, row, strict=True)), flush=True)
 
 
