@@ -301,7 +301,9 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{results}: cannot be written ({error.strerror}). Choose another --cache-dir.") from None
-    with tempfile.TemporaryDirectory(dir=results, prefix="working_") as scratch:
+    with one_at_a_time(results), tempfile.TemporaryDirectory(dir=results, prefix="working_") as scratch:
+        if target.exists():     # another run made it while this one waited
+            return target
         try:
             with duckdb.connect(f"{scratch}/mimic.duckdb") as database:
                 database.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
@@ -317,6 +319,20 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
                              "it needs more of the one or the other.") from None
         os.replace(f"{scratch}/result.parquet", target)
     return target
+
+
+@contextlib.contextmanager
+def one_at_a_time(results: Path) -> Iterator[None]:
+    """Wait for other runs that work in `results`, and clear away what killed ones left there."""
+    folder = os.open(results, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):      # some network disks cannot lock: then nothing is cleared away
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            for left_by_a_killed_run in results.glob("working_*"):
+                shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
+        yield
+    finally:
+        os.close(folder)
 
 
 def collect_stays(database, query: str) -> None:
@@ -2220,6 +2236,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         settings = check_settings(Settings(**{name: value for name, value in state["settings"].items() if name in known}))
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
         if not (set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric} and state["temperature"] > 0
+                and len(state["preprocessor"]["means"]) == len(state["preprocessor"]["scales"]) == len(preprocessor.numeric)
                 and model.architecture["static_dim"] == preprocessor.static_dim and {"train", "validation", "test"} <= set(state["patients"])):
             raise ValueError
         return Checkpoint(model.eval(), preprocessor, settings, state["text_encoder"], state["patients"], state["baseline"],

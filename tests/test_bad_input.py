@@ -347,6 +347,7 @@ BAD_CHECKPOINTS = {
     "with settings that are a list": (changed(settings=[1]), "lacks parts"),
     "with a preprocessor that is a number": (changed(preprocessor=5), "lacks parts"),
     "with temperature zero": (changed(temperature=0.0), "lacks parts"),
+    "with a scale too few": (lambda state, path: changed(preprocessor={**state["preprocessor"], "scales": [1.0]})(state, path), "lacks parts"),
     "of another encoder": (changed(text_encoder="tiny@123"), "trained on vectors of tiny@123"),
     "malicious, as torch saves it": (lambda state, path: torch.save({**state, "evil": Malicious()}, path), "not a checkpoint of this program, or damaged"),
     "malicious, as in torch 1.5": (lambda state, path: torch.save(Malicious(), path, _use_new_zipfile_serialization=False), "or damaged"),

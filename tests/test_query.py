@@ -227,6 +227,14 @@ def test_result_is_reused_until_a_file_changes(tmp_path):
     assert all(path.suffix == ".parquet" for path in (tmp_path / "query_results").iterdir())  # nothing half-written
 
 
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    left = tmp_path / "query_results" / "working_killed"
+    left.mkdir(parents=True)
+    (left / "mimic.duckdb").write_bytes(bytes(1000))
+    train.run_mimic_query(write_folder(tmp_path / "mimic"), tmp_path)
+    assert [path.suffix for path in left.parent.iterdir()] == [".parquet"]
+
+
 def test_slices_of_stays_give_the_same_result(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "mimic")
     whole = train.run_mimic_query(folder, tmp_path / "whole")

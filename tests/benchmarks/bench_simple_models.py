@@ -61,10 +61,26 @@ def mean_text_features(data: Data) -> np.ndarray:
     return np.hstack([static_features(data), np.log1p(counts), means / table.lengths[:, None]])
 
 
+def without_numbers(text: str) -> str:
+    return re.sub(r"\d+(\.\d+)?", "#", text)
+
+
 def item_of_text(text: str) -> tuple[str, float]:
     """Item and number. What has no number is its whole text, numbers masked: an organism is in it, not in its head."""
     item, value = train.parse_value(text)
-    return (item, value) if math.isfinite(value) else (re.sub(r"\d+(\.\d+)?", "#", text), value)
+    return (item, value) if math.isfinite(value) else (without_numbers(text), value)
+
+
+def count_features(data: Data) -> np.ndarray:
+    """(n_stays, S + K): static features and how often each text occurs, numbers masked, of those in 1 % of the training stays.
+
+    A text still has its level word and its priority, so that "Lactate, far above range" is a column of its own.
+    """
+    table = data.table
+    kinds, _ = pd.factorize(np.array([without_numbers(text) for text in table.texts], dtype=object))
+    counts = pd.crosstab(table.stay_of_event, kinds[table.text])
+    frequent = (counts.iloc[data.split.train] > 0).mean() >= 0.01
+    return np.hstack([static_features(data), counts.loc[:, frequent]])
 
 
 def item_features(data: Data) -> np.ndarray:
@@ -98,6 +114,16 @@ def logistic_regression(data: Data) -> np.ndarray:
     features, labels, split = mean_text_features(data), data.table.labels, data.split
     fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
             .fit(features[split.train], labels[split.train]) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1)]
+    best = min(fits, key=lambda fit: log_loss(labels[split.validation], fit.predict_proba(features[split.validation])))
+    return best.predict_proba(features[split.test])[:, 1]
+
+
+def sparse_logistic_regression(data: Data) -> np.ndarray:
+    """L1, regularised as suits the validation stays best. On the sample it knows what no other model does: that the label
+    hangs on a sum over few kinds of text."""
+    features, labels, split = count_features(data), data.table.labels, data.split
+    fits = [LogisticRegression(C=c, l1_ratio=1.0, solver="liblinear", max_iter=1000).fit(features[split.train], labels[split.train])
+            for c in (0.03, 0.1, 0.3, 1, 3)]
     best = min(fits, key=lambda fit: log_loss(labels[split.validation], fit.predict_proba(features[split.validation])))
     return best.predict_proba(features[split.test])[:, 1]
 
@@ -140,6 +166,7 @@ def with_value_channel(data: Data) -> np.ndarray:
 MODELS = {
     "label rate": label_rate,
     "logistic regression, mean text": logistic_regression,
+    "sparse logistic regression, text counts": sparse_logistic_regression,
     "boosted trees, mean text": lambda data: boosted_trees(mean_text_features(data), data),
     TREES: lambda data: boosted_trees(item_features(data), data),
     "this model": ours,
@@ -231,7 +258,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cross-validate", type=int, default=0, metavar="K", help="K folds by patient, pooled")
     parser.add_argument("--observation-hours", type=float, default=0.0, help="as in train.py")
-    parser.add_argument("--only", nargs="+", default=[""], help="models whose name contains one of these words")
+    parser.add_argument("--only", nargs="+", default=[""], help="models whose name matches one of these patterns")
     parser.add_argument("--max-epochs", type=int, default=train.Settings().max_epochs)
     parser.add_argument("--batch-size", type=int, default=train.Settings().batch_size, help="smaller where stays are few")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind every interval")
@@ -242,7 +269,7 @@ def main():
     if options.verbose:
         log_epochs()
     data, true_risk, title = read_data(options)
-    names = [name for name in MODELS if any(word in name for word in options.only)]
+    names = [name for name in MODELS if any(re.search(pattern, name) for pattern in options.only)]
     parts, figures = [title], []
     for seed in options.seeds:
         splits = list(train.cross_validation_splits(data.table, options.cross_validate, seed)) \
