@@ -125,7 +125,7 @@ def load_run(checkpoint_path: str | Path, test_data_path: str | Path = "sample_t
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
     table, _ = train.read_stays(train.data_path(str(test_data_path)), cache_dir, need_label=False)
     settings = replace(checkpoint.settings, data=str(test_data_path), cache_dir=str(cache_dir), hf_cache=str(hf_cache),
-                       text_encoder=encoder_name(checkpoint, text_encoder))
+                       text_encoder=train.encoder_to_load(checkpoint, text_encoder))
     table, _ = train.choose_cohort(table, settings)
     patients = table.stays.patient_id
     seen = patients.isin(checkpoint.patients["train"] + checkpoint.patients["validation"])
@@ -144,18 +144,6 @@ def make_run(checkpoint: train.Checkpoint, table: train.StayTable, vectors: np.n
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
     return Run(checkpoint, table, dataset, logits, held_out)
-
-
-def encoder_name(checkpoint: train.Checkpoint, given: str) -> str:
-    """What to load: the encoder given, else the checkpoint's; paths inside a checkpoint are not followed."""
-    if given:
-        return given
-    if checkpoint.settings.text_encoder == train.CLINICAL_LONGFORMER or checkpoint.text_encoder == "hashing":
-        return "hashing" if checkpoint.text_encoder == "hashing" else train.CLINICAL_LONGFORMER
-    if Path(checkpoint.settings.text_encoder).exists():
-        raise InputError(f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a "
-                         "checkpoint are not followed. Give its folder as --text-encoder PATH.")
-    return checkpoint.settings.text_encoder
 
 
 def only_used_texts(table: train.StayTable) -> train.StayTable:
@@ -517,6 +505,12 @@ def random_orders(n_events: int, seed: int) -> dict[str, np.ndarray]:
     return {f"random {number}": rng.random(n_events) for number in range(1, N_RANDOM_ORDERS + 1)}
 
 
+def random_by_text(texts: pd.Series, seed: int, n_draws: int = 20) -> np.ndarray:
+    """(n_draws, L) random values, the same for events of the same text, as any model without sense of time would give."""
+    codes, distinct = pd.factorize(texts)
+    return np.random.default_rng(seed).random((n_draws, len(distinct)))[:, codes]
+
+
 def deletion_insertion(model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: dict[str, Tensor],
                        scores: dict[str, np.ndarray]) -> pd.DataFrame:
     """Logits of one stay as events are taken away, or given, highest score first, by masking and by mean replacement.
@@ -642,6 +636,8 @@ def check_stays(run: Run, events: pd.DataFrame, stays: Sequence[int], settings: 
         for name, models in reset.items():
             others = np.stack([event_totals(changed, sequence, static, baseline, 10) for changed in models])
             row[f"reset {name}"] = np.abs(rank_correlation(others, scores["attribution"])).mean()
+        dealt = random_by_text(by_stay[ids["icu_stay_id"]]["event_text"], settings.seed)
+        row["reset by chance"] = np.abs(rank_correlation(dealt, scores["attribution"])).mean()
         if number < 10:
             row["sensitivity attribution"] = stay_sensitivity(
                 sequence, lambda x: event_totals(model, x, static, baseline, settings.ig_steps), spread, settings.seed)
@@ -664,6 +660,8 @@ MEASURED = {
     "sensitivity removal": ("sensitivity", "removal", ("<=", 0.1), "noise of 2 % of each input's spread changes removal scores by {value:.1%} at most, mean of {n} stays"),
     "reset all layers": ("randomisation", "attribution", ("<=", 0.2), "with all layers reset to random weights, attributions keep a rank correlation of {value:.2f} "
                          "[{low:.2f}, {high:.2f}] with the model's own (absolute value, mean of 10 resets and {n} stays)"),
+    "reset by chance": ("randomisation by chance", "attribution", None, "random values, one for each distinct text of a stay, have a rank correlation of {value:.2f} "
+                        "[{low:.2f}, {high:.2f}] with the model's own attributions (absolute value): less cannot be expected of a reset model"),
     "reset classifier": ("randomisation of the classifier", "attribution", None, "with only the classifier reset, attributions keep a rank correlation of {value:.2f} "
                          "[{low:.2f}, {high:.2f}] with the model's own (absolute value)"),
     "attention agreement": ("agreement", "attention", None, "pooling attention agrees with |attribution| by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]: "

@@ -118,7 +118,6 @@ class Settings:
     n_pooling_heads: int = option(4, "Attention heads that pool the events.")
     dropout: float = option(0.2, "Dropout everywhere but inside attention (fused kernels take none there).")
 
-    event_dropout: float = option(0.1, "Share of a stay's events hidden at random in each training step.")
     weight_averaging: float = option(0.98, "Decay per step of the running mean of the weights that is validated and kept.")
 
     temporal_weight: float = option(0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.")
@@ -164,7 +163,7 @@ def check_settings(settings: Settings) -> Settings:
     positive = ("d_model", "n_layers", "n_heads", "d_feedforward", "n_pooling_heads", "tau_hours", "learning_rate", "max_epochs",
                 "patience", "batch_size", "max_events_per_batch", "max_text_tokens", "gradient_clip")
     not_negative = ("observation_hours", "gap_hours", "weight_decay", "warmup_steps", "n_bootstrap", "save_attention_every", "seed")
-    shares = ("dropout", "event_dropout", "weight_averaging")
+    shares = ("dropout", "weight_averaging")
     # Written so that NaN, which compares false with everything, is out of range too.
     for name, bad in [(name, not 0 < getattr(settings, name) < math.inf) for name in positive] + [
             *((name, not 0 <= getattr(settings, name) < 2**31) for name in not_negative),
@@ -1642,19 +1641,15 @@ class TemporalAwareLoss(nn.Module):
 class TrainingObjective(nn.Module):
     """Model and loss as one module, so that one wrapper synchronises the gradients of both."""
 
-    def __init__(self, model: ClinicalTransformer, loss: TemporalAwareLoss, preprocessor: ClinicalDataPreprocessor,
-                 event_dropout: float) -> None:
+    def __init__(self, model: ClinicalTransformer, loss: TemporalAwareLoss, preprocessor: ClinicalDataPreprocessor) -> None:
         super().__init__()
-        self.model, self.loss, self.preprocessor, self.event_dropout = model, loss, preprocessor, event_dropout
+        self.model, self.loss, self.preprocessor = model, loss, preprocessor
 
     def forward(self, batch: dict[str, Tensor], time_column: int) -> Tensor:
-        """Loss of each stay of the batch (B,); some of its events are hidden at random."""
-        attention_mask = batch["attention_mask"]
-        if self.training and self.event_dropout:
-            attention_mask = attention_mask & (torch.rand(attention_mask.shape) >= self.event_dropout).to(attention_mask.device)
-        logits, details = self.model.score(batch["sequences"], batch["static_features"], attention_mask)
+        """Loss of each stay of the batch (B,)."""
+        logits, details = self.model.score(batch["sequences"], batch["static_features"], batch["attention_mask"])
         hours = self.preprocessor.decode_hours(batch["sequences"][..., time_column])
-        return self.loss(logits, details["transformer_output"], batch["labels"], hours, attention_mask)
+        return self.loss(logits, details["transformer_output"], batch["labels"], hours, batch["attention_mask"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2290,8 +2285,7 @@ class Trainer:
         model.set_input_statistics(mean, scale, static_weight)
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
         self.patients = {name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()}
-        objective = TrainingObjective(model, TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight), self.preprocessor,
-                                      settings.event_dropout)
+        objective = TrainingObjective(model, TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight), self.preprocessor)
         optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(settings.weight_averaging))
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
@@ -2408,7 +2402,7 @@ class Trainer:
         saved = load_checkpoint(path, self.accelerator.device)
         changed = [name for name in ("data", "seed", "static_features", "value_channel", "observation_hours",
                                      "gap_hours", "first_stay_only", "learning_rate", "batch_size",
-                                     "temporal_weight", "tau_hours", "dropout", "event_dropout", "weight_averaging",
+                                     "temporal_weight", "tau_hours", "dropout", "weight_averaging",
                                      "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip")
                    if getattr(saved.settings, name) != getattr(self.settings, name)]
         if changed or saved.patients != self.patients or saved.text_encoder != self.text_encoder or saved.model.architecture != self.model.architecture:
@@ -2542,10 +2536,9 @@ def run(settings: Settings) -> dict[str, Any]:
             else [split_by_patient(table, settings.seed)]
         if settings.audit:
             return {"audit": write_audit(table, splits[0], repairs, settings, output)}
-        text_encoder, text_vectors = embed_texts(table.texts, settings, accelerator)
-        if settings.cross_validate:
-            return cross_validate(table, splits, text_vectors, text_encoder, flow, repairs, settings, accelerator)
-        return train_and_report(table, splits[0], text_vectors, text_encoder, flow, repairs, settings, output, accelerator)
+        cohort = Cohort(table, flow, repairs, *embed_texts(table.texts, settings, accelerator))
+        return cross_validate(cohort, splits, settings, accelerator) if settings.cross_validate else \
+            train_and_report(cohort, splits[0], settings, accelerator)
 
 
 def data_path(data: str) -> Path:
@@ -2570,13 +2563,22 @@ def _death_rate(labels: np.ndarray) -> str:
     return f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
 
 
-def train_and_report(table: StayTable, split: Split, text_vectors: np.ndarray, text_encoder: str, flow: list[CohortStep], repairs: dict[str, int],
-                     settings: Settings, output: Path, accelerator: Accelerator) -> dict[str, Any]:
+class Cohort(NamedTuple):
+    """What every training of a run starts from."""
+    table: StayTable
+    flow: list[CohortStep]
+    repairs: dict[str, int]
+    text_encoder: str
+    text_vectors: np.ndarray       # (n_texts, E)
+
+
+def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """Train on a split, score its test stays once with the best weights, and write everything."""
-    trainer = Trainer(table, split, text_vectors, text_encoder, settings, output, accelerator)
+    output = Path(settings.output_dir)
+    trainer = Trainer(cohort.table, split, cohort.text_vectors, cohort.text_encoder, settings, output, accelerator)
     if settings.resume:
         trainer.resume()
-    audit = write_audit(table, split, repairs, settings, output) if accelerator.is_main_process else []
+    audit = write_audit(cohort.table, split, cohort.repairs, settings, output) if accelerator.is_main_process else []
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     logger.info(f"Split       {' / '.join(str(len(part)) for part in split)} stays (training, validation, test), no patient in two of them")
     logger.info(f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, {trainer.preprocessor.static_dim} static, "
@@ -2595,11 +2597,10 @@ def train_and_report(table: StayTable, split: Split, text_vectors: np.ndarray, t
         write_whole(output / "checkpoints" / "best_model.pth", lambda path: torch.save(state, path))
     training = {"epochs": trainer.epochs_done, "best_epoch": trainer.best_epoch, "seconds": round(time.monotonic() - started, 1), "parameters": n_parameters,
                 "temperature": trainer.temperature}
-    return report(trainer, logits, training, flow, repairs, audit)
+    return report(trainer, cohort, logits, training, audit)
 
 
-def report(trainer: Trainer, logits: dict[str, np.ndarray], training: dict[str, Any], flow: list[CohortStep], repairs: dict[str, int],
-           audit: list[dict]) -> dict[str, Any]:
+def report(trainer: Trainer, cohort: Cohort, logits: dict[str, np.ndarray], training: dict[str, Any], audit: list[dict]) -> dict[str, Any]:
     """Metrics, predictions and plots of the held-out stays; prints the summary a person looks for."""
     settings, output, temperature = trainer.settings, trainer.output, trainer.temperature
     test, probabilities = trainer.test_set.table, expit(logits["test"] / temperature)
@@ -2608,8 +2609,8 @@ def report(trainer: Trainer, logits: dict[str, np.ndarray], training: dict[str, 
     metrics = {"test": score(test, probabilities), "validation": score(validation, expit(logits["validation"] / temperature))}
     if settings.temperature_scaling:
         metrics["test_before_temperature_scaling"] = score(test, expit(logits["test"]))
-    content = {"text_encoder": trainer.text_encoder, "metrics": metrics, "training": training, "cohort": [step._asdict() for step in flow],
-               "dropped_or_repaired": repairs, "leakage_audit": audit, "settings": asdict(settings), "versions": versions()}
+    content = {"text_encoder": trainer.text_encoder, "metrics": metrics, "training": training,
+               "cohort": [step._asdict() for step in cohort.flow], "dropped_or_repaired": cohort.repairs, "leakage_audit": audit, "settings": asdict(settings), "versions": versions()}
     caption = f"text encoder: {trainer.text_encoder} · {len(test.stays)} held-out stays of {test.stays.patient_id.nunique()} patients"
     written = [output / "checkpoints" / "best_model.pth", output / "checkpoints" / "latest_checkpoint.pth", write_json(output / "metrics.json", content),
                write_predictions(output / "predictions.csv", test, probabilities), output / "leakage_audit.csv",
@@ -2671,6 +2672,17 @@ def embed_texts(texts: np.ndarray, settings: Settings, accelerator: Accelerator,
     return encoder.id, vectors
 
 
+def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
+    """The encoder given, if it is not the default, else the checkpoint's; a path inside a checkpoint is not followed (`InputError`)."""
+    if given and given != CLINICAL_LONGFORMER:
+        return given
+    name = "hashing" if checkpoint.text_encoder == "hashing" else checkpoint.settings.text_encoder
+    if name not in (CLINICAL_LONGFORMER, "hashing") and Path(name).exists():
+        raise InputError(f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a checkpoint are not followed. "
+                         "Give its folder as --text-encoder PATH.")
+    return name
+
+
 def write_audit(table: StayTable, split: Split, repairs: dict[str, int], settings: Settings, output: Path) -> list[dict]:
     """Leakage audit of the table and the split: a line in the log, leakage_audit.csv, and its rows."""
     stays = table.stays
@@ -2709,14 +2721,8 @@ def evaluate_checkpoint(checkpoint: Checkpoint, table: StayTable, repairs: dict[
                         accelerator: Accelerator) -> dict[str, Any]:
     """Score a table with a trained model, refitting nothing; metrics where the labels are known, trajectories on request."""
     trained, output = checkpoint.settings, Path(settings.output_dir) / "evaluation"
-    local = settings.text_encoder if settings.text_encoder != CLINICAL_LONGFORMER else trained.text_encoder
-    if checkpoint.text_encoder == "hashing":
-        local = "hashing"
-    elif local != CLINICAL_LONGFORMER and settings.text_encoder == CLINICAL_LONGFORMER and Path(local).exists():
-        raise InputError(f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a checkpoint are not followed. "
-                         "Give its folder as --text-encoder PATH.")
-    settings = replace(trained, data=settings.data, output_dir=str(output), cache_dir=settings.cache_dir, hf_cache=settings.hf_cache, text_encoder=local,
-                       trajectory=settings.trajectory, n_bootstrap=settings.n_bootstrap, first_stay_only=settings.first_stay_only)
+    settings = replace(trained, data=settings.data, output_dir=str(output), cache_dir=settings.cache_dir, hf_cache=settings.hf_cache,
+                       text_encoder=encoder_to_load(checkpoint, settings.text_encoder), trajectory=settings.trajectory, n_bootstrap=settings.n_bootstrap, first_stay_only=settings.first_stay_only)
     whole = table
     table, flow = choose_cohort(table, settings)
     describe(table, repairs, flow)
@@ -2771,14 +2777,13 @@ def write_trajectories(output: Path, trajectories: pd.DataFrame, trained: Settin
                 trajectories, caption=f"the model was trained to: {mode} · text encoder: {text_encoder}"))]
 
 
-def cross_validate(table: StayTable, splits: Sequence[Split], text_vectors: np.ndarray, text_encoder: str, flow: list[CohortStep], repairs: dict[str, int],
-                   settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+def cross_validate(cohort: Cohort, splits: Sequence[Split], settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """Train and test on every patient-level fold; the spread over folds, and figures over all held-out predictions."""
     output, folds, parts = Path(settings.output_dir), [], []
     for number, split in enumerate(splits, start=1):
         logger.info(f"Fold        {number} of {settings.cross_validate}")
         folder = output / f"fold_{number}"
-        content = train_and_report(table, split, text_vectors, text_encoder, flow, repairs, replace(settings, output_dir=str(folder)), folder, accelerator)
+        content = train_and_report(cohort, split, replace(settings, output_dir=str(folder)), accelerator)
         if content:
             folds.append({name: content["metrics"]["test"][name]["value"] for name in METRICS})
             parts.append(pd.read_csv(folder / "predictions.csv").assign(fold=number))
@@ -2787,12 +2792,12 @@ def cross_validate(table: StayTable, splits: Sequence[Split], text_vectors: np.n
     predictions, spread = pd.concat(parts, ignore_index=True), pd.DataFrame(folds).astype(float)
     pooled = evaluate_predictions(predictions[LABEL].astype(float), predictions.probability, predictions.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
     summary = {name: {"mean": float(spread[name].mean()), "sd": float(spread[name].std()), "folds": spread[name].tolist()} for name in METRICS}
-    result = {"text_encoder": text_encoder, "folds": settings.cross_validate, "spread": summary, "pooled": pooled, "settings": asdict(settings)}
+    result = {"text_encoder": cohort.text_encoder, "folds": settings.cross_validate, "spread": summary, "pooled": pooled, "settings": asdict(settings)}
     logger.info(f"Folds       AUROC {summary['auroc']['mean']:.3f} (sd {summary['auroc']['sd']:.3f}), AUPRC {summary['auprc']['mean']:.3f} (sd {summary['auprc']['sd']:.3f})")
     log_metrics(pooled, f"Pooled      {pooled['n_stays']} held-out stays of {pooled['n_patients']} patients, {pooled['n_deaths']} deaths")
     written = [write_whole(output / "predictions.csv", lambda path: predictions.to_csv(path, index=False, float_format="%.6f")),
                write_json(output / "cross_validation.json", json.loads(json.dumps(result).replace("NaN", "null")))]
-    logger.info(f"Encoder     {text_encoder}\nWritten     " + "\n            ".join(map(str, written)))
+    logger.info(f"Encoder     {cohort.text_encoder}\nWritten     " + "\n            ".join(map(str, written)))
     return result
 
 

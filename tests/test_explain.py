@@ -327,6 +327,11 @@ def test_static_attribution_is_a_share_of_everything(attention, described):
         explain.analyze_static_feature_attribution(attention, explain.Stay(described.events))
 
 
+def test_random_values_are_the_same_for_the_same_text():
+    values = explain.random_by_text(pd.Series(["a", "b", "a", "c"]), seed=0, n_draws=4)
+    assert values.shape == (4, 4) and (values[:, 0] == values[:, 2]).all() and (values[:, 0] != values[:, 1]).all()
+
+
 # ---- From a checkpoint to the files
 
 @pytest.fixture(scope="module")

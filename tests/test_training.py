@@ -169,7 +169,7 @@ from pathlib import Path
 import train
 from accelerate import Accelerator
 settings = train.check_settings(train.Settings(data=sys.argv[1], cache_dir=sys.argv[2], text_encoder='hashing', d_model=32, n_layers=1, n_heads=2,
-    d_feedforward=32, dropout=0.0, event_dropout=0.0, gradient_clip=1e9, max_events_per_batch=65536, batch_size=12, save_attention_every=0))
+    d_feedforward=32, dropout=0.0, gradient_clip=1e9, max_events_per_batch=65536, batch_size=12, save_attention_every=0))
 accelerator = Accelerator(cpu=True)
 table, _ = train.read_stays(settings.data, settings.cache_dir)
 encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
