@@ -617,8 +617,7 @@ def event_totals(model: ClinicalTransformer, sequence: Tensor, static: Tensor, b
 def check_stays(run: Run, events: pd.DataFrame, stays: Sequence[int], settings: ExplainSettings) -> tuple[list[dict], pd.DataFrame]:
     """Deletion and insertion, infidelity, sensitivity, randomisation and agreement on some stays -> criteria, curves."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
-    reset = {"all layers": [untrained_like(model, settings.seed + 1 + number) for number in range(10)],
-             "classifier": [with_new_classifier(model, settings.seed + 1 + number) for number in range(4)]}
+    new_classifiers = [with_new_classifier(model, settings.seed + 1 + number) for number in range(4)]
     curves, rows, spread = [], [], input_spread(run.dataset)
     by_stay = dict(tuple(events.groupby("icu_stay_id")))
     for number, stay in enumerate(tqdm(stays, desc="check", leave=False, delay=2)):
@@ -633,7 +632,9 @@ def check_stays(run: Run, events: pd.DataFrame, stays: Sequence[int], settings: 
                "removal agreement": rank_correlation(scores["removal"], scores["attribution"])[0, 0],
                "infidelity attribution": stay_infidelity(model, sequence, static, scores["attribution"], baseline, settings.seed),
                "infidelity removal": stay_infidelity(model, sequence, static, scores["removal"], None, settings.seed)}
-        for name, models in reset.items():
+        # Other random models for every stay: stays share their events' texts, and one model errs alike on all of them.
+        untrained = [untrained_like(model, settings.seed + 1 + 1000 * stay + number) for number in range(10)]
+        for name, models in (("all layers", untrained), ("classifier", new_classifiers)):
             others = np.stack([event_totals(changed, sequence, static, baseline, 10) for changed in models])
             row[f"reset {name}"] = np.abs(rank_correlation(others, scores["attribution"])).mean()
         dealt = random_by_text(by_stay[ids["icu_stay_id"]]["event_text"], settings.seed)
@@ -659,7 +660,7 @@ MEASURED = {
     "sensitivity attribution": ("sensitivity", "attribution", ("<=", 0.1), "noise of 2 % of each input's spread changes Integrated Gradients by {value:.1%} at most, mean of {n} stays"),
     "sensitivity removal": ("sensitivity", "removal", ("<=", 0.1), "noise of 2 % of each input's spread changes removal scores by {value:.1%} at most, mean of {n} stays"),
     "reset all layers": ("randomisation", "attribution", ("<=", 0.2), "with all layers reset to random weights, attributions keep a rank correlation of {value:.2f} "
-                         "[{low:.2f}, {high:.2f}] with the model's own (absolute value, mean of 10 resets and {n} stays)"),
+                         "[{low:.2f}, {high:.2f}] with the model's own (absolute value, mean of 10 resets for each of {n} stays)"),
     "reset by chance": ("randomisation by chance", "attribution", None, "random values, one for each distinct text of a stay, have a rank correlation of {value:.2f} "
                         "[{low:.2f}, {high:.2f}] with the model's own attributions (absolute value): less cannot be expected of a reset model"),
     "reset classifier": ("randomisation of the classifier", "attribution", None, "with only the classifier reset, attributions keep a rank correlation of {value:.2f} "
@@ -1950,7 +1951,7 @@ def run_selfcheck(settings: ExplainSettings) -> int:
     fallen = rows[rows["passed"].eq(False)]
     for row in rows.itertuples():
         verdict = {True: "ok", False: "SHORT"}.get(row.passed, "")
-        logger.info(f"{verdict:6s}seed {row.seed!s:4s}{row.check:28s}{row.method:12s}{row.value:9.3g} [{row.low:.3g}, {row.high:.3g}]".replace("[nan, nan]", "")
+        logger.info(f"{verdict:6s}seed {row.seed!s:4s}{row.check:32s}{row.method:12s}{row.value:9.3g} [{row.low:.3g}, {row.high:.3g}]".replace("[nan, nan]", "")
                     + (f"  asked: {row.threshold}" if isinstance(row.threshold, str) else ""))
     if settings.save_dir:
         content = json.loads(rows.to_json(orient="records"))
