@@ -472,6 +472,7 @@ def shares_evidence(attribution: np.ndarray, ablation: np.ndarray) -> np.ndarray
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)      # of a stay's events taken away or given
 N_RANDOM_ORDERS = 3
+N_RESETS = 10                                     # random models that each stay is explained with
 ORDERS = {"attribution": "Integrated Gradients", "removal": "removal", "attention": "pooling attention"}
 
 
@@ -633,7 +634,7 @@ def check_stays(run: Run, events: pd.DataFrame, stays: Sequence[int], settings: 
                "infidelity attribution": stay_infidelity(model, sequence, static, scores["attribution"], baseline, settings.seed),
                "infidelity removal": stay_infidelity(model, sequence, static, scores["removal"], None, settings.seed)}
         # Other random models for every stay: stays share their events' texts, and one model errs alike on all of them.
-        untrained = [untrained_like(model, settings.seed + 1 + 1000 * stay + number) for number in range(10)]
+        untrained = [untrained_like(model, settings.seed + 1 + 1000 * stay + number) for number in range(N_RESETS)]
         for name, models in (("all layers", untrained), ("classifier", new_classifiers)):
             others = np.stack([event_totals(changed, sequence, static, baseline, 10) for changed in models])
             row[f"reset {name}"] = np.abs(rank_correlation(others, scores["attribution"])).mean()
@@ -660,7 +661,7 @@ MEASURED = {
     "sensitivity attribution": ("sensitivity", "attribution", ("<=", 0.1), "noise of 2 % of each input's spread changes Integrated Gradients by {value:.1%} at most, mean of {n} stays"),
     "sensitivity removal": ("sensitivity", "removal", ("<=", 0.1), "noise of 2 % of each input's spread changes removal scores by {value:.1%} at most, mean of {n} stays"),
     "reset all layers": ("randomisation", "attribution", ("<=", 0.2), "with all layers reset to random weights, attributions keep a rank correlation of {value:.2f} "
-                         "[{low:.2f}, {high:.2f}] with the model's own (absolute value, mean of 10 resets for each of {n} stays)"),
+                         f"[{{low:.2f}}, {{high:.2f}}] with the model's own (absolute value, mean of {N_RESETS} resets for each of {{n}} stays)"),
     "reset by chance": ("randomisation by chance", "attribution", None, "random values, one for each distinct text of a stay, have a rank correlation of {value:.2f} "
                         "[{low:.2f}, {high:.2f}] with the model's own attributions (absolute value): less cannot be expected of a reset model"),
     "reset classifier": ("randomisation of the classifier", "attribution", None, "with only the classifier reset, attributions keep a rank correlation of {value:.2f} "

@@ -697,8 +697,11 @@ class ClinicalDataPreprocessor:
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> ClinicalDataPreprocessor:
+        """Take over what `state_dict` gave. Raises ValueError where its parts do not fit together."""
         self._state = state
         self.categorical, self.numeric, self.value_channel = state["categorical"], state["numeric"], state["value_channel"]
+        if not len(state["means"]) == len(state["scales"]) == len(self.numeric):
+            raise ValueError(f"{len(state['means'])} means and {len(state['scales'])} scales for {len(self.numeric)} numbers")
         self._types = OneHotEncoder(categories=[list(EVENT_TYPES)], sparse_output=False, handle_unknown="ignore")
         self._types.fit([[EVENT_TYPES[0]]])
         if self.categorical:
@@ -750,9 +753,13 @@ class ClinicalDataPreprocessor:
 N_QUANTILES = 65
 
 
+def without_numbers(text: str) -> str:
+    return re.sub(r"\d+(\.\d+)?", "#", text)
+
+
 def parse_value(text: str) -> tuple[str, float]:
     """Item (what was measured or given, with its unit) and number of an event's text; NaN where it has no number."""
-    item = re.sub(r"\d+(\.\d+)?", "#", text.split(" | ", 1)[0])
+    item = without_numbers(text.split(" | ", 1)[0])
     found = re.search(r"\| (?:Value|Rate|Dose): [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text) \
         or re.search(r"\| Amount: [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text)
     if not found:
@@ -2231,7 +2238,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         settings = check_settings(Settings(**{name: value for name, value in state["settings"].items() if name in known}))
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
         if not (set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric} and state["temperature"] > 0
-                and len(state["preprocessor"]["means"]) == len(state["preprocessor"]["scales"]) == len(preprocessor.numeric)
                 and model.architecture["static_dim"] == preprocessor.static_dim and {"train", "validation", "test"} <= set(state["patients"])):
             raise ValueError
         return Checkpoint(model.eval(), preprocessor, settings, state["text_encoder"], state["patients"], state["baseline"],
@@ -2262,6 +2268,7 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
     return mean.float(), (scale / (dataset.share_of_variance * dataset.input_dim).sqrt()).float()
 
 
+# One number among forty flags goes unheard otherwise: with weight 1 a tenth of the sample's true effect of age is learnt.
 NUMBER_WEIGHT = 3.0
 
 
@@ -2280,7 +2287,6 @@ class Trainer:
         model = ClinicalTransformer(self.train_set.input_dim, self.preprocessor.static_dim, settings.d_model, settings.n_layers,
                                     settings.n_heads, settings.d_feedforward, settings.n_pooling_heads, settings.dropout)
         mean, scale = input_statistics(self.train_set)
-        # One number among forty flags goes unheard otherwise: with weight 1 a tenth of the sample's true effect of age is learnt.
         static_weight = torch.tensor([NUMBER_WEIGHT if category is None else 1.0 for _, category in self.preprocessor.static_names])
         model.set_input_statistics(mean, scale, static_weight)
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
@@ -2610,7 +2616,8 @@ def report(trainer: Trainer, cohort: Cohort, logits: dict[str, np.ndarray], trai
     if settings.temperature_scaling:
         metrics["test_before_temperature_scaling"] = score(test, expit(logits["test"]))
     content = {"text_encoder": trainer.text_encoder, "metrics": metrics, "training": training,
-               "cohort": [step._asdict() for step in cohort.flow], "dropped_or_repaired": cohort.repairs, "leakage_audit": audit, "settings": asdict(settings), "versions": versions()}
+               "cohort": [step._asdict() for step in cohort.flow], "dropped_or_repaired": cohort.repairs, "leakage_audit": audit,
+               "settings": asdict(settings), "versions": versions()}
     caption = f"text encoder: {trainer.text_encoder} · {len(test.stays)} held-out stays of {test.stays.patient_id.nunique()} patients"
     written = [output / "checkpoints" / "best_model.pth", output / "checkpoints" / "latest_checkpoint.pth", write_json(output / "metrics.json", content),
                write_predictions(output / "predictions.csv", test, probabilities), output / "leakage_audit.csv",
@@ -2676,8 +2683,10 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
     """The encoder given, if it is not the default, else the checkpoint's; a path inside a checkpoint is not followed (`InputError`)."""
     if given and given != CLINICAL_LONGFORMER:
         return given
-    name = "hashing" if checkpoint.text_encoder == "hashing" else checkpoint.settings.text_encoder
-    if name not in (CLINICAL_LONGFORMER, "hashing") and Path(name).exists():
+    if checkpoint.text_encoder == "hashing":      # also where the sample fell back to it
+        return "hashing"
+    name = checkpoint.settings.text_encoder
+    if name != CLINICAL_LONGFORMER and Path(name).exists():
         raise InputError(f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a checkpoint are not followed. "
                          "Give its folder as --text-encoder PATH.")
     return name
@@ -2722,7 +2731,8 @@ def evaluate_checkpoint(checkpoint: Checkpoint, table: StayTable, repairs: dict[
     """Score a table with a trained model, refitting nothing; metrics where the labels are known, trajectories on request."""
     trained, output = checkpoint.settings, Path(settings.output_dir) / "evaluation"
     settings = replace(trained, data=settings.data, output_dir=str(output), cache_dir=settings.cache_dir, hf_cache=settings.hf_cache,
-                       text_encoder=encoder_to_load(checkpoint, settings.text_encoder), trajectory=settings.trajectory, n_bootstrap=settings.n_bootstrap, first_stay_only=settings.first_stay_only)
+                       text_encoder=encoder_to_load(checkpoint, settings.text_encoder), trajectory=settings.trajectory,
+                       n_bootstrap=settings.n_bootstrap, first_stay_only=settings.first_stay_only)
     whole = table
     table, flow = choose_cohort(table, settings)
     describe(table, repairs, flow)

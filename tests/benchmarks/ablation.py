@@ -177,7 +177,7 @@ def stays_and_splits(options) -> tuple[train.StayTable, np.ndarray | None, str, 
     return table, None, name, lambda seed: list(train.cross_validation_splits(table, 5, seed))
 
 
-def test_variant(variant: Variant, table, splits, vectors, true_risk, settings) -> list[str]:
+def score_variant(variant: Variant, table, splits, vectors, true_risk, settings) -> list[str]:
     """AUROC, of the way, validation loss, epochs and seconds: of one run, or of one run per fold with pooled predictions."""
     runs = [train_and_test(table, split, vectors, replace(settings, **variant.settings), variant.change) for split in splits]
     stays = np.concatenate([split.test for split in splits])
@@ -212,11 +212,12 @@ def main():
     default = train.check_settings(train.Settings(max_epochs=options.max_epochs, batch_size=options.batch_size,
                                                   observation_hours=options.observation_hours))
     for seed in options.seeds:
+        splits = splits_of(seed)
         for name in options.variants:
             runs = read_runs()      # anew each time: another process may add to it
             if ((runs.variant == name) & (runs.seed == str(seed)) & (runs.data == data)).any():
                 continue
-            row = [name, str(seed), data, *test_variant(VARIANTS[name], table, splits_of(seed), vectors, true_risk, replace(default, seed=seed))]
+            row = [name, str(seed), data, *score_variant(VARIANTS[name], table, splits, vectors, true_risk, replace(default, seed=seed))]
             write_table(pd.concat([read_runs(), pd.DataFrame([row], columns=RUN_COLUMNS)], ignore_index=True))
             print("  ".join(f"{column} {value}" for column, value in zip(RUN_COLUMNS, row, strict=True)), flush=True)
 

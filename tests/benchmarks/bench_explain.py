@@ -10,11 +10,13 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from common import hashing_vectors, machine, markdown, peak_memory_gb, run_alone, synthetic_stays, train
+from common import machine, markdown, peak_memory_gb, run_alone, train
 
 import explain_clinicalLF as explain
 
@@ -24,38 +26,33 @@ def one_long_stay(table: train.StayTable, n_events: int) -> train.StayTable:
     order = np.argsort(-table.minutes_to_end[:n_events], kind="stable")
     arrays = {name: getattr(table, name)[:n_events][order] for name in (
         "event_type", "text", "minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")}
-    return train.StayTable(table.stays.iloc[:1].reset_index(drop=True), np.array([0, n_events]), texts=table.texts, **arrays)
+    return replace(table, stays=table.stays.iloc[:1].reset_index(drop=True), offsets=np.array([0, n_events]), **arrays)
 
 
-def steps(run: explain.Run, settings: explain.ExplainSettings) -> list[tuple[str, float]]:
+def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
     """Seconds of the single steps on the one stay of the run, and of all of them together as the program takes them."""
     model, (sequence, static), baseline = run.checkpoint.model, run.inputs(0), run.checkpoint.baseline
-    rows = []
+    removed = np.arange(min(settings.max_removals, sequence.shape[1]))
     for name, step in (
             (f"Integrated Gradients, {settings.ig_steps} steps", lambda: explain.captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps)),
-            (f"removal of {min(settings.max_removals, sequence.shape[1])} events", lambda: explain.remove_each_event(
-                model, sequence, static, np.arange(min(settings.max_removals, sequence.shape[1])))),
+            (f"removal of {len(removed)} events", lambda: explain.remove_each_event(model, sequence, static, removed)),
             ("attention of every layer and head", lambda: explain.attend(model, sequence, static)),
             ("everything, as the program does it", lambda: explain.explain(run, settings))):
         started = time.monotonic()
         step()
-        rows.append((name, time.monotonic() - started))
-        print(f"{name}: {rows[-1][1]:.1f} s", file=sys.stderr, flush=True)
-    return rows
+        yield name, time.monotonic() - started
 
 
 def measure(n_events: int) -> None:
-    """One length: prints its rows of the table."""
-    table, _ = synthetic_stays(300)
-    vectors, settings = hashing_vectors(table), train.check_settings(train.Settings(max_epochs=1, save_attention_every=0))
-    accelerator = Accelerator(mixed_precision="no")
+    """One length: prints a row of the table as soon as its step is done."""
+    settings = explain.ExplainSettings(stays=1, selfcheck_epochs=1, selfcheck_stays=max(100, n_events // 4))     # twice the events needed
     with tempfile.TemporaryDirectory() as folder:
-        train.Trainer(table, train.split_by_patient(table, 0), vectors, "hashing", settings, Path(folder), accelerator).fit()
-        checkpoint = train.load_checkpoint(Path(folder) / "checkpoints" / "best_model.pth", accelerator.device)
-    run = explain.make_run(checkpoint, one_long_stay(table, n_events), vectors, True, accelerator)
+        trained, _ = explain.train_on_sample(0, Path(folder), replace(settings, cache_dir=folder))
+    run = explain.make_run(trained.checkpoint, one_long_stay(trained.table, n_events), trained.dataset.text_vectors.numpy(), True,
+                           Accelerator(mixed_precision="no"))
     before = peak_memory_gb()
-    for name, seconds in steps(run, explain.ExplainSettings(stays=1)):
-        print(f"{n_events}|{name}|{seconds:.1f}|{before:.2f}|{peak_memory_gb():.2f}")
+    for name, seconds in steps(run, settings):
+        print(f"{n_events}|{name}|{seconds:.1f}|{before:.2f}|{peak_memory_gb():.2f}", flush=True)
 
 
 def main():

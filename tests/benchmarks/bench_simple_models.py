@@ -61,14 +61,10 @@ def mean_text_features(data: Data) -> np.ndarray:
     return np.hstack([static_features(data), np.log1p(counts), means / table.lengths[:, None]])
 
 
-def without_numbers(text: str) -> str:
-    return re.sub(r"\d+(\.\d+)?", "#", text)
-
-
 def item_of_text(text: str) -> tuple[str, float]:
     """Item and number. What has no number is its whole text, numbers masked: an organism is in it, not in its head."""
     item, value = train.parse_value(text)
-    return (item, value) if math.isfinite(value) else (without_numbers(text), value)
+    return (item, value) if math.isfinite(value) else (train.without_numbers(text), value)
 
 
 def count_features(data: Data) -> np.ndarray:
@@ -77,7 +73,7 @@ def count_features(data: Data) -> np.ndarray:
     A text still has its level word and its priority, so that "Lactate, far above range" is a column of its own.
     """
     table = data.table
-    kinds, _ = pd.factorize(np.array([without_numbers(text) for text in table.texts], dtype=object))
+    kinds, _ = pd.factorize(np.array([train.without_numbers(text) for text in table.texts], dtype=object))
     counts = pd.crosstab(table.stay_of_event, kinds[table.text])
     frequent = (counts.iloc[data.split.train] > 0).mean() >= 0.01
     return np.hstack([static_features(data), counts.loc[:, frequent]])
@@ -109,23 +105,23 @@ def label_rate(data: Data) -> np.ndarray:
     return np.full(len(data.split.test), data.table.labels[data.split.train].mean())
 
 
-def logistic_regression(data: Data) -> np.ndarray:
-    """Regularised as suits the validation stays best."""
-    features, labels, split = mean_text_features(data), data.table.labels, data.split
-    fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
-            .fit(features[split.train], labels[split.train]) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1)]
+def best_on_validation(models, features: np.ndarray, data: Data) -> np.ndarray:
+    """Fit each model on the training stays and take the one with the least log loss on the validation stays."""
+    labels, split = data.table.labels, data.split
+    fits = [model.fit(features[split.train], labels[split.train]) for model in models]
     best = min(fits, key=lambda fit: log_loss(labels[split.validation], fit.predict_proba(features[split.validation])))
     return best.predict_proba(features[split.test])[:, 1]
+
+
+def logistic_regression(data: Data) -> np.ndarray:
+    models = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1)]
+    return best_on_validation(models, mean_text_features(data), data)
 
 
 def sparse_logistic_regression(data: Data) -> np.ndarray:
-    """L1, regularised as suits the validation stays best. On the sample it knows what no other model does: that the label
-    hangs on a sum over few kinds of text."""
-    features, labels, split = count_features(data), data.table.labels, data.split
-    fits = [LogisticRegression(C=c, l1_ratio=1.0, solver="liblinear", max_iter=1000).fit(features[split.train], labels[split.train])
-            for c in (0.03, 0.1, 0.3, 1, 3)]
-    best = min(fits, key=lambda fit: log_loss(labels[split.validation], fit.predict_proba(features[split.validation])))
-    return best.predict_proba(features[split.test])[:, 1]
+    """L1: on the sample it knows what no other model does, that the label hangs on a sum over few kinds of text."""
+    models = [LogisticRegression(C=c, l1_ratio=1.0, solver="liblinear", max_iter=1000) for c in (0.03, 0.1, 0.3, 1, 3)]
+    return best_on_validation(models, count_features(data), data)
 
 
 def boosted_trees(features: np.ndarray, data: Data) -> np.ndarray:
