@@ -121,6 +121,7 @@ class Settings:
     weight_averaging: float = option(0.98, "Decay per step of the running mean of the weights that is validated and kept.")
 
     temporal_weight: float = option(0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.")
+    sparsity_weight: float = option(0.2, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.")
     tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.")
     learning_rate: float = option(5e-4, "Peak learning rate of AdamW.")
     weight_decay: float = option(0.1, "Weight decay of AdamW.")
@@ -146,8 +147,8 @@ class Settings:
 # What a prospective model cannot know at the moment of prediction.
 KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
 DEFAULT_STATIC_FEATURES = ("patient_gender", "patient_age", "patient_race", "marital_status", "admission_type",
-                           "admission_location", "insurance", "first_icu_careunit", "icu_length_of_stay_in_days")
-NUMERIC_STATIC_FEATURES = ("patient_age", "icu_length_of_stay_in_days")
+                           "admission_location", "insurance", "first_icu_careunit", "icu_length_of_stay_in_days", "number_of_events")
+NUMERIC_STATIC_FEATURES = ("patient_age", "icu_length_of_stay_in_days", "number_of_events")
 
 
 def check_settings(settings: Settings) -> Settings:
@@ -162,7 +163,8 @@ def check_settings(settings: Settings) -> Settings:
                          "Leave these columns out, or drop --observation-hours.")
     positive = ("d_model", "n_layers", "n_heads", "d_feedforward", "n_pooling_heads", "tau_hours", "learning_rate", "max_epochs",
                 "patience", "batch_size", "max_events_per_batch", "max_text_tokens", "gradient_clip")
-    not_negative = ("observation_hours", "gap_hours", "weight_decay", "warmup_steps", "n_bootstrap", "save_attention_every", "seed")
+    not_negative = ("observation_hours", "gap_hours", "weight_decay", "warmup_steps", "n_bootstrap", "save_attention_every", "seed",
+                    "sparsity_weight")
     shares = ("dropout", "weight_averaging")
     # Written so that NaN, which compares false with everything, is out of range too.
     for name, bad in [(name, not 0 < getattr(settings, name) < math.inf) for name in positive] + [
@@ -364,7 +366,7 @@ STAY_COLUMNS = {
 EVENT_COLUMNS = {"event_time": "TIMESTAMP", "event_known_time": "TIMESTAMP", "event_type": "VARCHAR",
                  "event_text": "VARCHAR", "relative_time_to_final_event": "DOUBLE"}
 LABEL = "patient_expired_in_hospital"
-STATIC_COLUMNS = tuple(STAY_COLUMNS)[7:]      # what may be used as a static feature
+STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")      # what may be used as a static feature
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,11 @@ class StayTable:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def static_columns(self) -> pd.DataFrame:
+        """(n_stays): STATIC_COLUMNS. Attention sees shares of events; with their number a model can tell two from one in ten."""
+        return self.stays.assign(number_of_events=self.lengths)[list(STATIC_COLUMNS)]
 
     @property
     def labels(self) -> np.ndarray:
@@ -683,8 +690,9 @@ class ClinicalDataPreprocessor:
 
     def fit(self, table: StayTable) -> ClinicalDataPreprocessor:
         """Learn categories, means and scales from the training stays, and nothing from any other."""
-        categories = [sorted({*column.dropna().astype(str), "Unknown"}) for _, column in table.stays[self.categorical].items()]
-        numbers = table.stays[self.numeric].astype(float)
+        stays = table.static_columns
+        categories = [sorted({*column.dropna().astype(str), "Unknown"}) for _, column in stays[self.categorical].items()]
+        numbers = self._numbers_of(stays)
         minutes = table.minutes_to_end.astype(float)
         state = {"categorical": self.categorical, "categories": categories, "numeric": self.numeric, "value_channel": self.value_channel,
                  "means": numbers.mean().fillna(0).tolist(), "scales": numbers.std(ddof=0).replace(0, 1).fillna(1).tolist(),
@@ -736,13 +744,17 @@ class ClinicalDataPreprocessor:
         """Inverse of `encode_relative_time`, in hours, for a tensor of any shape."""
         return (encoded * float(self._time.scale_[0]) + float(self._time.mean_[0])) / 60
 
+    def _numbers_of(self, stays: pd.DataFrame) -> pd.DataFrame:
+        """Numeric columns as they are scaled: the number of events, which spans three powers of ten, by its logarithm."""
+        return stays[self.numeric].astype(float).apply(lambda column: np.log1p(column) if column.name == "number_of_events" else column)
+
     def encode_static_features(self, stays: pd.DataFrame) -> np.ndarray:
-        """(n stays) -> (n, S) float32: one-hot groups, then numbers; a missing number is the training mean."""
+        """(n stays), as `StayTable.static_columns` -> (n, S) float32: one-hot groups, then numbers; a missing one is the training mean."""
         parts = [np.zeros((len(stays), 0))]
         if self.categorical:
             parts.append(self._static.transform(stays[self.categorical].astype(object).fillna("Unknown").astype(str).to_numpy(object)))
         if self.numeric:
-            parts.append(np.nan_to_num(self._numbers.transform(stays[self.numeric].astype(float).to_numpy())))
+            parts.append(np.nan_to_num(self._numbers.transform(self._numbers_of(stays).to_numpy())))
         return np.hstack(parts).astype(np.float32)
 
     def encode_values(self, texts: Sequence[str]) -> np.ndarray:
@@ -1371,7 +1383,7 @@ class ClinicalSequenceDataset(Dataset):
         self.values = torch.from_numpy(preprocessor.encode_values(table.texts)) if preprocessor.value_channel else None
         self.text_vectors = vectors
         self.times = torch.from_numpy(preprocessor.encode_relative_time(table.minutes_to_end))            # (n_events, 1)
-        self.static = torch.from_numpy(preprocessor.encode_static_features(table.stays))                  # (n_stays, S)
+        self.static = torch.from_numpy(preprocessor.encode_static_features(table.static_columns))         # (n_stays, S)
         self.labels = torch.from_numpy(table.labels.astype(np.float32)).unsqueeze(1)                      # (n_stays, 1)
         self.event_type, self.text = torch.from_numpy(table.event_type), torch.from_numpy(table.text)
         self.lengths = table.lengths
@@ -1645,18 +1657,39 @@ class TemporalAwareLoss(nn.Module):
         return (1 - self.weight) * loss + self.weight * (weights * event_loss).sum(1)
 
 
+def evenness(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """How evenly a stay's events speak, 0..1 (B,): L1 / L2 (Hoyer 2004) of what they hand to the pooling heads, values (B, L, H, D/H).
+
+    Of the events' distances from their mean: 1 where all lie equally far from it, 2 sqrt(k - 1) / k where one of k says something
+    and the others say the same. Few events of a stay matter to its outcome. A plain norm would say so too, but can push all to
+    nothing before the first has been learnt; this one knows no scale.
+    """
+    is_event = attention_mask.unsqueeze(2).float()                                                     # (B, L, 1)
+    n_events = is_event.sum(1).clamp(min=1)                                                            # (B, 1)
+    mean = (values.float() * is_event.unsqueeze(3)).sum(1) / n_events.unsqueeze(2)                     # (B, H, D/H)
+    distances = (values.float() - mean.unsqueeze(1)).norm(dim=3) * is_event                            # (B, L, H)
+    l1, l2 = distances.sum(1) / n_events, (distances.square().sum(1) / n_events).clamp(min=1e-12).sqrt()
+    return (l1 / l2).mean(1)
+
+
 class TrainingObjective(nn.Module):
     """Model and loss as one module, so that one wrapper synchronises the gradients of both."""
 
-    def __init__(self, model: ClinicalTransformer, loss: TemporalAwareLoss, preprocessor: ClinicalDataPreprocessor) -> None:
+    def __init__(self, model: ClinicalTransformer, loss: TemporalAwareLoss, preprocessor: ClinicalDataPreprocessor,
+                 sparsity_weight: float = 0.2) -> None:
         super().__init__()
-        self.model, self.loss, self.preprocessor = model, loss, preprocessor
+        self.model, self.loss, self.preprocessor, self.sparsity_weight = model, loss, preprocessor, sparsity_weight
 
     def forward(self, batch: dict[str, Tensor], time_column: int) -> Tensor:
         """Loss of each stay of the batch (B,)."""
         logits, details = self.model.score(batch["sequences"], batch["static_features"], batch["attention_mask"])
         hours = self.preprocessor.decode_hours(batch["sequences"][..., time_column])
-        return self.loss(logits, details["transformer_output"], batch["labels"], hours, batch["attention_mask"])
+        losses = self.loss(logits, details["transformer_output"], batch["labels"], hours, batch["attention_mask"])
+        if not self.sparsity_weight:
+            return losses
+        pooling = self.model.attention_pooling
+        values = pooling.value(details["transformer_output"]).unflatten(2, (pooling.n_heads, -1))      # (B, L, H, D/H)
+        return losses + self.sparsity_weight * evenness(values, batch["attention_mask"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2291,7 +2324,8 @@ class Trainer:
         model.set_input_statistics(mean, scale, static_weight)
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
         self.patients = {name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()}
-        objective = TrainingObjective(model, TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight), self.preprocessor)
+        objective = TrainingObjective(model, TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight),
+                                      self.preprocessor, settings.sparsity_weight)
         optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(settings.weight_averaging))
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
@@ -2408,7 +2442,7 @@ class Trainer:
         saved = load_checkpoint(path, self.accelerator.device)
         changed = [name for name in ("data", "seed", "static_features", "value_channel", "observation_hours",
                                      "gap_hours", "first_stay_only", "learning_rate", "batch_size",
-                                     "temporal_weight", "tau_hours", "dropout", "weight_averaging",
+                                     "temporal_weight", "sparsity_weight", "tau_hours", "dropout", "weight_averaging",
                                      "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip")
                    if getattr(saved.settings, name) != getattr(self.settings, name)]
         if changed or saved.patients != self.patients or saved.text_encoder != self.text_encoder or saved.model.architecture != self.model.architecture:
@@ -2700,14 +2734,14 @@ def write_audit(table: StayTable, split: Split, repairs: dict[str, int], setting
         part[members] = name
     first, last = table.offsets[:-1], table.offsets[1:] - 1
     end_minutes = settings.observation_hours * 60 if settings.observation_hours else 60 * stay_hours(table)[table.stay_of_event]
-    per_stay = pd.DataFrame({"number of events": table.lengths, "first event, hours after ICU admission": table.minutes_since_intime[first] / 60,
+    per_stay = pd.DataFrame({"first event, hours after ICU admission": table.minutes_since_intime[first] / 60,
                              "last event, hours after ICU admission": table.minutes_since_intime[last] / 60})
     late = int((table.known_minutes_since_intime > end_minutes).sum())
     conflicting = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     counts = {"events after the final event": next((count for reason, count in repairs.items() if "after the final event" in reason), 0),
               KNOWN_LATER: late, "stays with conflicting labels": conflicting,
               **split_counts(stays.patient_id.to_numpy(), stays.admission_id.to_numpy(), part)}
-    audit = leakage_audit(stays[list(STATIC_COLUMNS)], per_stay, table.labels, stays.patient_id.to_numpy(), part, counts,
+    audit = leakage_audit(table.static_columns, per_stay, table.labels, stays.patient_id.to_numpy(), part, counts,
                           prospective=settings.observation_hours > 0)
     logger.info(f"Audit       {audit_summary(audit)}")
     write_whole(output / "leakage_audit.csv", lambda path: audit.to_csv(path, index=False))

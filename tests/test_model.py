@@ -170,6 +170,33 @@ def test_temporal_weight_zero_is_plain_bce():
     assert value.item() == pytest.approx(math.log(2)) and not list(loss.parameters())
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_evenness_is_one_for_opposite_halves_and_small_where_one_event_speaks(scale):
+    halves = torch.tensor([1.0, -1.0]).repeat(50)
+    one = torch.zeros(100).index_fill(0, torch.tensor([7]), 1.0)
+    padded = torch.full((2, 20), 9.0)
+    values = scale * torch.cat([torch.stack([halves, one]), padded], 1).reshape(2, 120, 1, 1)
+    found = train.evenness(values, torch.arange(120).expand(2, 120) < 100)
+    assert found.tolist() == pytest.approx([1, 2 * math.sqrt(99) / 100], abs=1e-4)
+
+
+def test_evenness_of_a_single_event_is_zero_with_finite_gradient():
+    values = torch.ones(1, 1, 2, 4, requires_grad=True)
+    found = train.evenness(values, torch.ones(1, 1, dtype=torch.bool))
+    found.sum().backward()
+    assert found.item() == 0 and torch.isfinite(values.grad).all()
+
+
+def test_sparsity_weight_adds_each_stays_evenness_to_its_loss(dataset):
+    model = train.ClinicalTransformer(dataset.input_dim, dataset.static.shape[1], d_model=32, n_layers=1, n_heads=2, d_feedforward=32).eval()
+    preprocessor = train.ClinicalDataPreprocessor().fit(dataset.table)
+    batch, loss = train.collate_stays([dataset[0], dataset[1]]), train.TemporalAwareLoss(32)
+    with torch.no_grad():
+        plain, sparse = (train.TrainingObjective(model, loss, preprocessor, weight)(batch, 773) for weight in (0.0, 0.5))
+        values = model.attention_pooling.value(model.score(batch["sequences"], batch["static_features"], batch["attention_mask"])[1]["transformer_output"]).unflatten(2, (4, -1))
+    assert torch.allclose(sparse - plain, 0.5 * train.evenness(values, batch["attention_mask"]), atol=1e-6)
+
+
 def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_three_quarters(dataset):
     mean, scale = train.input_statistics(dataset)
     events = torch.cat([dataset[i][0] for i in range(len(dataset))])

@@ -47,14 +47,22 @@ def test_static_features_of_unknown_category_are_all_zeros(table):
 
 def test_static_features_missing_category_is_unknown_and_missing_number_is_training_mean(table):
     preprocessor = fitted(table, static_features=["insurance", "patient_age"])
-    encoded = preprocessor.encode_static_features(table.stays.head(1).assign(insurance=None, patient_age=math.nan))[0]
+    encoded = preprocessor.encode_static_features(table.static_columns.head(1).assign(insurance=None, patient_age=math.nan))[0]
     on = [name for name, value in zip(preprocessor.static_names, encoded) if value]
     assert on == [("insurance", "Unknown")] and encoded[-1] == 0
 
 
 def test_static_numbers_have_mean_zero_and_scale_one(table):
-    encoded = fitted(table, static_features=["patient_age"]).encode_static_features(table.stays)
+    encoded = fitted(table, static_features=["patient_age"]).encode_static_features(table.static_columns)
     assert encoded.mean() == pytest.approx(0, abs=1e-5) and encoded.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_number_of_events_is_scaled_by_its_logarithm_and_counts_what_is_read(table):
+    preprocessor = fitted(table, static_features=["number_of_events"])
+    logs = np.log1p(table.lengths)
+    assert np.allclose(preprocessor.encode_static_features(table.static_columns)[:, 0], (logs - logs.mean()) / logs.std(), atol=1e-5)
+    first_half = table.take(np.arange(len(table.stays)), keep_event=np.arange(len(table.text)) % 2 == 0)
+    assert np.array_equal(first_half.static_columns.number_of_events, first_half.lengths)
 
 
 def test_fit_is_not_moved_by_other_stays(table):
@@ -71,7 +79,7 @@ def test_state_is_plain_data_and_round_trips(table):
     preprocessor = fitted(table, value_channel=True)
     state = json.loads(json.dumps(preprocessor.state_dict()))
     copy = train.ClinicalDataPreprocessor().load_state_dict(state)
-    assert np.array_equal(copy.encode_static_features(table.stays), preprocessor.encode_static_features(table.stays))
+    assert np.array_equal(copy.encode_static_features(table.static_columns), preprocessor.encode_static_features(table.static_columns))
     assert np.array_equal(copy.encode_values(table.texts), preprocessor.encode_values(table.texts))
 
 

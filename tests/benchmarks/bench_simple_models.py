@@ -45,7 +45,7 @@ class Data(NamedTuple):
 def static_features(data: Data) -> np.ndarray:
     """(n_stays, S): what the transformer gets."""
     preprocessor = train.ClinicalDataPreprocessor(data.settings.static_features).fit(data.table.take(data.split.train))
-    return preprocessor.encode_static_features(data.table.stays)
+    return preprocessor.encode_static_features(data.table.static_columns)
 
 
 def mean_text_features(data: Data) -> np.ndarray:
