@@ -86,9 +86,8 @@ class InputError(ValueError):
 
 def option(default: Any, help: str, **extra: Any) -> Any:
     """A settings field with its one-sentence help."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
-    return field(default=default, metadata={"help": help, **extra})
+    metadata = {"help": help.replace("%", "%%"), **extra}      # argparse would take a percent sign for a format
+    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """The whole program as users run it: train, resume, evaluate, other encoders, two processes."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from make_sample import make_sample
 
+import explain_clinicalLF
 import train
 
 SMALL = ["--d-model", "32", "--n-layers", "1", "--n-heads", "2", "--d-feedforward", "32", "--n-bootstrap", "50", "--patience", "99"]
@@ -46,6 +48,15 @@ def test_training_writes_every_output(trained):
     expected = {"metrics.json", "predictions.csv", "leakage_audit.csv", "subgroups.csv", "checkpoints/best_model.pth",
                 "checkpoints/latest_checkpoint.pth", "attention_weights/attention_epoch_1_batch_0.npz"} | plots
     assert expected <= names
+
+
+@pytest.mark.parametrize("script, settings", [(train, train.Settings), (explain_clinicalLF, explain_clinicalLF.ExplainSettings)])
+def test_help_names_every_setting_of_both_scripts(script, settings, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "95 % interval" in " ".join(shown.split())
+    assert all(f"--{field.name}" in shown for field in dataclasses.fields(settings))
 
 
 def test_metrics_name_the_encoder_and_carry_intervals(trained):
