@@ -2035,8 +2035,8 @@ def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
     figure = new_figure("Does training still help on patients it does not see?", caption, height=2.9)
     loss, auroc, rate = figure.subplots(1, 3)
     loss_title, style = "Loss", {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
-    loss.plot(history.epoch, history.train_loss, color=BLUE, label="training", **style)
-    loss.plot(history.epoch, history.validation_loss, color=VERMILLION, linestyle="--", label="validation", **style)
+    loss.plot(history.epoch, history.train_loss, color=BLUE, label="training, all terms", **style)
+    loss.plot(history.epoch, history.validation_loss, color=VERMILLION, linestyle="--", label="validation, BCE", **style)
     auroc.plot(history.epoch, history.validation_auroc, color=VERMILLION, linestyle="--", **style)
     rate.plot(history.epoch, history.learning_rate, color=GREY, **style)
     if history.validation_loss.notna().any():
