@@ -73,7 +73,7 @@ HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "sample_train.csv"
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class InputError(ValueError):
@@ -695,6 +695,7 @@ class ClinicalDataPreprocessor:
         minutes = table.minutes_to_end.astype(float)
         state = {"categorical": self.categorical, "categories": categories, "numeric": self.numeric, "value_channel": self.value_channel,
                  "means": numbers.mean().fillna(0).tolist(), "scales": numbers.std(ddof=0).replace(0, 1).fillna(1).tolist(),
+                 "smallest": numbers.min().fillna(0).tolist(), "largest": numbers.max().fillna(0).tolist(),
                  "time_mean": float(minutes.mean()), "time_scale": float(minutes.std()) or 1.0}
         if self.value_channel:
             state["item_quantiles"] = item_quantiles(table)
@@ -707,8 +708,8 @@ class ClinicalDataPreprocessor:
         """Take over what `state_dict` gave. Raises ValueError where its parts do not fit together."""
         self._state = state
         self.categorical, self.numeric, self.value_channel = state["categorical"], state["numeric"], state["value_channel"]
-        if not len(state["means"]) == len(state["scales"]) == len(self.numeric):
-            raise ValueError(f"{len(state['means'])} means and {len(state['scales'])} scales for {len(self.numeric)} numbers")
+        if wrong := [name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)]:
+            raise ValueError(f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}")
         self._types = OneHotEncoder(categories=[list(EVENT_TYPES)], sparse_output=False, handle_unknown="ignore")
         self._types.fit([[EVENT_TYPES[0]]])
         if self.categorical:
@@ -748,12 +749,16 @@ class ClinicalDataPreprocessor:
         return stays[self.numeric].astype(float).apply(lambda column: np.log1p(column) if column.name == "number_of_events" else column)
 
     def encode_static_features(self, stays: pd.DataFrame) -> np.ndarray:
-        """(n stays), as `StayTable.static_columns` -> (n, S) float32: one-hot groups, then numbers; a missing one is the training mean."""
+        """(n stays), as `StayTable.static_columns` -> (n, S) float32: one-hot groups, then numbers; a missing one is the training mean.
+
+        A number beyond what training saw counts as the nearest seen: six hours into a stay few events have happened yet.
+        """
         parts = [np.zeros((len(stays), 0))]
         if self.categorical:
             parts.append(self._static.transform(stays[self.categorical].astype(object).fillna("Unknown").astype(str).to_numpy(object)))
         if self.numeric:
-            parts.append(np.nan_to_num(self._numbers.transform(self._numbers_of(stays).to_numpy())))
+            numbers = self._numbers_of(stays).to_numpy().clip(self._state["smallest"], self._state["largest"])
+            parts.append(np.nan_to_num(self._numbers.transform(numbers)))
         return np.hstack(parts).astype(np.float32)
 
     def encode_values(self, texts: Sequence[str]) -> np.ndarray:

@@ -65,6 +65,13 @@ def test_number_of_events_is_scaled_by_its_logarithm_and_counts_what_is_read(tab
     assert np.array_equal(first_half.static_columns.number_of_events, first_half.lengths)
 
 
+def test_number_beyond_the_training_range_counts_as_the_nearest_seen(table):
+    preprocessor = fitted(table, static_features=["patient_age", "number_of_events"])
+    encoded = preprocessor.encode_static_features(table.static_columns)
+    beyond = table.static_columns.head(2).assign(patient_age=[-1.0, 200.0], number_of_events=[1, 10**6])
+    assert np.array_equal(preprocessor.encode_static_features(beyond), [encoded.min(0), encoded.max(0)])
+
+
 def test_fit_is_not_moved_by_other_stays(table):
     first, rest = np.arange(20), np.arange(20, len(table.stays))
     before = fitted(table.take(first)).state_dict()
