@@ -924,7 +924,7 @@ def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame, 
     """feature, value, attribution, ablation: one row per static column."""
     sums = sum_over_columns(found.statics[0].double().cpu().numpy(), names)
     ablation = groups[groups["kind"] == "static"].set_index("group")["ablation"]
-    values = run.table.static_columns.loc[stay, list(sums)]
+    values = run.table.take(np.array([stay])).static_columns.loc[0, list(sums)]
     return pd.DataFrame({"feature": list(map(static_word, sums)), "value": ["Unknown" if pd.isna(value) else str(value) for value in values],
                          "attribution": list(sums.values()), "ablation": ablation[list(sums)].to_numpy()})
 

@@ -1668,10 +1668,10 @@ def evenness(values: Tensor, attention_mask: Tensor) -> Tensor:
     and the others say the same. Few events of a stay matter to its outcome. A plain norm would say so too, but can push all to
     nothing before the first has been learnt; this one knows no scale.
     """
-    is_event = attention_mask.unsqueeze(2).float()                                                     # (B, L, 1)
+    values, is_event = values.float(), attention_mask.unsqueeze(2).float()                             # (B, L, 1)
     n_events = is_event.sum(1).clamp(min=1)                                                            # (B, 1)
-    mean = (values.float() * is_event.unsqueeze(3)).sum(1) / n_events.unsqueeze(2)                     # (B, H, D/H)
-    distances = (values.float() - mean.unsqueeze(1)).norm(dim=3) * is_event                            # (B, L, H)
+    mean = (values * is_event.unsqueeze(3)).sum(1) / n_events.unsqueeze(2)                             # (B, H, D/H)
+    distances = (values - mean.unsqueeze(1)).norm(dim=3) * is_event                                    # (B, L, H)
     l1, l2 = distances.sum(1) / n_events, (distances.square().sum(1) / n_events).clamp(min=1e-12).sqrt()
     return (l1 / l2).mean(1)
 
