@@ -12,6 +12,7 @@ attention (where the model looks), and the layers between. They differ; `faithfu
 Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, H heads. Masks are True at real events.
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
 """
+
 from __future__ import annotations
 
 import base64
@@ -65,10 +66,10 @@ from train import (
 
 logger = logging.getLogger("clinical_LF")
 
-CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)     # before the end of what is read
-MAX_MAP_EVENTS, MAX_MAP_BINS = 3000, 64                    # layer maps grow with the square of the events
-GRADIENT_EVENTS, FORWARD_EVENTS = 2048, 8192               # events per pass: some 100 kB each with, 30 kB without gradients
-FLOOR = 0.05                                               # logit; effects below it are too small to call shared or not
+CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
+MAX_MAP_EVENTS, MAX_MAP_BINS = 3000, 64  # layer maps grow with the square of the events
+GRADIENT_EVENTS, FORWARD_EVENTS = 2048, 8192  # events per pass: some 100 kB each with, 30 kB without gradients
+FLOOR = 0.05  # logit; effects below it are too small to call shared or not
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,27 @@ class ExplainSettings:
     """What a person may want to change; everything about the model comes from its checkpoint."""
 
     checkpoint: str = train.option("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
-    data: str = train.option("sample_train.csv", "MIMIC-IV folder, nested Parquet or flat table; its held-out stays are used.")
-    save_dir: str = train.option("trained_models/clinical_LF/explainability", "Folder for figures, tables and the report.")
+    data: str = train.option(
+        "sample_train.csv", "MIMIC-IV folder, nested Parquet or flat table; its held-out stays are used."
+    )
+    save_dir: str = train.option(
+        "trained_models/clinical_LF/explainability", "Folder for figures, tables and the report."
+    )
     stays: int = train.option(4, "Stays shown in full: highest, lowest, most uncertain, most wrong, and so on in turn.")
     max_stays: int = train.option(100, "Held-out stays analysed at most, drawn at random; 0 takes all.")
     text_encoder: str = train.option("", "Encoder of the checkpoint, if it was a local folder; else it is known.")
     cache_dir: str = train.option("clinical_LF_precomp_emb", "Folder of the embedding cache.")
     hf_cache: str = train.option("hf_cache", "Folder of downloaded encoder weights.")
-    max_removals: int = train.option(500, "Events of a stay removed one by one at most, the most attributed first; 0: every event.")
+    max_removals: int = train.option(
+        500, "Events of a stay removed one by one at most, the most attributed first; 0: every event."
+    )
     layer_stays: int = train.option(20, "Stays attributed to layers at most (those shown in full always are).")
-    ig_steps: int = train.option(50, "Steps of Integrated Gradients; tried again with four times as many where it is not complete.")
-    untrained_models: int = train.option(4, "Untrained models that show what heads do without any training (at least 4).")
+    ig_steps: int = train.option(
+        50, "Steps of Integrated Gradients; tried again with four times as many where it is not complete."
+    )
+    untrained_models: int = train.option(
+        4, "Untrained models that show what heads do without any training (at least 4)."
+    )
     checked_stays: int = train.option(40, "Stays on which deletion, infidelity and randomisation are measured at most.")
     n_bootstrap: int = train.option(1000, "Bootstrap samples behind every 95 % interval.")
     seed: int = train.option(0, "Seed of the choice of stays, random orders, untrained models and the bootstrap.")
@@ -100,13 +111,15 @@ class ExplainSettings:
 # Load
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class Run(NamedTuple):
     """A trained model and the stays it is explained on, which it has not seen in training."""
+
     checkpoint: train.Checkpoint
     table: train.StayTable
     dataset: train.ClinicalSequenceDataset
-    logits: np.ndarray         # (n_stays) float64
-    held_out: bool             # patients of the checkpoint's own test split; False: none of its patients is in the data
+    logits: np.ndarray  # (n_stays) float64
+    held_out: bool  # patients of the checkpoint's own test split; False: none of its patients is in the data
 
     def inputs(self, stay: int) -> tuple[Tensor, Tensor]:
         """(1, L, C) events and (1, S) static inputs of a stay, where the model is."""
@@ -115,31 +128,44 @@ class Run(NamedTuple):
         return sequence.unsqueeze(0).to(device), static.unsqueeze(0).to(device)
 
 
-def load_run(checkpoint_path: str | Path, test_data_path: str | Path = "sample_train.csv", text_encoder: str = "",
-             cache_dir: str | Path = "clinical_LF_precomp_emb", hf_cache: str | Path = "hf_cache") -> Run:
+def load_run(
+    checkpoint_path: str | Path,
+    test_data_path: str | Path = "sample_train.csv",
+    text_encoder: str = "",
+    cache_dir: str | Path = "clinical_LF_precomp_emb",
+    hf_cache: str | Path = "hf_cache",
+) -> Run:
     """Checkpoint and the stays of the data whose patients it was neither trained nor tuned on, in its own cohort settings.
 
     Raises `InputError` where a file cannot be read, the encoder is another one, or no such stay exists.
     """
-    accelerator = Accelerator(mixed_precision="no")       # gradients and differences of logits need all digits
+    accelerator = Accelerator(mixed_precision="no")  # gradients and differences of logits need all digits
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
     table, _ = train.read_stays(train.data_path(str(test_data_path)), cache_dir, need_label=False)
-    settings = replace(checkpoint.settings, data=str(test_data_path), cache_dir=str(cache_dir), hf_cache=str(hf_cache),
-                       text_encoder=train.encoder_to_load(checkpoint, text_encoder))
+    settings = replace(
+        checkpoint.settings,
+        data=str(test_data_path),
+        cache_dir=str(cache_dir),
+        hf_cache=str(hf_cache),
+        text_encoder=train.encoder_to_load(checkpoint, text_encoder),
+    )
     table, _ = train.choose_cohort(table, settings)
     patients = table.stays.patient_id
     seen = patients.isin(checkpoint.patients["train"] + checkpoint.patients["validation"])
     if seen.all():
-        raise InputError(f"{test_data_path}: all {len(patients)} stays are of patients that this model was trained or tuned on; "
-                         "explaining them would flatter it. Give --data with other patients.")
+        raise InputError(
+            f"{test_data_path}: all {len(patients)} stays are of patients that this model was trained or tuned on; "
+            "explaining them would flatter it. Give --data with other patients."
+        )
     held_out = bool(patients.isin(checkpoint.patients["test"]).any())
     table = only_used_texts(table.take(np.flatnonzero(~seen)))
     _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
     return make_run(checkpoint, table, vectors, held_out, accelerator)
 
 
-def make_run(checkpoint: train.Checkpoint, table: train.StayTable, vectors: np.ndarray, held_out: bool,
-             accelerator: Accelerator) -> Run:
+def make_run(
+    checkpoint: train.Checkpoint, table: train.StayTable, vectors: np.ndarray, held_out: bool, accelerator: Accelerator
+) -> Run:
     """Score the stays and keep all that an explanation needs."""
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
@@ -156,8 +182,12 @@ def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int],
     """Indices of the stays to analyse, and why each of `shown` of them is shown in full."""
     risk, labels = run.checkpoint.probabilities(run.logits), run.table.labels
     wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
-    orders = {"highest risk": np.argsort(-risk), "lowest risk": np.argsort(risk),
-              "most uncertain": np.argsort(np.abs(risk - 0.5)), "most wrong": np.argsort(-wrong)}
+    orders = {
+        "highest risk": np.argsort(-risk),
+        "lowest risk": np.argsort(risk),
+        "most uncertain": np.argsort(np.abs(risk - 0.5)),
+        "most wrong": np.argsort(-wrong),
+    }
     if np.isnan(labels).all():
         del orders["most wrong"]
     why: dict[int, str] = {}
@@ -166,20 +196,22 @@ def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int],
         why[next(int(stay) for stay in orders[name] if stay not in why)] = name
     others = np.random.default_rng(seed).permutation([stay for stay in range(len(risk)) if stay not in why])
     chosen = [*why, *others.tolist()]
-    return sorted(chosen[:max(most, len(why))] if most else chosen), why
+    return sorted(chosen[: max(most, len(why))] if most else chosen), why
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attend
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class Attention(NamedTuple):
     """What one pass over one stay looked at; small, however long the stay."""
-    pooling: np.ndarray        # (Hp, L) weights of the pooling heads, each sums to 1
-    received: np.ndarray       # (n_layers, H, L) weight an event gets from an event on average; NaN before the last 3,000
-    maps: np.ndarray           # (n_layers, H, bins, bins) means over equal bins of events
-    rollout: np.ndarray        # (L,) pooling followed back through the layers, sums to 1
-    scores: np.ndarray         # (Hp, L) scaled similarity of the query vector with the events' keys
+
+    pooling: np.ndarray  # (Hp, L) weights of the pooling heads, each sums to 1
+    received: np.ndarray  # (n_layers, H, L) weight an event gets from an event on average; NaN before the last 3,000
+    maps: np.ndarray  # (n_layers, H, bins, bins) means over equal bins of events
+    rollout: np.ndarray  # (L,) pooling followed back through the layers, sums to 1
+    scores: np.ndarray  # (Hp, L) scaled similarity of the query vector with the events' keys
 
 
 class _ReducedMaps(list):
@@ -196,16 +228,21 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     is_event = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
     layers = _ReducedMaps()
     recent = max(0, sequence.shape[1] - MAX_MAP_EVENTS)
-    events = model.encode(sequence, is_event, None if recent else layers)                         # (L, D)
+    events = model.encode(sequence, is_event, None if recent else layers)  # (L, D)
     if recent:
         model.encode(sequence[:, recent:], is_event[:, recent:], layers)
     query = model.query_vector.expand(1, -1, -1)
-    pooling = model.attention_pooling(query, events.unsqueeze(0), is_event)[1][0, :, 0]           # (Hp, L)
+    pooling = model.attention_pooling(query, events.unsqueeze(0), is_event)[1][0, :, 0]  # (Hp, L)
     received, maps, means = zip(*layers)
     rollout = attention_rollout(list(means), pooling.mean(0)[recent:])
     pad = lambda x, value: F.pad(x, (recent, 0), value=value).cpu().numpy()
-    return Attention(pooling.cpu().numpy(), pad(torch.stack(received), math.nan), torch.stack(maps).cpu().numpy(),
-                     pad(rollout, math.nan), query_key_scores(model, events).cpu().numpy())
+    return Attention(
+        pooling.cpu().numpy(),
+        pad(torch.stack(received), math.nan),
+        torch.stack(maps).cpu().numpy(),
+        pad(rollout, math.nan),
+        query_key_scores(model, events).cpu().numpy(),
+    )
 
 
 def attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
@@ -222,8 +259,8 @@ def attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
 def query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
     """(Hp, L): the pooling query's scaled similarity with the key of each event (L, D), before the softmax."""
     pooling = model.attention_pooling
-    query = pooling.query_projection(model.query_vector)[0, 0].unflatten(0, (pooling.n_heads, -1))   # (Hp, D/Hp)
-    keys = pooling.key(events).unflatten(1, (pooling.n_heads, -1))                                   # (L, Hp, D/Hp)
+    query = pooling.query_projection(model.query_vector)[0, 0].unflatten(0, (pooling.n_heads, -1))  # (Hp, D/Hp)
+    keys = pooling.key(events).unflatten(1, (pooling.n_heads, -1))  # (L, Hp, D/Hp)
     return torch.einsum("hd,lhd->hl", query, keys) / math.sqrt(query.shape[1])
 
 
@@ -248,15 +285,17 @@ def with_new_classifier(model: ClinicalTransformer, seed: int) -> ClinicalTransf
 # Attribute
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class Attribution(NamedTuple):
     """Integrated Gradients of the logit; events and statics of a stay sum to logit - baseline_logit, up to gap_error."""
-    events: Tensor             # (B, L, C), exactly 0 at padding
-    statics: Tensor            # (B, S)
-    logits: np.ndarray         # (B,) float64
+
+    events: Tensor  # (B, L, C), exactly 0 at padding
+    statics: Tensor  # (B, S)
+    logits: np.ndarray  # (B,) float64
     baseline_logits: np.ndarray
-    gap_errors: np.ndarray     # (B,) sum of the attributions minus the difference of the logits
-    n_steps: np.ndarray        # (B,) steps that were taken in the end
-    complete: np.ndarray       # (B,) bool: |gap error| <= 0.02 + 0.01 * |difference|
+    gap_errors: np.ndarray  # (B,) sum of the attributions minus the difference of the logits
+    n_steps: np.ndarray  # (B,) steps that were taken in the end
+    complete: np.ndarray  # (B,) bool: |gap error| <= 0.02 + 0.01 * |difference|
 
 
 def is_complete(gap_error: float, difference: float) -> bool:
@@ -264,9 +303,15 @@ def is_complete(gap_error: float, difference: float) -> bool:
     return abs(gap_error) <= 0.02 + 0.01 * abs(difference)
 
 
-def captum_analysis(model: ClinicalTransformer, sequences: Tensor, static_features: Tensor,
-                    attention_mask: Tensor | None = None, baseline: dict[str, Tensor] | None = None, n_steps: int = 50,
-                    retry: bool = True) -> Attribution:
+def captum_analysis(
+    model: ClinicalTransformer,
+    sequences: Tensor,
+    static_features: Tensor,
+    attention_mask: Tensor | None = None,
+    baseline: dict[str, Tensor] | None = None,
+    n_steps: int = 50,
+    retry: bool = True,
+) -> Attribution:
     """Integrated Gradients of (B, L, C) events and (B, S) statics on the logit, from a baseline event and baseline statics.
 
     `baseline` is the checkpoint's: the mean training event at every position and the mean statics; None is zeros. Stays
@@ -278,7 +323,12 @@ def captum_analysis(model: ClinicalTransformer, sequences: Tensor, static_featur
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
     for stay, is_event in enumerate(attention_mask.to(sequences.device)):
         length = int(is_event.nonzero().max()) + 1 if is_event.any() else 0
-        arguments = (sequences[stay:stay + 1, :length], static_features[stay:stay + 1], is_event[None, :length], baseline)
+        arguments = (
+            sequences[stay : stay + 1, :length],
+            static_features[stay : stay + 1],
+            is_event[None, :length],
+            baseline,
+        )
         check_finite(*arguments[:3])
         *found, row = integrated_gradients(model, *arguments, n_steps)
         if retry and not row[-1]:
@@ -291,8 +341,10 @@ def captum_analysis(model: ClinicalTransformer, sequences: Tensor, static_featur
 
 def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
     if not (torch.isfinite(sequence[is_event]).all() and torch.isfinite(static).all()):
-        raise ValueError("an input of a real event or a static input is NaN or infinite: nothing can be attributed to it. "
-                         "Look for missing text vectors, or for times that were not encoded.")
+        raise ValueError(
+            "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it. "
+            "Look for missing text vectors, or for times that were not encoded."
+        )
 
 
 def baselines_like(sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -302,15 +354,26 @@ def baselines_like(sequence: Tensor, static: Tensor, baseline: dict[str, Tensor]
     return baseline["event"].to(sequence).expand_as(sequence), baseline["static"].to(static).expand_as(static)
 
 
-def integrated_gradients(model: ClinicalTransformer, sequence: Tensor, static: Tensor, is_event: Tensor,
-                         baseline: dict[str, Tensor] | None, n_steps: int) -> tuple[Tensor, Tensor, tuple]:
+def integrated_gradients(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static: Tensor,
+    is_event: Tensor,
+    baseline: dict[str, Tensor] | None,
+    n_steps: int,
+) -> tuple[Tensor, Tensor, tuple]:
     """One stay: attributions (1, L, C) and (1, S), and the row (logit, baseline logit, gap error, steps, complete)."""
-    sequence = torch.where(is_event[..., None], sequence, 0)           # what padding holds must not become 0 * NaN
+    sequence = torch.where(is_event[..., None], sequence, 0)  # what padding holds must not become 0 * NaN
     starts = baselines_like(sequence, static, baseline)
     steps_per_pass = max(1, GRADIENT_EVENTS // max(1, sequence.shape[1]))
     events, statics = IntegratedGradients(model.logits).attribute(
-        (sequence, static), starts, additional_forward_args=(is_event,), n_steps=n_steps, method="gausslegendre",
-        internal_batch_size=steps_per_pass)
+        (sequence, static),
+        starts,
+        additional_forward_args=(is_event,),
+        n_steps=n_steps,
+        method="gausslegendre",
+        internal_batch_size=steps_per_pass,
+    )
     events = events * is_event[..., None]
     with torch.no_grad():
         logit, start = (float(model.logits(*pair, is_event)) for pair in ((sequence, static), starts))
@@ -321,8 +384,12 @@ def integrated_gradients(model: ClinicalTransformer, sequence: Tensor, static: T
 def event_parts(input_dim: int, value_channel: bool = False) -> dict[str, slice]:
     """Which of an event's inputs are its type, its text, its time and (with the value channel) its value."""
     n_types, last = len(EVENT_TYPES), input_dim - (2 if value_channel else 0)
-    return {"type": slice(0, n_types), "text": slice(n_types, last - 1), "time": slice(last - 1, last),
-            "value": slice(last, input_dim)}
+    return {
+        "type": slice(0, n_types),
+        "text": slice(n_types, last - 1),
+        "time": slice(last - 1, last),
+        "value": slice(last, input_dim),
+    }
 
 
 def sum_over_columns(values: np.ndarray, names: Sequence[tuple[str, str | None]]) -> dict[str, float]:
@@ -333,8 +400,13 @@ def sum_over_columns(values: np.ndarray, names: Sequence[tuple[str, str | None]]
     return sums
 
 
-def layer_analysis(model: ClinicalTransformer, sequence: Tensor, static_features: Tensor,
-                   baseline: dict[str, Tensor] | None = None, n_steps: int = 50) -> list[dict[str, Any]]:
+def layer_analysis(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static_features: Tensor,
+    baseline: dict[str, Tensor] | None = None,
+    n_steps: int = 50,
+) -> list[dict[str, Any]]:
     """Attribution of one stay, (1, L, C) and (1, S), to the outputs of `input_projection` and of each layer, per event.
 
     Another question than `captum_analysis` answers: statics are held fixed, and deeper layers have already mixed the
@@ -343,21 +415,34 @@ def layer_analysis(model: ClinicalTransformer, sequence: Tensor, static_features
     check_finite(sequence, static_features, torch.ones(sequence.shape[:2], dtype=torch.bool))
     layers = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    return [{"layer": name, **layer_attribution(model, layer, sequence, static_features, baseline, n_steps)}
-            for name, layer in layers.items()]
+    return [
+        {"layer": name, **layer_attribution(model, layer, sequence, static_features, baseline, n_steps)}
+        for name, layer in layers.items()
+    ]
 
 
-def layer_attribution(model: ClinicalTransformer, layer: nn.Module, sequence: Tensor, static: Tensor,
-                      baseline: dict[str, Tensor] | None, n_steps: int) -> dict[str, Any]:
+def layer_attribution(
+    model: ClinicalTransformer,
+    layer: nn.Module,
+    sequence: Tensor,
+    static: Tensor,
+    baseline: dict[str, Tensor] | None,
+    n_steps: int,
+) -> dict[str, Any]:
     """One layer; the outputs of a stay's layer are packed, (L, D), so that Captum sees L rows per step."""
     start, _ = baselines_like(sequence, static, baseline)
     with torch.no_grad():
         difference = float(model.logits(sequence, static) - model.logits(start, static))
     for steps in (n_steps, 4 * n_steps):
         found = LayerIntegratedGradients(model.logits, layer).attribute(
-            sequence, start, additional_forward_args=(static,), n_steps=steps, method="gausslegendre",
-            internal_batch_size=max(GRADIENT_EVENTS, sequence.shape[1]))
-        attribution = found.detach().double().sum(1).cpu().numpy()                     # (L,)
+            sequence,
+            start,
+            additional_forward_args=(static,),
+            n_steps=steps,
+            method="gausslegendre",
+            internal_batch_size=max(GRADIENT_EVENTS, sequence.shape[1]),
+        )
+        attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
         gap = float(attribution.sum()) - difference
         if is_complete(gap, difference):
             break
@@ -365,8 +450,13 @@ def layer_attribution(model: ClinicalTransformer, layer: nn.Module, sequence: Te
 
 
 @torch.no_grad()
-def masked_logits(model: ClinicalTransformer, sequence: Tensor, static: Tensor, keep: np.ndarray | Tensor,
-                  baseline: dict[str, Tensor] | None = None) -> np.ndarray:
+def masked_logits(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static: Tensor,
+    keep: np.ndarray | Tensor,
+    baseline: dict[str, Tensor] | None = None,
+) -> np.ndarray:
     """(n,) float64 logits of n variants of one stay: `keep (n, L)` says which events stay.
 
     The others are masked, or, with a baseline, replaced by its event. Masking moves no event: positions stay as they are.
@@ -382,7 +472,9 @@ def masked_logits(model: ClinicalTransformer, sequence: Tensor, static: Tensor, 
     return torch.cat(logits).double().cpu().numpy() if logits else np.zeros(0)
 
 
-def remove_each_event(model: ClinicalTransformer, sequence: Tensor, static: Tensor, which: np.ndarray | None = None) -> np.ndarray:
+def remove_each_event(
+    model: ClinicalTransformer, sequence: Tensor, static: Tensor, which: np.ndarray | None = None
+) -> np.ndarray:
     """(L,): the logit with all events minus the logit without this one; positive pushes towards death.
 
     With `which` (positions) only these are removed, and the others are NaN. Cost grows with L per removal, memory does not.
@@ -391,22 +483,29 @@ def remove_each_event(model: ClinicalTransformer, sequence: Tensor, static: Tens
     which = np.arange(n_events) if which is None else np.asarray(which)
     scores = np.full(n_events, math.nan)
     everything = masked_logits(model, sequence, static, np.ones((1, n_events), bool))[0]
-    rows_per_part = max(1, 64 * FORWARD_EVENTS // max(1, n_events))       # the mask itself, (L, L), is made in parts
+    rows_per_part = max(1, 64 * FORWARD_EVENTS // max(1, n_events))  # the mask itself, (L, L), is made in parts
     for first in range(0, len(which), rows_per_part):
-        part = which[first:first + rows_per_part]
+        part = which[first : first + rows_per_part]
         scores[part] = everything - masked_logits(model, sequence, static, part[:, None] != np.arange(n_events))
     return scores
 
 
 class Ablation(NamedTuple):
-    removal: np.ndarray        # (L,) logit with the event minus logit without it
-    groups: pd.DataFrame       # kind, group, n_events, ablation, shapley (NaN unless asked for)
+    removal: np.ndarray  # (L,) logit with the event minus logit without it
+    groups: pd.DataFrame  # kind, group, n_events, ablation, shapley (NaN unless asked for)
 
 
-def ablation_analysis(model: ClinicalTransformer, sequence: Tensor, static_features: Tensor,
-                      baseline: dict[str, Tensor] | None = None, event_groups: dict[str, Sequence[str]] | None = None,
-                      static_names: Sequence[str] | None = None, shapley_samples: int = 0, seed: int = 0,
-                      which: np.ndarray | None = None) -> Ablation:
+def ablation_analysis(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static_features: Tensor,
+    baseline: dict[str, Tensor] | None = None,
+    event_groups: dict[str, Sequence[str]] | None = None,
+    static_names: Sequence[str] | None = None,
+    shapley_samples: int = 0,
+    seed: int = 0,
+    which: np.ndarray | None = None,
+) -> Ablation:
     """What the logit of one stay, (1, L, C) and (1, S), loses without each event, and without each group of inputs.
 
     Events are removed through the mask (those at the positions `which`, else all). Groups are replaced by the baseline: events of one value of each entry of
@@ -414,12 +513,16 @@ def ablation_analysis(model: ClinicalTransformer, sequence: Tensor, static_featu
     values (sampled orders) are over the groups of the first kind and the statics together. No gradient is computed.
     """
     check_finite(sequence, static_features, torch.ones(sequence.shape[:2], dtype=torch.bool))
-    static_names = [f"static {i}" for i in range(static_features.shape[1])] if static_names is None else list(static_names)
+    static_names = (
+        [f"static {i}" for i in range(static_features.shape[1])] if static_names is None else list(static_names)
+    )
     removal = remove_each_event(model, sequence, static_features, which)
     tables = []
     for number, (kind, labels) in enumerate((event_groups or {"all events": ["all"] * sequence.shape[1]}).items()):
         groups = feature_groups(kind, labels, static_names if number == 0 else [])
-        tables.append(ablate_groups(model, sequence, static_features, baseline, groups, 0 if number else shapley_samples, seed))
+        tables.append(
+            ablate_groups(model, sequence, static_features, baseline, groups, 0 if number else shapley_samples, seed)
+        )
     return Ablation(removal, pd.concat(tables, ignore_index=True))
 
 
@@ -427,35 +530,56 @@ def feature_groups(kind: str, labels: Sequence[str], static_names: Sequence[str]
     """kind, group, n_events, and the members: positions of events or columns of statics. Row number = Captum's feature id."""
     events, statics = pd.Series(list(labels), dtype=object), pd.Series(list(static_names), dtype=object)
     rows = [(kind, name, len(members), members.tolist()) for name, members in events.groupby(events).groups.items()]
-    rows += [("static", name, 0, members.tolist()) for name, members in statics.groupby(statics, sort=False).groups.items()]
+    rows += [
+        ("static", name, 0, members.tolist()) for name, members in statics.groupby(statics, sort=False).groups.items()
+    ]
     return pd.DataFrame(rows, columns=["kind", "group", "n_events", "members"])
 
 
 @torch.no_grad()
-def ablate_groups(model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None,
-                  groups: pd.DataFrame, shapley_samples: int, seed: int) -> pd.DataFrame:
+def ablate_groups(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static: Tensor,
+    baseline: dict[str, Tensor] | None,
+    groups: pd.DataFrame,
+    shapley_samples: int,
+    seed: int,
+) -> pd.DataFrame:
     """`FeatureAblation` (and `ShapleyValueSampling`) over groups that cover all events and, where named, all statics."""
     event_ids = torch.zeros(sequence.shape, dtype=torch.long, device=sequence.device)
     static_ids = torch.zeros(static.shape, dtype=torch.long, device=sequence.device)
     for number, (kind, members) in enumerate(zip(groups["kind"], groups["members"])):
         (static_ids if kind == "static" else event_ids)[0, members] = number
-    n = 2 if (groups["kind"] == "static").any() else 1          # a feature mask shorter than the inputs would silently give 0
-    inputs, starts, ids = ((sequence, static)[:n], baselines_like(sequence, static, baseline)[:n], (event_ids, static_ids)[:n])
+    n = 2 if (groups["kind"] == "static").any() else 1  # a feature mask shorter than the inputs would silently give 0
+    inputs, starts, ids = (
+        (sequence, static)[:n],
+        baselines_like(sequence, static, baseline)[:n],
+        (event_ids, static_ids)[:n],
+    )
     is_event = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
 
     def forward(*arguments: Tensor) -> Tensor:
-        events, statics, mask = arguments if n == 2 else (arguments[0], static.expand(len(arguments[0]), -1), arguments[1])
+        events, statics, mask = (
+            arguments if n == 2 else (arguments[0], static.expand(len(arguments[0]), -1), arguments[1])
+        )
         return model.logits(events, statics, mask)
 
     options = {"target": 0, "additional_forward_args": (is_event,), "feature_mask": ids}
     # Captum copies a group's score to each of its inputs: one of them is taken.
-    read = lambda found: [float(found[1][0, members[0]] if kind == "static" else found[0][0, members[0], 0])
-                          for kind, members in zip(groups["kind"], groups["members"])]
-    result = groups[["kind", "group", "n_events"]].assign(ablation=read(FeatureAblation(forward).attribute(inputs, starts, **options)), shapley=np.nan)
+    read = lambda found: [
+        float(found[1][0, members[0]] if kind == "static" else found[0][0, members[0], 0])
+        for kind, members in zip(groups["kind"], groups["members"])
+    ]
+    result = groups[["kind", "group", "n_events"]].assign(
+        ablation=read(FeatureAblation(forward).attribute(inputs, starts, **options)), shapley=np.nan
+    )
     if shapley_samples:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            result["shapley"] = read(ShapleyValueSampling(forward).attribute(inputs, starts, n_samples=shapley_samples, **options))
+            result["shapley"] = read(
+                ShapleyValueSampling(forward).attribute(inputs, starts, n_samples=shapley_samples, **options)
+            )
     return result
 
 
@@ -463,16 +587,16 @@ def shares_evidence(attribution: np.ndarray, ablation: np.ndarray) -> np.ndarray
     """Where taking it away tells another story than its attribution: others carry the same evidence, or it needs them."""
     attribution, ablation = np.asarray(attribution, float), np.asarray(ablation, float)
     larger = np.maximum(np.abs(attribution), np.abs(ablation))
-    return (np.abs(attribution - ablation) > 0.5 * larger) & (larger > FLOOR)            # False where one is NaN
+    return (np.abs(attribution - ablation) > 0.5 * larger) & (larger > FLOOR)  # False where one is NaN
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Check: how right are the explanations?
 # ---------------------------------------------------------------------------------------------------------------------
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)      # of a stay's events taken away or given
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # of a stay's events taken away or given
 N_RANDOM_ORDERS = 3
-N_RESETS = 10                                     # random models that each stay is explained with
+N_RESETS = 10  # random models that each stay is explained with
 ORDERS = {"attribution": "Integrated Gradients", "removal": "removal", "attention": "pooling attention"}
 
 
@@ -484,7 +608,13 @@ def bootstrap(values: np.ndarray, patients: np.ndarray, n_bootstrap: int = 1000,
     known = ~np.isnan(np.asarray(values, float))
     frame = pd.DataFrame({"patient": np.asarray(patients)[known], "value": np.asarray(values, float)[known]})
     sums = frame.groupby("patient")["value"].agg(["sum", "count"])
-    result = {"value": float(frame["value"].mean()), "low": math.nan, "high": math.nan, "n": len(frame), "n_patients": len(sums)}
+    result = {
+        "value": float(frame["value"].mean()),
+        "low": math.nan,
+        "high": math.nan,
+        "n": len(frame),
+        "n_patients": len(sums),
+    }
     if len(sums) >= 3:
         draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_bootstrap)
         means = (draws @ sums["sum"].to_numpy()) / (draws @ sums["count"].to_numpy())
@@ -496,7 +626,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Spearman correlations of the rows of (m, L) with the rows of (n, L) -> (m, n); NaN where a row is constant."""
     ranks = [rankdata(np.atleast_2d(rows), axis=1) for rows in (first, second)]
     centred = [rows - rows.mean(1, keepdims=True) for rows in ranks]
-    lengths = [np.sqrt((rows ** 2).sum(1)) for rows in centred]
+    lengths = [np.sqrt((rows**2).sum(1)) for rows in centred]
     with np.errstate(invalid="ignore", divide="ignore"):
         return (centred[0] @ centred[1].T) / np.outer(*lengths)
 
@@ -512,8 +642,13 @@ def random_by_text(texts: pd.Series, seed: int, n_draws: int = 20) -> np.ndarray
     return np.random.default_rng(seed).random((n_draws, len(distinct)))[:, codes]
 
 
-def deletion_insertion(model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: dict[str, Tensor],
-                       scores: dict[str, np.ndarray]) -> pd.DataFrame:
+def deletion_insertion(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static: Tensor,
+    baseline: dict[str, Tensor],
+    scores: dict[str, np.ndarray],
+) -> pd.DataFrame:
     """Logits of one stay as events are taken away, or given, highest score first, by masking and by mean replacement.
 
     `scores` (L,) by order. Returns way, direction, order, fraction, change: the logit minus that with all (deletion) or with
@@ -522,8 +657,10 @@ def deletion_insertion(model: ClinicalTransformer, sequence: Tensor, static: Ten
     n_events = sequence.shape[1]
     counts = np.array([0, *(math.ceil(fraction * n_events) for fraction in FRACTIONS)])
     place = {name: np.argsort(np.argsort(-score, kind="stable")) for name, score in scores.items()}
-    taken = np.concatenate([order < counts[:, None] for order in place.values()])       # (orders * counts, L)
-    labels = pd.DataFrame([(name, fraction) for name in place for fraction in (0.0, *FRACTIONS)], columns=["order", "fraction"])
+    taken = np.concatenate([order < counts[:, None] for order in place.values()])  # (orders * counts, L)
+    labels = pd.DataFrame(
+        [(name, fraction) for name in place for fraction in (0.0, *FRACTIONS)], columns=["order", "fraction"]
+    )
     tables = []
     for way, replacement in (("masking", None), ("mean replacement", baseline)):
         for direction, keep in (("deletion", ~taken), ("insertion", taken)):
@@ -546,31 +683,69 @@ def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[d
     for (way, direction), table in means.groupby(["way", "direction"]):
         for order in ORDERS:
             gain = (table[order] - table["random"]) * (-1 if direction == "deletion" else 1)
-            found = bootstrap(gain.to_numpy(), gain.index.get_level_values("icu_stay_id"), settings.n_bootstrap, settings.seed)
+            found = bootstrap(
+                gain.to_numpy(), gain.index.get_level_values("icu_stay_id"), settings.n_bootstrap, settings.seed
+            )
             verb = "taking events away" if direction == "deletion" else "giving events"
-            rows.append(criterion(f"{direction} by {way}", order, found, (">", 0.0) if order != "attention" else None,
-                                  f"{verb} ({way}) in order of {ORDERS[order]} moves the logit {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] "
-                                  "further than in random order", limit="low"))
+            rows.append(
+                criterion(
+                    f"{direction} by {way}",
+                    order,
+                    found,
+                    (">", 0.0) if order != "attention" else None,
+                    f"{verb} ({way}) in order of {ORDERS[order]} moves the logit {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] "
+                    "further than in random order",
+                    limit="low",
+                )
+            )
     return rows
 
 
-def criterion(check: str, method: str, found: dict[str, float], threshold: tuple[str, float] | None, sentence: str,
-              limit: str = "value") -> dict[str, Any]:
+def criterion(
+    check: str,
+    method: str,
+    found: dict[str, float],
+    threshold: tuple[str, float] | None,
+    sentence: str,
+    limit: str = "value",
+) -> dict[str, Any]:
     """One line of faithfulness.json: what was measured, what it should be, whether it is, in plain words.
 
     `limit` names what must hold the threshold: the value, or a limit of its interval (the value where there is none).
     """
     held = found["value"] if math.isnan(found[limit]) else found[limit]
-    passed = None if threshold is None else bool(held > threshold[1] if threshold[0] == ">" else held >= threshold[1]
-                                                 if threshold[0] == ">=" else held <= threshold[1])
+    passed = (
+        None
+        if threshold is None
+        else bool(
+            held > threshold[1]
+            if threshold[0] == ">"
+            else held >= threshold[1]
+            if threshold[0] == ">="
+            else held <= threshold[1]
+        )
+    )
     words = sentence.format(**{name: found[name] for name in ("value", "low", "high", "n")}).replace(" [nan, nan]", "")
     verdict = "" if passed is None else f" (should be {threshold[0]} {threshold[1]:g}{': yes' if passed else ': NO'})"
-    return {"check": check, "method": method, **found, "threshold": None if threshold is None else " ".join(map(str, threshold)),
-            "passed": passed, "sentence": words[:1].upper() + words[1:] + verdict + "."}
+    return {
+        "check": check,
+        "method": method,
+        **found,
+        "threshold": None if threshold is None else " ".join(map(str, threshold)),
+        "passed": passed,
+        "sentence": words[:1].upper() + words[1:] + verdict + ".",
+    }
 
 
-def stay_infidelity(model: ClinicalTransformer, sequence: Tensor, static: Tensor, attribution: np.ndarray,
-                    baseline: dict[str, Tensor] | None, seed: int, n_samples: int = 60) -> float:
+def stay_infidelity(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static: Tensor,
+    attribution: np.ndarray,
+    baseline: dict[str, Tensor] | None,
+    seed: int,
+    n_samples: int = 60,
+) -> float:
     """`captum.metrics.infidelity` of (L,) event attributions, relative to the same values dealt out at random (= 1).
 
     The inputs are which events are there; a perturbation takes a random tenth of them away, as `masked_logits` does.
@@ -580,11 +755,18 @@ def stay_infidelity(model: ClinicalTransformer, sequence: Tensor, static: Tensor
     generator = torch.Generator().manual_seed(seed)
     taken = (torch.rand(n_samples, n_events, generator=generator) < max(0.1, 1.5 / n_events)).double()
     forward = lambda keep: torch.from_numpy(masked_logits(model, sequence, static, keep > 0.5, baseline))
-    logits = forward(1 - taken)                          # the same for every attribution: computed once
+    logits = forward(1 - taken)  # the same for every attribution: computed once
     everything = forward(present)
     known = lambda keep: everything if len(keep) == 1 else logits
-    score = lambda values: float(infidelity(known, lambda inputs: (taken, inputs - taken), present,
-                                            torch.tensor(values)[None].double(), n_perturb_samples=n_samples))
+    score = lambda values: float(
+        infidelity(
+            known,
+            lambda inputs: (taken, inputs - taken),
+            present,
+            torch.tensor(values)[None].double(),
+            n_perturb_samples=n_samples,
+        )
+    )
     rng = np.random.default_rng(seed)
     dealt = np.mean([score(rng.permutation(attribution)) for _ in range(10)])
     return score(attribution) / dealt if dealt > 0 else math.nan
@@ -603,19 +785,30 @@ def stay_sensitivity(sequence: Tensor, explain: Callable[[Tensor], np.ndarray], 
         events = events[0] if isinstance(events, tuple) else events
         return events + 0.02 * spread.to(events) * (2 * torch.rand(events.shape, generator=generator).to(events) - 1)
 
-    def scores(events: Tensor | tuple[Tensor]) -> tuple[Tensor]:        # Captum takes a bare tensor for a tuple of its rows
+    def scores(events: Tensor | tuple[Tensor]) -> tuple[Tensor]:  # Captum takes a bare tensor for a tuple of its rows
         events = events[0] if isinstance(events, tuple) else events
         return (torch.as_tensor(np.stack([explain(one) for one in events.split(1)])),)
 
     return float(sensitivity_max(scores, sequence, perturb, n_perturb_samples=3, max_examples_per_batch=1))
 
 
-def event_totals(model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None, n_steps: int) -> np.ndarray:
+def event_totals(
+    model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None, n_steps: int
+) -> np.ndarray:
     """(L,) Integrated Gradients of each event of one stay, without a second try."""
-    return captum_analysis(model, sequence, static, baseline=baseline, n_steps=n_steps, retry=False).events[0].double().sum(1).cpu().numpy()
+    return (
+        captum_analysis(model, sequence, static, baseline=baseline, n_steps=n_steps, retry=False)
+        .events[0]
+        .double()
+        .sum(1)
+        .cpu()
+        .numpy()
+    )
 
 
-def check_stays(run: Run, events: pd.DataFrame, stays: Sequence[int], settings: ExplainSettings) -> tuple[list[dict], pd.DataFrame]:
+def check_stays(
+    run: Run, events: pd.DataFrame, stays: Sequence[int], settings: ExplainSettings
+) -> tuple[list[dict], pd.DataFrame]:
     """Deletion and insertion, infidelity, sensitivity, randomisation and agreement on some stays -> criteria, curves."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     new_classifiers = [with_new_classifier(model, settings.seed + 1 + number) for number in range(4)]
@@ -627,12 +820,19 @@ def check_stays(run: Run, events: pd.DataFrame, stays: Sequence[int], settings: 
         scores = {order: np.nan_to_num(by_stay[ids["icu_stay_id"]][order].to_numpy(float)) for order in ORDERS}
         if sequence.shape[1] < 10:
             continue
-        table = deletion_insertion(model, sequence, static, baseline, scores | random_orders(len(scores["removal"]), settings.seed + stay))
+        table = deletion_insertion(
+            model, sequence, static, baseline, scores | random_orders(len(scores["removal"]), settings.seed + stay)
+        )
         curves.append(table.assign(**ids))
-        row = {**ids, "attention agreement": rank_correlation(scores["attention"], np.abs(scores["attribution"]))[0, 0],
-               "removal agreement": rank_correlation(scores["removal"], scores["attribution"])[0, 0],
-               "infidelity attribution": stay_infidelity(model, sequence, static, scores["attribution"], baseline, settings.seed),
-               "infidelity removal": stay_infidelity(model, sequence, static, scores["removal"], None, settings.seed)}
+        row = {
+            **ids,
+            "attention agreement": rank_correlation(scores["attention"], np.abs(scores["attribution"]))[0, 0],
+            "removal agreement": rank_correlation(scores["removal"], scores["attribution"])[0, 0],
+            "infidelity attribution": stay_infidelity(
+                model, sequence, static, scores["attribution"], baseline, settings.seed
+            ),
+            "infidelity removal": stay_infidelity(model, sequence, static, scores["removal"], None, settings.seed),
+        }
         # Other random models for every stay: stays share their events' texts, and one model errs alike on all of them.
         untrained = [untrained_like(model, settings.seed + 1 + 1000 * stay + number) for number in range(N_RESETS)]
         for name, models in (("all layers", untrained), ("classifier", new_classifiers)):
@@ -642,48 +842,111 @@ def check_stays(run: Run, events: pd.DataFrame, stays: Sequence[int], settings: 
         row["reset by chance"] = np.abs(rank_correlation(dealt, scores["attribution"])).mean()
         if number < 10:
             row["sensitivity attribution"] = stay_sensitivity(
-                sequence, lambda x: event_totals(model, x, static, baseline, settings.ig_steps), spread, settings.seed)
+                sequence, lambda x: event_totals(model, x, static, baseline, settings.ig_steps), spread, settings.seed
+            )
             strongest = np.argsort(-np.abs(scores["attribution"]))[:50]
             row["sensitivity removal"] = stay_sensitivity(
-                sequence, lambda x: remove_each_event(model, x, static, strongest)[strongest], spread, settings.seed)
+                sequence, lambda x: remove_each_event(model, x, static, strongest)[strongest], spread, settings.seed
+            )
         rows.append(row)
     if not rows:
-        return [], pd.DataFrame(columns=["icu_stay_id", "patient_id", "way", "direction", "order", "fraction", "change"])
+        return [], pd.DataFrame(
+            columns=["icu_stay_id", "patient_id", "way", "direction", "order", "fraction", "change"]
+        )
     all_curves = pd.concat(curves, ignore_index=True)
     return gains_over_random(all_curves, settings) + measured_criteria(pd.DataFrame(rows), settings), all_curves
 
 
 MEASURED = {
-    "infidelity attribution": ("infidelity", "attribution", ("<=", 0.5), "Integrated Gradients predict what taking events away (mean replacement) does with {value:.2f} "
-                               "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have"),
-    "infidelity removal": ("infidelity", "removal", ("<=", 0.2), "removal scores predict what taking several events away (masking) does with {value:.2f} "
-                           "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have"),
-    "sensitivity attribution": ("sensitivity", "attribution", ("<=", 0.1), "noise of 2 % of each input's spread changes Integrated Gradients by {value:.1%} at most, mean of {n} stays"),
-    "sensitivity removal": ("sensitivity", "removal", ("<=", 0.1), "noise of 2 % of each input's spread changes removal scores by {value:.1%} at most, mean of {n} stays"),
-    "reset all layers": ("randomisation", "attribution", ("<=", 0.2), "with all layers reset to random weights, attributions keep a rank correlation of {value:.2f} "
-                         f"[{{low:.2f}}, {{high:.2f}}] with the model's own (absolute value, mean of {N_RESETS} resets for each of {{n}} stays)"),
-    "reset by chance": ("randomisation by chance", "attribution", None, "random values, one for each distinct text of a stay, have a rank correlation of {value:.2f} "
-                        "[{low:.2f}, {high:.2f}] with the model's own attributions (absolute value): less cannot be expected of a reset model"),
-    "reset classifier": ("randomisation of the classifier", "attribution", None, "with only the classifier reset, attributions keep a rank correlation of {value:.2f} "
-                         "[{low:.2f}, {high:.2f}] with the model's own (absolute value)"),
-    "attention agreement": ("agreement", "attention", None, "pooling attention agrees with |attribution| by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]: "
-                            "where the model looks is not the same as what moves its prediction"),
-    "removal agreement": ("agreement", "removal", None, "removal agrees with Integrated Gradients by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]"),
+    "infidelity attribution": (
+        "infidelity",
+        "attribution",
+        ("<=", 0.5),
+        "Integrated Gradients predict what taking events away (mean replacement) does with {value:.2f} "
+        "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have",
+    ),
+    "infidelity removal": (
+        "infidelity",
+        "removal",
+        ("<=", 0.2),
+        "removal scores predict what taking several events away (masking) does with {value:.2f} "
+        "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have",
+    ),
+    "sensitivity attribution": (
+        "sensitivity",
+        "attribution",
+        ("<=", 0.1),
+        "noise of 2 % of each input's spread changes Integrated Gradients by {value:.1%} at most, mean of {n} stays",
+    ),
+    "sensitivity removal": (
+        "sensitivity",
+        "removal",
+        ("<=", 0.1),
+        "noise of 2 % of each input's spread changes removal scores by {value:.1%} at most, mean of {n} stays",
+    ),
+    "reset all layers": (
+        "randomisation",
+        "attribution",
+        ("<=", 0.2),
+        "with all layers reset to random weights, attributions keep a rank correlation of {value:.2f} "
+        f"[{{low:.2f}}, {{high:.2f}}] with the model's own (absolute value, mean of {N_RESETS} resets for each of {{n}} stays)",
+    ),
+    "reset by chance": (
+        "randomisation by chance",
+        "attribution",
+        None,
+        "random values, one for each distinct text of a stay, have a rank correlation of {value:.2f} "
+        "[{low:.2f}, {high:.2f}] with the model's own attributions (absolute value): less cannot be expected of a reset model",
+    ),
+    "reset classifier": (
+        "randomisation of the classifier",
+        "attribution",
+        None,
+        "with only the classifier reset, attributions keep a rank correlation of {value:.2f} "
+        "[{low:.2f}, {high:.2f}] with the model's own (absolute value)",
+    ),
+    "attention agreement": (
+        "agreement",
+        "attention",
+        None,
+        "pooling attention agrees with |attribution| by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]: "
+        "where the model looks is not the same as what moves its prediction",
+    ),
+    "removal agreement": (
+        "agreement",
+        "removal",
+        None,
+        "removal agrees with Integrated Gradients by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]",
+    ),
 }
 
 
 def measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
     """One criterion per column of measurements of single stays."""
-    return [criterion(check, method, bootstrap(rows[column].to_numpy(float), rows["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed),
-                      threshold, sentence) for column, (check, method, threshold, sentence) in MEASURED.items() if column in rows]
+    return [
+        criterion(
+            check,
+            method,
+            bootstrap(rows[column].to_numpy(float), rows["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed),
+            threshold,
+            sentence,
+        )
+        for column, (check, method, threshold, sentence) in MEASURED.items()
+        if column in rows
+    ]
 
 
 def completeness_criterion(stays: pd.DataFrame, settings: ExplainSettings) -> dict[str, Any]:
     first = stays["complete"] & (stays["n_steps"] == settings.ig_steps)
     found = {"value": float(stays["complete"].mean()), "low": math.nan, "high": math.nan, "n": len(stays)}
-    return criterion("completeness", "attribution", found, (">=", 0.99),
-                     "attributions sum to the difference of the logits (within 0.02 + 1 %) for {value:.1%} of {n} stays; "
-                     f"{first.mean():.1%} needed no more than {settings.ig_steps} steps, the rest {4 * settings.ig_steps}; what remains is flagged")
+    return criterion(
+        "completeness",
+        "attribution",
+        found,
+        (">=", 0.99),
+        "attributions sum to the difference of the logits (within 0.02 + 1 %) for {value:.1%} of {n} stays; "
+        f"{first.mean():.1%} needed no more than {settings.ig_steps} steps, the rest {4 * settings.ig_steps}; what remains is flagged",
+    )
 
 
 class LinearStay(nn.Module):
@@ -708,16 +971,27 @@ def check_linear_model(seed: int = 0) -> dict[str, Any]:
     with torch.no_grad():
         exact = model.w * (x - baseline["event"]), model.v * (s - baseline["static"])
         error = max(float((mine - true).abs().max()) for mine, true in zip(found, exact))
-    return criterion("linear model", "attribution", {"value": error, "low": math.nan, "high": math.nan, "n": 1}, ("<=", 1e-4),
-                     "on a linear model Integrated Gradients differ from the exact answer by {value:.1e} at most")
+    return criterion(
+        "linear model",
+        "attribution",
+        {"value": error, "low": math.nan, "high": math.nan, "n": 1},
+        ("<=", 1e-4),
+        "on a linear model Integrated Gradients differ from the exact answer by {value:.1e} at most",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Name: clinical words for inputs, events and windows
 # ---------------------------------------------------------------------------------------------------------------------
 
-STATIC_WORDS = {"patient_gender": "gender", "patient_age": "age (years)", "patient_race": "race", "icu_length_of_stay_in_days": "length of ICU stay (days)",
-                "first_icu_careunit": "first care unit", "last_icu_careunit": "last care unit"}
+STATIC_WORDS = {
+    "patient_gender": "gender",
+    "patient_age": "age (years)",
+    "patient_race": "race",
+    "icu_length_of_stay_in_days": "length of ICU stay (days)",
+    "first_icu_careunit": "first care unit",
+    "last_icu_careunit": "last care unit",
+}
 
 
 def static_word(column: str) -> str:
@@ -737,12 +1011,21 @@ def is_abnormal(text: str) -> bool:
 
 def clock_window(hours_to_end: np.ndarray) -> np.ndarray:
     """Names of the windows before the end (`last 6 h`, `6 to 12 h`, ..., `more than 96 h`) of (n,) hours."""
-    return window_names()[np.clip(np.searchsorted(CLOCK_WINDOWS_HOURS, hours_to_end, "right") - 1, 0, len(CLOCK_WINDOWS_HOURS) - 2)]
+    return window_names()[
+        np.clip(np.searchsorted(CLOCK_WINDOWS_HOURS, hours_to_end, "right") - 1, 0, len(CLOCK_WINDOWS_HOURS) - 2)
+    ]
 
 
 def window_names() -> np.ndarray:
     edges = CLOCK_WINDOWS_HOURS
-    return np.array([f"last {edges[1]} h", *(f"{a} to {b} h" for a, b in zip(edges[1:-2], edges[2:-1])), f"more than {edges[-2]} h"], dtype=object)
+    return np.array(
+        [
+            f"last {edges[1]} h",
+            *(f"{a} to {b} h" for a, b in zip(edges[1:-2], edges[2:-1])),
+            f"more than {edges[-2]} h",
+        ],
+        dtype=object,
+    )
 
 
 def map_features_to_clinical(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 774) -> pd.DataFrame:
@@ -755,22 +1038,32 @@ def map_features_to_clinical(preprocessor: train.ClinicalDataPreprocessor, input
     names = [("type", f"event type: {name}") for name in EVENT_TYPES]
     names += [("text", f"event text, number {i + 1} of {n_text} (no meaning alone)") for i in range(n_text)]
     names += [("time", "time to the final event")]
-    names += [("value", "value among its item's training values"), ("value", "has a value")] if preprocessor.value_channel else []
+    names += (
+        [("value", "value among its item's training values"), ("value", "has a value")]
+        if preprocessor.value_channel
+        else []
+    )
     rows = [("event", column, part, name) for column, (part, name) in enumerate(names)]
-    rows += [("static", column, name, f"{static_word(name)}: {category}" if category is not None else static_word(name))
-             for column, (name, category) in enumerate(preprocessor.static_names)]
+    rows += [
+        ("static", column, name, f"{static_word(name)}: {category}" if category is not None else static_word(name))
+        for column, (name, category) in enumerate(preprocessor.static_names)
+    ]
     return pd.DataFrame(rows, columns=["input", "column", "part", "name"])
 
 
 class Stay(NamedTuple):
     """One stay of the tables, for the small analyses below; `stay_of(tables, icu_stay_id)` makes it."""
-    events: pd.DataFrame       # hours_to_end, event_type, event_text and, once attributed, attribution
+
+    events: pd.DataFrame  # hours_to_end, event_type, event_text and, once attributed, attribution
     statics: pd.DataFrame | None = None
 
 
 def stay_of(tables: dict[str, pd.DataFrame], icu_stay_id: int) -> Stay:
     """One stay out of what `run_explainability_analysis` returned."""
-    events, statics = (tables[name][tables[name]["icu_stay_id"] == icu_stay_id].reset_index(drop=True) for name in ("events", "statics"))
+    events, statics = (
+        tables[name][tables[name]["icu_stay_id"] == icu_stay_id].reset_index(drop=True)
+        for name in ("events", "statics")
+    )
     if not len(events):
         raise InputError(f"icu_stay_id {icu_stay_id} is not among the stays analysed.")
     return Stay(events, statics)
@@ -788,21 +1081,38 @@ def described(stay: Stay | None, position: int) -> dict[str, Any]:
     if stay is None:
         return {}
     event = stay.events.iloc[position]
-    return {"hours_to_end": float(event["hours_to_end"]), "event_type": event["event_type"], "event_text": event["event_text"]}
+    return {
+        "hours_to_end": float(event["hours_to_end"]),
+        "event_type": event["event_type"],
+        "event_text": event["event_text"],
+    }
 
 
-def analyze_critical_time_periods(attention_weights: dict[str, Any], threshold: float = 0.1, stay: Stay | None = None) -> list[dict[str, Any]]:
+def analyze_critical_time_periods(
+    attention_weights: dict[str, Any], threshold: float = 0.1, stay: Stay | None = None
+) -> list[dict[str, Any]]:
     """Events that a pooling head gives more than `threshold` of its weight: dicts of stay, head (1-based), position, weight.
 
     With a stay (then the pass is over this one stay) also hours_to_end, event_type and event_text. Largest weights first.
     """
-    weights = attention_weights["pooling_weights"].detach().cpu().numpy()[:, :, 0]              # (B, Hp, L)
-    rows = [{"stay": number, "head": int(head) + 1, "position": int(position), "weight": float(weights[number, head, position]), **described(stay, position)}
-            for number in range(len(weights)) for head, position in np.argwhere(weights[number] > threshold)]
+    weights = attention_weights["pooling_weights"].detach().cpu().numpy()[:, :, 0]  # (B, Hp, L)
+    rows = [
+        {
+            "stay": number,
+            "head": int(head) + 1,
+            "position": int(position),
+            "weight": float(weights[number, head, position]),
+            **described(stay, position),
+        }
+        for number in range(len(weights))
+        for head, position in np.argwhere(weights[number] > threshold)
+    ]
     return sorted(rows, key=lambda row: -row["weight"])
 
 
-def analyze_feature_importance_over_time(attention_weights: dict[str, Any], stay: Stay | None = None, n_windows: int = 10, top: int = 3) -> pd.DataFrame:
+def analyze_feature_importance_over_time(
+    attention_weights: dict[str, Any], stay: Stay | None = None, n_windows: int = 10, top: int = 3
+) -> pd.DataFrame:
     """The events with the largest pooling weight of each head in each part of each stay.
 
     Parts are tenths of the stay's events or, with a stay, clock windows before the end. Columns stay, window, head, rank,
@@ -810,13 +1120,26 @@ def analyze_feature_importance_over_time(attention_weights: dict[str, Any], stay
     """
     weights, rows = attention_weights["pooling_weights"].detach().cpu().numpy()[:, :, 0], []
     for number, events in enumerate(real_events(attention_weights)):
-        parts = np.arange(len(events)) * n_windows // max(1, len(events)) + 1 if stay is None else clock_window(stay.events["hours_to_end"].to_numpy())
+        parts = (
+            np.arange(len(events)) * n_windows // max(1, len(events)) + 1
+            if stay is None
+            else clock_window(stay.events["hours_to_end"].to_numpy())
+        )
         for part in pd.unique(parts):
             inside = events[parts == part]
             for head, values in enumerate(weights[number][:, inside], start=1):
                 for rank, place in enumerate(np.argsort(-values, kind="stable")[:top], start=1):
-                    rows.append({"stay": number, "window": part, "head": head, "rank": rank, "position": int(inside[place]),
-                                 "weight": float(values[place]), **described(stay, inside[place])})
+                    rows.append(
+                        {
+                            "stay": number,
+                            "window": part,
+                            "head": head,
+                            "rank": rank,
+                            "position": int(inside[place]),
+                            "weight": float(values[place]),
+                            **described(stay, inside[place]),
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
@@ -827,23 +1150,38 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     for number, events in enumerate(real_events(attention_weights)):
         close = np.abs(events[:, None] - events[None]) <= near
         for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
-            matrix = weights[number].detach().cpu().numpy()[:, events][:, :, events]           # (H, L, L)
-            rows.append({"stay": number, "layer": layer, "matrix": matrix, "local_attention": matrix[:, close].mean(1),
-                         "global_attention": matrix[:, ~close].mean(1) if (~close).any() else np.full(len(matrix), math.nan),
-                         "local_share": matrix[:, close].sum(1) / max(1, len(events)), "local_share_by_chance": float(close.mean())})
+            matrix = weights[number].detach().cpu().numpy()[:, events][:, :, events]  # (H, L, L)
+            rows.append(
+                {
+                    "stay": number,
+                    "layer": layer,
+                    "matrix": matrix,
+                    "local_attention": matrix[:, close].mean(1),
+                    "global_attention": matrix[:, ~close].mean(1) if (~close).any() else np.full(len(matrix), math.nan),
+                    "local_share": matrix[:, close].sum(1) / max(1, len(events)),
+                    "local_share_by_chance": float(close.mean()),
+                }
+            )
     return rows
 
 
 def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], stay: Stay) -> pd.DataFrame:
     """Per clock window of one stay: n_events, share of each head's pooling weight and, where the stay is attributed, the
     signed sum of its attributions and the window's share of their absolute values."""
-    weights = attention_weights["pooling_weights"].detach().cpu().numpy()[0, :, 0, real_events(attention_weights)[0]]      # (L, Hp)
+    weights = (
+        attention_weights["pooling_weights"].detach().cpu().numpy()[0, :, 0, real_events(attention_weights)[0]]
+    )  # (L, Hp)
     table = pd.DataFrame(weights, columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)])
-    table.insert(0, "window", pd.Categorical(clock_window(stay.events["hours_to_end"].to_numpy()), window_names(), ordered=True))
+    table.insert(
+        0, "window", pd.Categorical(clock_window(stay.events["hours_to_end"].to_numpy()), window_names(), ordered=True)
+    )
     table.insert(1, "n_events", 1)
     if "attribution" in stay.events:
         absolute = stay.events["attribution"].abs()
-        table = table.assign(attribution=stay.events["attribution"].to_numpy(), share_of_attribution=(absolute / absolute.sum()).to_numpy())
+        table = table.assign(
+            attribution=stay.events["attribution"].to_numpy(),
+            share_of_attribution=(absolute / absolute.sum()).to_numpy(),
+        )
     return table.groupby("window", observed=True).sum().reset_index()
 
 
@@ -853,9 +1191,13 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], stay: 
     Static features pass by the attention, so no weight can speak of them; the stay must have been attributed (ValueError).
     """
     if stay.statics is None or "attribution" not in stay.events:
-        raise ValueError("attention never reaches the static features: give a stay with its attributions, stay_of(tables, icu_stay_id).")
+        raise ValueError(
+            "attention never reaches the static features: give a stay with its attributions, stay_of(tables, icu_stay_id)."
+        )
     total = stay.statics["attribution"].abs().sum() + stay.events["attribution"].abs().sum()
-    table = stay.statics[["feature", "value", "attribution"]].assign(share_of_attribution=stay.statics["attribution"].abs() / total)
+    table = stay.statics[["feature", "value", "attribution"]].assign(
+        share_of_attribution=stay.statics["attribution"].abs() / total
+    )
     return table.sort_values("share_of_attribution", ascending=False, ignore_index=True)
 
 
@@ -863,21 +1205,33 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], stay: 
 # Tables: the same for the pictures, the report and the files
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def describe_events(run: Run, stay: int) -> pd.DataFrame:
     """A stay's events, one row each, in the order of the model's input."""
     table, rows = run.table, slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     person = table.stays.loc[stay]
     texts = table.texts[table.text[rows]]
     minutes = table.minutes_since_intime[rows].astype(float)
-    return pd.DataFrame({
-        "icu_stay_id": person["icu_stay_id"], "patient_id": person["patient_id"], "label": person[LABEL], "event": np.arange(len(texts)),
-        "event_time": person["icu_intime"] + pd.to_timedelta(np.round(minutes * 60), unit="s"), "hours_since_admission": minutes / 60,
-        "hours_to_end": table.minutes_to_end[rows] / 60, "event_type": np.array([*EVENT_TYPES, "unknown"], dtype=object)[table.event_type[rows]],
-        "event_text": texts, "item": [item_of(text) for text in texts], "is_abnormal": [is_abnormal(text) for text in texts]})
+    return pd.DataFrame(
+        {
+            "icu_stay_id": person["icu_stay_id"],
+            "patient_id": person["patient_id"],
+            "label": person[LABEL],
+            "event": np.arange(len(texts)),
+            "event_time": person["icu_intime"] + pd.to_timedelta(np.round(minutes * 60), unit="s"),
+            "hours_since_admission": minutes / 60,
+            "hours_to_end": table.minutes_to_end[rows] / 60,
+            "event_type": np.array([*EVENT_TYPES, "unknown"], dtype=object)[table.event_type[rows]],
+            "event_text": texts,
+            "item": [item_of(text) for text in texts],
+            "is_abnormal": [is_abnormal(text) for text in texts],
+        }
+    )
 
 
 class Explained(NamedTuple):
     """All that was computed of one stay."""
+
     stay: dict[str, Any]
     events: pd.DataFrame
     statics: pd.DataFrame
@@ -896,37 +1250,90 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
     from_zero = event_totals(model, sequence, static, None, settings.ig_steps)
     attention = attend(model, sequence, static)
     names = run.checkpoint.preprocessor.static_names
-    strongest = np.argsort(-np.abs(found.events[0].sum(1).cpu().numpy()))[:settings.max_removals or None]
-    ablation = ablation_analysis(model, sequence, static, baseline, {"event type": events["event_type"], "clock window": clock_window(events["hours_to_end"].to_numpy())},
-                                 [column for column, _ in names], shapley_samples=25 if shown else 0, seed=settings.seed, which=np.sort(strongest))
-    events = add_scores(events, found, from_zero, ablation.removal, attention, run.checkpoint.preprocessor.value_channel)
+    strongest = np.argsort(-np.abs(found.events[0].sum(1).cpu().numpy()))[: settings.max_removals or None]
+    ablation = ablation_analysis(
+        model,
+        sequence,
+        static,
+        baseline,
+        {"event type": events["event_type"], "clock window": clock_window(events["hours_to_end"].to_numpy())},
+        [column for column, _ in names],
+        shapley_samples=25 if shown else 0,
+        seed=settings.seed,
+        which=np.sort(strongest),
+    )
+    events = add_scores(
+        events, found, from_zero, ablation.removal, attention, run.checkpoint.preprocessor.value_channel
+    )
     statics = static_table(run, stay, found, ablation.groups, names).assign(**ids)
     groups = group_table(events, statics, ablation.groups).assign(**ids)
-    by_layer = [pd.DataFrame(row | {"event": np.arange(len(events))}) for row in layer_analysis(model, sequence, static, baseline, settings.ig_steps)] \
-        if layers else [pd.DataFrame(columns=["layer", "attribution", "gap_error", "complete", "event"])]
-    row = {**ids, "label": events["label"].iloc[0], "probability": float(run.checkpoint.probabilities(found.logits)[0]), "logit": found.logits[0],
-           "baseline_logit": found.baseline_logits[0], "gap_error": found.gap_errors[0], "n_steps": found.n_steps[0],
-           "complete": bool(found.complete[0]), "n_events": len(events), "why_shown": shown}
+    by_layer = (
+        [
+            pd.DataFrame(row | {"event": np.arange(len(events))})
+            for row in layer_analysis(model, sequence, static, baseline, settings.ig_steps)
+        ]
+        if layers
+        else [pd.DataFrame(columns=["layer", "attribution", "gap_error", "complete", "event"])]
+    )
+    row = {
+        **ids,
+        "label": events["label"].iloc[0],
+        "probability": float(run.checkpoint.probabilities(found.logits)[0]),
+        "logit": found.logits[0],
+        "baseline_logit": found.baseline_logits[0],
+        "gap_error": found.gap_errors[0],
+        "n_steps": found.n_steps[0],
+        "complete": bool(found.complete[0]),
+        "n_events": len(events),
+        "why_shown": shown,
+    }
     return Explained(row, events, statics, groups, pd.concat(by_layer, ignore_index=True).assign(**ids), attention)
 
 
-def add_scores(events: pd.DataFrame, found: Attribution, from_zero: np.ndarray, removal: np.ndarray, attention: Attention, value_channel: bool) -> pd.DataFrame:
+def add_scores(
+    events: pd.DataFrame,
+    found: Attribution,
+    from_zero: np.ndarray,
+    removal: np.ndarray,
+    attention: Attention,
+    value_channel: bool,
+) -> pd.DataFrame:
     """The table of a stay's events with every score of every event."""
-    values = found.events[0].double().cpu().numpy()                                        # (L, C)
-    parts = {f"attribution_{name}": values[:, columns].sum(1) for name, columns in event_parts(values.shape[1], value_channel).items()}
+    values = found.events[0].double().cpu().numpy()  # (L, C)
+    parts = {
+        f"attribution_{name}": values[:, columns].sum(1)
+        for name, columns in event_parts(values.shape[1], value_channel).items()
+    }
     total = sum(parts.values())
     heads = {f"attention_head_{head}": weights for head, weights in enumerate(attention.pooling, start=1)}
-    return events.assign(attribution=total, **parts, attribution_zero_baseline=from_zero, removal=removal, attention=attention.pooling.mean(0),
-                         **heads, rollout=attention.rollout, shared_evidence=shares_evidence(total, removal), complete=bool(found.complete[0]))
+    return events.assign(
+        attribution=total,
+        **parts,
+        attribution_zero_baseline=from_zero,
+        removal=removal,
+        attention=attention.pooling.mean(0),
+        **heads,
+        rollout=attention.rollout,
+        shared_evidence=shares_evidence(total, removal),
+        complete=bool(found.complete[0]),
+    )
 
 
-def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame, names: list[tuple[str, str | None]]) -> pd.DataFrame:
+def static_table(
+    run: Run, stay: int, found: Attribution, groups: pd.DataFrame, names: list[tuple[str, str | None]]
+) -> pd.DataFrame:
     """feature, value, attribution, ablation: one row per static column."""
     sums = sum_over_columns(found.statics[0].double().cpu().numpy(), names)
     ablation = groups[groups["kind"] == "static"].set_index("group")["ablation"]
     values = run.table.take(np.array([stay])).static_columns.loc[0, list(sums)]
-    return pd.DataFrame({"feature": list(map(static_word, sums)), "value": ["Unknown" if pd.isna(value) else str(value) for value in values],
-                         "attribution": list(sums.values()), "ablation": ablation[list(sums)].to_numpy()})
+    return pd.DataFrame(
+        {
+            "feature": list(map(static_word, sums)),
+            "value": ["Unknown" if pd.isna(value) else str(value) for value in values],
+            "attribution": list(sums.values()),
+            "ablation": ablation[list(sums)].to_numpy(),
+        }
+    )
 
 
 def group_table(events: pd.DataFrame, statics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
@@ -935,16 +1342,24 @@ def group_table(events: pd.DataFrame, statics: pd.DataFrame, groups: pd.DataFram
     windows = events["attribution"].groupby(clock_window(events["hours_to_end"].to_numpy())).sum()
     sums |= {("clock window", name): value for name, value in windows.items()}
     sums |= {("static", name): value for name, value in zip(statics["feature"], statics["attribution"])}
-    groups = groups.assign(group=[static_word(name) if kind == "static" else name for kind, name in zip(groups["kind"], groups["group"])])
+    groups = groups.assign(
+        group=[static_word(name) if kind == "static" else name for kind, name in zip(groups["kind"], groups["group"])]
+    )
     attribution = np.array([sums[key] for key in zip(groups["kind"], groups["group"])])
-    return groups.assign(attribution=attribution, shared_evidence=shares_evidence(attribution, groups["ablation"].to_numpy()))
+    return groups.assign(
+        attribution=attribution, shared_evidence=shares_evidence(attribution, groups["ablation"].to_numpy())
+    )
 
 
 def head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
     """What a head's weights are compared with, (L,) each."""
     types = {f"event type: {name}": (events["event_type"] == name).to_numpy(float) for name in EVENT_TYPES}
-    return {"recency": -events["hours_to_end"].to_numpy(float), "abnormal flag": events["is_abnormal"].to_numpy(float),
-            "|attribution|": np.abs(events["attribution"].to_numpy(float)), **types}
+    return {
+        "recency": -events["hours_to_end"].to_numpy(float),
+        "abnormal flag": events["is_abnormal"].to_numpy(float),
+        "|attribution|": np.abs(events["attribution"].to_numpy(float)),
+        **types,
+    }
 
 
 def head_correlations(attention: Attention, properties: dict[str, np.ndarray]) -> np.ndarray:
@@ -954,7 +1369,9 @@ def head_correlations(attention: Attention, properties: dict[str, np.ndarray]) -
     return rank_correlation(weights[:, seen], np.stack(list(properties.values()))[:, seen])
 
 
-def untrained_correlations(run: Run, stays: Sequence[int], events: dict[int, pd.DataFrame], settings: ExplainSettings) -> np.ndarray:
+def untrained_correlations(
+    run: Run, stays: Sequence[int], events: dict[int, pd.DataFrame], settings: ExplainSettings
+) -> np.ndarray:
     """(models, heads, properties): mean correlations of untrained models on the same stays, with their own attributions."""
     means, baseline = [], run.checkpoint.baseline
     for number in tqdm(range(settings.untrained_models), desc="untrained models", leave=False, delay=2):
@@ -978,52 +1395,82 @@ def head_table(run: Run, explained: dict[int, Explained], settings: ExplainSetti
     """What each head's weights go with, measured, against untrained models: nobody names a head here."""
     usable = {stay: found for stay, found in explained.items() if len(found.events) >= 10}
     if not usable:
-        return pd.DataFrame(columns=["layer", "head", "property", "correlation", "low", "high", "null_99", "has_role", "n_stays"])
+        return pd.DataFrame(
+            columns=["layer", "head", "property", "correlation", "low", "high", "null_99", "has_role", "n_stays"]
+        )
     properties = list(head_properties(next(iter(usable.values())).events))
-    measured = np.stack([head_correlations(found.attention, head_properties(found.events)) for found in usable.values()])    # (stays, heads, properties)
+    measured = np.stack(
+        [head_correlations(found.attention, head_properties(found.events)) for found in usable.values()]
+    )  # (stays, heads, properties)
     patients = np.array([found.stay["patient_id"] for found in usable.values()])
     some = list(usable)[:30]
     null = np.abs(untrained_correlations(run, some, {stay: usable[stay].events for stay in some}, settings))
     n_layers, n_heads = next(iter(usable.values())).attention.received.shape[:2]
     is_pooling, rows = np.arange(measured.shape[1]) >= n_layers * n_heads, []
     for head in range(measured.shape[1]):
-        limits = [np.nanquantile(kind, 0.99) if not np.isnan(kind).all() else math.nan
-                  for kind in np.moveaxis(null[:, is_pooling == is_pooling[head]], 2, 0)]
-        where = ("pooling", head - n_layers * n_heads + 1) if is_pooling[head] else (f"layer {head // n_heads + 1}", head % n_heads + 1)
+        limits = [
+            np.nanquantile(kind, 0.99) if not np.isnan(kind).all() else math.nan
+            for kind in np.moveaxis(null[:, is_pooling == is_pooling[head]], 2, 0)
+        ]
+        where = (
+            ("pooling", head - n_layers * n_heads + 1)
+            if is_pooling[head]
+            else (f"layer {head // n_heads + 1}", head % n_heads + 1)
+        )
         for name, values, limit in zip(properties, measured[:, head].T, limits):
             found = bootstrap(values, patients, settings.n_bootstrap, settings.seed)
             beyond = found["low"] > limit or found["high"] < -limit
             rows.append((*where, name, found["value"], found["low"], found["high"], limit, bool(beyond), found["n"]))
-    return pd.DataFrame(rows, columns=["layer", "head", "property", "correlation", "low", "high", "null_99", "has_role", "n_stays"])
+    return pd.DataFrame(
+        rows, columns=["layer", "head", "property", "correlation", "low", "high", "null_99", "has_role", "n_stays"]
+    )
 
 
 def query_similarity_table(explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
     """How near the query vector is to the keys of each event type, against the mean of the stay; per pooling head."""
     parts = []
     for found in explained.values():
-        scores = found.attention.scores - found.attention.scores.mean(1, keepdims=True)           # (Hp, L)
+        scores = found.attention.scores - found.attention.scores.mean(1, keepdims=True)  # (Hp, L)
         for head, values in enumerate(scores, start=1):
             parts.append(found.events[["patient_id", "event_type"]].assign(head=head, similarity=values))
     rows = []
     for (head, name), part in pd.concat(parts).groupby(["head", "event_type"]):
-        result = bootstrap(part["similarity"].to_numpy(), part["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed)
+        result = bootstrap(
+            part["similarity"].to_numpy(), part["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed
+        )
         rows.append((head, name, result["value"], result["low"], result["high"], result["n"]))
     return pd.DataFrame(rows, columns=["head", "event_type", "similarity", "low", "high", "n_events"])
 
 
 def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFrame:
     """Share of each clock window in a stay's |attribution|, mean over stays with interval, and the sentence that says so."""
-    part = events.assign(window=pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), window_names(), ordered=True),
-                         absolute=events["attribution"].abs(), one=1.0)
-    sums = part.pivot_table(index=["icu_stay_id", "patient_id"], columns="window", values=["absolute", "one"], aggfunc="sum", observed=True).fillna(0)
+    part = events.assign(
+        window=pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), window_names(), ordered=True),
+        absolute=events["attribution"].abs(),
+        one=1.0,
+    )
+    sums = part.pivot_table(
+        index=["icu_stay_id", "patient_id"], columns="window", values=["absolute", "one"], aggfunc="sum", observed=True
+    ).fillna(0)
     rows = []
     for window in sums["absolute"].columns:
         share, of_events = (sums[name][window] / sums[name].sum(axis=1) for name in ("absolute", "one"))
-        found = bootstrap(share.to_numpy(), share.index.get_level_values("patient_id"), settings.n_bootstrap, settings.seed)
+        found = bootstrap(
+            share.to_numpy(), share.index.get_level_values("patient_id"), settings.n_bootstrap, settings.seed
+        )
         interval = "" if math.isnan(found["low"]) else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
         where = f"in the {window}" if window.startswith("last") else f"{window} before the end"
-        rows.append((window, found["value"], found["low"], found["high"], float(of_events.mean()), int((sums["one"][window] > 0).sum()),
-                     f"Events {where} carry {100 * found['value']:.0f} %{interval} of the attribution; they are {100 * of_events.mean():.0f} % of the events."))
+        rows.append(
+            (
+                window,
+                found["value"],
+                found["low"],
+                found["high"],
+                float(of_events.mean()),
+                int((sums["one"][window] > 0).sum()),
+                f"Events {where} carry {100 * found['value']:.0f} %{interval} of the attribution; they are {100 * of_events.mean():.0f} % of the events.",
+            )
+        )
     return pd.DataFrame(rows, columns=["window", "share", "low", "high", "share_of_events", "n_stays", "sentence"])
 
 
@@ -1033,38 +1480,73 @@ def trajectory(run: Run, stay: int, most: int = 60) -> pd.DataFrame:
     n_events = sequence.shape[1]
     seen = np.unique(np.linspace(1, n_events, min(most, n_events)).astype(int))
     logits = masked_logits(run.checkpoint.model, sequence, static, np.arange(n_events) < seen[:, None])
-    minutes = run.table.minutes_since_intime[run.table.offsets[stay]:run.table.offsets[stay + 1]]
-    return pd.DataFrame({"icu_stay_id": run.table.stays["icu_stay_id"][stay], "hours_since_admission": minutes[seen - 1] / 60,
-                         "n_events": seen, "probability": run.checkpoint.probabilities(logits)})
+    minutes = run.table.minutes_since_intime[run.table.offsets[stay] : run.table.offsets[stay + 1]]
+    return pd.DataFrame(
+        {
+            "icu_stay_id": run.table.stays["icu_stay_id"][stay],
+            "hours_since_admission": minutes[seen - 1] / 60,
+            "n_events": seen,
+            "probability": run.checkpoint.probabilities(logits),
+        }
+    )
 
 
 def attention_of(found: Explained) -> dict[str, Any]:
     """What the attention pictures of one stay need."""
-    return {"icu_stay_id": found.stay["icu_stay_id"], "layer_maps": found.attention.maps, "pooling": found.attention.pooling,
-            "hours": found.events["hours_to_end"].to_numpy(), "texts": found.events["event_text"].tolist()}
+    return {
+        "icu_stay_id": found.stay["icu_stay_id"],
+        "layer_maps": found.attention.maps,
+        "pooling": found.attention.pooling,
+        "hours": found.events["hours_to_end"].to_numpy(),
+        "texts": found.events["event_text"].tolist(),
+    }
 
 
 def explain(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     """All tables of a run, as the report and the pictures take them; writes nothing."""
     chosen, why = choose_stays(run, settings.stays, settings.max_stays, settings.seed)
-    logger.info(f"Explaining  {len(chosen)} of {len(run.table.stays)} stays that the model has not seen, {len(why)} of them in full")
-    with_layers = {*why, *np.random.default_rng(settings.seed).permutation([s for s in chosen if s not in why])[:max(0, settings.layer_stays - len(why))]}
-    explained = {stay: explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
-                 for stay in tqdm(chosen, desc="explain", leave=False, delay=2)}
-    tables: dict[str, Any] = {name: pd.concat([getattr(found, name) for found in explained.values() if len(getattr(found, name))], ignore_index=True)
-                              for name in ("events", "statics", "groups")}
-    tables["layers"] = pd.concat([explained[stay].layers for stay in chosen if stay in with_layers] or [explained[chosen[0]].layers], ignore_index=True)
+    logger.info(
+        f"Explaining  {len(chosen)} of {len(run.table.stays)} stays that the model has not seen, {len(why)} of them in full"
+    )
+    with_layers = {
+        *why,
+        *np.random.default_rng(settings.seed).permutation([s for s in chosen if s not in why])[
+            : max(0, settings.layer_stays - len(why))
+        ],
+    }
+    explained = {
+        stay: explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
+        for stay in tqdm(chosen, desc="explain", leave=False, delay=2)
+    }
+    tables: dict[str, Any] = {
+        name: pd.concat(
+            [getattr(found, name) for found in explained.values() if len(getattr(found, name))], ignore_index=True
+        )
+        for name in ("events", "statics", "groups")
+    }
+    tables["layers"] = pd.concat(
+        [explained[stay].layers for stay in chosen if stay in with_layers] or [explained[chosen[0]].layers],
+        ignore_index=True,
+    )
     stays = pd.DataFrame([found.stay for found in explained.values()])
     risks = run.checkpoint.probabilities(run.logits)
-    tables["stays"] = stays.assign(risk_percentile=[100 * float((risks <= risk + 1e-9).mean()) for risk in stays["probability"]])
+    tables["stays"] = stays.assign(
+        risk_percentile=[100 * float((risks <= risk + 1e-9).mean()) for risk in stays["probability"]]
+    )
     tables["heads"] = head_table(run, explained, settings)
     tables["query_similarity"] = query_similarity_table(explained, settings)
     tables["windows"] = window_table(tables["events"], settings)
-    tables["trajectory"] = pd.concat([trajectory(run, stay) for stay in why], ignore_index=True) if why else pd.DataFrame()
-    checked = np.random.default_rng(settings.seed).permutation(chosen)[:settings.checked_stays]
+    tables["trajectory"] = (
+        pd.concat([trajectory(run, stay) for stay in why], ignore_index=True) if why else pd.DataFrame()
+    )
+    checked = np.random.default_rng(settings.seed).permutation(chosen)[: settings.checked_stays]
     criteria, tables["curves"] = check_stays(run, tables["events"], sorted(checked.tolist()), settings)
-    tables["faithfulness"] = pd.DataFrame([completeness_criterion(tables["stays"], settings), *criteria, check_linear_model(settings.seed)])
-    tables["attentions"] = {explained[stay].stay["icu_stay_id"]: attention_of(explained[stay]) for stay in why or chosen[:1]}
+    tables["faithfulness"] = pd.DataFrame(
+        [completeness_criterion(tables["stays"], settings), *criteria, check_linear_model(settings.seed)]
+    )
+    tables["attentions"] = {
+        explained[stay].stay["icu_stay_id"]: attention_of(explained[stay]) for stay in why or chosen[:1]
+    }
     highest = stays["icu_stay_id"][stays["probability"].idxmax()]
     tables["attention"] = tables["attentions"].get(highest, next(iter(tables["attentions"].values())))
     return tables
@@ -1088,7 +1570,7 @@ LESS_SAID = ("Reference", "Flag", "Priority", "Comment", "Status", "Form", "Stre
 def cut(text, width):
     """The text on one line of at most `width` characters."""
     text = " ".join(str(text).split())
-    return text if len(text) <= width else text[:width - 1].rstrip(" ·,(") + "…"
+    return text if len(text) <= width else text[: width - 1].rstrip(" ·,(") + "…"
 
 
 def percent(probability):
@@ -1104,7 +1586,8 @@ def short_text(text, width=46):
     """An event's text for one line: what, value, level; `Lactate · 5.2 mmol/L · far above range`."""
     first, *parts = str(text).split(" | ")
     kept = [part for part in parts if part.split(":")[0] not in LESS_SAID] or [
-        part for part in parts if part.startswith(("Test", "Comment"))][:1]
+        part for part in parts if part.startswith(("Test", "Comment"))
+    ][:1]
     said = [re.sub(r"^Lab: | \((Blood, |\d-)[^)]*\)", "", first)] + [re.sub(r"^[A-Z]\w+: ", "", part) for part in kept]
     return cut(" · ".join(said), width)
 
@@ -1116,7 +1599,10 @@ def for_plot(text, width=46, shorten=short_text):
 
 def means_by(table, group, value):
     """`bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
-    found = {name: bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy()) for name, part in table.groupby(group, observed=True)}
+    found = {
+        name: bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy())
+        for name, part in table.groupby(group, observed=True)
+    }
     columns = ["value", "low", "high", "n", "n_patients"]
     return pd.DataFrame(list(found.values()), index=list(found), columns=columns).rename(columns={"value": "mean"})
 
@@ -1158,8 +1644,13 @@ def stems(subfigure, rows, hours, texts, n_named=3):
     for (name, values, is_signed), (axes, words) in zip(rows, grid):
         top = np.argsort(-np.abs(values), kind="stable")[:n_named]
         axes.vlines(hours, 0, values, color="#b5b5b5", linewidth=0.9)
-        axes.vlines(hours[top], 0, values[top], linewidth=1.4,
-                    color=np.where(values[top] >= 0, VERMILLION, BLUE) if is_signed else "black")
+        axes.vlines(
+            hours[top],
+            0,
+            values[top],
+            linewidth=1.4,
+            color=np.where(values[top] >= 0, VERMILLION, BLUE) if is_signed else "black",
+        )
         axes.axhline(0, color="black", linewidth=0.5)
         axes.margins(x=0.01)
         tidy(axes, TO_END if axes is grid[-1][0] else "", "")
@@ -1168,18 +1659,27 @@ def stems(subfigure, rows, hours, texts, n_named=3):
         words.axis("off")
         words.set_ylim(0, 1)
         for line, event in enumerate(top):
-            words.text(0, 1 - (line + 0.5) / n_named, f"{values[event]:{'+' if is_signed else ''}.2g} at "
-                       f"{hours[event]:.1f} h: {for_plot(texts[event], 42)}", fontsize=6.5, va="center")
+            words.text(
+                0,
+                1 - (line + 0.5) / n_named,
+                f"{values[event]:{'+' if is_signed else ''}.2g} at {hours[event]:.1f} h: {for_plot(texts[event], 42)}",
+                fontsize=6.5,
+                va="center",
+            )
     grid[-1][0].invert_xaxis()
 
 
 def draw_layer_attention_weights(attention: dict, caption="") -> Figure:
     """attention: layer_maps (layers, heads, bins, bins), rows look and columns are looked at; hours (L,) to the end."""
     maps, hours = np.asarray(attention["layer_maps"], dtype=float), np.asarray(attention["hours"], dtype=float)
-    hours = hours[-MAX_MAP_EVENTS:]                                   # the maps of a longer stay are those of its end
+    hours = hours[-MAX_MAP_EVENTS:]  # the maps of a longer stay are those of its end
     n_layers, n_heads, n_bins, _ = maps.shape
-    figure = page(f"Which events does each head of each layer look at? Stay {attention.get('icu_stay_id', '')}, "
-                  f"{len(hours)} events", caption, 0.85 * n_layers + 1.4)
+    figure = page(
+        f"Which events does each head of each layer look at? Stay {attention.get('icu_stay_id', '')}, "
+        f"{len(hours)} events",
+        caption,
+        0.85 * n_layers + 1.4,
+    )
     grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
     maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
     # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
@@ -1205,26 +1705,54 @@ def draw_layer_attention_weights(attention: dict, caption="") -> Figure:
 def draw_sequence_importance(events: pd.DataFrame, attention: dict, caption="") -> Figure:
     """events with attention_head_1..; attention: pooling (heads, L), hours (L,) to the end, texts [L] of one stay."""
     pooling, hours = np.asarray(attention["pooling"], dtype=float), np.asarray(attention["hours"], dtype=float)
-    figure = page("Which events, and which part of the stay, does each pooling head weigh?", caption, 1.0 * len(pooling) + 3.6)
+    figure = page(
+        "Which events, and which part of the stay, does each pooling head weigh?", caption, 1.0 * len(pooling) + 3.6
+    )
     upper, lower = figure.subfigures(2, 1, height_ratios=[len(pooling), 2.2])
-    upper.suptitle(f"Stay {attention.get('icu_stay_id', '')}: weight of every event, its three heaviest named", fontsize=9)
-    stems(upper, [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)], hours, attention["texts"])
+    upper.suptitle(
+        f"Stay {attention.get('icu_stay_id', '')}: weight of every event, its three heaviest named", fontsize=9
+    )
+    stems(
+        upper, [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)], hours, attention["texts"]
+    )
     length = (events.hours_since_admission + events.hours_to_end).clip(lower=1e-9)
-    decile = pd.cut(events.hours_since_admission / length, np.linspace(0, 1, 11), include_lowest=True, labels=range(1, 11))
+    decile = pd.cut(
+        events.hours_since_admission / length, np.linspace(0, 1, 11), include_lowest=True, labels=range(1, 11)
+    )
     columns = [f"attention_head_{head}" for head in range(1, len(pooling) + 1)]
     axes = lower.subplots()
     shares = shares_by(events.assign(one=1.0), decile, ["one", *columns])
     for at, (column, color, marker) in enumerate(zip(columns, HEAD_COLOURS, MARKERS)):
         table, x = shares[column], np.arange(1, 11) + 0.08 * (at - (len(columns) - 1) / 2)
         errors = 100 * np.clip([table["mean"] - table.low, table.high - table["mean"]], 0, None)
-        axes.errorbar(x, 100 * table["mean"], yerr=errors, color=color, marker=marker, markersize=4, linewidth=1,
-                      elinewidth=0.8, label=f"head {at + 1}")
-    axes.plot(range(1, 11), 100 * shares["one"]["mean"], color="black", linestyle="--", linewidth=1, label="share of the events")
+        axes.errorbar(
+            x,
+            100 * table["mean"],
+            yerr=errors,
+            color=color,
+            marker=marker,
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.8,
+            label=f"head {at + 1}",
+        )
+    axes.plot(
+        range(1, 11),
+        100 * shares["one"]["mean"],
+        color="black",
+        linestyle="--",
+        linewidth=1,
+        label="share of the events",
+    )
     axes.set_xticks(range(1, 11))
     axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
     axes.legend(fontsize=7, frameon=False, ncols=len(columns) + 1, loc="upper right")
-    tidy(axes, "tenth of the stay's time (1: after admission, 10: before the end)", "share of the weight, %",
-         f"All {events.icu_stay_id.nunique()} stays: mean over stays, 95 % interval over patients")
+    tidy(
+        axes,
+        "tenth of the stay's time (1: after admission, 10: before the end)",
+        "share of the weight, %",
+        f"All {events.icu_stay_id.nunique()} stays: mean over stays, 95 % interval over patients",
+    )
     return figure
 
 
@@ -1234,26 +1762,53 @@ def draw_sequence_importance_combined(events: pd.DataFrame, attention: dict, win
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.25, 1])
     stay = events[events.icu_stay_id == attention.get("icu_stay_id", events.icu_stay_id.iloc[0])].sort_values("event")
     upper.suptitle(f"Stay {stay.icu_stay_id.iloc[0]}: every event, the three largest named", fontsize=9)
-    stems(upper, [("pooling\nattention", stay.attention.to_numpy(), False), ("attention\nrollout", stay["rollout"].to_numpy(), False),
-                  ("Int. Grad.,\nlogit", stay.attribution.to_numpy(), True), ("removal,\nlogit", stay.removal.to_numpy(), True)],
-          stay.hours_to_end.to_numpy(), stay.event_text.to_numpy())
+    stems(
+        upper,
+        [
+            ("pooling\nattention", stay.attention.to_numpy(), False),
+            ("attention\nrollout", stay["rollout"].to_numpy(), False),
+            ("Int. Grad.,\nlogit", stay.attribution.to_numpy(), True),
+            ("removal,\nlogit", stay.removal.to_numpy(), True),
+        ],
+        stay.hours_to_end.to_numpy(),
+        stay.event_text.to_numpy(),
+    )
     bins = pd.cut(events.hours_to_end, HOUR_EDGES, right=False, labels=HOUR_LABELS)
-    measures = {"attention": "pooling attention", "rollout": "attention rollout", "attribution": "|Integrated Gradients|",
-                "removal": "|removal|"}
+    measures = {
+        "attention": "pooling attention",
+        "rollout": "attention rollout",
+        "attribution": "|Integrated Gradients|",
+        "removal": "|removal|",
+    }
     shares, axes = shares_by(events.assign(one=1.0), bins, ["one", *measures]), lower.subplots()
-    position = np.arange(len(HOUR_LABELS))[::-1]                      # the end of the stay at the right, as above
+    position = np.arange(len(HOUR_LABELS))[::-1]  # the end of the stay at the right, as above
     for at, ((column, word), color, marker) in enumerate(zip(measures.items(), HEAD_COLOURS, MARKERS)):
         table = shares[column]
         errors = 100 * np.clip([table["mean"] - table.low, table.high - table["mean"]], 0, None)
-        axes.errorbar(position + 0.1 * (at - 1.5), 100 * table["mean"], yerr=errors, fmt=marker, color=color, markersize=4,
-                      elinewidth=1, capsize=1.5, label=word)
+        axes.errorbar(
+            position + 0.1 * (at - 1.5),
+            100 * table["mean"],
+            yerr=errors,
+            fmt=marker,
+            color=color,
+            markersize=4,
+            elinewidth=1,
+            capsize=1.5,
+            label=word,
+        )
     axes.bar(position, 100 * shares["one"]["mean"], width=0.8, color="#e3e3e3", label="share of the events", zorder=0)
     reach = events.groupby("icu_stay_id").hours_to_end.max()
-    axes.set_xticks(position, [f"{label} h\n{(reach >= low).sum()} stays" for label, low in zip(HOUR_LABELS, HOUR_EDGES)])
+    axes.set_xticks(
+        position, [f"{label} h\n{(reach >= low).sum()} stays" for label, low in zip(HOUR_LABELS, HOUR_EDGES)]
+    )
     axes.legend(fontsize=7, frameon=False, ncols=3)
     axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
-    tidy(axes, f"{TO_END}; stays that reach back so far", "share, %",
-         f"All {len(reach)} stays: mean over stays, 95 % interval over patients")
+    tidy(
+        axes,
+        f"{TO_END}; stays that reach back so far",
+        "share, %",
+        f"All {len(reach)} stays: mean over stays, 95 % interval over patients",
+    )
     if windows is not None and len(windows):
         lower.supxlabel(textwrap.fill(" ".join(windows.sentence.astype(str)[:2]), 115), fontsize=7.5)
     return figure
@@ -1265,8 +1820,11 @@ def draw_head_specialization(heads: pd.DataFrame, caption="") -> Figure:
     place = {name: at for at, name in enumerate(names)}
     properties = list(dict.fromkeys(heads.property))
     n_roles = heads[heads.has_role.astype(bool)].groupby(["layer", "head"]).ngroups
-    figure = page(f"What does a head follow more than untrained heads do? {n_roles} of {len(names)} have a role",
-                  caption, 0.82 * max(len(properties), 1) + 1.5)
+    figure = page(
+        f"What does a head follow more than untrained heads do? {n_roles} of {len(names)} have a role",
+        caption,
+        0.82 * max(len(properties), 1) + 1.5,
+    )
     if heads.empty:
         figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
         return figure
@@ -1280,8 +1838,16 @@ def draw_head_specialization(heads: pd.DataFrame, caption="") -> Figure:
             is_shown = (rows.has_role.astype(bool) == role).to_numpy()
             some = rows[is_shown]
             errors = np.clip([some.correlation - some.low, some.high - some.correlation], 0, None)
-            axes.errorbar(x[is_shown], some.correlation, yerr=errors, fmt=marker, color=color, markersize=3, elinewidth=1,
-                          markerfacecolor=color if role else "white")
+            axes.errorbar(
+                x[is_shown],
+                some.correlation,
+                yerr=errors,
+                fmt=marker,
+                color=color,
+                markersize=3,
+                elinewidth=1,
+                markerfacecolor=color if role else "white",
+            )
         axes.axhline(0, color="black", linewidth=0.5)
         for start in starts[1:]:
             axes.axvline(start - 0.5, color="black", linewidth=0.6)
@@ -1293,18 +1859,32 @@ def draw_head_specialization(heads: pd.DataFrame, caption="") -> Figure:
     panels[-1].set_xlim(-0.6, len(names) - 0.4)
     panels[-1].set_xticks(range(len(names)), [head for _, head in names], fontsize=6.5)
     for start in starts:
-        panels[0].annotate(str(names[start][0]), (start - 0.4, 1.05), xycoords=("data", "axes fraction"), fontsize=8,
-                           va="bottom", annotation_clip=False, xytext=(0, 9), textcoords="offset points")
-    panels[-1].set_xlabel("head. Grey band: 99 % of |correlations| in untrained models; diamond: beyond it with its whole "
-                          "interval", fontsize=8)
+        panels[0].annotate(
+            str(names[start][0]),
+            (start - 0.4, 1.05),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            va="bottom",
+            annotation_clip=False,
+            xytext=(0, 9),
+            textcoords="offset points",
+        )
+    panels[-1].set_xlabel(
+        "head. Grey band: 99 % of |correlations| in untrained models; diamond: beyond it with its whole interval",
+        fontsize=8,
+    )
     figure.supylabel("rank correlation within the stay, mean over stays, 95 % interval", fontsize=8)
     return figure
 
 
 def important_items(events, n_items=12):
     """The item names with the largest mean |attribution| per event, of those that enough patients have."""
-    size = events.assign(size=events.attribution.abs()).groupby("item").agg(size=("size", "mean"), n=("patient_id", "nunique"))
-    least = min(max(3, 0.05 * events.patient_id.nunique()), size.n.max())       # one patient's oddity is no finding
+    size = (
+        events.assign(size=events.attribution.abs())
+        .groupby("item")
+        .agg(size=("size", "mean"), n=("patient_id", "nunique"))
+    )
+    least = min(max(3, 0.05 * events.patient_id.nunique()), size.n.max())  # one patient's oddity is no finding
     return list(size[size.n >= least].nlargest(n_items, "size").index), int(np.ceil(least))
 
 
@@ -1312,13 +1892,22 @@ def draw_feature_importance(events: pd.DataFrame, statics: pd.DataFrame, caption
     """Event types and items per event, statics per stay: mean signed and mean absolute attribution, on the logit."""
     items, least = important_items(events)
     kinds = events.event_type.map(TYPE_WORDS).fillna(events.event_type)
-    blocks = (("Event types, per event", events.assign(group=kinds)),
-              (f"Items, per event (seen in {least} patients or more)", events[events.item.isin(items)].assign(group=lambda t: t.item)),
-              ("Patient and admission, per stay", statics.assign(group=statics.feature)))
-    tables = [[means_by(table.assign(size=table.attribution.abs()), "group", value) for value in ("attribution", "size")]
-              for _, table in blocks]
+    blocks = (
+        ("Event types, per event", events.assign(group=kinds)),
+        (
+            f"Items, per event (seen in {least} patients or more)",
+            events[events.item.isin(items)].assign(group=lambda t: t.item),
+        ),
+        ("Patient and admission, per stay", statics.assign(group=statics.feature)),
+    )
+    tables = [
+        [means_by(table.assign(size=table.attribution.abs()), "group", value) for value in ("attribution", "size")]
+        for _, table in blocks
+    ]
     lengths = [len(signed) for signed, _ in tables]
-    figure = page("What moves this model's prediction, in which direction and how far?", caption, 0.2 * sum(lengths) + 2.6)
+    figure = page(
+        "What moves this model's prediction, in which direction and how far?", caption, 0.2 * sum(lengths) + 2.6
+    )
     grid = figure.subplots(3, 2, sharex="col", height_ratios=lengths)
     for (title, _), (signed, size), (left, right) in zip(blocks, tables, grid):
         size = size.sort_values("mean")
@@ -1348,17 +1937,24 @@ def draw_query_vector_analysis(query_similarity: pd.DataFrame, caption="") -> Fi
     kinds = [kind for kind in EVENT_TYPES if kind in set(query_similarity.event_type)]
     kinds += [kind for kind in dict.fromkeys(query_similarity.event_type) if kind not in kinds]
     heads = list(dict.fromkeys(query_similarity["head"]))
-    figure = page("Which types of event does the learned query look for, by pooling head?", caption, 0.25 * len(kinds) + 1.9)
+    figure = page(
+        "Which types of event does the learned query look for, by pooling head?", caption, 0.25 * len(kinds) + 1.9
+    )
     panels = np.atleast_1d(figure.subplots(1, len(heads), sharex=True, sharey=True))
     for axes, head in zip(panels, heads):
         rows = query_similarity[query_similarity["head"] == head].set_index("event_type").reindex(kinds)
         error_dots(axes, rows.rename(columns={"similarity": "mean"}), np.arange(len(kinds)), BLUE)
         axes.axvline(0, color="black", linewidth=0.7)
         tidy(axes, "", "", f"head {head}" if not str(head).startswith("head") else str(head))
-    panels[0].set_yticks(range(len(kinds)), [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows.n_events)])
+    panels[0].set_yticks(
+        range(len(kinds)), [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows.n_events)]
+    )
     panels[0].invert_yaxis()
-    panels[len(panels) // 2].set_xlabel("query·key score minus the stay's mean (right: looked for), 95 % interval over patients",
-                                        fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
+    panels[len(panels) // 2].set_xlabel(
+        "query·key score minus the stay's mean (right: looked for), 95 % interval over patients",
+        fontsize=8,
+        x=0 if len(panels) % 2 == 0 else 0.5,
+    )
     return figure
 
 
@@ -1372,40 +1968,76 @@ def signed_bars(axes, values, names):
     axes.margins(x=0.27)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     for y, value in zip(at, values):
-        axes.annotate(f"{value:+.2g}", (value, y), xytext=(3 if value >= 0 else -3, 0), textcoords="offset points",
-                      ha="left" if value >= 0 else "right", va="center", fontsize=6.5)
+        axes.annotate(
+            f"{value:+.2g}",
+            (value, y),
+            xytext=(3 if value >= 0 else -3, 0),
+            textcoords="offset points",
+            ha="left" if value >= 0 else "right",
+            va="center",
+            fontsize=6.5,
+        )
 
 
-def draw_captum_attributions(events: pd.DataFrame, statics: pd.DataFrame, stays: pd.DataFrame, caption="", n=7) -> Figure:
+def draw_captum_attributions(
+    events: pd.DataFrame, statics: pd.DataFrame, stays: pd.DataFrame, caption="", n=7
+) -> Figure:
     """Integrated Gradients of the stay with the highest risk: timeline, strongest events, statics; parts in all stays."""
     stay = stays[stays.icu_stay_id == shown_stay(stays)].iloc[0]
     own = events[events.icu_stay_id == stay.icu_stay_id].sort_values("attribution", ascending=False)
     own_statics = statics[statics.icu_stay_id == stay.icu_stay_id].sort_values("attribution", key=abs, ascending=False)
-    figure = page(f"Which events push the prediction of stay {stay.icu_stay_id}? Risk {percent(stay.probability)}, "
-                  f"{outcome(stay.label)}", caption, 8.0)
+    figure = page(
+        f"Which events push the prediction of stay {stay.icu_stay_id}? Risk {percent(stay.probability)}, "
+        f"{outcome(stay.label)}",
+        caption,
+        8.0,
+    )
     line, bars, below = figure.subfigures(3, 1, height_ratios=[1, 2.2, 1.3]).ravel()
     axes = line.subplots()
-    axes.vlines(own.hours_to_end, 0, own.attribution, color=np.where(own.attribution >= 0, VERMILLION, BLUE), linewidth=1.1)
+    axes.vlines(
+        own.hours_to_end, 0, own.attribution, color=np.where(own.attribution >= 0, VERMILLION, BLUE), linewidth=1.1
+    )
     axes.axhline(0, color="black", linewidth=0.5)
     axes.invert_xaxis()
-    tidy(axes, TO_END, "logit\n(up: towards death)", f"All {len(own)} events: sum {own.attribution.sum():+.2f}; patient and admission "
-         f"{own_statics.attribution.sum():+.2f}; starting from logit {stay.baseline_logit:+.2f} gives {stay.logit:+.2f}"
-         + ("" if stay.complete else f" (gap {stay.gap_error:+.2f}: not complete)"))
+    tidy(
+        axes,
+        TO_END,
+        "logit\n(up: towards death)",
+        f"All {len(own)} events: sum {own.attribution.sum():+.2f}; patient and admission "
+        f"{own_statics.attribution.sum():+.2f}; starting from logit {stay.baseline_logit:+.2f} gives {stay.logit:+.2f}"
+        + ("" if stay.complete else f" (gap {stay.gap_error:+.2f}: not complete)"),
+    )
     named = pd.concat([own[own.attribution > 0].head(n), own[own.attribution < 0].tail(n)])
     axes = bars.subplots()
-    signed_bars(axes, named.attribution.to_numpy(), [f"{for_plot(text, 58)}  {hours:.1f} h" for text, hours in
-                                                     zip(named.event_text, named.hours_to_end)])
+    signed_bars(
+        axes,
+        named.attribution.to_numpy(),
+        [f"{for_plot(text, 58)}  {hours:.1f} h" for text, hours in zip(named.event_text, named.hours_to_end)],
+    )
     tidy(axes, LOGIT, "")
     bars.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
     axes.tick_params(axis="y", labelsize=7)
     left, right = below.subplots(1, 2, width_ratios=[1.5, 1])
     top = own_statics.head(8)
-    signed_bars(left, top.attribution.to_numpy(), [for_plot(f"{name}: {value}", 38) for name, value in zip(top.feature, top.value)])
+    signed_bars(
+        left,
+        top.attribution.to_numpy(),
+        [for_plot(f"{name}: {value}", 38) for name, value in zip(top.feature, top.value)],
+    )
     tidy(left, LOGIT, "", "Patient and admission")
     left.tick_params(axis="y", labelsize=7)
-    words = {"attribution_text": "text", "attribution_value": "value", "attribution_type": "type", "attribution_time": "time"}
+    words = {
+        "attribution_text": "text",
+        "attribution_value": "value",
+        "attribution_type": "type",
+        "attribution_time": "time",
+    }
     used = [column for column in words if column in events and events[column].any()]
-    parts = events.melt("patient_id", used, "part", "size").replace({"part": words}).assign(size=lambda rows: rows["size"].abs())
+    parts = (
+        events.melt("patient_id", used, "part", "size")
+        .replace({"part": words})
+        .assign(size=lambda rows: rows["size"].abs())
+    )
     table = means_by(parts, "part", "size").sort_values("mean")
     error_dots(right, table, np.arange(len(table)), "black")
     right.set_yticks(range(len(table)), table.index)
@@ -1415,13 +2047,19 @@ def draw_captum_attributions(events: pd.DataFrame, statics: pd.DataFrame, stays:
     return figure
 
 
-def draw_captum_layer_attributions(layers: pd.DataFrame, events: pd.DataFrame, stays: pd.DataFrame, caption="") -> Figure:
+def draw_captum_layer_attributions(
+    layers: pd.DataFrame, events: pd.DataFrame, stays: pd.DataFrame, caption=""
+) -> Figure:
     """layers: layer, icu_stay_id, event, attribution, gap_error; one stay as a map over its events, all stays below."""
     names = list(dict.fromkeys(layers.layer))
     known = stays[stays.icu_stay_id.isin(layers.icu_stay_id)]
     stay = shown_stay(known)
-    figure = page("Does the evidence stay with its events on the way through the layers? (Statics held fixed: another question "
-                  "than captum_attributions)", caption, 5.8)
+    figure = page(
+        "Does the evidence stay with its events on the way through the layers? (Statics held fixed: another question "
+        "than captum_attributions)",
+        caption,
+        5.8,
+    )
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.1, 1])
     wide = layers[layers.icu_stay_id == stay].pivot(index="layer", columns="event", values="attribution").loc[names]
     hours = events[events.icu_stay_id == stay].set_index("event").hours_to_end.reindex(wide.columns).to_numpy()
@@ -1432,10 +2070,18 @@ def draw_captum_layer_attributions(layers: pd.DataFrame, events: pd.DataFrame, s
     bar.ax.tick_params(labelsize=7)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    tidy(axes, f"{TO_END}; each event equally wide", "", f"Stay {stay}: Integrated Gradients at each layer, {len(hours)} events")
+    tidy(
+        axes,
+        f"{TO_END}; each event equally wide",
+        "",
+        f"Stay {stay}: Integrated Gradients at each layer, {len(hours)} events",
+    )
     axes.set_xticks(ticks, [f"{hours[at]:.0f}" for at in ticks])
-    table = layers.merge(layers[layers.layer == names[0]][["icu_stay_id", "event", "attribution"]],
-                         on=["icu_stay_id", "event"], suffixes=("", "_first"))
+    table = layers.merge(
+        layers[layers.layer == names[0]][["icu_stay_id", "event", "attribution"]],
+        on=["icu_stay_id", "event"],
+        suffixes=("", "_first"),
+    )
     pairs = table.groupby(["layer", "icu_stay_id"])[["attribution", "attribution_first"]]
     agreement = pairs.apply(lambda pair: pair.rank().corr().iloc[0, 1]).rename("correlation").reset_index()
     gaps = layers.groupby(["layer", "icu_stay_id"]).gap_error.first().abs().rename("gap").reset_index()
@@ -1444,7 +2090,9 @@ def draw_captum_layer_attributions(layers: pd.DataFrame, events: pd.DataFrame, s
     at, generator = np.arange(len(names)), np.random.default_rng(0)
     for axes, rows, value in ((left, agreement, "correlation"), (right, gaps, "gap")):
         rows = rows.merge(who, on="icu_stay_id")
-        heights = rows.layer.map({name: place for place, name in enumerate(names)}) + generator.uniform(-0.2, 0.2, len(rows))
+        heights = rows.layer.map({name: place for place, name in enumerate(names)}) + generator.uniform(
+            -0.2, 0.2, len(rows)
+        )
         axes.scatter(rows[value], heights, s=5, color="#b5b5b5")
         if value == "correlation":
             error_dots(axes, means_by(rows, "layer", value).reindex(names), at, "black")
@@ -1461,24 +2109,41 @@ def draw_captum_layer_attributions(layers: pd.DataFrame, events: pd.DataFrame, s
 def group_order(name):
     """Event types and clock windows in their own order, other groups as they come."""
     hours = re.match(r"\D*(\d+)", str(name))
-    return EVENT_TYPES.index(name) if name in EVENT_TYPES else -1 if str(name).startswith("last") else int(hours[1]) if hours else 0
+    return (
+        EVENT_TYPES.index(name)
+        if name in EVENT_TYPES
+        else -1
+        if str(name).startswith("last")
+        else int(hours[1])
+        if hours
+        else 0
+    )
 
 
 def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame, caption="") -> Figure:
     """groups: attribution, ablation, shapley per stay, kind and group; events: attribution and removal per event."""
     kinds = list(dict.fromkeys(groups.kind))
     sizes = [groups[groups.kind == kind].group.nunique() for kind in kinds]
-    figure = page("What does the prediction lose when a group, or one event, is taken away?", caption, 0.23 * sum(sizes) + 4.4)
+    figure = page(
+        "What does the prediction lose when a group, or one event, is taken away?", caption, 0.23 * sum(sizes) + 4.4
+    )
     upper, lower = figure.subfigures(2, 1, height_ratios=[0.23 * sum(sizes) + 1, 2.6])
     panels = upper.subplots(len(kinds), 1, sharex=True, height_ratios=sizes, squeeze=False)[:, 0]
     n_shapley = groups[groups.shapley.notna()].icu_stay_id.nunique()
-    measures = (("attribution", "Integrated Gradients", BLUE, "o"), ("ablation", "taken away (replaced by the baseline)", VERMILLION, "s"),
-                ("shapley", f"Shapley value ({n_shapley} stays)", GREEN, "D"))
+    measures = (
+        ("attribution", "Integrated Gradients", BLUE, "o"),
+        ("ablation", "taken away (replaced by the baseline)", VERMILLION, "s"),
+        ("shapley", f"Shapley value ({n_shapley} stays)", GREEN, "D"),
+    )
     for axes, kind in zip(panels, kinds):
         rows = groups[groups.kind == kind]
         names = sorted(dict.fromkeys(rows.group), key=group_order)
         for shift, (value, word, color, marker) in zip((-0.22, 0, 0.22), measures):
-            table = means_by(rows.dropna(subset=[value]), "group", value).reindex(names) if rows[value].notna().any() else None
+            table = (
+                means_by(rows.dropna(subset=[value]), "group", value).reindex(names)
+                if rows[value].notna().any()
+                else None
+            )
             if table is not None:
                 error_dots(axes, table, np.arange(len(names)) + shift, color, marker, word)
         shared = rows.groupby("group").agg(shared=("shared_evidence", "sum"), n=("icu_stay_id", "nunique")).loc[names]
@@ -1487,13 +2152,17 @@ def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame
         axes.axvline(0, color="black", linewidth=0.7)
         axes.grid(axis="x", color="#eeeeee")
         tidy(axes, "mean per stay that has the group, " + LOGIT if axes is panels[-1] else "", "")
-        axes.set_title(f"by {kind}" + (" (patient and admission)" if kind == "static" else ""), fontsize=8.5, loc="left")
+        axes.set_title(
+            f"by {kind}" + (" (patient and admission)" if kind == "static" else ""), fontsize=8.5, loc="left"
+        )
         right = axes.secondary_yaxis("right")
         right.set_yticks(range(len(names)), [f"{row.shared:.0f} of {row.n}" for row in shared.itertuples()], fontsize=7)
         right.tick_params(length=0)
         right.spines["right"].set_visible(False)
     panels[0].set_title("shared evidence: stays", fontsize=7.5, loc="right")
-    upper.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7.5, frameon=False)
+    upper.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7.5, frameon=False
+    )
     left, right = lower.subplots(1, 2)
     if len(events) > 3000:
         left.hexbin(events.attribution, events.removal, gridsize=45, bins="log", cmap="cividis", mincnt=1)
@@ -1506,7 +2175,12 @@ def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame
     right.hist(agreement, bins=np.linspace(-1, 1, 41), color=BLUE)
     right.xaxis.set_major_locator(MaxNLocator(4))
     right.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    tidy(right, "rank correlation of the two within a stay", "stays", f"Do they agree? Median {agreement.median():.2f}, {len(agreement)} stays")
+    tidy(
+        right,
+        "rank correlation of the two within a stay",
+        "stays",
+        f"Do they agree? Median {agreement.median():.2f}, {len(agreement)} stays",
+    )
     return figure
 
 
@@ -1514,18 +2188,43 @@ def draw_deletion_insertion(curves: pd.DataFrame, caption="") -> Figure:
     """curves as `deletion_insertion` gives them, of all checked stays: one panel for each way of taking away and giving."""
     curves = with_one_random_order(curves)
     n_stays = curves.icu_stay_id.nunique()
-    figure = page("Do the events that an explanation ranks first move the prediction most?", f"{caption} · measured on {n_stays} stays", 5.2)
-    styles = {"attribution": ("black", "-"), "removal": (ORANGE, "--"), "attention": (BLUE, "-."), "random": ("0.5", ":")}
-    titles = {("deletion", "masking"): "Events masked", ("deletion", "mean replacement"): "Events made average events",
-              ("insertion", "masking"): "All other events masked", ("insertion", "mean replacement"): "All other events made average events"}
+    figure = page(
+        "Do the events that an explanation ranks first move the prediction most?",
+        f"{caption} · measured on {n_stays} stays",
+        5.2,
+    )
+    styles = {
+        "attribution": ("black", "-"),
+        "removal": (ORANGE, "--"),
+        "attention": (BLUE, "-."),
+        "random": ("0.5", ":"),
+    }
+    titles = {
+        ("deletion", "masking"): "Events masked",
+        ("deletion", "mean replacement"): "Events made average events",
+        ("insertion", "masking"): "All other events masked",
+        ("insertion", "mean replacement"): "All other events made average events",
+    }
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for row, (direction, verb) in zip(panels, (("deletion", "taken away"), ("insertion", "given"))):
         for axes, way in zip(row, ("masking", "mean replacement")):
             part = curves[(curves.direction == direction) & (curves.way == way)]
             for order, (color, line) in styles.items():
                 means = part[part.order == order].groupby("fraction").change.mean()
-                axes.plot(100 * means.index, means, color=color, linestyle=line, marker=".", label=ORDERS.get(order, "random order"))
-            tidy(axes, f"% of the events {verb}", "change of the logit" if way == "masking" else "", titles[direction, way])
+                axes.plot(
+                    100 * means.index,
+                    means,
+                    color=color,
+                    linestyle=line,
+                    marker=".",
+                    label=ORDERS.get(order, "random order"),
+                )
+            tidy(
+                axes,
+                f"% of the events {verb}",
+                "change of the logit" if way == "masking" else "",
+                titles[direction, way],
+            )
     panels[0, 1].legend(loc="lower left", ncols=2, fontsize=7, frameon=False)
     return figure
 
@@ -1536,15 +2235,20 @@ def draw_figures(tables: dict, caption="") -> dict:
     curves = get("curves")
     figures = {} if curves is None or curves.empty else {"deletion_insertion": draw_deletion_insertion(curves, caption)}
     return figures | {
-            "layer_attention_weights": draw_layer_attention_weights(get("attention"), caption),
-            "sequence_importance": draw_sequence_importance(get("events"), get("attention"), caption),
-            "sequence_importance_combined": draw_sequence_importance_combined(get("events"), get("attention"), get("windows"), caption),
-            "head_specialization": draw_head_specialization(get("heads"), caption),
-            "feature_importance": draw_feature_importance(get("events"), get("statics"), caption),
-            "query_vector_analysis": draw_query_vector_analysis(get("query_similarity"), caption),
-            "captum_attributions": draw_captum_attributions(get("events"), get("statics"), get("stays"), caption),
-            "captum_layer_attributions": draw_captum_layer_attributions(get("layers"), get("events"), get("stays"), caption),
-            "captum_ablation_attributions": draw_captum_ablation_attributions(get("groups"), get("events"), caption)}
+        "layer_attention_weights": draw_layer_attention_weights(get("attention"), caption),
+        "sequence_importance": draw_sequence_importance(get("events"), get("attention"), caption),
+        "sequence_importance_combined": draw_sequence_importance_combined(
+            get("events"), get("attention"), get("windows"), caption
+        ),
+        "head_specialization": draw_head_specialization(get("heads"), caption),
+        "feature_importance": draw_feature_importance(get("events"), get("statics"), caption),
+        "query_vector_analysis": draw_query_vector_analysis(get("query_similarity"), caption),
+        "captum_attributions": draw_captum_attributions(get("events"), get("statics"), get("stays"), caption),
+        "captum_layer_attributions": draw_captum_layer_attributions(
+            get("layers"), get("events"), get("stays"), caption
+        ),
+        "captum_ablation_attributions": draw_captum_ablation_attributions(get("groups"), get("events"), caption),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1565,8 +2269,15 @@ svg text{font:12px system-ui,Arial,sans-serif;fill:#333}.row{display:flex;gap:2r
 @media print{body{max-width:none;padding:0;font-size:11px}section.stay,h2.appendix{break-before:page}tr{break-inside:avoid}
 h3,caption{break-after:avoid}a{color:inherit;text-decoration:none}}
 """
-APPENDIX = ("captum_attributions", "sequence_importance", "layer_attention_weights", "captum_layer_attributions", "head_specialization",
-            "query_vector_analysis", "deletion_insertion")
+APPENDIX = (
+    "captum_attributions",
+    "sequence_importance",
+    "layer_attention_weights",
+    "captum_layer_attributions",
+    "head_specialization",
+    "query_vector_analysis",
+    "deletion_insertion",
+)
 e = html.escape
 
 
@@ -1581,8 +2292,13 @@ def html_table(caption, columns, rows):
         return f"<p>{e(caption)}: none.</p>\n"
     kinds = [' class="n"' if name.startswith("#") else "" for name in columns]
     head = "".join(f'<th scope="col"{kind}>{e(name.lstrip("#"))}</th>' for name, kind in zip(columns, kinds))
-    body = "".join("<tr>" + f'<th scope="row"{kinds[0]}>{row[0]}</th>'
-                   + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:])) + "</tr>\n" for row in rows)
+    body = "".join(
+        "<tr>"
+        + f'<th scope="row"{kinds[0]}>{row[0]}</th>'
+        + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:]))
+        + "</tr>\n"
+        for row in rows
+    )
     return f"<table><caption>{e(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>\n"
 
 
@@ -1598,7 +2314,9 @@ def html_figure(name, figures):
 
 
 def svg_line(x1, y1, x2, y2, color="#999", width=1.0, more=""):
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" stroke-width="{width}"{more}/>'
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" stroke-width="{width}"{more}/>'
+    )
 
 
 def svg_text(x, y, words, anchor="middle"):
@@ -1607,46 +2325,70 @@ def svg_text(x, y, words, anchor="middle"):
 
 def svg_timeline(events, trajectory, n_drawn=600):
     """Risk as events arrive above, signed attributions below, over hours since admission; touch a line for its text."""
-    left, right, zero = 78, 945, 265                                  # pixels; risk between 25 and 125, stems 175 to 355
+    left, right, zero = 78, 945, 265  # pixels; risk between 25 and 125, stems 175 to 355
     drawn = events.reindex(events.attribution.abs().sort_values(ascending=False).index[:n_drawn]).sort_values("event")
     last = max(events.hours_since_admission.max(), 1e-3)
     reach = max(events.attribution.abs().max(), 1e-9)
     x = lambda hours: left + (right - left) * hours / last
-    parts = [svg_line(left, y, right, y, "#ddd") + svg_text(left - 8, y + 4, label, "end") for y, label in (
-        (25, "100 %"), (75, "50 %"), (125, "0 %"), (175, signed(reach)), (355, signed(-reach)))]
-    parts += [svg_text(left, 14, "Predicted risk of death as events arrive", "start"),
-              svg_text(left, 164, "Push of each event on the final prediction, logit (up: towards death)", "start")]
+    parts = [
+        svg_line(left, y, right, y, "#ddd") + svg_text(left - 8, y + 4, label, "end")
+        for y, label in ((25, "100 %"), (75, "50 %"), (125, "0 %"), (175, signed(reach)), (355, signed(-reach)))
+    ]
+    parts += [
+        svg_text(left, 14, "Predicted risk of death as events arrive", "start"),
+        svg_text(left, 164, "Push of each event on the final prediction, logit (up: towards death)", "start"),
+    ]
     for hours in MaxNLocator(9).tick_values(0, last):
         if 0 <= hours <= last:
             parts += [svg_line(x(hours), 355, x(hours), 360), svg_text(x(hours), 374, f"{hours:g}")]
     parts += [svg_text((left + right) / 2, 392, "hours since ICU admission"), svg_line(left, zero, right, zero, "#333")]
     if len(trajectory):
         steps = trajectory.sort_values("hours_since_admission")
-        points = [f"{x(min(hours, last)):.1f},{125 - 100 * risk:.1f}" for hours, risk in zip(steps.hours_since_admission, steps.probability)]
+        points = [
+            f"{x(min(hours, last)):.1f},{125 - 100 * risk:.1f}"
+            for hours, risk in zip(steps.hours_since_admission, steps.probability)
+        ]
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="#333" stroke-width="1.8"/>')
     for row in drawn.itertuples():
         color, tip = (VERMILLION if row.attribution >= 0 else BLUE), zero - 90 * row.attribution / reach
-        parts.append(f"<g><title>{e(f'{row.hours_since_admission:.1f} h: {row.event_text} ({signed(row.attribution)})')}</title>"
-                     + svg_line(x(row.hours_since_admission), zero, x(row.hours_since_admission), tip, color, 2) + "</g>")
+        parts.append(
+            f"<g><title>{e(f'{row.hours_since_admission:.1f} h: {row.event_text} ({signed(row.attribution)})')}</title>"
+            + svg_line(x(row.hours_since_admission), zero, x(row.hours_since_admission), tip, color, 2)
+            + "</g>"
+        )
     note = "" if len(drawn) == len(events) else f"The {len(drawn):,} strongest of {len(events):,} events are drawn. "
-    return (f'<figure><svg viewBox="0 0 960 400" role="img" aria-label="Timeline: predicted risk above, push of {len(drawn)} events '
-            f'below; the strongest are listed in the tables">{"".join(parts)}</svg><figcaption>{note}Orange and up: towards death; blue '
-            "and down: away from it.</figcaption></figure>\n")
+    return (
+        f'<figure><svg viewBox="0 0 960 400" role="img" aria-label="Timeline: predicted risk above, push of {len(drawn)} events '
+        f'below; the strongest are listed in the tables">{"".join(parts)}</svg><figcaption>{note}Orange and up: towards death; blue '
+        "and down: away from it.</figcaption></figure>\n"
+    )
 
 
 def svg_calibration(table, probability=None):
     """Observed death rate against predicted risk, and a line where this stay's prediction lies."""
     place = lambda value: 45 + 175 * value
-    parts = [svg_line(45, 195, 220, 20, "#999", 1, ' stroke-dasharray="4 3"'), svg_line(45, 195, 220, 195), svg_line(45, 20, 45, 195),
-             svg_text(132, 230, "predicted risk"), '<text transform="translate(12 108) rotate(-90)" text-anchor="middle">observed deaths, %</text>']
+    parts = [
+        svg_line(45, 195, 220, 20, "#999", 1, ' stroke-dasharray="4 3"'),
+        svg_line(45, 195, 220, 195),
+        svg_line(45, 20, 45, 195),
+        svg_text(132, 230, "predicted risk"),
+        '<text transform="translate(12 108) rotate(-90)" text-anchor="middle">observed deaths, %</text>',
+    ]
     for value in (0, 0.5, 1):
-        parts += [svg_text(place(value), 211, f"{100 * value:.0f} %"), svg_text(40, 199 - 175 * value, f"{100 * value:.0f}", "end")]
+        parts += [
+            svg_text(place(value), 211, f"{100 * value:.0f} %"),
+            svg_text(40, 199 - 175 * value, f"{100 * value:.0f}", "end"),
+        ]
     for row in table.itertuples():
-        parts += [svg_line(place(row.mean_risk), 195 - 175 * row.low, place(row.mean_risk), 195 - 175 * row.high, BLUE, 1.5),
-                  f'<circle cx="{place(row.mean_risk):.1f}" cy="{195 - 175 * row.observed_rate:.1f}" r="4" fill="{BLUE}"/>']
+        parts += [
+            svg_line(place(row.mean_risk), 195 - 175 * row.low, place(row.mean_risk), 195 - 175 * row.high, BLUE, 1.5),
+            f'<circle cx="{place(row.mean_risk):.1f}" cy="{195 - 175 * row.observed_rate:.1f}" r="4" fill="{BLUE}"/>',
+        ]
     if probability is not None:
         parts.append(svg_line(place(probability), 20, place(probability), 195, VERMILLION, 2))
-    label = "Calibration: observed death rate in groups of similar predicted risk" + ("" if probability is None else "; a line marks this stay")
+    label = "Calibration: observed death rate in groups of similar predicted risk" + (
+        "" if probability is None else "; a line marks this stay"
+    )
     return f'<svg viewBox="0 0 250 240" width="250" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -1655,8 +2397,10 @@ def calibration_sentence(table, probability):
     if table is None:
         return "There are too few stays to say how far a risk of this size can be trusted."
     row = table.loc[(table.mean_risk - probability).abs().idxmin()]
-    return (f"Of the {row.n:.0f} stays with the most similar risks (mean {percent(row.mean_risk)}), {row.deaths:.0f} died: {100 * row.observed_rate:.0f} %, "
-            f"95 % interval {100 * row.low:.0f} to {100 * row.high:.0f} %.")
+    return (
+        f"Of the {row.n:.0f} stays with the most similar risks (mean {percent(row.mean_risk)}), {row.deaths:.0f} died: {100 * row.observed_rate:.0f} %, "
+        f"95 % interval {100 * row.low:.0f} to {100 * row.high:.0f} %."
+    )
 
 
 def event_rows(events, temperature):
@@ -1666,30 +2410,74 @@ def event_rows(events, temperature):
         clock = "" if pd.isna(row.event_time) else f"{pd.Timestamp(row.event_time):%Y-%m-%d %H:%M}"
         odds = np.exp(row.attribution / temperature)
         shared = ' <span class="small">(shared evidence)</span>' if row.shared_evidence else ""
-        rows.append([e(str(row.event_text)) + shared, f'<span class="time">{clock}</span>', f"{row.hours_since_admission:.1f}",
-                     f"{row.hours_to_end:.1f}", signed(row.attribution), f"× {odds:.2f}" if 0.1 <= odds < 10 else f"× {odds:.2g}", signed(row.removal)])
+        rows.append(
+            [
+                e(str(row.event_text)) + shared,
+                f'<span class="time">{clock}</span>',
+                f"{row.hours_since_admission:.1f}",
+                f"{row.hours_to_end:.1f}",
+                signed(row.attribution),
+                f"× {odds:.2f}" if 0.1 <= odds < 10 else f"× {odds:.2g}",
+                signed(row.removal),
+            ]
+        )
     return rows
 
 
 def stay_section(stay, tables, calibration, temperature=1.0, n_events=10):
     """One stay: risk, timeline, the events for and against, statics."""
-    own, statics, trajectory = (tables[name][tables[name].icu_stay_id == stay.icu_stay_id] for name in ("events", "statics", "trajectory"))
-    ordered, statics = own.sort_values("attribution", ascending=False), statics.sort_values("attribution", key=abs, ascending=False)
-    columns = ["event", "time", "#hours after admission", "#hours before the end", "#push, logit", "#odds of death", "#if removed, logit"]
-    gap = "" if stay.complete else ('<p class="note warn">For this stay the parts do not add up to the prediction (gap '
-                                    f"{signed(stay.gap_error)} logit): read its numbers with care.</p>")
-    parts = [f'<section class="stay" id="stay-{e(str(stay.icu_stay_id))}"><h2>Stay {e(str(stay.icu_stay_id))}: {e(stay.why_shown)}</h2>',
-             f'<div class="row"><div><p><span class="risk">{percent(stay.probability)}</span>predicted risk of death in hospital; '
-             f"<strong>{outcome(stay.label)}</strong>.</p><p>Percentile {stay.risk_percentile:.0f} of the risks of all held-out stays. "
-             f"{calibration_sentence(calibration, stay.probability)}</p><p>An average stay starts at {percent(expit(stay.baseline_logit / temperature))} (logit "
-             f"{signed(stay.baseline_logit)}). The {len(own):,} events add {signed(own.attribution.sum())}, patient and admission "
-             f"{signed(statics.attribution.sum())}, which gives logit {signed(stay.logit)}: {percent(stay.probability)}.</p>{gap}</div>",
-             f"<div>{svg_calibration(calibration, stay.probability)}</div></div>" if calibration is not None else "</div>",
-             svg_timeline(own, trajectory),
-             html_table(f"The events that push most towards death (up to {n_events})", columns, event_rows(ordered[ordered.attribution > 0].head(n_events), temperature)),
-             html_table(f"The events that push most away from death (up to {n_events})", columns, event_rows(ordered[ordered.attribution < 0].tail(n_events)[::-1], temperature)),
-             html_table("Patient and admission", ["what", "value", "#push, logit", "#if replaced by the average, logit"], [
-                 [e(str(row.feature)), e(str(row.value)), signed(row.attribution), signed(row.ablation)] for row in statics.itertuples()])]
+    own, statics, trajectory = (
+        tables[name][tables[name].icu_stay_id == stay.icu_stay_id] for name in ("events", "statics", "trajectory")
+    )
+    ordered, statics = (
+        own.sort_values("attribution", ascending=False),
+        statics.sort_values("attribution", key=abs, ascending=False),
+    )
+    columns = [
+        "event",
+        "time",
+        "#hours after admission",
+        "#hours before the end",
+        "#push, logit",
+        "#odds of death",
+        "#if removed, logit",
+    ]
+    gap = (
+        ""
+        if stay.complete
+        else (
+            '<p class="note warn">For this stay the parts do not add up to the prediction (gap '
+            f"{signed(stay.gap_error)} logit): read its numbers with care.</p>"
+        )
+    )
+    parts = [
+        f'<section class="stay" id="stay-{e(str(stay.icu_stay_id))}"><h2>Stay {e(str(stay.icu_stay_id))}: {e(stay.why_shown)}</h2>',
+        f'<div class="row"><div><p><span class="risk">{percent(stay.probability)}</span>predicted risk of death in hospital; '
+        f"<strong>{outcome(stay.label)}</strong>.</p><p>Percentile {stay.risk_percentile:.0f} of the risks of all held-out stays. "
+        f"{calibration_sentence(calibration, stay.probability)}</p><p>An average stay starts at {percent(expit(stay.baseline_logit / temperature))} (logit "
+        f"{signed(stay.baseline_logit)}). The {len(own):,} events add {signed(own.attribution.sum())}, patient and admission "
+        f"{signed(statics.attribution.sum())}, which gives logit {signed(stay.logit)}: {percent(stay.probability)}.</p>{gap}</div>",
+        f"<div>{svg_calibration(calibration, stay.probability)}</div></div>" if calibration is not None else "</div>",
+        svg_timeline(own, trajectory),
+        html_table(
+            f"The events that push most towards death (up to {n_events})",
+            columns,
+            event_rows(ordered[ordered.attribution > 0].head(n_events), temperature),
+        ),
+        html_table(
+            f"The events that push most away from death (up to {n_events})",
+            columns,
+            event_rows(ordered[ordered.attribution < 0].tail(n_events)[::-1], temperature),
+        ),
+        html_table(
+            "Patient and admission",
+            ["what", "value", "#push, logit", "#if replaced by the average, logit"],
+            [
+                [e(str(row.feature)), e(str(row.value)), signed(row.attribution), signed(row.ablation)]
+                for row in statics.itertuples()
+            ],
+        ),
+    ]
     return "\n".join(parts) + "</section>\n"
 
 
@@ -1698,13 +2486,21 @@ def scores_section(faithfulness):
     if faithfulness is None or not len(faithfulness):
         return '<h2 id="scores">How right are these explanations?</h2><p>They were not checked in this run.</p>'
     words = {True: "passed", False: "<strong>falls short</strong>"}
-    rows = [[e(f"{row['check']}: {row['method']}"), e(str(row["sentence"])), words.get(row["passed"], "not judged")]
-            for row in pd.DataFrame(faithfulness).to_dict("records")]
+    rows = [
+        [e(f"{row['check']}: {row['method']}"), e(str(row["sentence"])), words.get(row["passed"], "not judged")]
+        for row in pd.DataFrame(faithfulness).to_dict("records")
+    ]
     fallen = sum(row[2] == words[False] for row in rows)
     judged = sum(row[2] in words.values() for row in rows)
-    summary = f"{judged - fallen} of {judged} checks with a threshold are passed." + " Where one falls short, trust the explanations less." * bool(fallen)
-    return ('<h2 id="scores">How right are these explanations?</h2>' + f"<p>{summary}</p>"
-            + html_table("Checks of the explanations against the model itself", ["check", "what was found", "result"], rows))
+    summary = (
+        f"{judged - fallen} of {judged} checks with a threshold are passed."
+        + " Where one falls short, trust the explanations less." * bool(fallen)
+    )
+    return (
+        '<h2 id="scores">How right are these explanations?</h2>'
+        + f"<p>{summary}</p>"
+        + html_table("Checks of the explanations against the model itself", ["check", "what was found", "result"], rows)
+    )
 
 
 def cohort_section(tables, figures, calibration):
@@ -1712,18 +2508,33 @@ def cohort_section(tables, figures, calibration):
     stays, windows = tables["stays"], tables.get("windows")
     shown = stays[stays.why_shown != ""].sort_values("probability", ascending=False)
     sentences = [] if windows is None else [e(str(sentence)) for sentence in windows.sentence]
-    rows = [[f'<a href="#stay-{e(str(row.icu_stay_id))}">Stay {e(str(row.icu_stay_id))}</a>', e(row.why_shown), percent(row.probability),
-             outcome(row.label)] for row in shown.itertuples()]
+    rows = [
+        [
+            f'<a href="#stay-{e(str(row.icu_stay_id))}">Stay {e(str(row.icu_stay_id))}</a>',
+            e(row.why_shown),
+            percent(row.probability),
+            outcome(row.label),
+        ]
+        for row in shown.itertuples()
+    ]
     flagged = int((~stays.complete.astype(bool)).sum())
-    return "".join([
-        f"<h2>All explained stays</h2><p>{len(stays):,} held-out stays of {stays.patient_id.nunique():,} patients with "
-        f"{len(tables['events']):,} events; {int(stays.label.sum()):,} stays ended with death in hospital. "
-        f"{'For all of them' if not flagged else f'For all but {flagged}'} the parts add up to the prediction.</p>",
-        html_table("Stays shown below", ["stay", "shown because", "#predicted risk", "outcome"], rows),
-        f"<figure>{svg_calibration(calibration)}<figcaption>Do as many die as predicted? Dots: groups of stays of similar risk, 95 % interval."
-        "</figcaption></figure>" if calibration is not None else "",
-        f"<p>{' '.join(sentences)}</p>", *(html_figure(name, figures) for name in (
-            "feature_importance", "captum_ablation_attributions", "sequence_importance_combined"))])
+    return "".join(
+        [
+            f"<h2>All explained stays</h2><p>{len(stays):,} held-out stays of {stays.patient_id.nunique():,} patients with "
+            f"{len(tables['events']):,} events; {int(stays.label.sum()):,} stays ended with death in hospital. "
+            f"{'For all of them' if not flagged else f'For all but {flagged}'} the parts add up to the prediction.</p>",
+            html_table("Stays shown below", ["stay", "shown because", "#predicted risk", "outcome"], rows),
+            f"<figure>{svg_calibration(calibration)}<figcaption>Do as many die as predicted? Dots: groups of stays of similar risk, 95 % interval."
+            "</figcaption></figure>"
+            if calibration is not None
+            else "",
+            f"<p>{' '.join(sentences)}</p>",
+            *(
+                html_figure(name, figures)
+                for name in ("feature_importance", "captum_ablation_attributions", "sequence_importance_combined")
+            ),
+        ]
+    )
 
 
 def render_report(tables: dict, figures: dict, info: dict) -> str:
@@ -1737,29 +2548,41 @@ def render_report(tables: dict, figures: dict, info: dict) -> str:
     known = stays[stays.label.notna()]
     if calibration is None and len(known) >= 20:
         calibration = calibration_table(known.label, known.probability, n_bins=int(np.clip(len(known) // 10, 2, 10)))
-    facts = " · ".join(f"{word}: {e(str(info[key]))}" for key, word in (
-        ("data", "data"), ("checkpoint", "checkpoint"), ("text_encoder", "text encoder")) if info.get(key))
+    facts = " · ".join(
+        f"{word}: {e(str(info[key]))}"
+        for key, word in (("data", "data"), ("checkpoint", "checkpoint"), ("text_encoder", "text encoder"))
+        if info.get(key)
+    )
     shown = stays[stays.why_shown != ""].sort_values("probability", ascending=False)
-    return "".join([
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="default-src '
-        "'none'; style-src 'unsafe-inline'; img-src data:\">\n", '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,"><title>Why the model predicts what it predicts</title>\n', f"<style>{REPORT_STYLE}</style></head><body><main>\n",
-        f'<h1>Why the model predicts what it predicts</h1><p class="small">{facts}</p>\n',
-        f'<p class="note warn">This page <strong>{DISCLAIMER}</strong>. It is made for research, not for the care of a patient. '
-        f"{e(str(info.get('setting', '')))}</p>\n",
-        '<p class="note"><strong>How to read the numbers.</strong> The push of an event is its share of the prediction on the logit scale, found '
-        f"by Integrated Gradients against an average stay: {signed(0.693 * temperature)} doubles the odds of death, {signed(-0.693 * temperature)} halves them. “If removed” is "
-        "how much the logit falls when this event alone is hidden from the model. “Shared evidence”: the two differ by more than half, "
-        "because other events say the same, or because it counts only together with them.</p>\n",
-        cohort_section(tables, figures, calibration), *(stay_section(row, tables, calibration, temperature) for row in shown.itertuples()),
-        scores_section(tables.get("faithfulness")), '<h2 class="appendix">Technical appendix: layers and heads</h2><p>Attention says where '
-        "the model looks, not what moves its prediction; the two often differ.</p>\n", *(html_figure(name, figures) for name in APPENDIX),
-        "</main></body></html>\n"])
+    return "".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="default-src '
+            "'none'; style-src 'unsafe-inline'; img-src data:\">\n",
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            '<link rel="icon" href="data:,"><title>Why the model predicts what it predicts</title>\n',
+            f"<style>{REPORT_STYLE}</style></head><body><main>\n",
+            f'<h1>Why the model predicts what it predicts</h1><p class="small">{facts}</p>\n',
+            f'<p class="note warn">This page <strong>{DISCLAIMER}</strong>. It is made for research, not for the care of a patient. '
+            f"{e(str(info.get('setting', '')))}</p>\n",
+            '<p class="note"><strong>How to read the numbers.</strong> The push of an event is its share of the prediction on the logit scale, found '
+            f"by Integrated Gradients against an average stay: {signed(0.693 * temperature)} doubles the odds of death, {signed(-0.693 * temperature)} halves them. “If removed” is "
+            "how much the logit falls when this event alone is hidden from the model. “Shared evidence”: the two differ by more than half, "
+            "because other events say the same, or because it counts only together with them.</p>\n",
+            cohort_section(tables, figures, calibration),
+            *(stay_section(row, tables, calibration, temperature) for row in shown.itertuples()),
+            scores_section(tables.get("faithfulness")),
+            '<h2 class="appendix">Technical appendix: layers and heads</h2><p>Attention says where '
+            "the model looks, not what moves its prediction; the two often differ.</p>\n",
+            *(html_figure(name, figures) for name in APPENDIX),
+            "</main></body></html>\n",
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Self-check: synthetic stays whose causes are known
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def planted_scores(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """Per stay and method: precision@k of the k events that truly act, share of right signs, mean |score| of causal and of decoy events.
@@ -1773,17 +2596,28 @@ def planted_scores(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
             continue
         for order in ORDERS:
             score = part[order].to_numpy(float)
-            top = np.argsort(-np.abs(score), kind="stable")[:causal.sum()]
+            top = np.argsort(-np.abs(score), kind="stable")[: causal.sum()]
             decoys = np.abs(score[(part["role"] == "decoy").to_numpy()])
-            rows.append({"icu_stay_id": stay, "patient_id": patient, "method": order, "precision": causal[top].mean(), "chance": causal.mean(),
-                         "right_sign": (np.sign(score[causal]) == np.sign(part["true_effect"].to_numpy()[causal])).mean(),
-                         "causal": np.abs(score[causal]).mean(), "decoy": decoys.mean() if len(decoys) else math.nan})
+            rows.append(
+                {
+                    "icu_stay_id": stay,
+                    "patient_id": patient,
+                    "method": order,
+                    "precision": causal[top].mean(),
+                    "chance": causal.mean(),
+                    "right_sign": (np.sign(score[causal]) == np.sign(part["true_effect"].to_numpy()[causal])).mean(),
+                    "causal": np.abs(score[causal]).mean(),
+                    "decoy": decoys.mean() if len(decoys) else math.nan,
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def redundant_sums(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """Sum of the attributions and of the true effects of each redundant group (either event is enough)."""
-    part = events.assign(true_effect=truth["true_effect"].to_numpy(), role=truth["role"].to_numpy(), group=truth["group"].to_numpy())
+    part = events.assign(
+        true_effect=truth["true_effect"].to_numpy(), role=truth["role"].to_numpy(), group=truth["group"].to_numpy()
+    )
     part = part[part["role"] == "redundant"]
     return part.groupby(["patient_id", "group"])[["attribution", "removal", "true_effect"]].sum().reset_index()
 
@@ -1795,17 +2629,58 @@ def planted_criteria(scores: pd.DataFrame, sums: pd.DataFrame, settings: Explain
         part, asked = scores[scores["method"] == order], order != "attention"
         patients = part["patient_id"].to_numpy()
         precision, sign = (bootstrap(part[name].to_numpy(), patients, *options) for name in ("precision", "right_sign"))
-        rows.append(criterion("planted precision@k", order, precision, (">=", 0.9) if asked else None,
-                              f"of the events that {title} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes (chance {part['chance'].mean():.2f})", limit="low"))
+        rows.append(
+            criterion(
+                "planted precision@k",
+                order,
+                precision,
+                (">=", 0.9) if asked else None,
+                f"of the events that {title} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes (chance {part['chance'].mean():.2f})",
+                limit="low",
+            )
+        )
         if asked:
-            rows.append(criterion("planted sign", order, sign, (">=", 0.95), f"{title} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign"))
-        ratio = {"value": float(part["causal"].mean() / part["decoy"].mean()), "low": math.nan, "high": math.nan, "n": len(part)}
-        rows.append(criterion("causes over decoys", order, ratio, (">=", 10.0) if asked else None,
-                              f"{title} gives a cause {{value:.1f}} times as much as an event that only looks alarming"))
-    ratio = {"value": float(sums["attribution"].mean() / sums["true_effect"].mean()), "low": math.nan, "high": math.nan, "n": len(sums)}
+            rows.append(
+                criterion(
+                    "planted sign",
+                    order,
+                    sign,
+                    (">=", 0.95),
+                    f"{title} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign",
+                )
+            )
+        ratio = {
+            "value": float(part["causal"].mean() / part["decoy"].mean()),
+            "low": math.nan,
+            "high": math.nan,
+            "n": len(part),
+        }
+        rows.append(
+            criterion(
+                "causes over decoys",
+                order,
+                ratio,
+                (">=", 10.0) if asked else None,
+                f"{title} gives a cause {{value:.1f}} times as much as an event that only looks alarming",
+            )
+        )
+    ratio = {
+        "value": float(sums["attribution"].mean() / sums["true_effect"].mean()),
+        "low": math.nan,
+        "high": math.nan,
+        "n": len(sums),
+    }
     error = ratio | {"value": abs(ratio["value"] - 1)}
-    rows.append(criterion("redundant groups", "attribution", error, ("<=", 0.25), f"attributions of redundant evidence sum to {ratio['value']:.2f} of its true effect "
-                          f"(removal: {sums['removal'].mean() / sums['true_effect'].mean():.2f}); off by {{value:.0%}} in {{n}} stays"))
+    rows.append(
+        criterion(
+            "redundant groups",
+            "attribution",
+            error,
+            ("<=", 0.25),
+            f"attributions of redundant evidence sum to {ratio['value']:.2f} of its true effect "
+            f"(removal: {sums['removal'].mean() / sums['true_effect'].mean():.2f}); off by {{value:.0%}} in {{n}} stays",
+        )
+    )
     return rows
 
 
@@ -1818,7 +2693,9 @@ def load_sample_maker() -> Any:
     """tests/make_sample.py as a module, wherever the program was started."""
     path = train.HERE / "tests" / "make_sample.py"
     if not path.exists():
-        raise InputError(f"{path}: not found. --selfcheck needs the generator of the sample; run it in a checkout of the repository.")
+        raise InputError(
+            f"{path}: not found. --selfcheck needs the generator of the sample; run it in a checkout of the repository."
+        )
     spec = importlib.util.spec_from_file_location("make_sample", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -1828,10 +2705,21 @@ def load_sample_maker() -> Any:
 def train_on_sample(seed: int, folder: Path, settings: ExplainSettings) -> tuple[Run, pd.DataFrame]:
     """A model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
     maker = load_sample_maker()
-    sample = maker.make_sample(round(settings.selfcheck_stays / 0.64), seed, SELFCHECK_EFFECTS)      # train.py trains on 64 %
+    sample = maker.make_sample(
+        round(settings.selfcheck_stays / 0.64), seed, SELFCHECK_EFFECTS
+    )  # train.py trains on 64 %
     maker.write_csv(sample, folder / "sample.csv")
-    options = train.check_settings(train.Settings(data=str(folder / "sample.csv"), text_encoder="hashing", output_dir=str(folder), cache_dir=settings.cache_dir,
-                                                  seed=seed, max_epochs=settings.selfcheck_epochs, save_attention_every=0))
+    options = train.check_settings(
+        train.Settings(
+            data=str(folder / "sample.csv"),
+            text_encoder="hashing",
+            output_dir=str(folder),
+            cache_dir=settings.cache_dir,
+            seed=seed,
+            max_epochs=settings.selfcheck_epochs,
+            save_attention_every=0,
+        )
+    )
     accelerator = Accelerator(mixed_precision="no")
     table, _ = train.read_stays(folder / "sample.csv", settings.cache_dir)
     text_encoder, vectors = train.embed_texts(table.texts, options, accelerator)
@@ -1839,12 +2727,17 @@ def train_on_sample(seed: int, folder: Path, settings: ExplainSettings) -> tuple
     trainer = train.Trainer(table, split, vectors, text_encoder, options, folder, accelerator)
     trainer.fit()
     checkpoint = train.load_checkpoint(folder / "checkpoints" / "best_model.pth", accelerator.device)
-    return make_run(checkpoint, table.take(split.test), vectors, True, accelerator), sample.events.assign(event_text=sample.table["event_text"])
+    return make_run(checkpoint, table.take(split.test), vectors, True, accelerator), sample.events.assign(
+        event_text=sample.table["event_text"]
+    )
 
 
 def truth_of(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """The truth about the events of a table, matched by stay, text and order; ValueError where they do not belong together."""
-    left, right = (frame.assign(again=frame.groupby(["icu_stay_id", "event_text"]).cumcount()) for frame in (events[["icu_stay_id", "event_text"]], truth))
+    left, right = (
+        frame.assign(again=frame.groupby(["icu_stay_id", "event_text"]).cumcount())
+        for frame in (events[["icu_stay_id", "event_text"]], truth)
+    )
     found = left.merge(right, on=["icu_stay_id", "event_text", "again"], how="left", validate="one_to_one")
     if found["true_effect"].isna().any():
         raise ValueError("some events are not in the truth: events and truth are of different samples.")
@@ -1872,13 +2765,26 @@ def selfcheck(settings: ExplainSettings) -> list[dict[str, Any]]:
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
-TABLE_FILES = {"stays": "stays.csv", "events": "event_attributions.parquet", "statics": "static_attributions.csv", "groups": "group_importance.csv",
-               "layers": "layer_attributions.parquet", "heads": "head_roles.csv", "query_similarity": "query_similarity.csv",
-               "windows": "time_windows.csv", "trajectory": "risk_trajectories.csv", "curves": "deletion_insertion.csv"}
+TABLE_FILES = {
+    "stays": "stays.csv",
+    "events": "event_attributions.parquet",
+    "statics": "static_attributions.csv",
+    "groups": "group_importance.csv",
+    "layers": "layer_attributions.parquet",
+    "heads": "head_roles.csv",
+    "query_similarity": "query_similarity.csv",
+    "windows": "time_windows.csv",
+    "trajectory": "risk_trajectories.csv",
+    "curves": "deletion_insertion.csv",
+}
 
 
-def run_explainability_analysis(checkpoint_path: str | Path = ExplainSettings.checkpoint, test_data_path: str | Path = ExplainSettings.data,
-                                save_dir: str | Path | None = ExplainSettings.save_dir, **options: Any) -> dict[str, pd.DataFrame]:
+def run_explainability_analysis(
+    checkpoint_path: str | Path = ExplainSettings.checkpoint,
+    test_data_path: str | Path = ExplainSettings.data,
+    save_dir: str | Path | None = ExplainSettings.save_dir,
+    **options: Any,
+) -> dict[str, pd.DataFrame]:
     """Explain held-out stays with a checkpoint alone; returns the tables and, with a `save_dir`, writes them and the pictures.
 
     `options` are fields of `ExplainSettings` (stays, max_stays, text_encoder, cache_dir, seed, ...). Keys of the result: stays,
@@ -1886,9 +2792,15 @@ def run_explainability_analysis(checkpoint_path: str | Path = ExplainSettings.ch
     anything that the caller can mend.
     """
     try:
-        settings = check_settings(ExplainSettings(checkpoint=str(checkpoint_path), data=str(test_data_path), save_dir=str(save_dir or ""), **options))
+        settings = check_settings(
+            ExplainSettings(
+                checkpoint=str(checkpoint_path), data=str(test_data_path), save_dir=str(save_dir or ""), **options
+            )
+        )
     except TypeError as error:
-        raise InputError(f"run_explainability_analysis: {str(error).split('() ')[-1]}; the options are the fields of ExplainSettings.") from None
+        raise InputError(
+            f"run_explainability_analysis: {str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
+        ) from None
     run = load_run(settings.checkpoint, settings.data, settings.text_encoder, settings.cache_dir, settings.hf_cache)
     tables = explain(run, settings)
     for sentence in tables["faithfulness"]["sentence"]:
@@ -1901,8 +2813,19 @@ def run_explainability_analysis(checkpoint_path: str | Path = ExplainSettings.ch
 
 def check_settings(settings: ExplainSettings) -> ExplainSettings:
     """Refuse settings that make no sense (`InputError`)."""
-    for name, least in (("stays", 0), ("max_stays", 0), ("max_removals", 0), ("layer_stays", 0), ("ig_steps", 2), ("untrained_models", 4), ("checked_stays", 0), ("n_bootstrap", 1),
-                        ("selfcheck_seeds", 1), ("selfcheck_stays", 100), ("selfcheck_epochs", 1)):
+    for name, least in (
+        ("stays", 0),
+        ("max_stays", 0),
+        ("max_removals", 0),
+        ("layer_stays", 0),
+        ("ig_steps", 2),
+        ("untrained_models", 4),
+        ("checked_stays", 0),
+        ("n_bootstrap", 1),
+        ("selfcheck_seeds", 1),
+        ("selfcheck_stays", 100),
+        ("selfcheck_epochs", 1),
+    ):
         if getattr(settings, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {least}.")
     return settings
@@ -1912,18 +2835,30 @@ def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: E
     """Tables, faithfulness.json, the nine pictures and the report; the one place that writes."""
     written = []
     for name, file in TABLE_FILES.items():
-        save = (lambda path, table=tables[name]: table.to_parquet(path, index=False)) if file.endswith("parquet") \
+        save = (
+            (lambda path, table=tables[name]: table.to_parquet(path, index=False))
+            if file.endswith("parquet")
             else (lambda path, table=tables[name]: table.to_csv(path, index=False, float_format="%.6g"))
+        )
         written.append(train.write_whole(folder / file, save))
     written.append(train.write_json(folder / "faithfulness.json", faithfulness_record(run, tables)))
     trained = run.checkpoint.settings
-    setting = f"The model predicts {trained.observation_hours:g} h after ICU admission from what was known then." if trained.observation_hours \
+    setting = (
+        f"The model predicts {trained.observation_hours:g} h after ICU admission from what was known then."
+        if trained.observation_hours
         else "The model reads the whole stay up to discharge or death, so it describes a stay that has ended and does not foresee."
+    )
     caption = f"{len(tables['stays'])} held-out stays of {tables['stays']['patient_id'].nunique()} patients · text encoder: {run.checkpoint.text_encoder}"
     figures = draw_figures(tables, caption)
     written += [train.save_figure(folder / f"{name}.png", figure) for name, figure in figures.items()]
-    info = {"data": Path(settings.data).name, "checkpoint": Path(settings.checkpoint).name, "text_encoder": run.checkpoint.text_encoder,
-            "setting": setting, "temperature": run.checkpoint.temperature, "calibration": calibration_of(run)}
+    info = {
+        "data": Path(settings.data).name,
+        "checkpoint": Path(settings.checkpoint).name,
+        "text_encoder": run.checkpoint.text_encoder,
+        "setting": setting,
+        "temperature": run.checkpoint.temperature,
+        "calibration": calibration_of(run),
+    }
     page_text = render_report(tables, figures, info)
     return [*written, train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8"))]
 
@@ -1931,10 +2866,22 @@ def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: E
 def faithfulness_record(run: Run, tables: dict[str, Any]) -> dict[str, Any]:
     """What faithfulness.json holds: every check in plain words, and the curves behind the first; no NaN, which is not JSON."""
     curves = tables["curves"]
-    means = curves.assign(order=curves["order"].str.replace(r" \d+$", "", regex=True)).groupby(["way", "direction", "order", "fraction"])["change"].mean()
-    plain = lambda rows: [{key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()} for row in rows]
-    return {"text_encoder": run.checkpoint.text_encoder, "stays": len(tables["stays"]), "held_out_split": run.held_out,
-            "checks": plain(tables["faithfulness"].astype(object).to_dict("records")), "curves": plain(means.reset_index().to_dict("records"))}
+    means = (
+        curves.assign(order=curves["order"].str.replace(r" \d+$", "", regex=True))
+        .groupby(["way", "direction", "order", "fraction"])["change"]
+        .mean()
+    )
+    plain = lambda rows: [
+        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in rows
+    ]
+    return {
+        "text_encoder": run.checkpoint.text_encoder,
+        "stays": len(tables["stays"]),
+        "held_out_split": run.held_out,
+        "checks": plain(tables["faithfulness"].astype(object).to_dict("records")),
+        "curves": plain(means.reset_index().to_dict("records")),
+    }
 
 
 def calibration_of(run: Run) -> pd.DataFrame | None:
@@ -1942,8 +2889,11 @@ def calibration_of(run: Run) -> pd.DataFrame | None:
     known = ~np.isnan(run.table.labels)
     if known.sum() < 20:
         return None
-    return train.calibration_table(run.table.labels[known], run.checkpoint.probabilities(run.logits[known]),
-                                   n_bins=int(np.clip(known.sum() // 10, 2, 10)))
+    return train.calibration_table(
+        run.table.labels[known],
+        run.checkpoint.probabilities(run.logits[known]),
+        n_bins=int(np.clip(known.sum() // 10, 2, 10)),
+    )
 
 
 def run_selfcheck(settings: ExplainSettings) -> int:
@@ -1952,8 +2902,12 @@ def run_selfcheck(settings: ExplainSettings) -> int:
     fallen = rows[rows["passed"].eq(False)]
     for row in rows.itertuples():
         verdict = {True: "ok", False: "SHORT"}.get(row.passed, "")
-        logger.info(f"{verdict:6s}seed {row.seed!s:4s}{row.check:32s}{row.method:12s}{row.value:9.3g} [{row.low:.3g}, {row.high:.3g}]".replace("[nan, nan]", "")
-                    + (f"  asked: {row.threshold}" if isinstance(row.threshold, str) else ""))
+        logger.info(
+            f"{verdict:6s}seed {row.seed!s:4s}{row.check:32s}{row.method:12s}{row.value:9.3g} [{row.low:.3g}, {row.high:.3g}]".replace(
+                "[nan, nan]", ""
+            )
+            + (f"  asked: {row.threshold}" if isinstance(row.threshold, str) else "")
+        )
     if settings.save_dir:
         content = json.loads(rows.to_json(orient="records"))
         logger.info(f"Written     {train.write_json(Path(settings.save_dir) / 'selfcheck.json', content)}")
@@ -1963,10 +2917,13 @@ def run_selfcheck(settings: ExplainSettings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code: 0 done, 1 the self-check fell short, 2 something to mend, 130 interrupted."""
-    (settings,) = HfArgumentParser(ExplainSettings, description=__doc__.split("\n\n")[0], allow_abbrev=False).parse_args_into_dataclasses(
-        args=sys.argv[1:] if argv is None else list(argv))
+    (settings,) = HfArgumentParser(
+        ExplainSettings, description=__doc__.split("\n\n")[0], allow_abbrev=False
+    ).parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else list(argv))
     train.log_to_stdout()
-    options = {name: value for name, value in asdict(settings).items() if name not in ("checkpoint", "data", "save_dir")}
+    options = {
+        name: value for name, value in asdict(settings).items() if name not in ("checkpoint", "data", "save_dir")
+    }
     try:
         if settings.selfcheck:
             return run_selfcheck(check_settings(settings))

@@ -15,6 +15,7 @@ S static dimension, H heads. Times carry their unit in the name. Masks are True 
 
 Research software: not a medical device, not for clinical use.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -84,10 +85,15 @@ class InputError(ValueError):
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def option(default: Any, help: str, **extra: Any) -> Any:
     """A settings field with its one-sentence help."""
-    metadata = {"help": help.replace("%", "%%"), **extra}      # argparse would take a percent sign for a format
-    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(default=default, metadata=metadata)
+    metadata = {"help": help.replace("%", "%%"), **extra}  # argparse would take a percent sign for a format
+    return (
+        field(default_factory=lambda: list(default), metadata=metadata)
+        if isinstance(default, list)
+        else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,9 @@ class Settings:
     n_pooling_heads: int = option(4, "Attention heads that pool the events.")
     dropout: float = option(0.2, "Dropout everywhere but inside attention (fused kernels take none there).")
 
-    weight_averaging: float = option(0.98, "Decay per step of the running mean of the weights that is validated and kept.")
+    weight_averaging: float = option(
+        0.98, "Decay per step of the running mean of the weights that is validated and kept."
+    )
 
     temporal_weight: float = option(0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.")
     sparsity_weight: float = option(0.2, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.")
@@ -145,38 +153,77 @@ class Settings:
 
 # What a prospective model cannot know at the moment of prediction.
 KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
-DEFAULT_STATIC_FEATURES = ("patient_gender", "patient_age", "patient_race", "marital_status", "admission_type",
-                           "admission_location", "insurance", "first_icu_careunit", "icu_length_of_stay_in_days", "number_of_events")
+DEFAULT_STATIC_FEATURES = (
+    "patient_gender",
+    "patient_age",
+    "patient_race",
+    "marital_status",
+    "admission_type",
+    "admission_location",
+    "insurance",
+    "first_icu_careunit",
+    "icu_length_of_stay_in_days",
+    "number_of_events",
+)
 NUMERIC_STATIC_FEATURES = ("patient_age", "icu_length_of_stay_in_days", "number_of_events")
 
 
 def check_settings(settings: Settings) -> Settings:
     """Fill in the static features of the mode and refuse settings that contradict each other (`InputError`)."""
     prospective = settings.observation_hours > 0
-    chosen = settings.static_features or [name for name in DEFAULT_STATIC_FEATURES
-                                          if not (prospective and name in KNOWN_ONLY_LATER)]
+    chosen = settings.static_features or [
+        name for name in DEFAULT_STATIC_FEATURES if not (prospective and name in KNOWN_ONLY_LATER)
+    ]
     if unknown := [name for name in chosen if name not in STATIC_COLUMNS]:
-        raise InputError(f"--static-features {' '.join(unknown)}: no such column. Choose from {', '.join(STATIC_COLUMNS)}.")
+        raise InputError(
+            f"--static-features {' '.join(unknown)}: no such column. Choose from {', '.join(STATIC_COLUMNS)}."
+        )
     if prospective and (late := [name for name in chosen if name in KNOWN_ONLY_LATER]):
-        raise InputError(f"--static-features {' '.join(late)}: known only after the prediction at {settings.observation_hours:g} h. "
-                         "Leave these columns out, or drop --observation-hours.")
-    positive = ("d_model", "n_layers", "n_heads", "d_feedforward", "n_pooling_heads", "tau_hours", "learning_rate", "max_epochs",
-                "patience", "batch_size", "max_events_per_batch", "max_text_tokens", "gradient_clip")
-    not_negative = ("observation_hours", "gap_hours", "weight_decay", "warmup_steps", "n_bootstrap", "save_attention_every", "seed",
-                    "sparsity_weight")
+        raise InputError(
+            f"--static-features {' '.join(late)}: known only after the prediction at {settings.observation_hours:g} h. "
+            "Leave these columns out, or drop --observation-hours."
+        )
+    positive = (
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "d_feedforward",
+        "n_pooling_heads",
+        "tau_hours",
+        "learning_rate",
+        "max_epochs",
+        "patience",
+        "batch_size",
+        "max_events_per_batch",
+        "max_text_tokens",
+        "gradient_clip",
+    )
+    not_negative = (
+        "observation_hours",
+        "gap_hours",
+        "weight_decay",
+        "warmup_steps",
+        "n_bootstrap",
+        "save_attention_every",
+        "seed",
+        "sparsity_weight",
+    )
     shares = ("dropout", "weight_averaging")
     # Written so that NaN, which compares false with everything, is out of range too.
     for name, bad in [(name, not 0 < getattr(settings, name) < math.inf) for name in positive] + [
-            *((name, not 0 <= getattr(settings, name) < 2**31) for name in not_negative),
-            *((name, not 0 <= getattr(settings, name) < 1) for name in shares),
-            ("temporal_weight", not 0 <= settings.temporal_weight <= 1),
-            ("cross_validate", settings.cross_validate == 1 or settings.cross_validate < 0),
-            ("d_model", any(settings.d_model % max(heads, 1) for heads in (settings.n_heads, settings.n_pooling_heads, 2))),
-            ("mixed_precision", settings.mixed_precision not in ("auto", "no", "bf16")),
-            ("text_encoder_dtype", settings.text_encoder_dtype not in ("auto", "float32", "bfloat16"))]:
+        *((name, not 0 <= getattr(settings, name) < 2**31) for name in not_negative),
+        *((name, not 0 <= getattr(settings, name) < 1) for name in shares),
+        ("temporal_weight", not 0 <= settings.temporal_weight <= 1),
+        ("cross_validate", settings.cross_validate == 1 or settings.cross_validate < 0),
+        ("d_model", any(settings.d_model % max(heads, 1) for heads in (settings.n_heads, settings.n_pooling_heads, 2))),
+        ("mixed_precision", settings.mixed_precision not in ("auto", "no", "bf16")),
+        ("text_encoder_dtype", settings.text_encoder_dtype not in ("auto", "float32", "bfloat16")),
+    ]:
         if bad:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: out of range "
-                             "(sizes are positive, shares lie in 0..1, --d-model is a multiple of the heads; see --help).")
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(settings, name)}: out of range "
+                "(sizes are positive, shares lie in 0..1, --d-model is a multiple of the heads; see --help)."
+            )
     if settings.gap_hours and not prospective:
         raise InputError("--gap-hours needs --observation-hours: there is no gap where the whole stay is read.")
     if settings.trajectory and not settings.evaluate:
@@ -184,7 +231,9 @@ def check_settings(settings: Settings) -> Settings:
     trajectory_hours(settings.trajectory)
     together = [name for name in ("evaluate", "audit", "cross_validate", "resume") if getattr(settings, name)]
     if len(together) > 1 and together != ["cross_validate", "resume"]:
-        raise InputError(f"--{', --'.join(together).replace('_', '-')}: these do not go together. Run one after the other.")
+        raise InputError(
+            f"--{', --'.join(together).replace('_', '-')}: these do not go together. Run one after the other."
+        )
     return replace(settings, static_features=list(chosen))
 
 
@@ -210,25 +259,25 @@ ROWS_PER_SLICE = 4_000_000  # event rows of the tables behind one slice of stays
 # like numbers or is empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
 MIMIC_TABLES = {
     "icu/icustays": "subject_id BIGINT, hadm_id BIGINT, stay_id BIGINT, intime TIMESTAMP, outtime TIMESTAMP, "
-                    "los DOUBLE, first_careunit VARCHAR, last_careunit VARCHAR",
+    "los DOUBLE, first_careunit VARCHAR, last_careunit VARCHAR",
     "hosp/patients": "subject_id BIGINT, gender VARCHAR, anchor_age BIGINT, anchor_year BIGINT",
     "hosp/admissions": "hadm_id BIGINT, deathtime TIMESTAMP, admission_type VARCHAR, admission_location VARCHAR, "
-                       "discharge_location VARCHAR, insurance VARCHAR, marital_status VARCHAR, race VARCHAR, "
-                       "hospital_expire_flag BIGINT",
+    "discharge_location VARCHAR, insurance VARCHAR, marital_status VARCHAR, race VARCHAR, "
+    "hospital_expire_flag BIGINT",
     "hosp/d_labitems": "itemid BIGINT, label VARCHAR, fluid VARCHAR, category VARCHAR",
     "icu/d_items": "itemid BIGINT, label VARCHAR, category VARCHAR",
     "hosp/prescriptions": "hadm_id BIGINT, starttime TIMESTAMP, drug VARCHAR, prod_strength VARCHAR, "
-                          "dose_val_rx VARCHAR, dose_unit_rx VARCHAR, form_unit_disp VARCHAR, route VARCHAR",
+    "dose_val_rx VARCHAR, dose_unit_rx VARCHAR, form_unit_disp VARCHAR, route VARCHAR",
     "icu/procedureevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, value DOUBLE, "
-                           "valueuom VARCHAR, location VARCHAR, statusdescription VARCHAR",
+    "valueuom VARCHAR, location VARCHAR, statusdescription VARCHAR",
     "hosp/labevents": "hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, value VARCHAR, "
-                      "valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
-                      "flag VARCHAR, priority VARCHAR, comments VARCHAR",
+    "valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
+    "flag VARCHAR, priority VARCHAR, comments VARCHAR",
     "hosp/microbiologyevents": "hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, storedate TIMESTAMP, "
-                               "storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
-                               "ab_name VARCHAR, interpretation VARCHAR, comments VARCHAR",
+    "storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
+    "ab_name VARCHAR, interpretation VARCHAR, comments VARCHAR",
     "icu/ingredientevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, amount DOUBLE, "
-                            "amountuom VARCHAR, rate DOUBLE, rateuom VARCHAR, statusdescription VARCHAR",
+    "amountuom VARCHAR, rate DOUBLE, rateuom VARCHAR, statusdescription VARCHAR",
 }
 
 
@@ -238,8 +287,10 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     found = {table: next((path for path in paths if path.is_file()), None) for table, paths in candidates.items()}
     missing = [f"{table}.csv[.gz]" for table, path in found.items() if path is None]
     if missing:
-        raise InputError(f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
-                         "folder that holds hosp/ and icu/, as downloaded from PhysioNet.")
+        raise InputError(
+            f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
+            "folder that holds hosp/ and icu/, as downloaded from PhysioNet."
+        )
     return found
 
 
@@ -272,16 +323,20 @@ def load_mimic_table(database, table: str, path: Path) -> None:
         try:
             database.execute(f"CREATE TABLE {Path(table).name} AS SELECT {typed} FROM {source} {only}").fetchall()
         except duckdb.ConversionException:
-            bad = ", ".join(f"count(*) FILTER ({name} IS NOT NULL AND TRY_CAST({name} AS {kind}) IS NULL)"
-                            for name, kind in columns.items())
+            bad = ", ".join(
+                f"count(*) FILTER ({name} IS NOT NULL AND TRY_CAST({name} AS {kind}) IS NULL)"
+                for name, kind in columns.items()
+            )
             counts = zip(columns, database.execute(f"SELECT {bad} FROM {source}").fetchall()[0])
             wrong = ", ".join(f"{name} ({columns[name]}) in {count} rows" for name, count in counts if count)
             raise InputError(f"{path} has values that do not fit their column's type: {wrong}.") from None
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:  # its message quotes rows of patients: only its kind is passed on
-        raise InputError(f"{path} cannot be read ({type(error).__name__}). Is the download complete? Compare the file "
-                         "with SHA256SUMS.txt of the data set and fetch it again.") from None
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}). Is the download complete? Compare the file "
+            "with SHA256SUMS.txt of the data set and fetch it again."
+        ) from None
 
 
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") -> Path:
@@ -302,7 +357,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
     except OSError as error:
         raise InputError(f"{results}: cannot be written ({error.strerror}). Choose another --cache-dir.") from None
     with one_at_a_time(results), tempfile.TemporaryDirectory(dir=results, prefix="working_") as scratch:
-        if target.exists():     # another run made it while this one waited
+        if target.exists():  # another run made it while this one waited
             return target
         try:
             with duckdb.connect(f"{scratch}/mimic.duckdb") as database:
@@ -311,12 +366,16 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
                 for table, path in tqdm(files.items(), desc="reading MIMIC-IV", unit="table", leave=False):
                     load_mimic_table(database, table, path)
                 collect_stays(database, query_for_duckdb(query))
-                database.execute(f"COPY stays_with_events TO {sql_quoted(scratch + '/result.parquet')} "
-                                 "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)").fetchall()
+                database.execute(
+                    f"COPY stays_with_events TO {sql_quoted(scratch + '/result.parquet')} "
+                    "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)"
+                ).fetchall()
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-            raise InputError(f"query.sql stopped ({type(error).__name__}) with {memory_limit} of memory and "
-                             f"{shutil.disk_usage(results).free / 1e9:.0f} GB left on the disk of {results}: "
-                             "it needs more of the one or the other.") from None
+            raise InputError(
+                f"query.sql stopped ({type(error).__name__}) with {memory_limit} of memory and "
+                f"{shutil.disk_usage(results).free / 1e9:.0f} GB left on the disk of {results}: "
+                "it needs more of the one or the other."
+            ) from None
         os.replace(f"{scratch}/result.parquet", target)
     return target
 
@@ -326,7 +385,7 @@ def one_at_a_time(results: Path) -> Iterator[None]:
     """Wait for other runs that work in `results`, and clear away what killed ones left there."""
     folder = os.open(results, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):      # some network disks cannot lock: then nothing is cleared away
+        with contextlib.suppress(OSError):  # some network disks cannot lock: then nothing is cleared away
             fcntl.flock(folder, fcntl.LOCK_EX)
             for left_by_a_killed_run in results.glob("working_*"):
                 shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
@@ -345,9 +404,11 @@ def collect_stays(database, query: str) -> None:
     count = " + ".join(f"(SELECT count(*) FROM {name})" for name in names)
     n_slices = min(len(stay_ids), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
     for number in tqdm(range(n_slices), desc="building events", unit="slice", leave=False):
-        part = stay_ids[number * len(stay_ids) // n_slices:(number + 1) * len(stay_ids) // n_slices]
-        database.execute("CREATE OR REPLACE TEMP VIEW icustays AS SELECT * FROM all_icustays "
-                         f"WHERE stay_id BETWEEN {part[0]} AND {part[-1]}")
+        part = stay_ids[number * len(stay_ids) // n_slices : (number + 1) * len(stay_ids) // n_slices]
+        database.execute(
+            "CREATE OR REPLACE TEMP VIEW icustays AS SELECT * FROM all_icustays "
+            f"WHERE stay_id BETWEEN {part[0]} AND {part[-1]}"
+        )
         action = "INSERT INTO stays_with_events" if number else "CREATE TABLE stays_with_events AS"
         database.execute(f"{action} SELECT * FROM ({query}) ORDER BY icu_stay_id").fetchall()
 
@@ -357,15 +418,34 @@ def collect_stays(database, query: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 STAY_COLUMNS = {
-    "patient_id": "BIGINT", "admission_id": "BIGINT", "icu_stay_id": "BIGINT", "icu_intime": "TIMESTAMP",
-    "icu_outtime": "TIMESTAMP", "patient_death_time": "TIMESTAMP", "patient_expired_in_hospital": "DOUBLE",
-    "patient_gender": "VARCHAR", "patient_age": "DOUBLE", "patient_race": "VARCHAR", "marital_status": "VARCHAR",
-    "admission_type": "VARCHAR", "admission_location": "VARCHAR", "insurance": "VARCHAR", "first_icu_careunit": "VARCHAR",
-    "last_icu_careunit": "VARCHAR", "icu_length_of_stay_in_days": "DOUBLE", "discharge_location": "VARCHAR"}
-EVENT_COLUMNS = {"event_time": "TIMESTAMP", "event_known_time": "TIMESTAMP", "event_type": "VARCHAR",
-                 "event_text": "VARCHAR", "relative_time_to_final_event": "DOUBLE"}
+    "patient_id": "BIGINT",
+    "admission_id": "BIGINT",
+    "icu_stay_id": "BIGINT",
+    "icu_intime": "TIMESTAMP",
+    "icu_outtime": "TIMESTAMP",
+    "patient_death_time": "TIMESTAMP",
+    "patient_expired_in_hospital": "DOUBLE",
+    "patient_gender": "VARCHAR",
+    "patient_age": "DOUBLE",
+    "patient_race": "VARCHAR",
+    "marital_status": "VARCHAR",
+    "admission_type": "VARCHAR",
+    "admission_location": "VARCHAR",
+    "insurance": "VARCHAR",
+    "first_icu_careunit": "VARCHAR",
+    "last_icu_careunit": "VARCHAR",
+    "icu_length_of_stay_in_days": "DOUBLE",
+    "discharge_location": "VARCHAR",
+}
+EVENT_COLUMNS = {
+    "event_time": "TIMESTAMP",
+    "event_known_time": "TIMESTAMP",
+    "event_type": "VARCHAR",
+    "event_text": "VARCHAR",
+    "relative_time_to_final_event": "DOUBLE",
+}
 LABEL = "patient_expired_in_hospital"
-STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")      # what may be used as a static feature
+STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
 
 
 @dataclass(frozen=True)
@@ -375,14 +455,15 @@ class StayTable:
     `minutes_to_end` counts from the event to the end of what is read: the final event (ICU discharge or death,
     whichever is first), or in prospective mode the moment of prediction.
     """
-    stays: pd.DataFrame                  # (n_stays): STAY_COLUMNS
-    offsets: np.ndarray                  # (n_stays + 1) int64
-    event_type: np.ndarray               # (n_events) int8: index in EVENT_TYPES, len(EVENT_TYPES) if it is none of them
-    text: np.ndarray                     # (n_events) int32: index in texts
-    minutes_since_intime: np.ndarray     # (n_events) float32
+
+    stays: pd.DataFrame  # (n_stays): STAY_COLUMNS
+    offsets: np.ndarray  # (n_stays + 1) int64
+    event_type: np.ndarray  # (n_events) int8: index in EVENT_TYPES, len(EVENT_TYPES) if it is none of them
+    text: np.ndarray  # (n_events) int32: index in texts
+    minutes_since_intime: np.ndarray  # (n_events) float32
     known_minutes_since_intime: np.ndarray  # (n_events) float32, NaN where nobody knows when the ward knew
-    minutes_to_end: np.ndarray           # (n_events) float32
-    texts: np.ndarray                    # (n_texts) of str: distinct texts
+    minutes_to_end: np.ndarray  # (n_events) float32
+    texts: np.ndarray  # (n_texts) of str: distinct texts
 
     @property
     def lengths(self) -> np.ndarray:
@@ -411,20 +492,25 @@ class StayTable:
         if keep_event is not None:
             stay_of_event, events = stay_of_event[keep_event[events]], events[keep_event[events]]
         offsets = np.concatenate([[0], np.cumsum(np.bincount(stay_of_event, minlength=len(stays)))]).astype(np.int64)
-        arrays = {name: getattr(self, name)[events] for name in ("event_type", "text", "minutes_since_intime",
-                                                                 "known_minutes_since_intime", "minutes_to_end")}
+        arrays = {
+            name: getattr(self, name)[events]
+            for name in ("event_type", "text", "minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
+        }
         return StayTable(self.stays.iloc[stays].reset_index(drop=True), offsets, texts=self.texts, **arrays)
 
 
-def read_stays(data: str | Path, cache_dir: str | Path = "clinical_LF_precomp_emb",
-               need_label: bool = True) -> tuple[StayTable, dict[str, int]]:
+def read_stays(
+    data: str | Path, cache_dir: str | Path = "clinical_LF_precomp_emb", need_label: bool = True
+) -> tuple[StayTable, dict[str, int]]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
     Raises `InputError` for a table that cannot be read as it was meant.
     """
     path = Path(data)
     if not path.exists() and not any(c in str(data) for c in "*?["):
-        raise InputError(f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file.")
+        raise InputError(
+            f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file."
+        )
     if path.is_dir():
         path = run_mimic_query(path, Path(cache_dir))
     with duckdb.connect() as con:
@@ -435,17 +521,29 @@ def read_stays(data: str | Path, cache_dir: str | Path = "clinical_LF_precomp_em
             _check_values(con, path, need_label)
             return _load_arrays(con, path, kind)
         except duckdb.Error as error:
-            raise InputError(f"{data}: cannot be read ({_reason(error)}). CSV must be UTF-8 with a header and the columns of the "
-                             "README's data table; Parquet files of one glob must share a schema.") from None
+            raise InputError(
+                f"{data}: cannot be read ({_reason(error)}). CSV must be UTF-8 with a header and the columns of the "
+                "README's data table; Parquet files of one glob must share a schema."
+            ) from None
 
 
 def _reason(error: Exception) -> str:
     """What went wrong, without the row it went wrong in: rows hold patient data."""
     line = re.search(r"Line: ?(\d+)", str(error))
     first = re.split(r"[\n:\"']", re.sub(r"^(\w+ )+Error: ", "", str(error)))[0].strip()
-    first = "a row with more or fewer values than the header, or a quote that never closes" if "sniffing" in first else first
-    known = re.search(r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote", str(error))
-    return f"{type(error).__name__}: {first}" + (f" at line {line[1]}" if line else "") + (f", {known[0]}" if known else "")
+    first = (
+        "a row with more or fewer values than the header, or a quote that never closes"
+        if "sniffing" in first
+        else first
+    )
+    known = re.search(
+        r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote", str(error)
+    )
+    return (
+        f"{type(error).__name__}: {first}"
+        + (f" at line {line[1]}" if line else "")
+        + (f", {known[0]}" if known else "")
+    )
 
 
 def _register_source(con: duckdb.DuckDBPyConnection, path: Path) -> str:
@@ -455,9 +553,12 @@ def _register_source(con: duckdb.DuckDBPyConnection, path: Path) -> str:
         raise InputError(f"{path}: --data takes a folder, *.parquet, *.csv or *.csv.gz.")
     if path.exists() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty. Copy or export it again.")
-    quoted = "'" + str(path).replace("'", "''") + "'"        # a path that the user typed, never a name from inside a file
-    rows = f"read_csv({quoted}, all_varchar=true, header=true, delim=',', quote='\"', escape='\"', comment='', max_line_size=16000000)" \
-        if is_csv else f"read_parquet({quoted})"
+    quoted = "'" + str(path).replace("'", "''") + "'"  # a path that the user typed, never a name from inside a file
+    rows = (
+        f"read_csv({quoted}, all_varchar=true, header=true, delim=',', quote='\"', escape='\"', comment='', max_line_size=16000000)"
+        if is_csv
+        else f"read_parquet({quoted})"
+    )
     types = {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()}
     if "events" not in types:
         con.execute(f"CREATE VIEW stay_rows AS SELECT * FROM {rows}")
@@ -466,7 +567,9 @@ def _register_source(con: duckdb.DuckDBPyConnection, path: Path) -> str:
     # BigQuery's exports wrap each element of an array in structs called list and element.
     events = "events" if types["events"].endswith("[]") else "list_transform(events.list, lambda e: e.element)"
     con.execute(f"CREATE VIEW stay_rows AS SELECT * EXCLUDE events FROM {rows}")
-    con.execute(f"CREATE VIEW event_rows AS SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})")
+    con.execute(
+        f"CREATE VIEW event_rows AS SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})"
+    )
     return "nested"
 
 
@@ -480,13 +583,17 @@ def _check_columns(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool)
     missing = [name for name in STAY_COLUMNS if name not in stay_columns and (need_label or name != LABEL)]
     missing += [name for name in EVENT_COLUMNS if name not in event_columns]
     if missing:
-        raise InputError(f"{path}: missing columns {', '.join(missing)}. query.sql yields them all; the README's data table lists them.")
+        raise InputError(
+            f"{path}: missing columns {', '.join(missing)}. query.sql yields them all; the README's data table lists them."
+        )
     for name in ("patient_id", "admission_id", "icu_stay_id"):
         if stay_columns[name] in ("DOUBLE", "FLOAT"):
             lost = con.execute(f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992").fetchone()[0]
             if lost:
-                raise InputError(f"{path}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids lose digits. "
-                                 "Export it as INT64.")
+                raise InputError(
+                    f"{path}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids lose digits. "
+                    "Export it as INT64."
+                )
 
 
 def _typed(name: str, kind: str) -> str:
@@ -497,58 +604,93 @@ def _typed(name: str, kind: str) -> str:
 def _check_values(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) -> None:
     """Unreadable values, missing keys and stays that contradict themselves are errors that name the first places."""
     # What a type takes and a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a time.
-    unfit = {"BIGINT": "TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)", "TIMESTAMP": "NOT isfinite(TRY_CAST({0} AS TIMESTAMP))",
-             "DOUBLE": "abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30"}
+    unfit = {
+        "BIGINT": "TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)",
+        "TIMESTAMP": "NOT isfinite(TRY_CAST({0} AS TIMESTAMP))",
+        "DOUBLE": "abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30",
+    }
     for view, columns in (("stay_rows", STAY_COLUMNS), ("event_rows", EVENT_COLUMNS)):
         present = _columns(con, view)
-        checks = {name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' "
-                        f"AND (TRY_CAST({name} AS {kind}) IS NULL OR {unfit[kind].format(name)})"
-                  for name, kind in columns.items() if kind != "VARCHAR" and name in present}
-        checks |= {name: f"{checks.get(name, 'false')} OR {_typed(name, columns[name])} IS NULL" for name in
-                   ("patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime") if name in columns}
+        checks = {
+            name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' "
+            f"AND (TRY_CAST({name} AS {kind}) IS NULL OR {unfit[kind].format(name)})"
+            for name, kind in columns.items()
+            if kind != "VARCHAR" and name in present
+        }
+        checks |= {
+            name: f"{checks.get(name, 'false')} OR {_typed(name, columns[name])} IS NULL"
+            for name in ("patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime")
+            if name in columns
+        }
         if LABEL in checks:
             value = _typed(LABEL, "DOUBLE")
-            checks[LABEL] += f" OR ({value} IS NOT NULL AND {value} NOT IN (0, 1))" + (f" OR {value} IS NULL" if need_label else "")
+            checks[LABEL] += f" OR ({value} IS NOT NULL AND {value} NOT IN (0, 1))" + (
+                f" OR {value} IS NULL" if need_label else ""
+            )
         _raise_first(con, path, view, checks)
     present, stay_id = _columns(con, "stay_rows"), _typed("icu_stay_id", "BIGINT")
-    conflicts = {name: f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1" for name, kind in STAY_COLUMNS.items()
-                 if name != "icu_stay_id" and name in present}
-    found = con.execute(f"SELECT {stay_id} AS stay, {', '.join(conflicts.values())} FROM stay_rows GROUP BY stay "
-                        f"HAVING {' OR '.join(conflicts.values())} ORDER BY 1").fetchall()
+    conflicts = {
+        name: f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1"
+        for name, kind in STAY_COLUMNS.items()
+        if name != "icu_stay_id" and name in present
+    }
+    found = con.execute(
+        f"SELECT {stay_id} AS stay, {', '.join(conflicts.values())} FROM stay_rows GROUP BY stay "
+        f"HAVING {' OR '.join(conflicts.values())} ORDER BY 1"
+    ).fetchall()
     if found:
         names = [name for name, bad in zip(conflicts, found[0][1:]) if bad]
-        raise InputError(f"{path}: {len(found)} stays contradict themselves, first icu_stay_id {', '.join(str(row[0]) for row in found[:3])} in "
-                         f"{', '.join(names)}. A stay has one value of each stay column on all its rows.")
+        raise InputError(
+            f"{path}: {len(found)} stays contradict themselves, first icu_stay_id {', '.join(str(row[0]) for row in found[:3])} in "
+            f"{', '.join(names)}. A stay has one value of each stay column on all its rows."
+        )
 
 
 def _raise_first(con: duckdb.DuckDBPyConnection, path: Path, view: str, checks: dict[str, str]) -> None:
-    counts = con.execute(f"SELECT {', '.join(f'count(*) FILTER (WHERE {c})' for c in checks.values())} FROM {view}").fetchone()
+    counts = con.execute(
+        f"SELECT {', '.join(f'count(*) FILTER (WHERE {c})' for c in checks.values())} FROM {view}"
+    ).fetchone()
     for (name, condition), count in zip(checks.items(), counts):
         if count:
-            rows = con.execute(f"SELECT row FROM (SELECT row_number() OVER () AS row, * FROM {view}) WHERE {condition} ORDER BY row LIMIT 3").fetchall()
-            wanted = {"BIGINT": "an integer", "TIMESTAMP": "a time like 2150-01-31 23:59:00", "DOUBLE": "a finite number"}
+            rows = con.execute(
+                f"SELECT row FROM (SELECT row_number() OVER () AS row, * FROM {view}) WHERE {condition} ORDER BY row LIMIT 3"
+            ).fetchall()
+            wanted = {
+                "BIGINT": "an integer",
+                "TIMESTAMP": "a time like 2150-01-31 23:59:00",
+                "DOUBLE": "a finite number",
+            }
             meaning = "0 or 1" if name == LABEL else wanted[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]]
-            raise InputError(f"{path}: column {name} is not {meaning} in {count} rows, first row {', '.join(str(r[0]) for r in rows)} "
-                             "after the header. Mend or remove these rows.")
+            raise InputError(
+                f"{path}: column {name} is not {meaning} in {count} rows, first row {', '.join(str(r[0]) for r in rows)} "
+                "after the header. Mend or remove these rows."
+            )
 
 
 def _load_arrays(con: duckdb.DuckDBPyConnection, path: Path, kind: str) -> tuple[StayTable, dict[str, int]]:
     """Stays, events and distinct texts, sorted; the work is DuckDB's, Python sees only flat arrays."""
     present = _columns(con, "stay_rows")
-    selected = ", ".join(f"any_value({_typed(name, kind_)}) AS {name}" if name in present else f"NULL::{kind_} AS {name}"
-                         for name, kind_ in STAY_COLUMNS.items() if name != "icu_stay_id")
+    selected = ", ".join(
+        f"any_value({_typed(name, kind_)}) AS {name}" if name in present else f"NULL::{kind_} AS {name}"
+        for name, kind_ in STAY_COLUMNS.items()
+        if name != "icu_stay_id"
+    )
     con.execute(f"""CREATE TEMP TABLE stays AS
         SELECT row_number() OVER (ORDER BY icu_stay_id) - 1 AS stay, *, least(icu_outtime, coalesce(patient_death_time, icu_outtime)) AS final_time
-        FROM (SELECT {_typed('icu_stay_id', 'BIGINT')} AS icu_stay_id, {selected} FROM stay_rows GROUP BY 1)""")
-    typed = ", ".join(f"{_typed(name, kind_)} AS {name}" for name, kind_ in EVENT_COLUMNS.items() if name != "event_text")
+        FROM (SELECT {_typed("icu_stay_id", "BIGINT")} AS icu_stay_id, {selected} FROM stay_rows GROUP BY 1)""")
+    typed = ", ".join(
+        f"{_typed(name, kind_)} AS {name}" for name, kind_ in EVENT_COLUMNS.items() if name != "event_text"
+    )
     minutes = "epoch(%s - icu_intime) / 60"
     con.execute(f"""CREATE TEMP TABLE events AS
         SELECT stay, event_type, event_text, relative_time_to_final_event AS stated,
-               {minutes % 'event_time'} AS minutes, {minutes % 'event_known_time'} AS known, epoch(final_time - event_time) / 60 AS to_end
-        FROM (SELECT {_typed('icu_stay_id', 'BIGINT')} AS icu_stay_id, {typed}, coalesce(CAST(event_text AS VARCHAR), '') AS event_text FROM event_rows)
+               {minutes % "event_time"} AS minutes, {minutes % "event_known_time"} AS known, epoch(final_time - event_time) / 60 AS to_end
+        FROM (SELECT {_typed("icu_stay_id", "BIGINT")} AS icu_stay_id, {typed}, coalesce(CAST(event_text AS VARCHAR), '') AS event_text FROM event_rows)
         JOIN stays USING (icu_stay_id)""")
     report = _repair_events(con, path)
-    con.execute("CREATE TEMP TABLE texts AS SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, event_text FROM (SELECT DISTINCT event_text FROM events)")
+    con.execute(
+        "CREATE TEMP TABLE texts AS SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, event_text FROM (SELECT DISTINCT event_text FROM events)"
+    )
     codes = " ".join(f"WHEN '{name}' THEN {code}" for code, name in enumerate(EVENT_TYPES))
     columns = con.execute(f"""
         SELECT stay::INTEGER AS stay, (CASE event_type {codes} ELSE {len(EVENT_TYPES)} END)::TINYINT AS event_type, text::INTEGER AS text,
@@ -558,9 +700,16 @@ def _load_arrays(con: duckdb.DuckDBPyConnection, path: Path, kind: str) -> tuple
     if stays.empty:
         raise InputError(f"{path}: the table has a header but no rows.")
     lengths = np.bincount(columns["stay"], minlength=len(stays))
-    table = StayTable(stays, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns["event_type"], columns["text"],
-                      columns["minutes"], np.ma.filled(columns["known"], np.nan), columns["to_end"],
-                      con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"])
+    table = StayTable(
+        stays,
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        columns["event_type"],
+        columns["text"],
+        columns["minutes"],
+        np.ma.filled(columns["known"], np.nan),
+        columns["to_end"],
+        con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"],
+    )
     report["stays without events, dropped"] = int((lengths == 0).sum())
     report["events of unknown type, kept (their type is all zeros)"] = int((table.event_type == len(EVENT_TYPES)).sum())
     if not lengths.any():
@@ -575,15 +724,23 @@ def _repair_events(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, int]
         count(*) FILTER (WHERE abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2), count(*) FILTER (WHERE abs(stated - to_end) > 2)
         FROM events WHERE {usable}""").fetchone()
     if differ and hours > 0.5 * compared:
-        raise InputError(f"{path}: relative_time_to_final_event is in hours in {hours} of {compared} events. It must be minutes: multiply by 60.")
+        raise InputError(
+            f"{path}: relative_time_to_final_event is in hours in {hours} of {compared} events. It must be minutes: multiply by 60."
+        )
     if differ:
-        stays = con.execute(f"SELECT DISTINCT icu_stay_id FROM events JOIN stays USING (stay) WHERE {usable} AND abs(stated - to_end) > 2 ORDER BY 1 LIMIT 3").fetchall()
-        raise InputError(f"{path}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, patient_death_time) - event_time "
-                         f"in {differ} events, first icu_stay_id {', '.join(str(s[0]) for s in stays)}. Recompute it in minutes.")
+        stays = con.execute(
+            f"SELECT DISTINCT icu_stay_id FROM events JOIN stays USING (stay) WHERE {usable} AND abs(stated - to_end) > 2 ORDER BY 1 LIMIT 3"
+        ).fetchall()
+        raise InputError(
+            f"{path}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, patient_death_time) - event_time "
+            f"in {differ} events, first icu_stay_id {', '.join(str(s[0]) for s in stays)}. Recompute it in minutes."
+        )
     report = {}
-    for reason, condition in (("events without a time, dropped", "minutes IS NULL OR to_end IS NULL"),
-                              ("events before ICU admission, dropped", "minutes < 0"),
-                              ("events after the final event, dropped (they leak the label)", "to_end < 0")):
+    for reason, condition in (
+        ("events without a time, dropped", "minutes IS NULL OR to_end IS NULL"),
+        ("events before ICU admission, dropped", "minutes < 0"),
+        ("events after the final event, dropped (they leak the label)", "to_end < 0"),
+    ):
         report[reason] = con.execute(f"DELETE FROM events WHERE {condition}").fetchone()[0]
     before = con.execute("SELECT count(*) FROM events").fetchone()[0]
     con.execute("CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events")
@@ -605,7 +762,9 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
 
     def note(name: str, current: StayTable) -> StayTable:
         deaths = int(np.nansum(current.labels))
-        flow.append(CohortStep(name, len(current.stays), current.stays.patient_id.nunique(), int(current.lengths.sum()), deaths))
+        flow.append(
+            CohortStep(name, len(current.stays), current.stays.patient_id.nunique(), int(current.lengths.sum()), deaths)
+        )
         if not len(current.stays):
             steps = "; ".join(f"{step.name}: {step.stays}" for step in flow)
             raise InputError(f"no stay is left ({steps}). Lower --observation-hours or --gap-hours.")
@@ -614,12 +773,18 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
     table = note("all stays with events", table)
     if settings.first_stay_only:
         order = table.stays.sort_values(["icu_intime", "icu_stay_id"], kind="stable")
-        table = note("first ICU stay of each patient", table.take(np.sort(order.drop_duplicates("patient_id").index.to_numpy())))
+        table = note(
+            "first ICU stay of each patient", table.take(np.sort(order.drop_duplicates("patient_id").index.to_numpy()))
+        )
     if settings.observation_hours > 0:
-        table = note(f"still in the ICU and alive {settings.observation_hours + settings.gap_hours:g} h after admission",
-                     table.take(np.flatnonzero(stay_hours(table) > settings.observation_hours + settings.gap_hours)))
-        table = note(f"with an event known {settings.observation_hours:g} h after admission",
-                     known_at(table, settings.observation_hours))
+        table = note(
+            f"still in the ICU and alive {settings.observation_hours + settings.gap_hours:g} h after admission",
+            table.take(np.flatnonzero(stay_hours(table) > settings.observation_hours + settings.gap_hours)),
+        )
+        table = note(
+            f"with an event known {settings.observation_hours:g} h after admission",
+            known_at(table, settings.observation_hours),
+        )
     return table, flow
 
 
@@ -632,14 +797,14 @@ def stay_hours(table: StayTable) -> np.ndarray:
 def known_at(table: StayTable, hours: float) -> StayTable:
     """What the ward knew `hours` after ICU admission, times counted to that moment; stays of which nothing was known go."""
     minutes = hours * 60
-    known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)   # NaN <= x is False
+    known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     seen = np.flatnonzero(np.bincount(table.stay_of_event[known], minlength=len(table.stays)))
     part = table.take(seen, keep_event=known)
     return replace(part, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
 
 
 class Split(NamedTuple):
-    train: np.ndarray         # indices of stays
+    train: np.ndarray  # indices of stays
     validation: np.ndarray
     test: np.ndarray
 
@@ -651,11 +816,15 @@ def split_by_patient(table: StayTable, seed: int) -> Split:
         rest, test = train_test_split(outcome.index, test_size=0.2, stratify=outcome, random_state=seed)
         train, validation = train_test_split(rest, test_size=0.2, stratify=outcome[rest], random_state=seed)
     except ValueError:
-        raise InputError(f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split 64/16/20 by patient with both outcomes in "
-                         "each part. It takes some 10 patients of either outcome.") from None
+        raise InputError(
+            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split 64/16/20 by patient with both outcomes in "
+            "each part. It takes some 10 patients of either outcome."
+        ) from None
     parts = [np.flatnonzero(table.stays.patient_id.isin(part)) for part in (train, validation, test)]
     if any(len(np.unique(table.labels[part])) < 2 for part in parts):
-        raise InputError(f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. Use more patients.")
+        raise InputError(
+            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. Use more patients."
+        )
     return Split(*parts)
 
 
@@ -676,6 +845,7 @@ def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator
 # Preprocessing
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class ClinicalDataPreprocessor:
     """Encoders of event types, times and static columns, fitted on the training stays alone.
 
@@ -690,13 +860,23 @@ class ClinicalDataPreprocessor:
     def fit(self, table: StayTable) -> ClinicalDataPreprocessor:
         """Learn categories, means and scales from the training stays, and nothing from any other."""
         stays = table.static_columns
-        categories = [sorted({*column.dropna().astype(str), "Unknown"}) for _, column in stays[self.categorical].items()]
+        categories = [
+            sorted({*column.dropna().astype(str), "Unknown"}) for _, column in stays[self.categorical].items()
+        ]
         numbers = self._numbers_of(stays)
         minutes = table.minutes_to_end.astype(float)
-        state = {"categorical": self.categorical, "categories": categories, "numeric": self.numeric, "value_channel": self.value_channel,
-                 "means": numbers.mean().fillna(0).tolist(), "scales": numbers.std(ddof=0).replace(0, 1).fillna(1).tolist(),
-                 "smallest": numbers.min().fillna(0).tolist(), "largest": numbers.max().fillna(0).tolist(),
-                 "time_mean": float(minutes.mean()), "time_scale": float(minutes.std()) or 1.0}
+        state = {
+            "categorical": self.categorical,
+            "categories": categories,
+            "numeric": self.numeric,
+            "value_channel": self.value_channel,
+            "means": numbers.mean().fillna(0).tolist(),
+            "scales": numbers.std(ddof=0).replace(0, 1).fillna(1).tolist(),
+            "smallest": numbers.min().fillna(0).tolist(),
+            "largest": numbers.max().fillna(0).tolist(),
+            "time_mean": float(minutes.mean()),
+            "time_scale": float(minutes.std()) or 1.0,
+        }
         if self.value_channel:
             state["item_quantiles"] = item_quantiles(table)
         return self.load_state_dict(state)
@@ -707,25 +887,40 @@ class ClinicalDataPreprocessor:
     def load_state_dict(self, state: dict[str, Any]) -> ClinicalDataPreprocessor:
         """Take over what `state_dict` gave. Raises ValueError where its parts do not fit together."""
         self._state = state
-        self.categorical, self.numeric, self.value_channel = state["categorical"], state["numeric"], state["value_channel"]
-        if wrong := [name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)]:
+        self.categorical, self.numeric, self.value_channel = (
+            state["categorical"],
+            state["numeric"],
+            state["value_channel"],
+        )
+        if wrong := [
+            name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)
+        ]:
             raise ValueError(f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}")
         self._types = OneHotEncoder(categories=[list(EVENT_TYPES)], sparse_output=False, handle_unknown="ignore")
         self._types.fit([[EVENT_TYPES[0]]])
         if self.categorical:
-            self._static = OneHotEncoder(categories=[np.array(c, dtype=object) for c in state["categories"]], sparse_output=False,
-                                         handle_unknown="ignore").fit(np.array([[c[0] for c in state["categories"]]], dtype=object))
+            self._static = OneHotEncoder(
+                categories=[np.array(c, dtype=object) for c in state["categories"]],
+                sparse_output=False,
+                handle_unknown="ignore",
+            ).fit(np.array([[c[0] for c in state["categories"]]], dtype=object))
         self._numbers, self._time = StandardScaler(), StandardScaler()
-        for scaler, mean, scale in ((self._numbers, state["means"], state["scales"]),
-                                    (self._time, [state["time_mean"]], [state["time_scale"]])):
+        for scaler, mean, scale in (
+            (self._numbers, state["means"], state["scales"]),
+            (self._time, [state["time_mean"]], [state["time_scale"]]),
+        ):
             scaler.mean_, scaler.scale_ = np.array(mean, float), np.array(scale, float)
-            scaler.var_, scaler.n_features_in_ = scaler.scale_ ** 2, len(mean)
+            scaler.var_, scaler.n_features_in_ = scaler.scale_**2, len(mean)
         return self
 
     @property
     def static_names(self) -> list[tuple[str, str | None]]:
         """(S) pairs of column and category (None for a number): what each static input means."""
-        names = [(column, category) for column, categories in zip(self.categorical, self._state["categories"]) for category in categories]
+        names = [
+            (column, category)
+            for column, categories in zip(self.categorical, self._state["categories"])
+            for category in categories
+        ]
         return names + [(column, None) for column in self.numeric]
 
     @property
@@ -746,7 +941,11 @@ class ClinicalDataPreprocessor:
 
     def _numbers_of(self, stays: pd.DataFrame) -> pd.DataFrame:
         """Numeric columns as they are scaled: the number of events, which spans three powers of ten, by its logarithm."""
-        return stays[self.numeric].astype(float).apply(lambda column: np.log1p(column) if column.name == "number_of_events" else column)
+        return (
+            stays[self.numeric]
+            .astype(float)
+            .apply(lambda column: np.log1p(column) if column.name == "number_of_events" else column)
+        )
 
     def encode_static_features(self, stays: pd.DataFrame) -> np.ndarray:
         """(n stays), as `StayTable.static_columns` -> (n, S) float32: one-hot groups, then numbers; a missing one is the training mean.
@@ -755,7 +954,11 @@ class ClinicalDataPreprocessor:
         """
         parts = [np.zeros((len(stays), 0))]
         if self.categorical:
-            parts.append(self._static.transform(stays[self.categorical].astype(object).fillna("Unknown").astype(str).to_numpy(object)))
+            parts.append(
+                self._static.transform(
+                    stays[self.categorical].astype(object).fillna("Unknown").astype(str).to_numpy(object)
+                )
+            )
         if self.numeric:
             numbers = self._numbers_of(stays).to_numpy().clip(self._state["smallest"], self._state["largest"])
             parts.append(np.nan_to_num(self._numbers.transform(numbers)))
@@ -776,8 +979,9 @@ def without_numbers(text: str) -> str:
 def parse_value(text: str) -> tuple[str, float]:
     """Item (what was measured or given, with its unit) and number of an event's text; NaN where it has no number."""
     item = without_numbers(text.split(" | ", 1)[0])
-    found = re.search(r"\| (?:Value|Rate|Dose): [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text) \
-        or re.search(r"\| Amount: [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text)
+    found = re.search(r"\| (?:Value|Rate|Dose): [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text) or re.search(
+        r"\| Amount: [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text
+    )
     if not found:
         return item, math.nan
     return f"{item} {found[2].strip()}".strip(), float(found[1])
@@ -790,8 +994,10 @@ def item_quantiles(table: StayTable) -> dict[str, list[float]]:
     items, values = zip(*(parse_value(table.texts[i]) for i in used))
     frame = pd.DataFrame({"item": items, "value": values, "count": counts[used]}).dropna()
     grid = np.linspace(0, 1, N_QUANTILES)
-    return {item: np.quantile(np.repeat(group.value, group["count"]), grid, method="nearest").tolist()
-            for item, group in frame.groupby("item")}
+    return {
+        item: np.quantile(np.repeat(group.value, group["count"]), grid, method="nearest").tolist()
+        for item, group in frame.groupby("item")
+    }
 
 
 def encode_values(texts: Sequence[str], quantiles: dict[str, list[float]]) -> np.ndarray:
@@ -802,7 +1008,10 @@ def encode_values(texts: Sequence[str], quantiles: dict[str, list[float]]) -> np
     encoded = np.zeros((len(texts), 2), np.float32)
     for row, (item, value) in enumerate(map(parse_value, texts)):
         if item in quantiles and math.isfinite(value):
-            below, upto = np.searchsorted(quantiles[item], value, "left"), np.searchsorted(quantiles[item], value, "right")
+            below, upto = (
+                np.searchsorted(quantiles[item], value, "left"),
+                np.searchsorted(quantiles[item], value, "right"),
+            )
             encoded[row] = (below + upto) / len(quantiles[item]) - 1, 1
     return encoded
 
@@ -871,8 +1080,11 @@ class EmbeddingCache:
             keys.append(part_keys)
             self._vectors.append(vectors)
         if damaged:
-            logger.warning("%d damaged parts of the embedding cache are ignored, their texts are encoded anew: %s",
-                           len(damaged), ", ".join(damaged[:3]))
+            logger.warning(
+                "%d damaged parts of the embedding cache are ignored, their texts are encoded anew: %s",
+                len(damaged),
+                ", ".join(damaged[:3]),
+            )
         if len(keys) > 1:
             self._keys = np.concatenate(keys)
             self._ends = np.cumsum([len(vectors) for vectors in self._vectors])
@@ -1100,7 +1312,7 @@ class TextEncoder:
                 pool.shutdown(cancel_futures=True)
 
 
-NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?"    # 4, 4.1, or 4e+00
+NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?"  # 4, 4.1, or 4e+00
 
 
 class HashingTextEncoder(TextEncoder):
@@ -1126,9 +1338,11 @@ class HashingTextEncoder(TextEncoder):
     def _load(self):
         if self._projection is None:
             options = dict(n_features=self.n_features, norm=None, dtype=np.float32)  # norm=None: signed whole counts
-            vectorizers = (HashingVectorizer(analyzer=self._of_its_item, **options),
-                           HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options),
-                           HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options))
+            vectorizers = (
+                HashingVectorizer(analyzer=self._of_its_item, **options),
+                HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options),
+                HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options),
+            )
             signs = np.random.RandomState(768).randint(0, 2, (3, self.n_features, self.dim), np.int8)  # a frozen stream
             weights = np.sqrt(np.array([0.8, 0.15, 0.05], np.float32))
             self._projection = list(zip(vectorizers, signs.astype(np.float32) * 2 - 1, weights))
@@ -1156,8 +1370,16 @@ class ClinicalTextEncoder(TextEncoder):
     when they are nowhere to be had; both when built with an empty cache, else when first needed. Runs no foreign code.
     """
 
-    def __init__(self, name=CLINICAL_LONGFORMER, revision=None, max_tokens=512,
-                 cache_dir=Path("clinical_LF_precomp_emb"), weights_dir=Path("hf_cache"), devices=None, dtype="auto"):
+    def __init__(
+        self,
+        name=CLINICAL_LONGFORMER,
+        revision=None,
+        max_tokens=512,
+        cache_dir=Path("clinical_LF_precomp_emb"),
+        weights_dir=Path("hf_cache"),
+        devices=None,
+        dtype="auto",
+    ):
         self.name, self.revision, self.max_tokens, self._models = str(name), revision, max_tokens, []
         is_default = (self.name, revision, max_tokens) == (CLINICAL_LONGFORMER, None, 512)
         self._local = not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.name) or Path(self.name).is_dir()
@@ -1187,8 +1409,10 @@ class ClinicalTextEncoder(TextEncoder):
     def _config(self):
         if not (self._folder / "config.json").is_file():
             if self._local:
-                raise InputError(f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer "
-                                 "is needed, as save_pretrained writes it")
+                raise InputError(
+                    f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer "
+                    "is needed, as save_pretrained writes it"
+                )
             download_encoder(self.name, self.revision, self._folder)
         with usable_encoder(self._folder):
             return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
@@ -1200,7 +1424,8 @@ class ClinicalTextEncoder(TextEncoder):
         with usable_encoder(self._folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
             model, info = transformers.AutoModel.from_pretrained(
-                self._folder, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True)
+                self._folder, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True
+            )
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
             raise InputError(f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source")
         lost = [key for key in info["missing_keys"] if "pooler" not in key]
@@ -1224,10 +1449,18 @@ class ClinicalTextEncoder(TextEncoder):
         """Refuses weights other than those the cache was made with; writes the cache's metadata where there is none."""
         weights = model_fingerprint(model, self._tokenizer)
         if self._metadata.get("weights", weights) != weights or self.dim != model.config.hidden_size:
-            raise InputError(f"{self._cache_folder} holds vectors of other weights than {self._folder}: "
-                             "give the old weights, or move that cache folder away")
-        self._metadata = dict(encoder=self.id, revision=self.revision, pooling="cls", max_tokens=self.max_tokens,
-                              dim=self.dim, weights=weights)
+            raise InputError(
+                f"{self._cache_folder} holds vectors of other weights than {self._folder}: "
+                "give the old weights, or move that cache folder away"
+            )
+        self._metadata = dict(
+            encoder=self.id,
+            revision=self.revision,
+            pooling="cls",
+            max_tokens=self.max_tokens,
+            dim=self.dim,
+            weights=weights,
+        )
         try:
             self._cache_folder.mkdir(parents=True, exist_ok=True)
             temporary = self._cache_folder / f".encoder-{uuid.uuid4().hex}.json"
@@ -1283,12 +1516,17 @@ def band_mask(is_token, window):
 
 def longformer_as_roberta(longformer):
     """The same weights in RoBERTa's layers: without global attention (`*_global`) the two differ by the band only."""
-    names = ("vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-             "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id").split()
+    names = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+        "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
+    ).split()
     config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names})
     roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
-    weights = {name: value for name, value in longformer.state_dict().items()
-               if "_global." not in name and not name.startswith("pooler.") and not name.endswith("position_ids")}
+    weights = {
+        name: value
+        for name, value in longformer.state_dict().items()
+        if "_global." not in name and not name.startswith("pooler.") and not name.endswith("position_ids")
+    }
     roberta.load_state_dict(weights, strict=True)
     return roberta
 
@@ -1301,7 +1539,7 @@ def position_limit(config) -> int:
 
 
 def encoder_dtype(dtype, device) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware multiplies it (CUDA from Ampere, AMX, AVX-512-BF16), else float32."""
+    """ "auto" is bfloat16 where the hardware multiplies it (CUDA from Ampere, AMX, AVX-512-BF16), else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
@@ -1357,8 +1595,13 @@ def download_encoder(name, revision, folder):
         files = [file.rfilename for file in HfApi(token=False).model_info(name, revision=revision, timeout=10).siblings]
         safe = any(re.match(r"model.*\.safetensors", file) for file in files)
         weights = "model*.safetensors" if safe else "pytorch_model*.bin"
-        snapshot_download(name, revision=revision, local_dir=partial, token=False,
-                          allow_patterns=["*.json", "*.txt", "*.model", weights])
+        snapshot_download(
+            name,
+            revision=revision,
+            local_dir=partial,
+            token=False,
+            allow_patterns=["*.json", "*.txt", "*.model", weights],
+        )
         partial.rename(folder)
     except Exception as error:
         if (folder / "config.json").is_file():
@@ -1366,12 +1609,14 @@ def download_encoder(name, revision, folder):
         raise EncoderUnreachable(
             f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). Either "
             "copy its files there from a machine with network (or give the folder as --text-encoder PATH), or run with "
-            "--text-encoder hashing, which needs no weights") from error
+            "--text-encoder hashing, which needs no weights"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dataset
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class ClinicalSequenceDataset(Dataset):
     """One item per ICU stay, whole: `(sequence (L, 5 + E + 1), static (S,), label (1,))`, oldest event first.
@@ -1382,13 +1627,13 @@ class ClinicalSequenceDataset(Dataset):
 
     def __init__(self, table: StayTable, preprocessor: ClinicalDataPreprocessor, text_vectors: np.ndarray) -> None:
         self.table = table
-        self.type_columns = torch.from_numpy(preprocessor.encode_event_type((*EVENT_TYPES, "unknown")))   # (6, 5)
-        vectors = torch.from_numpy(text_vectors)                                                          # (n_texts, E)
+        self.type_columns = torch.from_numpy(preprocessor.encode_event_type((*EVENT_TYPES, "unknown")))  # (6, 5)
+        vectors = torch.from_numpy(text_vectors)  # (n_texts, E)
         self.values = torch.from_numpy(preprocessor.encode_values(table.texts)) if preprocessor.value_channel else None
         self.text_vectors = vectors
-        self.times = torch.from_numpy(preprocessor.encode_relative_time(table.minutes_to_end))            # (n_events, 1)
-        self.static = torch.from_numpy(preprocessor.encode_static_features(table.static_columns))         # (n_stays, S)
-        self.labels = torch.from_numpy(table.labels.astype(np.float32)).unsqueeze(1)                      # (n_stays, 1)
+        self.times = torch.from_numpy(preprocessor.encode_relative_time(table.minutes_to_end))  # (n_events, 1)
+        self.static = torch.from_numpy(preprocessor.encode_static_features(table.static_columns))  # (n_stays, S)
+        self.labels = torch.from_numpy(table.labels.astype(np.float32)).unsqueeze(1)  # (n_stays, 1)
         self.event_type, self.text = torch.from_numpy(table.event_type), torch.from_numpy(table.text)
         self.lengths = table.lengths
 
@@ -1411,7 +1656,11 @@ class ClinicalSequenceDataset(Dataset):
         return len(self.table.stays)
 
     def __getitem__(self, stay: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.events(slice(self.table.offsets[stay], self.table.offsets[stay + 1])), self.static[stay], self.labels[stay]
+        return (
+            self.events(slice(self.table.offsets[stay], self.table.offsets[stay + 1])),
+            self.static[stay],
+            self.labels[stay],
+        )
 
     def events(self, rows: slice | Tensor) -> Tensor:
         """(n, input_dim): the model's inputs for some rows of the flat event arrays."""
@@ -1424,10 +1673,12 @@ def collate_stays(items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, T
     """Pad to the longest stay; `attention_mask (B, L)` is True at real events."""
     sequences, static, labels = zip(*items)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return {"sequences": nn.utils.rnn.pad_sequence(sequences, batch_first=True),             # (B, L, input_dim)
-            "static_features": torch.stack(static),                                          # (B, S)
-            "labels": torch.stack(labels),                                                   # (B, 1)
-            "attention_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(1)}       # (B, L)
+    return {
+        "sequences": nn.utils.rnn.pad_sequence(sequences, batch_first=True),  # (B, L, input_dim)
+        "static_features": torch.stack(static),  # (B, S)
+        "labels": torch.stack(labels),  # (B, 1)
+        "attention_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(1),
+    }  # (B, L)
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int, max_events: int, seed: int | None = None) -> list[np.ndarray]:
@@ -1464,6 +1715,7 @@ def share_of_batch(batch: np.ndarray, rank: int, world: int) -> tuple[np.ndarray
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:
     """(N,) positions of any size -> (N, D): Vaswani et al. 2017, section 3.5."""
     rates = torch.exp(torch.arange(0, d_model, 2, device=positions.device) * (-math.log(10000.0) / d_model))
@@ -1479,23 +1731,30 @@ def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, lengths: list
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
+
         ends = F.pad(torch.tensor(lengths, device=query.device).cumsum(0), (1, 0)).to(torch.int32)
         return varlen_attn(query, key, value, ends, ends, max(lengths), max(lengths))
     runs = [(length, len(list(same))) for length, same in groupby(lengths) if length]
     parts = []
-    for (length, stays), *qkv in zip(runs, *(tensor.split([length * stays for length, stays in runs]) for tensor in (query, key, value))):
-        q, k, v = (tensor.unflatten(0, (stays, length)).transpose(1, 2) for tensor in qkv)          # (stays, H, length, D/H)
+    for (length, stays), *qkv in zip(
+        runs, *(tensor.split([length * stays for length, stays in runs]) for tensor in (query, key, value))
+    ):
+        q, k, v = (tensor.unflatten(0, (stays, length)).transpose(1, 2) for tensor in qkv)  # (stays, H, length, D/H)
         parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts) if parts else query
 
 
 def attention_weights_within_stays(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, H, L, L) weights that `attend_within_stays` used, 0 in rows and columns of padding."""
-    padded_query, padded_key = (unpack(tensor.flatten(1), attention_mask).unflatten(2, tensor.shape[1:]).transpose(1, 2)
-                                for tensor in (query.float(), key.float()))
+    padded_query, padded_key = (
+        unpack(tensor.flatten(1), attention_mask).unflatten(2, tensor.shape[1:]).transpose(1, 2)
+        for tensor in (query.float(), key.float())
+    )
     scores = padded_query @ padded_key.transpose(2, 3) / math.sqrt(query.shape[2])
     is_event = attention_mask[:, None, None, :]
-    return scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event * is_event.transpose(2, 3)
+    return (
+        scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event * is_event.transpose(2, 3)
+    )
 
 
 def unpack(packed: Tensor, attention_mask: Tensor) -> Tensor:
@@ -1521,16 +1780,22 @@ class EncoderLayer(nn.Module):
         self.norm_attention, self.norm_feedforward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.attention_output = nn.Linear(d_model, d_model)
-        self.feedforward = nn.Sequential(nn.Linear(d_model, d_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model))
+        self.feedforward = nn.Sequential(
+            nn.Linear(d_model, d_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model)
+        )
         self.dropout = nn.Dropout(dropout)
-        self.attention_scale, self.feedforward_scale = (nn.Parameter(torch.full((d_model,), LAYER_SCALE)) for _ in range(2))
+        self.attention_scale, self.feedforward_scale = (
+            nn.Parameter(torch.full((d_model,), LAYER_SCALE)) for _ in range(2)
+        )
 
-    def forward(self, events: Tensor, lengths: list[int], attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, events: Tensor, lengths: list[int], attention_mask: Tensor, maps: list[Tensor] | None = None
+    ) -> Tensor:
         qkv = self.query_key_value(self.norm_attention(events)).unflatten(1, (3, self.n_heads, -1))  # (N, 3, H, D/H)
         query, key, value = qkv.unbind(1)
         if maps is not None:
             maps.append(attention_weights_within_stays(query, key, attention_mask))
-        attended = attend_within_stays(query, key, value, lengths).flatten(1)                        # (N, D)
+        attended = attend_within_stays(query, key, value, lengths).flatten(1)  # (N, D)
         events = events + self.attention_scale * self.dropout(self.attention_output(attended))
         return events + self.feedforward_scale * self.dropout(self.feedforward(self.norm_feedforward(events)))
 
@@ -1545,11 +1810,15 @@ class AttentionPooling(nn.Module):
 
     def forward(self, query: Tensor, events: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L)."""
-        q, k, v = (tensor.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
-                   for tensor in (self.query_projection(query), self.key(events), self.value(events)))
-        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(k.shape[3])                             # (B, H, 1, L)
+        q, k, v = (
+            tensor.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+            for tensor in (self.query_projection(query), self.key(events), self.value(events))
+        )
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(k.shape[3])  # (B, H, 1, L)
         is_event = attention_mask[:, None, None, :]
-        weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event   # a stay without events: all 0
+        weights = (
+            scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event
+        )  # a stay without events: all 0
         return self.output((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)), weights
 
 
@@ -1560,11 +1829,28 @@ class ClinicalTransformer(nn.Module):
     a learnable small scale, a small query vector: tests/benchmarks/ablation.py measures what each is worth.
     """
 
-    def __init__(self, input_dim: int, static_dim: int, d_model: int = 256, n_layers: int = 4, n_heads: int = 8,
-                 d_feedforward: int = 512, n_pooling_heads: int = 4, dropout: float = 0.2) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        static_dim: int,
+        d_model: int = 256,
+        n_layers: int = 4,
+        n_heads: int = 8,
+        d_feedforward: int = 512,
+        n_pooling_heads: int = 4,
+        dropout: float = 0.2,
+    ) -> None:
         super().__init__()
-        self.architecture = {"input_dim": input_dim, "static_dim": static_dim, "d_model": d_model, "n_layers": n_layers, "n_heads": n_heads,
-                             "d_feedforward": d_feedforward, "n_pooling_heads": n_pooling_heads, "dropout": dropout}
+        self.architecture = {
+            "input_dim": input_dim,
+            "static_dim": static_dim,
+            "d_model": d_model,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "d_feedforward": d_feedforward,
+            "n_pooling_heads": n_pooling_heads,
+            "dropout": dropout,
+        }
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.register_buffer("static_weight", torch.ones(static_dim))
@@ -1575,12 +1861,21 @@ class ClinicalTransformer(nn.Module):
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
-        self.transformer_encoder = nn.ModuleList(EncoderLayer(d_model, n_heads, d_feedforward, dropout) for _ in range(n_layers))
+        self.transformer_encoder = nn.ModuleList(
+            EncoderLayer(d_model, n_heads, d_feedforward, dropout) for _ in range(n_layers)
+        )
         self.final_norm = nn.LayerNorm(d_model)
         self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, d_model))
         self.attention_pooling = AttentionPooling(d_model, n_pooling_heads)
-        self.classifier = nn.Sequential(nn.Linear(d_model + static_dim, 256), nn.ReLU(), nn.Dropout(dropout),
-                                        nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 1))
+        self.classifier = nn.Sequential(
+            nn.Linear(d_model + static_dim, 256),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(256, 128),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(128, 1),
+        )
 
     def set_input_statistics(self, mean: Tensor, scale: Tensor, static_weight: Tensor) -> None:
         """Mean and spread of the training events' columns (input_dim each), and what each static column (S) is multiplied by."""
@@ -1588,8 +1883,13 @@ class ClinicalTransformer(nn.Module):
         self.event_scale.copy_(scale)
         self.static_weight.copy_(static_weight)
 
-    def forward(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None,
-                return_attention: bool = False) -> Tensor | tuple[Tensor, dict[str, Any]]:
+    def forward(
+        self,
+        sequences: Tensor,
+        static_features: Tensor,
+        attention_mask: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """(B, L, input_dim), (B, S), (B, L) -> probability (B, 1); on request also the attention of this very pass.
 
         The dict holds `transformer_output (B, L, D)`, `pooling_weights (B, 4, 1, L)`, `query_vector (B, 1, D)` and
@@ -1602,14 +1902,19 @@ class ClinicalTransformer(nn.Module):
         """(B, 1): log-odds of death, what losses and attributions are computed on."""
         return self.score(sequences, static_features, attention_mask)[0]
 
-    def score(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None,
-              return_attention: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    def score(
+        self,
+        sequences: Tensor,
+        static_features: Tensor,
+        attention_mask: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Logits (B, 1), and a dict with `transformer_output (B, L, D)` and, on request, the attention weights."""
         if attention_mask is None:
             attention_mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
         maps: list[Tensor] | None = [] if return_attention else None
-        events = unpack(self.encode(sequences, attention_mask, maps), attention_mask)                  # (B, L, D)
-        query = self.query_vector.expand(len(sequences), -1, -1)                                       # (B, 1, D)
+        events = unpack(self.encode(sequences, attention_mask, maps), attention_mask)  # (B, L, D)
+        query = self.query_vector.expand(len(sequences), -1, -1)  # (B, 1, D)
         pooled, pooling_weights = self.attention_pooling(query, events, attention_mask)
         logits = self.classifier(torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1))
         details: dict[str, Any] = {"transformer_output": events}
@@ -1621,8 +1926,8 @@ class ClinicalTransformer(nn.Module):
         """(B, L, input_dim) -> (N, D): the stays' real events, contextualised, without padding."""
         lengths = attention_mask.sum(1).tolist()
         positions = torch.arange(sequences.shape[1], device=sequences.device).expand_as(attention_mask)[attention_mask]
-        normalised = (sequences[attention_mask] - self.event_mean) / self.event_scale                  # (N, input_dim)
-        events = self.input_norm(self.input_projection(normalised))                # (N, D)
+        normalised = (sequences[attention_mask] - self.event_mean) / self.event_scale  # (N, input_dim)
+        events = self.input_norm(self.input_projection(normalised))  # (N, D)
         events = self.dropout(events + self.position_scale * sinusoidal_positions(positions, events.shape[1]))
         for layer in self.transformer_encoder:
             events = layer(events, lengths, attention_mask, maps)
@@ -1632,6 +1937,7 @@ class ClinicalTransformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def temporal_weights(hours_to_final_event: Tensor, attention_mask: Tensor, tau_hours: float) -> Tensor:
     """(B, L) -> (B, L): exp(-hours / tau), summing to 1 over each stay's events; a softmax does just that, without underflow."""
@@ -1650,12 +1956,14 @@ class TemporalAwareLoss(nn.Module):
         self.tau_hours, self.weight = tau_hours, weight
         self.event_head = nn.Linear(d_model, 1) if weight else None
 
-    def forward(self, logits: Tensor, events: Tensor, labels: Tensor, hours_to_final_event: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor, events: Tensor, labels: Tensor, hours_to_final_event: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """(B, 1), (B, L, D), (B, 1), (B, L), (B, L) -> loss of each stay (B,)."""
         loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").squeeze(1)
         if self.event_head is None:
             return loss
-        event_logits = self.event_head(events).squeeze(2).float()                                      # (B, L)
+        event_logits = self.event_head(events).squeeze(2).float()  # (B, L)
         event_loss = F.binary_cross_entropy_with_logits(event_logits, labels.expand_as(event_logits), reduction="none")
         weights = temporal_weights(hours_to_final_event, attention_mask, self.tau_hours)
         return (1 - self.weight) * loss + self.weight * (weights * event_loss).sum(1)
@@ -1668,10 +1976,10 @@ def evenness(values: Tensor, attention_mask: Tensor) -> Tensor:
     and the others say the same. Few events of a stay matter to its outcome. A plain norm would say so too, but can push all to
     nothing before the first has been learnt; this one knows no scale.
     """
-    values, is_event = values.float(), attention_mask.unsqueeze(2).float()                             # (B, L, 1)
-    n_events = is_event.sum(1).clamp(min=1)                                                            # (B, 1)
-    mean = (values * is_event.unsqueeze(3)).sum(1) / n_events.unsqueeze(2)                             # (B, H, D/H)
-    distances = (values - mean.unsqueeze(1)).norm(dim=3) * is_event                                    # (B, L, H)
+    values, is_event = values.float(), attention_mask.unsqueeze(2).float()  # (B, L, 1)
+    n_events = is_event.sum(1).clamp(min=1)  # (B, 1)
+    mean = (values * is_event.unsqueeze(3)).sum(1) / n_events.unsqueeze(2)  # (B, H, D/H)
+    distances = (values - mean.unsqueeze(1)).norm(dim=3) * is_event  # (B, L, H)
     l1, l2 = distances.sum(1) / n_events, (distances.square().sum(1) / n_events).clamp(min=1e-12).sqrt()
     return (l1 / l2).mean(1)
 
@@ -1679,8 +1987,13 @@ def evenness(values: Tensor, attention_mask: Tensor) -> Tensor:
 class TrainingObjective(nn.Module):
     """Model and loss as one module, so that one wrapper synchronises the gradients of both."""
 
-    def __init__(self, model: ClinicalTransformer, loss: TemporalAwareLoss, preprocessor: ClinicalDataPreprocessor,
-                 sparsity_weight: float = 0.2) -> None:
+    def __init__(
+        self,
+        model: ClinicalTransformer,
+        loss: TemporalAwareLoss,
+        preprocessor: ClinicalDataPreprocessor,
+        sparsity_weight: float = 0.2,
+    ) -> None:
         super().__init__()
         self.model, self.loss, self.preprocessor, self.sparsity_weight = model, loss, preprocessor, sparsity_weight
 
@@ -1692,8 +2005,481 @@ class TrainingObjective(nn.Module):
         if not self.sparsity_weight:
             return losses
         pooling = self.model.attention_pooling
-        values = pooling.value(details["transformer_output"]).unflatten(2, (pooling.n_heads, -1))      # (B, L, H, D/H)
+        values = pooling.value(details["transformer_output"]).unflatten(2, (pooling.n_heads, -1))  # (B, L, H, D/H)
         return losses + self.sparsity_weight * evenness(values, batch["attention_mask"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and files
+# ---------------------------------------------------------------------------------------------------------------------
+
+HALF_WRITTEN = (
+    "-half-written-"  # in the temporary names of outputs: the next run into the folder removes what a killed one left
+)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write through a temporary name, so that a reader or a killed run never meets half a file. `write` gets the name to use."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise InputError(f"{path}: cannot be written ({reason}). Free space or choose another --output-dir.") from None
+    finally:
+        with contextlib.suppress(OSError):  # as where the folder is a file
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    return write_whole(
+        path, lambda name: name.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n", "utf-8")
+    )
+
+
+def save_figure(path: Path, figure: Figure) -> Path:
+    return write_whole(path, lambda name: figure.savefig(name, dpi=150, format="png"))
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path, active: bool = True) -> Iterator[None]:
+    """Hold the output folder for this run; a second run into it is refused with `InputError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}). Choose another --output-dir.") from None
+    with lock:
+        if active:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"{folder}: another run writes here. Wait for it, or choose another --output-dir."
+                ) from None
+            for left_by_a_killed_run in folder.rglob(f".*{HALF_WRITTEN}*"):
+                left_by_a_killed_run.unlink(missing_ok=True)
+        yield
+
+
+class Checkpoint(NamedTuple):
+    """A trained model and all that is needed to apply and explain it."""
+
+    model: ClinicalTransformer
+    preprocessor: ClinicalDataPreprocessor
+    settings: Settings
+    text_encoder: str  # identity of the encoder its inputs came from
+    patients: dict[str, list[int]]  # ids of the patients of each part of the split
+    baseline: dict[str, Tensor]  # mean training event (input_dim,) and mean static features (S,)
+    temperature: float  # probability = sigmoid(logit / temperature)
+    state: dict[str, Any]  # everything that the file holds
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        return expit(logits / self.temperature)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Load a checkpoint without executing anything in it; the model is in eval mode. Raises `InputError` for any other file."""
+    device = torch.device(device)
+    try:
+        state = torch.load(
+            path, map_location="cpu" if device.type == "cpu" else device, weights_only=True
+        )  # Accelerate's cpu:1 is no place to it
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
+    except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
+        raise InputError(
+            f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another file."
+        ) from None
+    if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
+        raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise InputError(
+            f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train anew, or explain it with the train.py that wrote it."
+        )
+    try:
+        model = ClinicalTransformer(**state["architecture"]).to(device)
+        model.load_state_dict(state["model"])
+        known = {entry.name for entry in fields(Settings)}
+        settings = check_settings(
+            Settings(**{name: value for name, value in state["settings"].items() if name in known})
+        )
+        preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
+        if not (
+            set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric}
+            and state["temperature"] > 0
+            and model.architecture["static_dim"] == preprocessor.static_dim
+            and {"train", "validation", "test"} <= set(state["patients"])
+        ):
+            raise ValueError
+        return Checkpoint(
+            model.eval(),
+            preprocessor,
+            settings,
+            state["text_encoder"],
+            state["patients"],
+            state["baseline"],
+            state["temperature"],
+            state,
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again."
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
+    """Mean and scale (input_dim,) of the dataset's events. Scaled so, the text makes three quarters of an event's variance.
+
+    Scaling column by column instead would leave the time one voice among 774. A column that never varies keeps its size.
+    """
+    total = torch.zeros(dataset.input_dim, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    n_events = len(dataset.text)
+    for rows in torch.arange(n_events).split(65536):
+        events = dataset.events(rows).double()
+        total += events.sum(0)
+        squares += events.square().sum(0)
+    mean = total / n_events
+    scale = (squares / n_events - mean.square()).clamp(min=0).sqrt()
+    scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
+    return mean.float(), (scale / (dataset.share_of_variance * dataset.input_dim).sqrt()).float()
+
+
+# One number among forty flags goes unheard otherwise: with weight 1 a tenth of the sample's true effect of age is learnt.
+NUMBER_WEIGHT = 3.0
+
+
+class Trainer:
+    """One training run: what the loop needs, so that an epoch reads as the algorithm."""
+
+    def __init__(
+        self,
+        table: StayTable,
+        split: Split,
+        text_vectors: np.ndarray,
+        text_encoder: str,
+        settings: Settings,
+        output: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.output, self.accelerator, self.text_encoder = settings, output, accelerator, text_encoder
+        train_table = table.take(split.train)
+        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.value_channel).fit(train_table)
+        self.train_set, self.validation_set, self.test_set = (
+            ClinicalSequenceDataset(table.take(part), self.preprocessor, text_vectors) for part in split
+        )
+        self.time_column = len(EVENT_TYPES) + text_vectors.shape[1]
+        model = ClinicalTransformer(
+            self.train_set.input_dim,
+            self.preprocessor.static_dim,
+            settings.d_model,
+            settings.n_layers,
+            settings.n_heads,
+            settings.d_feedforward,
+            settings.n_pooling_heads,
+            settings.dropout,
+        )
+        mean, scale = input_statistics(self.train_set)
+        static_weight = torch.tensor(
+            [NUMBER_WEIGHT if category is None else 1.0 for _, category in self.preprocessor.static_names]
+        )
+        model.set_input_statistics(mean, scale, static_weight)
+        self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
+        self.patients = {
+            name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()
+        }
+        objective = TrainingObjective(
+            model,
+            TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight),
+            self.preprocessor,
+            settings.sparsity_weight,
+        )
+        optimizer = torch.optim.AdamW(
+            objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.average = AveragedModel(
+            model.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(settings.weight_averaging)
+        )
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+        self.history: list[dict[str, float]] = []
+        self.step = self.epochs_done = 0
+        self.temperature = 1.0
+
+    @property
+    def model(self) -> ClinicalTransformer:
+        """The averaged weights: what is validated, kept and explained."""
+        return self.average.module
+
+    def train_epoch(self, epoch: int) -> float:
+        """One pass over the training stays; mean loss of a stay. Depends on the seed and the epoch's number alone."""
+        settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
+        torch.manual_seed(settings.seed + 100_003 * epoch + 17 * rank)
+        batches = plan_batches(
+            self.train_set.lengths, settings.batch_size, settings.max_events_per_batch, settings.seed + epoch
+        )
+        shares = [share_of_batch(batch, rank, world) for batch in batches]
+        loader = DataLoader(self.train_set, batch_sampler=[stays for stays, _ in shares], collate_fn=collate_stays)
+        self.objective.train()
+        total_loss = n_stays = n_events = 0
+        started = time.monotonic()
+        bar = tqdm(
+            zip(loader, batches, shares),
+            total=len(batches),
+            desc=f"epoch {epoch}",
+            leave=False,
+            disable=not self.accelerator.is_main_process,
+        )
+        for number, (batch, stays, (share, weights)) in enumerate(bar):
+            self.warm_up()
+            losses = self.objective(send_to_device(batch, self.accelerator.device), self.time_column)  # (B,)
+            # Processes average their gradients: scaled so, the average is the gradient of the whole batch's mean.
+            loss = (losses * losses.new_tensor(weights)).sum() * world / len(stays)
+            self.stop_if_not_finite(losses, self.train_set, share)
+            self.optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.gradient_clip)
+            self.optimizer.step()
+            self.step += 1
+            self.average.update_parameters(self.accelerator.unwrap_model(self.objective).model)
+            total_loss += loss.item() * len(stays) / world
+            n_stays += len(stays)
+            n_events += int(self.train_set.lengths[stays].sum())
+            bar.set_postfix_str(
+                f"loss {total_loss * world / n_stays:.3f}, {n_events / (time.monotonic() - started):,.0f} events/s"
+            )
+            if (
+                settings.save_attention_every
+                and number % settings.save_attention_every == 0
+                and self.accelerator.is_main_process
+            ):
+                self.save_attention(epoch, number, stays)
+        sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
+        return float(sums[0]) / n_stays
+
+    def warm_up(self) -> None:
+        """Raise the learning rate linearly over the first steps; afterwards the plateau schedule alone changes it."""
+        if self.step < self.settings.warmup_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * (self.step + 1) / self.settings.warmup_steps
+
+    def stop_if_not_finite(self, losses: Tensor, dataset: ClinicalSequenceDataset, share: np.ndarray) -> None:
+        if not torch.isfinite(losses).all():
+            stays = dataset.table.stays.icu_stay_id.iloc[share[~torch.isfinite(losses).cpu().numpy()]].tolist()
+            raise InputError(
+                f"the loss is not finite for icu_stay_id {', '.join(map(str, stays[:5]))}. The best checkpoint so far stays in "
+                f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with --mixed-precision no."
+            )
+
+    def fit(self) -> None:
+        """Train until the validation loss has not improved for `patience` epochs; the best weights are kept in best_model.pth."""
+        settings, main = self.settings, self.accelerator.is_main_process
+        if not self.epochs_done:
+            self.save("latest_checkpoint.pth")
+        while self.epochs_done < settings.max_epochs and not self.out_of_patience():
+            started, epoch = time.monotonic(), self.epochs_done + 1
+            train_loss = self.train_epoch(epoch)
+            logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
+            self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
+            loss = float(F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels)))
+            self.history.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": train_loss,
+                    "validation_loss": loss,
+                    "validation_auroc": float(roc_auc_score(labels, logits)),
+                    "learning_rate": self.optimizer.param_groups[0]["lr"],
+                }
+            )
+            self.epochs_done = epoch
+            self.scheduler.step(loss)
+            best = loss <= min(row["validation_loss"] for row in self.history)
+            if best:
+                self.save("best_model.pth")
+            self.save("latest_checkpoint.pth")
+            seconds = time.monotonic() - started
+            if main:
+                row = self.history[-1]
+                logger.info(
+                    f"epoch {epoch:2d}/{settings.max_epochs}  train loss {train_loss:.4f}  validation loss {loss:.4f}  AUROC {row['validation_auroc']:.3f}  "
+                    f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / seconds:7,.0f} events/s  {seconds:5.1f} s{'  best' if best else ''}"
+                )
+
+    def out_of_patience(self) -> bool:
+        if not self.history:
+            return False
+        return self.epochs_done - self.best_epoch >= self.settings.patience
+
+    @property
+    def best_epoch(self) -> int:
+        return int(min(self.history, key=lambda row: row["validation_loss"])["epoch"])
+
+    def predict(self, dataset: ClinicalSequenceDataset) -> np.ndarray:
+        return predict_logits(self.model, dataset, self.settings, self.accelerator)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint: plain data and tensors only."""
+        if not self.accelerator.is_main_process:
+            return
+        objective = self.accelerator.unwrap_model(self.objective)
+        state = {
+            "program": "clinical_LF",
+            "format": CHECKPOINT_FORMAT,
+            "settings": asdict(self.settings),
+            "architecture": self.model.architecture,
+            "model": self.model.state_dict(),
+            "preprocessor": self.preprocessor.state_dict(),
+            "text_encoder": self.text_encoder,
+            "patients": self.patients,
+            "baseline": self.baseline,
+            "temperature": self.temperature,
+            "history": self.history,
+            "epochs_done": self.epochs_done,
+            "step": self.step,
+        }
+        if name == "latest_checkpoint.pth":
+            state |= {
+                "objective": objective.state_dict(),
+                "n_averaged": self.average.n_averaged,
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+            }
+        write_whole(self.output / "checkpoints" / name, lambda path: torch.save(state, path))
+
+    def resume(self) -> None:
+        """Go on from latest_checkpoint.pth; refuses one whose data, encoder or model differ."""
+        path = self.output / "checkpoints" / "latest_checkpoint.pth"
+        if not path.exists():  # stopped before the first checkpoint, or in an earlier fold
+            logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
+            return
+        saved = load_checkpoint(path, self.accelerator.device)
+        changed = [
+            name
+            for name in (
+                "data",
+                "seed",
+                "static_features",
+                "value_channel",
+                "observation_hours",
+                "gap_hours",
+                "first_stay_only",
+                "learning_rate",
+                "batch_size",
+                "temporal_weight",
+                "sparsity_weight",
+                "tau_hours",
+                "dropout",
+                "weight_averaging",
+                "max_events_per_batch",
+                "weight_decay",
+                "warmup_steps",
+                "gradient_clip",
+            )
+            if getattr(saved.settings, name) != getattr(self.settings, name)
+        ]
+        if (
+            changed
+            or saved.patients != self.patients
+            or saved.text_encoder != self.text_encoder
+            or saved.model.architecture != self.model.architecture
+        ):
+            raise InputError(
+                f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other patients, encoder or model sizes'}). "
+                "Give the same settings, or train anew without --resume."
+            )
+        objective = self.accelerator.unwrap_model(self.objective)
+        objective.load_state_dict(saved.state["objective"])
+        self.model.load_state_dict(saved.state["model"])
+        self.average.n_averaged.copy_(saved.state["n_averaged"])
+        self.optimizer.load_state_dict(saved.state["optimizer"])
+        self.scheduler.load_state_dict(saved.state["scheduler"])
+        self.history, self.epochs_done, self.step = (
+            saved.state["history"],
+            saved.state["epochs_done"],
+            saved.state["step"],
+        )
+        logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
+
+    def save_attention(self, epoch: int, batch: int, stays: np.ndarray) -> None:
+        """Attention of one stay of the batch, in a pass of its own without dropout, as .npz and as a heatmap."""
+        stay = int(min(stays, key=lambda s: abs(int(self.train_set.lengths[s]) - 512)))
+        record = attention_record(self.model, self.train_set, stay, self.accelerator.device)
+        name = f"attention_epoch_{epoch}_batch_{batch}"
+        write_whole(self.output / "attention_weights" / f"{name}.npz", lambda path: _save_npz(path, record))
+        figure = plot_attention_heatmap(
+            record["layer_attention"].astype(np.float32).mean(1),
+            record["pooling_weights"],
+            record["hours_to_final_event"],
+            title=f"Where does the model look in ICU stay {record['icu_stay_id']}? (epoch {epoch}, batch {batch})",
+            caption=f"risk {record['probability']:.2f} · text encoder: {self.text_encoder}",
+            hours_label="hours before the " + ("prediction" if self.settings.observation_hours else "final event"),
+        )
+        save_figure(self.output / "plots" / f"{name}.png", figure)
+        self.objective.train()
+
+
+def _save_npz(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **record)
+
+
+MAX_MAP_EVENTS, MAX_MAP_BINS = 1024, 64
+
+
+@torch.no_grad()
+def attention_record(
+    model: ClinicalTransformer, dataset: ClinicalSequenceDataset, stay: int, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Attention of one pass over a stay's last 1,024 events: bounded however long the stay.
+
+    `layer_attention (n_layers, H, bins, bins)` are means over at most 64 equal bins of events, `pooling_weights (4, L)` are exact.
+    """
+    model.eval()
+    sequence, static, _ = dataset[stay]
+    sequence = sequence[-MAX_MAP_EVENTS:].to(device)
+    probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
+    maps = torch.cat(attention["layer_attention_weights"])  # (n_layers, H, L, L)
+    bins = min(len(sequence), MAX_MAP_BINS)
+    events = slice(dataset.table.offsets[stay + 1] - len(sequence), dataset.table.offsets[stay + 1])
+    return {
+        "icu_stay_id": np.array(dataset.table.stays.icu_stay_id[stay]),
+        "probability": probability.cpu().numpy()[0, 0],
+        "layer_attention": F.adaptive_avg_pool2d(maps, bins).cpu().numpy().astype(np.float16),
+        "pooling_weights": attention["pooling_weights"][0, :, 0].cpu().numpy(),
+        "hours_to_final_event": dataset.table.minutes_to_end[events] / 60,
+        "event_type": dataset.table.event_type[events],
+    }
+
+
+@torch.no_grad()
+def predict_logits(
+    model: ClinicalTransformer, dataset: ClinicalSequenceDataset, settings: Settings, accelerator: Accelerator
+) -> np.ndarray:
+    """(n_stays) float64 logits, each stay once however many processes there are."""
+    model.eval()
+    batches = plan_batches(dataset.lengths, 2 * settings.batch_size, settings.max_events_per_batch)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(dataset, batch_sampler=mine, collate_fn=collate_stays)
+    scored: list[tuple[int, float]] = []
+    for stays, batch in zip(
+        mine, tqdm(loader, desc="predict", leave=False, disable=not accelerator.is_main_process, delay=2)
+    ):
+        batch = send_to_device(batch, accelerator.device)
+        with accelerator.autocast():
+            logits = model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
+        scored += zip(stays.tolist(), logits.double().squeeze(1).tolist())
+    everywhere = gather_object(scored) if accelerator.num_processes > 1 else scored
+    return np.array([logit for _, logit in sorted(everywhere)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1702,8 +2488,8 @@ class TrainingObjective(nn.Module):
 # n stays, R bootstrap resamples, G distinct probabilities, k coefficients. Outcome 1 is death in hospital.
 
 METRICS = ("auroc", "auprc", "brier", "calibration_intercept", "calibration_slope")
-MIN_PER_OUTCOME = 20         # below this a subgroup's interval spans nearly everything and only invites over-reading
-LEAK_AUROC = 0.95            # no single bedside fact ranks deaths this well; a column that does knows the outcome
+MIN_PER_OUTCOME = 20  # below this a subgroup's interval spans nearly everything and only invites over-reading
+LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; a column that does knows the outcome
 KNOWN_LATER = "events known only after the moment of prediction"
 IMPOSSIBLE = {
     "events after the final event": "They happened after ICU discharge or death; the query should have cut them off.",
@@ -1726,10 +2512,15 @@ def evaluate_predictions(labels, probabilities, patient_ids, n_bootstrap=1000, s
     if len(patient_of_stay) != len(labels):
         raise ValueError(f"{len(labels)} labels but {len(patient_of_stay)} patient ids")
     n_stays, n_patients, n_deaths = len(labels), len(patients), int(labels.sum())
-    result = {"n_stays": n_stays, "n_patients": n_patients, "n_deaths": n_deaths,
-              "prevalence": n_deaths / n_stays if n_stays else None, "n_bootstrap": n_bootstrap}
+    result = {
+        "n_stays": n_stays,
+        "n_patients": n_patients,
+        "n_deaths": n_deaths,
+        "prevalence": n_deaths / n_stays if n_stays else None,
+        "n_bootstrap": n_bootstrap,
+    }
     values = _weighted_metrics(np.ones((1, n_stays)), labels, probabilities) if n_stays else np.full((1, 5), np.nan)
-    draws, chunk = [], max(1, 2_000_000 // max(n_stays, 1))      # a chunk of resamples takes about 16 MB per array
+    draws, chunk = [], max(1, 2_000_000 // max(n_stays, 1))  # a chunk of resamples takes about 16 MB per array
     generator = np.random.default_rng(seed)
     for first in range(0, n_bootstrap if n_patients > 1 else 0, chunk):
         size = min(chunk, n_bootstrap - first)
@@ -1748,7 +2539,7 @@ def _checked(labels, probabilities):
         raise ValueError(f"{len(labels)} labels but {len(probabilities)} probabilities")
     if not np.isin(labels, (0, 1)).all():
         raise ValueError("labels must be 0 or 1; leave out stays whose outcome is unknown")
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():      # false for NaN too
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():  # false for NaN too
         raise ValueError("probabilities must lie between 0 and 1 and must not be NaN")
     return labels, probabilities
 
@@ -1771,8 +2562,8 @@ def _weighted_metrics(weights, labels, probabilities):
     order = np.argsort(probabilities, kind="stable")
     weights, labels, probabilities = weights[:, order], labels[order], probabilities[order]
     first_of_tie = np.flatnonzero(np.r_[True, np.diff(probabilities) > 0])
-    deaths = np.add.reduceat(weights * labels, first_of_tie, axis=1)                          # (R, G), rising risk
-    survivors = np.add.reduceat(weights * (1 - labels), first_of_tie, axis=1)                 # (R, G)
+    deaths = np.add.reduceat(weights * labels, first_of_tie, axis=1)  # (R, G), rising risk
+    survivors = np.add.reduceat(weights * (1 - labels), first_of_tie, axis=1)  # (R, G)
     n_deaths, n_survivors = deaths.sum(1), survivors.sum(1)
     both = (n_deaths > 0) & (n_survivors > 0)
     figures = np.full((len(weights), len(METRICS)), np.nan)
@@ -1780,11 +2571,11 @@ def _weighted_metrics(weights, labels, probabilities):
     if not both.any():
         return figures
     weights, deaths, survivors = weights[both], deaths[both], survivors[both]
-    below = survivors.cumsum(1) - survivors / 2                                               # a tie counts a half
+    below = survivors.cumsum(1) - survivors / 2  # a tie counts a half
     figures[both, 0] = (deaths * below).sum(1) / (n_deaths * n_survivors)[both]
-    found = deaths[:, ::-1].cumsum(1)[:, ::-1]                                                # deaths at or above
+    found = deaths[:, ::-1].cumsum(1)[:, ::-1]  # deaths at or above
     alarms = found + survivors[:, ::-1].cumsum(1)[:, ::-1]
-    figures[both, 1] = (deaths * found / np.maximum(alarms, 1)).sum(1) / n_deaths[both]       # average precision
+    figures[both, 1] = (deaths * found / np.maximum(alarms, 1)).sum(1) / n_deaths[both]  # average precision
     logits = logit(probabilities.clip(1e-7, 1 - 1e-7))
     figures[both, 3] = _logistic_fits(weights, labels, np.ones((len(labels), 1)), offset=logits)[:, 0]
     figures[both, 4] = _calibration_slopes(weights, labels, logits)
@@ -1798,7 +2589,7 @@ def _calibration_slopes(weights, labels, logits):
     high = [np.where(is_drawn & group, logits, -np.inf).max(1) for group in (died, ~died)]
     deaths_above, deaths_below = high[1] <= low[0], high[0] <= low[1]
     slopes = np.where(deaths_above, np.inf, np.where(deaths_below, -np.inf, np.nan))
-    slopes[deaths_above & deaths_below] = np.nan                     # all tied: no slope at all
+    slopes[deaths_above & deaths_below] = np.nan  # all tied: no slope at all
     finite = ~(deaths_above | deaths_below)
     if finite.any():
         scale = logits.std()
@@ -1810,13 +2601,13 @@ def _calibration_slopes(weights, labels, logits):
 def _logistic_fits(weights, labels, features, offset=0.0):
     """Weighted logistic regressions by Newton, one per row of weights (R, n) at once: coefficients (R, k)."""
     n_features = features.shape[1]
-    products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)       # (n, k * k)
+    products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)  # (n, k * k)
     coefficients = np.zeros((len(weights), n_features))
     for _ in range(100):
-        risks = expit(coefficients @ features.T + offset)                                     # (R, n)
+        risks = expit(coefficients @ features.T + offset)  # (R, n)
         gradient = (weights * (labels - risks)) @ features
         curvature = ((weights * risks * (1 - risks)) @ products).reshape(-1, n_features, n_features)
-        curvature = curvature + 1e-9 * np.eye(n_features)            # flat where every risk is near 0 or 1
+        curvature = curvature + 1e-9 * np.eye(n_features)  # flat where every risk is near 0 or 1
         step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0].clip(-2, 2)  # longer steps can oscillate
         coefficients += step
         if np.abs(step).max() < 1e-7:
@@ -1834,10 +2625,18 @@ def race_group(race) -> str:
 
 def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
     """The groups reported on, one row per stay: sex, age band, race, care unit (from the flat table's columns)."""
-    bands = pd.cut(stays["patient_age"].astype(float), [-np.inf, 45, 65, 80, np.inf], right=False,
-                   labels=["under 45", "45 to 64", "65 to 79", "80 and over"])
-    groups = {"sex": stays["patient_gender"], "age band": bands, "race": stays["patient_race"].map(race_group),
-              "care unit": stays["first_icu_careunit"]}
+    bands = pd.cut(
+        stays["patient_age"].astype(float),
+        [-np.inf, 45, 65, 80, np.inf],
+        right=False,
+        labels=["under 45", "45 to 64", "65 to 79", "80 and over"],
+    )
+    groups = {
+        "sex": stays["patient_gender"],
+        "age band": bands,
+        "race": stays["patient_race"].map(race_group),
+        "care unit": stays["first_icu_careunit"],
+    }
     return pd.DataFrame({name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()})
 
 
@@ -1855,11 +2654,19 @@ def subgroup_table(labels, probabilities, patient_ids, groups: pd.DataFrame, n_b
     for name, value, is_member in members:
         deaths, stays = int(labels[is_member].sum()), int(is_member.sum())
         enough = min(deaths, stays - deaths) >= MIN_PER_OUTCOME
-        row = {"group": name, "value": value, "stays": stays, "patients": len(np.unique(patient_ids[is_member])),
-               "deaths": deaths, "prevalence": deaths / max(stays, 1), "note": "" if enough else "too few"}
+        row = {
+            "group": name,
+            "value": value,
+            "stays": stays,
+            "patients": len(np.unique(patient_ids[is_member])),
+            "deaths": deaths,
+            "prevalence": deaths / max(stays, 1),
+            "note": "" if enough else "too few",
+        }
         if enough:
-            figures = evaluate_predictions(labels[is_member], probabilities[is_member], patient_ids[is_member],
-                                           n_bootstrap, seed)
+            figures = evaluate_predictions(
+                labels[is_member], probabilities[is_member], patient_ids[is_member], n_bootstrap, seed
+            )
         for metric in METRICS:
             for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
                 row[metric + suffix] = figures[metric][part] if enough else None
@@ -1876,11 +2683,18 @@ def decision_curve(labels, probabilities, thresholds=np.arange(0.01, 0.61, 0.01)
     thresholds = np.asarray(thresholds, dtype=float)
     if not ((thresholds > 0) & (thresholds < 1)).all() or not len(labels):
         raise ValueError("a decision curve needs at least one stay, and thresholds above 0 and below 1")
-    is_treated = probabilities[None, :] >= thresholds[:, None]                                # (thresholds, n)
+    is_treated = probabilities[None, :] >= thresholds[:, None]  # (thresholds, n)
     odds, prevalence = thresholds / (1 - thresholds), labels.mean()
     model = (is_treated * labels).mean(1) - (is_treated * (1 - labels)).mean(1) * odds
-    return pd.DataFrame({"threshold": thresholds, "model": model, "treat_all": prevalence - (1 - prevalence) * odds,
-                         "treat_none": 0.0, "share_treated": is_treated.mean(1)})
+    return pd.DataFrame(
+        {
+            "threshold": thresholds,
+            "model": model,
+            "treat_all": prevalence - (1 - prevalence) * odds,
+            "treat_none": 0.0,
+            "share_treated": is_treated.mean(1),
+        }
+    )
 
 
 def calibration_table(labels, probabilities, n_bins=10) -> pd.DataFrame:
@@ -1890,8 +2704,11 @@ def calibration_table(labels, probabilities, n_bins=10) -> pd.DataFrame:
     """
     labels, probabilities = _checked(labels, probabilities)
     bins = pd.qcut(pd.Series(probabilities), n_bins, labels=False, duplicates="drop").fillna(0)
-    table = pd.DataFrame({"bin": bins, "risk": probabilities, "died": labels}).groupby("bin").agg(
-        n=("died", "size"), deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=("died", "mean"))
+    table = (
+        pd.DataFrame({"bin": bins, "risk": probabilities, "died": labels})
+        .groupby("bin")
+        .agg(n=("died", "size"), deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=("died", "mean"))
+    )
     intervals = [binomtest(int(row.deaths), int(row.n)).proportion_ci(method="wilson") for row in table.itertuples()]
     table["low"], table["high"] = np.transpose([(interval.low, interval.high) for interval in intervals])
     return table.reset_index(drop=True).astype({"deaths": int})
@@ -1903,12 +2720,19 @@ def fit_temperature(logits, labels) -> float:
     Returns 1 (with a warning) where the data set no such T: it would go to 0 (all on the right side) or infinity.
     """
     logits, labels = np.asarray(logits, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
-    signed = np.where(labels == 1, logits, -logits)                  # positive: on the right side of 0.5
-    inverse = minimize_scalar(lambda inverse: np.logaddexp(0, -inverse * signed).sum(), bounds=(0.02, 50),
-                              method="bounded", options={"xatol": 1e-7}).x
+    signed = np.where(labels == 1, logits, -logits)  # positive: on the right side of 0.5
+    inverse = minimize_scalar(
+        lambda inverse: np.logaddexp(0, -inverse * signed).sum(),
+        bounds=(0.02, 50),
+        method="bounded",
+        options={"xatol": 1e-7},
+    ).x
     if not 0.021 < inverse < 49 or not 0 < labels.sum() < len(labels):
-        logger.warning("Temperature scaling left out: %d validation stays (%d deaths) do not determine a temperature",
-                       len(labels), labels.sum())
+        logger.warning(
+            "Temperature scaling left out: %d validation stays (%d deaths) do not determine a temperature",
+            len(labels),
+            labels.sum(),
+        )
         return 1.0
     return float(1 / inverse)
 
@@ -1951,7 +2775,7 @@ def leakage_audit(stays, per_stay, labels, patient_ids, split, counts, prospecti
 
 def patient_folds(labels, patient_ids, n_folds=5):
     """The fold (n,) of each stay, patients whole, deaths spread evenly; None where an outcome has one patient only."""
-    died = pd.Series(labels).groupby(np.asarray(patient_ids)).max()                          # by patient, sorted
+    died = pd.Series(labels).groupby(np.asarray(patient_ids)).max()  # by patient, sorted
     n_folds = int(min(n_folds, died.sum(), (1 - died).sum()))
     if n_folds < 2:
         return None
@@ -1991,8 +2815,12 @@ def single_column_auroc(column: pd.Series, labels, folds) -> float:
 def audit_summary(audit: pd.DataFrame) -> str:
     """One line for the log of every run: how much was checked and what was flagged, by name."""
     aurocs = audit[audit.kind != "count"].set_index("name").auroc
-    found = [f"{name} (AUROC {auroc:.2f} alone)" if kind != "count" else f"{count} {name}" for name, kind, auroc, count
-             in audit.loc[audit.flagged, ["name", "kind", "auroc", "count"]].itertuples(index=False)]
+    found = [
+        f"{name} (AUROC {auroc:.2f} alone)" if kind != "count" else f"{count} {name}"
+        for name, kind, auroc, count in audit.loc[audit.flagged, ["name", "kind", "auroc", "count"]].itertuples(
+            index=False
+        )
+    ]
     verdict = f"FLAGGED: {', '.join(found)}" if found else "nothing flagged"
     if not found and aurocs.notna().any():
         verdict += f" (the most telling alone: {aurocs.idxmax()}, AUROC {aurocs.max():.2f})"
@@ -2003,9 +2831,14 @@ def audit_summary(audit: pd.DataFrame) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: each returns a matplotlib Figure, drawn without pyplot so that no global state changes
 # ---------------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"   # Okabe-Ito, and a grey
-METRIC_WORDS = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier score", "calibration_intercept": "intercept",
-              "calibration_slope": "slope"}
+BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"  # Okabe-Ito, and a grey
+METRIC_WORDS = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "brier": "Brier score",
+    "calibration_intercept": "intercept",
+    "calibration_slope": "slope",
+}
 
 
 def new_figure(title, caption, height, width=7.2):
@@ -2041,7 +2874,9 @@ def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
     loss, auroc, rate = figure.subplots(1, 3)
     loss_title, style = "Loss", {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
     loss.plot(history.epoch, history.train_loss, color=BLUE, label="training, all terms", **style)
-    loss.plot(history.epoch, history.validation_loss, color=VERMILLION, linestyle="--", label="validation, BCE", **style)
+    loss.plot(
+        history.epoch, history.validation_loss, color=VERMILLION, linestyle="--", label="validation, BCE", **style
+    )
     auroc.plot(history.epoch, history.validation_auroc, color=VERMILLION, linestyle="--", **style)
     rate.plot(history.epoch, history.learning_rate, color=GREY, **style)
     if history.validation_loss.notna().any():
@@ -2053,8 +2888,11 @@ def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     rate.yaxis.get_offset_text().set_fontsize(8)
     rate.set_ylim(bottom=0)
-    for axes, label, title in ((loss, "loss", loss_title), (auroc, "AUROC", "Validation AUROC"),
-                               (rate, "learning rate", "Learning rate")):
+    for axes, label, title in (
+        (loss, "loss", loss_title),
+        (auroc, "AUROC", "Validation AUROC"),
+        (rate, "learning rate", "Learning rate"),
+    ):
         tidy(axes, "epoch", label, title)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
@@ -2075,8 +2913,7 @@ def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
     roc.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="no better than chance")
     prevalence = labels.mean() if len(labels) else 0.0
     pr.axhline(prevalence, color=GREY, linestyle="--", linewidth=1, label=f"chance: the death rate, {prevalence:.2f}")
-    tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)",
-          metric_text(metrics, "auroc"))
+    tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", metric_text(metrics, "auroc"))
     tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
     for axes, corner in ((roc, "lower right"), (pr, "best")):
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
@@ -2095,14 +2932,32 @@ def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
     errors = [table.observed_rate - table.low, table.high - table.observed_rate]
     smallest, largest = int(table.n.min()), int(table.n.max())
     size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-    curve.errorbar(table.mean_risk, table.observed_rate, yerr=np.clip(errors, 0, None), fmt="o", color=BLUE, capsize=2,
-                   markersize=4, linewidth=1, label=f"{len(table)} bins of {size} stays, 95 % interval")
+    curve.errorbar(
+        table.mean_risk,
+        table.observed_rate,
+        yerr=np.clip(errors, 0, None),
+        fmt="o",
+        color=BLUE,
+        capsize=2,
+        markersize=4,
+        linewidth=1,
+        label=f"{len(table)} bins of {size} stays, 95 % interval",
+    )
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
     curve.legend(fontsize=8, frameon=False, loc="upper left")
-    tidy(curve, "", "observed death rate", "\n".join(
-        metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")))
-    histogram.hist([probabilities[labels == 0], probabilities[labels == 1]], bins=np.linspace(0, top, 31), stacked=True,
-                   color=[BLUE, VERMILLION], label=["survived", "died"])
+    tidy(
+        curve,
+        "",
+        "observed death rate",
+        "\n".join(metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")),
+    )
+    histogram.hist(
+        [probabilities[labels == 0], probabilities[labels == 1]],
+        bins=np.linspace(0, top, 31),
+        stacked=True,
+        color=[BLUE, VERMILLION],
+        label=["survived", "died"],
+    )
     histogram.legend(fontsize=8, frameon=False)
     histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     tidy(histogram, "predicted risk of death in hospital", "stays")
@@ -2123,8 +2978,9 @@ def plot_decision_curve(curve: pd.DataFrame, caption="") -> Figure:
     return figure
 
 
-def plot_attention_heatmap(layer_maps, pooling, hours, title, caption="",
-                           hours_label="hours after ICU admission") -> Figure:
+def plot_attention_heatmap(
+    layer_maps, pooling, hours, title, caption="", hours_label="hours after ICU admission"
+) -> Figure:
     """Self-attention of every layer (layers, bins, bins) over pooling weights (heads, n) of one stay's n events.
 
     A map's rows look, its columns are looked at; hours (n,) are the events' times, first event first.
@@ -2139,7 +2995,7 @@ def plot_attention_heatmap(layer_maps, pooling, hours, title, caption="",
         image = axes.imshow(weights, norm=norm, cmap="cividis", extent=(0, 100, 100, 0), interpolation="nearest")
         tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
     bars = [upper.colorbar(image, ax=panels, shrink=0.8, extend="max", pad=0.01)]
-    per_cell = -(-pooling.shape[1] // 600)                 # more columns than pixels would drop events unseen
+    per_cell = -(-pooling.shape[1] // 600)  # more columns than pixels would drop events unseen
     cells = np.maximum.reduceat(pooling, np.arange(0, pooling.shape[1], per_cell), axis=1)
     axes = lower.subplots()
     image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
@@ -2171,16 +3027,32 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
         followed = group.groupby("stay").size().sort_index().sort_values(ascending=False, kind="stable")
         for rank, stay in enumerate(followed.index[:n_individual]):
             one = group[group.stay == stay]
-            single.plot(one.hours_after_admission, one.probability, color=color, linestyle=line, marker="o",
-                        markersize=3, linewidth=1, label=word if rank == 0 else None)
+            single.plot(
+                one.hours_after_admission,
+                one.probability,
+                color=color,
+                linestyle=line,
+                marker="o",
+                markersize=3,
+                linewidth=1,
+                label=word if rank == 0 else None,
+            )
         summary = group.groupby("hours_after_admission").probability.describe(percentiles=[0.25, 0.75])
         mean.plot(summary.index, summary["mean"], color=color, linestyle=line, marker="o", markersize=4, label=word)
         mean.fill_between(summary.index, summary["25%"], summary["75%"], color=color, alpha=0.15, linewidth=0)
         for hour, n in summary["count"].reindex(times, fill_value=0).items():
-            mean.annotate(f"n={n:.0f}", (hour, 1.07 if label else 1.02), xycoords=("data", "axes fraction"),
-                          color=color, fontsize=7, ha="center")
-    for axes, title in ((single, f"Up to {n_individual} stays of each outcome"),
-                        (mean, "Mean and middle half of the stays still there")):
+            mean.annotate(
+                f"n={n:.0f}",
+                (hour, 1.07 if label else 1.02),
+                xycoords=("data", "axes fraction"),
+                color=color,
+                fontsize=7,
+                ha="center",
+            )
+    for axes, title in (
+        (single, f"Up to {n_individual} stays of each outcome"),
+        (mean, "Mean and middle half of the stays still there"),
+    ):
         tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
         axes.set_title(title, fontsize=9, pad=24)
         axes.set_xscale("log", base=2)
@@ -2191,343 +3063,16 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and files
-# ---------------------------------------------------------------------------------------------------------------------
-
-HALF_WRITTEN = "-half-written-"    # in the temporary names of outputs: the next run into the folder removes what a killed one left
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write through a temporary name, so that a reader or a killed run never meets half a file. `write` gets the name to use."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:      # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written ({reason}). Free space or choose another --output-dir.") from None
-    finally:
-        with contextlib.suppress(OSError):        # as where the folder is a file
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def write_json(path: Path, content: Any) -> Path:
-    return write_whole(path, lambda name: name.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n", "utf-8"))
-
-
-def save_figure(path: Path, figure: Figure) -> Path:
-    return write_whole(path, lambda name: figure.savefig(name, dpi=150, format="png"))
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path, active: bool = True) -> Iterator[None]:
-    """Hold the output folder for this run; a second run into it is refused with `InputError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}). Choose another --output-dir.") from None
-    with lock:
-        if active:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"{folder}: another run writes here. Wait for it, or choose another --output-dir.") from None
-            for left_by_a_killed_run in folder.rglob(f".*{HALF_WRITTEN}*"):
-                left_by_a_killed_run.unlink(missing_ok=True)
-        yield
-
-
-class Checkpoint(NamedTuple):
-    """A trained model and all that is needed to apply and explain it."""
-    model: ClinicalTransformer
-    preprocessor: ClinicalDataPreprocessor
-    settings: Settings
-    text_encoder: str                      # identity of the encoder its inputs came from
-    patients: dict[str, list[int]]         # ids of the patients of each part of the split
-    baseline: dict[str, Tensor]            # mean training event (input_dim,) and mean static features (S,)
-    temperature: float                     # probability = sigmoid(logit / temperature)
-    state: dict[str, Any]                  # everything that the file holds
-
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        return expit(logits / self.temperature)
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a checkpoint without executing anything in it; the model is in eval mode. Raises `InputError` for any other file."""
-    device = torch.device(device)
-    try:
-        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)     # Accelerate's cpu:1 is no place to it
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
-    except Exception as error:      # torch.load raises nearly anything for a damaged or hostile file
-        raise InputError(f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another file.") from None
-    if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
-        raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train anew, or explain it with the train.py that wrote it.")
-    try:
-        model = ClinicalTransformer(**state["architecture"]).to(device)
-        model.load_state_dict(state["model"])
-        known = {entry.name for entry in fields(Settings)}
-        settings = check_settings(Settings(**{name: value for name, value in state["settings"].items() if name in known}))
-        preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
-        if not (set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric} and state["temperature"] > 0
-                and model.architecture["static_dim"] == preprocessor.static_dim and {"train", "validation", "test"} <= set(state["patients"])):
-            raise ValueError
-        return Checkpoint(model.eval(), preprocessor, settings, state["text_encoder"], state["patients"], state["baseline"],
-                          state["temperature"], state)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again.") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
-    """Mean and scale (input_dim,) of the dataset's events. Scaled so, the text makes three quarters of an event's variance.
-
-    Scaling column by column instead would leave the time one voice among 774. A column that never varies keeps its size.
-    """
-    total = torch.zeros(dataset.input_dim, dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    n_events = len(dataset.text)
-    for rows in torch.arange(n_events).split(65536):
-        events = dataset.events(rows).double()
-        total += events.sum(0)
-        squares += events.square().sum(0)
-    mean = total / n_events
-    scale = (squares / n_events - mean.square()).clamp(min=0).sqrt()
-    scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
-    return mean.float(), (scale / (dataset.share_of_variance * dataset.input_dim).sqrt()).float()
-
-
-# One number among forty flags goes unheard otherwise: with weight 1 a tenth of the sample's true effect of age is learnt.
-NUMBER_WEIGHT = 3.0
-
-
-class Trainer:
-    """One training run: what the loop needs, so that an epoch reads as the algorithm."""
-
-    def __init__(self, table: StayTable, split: Split, text_vectors: np.ndarray, text_encoder: str, settings: Settings,
-                 output: Path, accelerator: Accelerator) -> None:
-        torch.manual_seed(settings.seed)
-        self.settings, self.output, self.accelerator, self.text_encoder = settings, output, accelerator, text_encoder
-        train_table = table.take(split.train)
-        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.value_channel).fit(train_table)
-        self.train_set, self.validation_set, self.test_set = (
-            ClinicalSequenceDataset(table.take(part), self.preprocessor, text_vectors) for part in split)
-        self.time_column = len(EVENT_TYPES) + text_vectors.shape[1]
-        model = ClinicalTransformer(self.train_set.input_dim, self.preprocessor.static_dim, settings.d_model, settings.n_layers,
-                                    settings.n_heads, settings.d_feedforward, settings.n_pooling_heads, settings.dropout)
-        mean, scale = input_statistics(self.train_set)
-        static_weight = torch.tensor([NUMBER_WEIGHT if category is None else 1.0 for _, category in self.preprocessor.static_names])
-        model.set_input_statistics(mean, scale, static_weight)
-        self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
-        self.patients = {name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()}
-        objective = TrainingObjective(model, TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight),
-                                      self.preprocessor, settings.sparsity_weight)
-        optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(settings.weight_averaging))
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
-        self.history: list[dict[str, float]] = []
-        self.step = self.epochs_done = 0
-        self.temperature = 1.0
-
-    @property
-    def model(self) -> ClinicalTransformer:
-        """The averaged weights: what is validated, kept and explained."""
-        return self.average.module
-
-    def train_epoch(self, epoch: int) -> float:
-        """One pass over the training stays; mean loss of a stay. Depends on the seed and the epoch's number alone."""
-        settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(settings.seed + 100_003 * epoch + 17 * rank)
-        batches = plan_batches(self.train_set.lengths, settings.batch_size, settings.max_events_per_batch, settings.seed + epoch)
-        shares = [share_of_batch(batch, rank, world) for batch in batches]
-        loader = DataLoader(self.train_set, batch_sampler=[stays for stays, _ in shares], collate_fn=collate_stays)
-        self.objective.train()
-        total_loss = n_stays = n_events = 0
-        started = time.monotonic()
-        bar = tqdm(zip(loader, batches, shares), total=len(batches), desc=f"epoch {epoch}", leave=False, disable=not self.accelerator.is_main_process)
-        for number, (batch, stays, (share, weights)) in enumerate(bar):
-            self.warm_up()
-            losses = self.objective(send_to_device(batch, self.accelerator.device), self.time_column)      # (B,)
-            # Processes average their gradients: scaled so, the average is the gradient of the whole batch's mean.
-            loss = (losses * losses.new_tensor(weights)).sum() * world / len(stays)
-            self.stop_if_not_finite(losses, self.train_set, share)
-            self.optimizer.zero_grad()
-            self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.gradient_clip)
-            self.optimizer.step()
-            self.step += 1
-            self.average.update_parameters(self.accelerator.unwrap_model(self.objective).model)
-            total_loss += loss.item() * len(stays) / world
-            n_stays += len(stays)
-            n_events += int(self.train_set.lengths[stays].sum())
-            bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {n_events / (time.monotonic() - started):,.0f} events/s")
-            if settings.save_attention_every and number % settings.save_attention_every == 0 and self.accelerator.is_main_process:
-                self.save_attention(epoch, number, stays)
-        sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
-        return float(sums[0]) / n_stays
-
-    def warm_up(self) -> None:
-        """Raise the learning rate linearly over the first steps; afterwards the plateau schedule alone changes it."""
-        if self.step < self.settings.warmup_steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate * (self.step + 1) / self.settings.warmup_steps
-
-    def stop_if_not_finite(self, losses: Tensor, dataset: ClinicalSequenceDataset, share: np.ndarray) -> None:
-        if not torch.isfinite(losses).all():
-            stays = dataset.table.stays.icu_stay_id.iloc[share[~torch.isfinite(losses).cpu().numpy()]].tolist()
-            raise InputError(f"the loss is not finite for icu_stay_id {', '.join(map(str, stays[:5]))}. The best checkpoint so far stays in "
-                             f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with --mixed-precision no.")
-
-    def fit(self) -> None:
-        """Train until the validation loss has not improved for `patience` epochs; the best weights are kept in best_model.pth."""
-        settings, main = self.settings, self.accelerator.is_main_process
-        if not self.epochs_done:
-            self.save("latest_checkpoint.pth")
-        while self.epochs_done < settings.max_epochs and not self.out_of_patience():
-            started, epoch = time.monotonic(), self.epochs_done + 1
-            train_loss = self.train_epoch(epoch)
-            logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
-            self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
-            loss = float(F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels)))
-            self.history.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": loss, "validation_auroc": float(roc_auc_score(labels, logits)),
-                                 "learning_rate": self.optimizer.param_groups[0]["lr"]})
-            self.epochs_done = epoch
-            self.scheduler.step(loss)
-            best = loss <= min(row["validation_loss"] for row in self.history)
-            if best:
-                self.save("best_model.pth")
-            self.save("latest_checkpoint.pth")
-            seconds = time.monotonic() - started
-            if main:
-                row = self.history[-1]
-                logger.info(f"epoch {epoch:2d}/{settings.max_epochs}  train loss {train_loss:.4f}  validation loss {loss:.4f}  AUROC {row['validation_auroc']:.3f}  "
-                            f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / seconds:7,.0f} events/s  {seconds:5.1f} s{'  best' if best else ''}")
-
-    def out_of_patience(self) -> bool:
-        if not self.history:
-            return False
-        return self.epochs_done - self.best_epoch >= self.settings.patience
-
-    @property
-    def best_epoch(self) -> int:
-        return int(min(self.history, key=lambda row: row["validation_loss"])["epoch"])
-
-    def predict(self, dataset: ClinicalSequenceDataset) -> np.ndarray:
-        return predict_logits(self.model, dataset, self.settings, self.accelerator)
-
-    def save(self, name: str) -> None:
-        """Write a checkpoint: plain data and tensors only."""
-        if not self.accelerator.is_main_process:
-            return
-        objective = self.accelerator.unwrap_model(self.objective)
-        state = {"program": "clinical_LF", "format": CHECKPOINT_FORMAT, "settings": asdict(self.settings), "architecture": self.model.architecture,
-                 "model": self.model.state_dict(), "preprocessor": self.preprocessor.state_dict(), "text_encoder": self.text_encoder,
-                 "patients": self.patients, "baseline": self.baseline, "temperature": self.temperature, "history": self.history,
-                 "epochs_done": self.epochs_done, "step": self.step}
-        if name == "latest_checkpoint.pth":
-            state |= {"objective": objective.state_dict(), "n_averaged": self.average.n_averaged, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-        write_whole(self.output / "checkpoints" / name, lambda path: torch.save(state, path))
-
-    def resume(self) -> None:
-        """Go on from latest_checkpoint.pth; refuses one whose data, encoder or model differ."""
-        path = self.output / "checkpoints" / "latest_checkpoint.pth"
-        if not path.exists():           # stopped before the first checkpoint, or in an earlier fold
-            logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
-            return
-        saved = load_checkpoint(path, self.accelerator.device)
-        changed = [name for name in ("data", "seed", "static_features", "value_channel", "observation_hours",
-                                     "gap_hours", "first_stay_only", "learning_rate", "batch_size",
-                                     "temporal_weight", "sparsity_weight", "tau_hours", "dropout", "weight_averaging",
-                                     "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip")
-                   if getattr(saved.settings, name) != getattr(self.settings, name)]
-        if changed or saved.patients != self.patients or saved.text_encoder != self.text_encoder or saved.model.architecture != self.model.architecture:
-            raise InputError(f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other patients, encoder or model sizes'}). "
-                             "Give the same settings, or train anew without --resume.")
-        objective = self.accelerator.unwrap_model(self.objective)
-        objective.load_state_dict(saved.state["objective"])
-        self.model.load_state_dict(saved.state["model"])
-        self.average.n_averaged.copy_(saved.state["n_averaged"])
-        self.optimizer.load_state_dict(saved.state["optimizer"])
-        self.scheduler.load_state_dict(saved.state["scheduler"])
-        self.history, self.epochs_done, self.step = saved.state["history"], saved.state["epochs_done"], saved.state["step"]
-        logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
-
-    def save_attention(self, epoch: int, batch: int, stays: np.ndarray) -> None:
-        """Attention of one stay of the batch, in a pass of its own without dropout, as .npz and as a heatmap."""
-        stay = int(min(stays, key=lambda s: abs(int(self.train_set.lengths[s]) - 512)))
-        record = attention_record(self.model, self.train_set, stay, self.accelerator.device)
-        name = f"attention_epoch_{epoch}_batch_{batch}"
-        write_whole(self.output / "attention_weights" / f"{name}.npz", lambda path: _save_npz(path, record))
-        figure = plot_attention_heatmap(record["layer_attention"].astype(np.float32).mean(1), record["pooling_weights"], record["hours_to_final_event"],
-                                        title=f"Where does the model look in ICU stay {record['icu_stay_id']}? (epoch {epoch}, batch {batch})",
-                                        caption=f"risk {record['probability']:.2f} · text encoder: {self.text_encoder}",
-                                        hours_label="hours before the " + ("prediction" if self.settings.observation_hours else "final event"))
-        save_figure(self.output / "plots" / f"{name}.png", figure)
-        self.objective.train()
-
-
-def _save_npz(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **record)
-
-
-MAX_MAP_EVENTS, MAX_MAP_BINS = 1024, 64
-
-
-@torch.no_grad()
-def attention_record(model: ClinicalTransformer, dataset: ClinicalSequenceDataset, stay: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Attention of one pass over a stay's last 1,024 events: bounded however long the stay.
-
-    `layer_attention (n_layers, H, bins, bins)` are means over at most 64 equal bins of events, `pooling_weights (4, L)` are exact.
-    """
-    model.eval()
-    sequence, static, _ = dataset[stay]
-    sequence = sequence[-MAX_MAP_EVENTS:].to(device)
-    probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
-    maps = torch.cat(attention["layer_attention_weights"])                                             # (n_layers, H, L, L)
-    bins = min(len(sequence), MAX_MAP_BINS)
-    events = slice(dataset.table.offsets[stay + 1] - len(sequence), dataset.table.offsets[stay + 1])
-    return {"icu_stay_id": np.array(dataset.table.stays.icu_stay_id[stay]), "probability": probability.cpu().numpy()[0, 0],
-            "layer_attention": F.adaptive_avg_pool2d(maps, bins).cpu().numpy().astype(np.float16),
-            "pooling_weights": attention["pooling_weights"][0, :, 0].cpu().numpy(),
-            "hours_to_final_event": dataset.table.minutes_to_end[events] / 60, "event_type": dataset.table.event_type[events]}
-
-
-@torch.no_grad()
-def predict_logits(model: ClinicalTransformer, dataset: ClinicalSequenceDataset, settings: Settings, accelerator: Accelerator) -> np.ndarray:
-    """(n_stays) float64 logits, each stay once however many processes there are."""
-    model.eval()
-    batches = plan_batches(dataset.lengths, 2 * settings.batch_size, settings.max_events_per_batch)
-    mine = batches[accelerator.process_index::accelerator.num_processes]
-    loader = DataLoader(dataset, batch_sampler=mine, collate_fn=collate_stays)
-    scored: list[tuple[int, float]] = []
-    for stays, batch in zip(mine, tqdm(loader, desc="predict", leave=False, disable=not accelerator.is_main_process, delay=2)):
-        batch = send_to_device(batch, accelerator.device)
-        with accelerator.autocast():
-            logits = model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
-        scored += zip(stays.tolist(), logits.double().squeeze(1).tolist())
-    everywhere = gather_object(scored) if accelerator.num_processes > 1 else scored
-    return np.array([logit for _, logit in sorted(everywhere)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
     parser = HfArgumentParser(Settings, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    settings, unknown = parser.parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else list(argv), return_remaining_strings=True,
-                                                           look_for_args_file=False)
+    settings, unknown = parser.parse_args_into_dataclasses(
+        args=sys.argv[1:] if argv is None else list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         parser.error(f"unknown option {' '.join(unknown)}; --help lists them all")
     log_to_stdout()
@@ -2538,12 +3083,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         latest = Path(settings.output_dir) / "checkpoints" / "latest_checkpoint.pth"
-        print("\nInterrupted. Encoded texts are kept" + (f", {latest} holds the last whole epoch" if latest.exists() else "") +
-              "; go on with the same command and --resume.", file=sys.stderr)
+        print(
+            "\nInterrupted. Encoded texts are kept"
+            + (f", {latest} holds the last whole epoch" if latest.exists() else "")
+            + "; go on with the same command and --resume.",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -2560,7 +3112,9 @@ def make_accelerator(settings: Settings) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    return Accelerator(mixed_precision=precision, cpu=several_on_cpu)     # unasked, it takes torchrun's processes on CPUs for single ones
+    return Accelerator(
+        mixed_precision=precision, cpu=several_on_cpu
+    )  # unasked, it takes torchrun's processes on CPUs for single ones
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -2569,20 +3123,26 @@ def run(settings: Settings) -> dict[str, Any]:
     output = Path(settings.output_dir)
     with only_run_in(output, active=accelerator.is_main_process):
         checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
-        with accelerator.main_process_first():            # one process runs the query, the others find its result
+        with accelerator.main_process_first():  # one process runs the query, the others find its result
             table, repairs = read_stays(data_path(settings.data), settings.cache_dir, need_label=checkpoint is None)
         if checkpoint is not None:
             return evaluate_checkpoint(checkpoint, table, repairs, settings, accelerator)
         table, flow = choose_cohort(table, settings)
         describe(table, repairs, flow)
         # Split first: a table too small for it is refused before hours of encoding.
-        splits = list(cross_validation_splits(table, settings.cross_validate, settings.seed)) if settings.cross_validate \
+        splits = (
+            list(cross_validation_splits(table, settings.cross_validate, settings.seed))
+            if settings.cross_validate
             else [split_by_patient(table, settings.seed)]
+        )
         if settings.audit:
             return {"audit": write_audit(table, splits[0], repairs, settings, output)}
         cohort = Cohort(table, flow, repairs, *embed_texts(table.texts, settings, accelerator))
-        return cross_validate(cohort, splits, settings, accelerator) if settings.cross_validate else \
-            train_and_report(cohort, splits[0], settings, accelerator)
+        return (
+            cross_validate(cohort, splits, settings, accelerator)
+            if settings.cross_validate
+            else train_and_report(cohort, splits[0], settings, accelerator)
+        )
 
 
 def data_path(data: str) -> Path:
@@ -2594,12 +3154,18 @@ def describe(table: StayTable, repairs: dict[str, int], flow: list[CohortStep]) 
     """Three lines: size, sequence lengths, what was dropped and why; in between the flow of the cohort, where there is one."""
     labels, quantiles = table.labels, np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
     used = len(np.unique(table.text))
-    logger.info(f"Data        {len(table.stays):,} ICU stays of {table.stays.patient_id.nunique():,} patients, {len(table.text):,} events, {used:,} distinct texts, "
-                f"{_death_rate(labels)}")
-    logger.info(f"Length      {' / '.join(f'{q:,}' for q in quantiles)} events per stay (min, 25 %, median, 75 %, 95 %, max)")
+    logger.info(
+        f"Data        {len(table.stays):,} ICU stays of {table.stays.patient_id.nunique():,} patients, {len(table.text):,} events, {used:,} distinct texts, "
+        f"{_death_rate(labels)}"
+    )
+    logger.info(
+        f"Length      {' / '.join(f'{q:,}' for q in quantiles)} events per stay (min, 25 %, median, 75 %, 95 %, max)"
+    )
     logger.info(f"Dropped     {'; '.join(f'{count:,} {reason}' for reason, count in repairs.items()) or 'nothing'}")
     for step in flow[1:] and flow:
-        logger.info(f"Cohort      {step.stays:7,} stays {step.patients:7,} patients {step.events:11,} events {step.deaths:6,} deaths  {step.name}")
+        logger.info(
+            f"Cohort      {step.stays:7,} stays {step.patients:7,} patients {step.events:11,} events {step.deaths:6,} deaths  {step.name}"
+        )
 
 
 def _death_rate(labels: np.ndarray) -> str:
@@ -2609,11 +3175,12 @@ def _death_rate(labels: np.ndarray) -> str:
 
 class Cohort(NamedTuple):
     """What every training of a run starts from."""
+
     table: StayTable
     flow: list[CohortStep]
     repairs: dict[str, int]
     text_encoder: str
-    text_vectors: np.ndarray       # (n_texts, E)
+    text_vectors: np.ndarray  # (n_texts, E)
 
 
 def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
@@ -2624,9 +3191,13 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
         trainer.resume()
     audit = write_audit(cohort.table, split, cohort.repairs, settings, output) if accelerator.is_main_process else []
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    logger.info(f"Split       {' / '.join(str(len(part)) for part in split)} stays (training, validation, test), no patient in two of them")
-    logger.info(f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, {trainer.preprocessor.static_dim} static, "
-                f"on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
+    logger.info(
+        f"Split       {' / '.join(str(len(part)) for part in split)} stays (training, validation, test), no patient in two of them"
+    )
+    logger.info(
+        f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, {trainer.preprocessor.static_dim} static, "
+        f"on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+    )
     started = time.monotonic()
     trainer.fit()
     accelerator.wait_for_everyone()
@@ -2639,30 +3210,59 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
         trainer.temperature = fit_temperature(logits["validation"], trainer.validation_set.table.labels)
         state = best.state | {"temperature": trainer.temperature}
         write_whole(output / "checkpoints" / "best_model.pth", lambda path: torch.save(state, path))
-    training = {"epochs": trainer.epochs_done, "best_epoch": trainer.best_epoch, "seconds": round(time.monotonic() - started, 1), "parameters": n_parameters,
-                "temperature": trainer.temperature}
+    training = {
+        "epochs": trainer.epochs_done,
+        "best_epoch": trainer.best_epoch,
+        "seconds": round(time.monotonic() - started, 1),
+        "parameters": n_parameters,
+        "temperature": trainer.temperature,
+    }
     return report(trainer, cohort, logits, training, audit)
 
 
-def report(trainer: Trainer, cohort: Cohort, logits: dict[str, np.ndarray], training: dict[str, Any], audit: list[dict]) -> dict[str, Any]:
+def report(
+    trainer: Trainer, cohort: Cohort, logits: dict[str, np.ndarray], training: dict[str, Any], audit: list[dict]
+) -> dict[str, Any]:
     """Metrics, predictions and plots of the held-out stays; prints the summary a person looks for."""
     settings, output, temperature = trainer.settings, trainer.output, trainer.temperature
     test, probabilities = trainer.test_set.table, expit(logits["test"] / temperature)
     validation = trainer.validation_set.table
-    score = lambda part, risk: evaluate_predictions(part.labels, risk, part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
-    metrics = {"test": score(test, probabilities), "validation": score(validation, expit(logits["validation"] / temperature))}
+    score = lambda part, risk: evaluate_predictions(
+        part.labels, risk, part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed
+    )
+    metrics = {
+        "test": score(test, probabilities),
+        "validation": score(validation, expit(logits["validation"] / temperature)),
+    }
     if settings.temperature_scaling:
         metrics["test_before_temperature_scaling"] = score(test, expit(logits["test"]))
-    content = {"text_encoder": trainer.text_encoder, "metrics": metrics, "training": training,
-               "cohort": [step._asdict() for step in cohort.flow], "dropped_or_repaired": cohort.repairs, "leakage_audit": audit,
-               "settings": asdict(settings), "versions": versions()}
+    content = {
+        "text_encoder": trainer.text_encoder,
+        "metrics": metrics,
+        "training": training,
+        "cohort": [step._asdict() for step in cohort.flow],
+        "dropped_or_repaired": cohort.repairs,
+        "leakage_audit": audit,
+        "settings": asdict(settings),
+        "versions": versions(),
+    }
     caption = f"text encoder: {trainer.text_encoder} · {len(test.stays)} held-out stays of {test.stays.patient_id.nunique()} patients"
-    written = [output / "checkpoints" / "best_model.pth", output / "checkpoints" / "latest_checkpoint.pth", write_json(output / "metrics.json", content),
-               write_predictions(output / "predictions.csv", test, probabilities), output / "leakage_audit.csv",
-               *write_evaluation(output, test, probabilities, metrics["test"], caption),
-               save_figure(output / "plots" / "training_curves.png", plot_training_curves(pd.DataFrame(trainer.history), caption))]
-    log_metrics(metrics["test"], f"Test        {len(test.stays)} stays of {test.stays.patient_id.nunique()} patients, {int(test.labels.sum())} deaths; weights of epoch "
-                                 f"{training['best_epoch']}, trained in {training['seconds']:.0f} s")
+    written = [
+        output / "checkpoints" / "best_model.pth",
+        output / "checkpoints" / "latest_checkpoint.pth",
+        write_json(output / "metrics.json", content),
+        write_predictions(output / "predictions.csv", test, probabilities),
+        output / "leakage_audit.csv",
+        *write_evaluation(output, test, probabilities, metrics["test"], caption),
+        save_figure(
+            output / "plots" / "training_curves.png", plot_training_curves(pd.DataFrame(trainer.history), caption)
+        ),
+    ]
+    log_metrics(
+        metrics["test"],
+        f"Test        {len(test.stays)} stays of {test.stays.patient_id.nunique()} patients, {int(test.labels.sum())} deaths; weights of epoch "
+        f"{training['best_epoch']}, trained in {training['seconds']:.0f} s",
+    )
     logger.info(f"Encoder     {trainer.text_encoder}")
     logger.info("Written     " + "\n            ".join(map(str, written)))
     return content
@@ -2670,50 +3270,88 @@ def report(trainer: Trainer, cohort: Cohort, logits: dict[str, np.ndarray], trai
 
 def log_metrics(metrics: dict[str, Any], title: str) -> None:
     logger.info(title)
-    for name, label in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("brier", "Brier score"), ("calibration_intercept", "calibration intercept"),
-                        ("calibration_slope", "calibration slope")):
+    for name, label in (
+        ("auroc", "AUROC"),
+        ("auprc", "AUPRC"),
+        ("brier", "Brier score"),
+        ("calibration_intercept", "calibration intercept"),
+        ("calibration_slope", "calibration slope"),
+    ):
         value = metrics[name]
-        text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if None not in (value["value"], value["low"], value["high"]) else f"not defined ({value.get('reason', '')})"
-        logger.info(f"            {label:22s} {text}" + (f"  at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""))
+        text = (
+            f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            if None not in (value["value"], value["low"], value["high"])
+            else f"not defined ({value.get('reason', '')})"
+        )
+        logger.info(
+            f"            {label:22s} {text}"
+            + (f"  at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else "")
+        )
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")}
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
+    }
 
 
 def write_predictions(path: Path, table: StayTable, probabilities: np.ndarray, **more: Any) -> Path:
     """One row per stay: ids, label where known, predicted probability of death in hospital."""
-    frame = pd.DataFrame({"icu_stay_id": table.stays.icu_stay_id, "patient_id": table.stays.patient_id,
-                          LABEL: table.stays[LABEL].astype("Int64"), "probability": probabilities, **more})
+    frame = pd.DataFrame(
+        {
+            "icu_stay_id": table.stays.icu_stay_id,
+            "patient_id": table.stays.patient_id,
+            LABEL: table.stays[LABEL].astype("Int64"),
+            "probability": probabilities,
+            **more,
+        }
+    )
     return write_whole(path, lambda name: frame.to_csv(name, index=False, float_format="%.6f"))
 
 
-def embed_texts(texts: np.ndarray, settings: Settings, accelerator: Accelerator, expected: str | None = None) -> tuple[str, np.ndarray]:
+def embed_texts(
+    texts: np.ndarray, settings: Settings, accelerator: Accelerator, expected: str | None = None
+) -> tuple[str, np.ndarray]:
     """Identity of the encoder and (n_texts, E) vectors of the distinct texts; only new ones are computed, by all processes.
 
     On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on a user's data that is an error.
     """
-    options = {"revision": None if settings.text_encoder_revision == "main" else settings.text_encoder_revision,
-               "max_tokens": settings.max_text_tokens, "cache_dir": Path(settings.cache_dir), "weights_dir": Path(settings.hf_cache),
-               "dtype": settings.text_encoder_dtype}
+    options = {
+        "revision": None if settings.text_encoder_revision == "main" else settings.text_encoder_revision,
+        "max_tokens": settings.max_text_tokens,
+        "cache_dir": Path(settings.cache_dir),
+        "weights_dir": Path(settings.hf_cache),
+        "dtype": settings.text_encoder_dtype,
+    }
     if accelerator.num_processes > 1:
         options["devices"] = [accelerator.device]
     try:
         with accelerator.main_process_first():
             encoder = make_text_encoder(settings.text_encoder, **options)
     except EncoderUnreachable:
-        if settings.text_encoder != CLINICAL_LONGFORMER or data_path(settings.data).resolve() != SAMPLE.resolve() or expected:
+        if (
+            settings.text_encoder != CLINICAL_LONGFORMER
+            or data_path(settings.data).resolve() != SAMPLE.resolve()
+            or expected
+        ):
             raise
-        logger.warning("Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing encoder instead. "
-                       "Results say nothing about Clinical-Longformer.")
+        logger.warning(
+            "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing encoder instead. "
+            "Results say nothing about Clinical-Longformer."
+        )
         encoder = make_text_encoder("hashing", **options)
     if expected is not None and encoder.id != expected:
-        raise InputError(f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. Give the same encoder.")
+        raise InputError(
+            f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. Give the same encoder."
+        )
     started = time.monotonic()
     encoder.embed(texts, accelerator.process_index, accelerator.num_processes, progress=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     vectors = encoder.vectors(texts)
-    logger.info(f"Encoder     {encoder.id}: {len(texts):,} distinct texts, {encoder.n_encoded:,} of them new, {time.monotonic() - started:.1f} s")
+    logger.info(
+        f"Encoder     {encoder.id}: {len(texts):,} distinct texts, {encoder.n_encoded:,} of them new, {time.monotonic() - started:.1f} s"
+    )
     return encoder.id, vectors
 
 
@@ -2721,75 +3359,123 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
     """The encoder given, if it is not the default, else the checkpoint's; a path inside a checkpoint is not followed (`InputError`)."""
     if given and given != CLINICAL_LONGFORMER:
         return given
-    if checkpoint.text_encoder == "hashing":      # also where the sample fell back to it
+    if checkpoint.text_encoder == "hashing":  # also where the sample fell back to it
         return "hashing"
     name = checkpoint.settings.text_encoder
     if name != CLINICAL_LONGFORMER and Path(name).exists():
-        raise InputError(f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a checkpoint are not followed. "
-                         "Give its folder as --text-encoder PATH.")
+        raise InputError(
+            f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a checkpoint are not followed. "
+            "Give its folder as --text-encoder PATH."
+        )
     return name
 
 
-def write_audit(table: StayTable, split: Split, repairs: dict[str, int], settings: Settings, output: Path) -> list[dict]:
+def write_audit(
+    table: StayTable, split: Split, repairs: dict[str, int], settings: Settings, output: Path
+) -> list[dict]:
     """Leakage audit of the table and the split: a line in the log, leakage_audit.csv, and its rows."""
     stays = table.stays
     part = np.empty(len(stays), dtype=object)
     for name, members in split._asdict().items():
         part[members] = name
     first, last = table.offsets[:-1], table.offsets[1:] - 1
-    end_minutes = settings.observation_hours * 60 if settings.observation_hours else 60 * stay_hours(table)[table.stay_of_event]
-    per_stay = pd.DataFrame({"first event, hours after ICU admission": table.minutes_since_intime[first] / 60,
-                             "last event, hours after ICU admission": table.minutes_since_intime[last] / 60})
+    end_minutes = (
+        settings.observation_hours * 60 if settings.observation_hours else 60 * stay_hours(table)[table.stay_of_event]
+    )
+    per_stay = pd.DataFrame(
+        {
+            "first event, hours after ICU admission": table.minutes_since_intime[first] / 60,
+            "last event, hours after ICU admission": table.minutes_since_intime[last] / 60,
+        }
+    )
     late = int((table.known_minutes_since_intime > end_minutes).sum())
     conflicting = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
-    counts = {"events after the final event": next((count for reason, count in repairs.items() if "after the final event" in reason), 0),
-              KNOWN_LATER: late, "stays with conflicting labels": conflicting,
-              **split_counts(stays.patient_id.to_numpy(), stays.admission_id.to_numpy(), part)}
-    audit = leakage_audit(table.static_columns, per_stay, table.labels, stays.patient_id.to_numpy(), part, counts,
-                          prospective=settings.observation_hours > 0)
+    counts = {
+        "events after the final event": next(
+            (count for reason, count in repairs.items() if "after the final event" in reason), 0
+        ),
+        KNOWN_LATER: late,
+        "stays with conflicting labels": conflicting,
+        **split_counts(stays.patient_id.to_numpy(), stays.admission_id.to_numpy(), part),
+    }
+    audit = leakage_audit(
+        table.static_columns,
+        per_stay,
+        table.labels,
+        stays.patient_id.to_numpy(),
+        part,
+        counts,
+        prospective=settings.observation_hours > 0,
+    )
     logger.info(f"Audit       {audit_summary(audit)}")
     write_whole(output / "leakage_audit.csv", lambda path: audit.to_csv(path, index=False))
     if used := sorted(set(audit.name[audit.flagged]) & set(settings.static_features)):
-        logger.warning(f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. Leave it out of --static-features.")
+        logger.warning(
+            f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. Leave it out of --static-features."
+        )
     return json.loads(audit.to_json(orient="records"))
 
 
-def write_evaluation(output: Path, table: StayTable, probabilities: np.ndarray, metrics: dict[str, Any], caption: str) -> list[Path]:
+def write_evaluation(
+    output: Path, table: StayTable, probabilities: np.ndarray, metrics: dict[str, Any], caption: str
+) -> list[Path]:
     """Curves, calibration, decision curve and subgroups of scored stays whose labels are known."""
     labels, plots = table.labels, output / "plots"
     groups = subgroup_table(labels, probabilities, table.stays.patient_id.to_numpy(), subgroups_of_stays(table.stays))
-    return [write_whole(output / "subgroups.csv", lambda path: groups.to_csv(path, index=False)),
-            save_figure(plots / "roc_and_precision_recall.png", plot_roc_and_pr(labels, probabilities, metrics, caption)),
-            save_figure(plots / "calibration.png", plot_calibration(labels, probabilities, metrics, caption)),
-            save_figure(plots / "decision_curve.png", plot_decision_curve(decision_curve(labels, probabilities), caption))]
+    return [
+        write_whole(output / "subgroups.csv", lambda path: groups.to_csv(path, index=False)),
+        save_figure(plots / "roc_and_precision_recall.png", plot_roc_and_pr(labels, probabilities, metrics, caption)),
+        save_figure(plots / "calibration.png", plot_calibration(labels, probabilities, metrics, caption)),
+        save_figure(plots / "decision_curve.png", plot_decision_curve(decision_curve(labels, probabilities), caption)),
+    ]
 
 
-def evaluate_checkpoint(checkpoint: Checkpoint, table: StayTable, repairs: dict[str, int], settings: Settings,
-                        accelerator: Accelerator) -> dict[str, Any]:
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, table: StayTable, repairs: dict[str, int], settings: Settings, accelerator: Accelerator
+) -> dict[str, Any]:
     """Score a table with a trained model, refitting nothing; metrics where the labels are known, trajectories on request."""
     trained, output = checkpoint.settings, Path(settings.output_dir) / "evaluation"
-    settings = replace(trained, data=settings.data, output_dir=str(output), cache_dir=settings.cache_dir, hf_cache=settings.hf_cache,
-                       text_encoder=encoder_to_load(checkpoint, settings.text_encoder), trajectory=settings.trajectory,
-                       n_bootstrap=settings.n_bootstrap, first_stay_only=settings.first_stay_only)
+    settings = replace(
+        trained,
+        data=settings.data,
+        output_dir=str(output),
+        cache_dir=settings.cache_dir,
+        hf_cache=settings.hf_cache,
+        text_encoder=encoder_to_load(checkpoint, settings.text_encoder),
+        trajectory=settings.trajectory,
+        n_bootstrap=settings.n_bootstrap,
+        first_stay_only=settings.first_stay_only,
+    )
     whole = table
     table, flow = choose_cohort(table, settings)
     describe(table, repairs, flow)
     text_encoder, vectors = embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
-    score = lambda part: checkpoint.probabilities(predict_logits(
-        checkpoint.model, ClinicalSequenceDataset(part, checkpoint.preprocessor, vectors), settings, accelerator))
+    score = lambda part: checkpoint.probabilities(
+        predict_logits(
+            checkpoint.model, ClinicalSequenceDataset(part, checkpoint.preprocessor, vectors), settings, accelerator
+        )
+    )
     probabilities = score(table)
-    content: dict[str, Any] = {"text_encoder": text_encoder, "cohort": [step._asdict() for step in flow], "dropped_or_repaired": repairs}
+    content: dict[str, Any] = {
+        "text_encoder": text_encoder,
+        "cohort": [step._asdict() for step in flow],
+        "dropped_or_repaired": repairs,
+    }
     written = []
     if accelerator.is_main_process:
         written.append(write_predictions(output / "predictions.csv", table, probabilities))
     known = np.flatnonzero(~np.isnan(table.labels))
     if len(known) and accelerator.is_main_process:
         part = table.take(known)
-        metrics = evaluate_predictions(part.labels, probabilities[known], part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
+        metrics = evaluate_predictions(
+            part.labels, probabilities[known], part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed
+        )
         content["metrics"] = metrics
         overlap = part.stays.patient_id.isin(checkpoint.patients["train"] + checkpoint.patients["validation"]).sum()
         if overlap:
-            logger.warning(f"Evaluation  WARNING: {overlap} of {len(known)} stays are of patients that this model was trained or tuned on; the figures flatter it.")
+            logger.warning(
+                f"Evaluation  WARNING: {overlap} of {len(known)} stays are of patients that this model was trained or tuned on; the figures flatter it."
+            )
         caption = f"text encoder: {text_encoder} · {len(known)} stays of {part.stays.patient_id.nunique()} patients"
         written += write_evaluation(output, part, probabilities[known], metrics, caption)
         log_metrics(metrics, f"Evaluation  {len(known)} stays with known outcome, {int(part.labels.sum())} deaths")
@@ -2809,8 +3495,17 @@ def score_trajectories(table: StayTable, settings: Settings, score: Callable[[St
     for hour in trajectory_hours(settings.trajectory):
         present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
         if len(present.stays):
-            rows.append(pd.DataFrame({"stay": present.stays.icu_stay_id, "patient_id": present.stays.patient_id, "hours_after_admission": hour,
-                                      "probability": score(present), "label": present.labels}))
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "stay": present.stays.icu_stay_id,
+                        "patient_id": present.stays.patient_id,
+                        "hours_after_admission": hour,
+                        "probability": score(present),
+                        "label": present.labels,
+                    }
+                )
+            )
     if not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
     return pd.concat(rows, ignore_index=True)
@@ -2819,13 +3514,25 @@ def score_trajectories(table: StayTable, settings: Settings, score: Callable[[St
 def write_trajectories(output: Path, trajectories: pd.DataFrame, trained: Settings, text_encoder: str) -> list[Path]:
     mode = f"predicts at {trained.observation_hours:g} h" if trained.observation_hours else "read whole stays"
     if not trained.observation_hours:
-        logger.warning("Trajectory  WARNING: the model was trained on whole stays (no --observation-hours), so early risks are extrapolations.")
-    return [write_whole(output / "risk_trajectories.csv", lambda path: trajectories.to_csv(path, index=False, float_format="%.6f")),
-            save_figure(output / "plots" / "risk_trajectories.png", plot_risk_trajectories(
-                trajectories, caption=f"the model was trained to: {mode} · text encoder: {text_encoder}"))]
+        logger.warning(
+            "Trajectory  WARNING: the model was trained on whole stays (no --observation-hours), so early risks are extrapolations."
+        )
+    return [
+        write_whole(
+            output / "risk_trajectories.csv", lambda path: trajectories.to_csv(path, index=False, float_format="%.6f")
+        ),
+        save_figure(
+            output / "plots" / "risk_trajectories.png",
+            plot_risk_trajectories(
+                trajectories, caption=f"the model was trained to: {mode} · text encoder: {text_encoder}"
+            ),
+        ),
+    ]
 
 
-def cross_validate(cohort: Cohort, splits: Sequence[Split], settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+def cross_validate(
+    cohort: Cohort, splits: Sequence[Split], settings: Settings, accelerator: Accelerator
+) -> dict[str, Any]:
     """Train and test on every patient-level fold; the spread over folds, and figures over all held-out predictions."""
     output, folds, parts = Path(settings.output_dir), [], []
     for number, split in enumerate(splits, start=1):
@@ -2838,13 +3545,37 @@ def cross_validate(cohort: Cohort, splits: Sequence[Split], settings: Settings, 
     if not accelerator.is_main_process:
         return {}
     predictions, spread = pd.concat(parts, ignore_index=True), pd.DataFrame(folds).astype(float)
-    pooled = evaluate_predictions(predictions[LABEL].astype(float), predictions.probability, predictions.patient_id.to_numpy(), settings.n_bootstrap, settings.seed)
-    summary = {name: {"mean": float(spread[name].mean()), "sd": float(spread[name].std()), "folds": spread[name].tolist()} for name in METRICS}
-    result = {"text_encoder": cohort.text_encoder, "folds": settings.cross_validate, "spread": summary, "pooled": pooled, "settings": asdict(settings)}
-    logger.info(f"Folds       AUROC {summary['auroc']['mean']:.3f} (sd {summary['auroc']['sd']:.3f}), AUPRC {summary['auprc']['mean']:.3f} (sd {summary['auprc']['sd']:.3f})")
-    log_metrics(pooled, f"Pooled      {pooled['n_stays']} held-out stays of {pooled['n_patients']} patients, {pooled['n_deaths']} deaths")
-    written = [write_whole(output / "predictions.csv", lambda path: predictions.to_csv(path, index=False, float_format="%.6f")),
-               write_json(output / "cross_validation.json", json.loads(json.dumps(result).replace("NaN", "null")))]
+    pooled = evaluate_predictions(
+        predictions[LABEL].astype(float),
+        predictions.probability,
+        predictions.patient_id.to_numpy(),
+        settings.n_bootstrap,
+        settings.seed,
+    )
+    summary = {
+        name: {"mean": float(spread[name].mean()), "sd": float(spread[name].std()), "folds": spread[name].tolist()}
+        for name in METRICS
+    }
+    result = {
+        "text_encoder": cohort.text_encoder,
+        "folds": settings.cross_validate,
+        "spread": summary,
+        "pooled": pooled,
+        "settings": asdict(settings),
+    }
+    logger.info(
+        f"Folds       AUROC {summary['auroc']['mean']:.3f} (sd {summary['auroc']['sd']:.3f}), AUPRC {summary['auprc']['mean']:.3f} (sd {summary['auprc']['sd']:.3f})"
+    )
+    log_metrics(
+        pooled,
+        f"Pooled      {pooled['n_stays']} held-out stays of {pooled['n_patients']} patients, {pooled['n_deaths']} deaths",
+    )
+    written = [
+        write_whole(
+            output / "predictions.csv", lambda path: predictions.to_csv(path, index=False, float_format="%.6f")
+        ),
+        write_json(output / "cross_validation.json", json.loads(json.dumps(result).replace("NaN", "null"))),
+    ]
     logger.info(f"Encoder     {cohort.text_encoder}\nWritten     " + "\n            ".join(map(str, written)))
     return result
 

@@ -1,4 +1,5 @@
 """Puts the repository root on the path, so that tests import the two scripts as a notebook would."""
+
 import sys
 from pathlib import Path
 
@@ -28,9 +29,20 @@ def save_longformer(folder, seed=0, attention_window=(512, 512)):
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(folder)
     config = LongformerConfig(
-        vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        attention_window=list(attention_window), max_position_embeddings=1040, type_vocab_size=1, pad_token_id=1,
-        bos_token_id=0, eos_token_id=2, sep_token_id=2, initializer_range=0.2)  # wide, so that attention matters
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        attention_window=list(attention_window),
+        max_position_embeddings=1040,
+        type_vocab_size=1,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        sep_token_id=2,
+        initializer_range=0.2,
+    )  # wide, so that attention matters
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         LongformerModel(config).save_pretrained(folder)

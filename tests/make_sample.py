@@ -28,6 +28,7 @@ as independent of the label as the rest, the background. Roles of events, in `Sa
     early (lactate too long before the end), lone (half a liver pair)          looks like a cause, true_effect is 0
     decoy, background                                                          true_effect is 0
 """
+
 import argparse
 from pathlib import Path
 from typing import NamedTuple
@@ -37,24 +38,26 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 CAUSAL_ROLES = ("cause", "late_cause", "joint_cause", "redundant")
-INTERCEPT = -9.9          # gives 20 to 25 % deaths
-AGE_EFFECT = 1.5          # logit per 15 years beyond 65
-LATE_MINUTES = 24 * 60    # a high lactate counts within this time of the end of the stay
-DECOY_SHARE = 0.25        # of all events of a stay, whatever causes it has
+INTERCEPT = -9.9  # gives 20 to 25 % deaths
+AGE_EFFECT = 1.5  # logit per 15 years beyond 65
+LATE_MINUTES = 24 * 60  # a high lactate counts within this time of the end of the stay
+DECOY_SHARE = 0.25  # of all events of a stay, whatever causes it has
 TABLE_COLUMNS = (
     "patient_id admission_id icu_stay_id icu_intime icu_outtime patient_death_time patient_expired_in_hospital "
     "patient_gender patient_age patient_race marital_status admission_type admission_location insurance "
     "first_icu_careunit last_icu_careunit icu_length_of_stay_in_days discharge_location event_time event_known_time "
-    "event_type event_text relative_time_to_final_event").split()
+    "event_type event_text relative_time_to_final_event"
+).split()
 
 
 class Sample(NamedTuple):
     """What `make_sample` returns; `table` and `events` have the same rows in the same order."""
-    table: pd.DataFrame   # one row per event, the columns of query.sql flattened
+
+    table: pd.DataFrame  # one row per event, the columns of query.sql flattened
     events: pd.DataFrame  # icu_stay_id, kind, role, true_effect (logit), group ("" or one id per pair and stay)
-    stays: pd.DataFrame   # icu_stay_id, patient_id, age_effect, true_logit, true_risk, label
-    intercept: float      # of the true logit
-    best_auroc: float     # AUROC of the true risk for the labels: no model can be expected to do better
+    stays: pd.DataFrame  # icu_stay_id, patient_id, age_effect, true_logit, true_risk, label
+    intercept: float  # of the true logit
+    best_auroc: float  # AUROC of the true risk for the labels: no model can be expected to do better
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,14 +65,15 @@ class Sample(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 class Lab(NamedTuple):
     """A blood test as MIMIC-IV names it, and the values it takes here."""
+
     label: str
     category: str
     unit: str
-    low: float        # reference range
+    low: float  # reference range
     high: float
-    smallest: float   # values lie between these two, ...
+    smallest: float  # values lie between these two, ...
     largest: float
-    step: float       # ... in steps of this: routine values repeat, and so do their texts
+    step: float  # ... in steps of this: routine values repeat, and so do their texts
     comment: str = ""
 
 
@@ -91,9 +95,15 @@ def lab_text(lab, value, priority, comment=""):
     """One result, e.g. `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: ...`."""
     level = magnitude_level(value, lab.low, lab.high)
     flag = "" if level == "within range" else "Flag: abnormal"
-    parts = [f"Lab: {lab.label} (Blood, {lab.category})", f"Value: {value:.6g} {lab.unit}".rstrip(),
-             f"Reference: {lab.low:g}-{lab.high:g}", f"Level: {level}", flag,
-             f"Priority: {priority}" if priority else "", f"Comment: {comment}" if comment else ""]
+    parts = [
+        f"Lab: {lab.label} (Blood, {lab.category})",
+        f"Value: {value:.6g} {lab.unit}".rstrip(),
+        f"Reference: {lab.low:g}-{lab.high:g}",
+        f"Level: {level}",
+        flag,
+        f"Priority: {priority}" if priority else "",
+        f"Comment: {comment}" if comment else "",
+    ]
     return " | ".join(part for part in parts if part)
 
 
@@ -144,28 +154,45 @@ BILIRUBIN = Lab("Bilirubin, Total", CHEM, "mg/dL", 0, 1.5, 4, 24, 0.5)
 INR = Lab("INR(PT)", HEM, "", 0.9, 1.1, 2.4, 6, 0.1)
 
 BACKGROUND_LABS = (
-    Lab("Chloride", CHEM, "mEq/L", 96, 108, 96, 108, 2), Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 24, 2),
+    Lab("Chloride", CHEM, "mEq/L", 96, 108, 96, 108, 2),
+    Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 24, 2),
     Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 3.4, 5.0, 0.2),
     Lab("Glucose", CHEM, "mg/dL", 70, 100, 75, 120, 5, FASTING),
     Lab("Magnesium", CHEM, "mg/dL", 1.6, 2.6, 1.6, 2.6, 0.2),
     Lab("Calcium, Total", CHEM, "mg/dL", 8.4, 10.3, 8, 10, 0.2),
-    Lab("Sodium", CHEM, "mEq/L", 133, 145, 134, 144, 2), Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.2),
-    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 11, 1), Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 10, 14, 0.5),
-    Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 22, 30, 2), Lab("pH", GAS, "units", 7.35, 7.45, 7.34, 7.46, 0.02),
+    Lab("Sodium", CHEM, "mEq/L", 133, 145, 134, 144, 2),
+    Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.2),
+    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 11, 1),
+    Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 10, 14, 0.5),
+    Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 22, 30, 2),
+    Lab("pH", GAS, "units", 7.35, 7.45, 7.34, 7.46, 0.02),
     # the harmless values of the four tests that elsewhere are causes
-    LACTATE._replace(smallest=0.8, largest=2.0, step=0.2), PLATELETS._replace(smallest=160, largest=380, step=20),
-    BILIRUBIN._replace(smallest=0.2, largest=1.4, step=0.2), INR._replace(smallest=0.9, largest=1.3))
-FREE_TEXT_LABS = tuple(f"Lab: {name} (Blood, {category}) | {rest}" for name, category, rest in (
-    ("Specimen Type", GAS, "Value: ART. | Priority: STAT"), ("Platelet Smear", HEM, "Comment: NORMAL."),
-    ("Anisocytosis", HEM, "Comment: OCCASIONAL."),
-    ("Estimated GFR (MDRD equation)", CHEM, "Comment: Using this patient's age, gender, and serum creatinine value.")))
+    LACTATE._replace(smallest=0.8, largest=2.0, step=0.2),
+    PLATELETS._replace(smallest=160, largest=380, step=20),
+    BILIRUBIN._replace(smallest=0.2, largest=1.4, step=0.2),
+    INR._replace(smallest=0.9, largest=1.3),
+)
+FREE_TEXT_LABS = tuple(
+    f"Lab: {name} (Blood, {category}) | {rest}"
+    for name, category, rest in (
+        ("Specimen Type", GAS, "Value: ART. | Priority: STAT"),
+        ("Platelet Smear", HEM, "Comment: NORMAL."),
+        ("Anisocytosis", HEM, "Comment: OCCASIONAL."),
+        (
+            "Estimated GFR (MDRD equation)",
+            CHEM,
+            "Comment: Using this patient's age, gender, and serum creatinine value.",
+        ),
+    )
+)
 DECOY_LABS = (
     Lab("Troponin T", CHEM, "ng/mL", 0, 0.01, 0.2, 4, 0.2, CRITICAL),
     Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 6.4, 7.8, 0.2, CRITICAL),
     Lab("Glucose", CHEM, "mg/dL", 70, 100, 350, 700, 50, CRITICAL),
     Lab("Creatine Kinase (CK)", CHEM, "IU/L", 47, 322, 1000, 9000, 1000),
     Lab("White Blood Cells", HEM, "K/uL", 4, 11, 24, 45, 3),
-    Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 200))
+    Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 200),
+)
 
 PRESCRIPTIONS = {
     "background": (
@@ -175,30 +202,40 @@ PRESCRIPTIONS = {
         "Furosemide | Strength: 40mg/4mL Vial | Form: VIAL | Dose: 40 mg | Route: IV",
         "Acetaminophen | Strength: 325mg Tablet | Form: TAB | Dose: 650 mg | Route: PO/NG",
         "Pantoprazole | Strength: 40mg Tablet | Form: TAB | Dose: 40 mg | Route: PO",
-        "Potassium Chloride | Form: TAB | Dose: 20 mEq | Route: PO"),
+        "Potassium Chloride | Form: TAB | Dose: 20 mEq | Route: PO",
+    ),
     "decoy": (
         "EPINEPHrine | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
         "Atropine Sulfate | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
-        "Naloxone | Strength: 0.4mg/1mL Vial | Form: VIAL | Dose: 0.4 mg | Route: IV"),
+        "Naloxone | Strength: 0.4mg/1mL Vial | Form: VIAL | Dose: 0.4 mg | Route: IV",
+    ),
     "vasopressor": (
         "NORepinephrine | Strength: 8 mg / 250 mL Premix Bag | Form: BAG | Dose: 8 mg | Route: IV DRIP",
-        "NORepinephrine | Strength: 4mg/4mL Vial | Form: VIAL | Dose: 16 mg | Route: IV DRIP"),
-    "airway": ("Cisatracurium Besylate | Strength: 200mg/20mL Vial | Form: VIAL | Dose: 200 mg | Route: IV DRIP",)}
+        "NORepinephrine | Strength: 4mg/4mL Vial | Form: VIAL | Dose: 16 mg | Route: IV DRIP",
+    ),
+    "airway": ("Cisatracurium Besylate | Strength: 200mg/20mL Vial | Form: VIAL | Dose: 200 mg | Route: IV DRIP",),
+}
 
 LINE, TUBE = "Access Lines - Peripheral", "Access Lines - Invasive"
-INSTANT, DAYS = (1,), (720, 1440, 2160, 2880, 4320)   # minutes that a procedure may take
+INSTANT, DAYS = (1,), (720, 1440, 2160, 2880, 4320)  # minutes that a procedure may take
 PROCEDURES = {  # label, category, durations, locations
     "background": (
-        ("Chest X-Ray", "5-Imaging", INSTANT, ("",)), ("EKG", "4-Procedures", INSTANT, ("",)),
-        ("20 Gauge", LINE, DAYS, ("", "Right Antecubital", "Left Metacarpal")), ("18 Gauge", LINE, DAYS, ("",)),
+        ("Chest X-Ray", "5-Imaging", INSTANT, ("",)),
+        ("EKG", "4-Procedures", INSTANT, ("",)),
+        ("20 Gauge", LINE, DAYS, ("", "Right Antecubital", "Left Metacarpal")),
+        ("18 Gauge", LINE, DAYS, ("",)),
         ("Arterial Line", TUBE, DAYS, ("Right Radial", "Left Radial")),
         ("Foley Catheter", "GI/GU", DAYS, ("Urethral",)),
-        ("Family updated by RN", "7-Communication", INSTANT, ("",)), ("Nasal Swab", "6-Cultures", INSTANT, ("",))),
+        ("Family updated by RN", "7-Communication", INSTANT, ("",)),
+        ("Nasal Swab", "6-Cultures", INSTANT, ("",)),
+    ),
     "decoy": (
         ("Cardioversion/Defibrillation", "3-Significant Events", INSTANT, ("",)),
-        ("Cardiac Arrest", "3-Significant Events", INSTANT, ("",))),
+        ("Cardiac Arrest", "3-Significant Events", INSTANT, ("",)),
+    ),
     "airway": (("Invasive Ventilation", "2-Ventilation", DAYS, ("",)),),
-    "extubation": (("Extubation", "1-Intubation/Extubation", INSTANT, ("",)),)}
+    "extubation": (("Extubation", "1-Intubation/Extubation", INSTANT, ("",)),),
+}
 
 NO_GROWTH = dict(comment="NO GROWTH.")
 CULTURES = {
@@ -207,24 +244,34 @@ CULTURES = {
         culture_text("URINE", "URINE CULTURE", **NO_GROWTH),
         culture_text("MRSA SCREEN", "MRSA SCREEN", comment="No MRSA isolated."),
         culture_text("STOOL", "C. difficile PCR"),
-        culture_text("SPUTUM", "GRAM STAIN", comment="NO MICROORGANISMS SEEN.")),
+        culture_text("SPUTUM", "GRAM STAIN", comment="NO MICROORGANISMS SEEN."),
+    ),
     "decoy": (
         culture_text("URINE", "URINE CULTURE", "PSEUDOMONAS AERUGINOSA", "CIPROFLOXACIN", "resistant"),
         culture_text("URINE", "URINE CULTURE", "YEAST"),
         culture_text("SPUTUM", "RESPIRATORY CULTURE", "ACINETOBACTER BAUMANNII COMPLEX", "MEROPENEM", "resistant"),
-        culture_text("SWAB", "WOUND CULTURE", "PROTEUS MIRABILIS", "AMPICILLIN", "intermediate")),
+        culture_text("SWAB", "WOUND CULTURE", "PROTEUS MIRABILIS", "AMPICILLIN", "intermediate"),
+    ),
     "blood culture": (
         culture_text("BLOOD CULTURE", "Blood Culture, Routine", "ESCHERICHIA COLI", "CEFTRIAXONE", "resistant"),
         culture_text("BLOOD CULTURE", "Blood Culture, Routine", "STAPH AUREUS COAG +", "OXACILLIN", "susceptible"),
         culture_text("BLOOD CULTURE", "Blood Culture, Routine", "KLEBSIELLA PNEUMONIAE", "GENTAMICIN", "susceptible"),
-        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "ENTEROCOCCUS FAECIUM"))}
+        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "ENTEROCOCCUS FAECIUM"),
+    ),
+}
 
 INGREDIENTS = {  # label, amount's unit, rates (None: given at once), rate's unit
-    "background": (("Water", "ml", (8, 20, 50, 100), "mL/hour"), ("IVF ingredient", "ml", (10, 25, 50, 75), "mL/hour"),
-                   ("Water", "ml", None, ""), ("Oral/Gastric Ingredient", "ml", None, ""),
-                   ("Calories", "Kcal", (5, 20, 60), "mL/hour"), ("Protein", "grams", (2, 4), "mL/hour")),
+    "background": (
+        ("Water", "ml", (8, 20, 50, 100), "mL/hour"),
+        ("IVF ingredient", "ml", (10, 25, 50, 75), "mL/hour"),
+        ("Water", "ml", None, ""),
+        ("Oral/Gastric Ingredient", "ml", None, ""),
+        ("Calories", "Kcal", (5, 20, 60), "mL/hour"),
+        ("Protein", "grams", (2, 4), "mL/hour"),
+    ),
     "decoy": (("Blood Ingredient", "ml", (300, 500, 999), "mL/hour"),),
-    "feeding": (("Enteral Nutrition Ingredient", "ml", (40, 60), "mL/hour"),)}
+    "feeding": (("Enteral Nutrition Ingredient", "ml", (40, 60), "mL/hour"),),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,12 +296,18 @@ def prescription_events(rng, kind, n):
 
 def procedure_events(rng, kind, n):
     """`n` procedures of one kind; their text tells how long they took, so they are known at their end."""
-    variants = [(procedure_text(label, category, minutes, location), minutes)
-                for label, category, durations, locations in PROCEDURES[kind]
-                for minutes in durations for location in locations]
+    variants = [
+        (procedure_text(label, category, minutes, location), minutes)
+        for label, category, durations, locations in PROCEDURES[kind]
+        for minutes in durations
+        for location in locations
+    ]
     # every procedure is equally frequent, however many variants of it there are
-    weight = [1 / (len(durations) * len(locations)) for _, _, durations, locations in PROCEDURES[kind]
-              for _ in range(len(durations) * len(locations))]
+    weight = [
+        1 / (len(durations) * len(locations))
+        for _, _, durations, locations in PROCEDURES[kind]
+        for _ in range(len(durations) * len(locations))
+    ]
     return pick(rng, variants, n, weight)
 
 
@@ -270,11 +323,17 @@ def ingredient_events(rng, kind, n):
     variants = []
     for label, unit, rates, rate_unit in INGREDIENTS[kind]:
         if rates is None:
-            variants += [(f"Ingredient: {label} | Amount: {amount} {unit} | Status: FinishedRunning", 1)
-                         for amount in (30, 60, 100, 250)]
+            variants += [
+                (f"Ingredient: {label} | Amount: {amount} {unit} | Status: FinishedRunning", 1)
+                for amount in (30, 60, 100, 250)
+            ]
             continue
-        for rate, minutes, status in ((r, m, s) for r in rates for m in (60, 120, 240)
-                                      for s in ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")):
+        for rate, minutes, status in (
+            (r, m, s)
+            for r in rates
+            for m in (60, 120, 240)
+            for s in ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")
+        ):
             amount = f"{rate * minutes / 60:g} {unit}"
             text = f"Ingredient: {label} | Amount: {amount} | Rate: {rate} {rate_unit} | Status: {status}"
             variants.append((text, minutes))
@@ -291,8 +350,19 @@ def pick(rng, variants, n, weight=None):
 
 def part(stay, event_type, texts, delay, kind, role, effect=0.0, minutes=np.nan, group=""):
     """Events of one kind as a table; scalars are repeated. `minutes` to the end of the stay, NaN: to be drawn."""
-    return pd.DataFrame({"stay": stay, "event_type": event_type, "event_text": texts, "delay": delay, "kind": kind,
-                         "role": role, "true_effect": effect, "minutes": minutes, "group": group})
+    return pd.DataFrame(
+        {
+            "stay": stay,
+            "event_type": event_type,
+            "event_text": texts,
+            "delay": delay,
+            "kind": kind,
+            "role": role,
+            "true_effect": effect,
+            "minutes": minutes,
+            "group": group,
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,10 +395,18 @@ def plant_platelets(rng, n_stays):
 
 def plant_simple(rng, n_stays):
     """The kinds whose every event has the same effect."""
-    makers = {"prescription": prescription_events, "microbiology": culture_events,
-              "procedure_event": procedure_events, "ingredient": ingredient_events}
-    kinds = (("vasopressor", "prescription", 0.32, 0.2, 4.4), ("blood culture", "microbiology", 0.30, 0.2, 4.4),
-             ("extubation", "procedure_event", 0.55, 0.0, -4.8), ("feeding", "ingredient", 0.55, 0.3, -4.1))
+    makers = {
+        "prescription": prescription_events,
+        "microbiology": culture_events,
+        "procedure_event": procedure_events,
+        "ingredient": ingredient_events,
+    }
+    kinds = (
+        ("vasopressor", "prescription", 0.32, 0.2, 4.4),
+        ("blood culture", "microbiology", 0.30, 0.2, 4.4),
+        ("extubation", "procedure_event", 0.55, 0.0, -4.8),
+        ("feeding", "ingredient", 0.55, 0.3, -4.1),
+    )
     for kind, event_type, probability, second, effect in kinds:
         stay = stays_with(rng, n_stays, probability, second)
         yield part(stay, event_type, *makers[event_type](rng, kind, len(stay)), kind, "cause", effect)
@@ -350,8 +428,10 @@ def plant_airway(rng, n_stays):
     draw = rng.random(n_stays)
     ventilated, paralysed = draw < 0.20, (draw >= 0.12) & (draw < 0.32)
     effect = 4.4 / np.maximum(ventilated.astype(int) + paralysed, 1)
-    for event_type, maker, has in (("procedure_event", procedure_events, ventilated),
-                                   ("prescription", prescription_events, paralysed)):
+    for event_type, maker, has in (
+        ("procedure_event", procedure_events, ventilated),
+        ("prescription", prescription_events, paralysed),
+    ):
         stay = np.flatnonzero(has)
         texts, delay = maker(rng, "airway", len(stay))
         yield part(stay, event_type, texts, delay, "airway", "redundant", effect[stay], group="airway")
@@ -363,8 +443,12 @@ def fill(rng, role, count):
     edges = {"background": (0.52, 0.90, 0.955, 0.985), "decoy": (0.58, 0.74, 0.88, 0.95)}[role]
     type_index = np.searchsorted(edges, rng.random(len(stay)), side="right")
     yield from fill_labs(rng, role, stay[type_index == 0])
-    makers = (("ingredient", ingredient_events), ("prescription", prescription_events),
-              ("procedure_event", procedure_events), ("microbiology", culture_events))
+    makers = (
+        ("ingredient", ingredient_events),
+        ("prescription", prescription_events),
+        ("procedure_event", procedure_events),
+        ("microbiology", culture_events),
+    )
     for index, (event_type, maker) in enumerate(makers, start=1):
         chosen = stay[type_index == index]
         yield part(chosen, event_type, *maker(rng, role, len(chosen)), role, role)
@@ -387,22 +471,28 @@ def fill_labs(rng, role, stay):
 
 def plant_events(rng, n_stays):
     """All events of all stays -> (events, duration in minutes (n_stays,)). Only lactate needs to know the duration."""
-    causes = [plant_platelets(rng, n_stays), *plant_simple(rng, n_stays), *plant_liver(rng, n_stays),
-              *plant_airway(rng, n_stays)]
+    causes = [
+        plant_platelets(rng, n_stays),
+        *plant_simple(rng, n_stays),
+        *plant_liver(rng, n_stays),
+        *plant_airway(rng, n_stays),
+    ]
     n_causes = np.bincount(np.concatenate([cause["stay"] for cause in causes]), minlength=n_stays)
     # much happens in long stays; the label is tied to the length only weakly, since harm and protection both count
     days = np.clip(2.3 * np.exp(0.7 * rng.standard_normal(n_stays) + 0.04 * (n_causes - 4)), 0.5, 20)
     duration = np.round(days * 24 * 60)
     # most stays have 20 to 35 events and a few up to 200: attention sees shares of events, effects are counts
-    size = 22 * days ** 0.1 * np.exp(0.15 * rng.standard_normal(n_stays))
+    size = 22 * days**0.1 * np.exp(0.15 * rng.standard_normal(n_stays))
     size *= np.where(rng.random(n_stays) < 0.01, 1 + 4 * rng.random(n_stays), 1)
     size = np.clip(np.round(size), 20, 200).astype(int)
     lactate = plant_lactate(rng, duration)
     # the causes take the place of other events, so that the number of events tells nothing about the label
     n_fill = size - n_causes - np.bincount(lactate["stay"], minlength=n_stays)
     n_decoys = np.minimum(rng.binomial(size, DECOY_SHARE), n_fill)
-    events = pd.concat([lactate, *causes, *fill(rng, "decoy", n_decoys),
-                        *fill(rng, "background", n_fill - n_decoys)], ignore_index=True)
+    events = pd.concat(
+        [lactate, *causes, *fill(rng, "decoy", n_decoys), *fill(rng, "background", n_fill - n_decoys)],
+        ignore_index=True,
+    )
     anywhere = np.floor(rng.random(len(events)) * duration[events["stay"]])
     events["minutes"] = events["minutes"].fillna(pd.Series(anywhere)).astype(int)
     return events, duration.astype(int)
@@ -418,8 +508,15 @@ def draw_labels(rng, events, n_stays, effect_scale):
     event_effect = np.bincount(events["stay"], weights=events["true_effect"], minlength=n_stays)
     logit = effect_scale * INTERCEPT + age_effect + event_effect
     risk = 1 / (1 + np.exp(-logit))
-    return pd.DataFrame({"patient_age": age, "age_effect": age_effect, "true_logit": logit, "true_risk": risk,
-                         "label": (rng.random(n_stays) < risk).astype(int)})
+    return pd.DataFrame(
+        {
+            "patient_age": age,
+            "age_effect": age_effect,
+            "true_logit": logit,
+            "true_risk": risk,
+            "label": (rng.random(n_stays) < risk).astype(int),
+        }
+    )
 
 
 def pair_up(rng, stays, share=0.27):
@@ -432,10 +529,10 @@ def pair_up(rng, stays, share=0.27):
     order = np.lexsort((rng.random(len(stays)), stays["patient_age"]))
     first, second = order[:-1:2], order[1::2]
     age, label = stays["patient_age"].to_numpy(), stays["label"].to_numpy()
-    first, second = np.where(label[first] > label[second], (second, first), (first, second))   # survivors come first
+    first, second = np.where(label[first] > label[second], (second, first), (first, second))  # survivors come first
     same_admission = (label[first] == 1) | ((label[first] == label[second]) & (rng.random(len(first)) < 0.4))
     usable = np.flatnonzero(age[first] == age[second])
-    chosen = rng.permutation(usable)[:round(share * len(stays))]
+    chosen = rng.permutation(usable)[: round(share * len(stays))]
     earlier, shares_admission = np.full(len(stays), -1), np.zeros(len(stays), dtype=bool)
     earlier[second[chosen]], shares_admission[second[chosen]] = first[chosen], same_admission[chosen]
     return earlier, shares_admission
@@ -459,17 +556,43 @@ def add_people(rng, stays, earlier, shares_admission):
     stays["icu_stay_id"] = 30_000_000 + 7 * own
     per_patient = {
         "patient_gender": {"M": 56, "F": 44},
-        "patient_race": {"WHITE": 64, "BLACK/AFRICAN AMERICAN": 14, "UNKNOWN": 8, "HISPANIC/LATINO - PUERTO RICAN": 5,
-                         "ASIAN": 4, "OTHER": 5},
+        "patient_race": {
+            "WHITE": 64,
+            "BLACK/AFRICAN AMERICAN": 14,
+            "UNKNOWN": 8,
+            "HISPANIC/LATINO - PUERTO RICAN": 5,
+            "ASIAN": 4,
+            "OTHER": 5,
+        },
         "marital_status": {"MARRIED": 42, "SINGLE": 30, "WIDOWED": 13, "DIVORCED": 8, "": 7},
-        "insurance": {"Medicare": 45, "Other": 45, "Medicaid": 10}}
+        "insurance": {"Medicare": 45, "Other": 45, "Medicaid": 10},
+    }
     per_admission = {
-        "admission_type": {"EW EMER.": 45, "OBSERVATION ADMIT": 15, "URGENT": 18, "SURGICAL SAME DAY ADMISSION": 10,
-                           "DIRECT EMER.": 6, "ELECTIVE": 6},
-        "admission_location": {"EMERGENCY ROOM": 48, "PHYSICIAN REFERRAL": 25, "TRANSFER FROM HOSPITAL": 20,
-                               "CLINIC REFERRAL": 5, "INFORMATION NOT AVAILABLE": 2},
-        "discharge_location": {"HOME": 38, "HOME HEALTH CARE": 28, "SKILLED NURSING FACILITY": 18, "REHAB": 8,
-                               "CHRONIC/LONG TERM ACUTE CARE": 4, "HOSPICE": 2, "AGAINST ADVICE": 2}}
+        "admission_type": {
+            "EW EMER.": 45,
+            "OBSERVATION ADMIT": 15,
+            "URGENT": 18,
+            "SURGICAL SAME DAY ADMISSION": 10,
+            "DIRECT EMER.": 6,
+            "ELECTIVE": 6,
+        },
+        "admission_location": {
+            "EMERGENCY ROOM": 48,
+            "PHYSICIAN REFERRAL": 25,
+            "TRANSFER FROM HOSPITAL": 20,
+            "CLINIC REFERRAL": 5,
+            "INFORMATION NOT AVAILABLE": 2,
+        },
+        "discharge_location": {
+            "HOME": 38,
+            "HOME HEALTH CARE": 28,
+            "SKILLED NURSING FACILITY": 18,
+            "REHAB": 8,
+            "CHRONIC/LONG TERM ACUTE CARE": 4,
+            "HOSPICE": 2,
+            "AGAINST ADVICE": 2,
+        },
+    }
     for columns, source in ((per_patient, patient), (per_admission, admission)):
         for name, options in columns.items():
             stays[name] = choose(rng, options, n)[source]
@@ -479,9 +602,14 @@ def add_people(rng, stays, earlier, shares_admission):
 
 def add_care_units(rng, stays):
     """The first care unit, and the last, which is another one for a tenth of the stays."""
-    units = {"Medical Intensive Care Unit (MICU)": 24, "Surgical Intensive Care Unit (SICU)": 20,
-             "Medical/Surgical Intensive Care Unit (MICU/SICU)": 18, "Cardiac Vascular Intensive Care Unit (CVICU)": 16,
-             "Coronary Care Unit (CCU)": 12, "Trauma SICU (TSICU)": 10}
+    units = {
+        "Medical Intensive Care Unit (MICU)": 24,
+        "Surgical Intensive Care Unit (SICU)": 20,
+        "Medical/Surgical Intensive Care Unit (MICU/SICU)": 18,
+        "Cardiac Vascular Intensive Care Unit (CVICU)": 16,
+        "Coronary Care Unit (CCU)": 12,
+        "Trauma SICU (TSICU)": 10,
+    }
     stays["first_icu_careunit"] = choose(rng, units, len(stays))
     moved = rng.random(len(stays)) < 0.1
     stays["last_icu_careunit"] = np.where(moved, choose(rng, units, len(stays)), stays["first_icu_careunit"])
@@ -493,13 +621,13 @@ def add_times(rng, stays, duration, earlier, shares_admission):
     Three in five of those who die do so in the ICU, the others in hospital, up to twelve days after it.
     """
     n, has_earlier = len(stays), earlier >= 0
-    start = rng.integers(0, 80 * 365 * 24 * 60, n)   # minutes since 2110: MIMIC-IV shifts its dates, too
+    start = rng.integers(0, 80 * 365 * 24 * 60, n)  # minutes since 2110: MIMIC-IV shifts its dates, too
     gap = np.where(shares_admission, rng.integers(24 * 60, 5 * 24 * 60, n), rng.integers(30, 300, n) * 24 * 60)
     dies, in_icu = stays["label"].to_numpy() == 1, rng.random(n) < 0.6
-    comes_back = np.zeros(n, dtype=bool)             # to the ICU in the same admission: such a stay ends alive
+    comes_back = np.zeros(n, dtype=bool)  # to the ICU in the same admission: such a stay ends alive
     comes_back[earlier[shares_admission]] = True
     in_icu &= dies & ~comes_back
-    after_final = np.where(in_icu, rng.integers(0, 61, n), 0)   # the bed is left a little later
+    after_final = np.where(in_icu, rng.integers(0, 61, n), 0)  # the bed is left a little later
     start[has_earlier] = (start + duration + after_final)[earlier[has_earlier]] + gap[has_earlier]
     final = start + duration
     death = np.where(in_icu, final, final + rng.integers(6 * 60, 12 * 24 * 60, n)).astype(float)
@@ -537,12 +665,21 @@ def make_sample(n_stays=300, seed=0, effect_scale=1.0):
     add_people(rng, stays, earlier, shares_admission)
     add_times(rng, stays, duration, earlier, shares_admission)
 
-    events = events.sort_values(["stay", "minutes", "event_type", "event_text"], ascending=[True, False, True, True],
-                                kind="stable", ignore_index=True)
+    events = events.sort_values(
+        ["stay", "minutes", "event_type", "event_text"],
+        ascending=[True, False, True, True],
+        kind="stable",
+        ignore_index=True,
+    )
     columns = ["icu_stay_id", "patient_id", "age_effect", "true_logit", "true_risk", "label"]
     best = roc_auc_score(stays["label"], stays["true_risk"]) if stays["label"].nunique() == 2 else float("nan")
-    return Sample(build_table(stays, events), build_truth(stays, events), stays[columns].copy(),
-                  effect_scale * INTERCEPT, float(best))
+    return Sample(
+        build_table(stays, events),
+        build_truth(stays, events),
+        stays[columns].copy(),
+        effect_scale * INTERCEPT,
+        float(best),
+    )
 
 
 def build_table(stays, events):
@@ -573,9 +710,11 @@ def write_csv(sample, path):
 
 def describe(sample):
     """One line for the command line."""
-    return (f"{len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, "
-            f"{len(sample.table):,} events, {sample.stays['label'].mean():.1%} died; "
-            f"best AUROC any model can reach (true risk): {sample.best_auroc:.3f}")
+    return (
+        f"{len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, "
+        f"{len(sample.table):,} events, {sample.stays['label'].mean():.1%} died; "
+        f"best AUROC any model can reach (true risk): {sample.best_auroc:.3f}"
+    )
 
 
 def main():

@@ -1,12 +1,27 @@
 """A flat table of a few rows per stay, for tests that damage it: quick to read, to train on and to look through."""
+
 import numpy as np
 import pandas as pd
 
 import train
 
-MARK = "Zebedee"        # stands for patient text: it must never reach the log
-TINY = ["--d-model", "32", "--n-layers", "1", "--n-heads", "2", "--d-feedforward", "32", "--max-epochs", "1", "--n-bootstrap", "20",
-        "--save-attention-every", "0"]
+MARK = "Zebedee"  # stands for patient text: it must never reach the log
+TINY = [
+    "--d-model",
+    "32",
+    "--n-layers",
+    "1",
+    "--n-heads",
+    "2",
+    "--d-feedforward",
+    "32",
+    "--max-epochs",
+    "1",
+    "--n-bootstrap",
+    "20",
+    "--save-attention-every",
+    "0",
+]
 
 
 def small_table(n_patients=40, n_events=3, first_id=10_000_000):
@@ -15,18 +30,39 @@ def small_table(n_patients=40, n_events=3, first_id=10_000_000):
     start = pd.Timestamp("2150-03-01 08:00:00")
     for i in range(n_patients):
         died = i % 2
-        stay = {"patient_id": first_id + i, "admission_id": 20_000_000 + i, "icu_stay_id": 30_000_000 + i, "icu_intime": start,
-                "icu_outtime": start + pd.Timedelta(hours=48), "patient_death_time": start + pd.Timedelta(hours=47) if died else "",
-                "patient_expired_in_hospital": died, "patient_gender": "FM"[i % 3 % 2], "patient_age": 40 + i, "patient_race": "WHITE",
-                "marital_status": "SINGLE", "admission_type": "URGENT", "admission_location": "EMERGENCY ROOM", "insurance": "Medicare",
-                "first_icu_careunit": "MICU", "last_icu_careunit": "MICU", "icu_length_of_stay_in_days": 2.0,
-                "discharge_location": "DIED" if died else "HOME"}
+        stay = {
+            "patient_id": first_id + i,
+            "admission_id": 20_000_000 + i,
+            "icu_stay_id": 30_000_000 + i,
+            "icu_intime": start,
+            "icu_outtime": start + pd.Timedelta(hours=48),
+            "patient_death_time": start + pd.Timedelta(hours=47) if died else "",
+            "patient_expired_in_hospital": died,
+            "patient_gender": "FM"[i % 3 % 2],
+            "patient_age": 40 + i,
+            "patient_race": "WHITE",
+            "marital_status": "SINGLE",
+            "admission_type": "URGENT",
+            "admission_location": "EMERGENCY ROOM",
+            "insurance": "Medicare",
+            "first_icu_careunit": "MICU",
+            "last_icu_careunit": "MICU",
+            "icu_length_of_stay_in_days": 2.0,
+            "discharge_location": "DIED" if died else "HOME",
+        }
         for hour in range(1, n_events + 1):
             minutes_to_end = (47 if died else 48) * 60 - 60 * hour
             time = start + pd.Timedelta(hours=hour)
-            rows.append(stay | {"event_time": time, "event_known_time": time + pd.Timedelta(minutes=30),
-                                "event_type": train.EVENT_TYPES[hour % 5], "relative_time_to_final_event": minutes_to_end,
-                                "event_text": f"Lab: Lactate (Blood, Blood Gas) | Value: {rng.integers(1, 9)} mmol/L | Comment: {MARK}"})
+            rows.append(
+                stay
+                | {
+                    "event_time": time,
+                    "event_known_time": time + pd.Timedelta(minutes=30),
+                    "event_type": train.EVENT_TYPES[hour % 5],
+                    "relative_time_to_final_event": minutes_to_end,
+                    "event_text": f"Lab: Lactate (Blood, Blood Gas) | Value: {rng.integers(1, 9)} mmol/L | Comment: {MARK}",
+                }
+            )
     columns = [*train.STAY_COLUMNS, *train.EVENT_COLUMNS]
     return pd.DataFrame(rows)[columns].astype(str)
 
@@ -36,7 +72,9 @@ def to_parquet(table, path, nested=False):
     kinds = {"BIGINT": "Int64", "DOUBLE": "float64", "VARCHAR": "string"}
     typed = table.replace("", pd.NA).copy()
     for name, kind in {**train.STAY_COLUMNS, **train.EVENT_COLUMNS}.items():
-        typed[name] = pd.to_datetime(typed[name], format="ISO8601") if kind == "TIMESTAMP" else typed[name].astype(kinds[kind])
+        typed[name] = (
+            pd.to_datetime(typed[name], format="ISO8601") if kind == "TIMESTAMP" else typed[name].astype(kinds[kind])
+        )
     if nested:
         events = [group[list(train.EVENT_COLUMNS)].to_dict("records") for _, group in typed.groupby("icu_stay_id")]
         typed = typed[list(train.STAY_COLUMNS)].drop_duplicates("icu_stay_id").assign(events=events)
@@ -45,8 +83,18 @@ def to_parquet(table, path, nested=False):
 
 
 def arguments(folder, data, *more, encoder="hashing"):
-    return [*TINY, "--data", str(data), "--text-encoder", str(encoder), "--cache-dir", str(folder / "cache"),
-            "--output-dir", str(folder / "out"), *map(str, more)]
+    return [
+        *TINY,
+        "--data",
+        str(data),
+        "--text-encoder",
+        str(encoder),
+        "--cache-dir",
+        str(folder / "cache"),
+        "--output-dir",
+        str(folder / "out"),
+        *map(str, more),
+    ]
 
 
 def leftovers(folder):

@@ -1,4 +1,5 @@
 """What users do to it: each case gives one clear message and exit code 2, or a repair that is counted; never a traceback."""
+
 import gzip
 import pickle
 from pathlib import Path
@@ -24,16 +25,18 @@ def assert_clear(result, fragment, capfd, folder):
 def run(*argv):
     try:
         return train.main([*map(str, argv)])
-    except SystemExit as stop:      # argparse
+    except SystemExit as stop:  # argparse
         return stop.code
 
 
 # ---- cells of the table ----
 
+
 def put(column, value, rows=slice(0, 3)):
     def damage(table):
         table.loc[table.index[rows], column] = value
         return table
+
     return damage
 
 
@@ -51,7 +54,10 @@ BAD_TABLES = {
     "a column missing": (drop("event_known_time"), "missing columns event_known_time"),
     "labels missing as a column": (drop(LABEL), f"missing columns {LABEL}"),
     "two columns missing": (drop("icu_intime", "event_text"), "missing columns icu_intime, event_text"),
-    "a column's name in capitals": (lambda table: table.rename(columns={"patient_id": "PATIENT_ID"}), "missing columns patient_id"),
+    "a column's name in capitals": (
+        lambda table: table.rename(columns={"patient_id": "PATIENT_ID"}),
+        "missing columns patient_id",
+    ),
     "text for an id": (put("patient_id", "abc"), "column patient_id is not an integer in 3 rows, first row 1, 2, 3"),
     "a fraction for an id": (put("icu_stay_id", "30000000.5"), "column icu_stay_id is not an integer in 3 rows"),
     "an id beyond 2^63": (put("admission_id", "99999999999999999999"), "column admission_id is not an integer"),
@@ -68,10 +74,19 @@ BAD_TABLES = {
     "label missing": (put(LABEL, ""), f"column {LABEL} is not 0 or 1"),
     "label differs within a stay": (put(LABEL, "1", slice(0, 1)), f"first icu_stay_id 30000000 in {LABEL}"),
     "age differs within a stay": (put("patient_age", "77", slice(4, 5)), "first icu_stay_id 30000001 in patient_age"),
-    "a stay of two patients": (put("patient_id", "5", slice(0, 1)), "contradict themselves, first icu_stay_id 30000000 in patient_id"),
+    "a stay of two patients": (
+        put("patient_id", "5", slice(0, 1)),
+        "contradict themselves, first icu_stay_id 30000000 in patient_id",
+    ),
     "age known on one row only": (put("patient_age", "", slice(0, 1)), "contradict themselves"),
-    "stay id written in two ways": (lambda t: put("insurance", "x", slice(0, 1))(put("icu_stay_id", "030000000", slice(0, 1))(t)), "in insurance"),
-    "date of the wrong form": (put("event_time", "31/12/2150 8 am"), "column event_time is not a time like 2150-01-31 23:59:00"),
+    "stay id written in two ways": (
+        lambda t: put("insurance", "x", slice(0, 1))(put("icu_stay_id", "030000000", slice(0, 1))(t)),
+        "in insurance",
+    ),
+    "date of the wrong form": (
+        put("event_time", "31/12/2150 8 am"),
+        "column event_time is not a time like 2150-01-31 23:59:00",
+    ),
     "no admission time": (put("icu_intime", ""), "column icu_intime is not a time"),
     "infinite event time": (put("event_time", "infinity"), "column event_time is not a time"),
     "infinite known time": (put("event_known_time", "-infinity"), "column event_known_time is not a time"),
@@ -79,10 +94,20 @@ BAD_TABLES = {
     "relative time is text": (put(END, "soon"), f"column {END} is not a finite number"),
     "relative time infinite": (put(END, "inf"), f"column {END} is not a finite number"),
     "relative time negative": (put(END, "-100"), f"{END} differs by more than 2 minutes"),
-    "relative time in hours": (hours_for_minutes, "is in hours in 120 of 120 events. It must be minutes: multiply by 60"),
+    "relative time in hours": (
+        hours_for_minutes,
+        "is in hours in 120 of 120 events. It must be minutes: multiply by 60",
+    ),
     "relative time in hours in some rows": (put(END, "47"), "differs by more than 2 minutes"),
-    "no event in any stay": (lambda table: table.assign(event_time="", relative_time_to_final_event=""), "no stay has an event"),
-    "stays end before they begin": (lambda table: table.assign(icu_outtime="2149-01-01", relative_time_to_final_event=""), "no stay has an event")}
+    "no event in any stay": (
+        lambda table: table.assign(event_time="", relative_time_to_final_event=""),
+        "no stay has an event",
+    ),
+    "stays end before they begin": (
+        lambda table: table.assign(icu_outtime="2149-01-01", relative_time_to_final_event=""),
+        "no stay has an event",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
@@ -100,9 +125,18 @@ TOO_LITTLE = {
     "one patient per class": (lambda table: table[:6], [], "2 patients, 1 of whom died: too few"),
     "nine patients": (lambda table: table[[i % 9 != 8 for i in range(120)]][:15], [], "too few"),
     "nobody left": (lambda table: table, ["--observation-hours", "100"], "no stay is left"),
-    "nobody left after the gap": (lambda table: table, ["--observation-hours", "24", "--gap-hours", "30"], "Lower --observation-hours"),
-    "nothing known in time": (lambda table: table.assign(event_known_time=""), ["--observation-hours", "24"], "no stay is left"),
-    "more folds than deaths": (lambda table: table, ["--cross-validate", "30"], "only 20 patients died")}
+    "nobody left after the gap": (
+        lambda table: table,
+        ["--observation-hours", "24", "--gap-hours", "30"],
+        "Lower --observation-hours",
+    ),
+    "nothing known in time": (
+        lambda table: table.assign(event_known_time=""),
+        ["--observation-hours", "24"],
+        "no stay is left",
+    ),
+    "more folds than deaths": (lambda table: table, ["--cross-validate", "30"], "only 20 patients died"),
+}
 
 
 @pytest.mark.parametrize("name", TOO_LITTLE)
@@ -117,19 +151,35 @@ def test_too_little_to_learn_from_is_refused_before_encoding(name, tmp_path, cap
 
 REPAIRS = {
     "duplicate rows": (lambda table: pd.concat([table, table[:7]]), {"duplicate events, dropped": 7}, 120),
-    "events before admission": (lambda t: put(END, "")(put("event_time", "2150-03-01 07:00:00")(t)), {"events before ICU admission, dropped": 3}, 117),
-    "events after the end": (lambda t: put(END, "")(put("event_time", "2150-03-08 07:00:00")(t)),
-                             {"events after the final event, dropped (they leak the label)": 3}, 117),
+    "events before admission": (
+        lambda t: put(END, "")(put("event_time", "2150-03-01 07:00:00")(t)),
+        {"events before ICU admission, dropped": 3},
+        117,
+    ),
+    "events after the end": (
+        lambda t: put(END, "")(put("event_time", "2150-03-08 07:00:00")(t)),
+        {"events after the final event, dropped (they leak the label)": 3},
+        117,
+    ),
     "events without a time": (put("event_time", "", slice(0, 2)), {"events without a time, dropped": 2}, 118),
-    "a stay without events": (put("event_time", ""), {"events without a time, dropped": 3, "stays without events, dropped": 1}, 117),
-    "unknown event type": (put("event_type", "transfusion"), {"events of unknown type, kept (their type is all zeros)": 3}, 120),
+    "a stay without events": (
+        put("event_time", ""),
+        {"events without a time, dropped": 3, "stays without events, dropped": 1},
+        117,
+    ),
+    "unknown event type": (
+        put("event_type", "transfusion"),
+        {"events of unknown type, kept (their type is all zeros)": 3},
+        120,
+    ),
     "no event type": (put("event_type", ""), {"events of unknown type, kept (their type is all zeros)": 3}, 120),
     "relative time missing": (put(END, ""), {}, 120),
     "relative time NaN": (put(END, "nan"), {}, 120),
     "label written as 1.0": (put(LABEL, "0.0", slice(0, 1)), {}, 120),
     "columns in another order": (lambda table: table[table.columns[::-1]], {}, 120),
     "extra columns": (lambda table: table.assign(note="x", events_seen="3"), {}, 120),
-    "ids above 2^53": (lambda table: table.assign(icu_stay_id=table.icu_stay_id.astype(int) + 2**53), {}, 120)}
+    "ids above 2^53": (lambda table: table.assign(icu_stay_id=table.icu_stay_id.astype(int) + 2**53), {}, 120),
+}
 
 
 @pytest.mark.parametrize("name", REPAIRS)
@@ -150,8 +200,19 @@ def test_ids_above_two_to_the_53_keep_their_digits(tmp_path):
         assert train.read_stays(path)[0].stays.icu_stay_id.tolist() == [2**53 + 1 + i for i in range(40)]
 
 
-TEXTS = {"empty": "", "100,000 characters": "x" * 100_000, "emoji": "😀 \U0001f9ea", "NUL": "a\0b", "CRLF inside quotes": 'say "a",\r\nthen b', "quotes": '""",',
-         "right to left": "\u202eשלום مرحبا", "only blanks": "   ", "replacement": "\ufffd", "hash": "# no comment", "SQL": "'; DROP TABLE stays; --"}
+TEXTS = {
+    "empty": "",
+    "100,000 characters": "x" * 100_000,
+    "emoji": "😀 \U0001f9ea",
+    "NUL": "a\0b",
+    "CRLF inside quotes": 'say "a",\r\nthen b',
+    "quotes": '""",',
+    "right to left": "\u202eשלום مرحبا",
+    "only blanks": "   ",
+    "replacement": "\ufffd",
+    "hash": "# no comment",
+    "SQL": "'; DROP TABLE stays; --",
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -168,6 +229,7 @@ def test_all_odd_texts_are_trained_on(tmp_path, capfd):
 
 
 # ---- files ----
+
 
 def csv_text(table=None):
     return (small_table() if table is None else table).to_csv(index=False)
@@ -210,26 +272,72 @@ BAD_FILES = {
     "MIMIC-IV without a table": ("mimic", mimic_without_a_table, "hosp/labevents.csv[.gz] not found"),
     "MIMIC-IV without a column": ("mimic", mimic_without_a_column, "has no column stay_id"),
     "MIMIC-IV without stays": ("mimic", broken_mimic, "icu/icustays has no rows"),
-    "no header": ("data.csv", lambda path: path.write_text("\n".join(csv_text().splitlines()[1:])), "missing columns patient_id"),
+    "no header": (
+        "data.csv",
+        lambda path: path.write_text("\n".join(csv_text().splitlines()[1:])),
+        "missing columns patient_id",
+    ),
     "semicolons": ("data.csv", lambda path: path.write_text(csv_text().replace(",", ";")), "missing columns"),
-    "Latin-1": ("data.csv", lambda path: path.write_bytes(csv_text(small_table().assign(patient_race="Ñandú")).encode("latin-1")),
-                "at line 2, Invalid unicode). CSV must be UTF-8"),
+    "Latin-1": (
+        "data.csv",
+        lambda path: path.write_bytes(csv_text(small_table().assign(patient_race="Ñandú")).encode("latin-1")),
+        "at line 2, Invalid unicode). CSV must be UTF-8",
+    ),
     "UTF-16": ("data.csv", lambda path: path.write_text(csv_text(), "utf-16"), "data.csv: "),
-    "lone surrogate": ("data.csv", lambda path: path.write_bytes(csv_text().encode().replace(b"URGENT", b"\xed\xa0\x80")), "CSV must be UTF-8"),
+    "lone surrogate": (
+        "data.csv",
+        lambda path: path.write_bytes(csv_text().encode().replace(b"URGENT", b"\xed\xa0\x80")),
+        "CSV must be UTF-8",
+    ),
     "a row cut short": ("data.csv", cut_row, "more or fewer values than the header"),
-    "the last row cut short": ("data.csv", lambda path: path.write_text(csv_text()[:-60]), "more or fewer values than the header"),
-    "a quote that never closes": ("data.csv", lambda path: path.write_text(csv_text().replace("Lab:", '"Lab:', 1)), "a quote that never closes"),
-    "gzip cut short": ("data.csv.gz", lambda path: path.write_bytes(gzip.compress(csv_text().encode())[:-300]), "end of GZIP stream"),
-    "gzip without its end": ("data.csv.gz", lambda path: path.write_bytes(gzip.compress(csv_text().encode())[:-4]), "end of GZIP stream"),
+    "the last row cut short": (
+        "data.csv",
+        lambda path: path.write_text(csv_text()[:-60]),
+        "more or fewer values than the header",
+    ),
+    "a quote that never closes": (
+        "data.csv",
+        lambda path: path.write_text(csv_text().replace("Lab:", '"Lab:', 1)),
+        "a quote that never closes",
+    ),
+    "gzip cut short": (
+        "data.csv.gz",
+        lambda path: path.write_bytes(gzip.compress(csv_text().encode())[:-300]),
+        "end of GZIP stream",
+    ),
+    "gzip without its end": (
+        "data.csv.gz",
+        lambda path: path.write_bytes(gzip.compress(csv_text().encode())[:-4]),
+        "end of GZIP stream",
+    ),
     "no gzip": ("data.csv.gz", lambda path: path.write_text(csv_text()), "not a GZIP stream"),
-    "Parquet cut short": ("data.parquet", lambda path: path.write_bytes(to_parquet(small_table(), path).read_bytes()[:5000]), "cannot be read"),
-    "Parquet of another schema": ("data.parquet", lambda path: pd.DataFrame({"a": [1]}).to_parquet(path), "missing columns"),
-    "Parquet whose events are numbers": ("data.parquet", lambda path: pd.DataFrame({"icu_stay_id": [1], "events": [[5]]}).to_parquet(path), "cannot be read"),
-    "Parquet whose times are numbers": ("data.parquet", lambda path: pd.read_parquet(to_parquet(small_table(), path)).assign(icu_intime=7).to_parquet(path),
-                                        "column icu_intime is not a time"),
-    "Parquet ids as floats beyond 2^53": ("data.parquet", lambda path: pd.read_parquet(to_parquet(small_table(), path)).assign(
-        patient_id=2.0**54).to_parquet(path), "stored as floating point"),
-    "nested and flat mixed": ("*.parquet", nested_and_flat, "must share a schema")}
+    "Parquet cut short": (
+        "data.parquet",
+        lambda path: path.write_bytes(to_parquet(small_table(), path).read_bytes()[:5000]),
+        "cannot be read",
+    ),
+    "Parquet of another schema": (
+        "data.parquet",
+        lambda path: pd.DataFrame({"a": [1]}).to_parquet(path),
+        "missing columns",
+    ),
+    "Parquet whose events are numbers": (
+        "data.parquet",
+        lambda path: pd.DataFrame({"icu_stay_id": [1], "events": [[5]]}).to_parquet(path),
+        "cannot be read",
+    ),
+    "Parquet whose times are numbers": (
+        "data.parquet",
+        lambda path: pd.read_parquet(to_parquet(small_table(), path)).assign(icu_intime=7).to_parquet(path),
+        "column icu_intime is not a time",
+    ),
+    "Parquet ids as floats beyond 2^53": (
+        "data.parquet",
+        lambda path: pd.read_parquet(to_parquet(small_table(), path)).assign(patient_id=2.0**54).to_parquet(path),
+        "stored as floating point",
+    ),
+    "nested and flat mixed": ("*.parquet", nested_and_flat, "must share a schema"),
+}
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -247,7 +355,8 @@ GOOD_FILES = {
     "flat Parquet": ("data.parquet", lambda path: to_parquet(small_table(), path)),
     "nested Parquet": ("data.parquet", lambda path: to_parquet(small_table(), path, nested=True)),
     "a quote in the name": ("o'neill.csv", lambda path: path.write_text(csv_text())),
-    "brackets in the name": ("data [1].csv", lambda path: path.write_text(csv_text()))}
+    "brackets in the name": ("data [1].csv", lambda path: path.write_text(csv_text())),
+}
 
 
 @pytest.mark.parametrize("name", GOOD_FILES)
@@ -256,7 +365,10 @@ def test_same_table_in_any_form_reads_the_same(name, tmp_path):
     (tmp_path / "plain.csv").write_text(csv_text())
     write(tmp_path / file_name)
     table, plain = train.read_stays(tmp_path / file_name)[0], train.read_stays(tmp_path / "plain.csv")[0]
-    assert all(np.array_equal(getattr(table, name), getattr(plain, name)) for name in ("offsets", "event_type", "text", "minutes_to_end", "texts"))
+    assert all(
+        np.array_equal(getattr(table, name), getattr(plain, name))
+        for name in ("offsets", "event_type", "text", "minutes_to_end", "texts")
+    )
     assert table.stays.astype(str).equals(plain.stays.astype(str))
 
 
@@ -270,18 +382,35 @@ def test_files_of_one_glob_may_order_their_columns_differently(tmp_path):
 # ---- options and folders ----
 
 BAD_OPTIONS = [
-    (["--nonsense", "3"], "unknown option --nonsense 3"), (["--d-model", "wide"], "invalid int value"), (["--audit", "maybe"], "--audit"),
-    (["--d-model", "30"], "--d-model 30: out of range"), (["--n-heads", "0"], "--n-heads 0: out of range"), (["--learning-rate", "nan"], "--learning-rate nan"),
-    (["--learning-rate", "-1"], "--learning-rate"), (["--dropout", "1"], "--dropout 1.0"), (["--event-dropout", "1.5"], "--event-dropout"),
-    (["--weight-averaging", "-0.1"], "--weight-averaging"), (["--temporal-weight", "2"], "--temporal-weight"), (["--warmup-steps", "-1"], "--warmup-steps"),
-    (["--observation-hours", "nan"], "--observation-hours nan"), (["--observation-hours", "-6"], "--observation-hours"), (["--seed", "-1"], "--seed -1"),
-    (["--batch-size", "0"], "--batch-size 0"), (["--cross-validate", "1"], "--cross-validate 1"), (["--mixed-precision", "fp8"], "--mixed-precision fp8"),
-    (["--text-encoder-dtype", "int8"], "--text-encoder-dtype"), (["--gap-hours", "6"], "--gap-hours needs --observation-hours"),
-    (["--static-features", "shoe_size"], "no such column"), (["--trajectory", "6"], "--trajectory needs --evaluate"),
+    (["--nonsense", "3"], "unknown option --nonsense 3"),
+    (["--d-model", "wide"], "invalid int value"),
+    (["--audit", "maybe"], "--audit"),
+    (["--d-model", "30"], "--d-model 30: out of range"),
+    (["--n-heads", "0"], "--n-heads 0: out of range"),
+    (["--learning-rate", "nan"], "--learning-rate nan"),
+    (["--learning-rate", "-1"], "--learning-rate"),
+    (["--dropout", "1"], "--dropout 1.0"),
+    (["--event-dropout", "1.5"], "--event-dropout"),
+    (["--weight-averaging", "-0.1"], "--weight-averaging"),
+    (["--temporal-weight", "2"], "--temporal-weight"),
+    (["--warmup-steps", "-1"], "--warmup-steps"),
+    (["--observation-hours", "nan"], "--observation-hours nan"),
+    (["--observation-hours", "-6"], "--observation-hours"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--batch-size", "0"], "--batch-size 0"),
+    (["--cross-validate", "1"], "--cross-validate 1"),
+    (["--mixed-precision", "fp8"], "--mixed-precision fp8"),
+    (["--text-encoder-dtype", "int8"], "--text-encoder-dtype"),
+    (["--gap-hours", "6"], "--gap-hours needs --observation-hours"),
+    (["--static-features", "shoe_size"], "no such column"),
+    (["--trajectory", "6"], "--trajectory needs --evaluate"),
     (["--observation-hours", "6", "--static-features", "discharge_location"], "known only after the prediction"),
-    (["--evaluate", "x.pth", "--trajectory", "six"], "give hours above 0"), (["--evaluate", "x.pth", "--trajectory", "6,-1"], "give hours above 0"),
-    (["--evaluate", "x.pth", "--resume"], "do not go together"), (["--audit", "--cross-validate", "3"], "do not go together"),
-    (["--evaluate", "none.pth"], "no such checkpoint")]
+    (["--evaluate", "x.pth", "--trajectory", "six"], "give hours above 0"),
+    (["--evaluate", "x.pth", "--trajectory", "6,-1"], "give hours above 0"),
+    (["--evaluate", "x.pth", "--resume"], "do not go together"),
+    (["--audit", "--cross-validate", "3"], "do not go together"),
+    (["--evaluate", "none.pth"], "no such checkpoint"),
+]
 
 
 @pytest.mark.parametrize("options, fragment", BAD_OPTIONS)
@@ -289,8 +418,16 @@ def test_bad_option_is_refused(options, fragment, tmp_path, capfd):
     assert_clear(run(*arguments(tmp_path, "none.csv", *options)), fragment, capfd, tmp_path)
 
 
-@pytest.mark.parametrize("option, place", [("--output-dir", "file"), ("--output-dir", "file/below"), ("--output-dir", "/proc/none"), ("--cache-dir", "file"),
-                                           ("--output-dir", "with_a_file")])
+@pytest.mark.parametrize(
+    "option, place",
+    [
+        ("--output-dir", "file"),
+        ("--output-dir", "file/below"),
+        ("--output-dir", "/proc/none"),
+        ("--cache-dir", "file"),
+        ("--output-dir", "with_a_file"),
+    ],
+)
 def test_unwritable_folder_is_refused(option, place, tmp_path, capfd):
     (tmp_path / "data.csv").write_text(csv_text())
     (tmp_path / "file").write_text("not a folder")
@@ -303,10 +440,16 @@ def test_unwritable_folder_is_refused(option, place, tmp_path, capfd):
 def test_unwritable_cache_of_a_mimic_folder_is_refused(tmp_path, capfd):
     broken_mimic(tmp_path / "mimic")
     (tmp_path / "file").write_text("not a folder")
-    assert_clear(run(*arguments(tmp_path, tmp_path / "mimic", "--cache-dir", tmp_path / "file")), "choose another --cache-dir".capitalize(), capfd, tmp_path)
+    assert_clear(
+        run(*arguments(tmp_path, tmp_path / "mimic", "--cache-dir", tmp_path / "file")),
+        "choose another --cache-dir".capitalize(),
+        capfd,
+        tmp_path,
+    )
 
 
 # ---- checkpoints ----
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -324,6 +467,7 @@ class Malicious:
 def changed(**parts):
     def write(state, path):
         torch.save({name: value for name, value in {**state, **parts}.items() if value is not None}, path)
+
     return write
 
 
@@ -347,11 +491,21 @@ BAD_CHECKPOINTS = {
     "with settings that are a list": (changed(settings=[1]), "lacks parts"),
     "with a preprocessor that is a number": (changed(preprocessor=5), "lacks parts"),
     "with temperature zero": (changed(temperature=0.0), "lacks parts"),
-    "with a scale too few": (lambda state, path: changed(preprocessor={**state["preprocessor"], "scales": [1.0]})(state, path), "lacks parts"),
+    "with a scale too few": (
+        lambda state, path: changed(preprocessor={**state["preprocessor"], "scales": [1.0]})(state, path),
+        "lacks parts",
+    ),
     "of another encoder": (changed(text_encoder="tiny@123"), "trained on vectors of tiny@123"),
-    "malicious, as torch saves it": (lambda state, path: torch.save({**state, "evil": Malicious()}, path), "not a checkpoint of this program, or damaged"),
-    "malicious, as in torch 1.5": (lambda state, path: torch.save(Malicious(), path, _use_new_zipfile_serialization=False), "or damaged"),
-    "malicious, a bare pickle": (lambda state, path: path.write_bytes(pickle.dumps(Malicious())), "or damaged")}
+    "malicious, as torch saves it": (
+        lambda state, path: torch.save({**state, "evil": Malicious()}, path),
+        "not a checkpoint of this program, or damaged",
+    ),
+    "malicious, as in torch 1.5": (
+        lambda state, path: torch.save(Malicious(), path, _use_new_zipfile_serialization=False),
+        "or damaged",
+    ),
+    "malicious, a bare pickle": (lambda state, path: path.write_bytes(pickle.dumps(Malicious())), "or damaged"),
+}
 
 
 @pytest.mark.parametrize("option", ["--evaluate", "--resume"])
@@ -364,18 +518,38 @@ def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, t
     write(torch.load(trained / "out" / "checkpoints" / "latest_checkpoint.pth", weights_only=True), path)
     options = ["--evaluate", path] if option == "--evaluate" else ["--resume"]
     fragment = "differs from the one to resume" if (name, option) == ("of another encoder", "--resume") else fragment
-    assert_clear(run(*arguments(tmp_path, trained / "data.csv", "--cache-dir", trained / "cache", *options)), fragment, capfd, tmp_path)
+    assert_clear(
+        run(*arguments(tmp_path, trained / "data.csv", "--cache-dir", trained / "cache", *options)),
+        fragment,
+        capfd,
+        tmp_path,
+    )
     assert not Path("let_in").exists()
 
 
 def test_path_inside_a_checkpoint_is_not_followed(trained, tmp_path, capfd):
-    folder, state = save_longformer(tmp_path / "encoder"), torch.load(trained / "out" / "checkpoints" / "best_model.pth", weights_only=True)
-    torch.save({**state, "text_encoder": "encoder@1", "settings": {**state["settings"], "text_encoder": str(folder)}}, tmp_path / "evil.pth")
-    options = arguments(tmp_path, trained / "data.csv", "--evaluate", tmp_path / "evil.pth", encoder=train.CLINICAL_LONGFORMER)
+    folder, state = (
+        save_longformer(tmp_path / "encoder"),
+        torch.load(trained / "out" / "checkpoints" / "best_model.pth", weights_only=True),
+    )
+    torch.save(
+        {**state, "text_encoder": "encoder@1", "settings": {**state["settings"], "text_encoder": str(folder)}},
+        tmp_path / "evil.pth",
+    )
+    options = arguments(
+        tmp_path, trained / "data.csv", "--evaluate", tmp_path / "evil.pth", encoder=train.CLINICAL_LONGFORMER
+    )
     assert_clear(run(*options), "paths inside a checkpoint are not followed", capfd, tmp_path)
 
 
-@pytest.mark.parametrize("lost, fragment", [("tokenizer", "has no tokenizer"), ("config.json", "is no text encoder"), ("model", "cannot be used as a text encoder")])
+@pytest.mark.parametrize(
+    "lost, fragment",
+    [
+        ("tokenizer", "has no tokenizer"),
+        ("config.json", "is no text encoder"),
+        ("model", "cannot be used as a text encoder"),
+    ],
+)
 def test_incomplete_model_folder_is_refused(lost, fragment, tmp_path, capfd):
     folder = save_longformer(tmp_path / "encoder")
     names = ("tokenizer", "vocab", "merges", "special_tokens") if lost == "tokenizer" else (lost,)
@@ -387,7 +561,11 @@ def test_incomplete_model_folder_is_refused(lost, fragment, tmp_path, capfd):
 
 def test_resume_with_other_settings_is_refused(trained, capfd):
     before = (trained / "out" / "metrics.json").read_bytes()
-    for options, fragment in ((["--learning-rate", "0.1"], "(learning_rate)"), (["--weight-decay", "0.5"], "(weight_decay)"), (["--d-model", "64"], "model sizes")):
+    for options, fragment in (
+        (["--learning-rate", "0.1"], "(learning_rate)"),
+        (["--weight-decay", "0.5"], "(weight_decay)"),
+        (["--d-model", "64"], "model sizes"),
+    ):
         assert run(*arguments(trained, trained / "data.csv", "--resume", *options)) == 2
         assert fragment in capfd.readouterr().err
     assert (trained / "out" / "metrics.json").read_bytes() == before
@@ -395,11 +573,21 @@ def test_resume_with_other_settings_is_refused(trained, capfd):
 
 def test_scoring_one_stay_of_one_class_writes_predictions_without_metrics(trained, tmp_path):
     small_table()[:3].to_csv(tmp_path / "one.csv", index=False)
-    assert run(*arguments(tmp_path, tmp_path / "one.csv", "--evaluate", trained / "out" / "checkpoints" / "best_model.pth")) == 0
+    assert (
+        run(
+            *arguments(tmp_path, tmp_path / "one.csv", "--evaluate", trained / "out" / "checkpoints" / "best_model.pth")
+        )
+        == 0
+    )
     assert len(pd.read_csv(tmp_path / "out" / "evaluation" / "predictions.csv")) == 1
 
 
 def test_event_types_never_seen_in_training_are_scored(trained, tmp_path):
     small_table().assign(event_type="transfusion", insurance="never seen").to_csv(tmp_path / "new.csv", index=False)
-    assert run(*arguments(tmp_path, tmp_path / "new.csv", "--evaluate", trained / "out" / "checkpoints" / "best_model.pth")) == 0
+    assert (
+        run(
+            *arguments(tmp_path, tmp_path / "new.csv", "--evaluate", trained / "out" / "checkpoints" / "best_model.pth")
+        )
+        == 0
+    )
     assert pd.read_csv(tmp_path / "out" / "evaluation" / "predictions.csv").probability.between(0, 1).all()

@@ -1,4 +1,5 @@
 """Nothing lost: killed runs end as if they had not been killed; a full disk, Ctrl-C, a second run and a loss of NaN are clear."""
+
 import json
 import os
 import signal
@@ -25,7 +26,9 @@ def data(tmp_path):
 
 def test_killed_runs_end_with_the_bits_of_the_run_that_was_never_killed():
     """Three kills at random moments; the checks, of weights, predictions, saved texts and temporary files, are kill_test.py's."""
-    done = subprocess.run([sys.executable, KILL_TEST, "--kills", "3", "--seed", "3"], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, KILL_TEST, "--kills", "3", "--seed", "3"], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
 
@@ -45,13 +48,21 @@ def epochs_done(folder):
 def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd):
     """While a run trains, another into its folder is refused; Ctrl-C ends the first with a checkpoint that --resume takes up."""
     argv = arguments(tmp_path, data, "--max-epochs", 9999, "--patience", 9999)
-    process = subprocess.Popen([sys.executable, train.__file__, *argv], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, train.__file__, *argv],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: epochs_done(tmp_path) >= 1, process)
     assert train.main(argv) == 2 and "another run writes here" in capfd.readouterr().err
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=30)[1]
     reached = epochs_done(tmp_path)
-    assert process.returncode == 130 and "go on with the same command and --resume" in stderr and "Traceback" not in stderr
+    assert (
+        process.returncode == 130 and "go on with the same command and --resume" in stderr and "Traceback" not in stderr
+    )
     assert "latest_checkpoint.pth holds the last whole epoch" in stderr and not leftovers(tmp_path / "out")
     assert train.main(arguments(tmp_path, data, "--max-epochs", reached + 1, "--patience", 9999, "--resume")) == 0
     assert epochs_done(tmp_path) == reached + 1
@@ -85,7 +96,9 @@ def test_same_seed_gives_the_same_bits(data, tmp_path):
     states = []
     for name in ("one", "two"):
         assert train.main(arguments(tmp_path / name, data)) == 0
-        states.append(torch.load(tmp_path / name / "out" / "checkpoints" / "best_model.pth", weights_only=True)["model"])
+        states.append(
+            torch.load(tmp_path / name / "out" / "checkpoints" / "best_model.pth", weights_only=True)["model"]
+        )
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -102,7 +115,10 @@ def test_loss_of_nan_stops_with_the_stays_named_and_keeps_the_best_checkpoint(da
     capfd.readouterr()
     assert train.main(arguments(tmp_path, data, "--max-epochs", 2, "--resume")) == 2
     message = capfd.readouterr().err
-    assert "the loss is not finite for icu_stay_id 300000" in message and "," not in message.split("icu_stay_id")[1].split(".")[0]
+    assert (
+        "the loss is not finite for icu_stay_id 300000" in message
+        and "," not in message.split("icu_stay_id")[1].split(".")[0]
+    )
     assert (tmp_path / "out" / "checkpoints" / "best_model.pth").read_bytes() == best and epochs_done(tmp_path) == 1
 
 
@@ -119,7 +135,9 @@ def small_disk(tmp_path):
     def mount(kilobytes):
         folder = tmp_path / f"disk_{kilobytes}"
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True
+        )
         if done.returncode:
             pytest.skip("needs the right to mount a tmpfs")
         mounted.append(folder)
@@ -130,8 +148,12 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("option, kilobytes", [("--output-dir", 64), ("--output-dir", 600), ("--output-dir", 1500), ("--cache-dir", 16)])
-def test_full_disk_is_a_clear_error_and_leaves_nothing_half_written(option, kilobytes, data, tmp_path, small_disk, capfd):
+@pytest.mark.parametrize(
+    "option, kilobytes", [("--output-dir", 64), ("--output-dir", 600), ("--output-dir", 1500), ("--cache-dir", 16)]
+)
+def test_full_disk_is_a_clear_error_and_leaves_nothing_half_written(
+    option, kilobytes, data, tmp_path, small_disk, capfd
+):
     folder = small_disk(kilobytes)
     assert train.main(arguments(tmp_path, data, option, folder)) == 2
     message = capfd.readouterr().err.split("error: ")[-1]
@@ -145,8 +167,10 @@ def test_full_disk_under_the_query_is_a_clear_error(tmp_path, small_disk, capfd)
     from test_bad_input import broken_mimic
 
     broken_mimic(tmp_path / "mimic")
-    (tmp_path / "mimic" / "icu" / "icustays.csv").write_text("subject_id,hadm_id,stay_id,intime,outtime,los,first_careunit,last_careunit\n"
-                                                             "1,2,3,2150-01-01 00:00:00,2150-01-02 00:00:00,1,MICU,MICU\n")
+    (tmp_path / "mimic" / "icu" / "icustays.csv").write_text(
+        "subject_id,hadm_id,stay_id,intime,outtime,los,first_careunit,last_careunit\n"
+        "1,2,3,2150-01-01 00:00:00,2150-01-02 00:00:00,1,MICU,MICU\n"
+    )
     folder = small_disk(8)
     assert train.main(arguments(tmp_path, tmp_path / "mimic", "--cache-dir", folder)) == 2
     message = capfd.readouterr().err

@@ -1,4 +1,5 @@
 """The embedding cache: parts that are whole or ignored, any number of writers, nothing executed."""
+
 import fcntl
 import multiprocessing
 import os
@@ -93,6 +94,7 @@ def test_parts_of_others_are_seen_after_refresh_and_rows_stay(filled):
 
 # ---- damage ----
 
+
 def cut_short(part):
     path = part / "vectors.npy"
     path.write_bytes(path.read_bytes()[:-5])
@@ -180,6 +182,7 @@ def test_append_refuses_shapes_that_do_not_fit(tmp_path, n, dim):
 def test_full_disk_is_a_clear_error_and_leaves_nothing(filled, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(train.InputError, match="No space left"):
         train.EmbeddingCache(filled, DIM).append(keys_of("x"), vectors_of(1))
@@ -202,6 +205,7 @@ def test_any_byte_changed_is_survived(tmp_path_factory, data):
 
 
 # ---- earlier layout ----
+
 
 def single_file(folder, name, array):
     folder.mkdir(exist_ok=True)
@@ -234,6 +238,7 @@ def test_damaged_single_file_is_ignored(tmp_path, array, caplog, monkeypatch):
 
 
 # ---- several processes ----
+
 
 def write_many(folder, first, count):
     cache = train.EmbeddingCache(folder, DIM)

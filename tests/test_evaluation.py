@@ -1,4 +1,5 @@
 """Figures of held-out predictions, subgroups, decision curve, calibration, temperature and the leakage audit."""
+
 import json
 
 import numpy as np
@@ -19,13 +20,13 @@ def simulate(n, seed=0, mean=-1.0, spread=1.5):
 
 def test_auroc_of_a_hand_example():
     result = train.evaluate_predictions([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], [1, 2, 3, 4], n_bootstrap=50)
-    assert result["auroc"]["value"] == pytest.approx(0.75)                  # 3 of 4 pairs in order
+    assert result["auroc"]["value"] == pytest.approx(0.75)  # 3 of 4 pairs in order
     assert result["auprc"]["value"] == pytest.approx((1 + 2 / 3) / 2)
     assert result["brier"]["value"] == pytest.approx((0.01 + 0.16 + 0.65**2 + 0.04) / 4)
     assert (result["n_stays"], result["n_patients"], result["n_deaths"], result["prevalence"]) == (4, 4, 2, 0.5)
 
 
-@pytest.mark.parametrize("decimals", [1, 8])                                # with many ties and with none
+@pytest.mark.parametrize("decimals", [1, 8])  # with many ties and with none
 def test_figures_equal_scikit_learn(decimals):
     labels, logits = simulate(200)
     risks = expit(logits).round(decimals)
@@ -45,8 +46,10 @@ def test_calibration_of_calibrated_predictions_is_zero_and_one():
 
 def test_slope_is_halved_by_doubled_logits_and_intercept_shifted_by_an_added_constant():
     labels, logits = simulate(2000)
-    slope, doubled, shifted = (train.evaluate_predictions(labels, expit(z), np.arange(2000), n_bootstrap=0)
-                               for z in (logits, 2 * logits, logits + 1))
+    slope, doubled, shifted = (
+        train.evaluate_predictions(labels, expit(z), np.arange(2000), n_bootstrap=0)
+        for z in (logits, 2 * logits, logits + 1)
+    )
     assert doubled["calibration_slope"]["value"] == pytest.approx(slope["calibration_slope"]["value"] / 2, abs=1e-4)
     difference = shifted["calibration_intercept"]["value"] - slope["calibration_intercept"]["value"]
     assert difference == pytest.approx(-1, abs=1e-6)
@@ -55,17 +58,19 @@ def test_slope_is_halved_by_doubled_logits_and_intercept_shifted_by_an_added_con
 def test_calibration_fit_solves_the_score_equations_even_from_far():
     labels, logits = simulate(500)
     result = train.evaluate_predictions(labels, expit(logits * 6 - 8), np.arange(500), n_bootstrap=0)
-    clipped = (logits * 6 - 8).clip(-16.12, 16.12)                          # probabilities are kept 1e-7 from 0 and 1
+    clipped = (logits * 6 - 8).clip(-16.12, 16.12)  # probabilities are kept 1e-7 from 0 and 1
     assert expit(result["calibration_intercept"]["value"] + clipped).mean() == pytest.approx(labels.mean(), abs=1e-4)
 
 
 def test_interval_widens_when_patients_repeat_stays():
     labels, logits = simulate(100)
     labels, risks = np.repeat(labels, 4), np.repeat(expit(logits), 4)
-    by_patient, by_stay = (train.evaluate_predictions(labels, risks, ids, n_bootstrap=500)["auroc"]
-                           for ids in (np.repeat(np.arange(100), 4), np.arange(400)))
+    by_patient, by_stay = (
+        train.evaluate_predictions(labels, risks, ids, n_bootstrap=500)["auroc"]
+        for ids in (np.repeat(np.arange(100), 4), np.arange(400))
+    )
     ratio = (by_patient["high"] - by_patient["low"]) / (by_stay["high"] - by_stay["low"])
-    assert by_patient["value"] == by_stay["value"] and 1.6 < ratio < 2.4    # sqrt(4) in theory
+    assert by_patient["value"] == by_stay["value"] and 1.6 < ratio < 2.4  # sqrt(4) in theory
 
 
 def test_interval_is_that_of_a_plain_bootstrap_loop():
@@ -90,7 +95,7 @@ def test_single_class_gives_none_with_a_reason_and_is_json():
 def test_resamples_without_a_death_are_skipped_and_counted():
     labels, risks = np.r_[np.zeros(29), 1], np.linspace(0.1, 0.9, 30)
     result = train.evaluate_predictions(labels, risks, np.arange(30), n_bootstrap=1000)
-    assert 300 < result["n_resamples_skipped"] < 430                        # (29 / 30) ** 30 = 0.36
+    assert 300 < result["n_resamples_skipped"] < 430  # (29 / 30) ** 30 = 0.36
 
 
 def test_separated_outcomes_have_no_slope():
@@ -100,31 +105,58 @@ def test_separated_outcomes_have_no_slope():
     json.dumps(result, allow_nan=False)
 
 
-@pytest.mark.parametrize("labels, risks", [([0, 2], [0.1, 0.2]), ([0, 1], [0.1, np.nan]),
-                                           ([0, 1], [0.1, 1.2]), ([0], [])])
+@pytest.mark.parametrize(
+    "labels, risks", [([0, 2], [0.1, 0.2]), ([0, 1], [0.1, np.nan]), ([0, 1], [0.1, 1.2]), ([0], [])]
+)
 def test_impossible_values_are_refused(labels, risks):
     with pytest.raises(ValueError):
         train.evaluate_predictions(labels, risks, np.arange(len(labels)))
 
 
 def test_race_is_grouped_by_its_first_words():
-    races = ["WHITE - BRAZILIAN", "BLACK/CAPE VERDEAN", "HISPANIC OR LATINO", "HISPANIC/LATINO - CUBAN", "ASIAN",
-             "NATIVE HAWAIIAN OR OTHER PACIFIC ISLANDER", "UNABLE TO OBTAIN", "PATIENT DECLINED TO ANSWER", None]
+    races = [
+        "WHITE - BRAZILIAN",
+        "BLACK/CAPE VERDEAN",
+        "HISPANIC OR LATINO",
+        "HISPANIC/LATINO - CUBAN",
+        "ASIAN",
+        "NATIVE HAWAIIAN OR OTHER PACIFIC ISLANDER",
+        "UNABLE TO OBTAIN",
+        "PATIENT DECLINED TO ANSWER",
+        None,
+    ]
     assert [train.race_group(race) for race in races] == [
-        "WHITE", "BLACK", "HISPANIC", "HISPANIC", "ASIAN", "NATIVE HAWAIIAN", "UNKNOWN", "UNKNOWN", "UNKNOWN"]
+        "WHITE",
+        "BLACK",
+        "HISPANIC",
+        "HISPANIC",
+        "ASIAN",
+        "NATIVE HAWAIIAN",
+        "UNKNOWN",
+        "UNKNOWN",
+        "UNKNOWN",
+    ]
 
 
 def test_subgroups_come_from_the_columns_of_the_table():
-    stays = pd.DataFrame({"patient_gender": ["F", None], "patient_age": [44, 80],
-                          "patient_race": ["ASIAN - KOREAN", None], "first_icu_careunit": ["MICU", "SICU"]})
+    stays = pd.DataFrame(
+        {
+            "patient_gender": ["F", None],
+            "patient_age": [44, 80],
+            "patient_race": ["ASIAN - KOREAN", None],
+            "first_icu_careunit": ["MICU", "SICU"],
+        }
+    )
     assert train.subgroups_of_stays(stays).values.tolist() == [
-        ["F", "under 45", "ASIAN", "MICU"], ["Unknown", "80 and over", "UNKNOWN", "SICU"]]
+        ["F", "under 45", "ASIAN", "MICU"],
+        ["Unknown", "80 and over", "UNKNOWN", "SICU"],
+    ]
 
 
 def test_subgroup_with_few_deaths_says_too_few():
     labels, logits = simulate(300)
     died = np.flatnonzero(labels == 1)
-    groups = pd.DataFrame({"sex": np.where(np.isin(np.arange(300), died[:19]), "F", "M")})   # 19 women, all died
+    groups = pd.DataFrame({"sex": np.where(np.isin(np.arange(300), died[:19]), "F", "M")})  # 19 women, all died
     table = train.subgroup_table(labels, expit(logits), np.arange(300), groups, n_bootstrap=50).set_index("value")
     assert table.loc["F", "note"] == "too few" and np.isnan(table.loc["F", "auroc"]) and table.loc["F", "stays"] == 19
     men = groups.sex == "M"
@@ -144,8 +176,8 @@ def test_calibration_table_by_hand():
     assert table.n.tolist() == [3, 3] and table.mean_risk.tolist() == pytest.approx([0.2, 0.8])
     assert table.observed_rate.tolist() == pytest.approx([1 / 3, 1])
     z2 = 1.959964**2
-    assert table.low[1] == pytest.approx(1 / (1 + z2 / 3), abs=1e-4)        # Wilson, 3 of 3
-    assert len(train.calibration_table([0, 1], [0.5, 0.5])) == 1            # all tied: one bin
+    assert table.low[1] == pytest.approx(1 / (1 + z2 / 3), abs=1e-4)  # Wilson, 3 of 3
+    assert len(train.calibration_table([0, 1], [0.5, 0.5])) == 1  # all tied: one bin
 
 
 def test_temperature_recovers_doubled_logits():
@@ -155,8 +187,9 @@ def test_temperature_recovers_doubled_logits():
     assert train.fit_temperature(2 * logits, labels) == pytest.approx(2 * once, rel=1e-4)
 
 
-@pytest.mark.parametrize("logits, labels", [([-1.0, 2.0], [0, 1]), ([1.0, -2.0], [0, 1]), ([1.0, 2.0], [1, 1]),
-                                            ([], [])])
+@pytest.mark.parametrize(
+    "logits, labels", [([-1.0, 2.0], [0, 1]), ([1.0, -2.0], [0, 1]), ([1.0, 2.0], [1, 1]), ([], [])]
+)
 def test_temperature_is_one_where_the_data_set_none(logits, labels):
     assert train.fit_temperature(logits, labels) == 1.0
 
@@ -165,9 +198,15 @@ def audit_input(n=240):
     generator = np.random.default_rng(3)
     labels = (np.arange(n) % 6 == 0).astype(int)
     home = generator.choice(["HOME", "REHAB"], n)
-    stays = pd.DataFrame({"copy": labels, "where": np.where(labels == 1, "DIED", home),
-                          "noise": generator.normal(size=n), "unit": generator.choice(list("abcdefgh"), n),
-                          "death_time": pd.Series(pd.NaT, range(n)).mask(labels == 1, pd.Timestamp("2150-01-01"))})
+    stays = pd.DataFrame(
+        {
+            "copy": labels,
+            "where": np.where(labels == 1, "DIED", home),
+            "noise": generator.normal(size=n),
+            "unit": generator.choice(list("abcdefgh"), n),
+            "death_time": pd.Series(pd.NaT, range(n)).mask(labels == 1, pd.Timestamp("2150-01-01")),
+        }
+    )
     both_ends = np.where(labels == 1, generator.choice([1, 9], n), generator.uniform(3, 7, n))
     per_stay = pd.DataFrame({"number of events": generator.poisson(50, n), "both ends": both_ends})
     return stays, per_stay, labels, np.arange(n) // 2 * 2 + labels, np.repeat(["train", "test"], [n * 3 // 4, n // 4])
@@ -184,7 +223,7 @@ def test_audit_flags_what_equals_the_label_and_not_noise():
 
 def test_audit_looks_at_training_patients_only():
     stays, per_stay, labels, patients, split = audit_input()
-    stays["copy"] = np.where(split == "train", 0, labels)                  # the label, but in the test split only
+    stays["copy"] = np.where(split == "train", 0, labels)  # the label, but in the test split only
     audit = train.leakage_audit(stays, per_stay, labels, patients, split, counts={}).set_index("name")
     assert audit.auroc["copy"] == 0.5 and not audit.flagged["copy"]
 
@@ -218,7 +257,7 @@ def test_folds_keep_patients_whole_and_are_no_more_than_the_deaths():
     labels = np.isin(patients, ["a", "b", "c"]).astype(int)
     folds = pd.Series(train.patient_folds(labels, patients))
     assert folds.nunique() == 3 and (folds.groupby(patients).nunique() == 1).all()
-    assert (pd.Series(labels).groupby(folds).sum() == 2).all()              # one patient who died, two stays, in each
+    assert (pd.Series(labels).groupby(folds).sum() == 2).all()  # one patient who died, two stays, in each
 
 
 def test_split_counts_name_what_crosses():

@@ -1,4 +1,5 @@
 """explain_clinicalLF.py: attributions, ablations, attention, checks and files, on small models with known answers."""
+
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from scipy.stats import spearmanr
 import explain_clinicalLF as explain
 import train
 
-N_EVENTS, INPUT_DIM, STATIC_DIM = 7, 14, 4      # an event: 5 type, 8 text, 1 time
+N_EVENTS, INPUT_DIM, STATIC_DIM = 7, 14, 4  # an event: 5 type, 8 text, 1 time
 PARTS = ("type", "text", "time", "value")
 
 
@@ -22,7 +23,9 @@ PARTS = ("type", "text", "time", "value")
 def model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = train.ClinicalTransformer(INPUT_DIM, STATIC_DIM, d_model=16, n_layers=2, n_heads=2, d_feedforward=32, n_pooling_heads=2)
+        made = train.ClinicalTransformer(
+            INPUT_DIM, STATIC_DIM, d_model=16, n_layers=2, n_heads=2, d_feedforward=32, n_pooling_heads=2
+        )
         made.query_vector.data.normal_()
     return made.eval()
 
@@ -32,8 +35,11 @@ def stay():
     """One stay and a baseline: sequence (1, 7, 14), static (1, 4)."""
     draw = torch.Generator().manual_seed(1)
     normal = lambda *shape: torch.randn(*shape, generator=draw)
-    return SimpleNamespace(sequence=normal(1, N_EVENTS, INPUT_DIM), static=normal(1, STATIC_DIM),
-                           baseline={"event": normal(INPUT_DIM), "static": normal(STATIC_DIM)})
+    return SimpleNamespace(
+        sequence=normal(1, N_EVENTS, INPUT_DIM),
+        static=normal(1, STATIC_DIM),
+        baseline={"event": normal(INPUT_DIM), "static": normal(STATIC_DIM)},
+    )
 
 
 def logit(model, sequence, static, mask=None):
@@ -42,6 +48,7 @@ def logit(model, sequence, static, mask=None):
 
 
 # ---- Attribution
+
 
 def test_attribution_on_a_linear_model_is_weight_times_difference(stay):
     linear = explain.LinearStay(INPUT_DIM, STATIC_DIM)
@@ -65,7 +72,9 @@ def test_attribution_ignores_padding_and_other_stays(model, stay):
     padded[0, :N_EVENTS], padded[1] = stay.sequence[0], 1.0
     mask = torch.ones(2, N_EVENTS + 200, dtype=torch.bool)
     mask[0, N_EVENTS:] = False
-    found = explain.captum_analysis(model, padded, stay.static.expand(2, -1), mask, stay.baseline, n_steps=50, retry=False)
+    found = explain.captum_analysis(
+        model, padded, stay.static.expand(2, -1), mask, stay.baseline, n_steps=50, retry=False
+    )
     torch.testing.assert_close(found.events[0, :N_EVENTS], alone.events[0], rtol=0, atol=1e-6)
     assert (found.events[0, N_EVENTS:] == 0).all()
 
@@ -92,7 +101,9 @@ def test_attribution_of_nan_is_an_error(model, stay, where):
 def test_retry_takes_four_times_the_steps_where_it_does_not_add_up(model, stay):
     found = explain.captum_analysis(model, 30 * stay.sequence, stay.static, baseline=stay.baseline, n_steps=2)
     assert found.n_steps[0] == (2 if found.complete[0] and found.n_steps[0] == 2 else 8)
-    assert found.complete[0] == (abs(found.gap_errors[0]) <= 0.02 + 0.01 * abs(found.logits[0] - found.baseline_logits[0]))
+    assert found.complete[0] == (
+        abs(found.gap_errors[0]) <= 0.02 + 0.01 * abs(found.logits[0] - found.baseline_logits[0])
+    )
 
 
 @pytest.mark.parametrize("value_channel, width", [(False, 774), (True, 776)])
@@ -104,7 +115,9 @@ def test_event_parts_cover_every_input_once(value_channel, width):
 
 def test_layer_attributions_add_up_at_every_layer(model, stay):
     rows = explain.layer_analysis(model, stay.sequence, stay.static, stay.baseline)
-    difference = logit(model, stay.sequence, stay.static) - logit(model, stay.baseline["event"].expand(1, N_EVENTS, -1), stay.static)
+    difference = logit(model, stay.sequence, stay.static) - logit(
+        model, stay.baseline["event"].expand(1, N_EVENTS, -1), stay.static
+    )
     assert [row["layer"] for row in rows] == ["input_projection", "encoder layer 1", "encoder layer 2"]
     for row in rows:
         assert row["attribution"].shape == (N_EVENTS,)
@@ -112,6 +125,7 @@ def test_layer_attributions_add_up_at_every_layer(model, stay):
 
 
 # ---- Ablation
+
 
 def test_removal_equals_a_loop_over_masks(model, stay):
     def without(event):
@@ -149,7 +163,9 @@ def test_groups_equal_a_loop_over_replacements_without_gradients(model, stay, mo
 
 
 def test_shapley_values_sum_to_the_difference_of_the_logits(model, stay):
-    found = explain.ablation_analysis(model, stay.sequence, stay.static, stay.baseline, {"letter": list("aabbbca")}, shapley_samples=3)
+    found = explain.ablation_analysis(
+        model, stay.sequence, stay.static, stay.baseline, {"letter": list("aabbbca")}, shapley_samples=3
+    )
     start = logit(model, stay.baseline["event"].expand(1, N_EVENTS, -1), stay.baseline["static"][None])
     assert found.groups["shapley"].sum() == pytest.approx(logit(model, stay.sequence, stay.static) - start, abs=1e-4)
 
@@ -160,6 +176,7 @@ def test_shared_evidence_is_where_removal_tells_another_story():
 
 
 # ---- Attention
+
 
 def test_attend_gives_the_weights_of_the_very_pass(model, stay):
     found = explain.attend(model, stay.sequence, stay.static)
@@ -189,17 +206,22 @@ def test_rollout_through_layers_that_look_at_themselves_is_the_pooling():
 
 def test_rollout_through_one_layer_that_looks_at_the_first_event():
     to_first = torch.tensor([[1.0, 0], [1, 0]])
-    torch.testing.assert_close(explain.attention_rollout([to_first], torch.tensor([0.0, 1.0])), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(
+        explain.attention_rollout([to_first], torch.tensor([0.0, 1.0])), torch.tensor([0.5, 0.5])
+    )
 
 
 def test_untrained_model_keeps_the_input_statistics_and_the_callers_random_state(model):
     before = torch.get_rng_state()
     fresh = explain.untrained_like(model, 3)
-    assert torch.equal(fresh.event_mean, model.event_mean) and not torch.equal(fresh.classifier[0].weight, model.classifier[0].weight)
+    assert torch.equal(fresh.event_mean, model.event_mean) and not torch.equal(
+        fresh.classifier[0].weight, model.classifier[0].weight
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
 # ---- Check
+
 
 def test_rank_correlation_equals_scipy_and_is_missing_for_a_constant():
     first, second = np.array([[1.0, 5, 2, 2], [1, 1, 1, 1]]), np.array([[3.0, 9, 1, 4]])
@@ -214,7 +236,7 @@ def test_bootstrap_of_equal_values_has_no_width_and_leaves_out_nan():
 
 def test_bootstrap_resamples_patients_not_rows():
     found = explain.bootstrap(np.array([0.0] * 50 + [1.0]), np.array([1] * 50 + [2]), 50)
-    assert math.isnan(found["low"])              # two patients: nothing to resample
+    assert math.isnan(found["low"])  # two patients: nothing to resample
 
 
 def test_deletion_and_insertion_on_a_linear_model(stay):
@@ -223,13 +245,17 @@ def test_deletion_and_insertion_on_a_linear_model(stay):
     curves = explain.deletion_insertion(linear, stay.sequence, stay.static, stay.baseline, {"removal": effects})
     first = curves[(curves["fraction"] == 0.05) & (curves["way"] == "masking")].set_index("direction")["change"]
     assert len(curves) == 4 * fractions
-    assert first["deletion"] == pytest.approx(-effects.max(), abs=1e-5) and first["insertion"] == pytest.approx(effects.max(), abs=1e-5)
+    assert first["deletion"] == pytest.approx(-effects.max(), abs=1e-5) and first["insertion"] == pytest.approx(
+        effects.max(), abs=1e-5
+    )
 
 
 def test_infidelity_of_the_truth_about_a_linear_model_is_zero(stay):
     linear = explain.LinearStay(INPUT_DIM, STATIC_DIM)
     effects = explain.remove_each_event(linear, stay.sequence, stay.static)
-    assert explain.stay_infidelity(linear, stay.sequence, stay.static, effects, None, seed=0) == pytest.approx(0, abs=1e-8)
+    assert explain.stay_infidelity(linear, stay.sequence, stay.static, effects, None, seed=0) == pytest.approx(
+        0, abs=1e-8
+    )
 
 
 def test_sensitivity_of_a_constant_explanation_is_zero_and_of_the_input_small(stay):
@@ -239,13 +265,25 @@ def test_sensitivity_of_a_constant_explanation_is_zero_and_of_the_input_small(st
 
 
 def test_a_criterion_says_in_words_whether_it_holds():
-    row = explain.criterion("c", "m", {"value": 0.5, "low": 0.1, "high": 0.9, "n": 3}, (">=", 0.2), "it is {value:.1f}", limit="low")
+    row = explain.criterion(
+        "c", "m", {"value": 0.5, "low": 0.1, "high": 0.9, "n": 3}, (">=", 0.2), "it is {value:.1f}", limit="low"
+    )
     assert row["passed"] is False and row["sentence"] == "It is 0.5 (should be >= 0.2: NO)."
 
 
 def test_planted_scores_of_the_truth_itself_are_perfect():
-    events = pd.DataFrame({"icu_stay_id": 1, "patient_id": 1, "attribution": [2.0, 0, -1, 0.1], "removal": [0.0, 3, 0, 0], "attention": 0.25})
-    truth = pd.DataFrame({"true_effect": [2.0, 0, -1, 0], "role": ["cause", "decoy", "cause", "background"], "group": ""})
+    events = pd.DataFrame(
+        {
+            "icu_stay_id": 1,
+            "patient_id": 1,
+            "attribution": [2.0, 0, -1, 0.1],
+            "removal": [0.0, 3, 0, 0],
+            "attention": 0.25,
+        }
+    )
+    truth = pd.DataFrame(
+        {"true_effect": [2.0, 0, -1, 0], "role": ["cause", "decoy", "cause", "background"], "group": ""}
+    )
     scores = explain.planted_scores(events, truth).set_index("method")
     assert scores.loc["attribution", ["precision", "right_sign", "decoy"]].tolist() == [1, 1, 0]
     assert scores.loc["removal", "precision"] == 0.5 and scores.loc["removal", "chance"] == 0.5
@@ -259,6 +297,7 @@ def test_truth_of_another_sample_is_an_error():
 
 # ---- Name and the small analyses
 
+
 def test_item_drops_numbers_but_keeps_names():
     assert explain.item_of("Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L") == "Lab: Lactate (Blood, Blood Gas)"
     assert explain.item_of("Ingredient: Dextrose 5%") == "Ingredient: Dextrose"
@@ -266,19 +305,32 @@ def test_item_drops_numbers_but_keeps_names():
 
 
 def test_abnormal_is_what_the_text_says():
-    texts = ["Lab: A | Flag: abnormal", "Lab: A | Level: far above range", "Lab: A | Level: within range", "Prescription: A"]
+    texts = [
+        "Lab: A | Flag: abnormal",
+        "Lab: A | Level: far above range",
+        "Lab: A | Level: within range",
+        "Prescription: A",
+    ]
     assert [explain.is_abnormal(text) for text in texts] == [True, True, False, False]
 
 
 def test_clock_windows_begin_at_their_lower_edge():
     assert explain.clock_window(np.array([0, 5.9, 6, 95, 96, 4000])).tolist() == [
-        "last 6 h", "last 6 h", "6 to 12 h", "48 to 96 h", "more than 96 h", "more than 96 h"]
+        "last 6 h",
+        "last 6 h",
+        "6 to 12 h",
+        "48 to 96 h",
+        "more than 96 h",
+        "more than 96 h",
+    ]
 
 
 @pytest.fixture
 def attention():
     """The dict of a pass over two stays, of 4 and 2 events, with two pooling heads and one layer of one head."""
-    pooling = torch.tensor([[[0.7, 0.1, 0.1, 0.1], [0.05, 0.05, 0.2, 0.7]], [[0.5, 0.5, 0, 0], [1, 0, 0, 0]]]).unsqueeze(2)
+    pooling = torch.tensor(
+        [[[0.7, 0.1, 0.1, 0.1], [0.05, 0.05, 0.2, 0.7]], [[0.5, 0.5, 0, 0], [1, 0, 0, 0]]]
+    ).unsqueeze(2)
     output = torch.ones(2, 4, 3)
     output[1, 2:] = 0
     layer = torch.full((2, 1, 4, 4), 0.25)
@@ -288,13 +340,28 @@ def attention():
 
 @pytest.fixture
 def described():
-    events = pd.DataFrame({"hours_to_end": [30.0, 8, 2, 1], "event_type": "labevent", "event_text": list("abcd"), "attribution": [1.0, -1, 0, 2]})
-    return explain.Stay(events, pd.DataFrame({"feature": ["age", "sex"], "value": ["70", "F"], "attribution": [-3.0, 1.0]}))
+    events = pd.DataFrame(
+        {
+            "hours_to_end": [30.0, 8, 2, 1],
+            "event_type": "labevent",
+            "event_text": list("abcd"),
+            "attribution": [1.0, -1, 0, 2],
+        }
+    )
+    return explain.Stay(
+        events, pd.DataFrame({"feature": ["age", "sex"], "value": ["70", "F"], "attribution": [-3.0, 1.0]})
+    )
 
 
 def test_critical_time_periods_are_read_per_head(attention):
     rows = explain.analyze_critical_time_periods(attention, threshold=0.3)
-    assert [(row["stay"], row["head"], row["position"]) for row in rows] == [(1, 2, 0), (0, 1, 0), (0, 2, 3), (1, 1, 0), (1, 1, 1)]
+    assert [(row["stay"], row["head"], row["position"]) for row in rows] == [
+        (1, 2, 0),
+        (0, 1, 0),
+        (0, 2, 3),
+        (1, 1, 0),
+        (1, 1, 1),
+    ]
 
 
 def test_critical_time_periods_carry_hours_and_text_of_a_stay(attention, described):
@@ -310,14 +377,20 @@ def test_feature_importance_over_time_leaves_padding_out(attention):
 
 def test_layer_patterns_drop_padded_rows(attention):
     rows = explain.analyze_layer_attention_patterns(attention, near=1)
-    assert rows[1]["matrix"].shape == (1, 2, 2) and rows[1]["local_attention"] == [0.5] and np.isnan(rows[1]["global_attention"]).all()
+    assert (
+        rows[1]["matrix"].shape == (1, 2, 2)
+        and rows[1]["local_attention"] == [0.5]
+        and np.isnan(rows[1]["global_attention"]).all()
+    )
     assert rows[0]["local_share"][0] == pytest.approx(rows[0]["local_share_by_chance"])
 
 
 def test_temporal_attribution_sums_by_clock_window(attention, described):
     table = explain.analyze_temporal_feature_attribution(attention, described).set_index("window")
     assert table.loc["last 6 h", "n_events"] == 2 and table.loc["last 6 h", "attribution"] == 2
-    assert table["share_of_attribution"].tolist() == [0.5, 0.25, 0.25] and table.loc["24 to 48 h", "attention_head_1"] == pytest.approx(0.7)
+    assert table["share_of_attribution"].tolist() == [0.5, 0.25, 0.25] and table.loc[
+        "24 to 48 h", "attention_head_1"
+    ] == pytest.approx(0.7)
 
 
 def test_static_attribution_is_a_share_of_everything(attention, described):
@@ -334,21 +407,39 @@ def test_random_values_are_the_same_for_the_same_text():
 
 # ---- From a checkpoint to the files
 
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A small model trained for one epoch on a sample of 60 stays: folder, checkpoint, CSV, sample."""
     folder = tmp_path_factory.mktemp("explain")
     sample = make_sample.make_sample(80, seed=3)
     make_sample.write_csv(sample, folder / "sample.csv")
-    settings = train.check_settings(train.Settings(data=str(folder / "sample.csv"), text_encoder="hashing", cache_dir=str(folder / "cache"), d_model=16,
-                                                   n_layers=2, n_heads=2, d_feedforward=16, max_epochs=1, save_attention_every=0))
+    settings = train.check_settings(
+        train.Settings(
+            data=str(folder / "sample.csv"),
+            text_encoder="hashing",
+            cache_dir=str(folder / "cache"),
+            d_model=16,
+            n_layers=2,
+            n_heads=2,
+            d_feedforward=16,
+            max_epochs=1,
+            save_attention_every=0,
+        )
+    )
     table, _ = train.read_stays(settings.data, settings.cache_dir)
     accelerator = Accelerator(mixed_precision="no")
     encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
     trainer = train.Trainer(table, train.split_by_patient(table, 0), vectors, encoder, settings, folder, accelerator)
     trainer.fit()
-    return SimpleNamespace(folder=folder, checkpoint=folder / "checkpoints" / "best_model.pth", data=folder / "sample.csv",
-                           cache=folder / "cache", sample=sample, patients=trainer.patients)
+    return SimpleNamespace(
+        folder=folder,
+        checkpoint=folder / "checkpoints" / "best_model.pth",
+        data=folder / "sample.csv",
+        cache=folder / "cache",
+        sample=sample,
+        patients=trainer.patients,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -358,8 +449,17 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def tables(trained):
-    return explain.run_explainability_analysis(trained.checkpoint, trained.data, trained.folder / "out", cache_dir=str(trained.cache), stays=2,
-                                               max_stays=5, checked_stays=2, n_bootstrap=50, layer_stays=1)
+    return explain.run_explainability_analysis(
+        trained.checkpoint,
+        trained.data,
+        trained.folder / "out",
+        cache_dir=str(trained.cache),
+        stays=2,
+        max_stays=5,
+        checked_stays=2,
+        n_bootstrap=50,
+        layer_stays=1,
+    )
 
 
 def test_only_stays_of_held_out_patients_are_explained(run, trained):
@@ -376,21 +476,32 @@ def test_data_of_training_patients_alone_is_refused(trained):
 
 def test_parts_of_every_event_sum_to_its_attribution(tables):
     events, stays = tables["events"], tables["stays"].set_index("icu_stay_id")
-    np.testing.assert_allclose(events[[f"attribution_{part}" for part in PARTS]].sum(axis=1), events["attribution"], atol=1e-5)
-    total = events.groupby("icu_stay_id")["attribution"].sum() + tables["statics"].groupby("icu_stay_id")["attribution"].sum()
-    np.testing.assert_allclose(total, (stays["logit"] - stays["baseline_logit"] + stays["gap_error"])[total.index], atol=1e-4)
+    np.testing.assert_allclose(
+        events[[f"attribution_{part}" for part in PARTS]].sum(axis=1), events["attribution"], atol=1e-5
+    )
+    total = (
+        events.groupby("icu_stay_id")["attribution"].sum()
+        + tables["statics"].groupby("icu_stay_id")["attribution"].sum()
+    )
+    np.testing.assert_allclose(
+        total, (stays["logit"] - stays["baseline_logit"] + stays["gap_error"])[total.index], atol=1e-4
+    )
 
 
 def test_groups_carry_the_attribution_of_their_events(tables):
     groups = tables["groups"].groupby(["icu_stay_id", "kind"])["attribution"].sum().unstack()
     np.testing.assert_allclose(groups["event type"], groups["clock window"], atol=1e-6)
-    np.testing.assert_allclose(groups["event type"], tables["events"].groupby("icu_stay_id")["attribution"].sum(), atol=1e-6)
+    np.testing.assert_allclose(
+        groups["event type"], tables["events"].groupby("icu_stay_id")["attribution"].sum(), atol=1e-6
+    )
 
 
 def test_event_times_are_those_of_the_data(tables, trained):
     data = pd.read_csv(trained.data, parse_dates=["event_time"])
     stay = tables["stays"]["icu_stay_id"].iloc[0]
-    mine, theirs = (frame[frame["icu_stay_id"] == stay]["event_time"].sort_values().to_numpy() for frame in (tables["events"], data))
+    mine, theirs = (
+        frame[frame["icu_stay_id"] == stay]["event_time"].sort_values().to_numpy() for frame in (tables["events"], data)
+    )
     assert (mine.astype("datetime64[s]") == theirs.astype("datetime64[s]")).all()
 
 
@@ -402,7 +513,10 @@ def test_heads_are_compared_with_untrained_models(tables):
 
 
 def test_shares_of_windows_sum_to_one_and_are_said_in_words(tables):
-    assert tables["windows"]["share"].sum() == pytest.approx(1) and tables["windows"]["sentence"].str.endswith("of the events.").all()
+    assert (
+        tables["windows"]["share"].sum() == pytest.approx(1)
+        and tables["windows"]["sentence"].str.endswith("of the events.").all()
+    )
 
 
 def test_a_stay_of_the_tables_serves_the_small_analyses(tables, run):
@@ -417,9 +531,21 @@ def test_a_stay_of_the_tables_serves_the_small_analyses(tables, run):
 
 def test_every_file_is_written(tables, trained):
     names = {path.name for path in (trained.folder / "out").iterdir()}
-    pictures = {f"{name}.png" for name in (
-        "layer_attention_weights", "sequence_importance", "sequence_importance_combined", "head_specialization", "feature_importance",
-        "query_vector_analysis", "captum_attributions", "captum_layer_attributions", "captum_ablation_attributions", "deletion_insertion")}
+    pictures = {
+        f"{name}.png"
+        for name in (
+            "layer_attention_weights",
+            "sequence_importance",
+            "sequence_importance_combined",
+            "head_specialization",
+            "feature_importance",
+            "query_vector_analysis",
+            "captum_attributions",
+            "captum_layer_attributions",
+            "captum_ablation_attributions",
+            "deletion_insertion",
+        )
+    }
     assert names == pictures | set(explain.TABLE_FILES.values()) | {"faithfulness.json", "report.html"}
     assert tables["faithfulness"]["sentence"].str.len().min() > 20
 
@@ -437,8 +563,14 @@ def test_trajectory_ends_at_the_risk_of_the_whole_stay(run):
 
 def test_every_input_has_a_clinical_name(run):
     names = explain.map_features_to_clinical(run.checkpoint.preprocessor, run.dataset.input_dim)
-    assert (names["input"] == "event").sum() == 774 and (names["input"] == "static").sum() == run.checkpoint.preprocessor.static_dim
-    assert names["name"][2] == "event type: labevent" and "gender: F" in set(names["name"]) and "age (years)" in set(names["name"])
+    assert (names["input"] == "event").sum() == 774 and (
+        names["input"] == "static"
+    ).sum() == run.checkpoint.preprocessor.static_dim
+    assert (
+        names["name"][2] == "event type: labevent"
+        and "gender: F" in set(names["name"])
+        and "age (years)" in set(names["name"])
+    )
 
 
 def test_truth_finds_its_events(tables, trained):
@@ -449,8 +581,10 @@ def test_truth_finds_its_events(tables, trained):
     np.testing.assert_allclose(total, expected)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--checkpoint", "missing.pth"], "no such checkpoint"), (["--untrained_models", "1"], "must be at least 4")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--checkpoint", "missing.pth"], "no such checkpoint"), (["--untrained_models", "1"], "must be at least 4")],
+)
 def test_main_says_what_to_mend_and_returns_2(arguments, message, capsys):
     assert explain.main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -462,7 +596,9 @@ def test_unknown_option_is_named(trained):
 
 
 def test_selfcheck_returns_1_where_a_criterion_falls_short(monkeypatch):
-    short = explain.criterion("c", "m", {"value": 0.1, "low": 0.0, "high": 0.2, "n": 3}, (">=", 0.9), "it is {value:.1f}")
+    short = explain.criterion(
+        "c", "m", {"value": 0.1, "low": 0.0, "high": 0.2, "n": 3}, (">=", 0.9), "it is {value:.1f}"
+    )
     settings = replace(explain.ExplainSettings(), save_dir="")
     monkeypatch.setattr(explain, "selfcheck", lambda settings: [short | {"seed": "all"}])
     assert explain.run_selfcheck(settings) == 1

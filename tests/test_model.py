@@ -1,4 +1,5 @@
 """Shapes and truths of the dataset, the model and the loss."""
+
 import math
 
 import numpy as np
@@ -37,12 +38,18 @@ def dataset(tmp_path_factory):
 def test_default_model_has_the_shapes_of_the_specification():
     torch.manual_seed(0)
     model = train.ClinicalTransformer(774, 40).eval()
-    probability, attention = model(torch.randn(2, 9, 774), torch.randn(2, 40), torch.ones(2, 9, dtype=torch.bool), return_attention=True)
+    probability, attention = model(
+        torch.randn(2, 9, 774), torch.randn(2, 40), torch.ones(2, 9, dtype=torch.bool), return_attention=True
+    )
     assert probability.shape == (2, 1) and attention["transformer_output"].shape == (2, 9, 256)
     assert attention["pooling_weights"].shape == (2, 4, 1, 9) and attention["query_vector"].shape == (2, 1, 256)
     assert [w.shape for w in attention["layer_attention_weights"]] == [(2, 8, 9, 9)] * 4
     assert model.query_vector.shape == (1, 1, 256)
-    assert [tuple(layer.weight.shape) for layer in model.classifier if hasattr(layer, "weight")] == [(256, 296), (128, 256), (1, 128)]
+    assert [tuple(layer.weight.shape) for layer in model.classifier if hasattr(layer, "weight")] == [
+        (256, 296),
+        (128, 256),
+        (1, 128),
+    ]
 
 
 def test_padding_changes_no_output_whatever_it_holds(model, batch):
@@ -60,7 +67,7 @@ def test_order_of_stays_changes_no_output(model, batch):
 
 def test_batched_stays_equal_single_stays(model, batch):
     sequences, static, mask = batch
-    single = [model(sequences[i:i + 1, :mask[i].sum()], static[i:i + 1]) for i in range(B)]
+    single = [model(sequences[i : i + 1, : mask[i].sum()], static[i : i + 1]) for i in range(B)]
     assert torch.allclose(torch.cat(single), model(*batch), atol=1e-5)
 
 
@@ -88,8 +95,10 @@ def test_attention_is_that_of_the_pass_that_made_the_probability(model, batch):
 def test_layer_weights_equal_what_the_fused_pass_used(model, batch):
     sequences, static, mask = batch
     layer, seen = model.transformer_encoder[0], {}
-    hooks = [layer.query_key_value.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
-             layer.attention_output.register_forward_hook(lambda m, i, o: seen.update(attended=i[0]))]
+    hooks = [
+        layer.query_key_value.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
+        layer.attention_output.register_forward_hook(lambda m, i, o: seen.update(attended=i[0])),
+    ]
     _, attention = model(*batch, return_attention=True)
     for hook in hooks:
         hook.remove()
@@ -111,8 +120,12 @@ def test_positions_are_made_for_any_length():
 
 def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
     sequence, static, label = dataset[3]
-    assert sequence.shape == (dataset.table.lengths[3], 774) and label.shape == (1,) and static.shape == (dataset.static.shape[1],)
-    assert (sequence[:-1, 773] >= sequence[1:, 773]).all()       # minutes to the final event fall
+    assert (
+        sequence.shape == (dataset.table.lengths[3], 774)
+        and label.shape == (1,)
+        and static.shape == (dataset.static.shape[1],)
+    )
+    assert (sequence[:-1, 773] >= sequence[1:, 773]).all()  # minutes to the final event fall
     assert torch.equal(sequence[:, :5].sum(1), torch.ones(len(sequence)))
     first = dataset.table.offsets[3]
     assert torch.equal(sequence[0, 5:773], dataset.text_vectors[int(dataset.table.text[first])])
@@ -147,7 +160,9 @@ def test_shares_of_processes_hold_every_stay_once_with_weight_one():
 
 
 def test_temporal_weights_of_two_events_by_hand():
-    weights = train.temporal_weights(torch.tensor([[24.0, 0.0, 99.0]]), torch.tensor([[True, True, False]]), tau_hours=24.0)
+    weights = train.temporal_weights(
+        torch.tensor([[24.0, 0.0, 99.0]]), torch.tensor([[True, True, False]]), tau_hours=24.0
+    )
     older = math.exp(-1) / (1 + math.exp(-1))
     assert torch.allclose(weights, torch.tensor([[older, 1 - older, 0.0]]), atol=1e-6)
 
@@ -157,7 +172,11 @@ def test_temporal_loss_of_two_events_by_hand():
     with torch.no_grad():
         loss.event_head.weight.fill_(1.0)
         loss.event_head.bias.zero_()
-    events, hours, mask = torch.tensor([[[2.0], [-1.0]]]), torch.tensor([[24.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    events, hours, mask = (
+        torch.tensor([[[2.0], [-1.0]]]),
+        torch.tensor([[24.0, 0.0]]),
+        torch.ones(1, 2, dtype=torch.bool),
+    )
     value = loss(torch.tensor([[0.5]]), events, torch.tensor([[1.0]]), hours, mask)
     bce = lambda logit: math.log1p(math.exp(-logit))
     older = math.exp(-1) / (1 + math.exp(-1))
@@ -166,7 +185,13 @@ def test_temporal_loss_of_two_events_by_hand():
 
 def test_temporal_weight_zero_is_plain_bce():
     loss = train.TemporalAwareLoss(d_model=1, weight=0.0)
-    value = loss(torch.tensor([[0.0]]), torch.zeros(1, 2, 1), torch.tensor([[1.0]]), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    value = loss(
+        torch.tensor([[0.0]]),
+        torch.zeros(1, 2, 1),
+        torch.tensor([[1.0]]),
+        torch.zeros(1, 2),
+        torch.ones(1, 2, dtype=torch.bool),
+    )
     assert value.item() == pytest.approx(math.log(2)) and not list(loss.parameters())
 
 
@@ -188,12 +213,18 @@ def test_evenness_of_a_single_event_is_zero_with_finite_gradient():
 
 
 def test_sparsity_weight_adds_each_stays_evenness_to_its_loss(dataset):
-    model = train.ClinicalTransformer(dataset.input_dim, dataset.static.shape[1], d_model=32, n_layers=1, n_heads=2, d_feedforward=32).eval()
+    model = train.ClinicalTransformer(
+        dataset.input_dim, dataset.static.shape[1], d_model=32, n_layers=1, n_heads=2, d_feedforward=32
+    ).eval()
     preprocessor = train.ClinicalDataPreprocessor().fit(dataset.table)
     batch, loss = train.collate_stays([dataset[0], dataset[1]]), train.TemporalAwareLoss(32)
     with torch.no_grad():
-        plain, sparse = (train.TrainingObjective(model, loss, preprocessor, weight)(batch, 773) for weight in (0.0, 0.5))
-        values = model.attention_pooling.value(model.score(batch["sequences"], batch["static_features"], batch["attention_mask"])[1]["transformer_output"]).unflatten(2, (4, -1))
+        plain, sparse = (
+            train.TrainingObjective(model, loss, preprocessor, weight)(batch, 773) for weight in (0.0, 0.5)
+        )
+        values = model.attention_pooling.value(
+            model.score(batch["sequences"], batch["static_features"], batch["attention_mask"])[1]["transformer_output"]
+        ).unflatten(2, (4, -1))
     assert torch.allclose(sparse - plain, 0.5 * train.evenness(values, batch["attention_mask"]), atol=1e-6)
 
 
@@ -202,4 +233,6 @@ def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_thre
     events = torch.cat([dataset[i][0] for i in range(len(dataset))])
     assert torch.allclose(mean, events.mean(0), atol=1e-4)
     variance = ((events - mean) / scale).var(0, correction=0)
-    assert variance[5:773].sum() == pytest.approx(0.75 * 774, rel=0.01) and variance.sum() == pytest.approx(774, rel=0.01)
+    assert variance[5:773].sum() == pytest.approx(0.75 * 774, rel=0.01) and variance.sum() == pytest.approx(
+        774, rel=0.01
+    )

@@ -1,4 +1,5 @@
 """The plots of train.py: they draw what was computed, survive small and odd data, move no global state."""
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -8,8 +9,15 @@ from scipy.special import expit
 
 import train
 
-HISTORY = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [0.6, 0.5, 0.4], "validation_loss": [0.62, 0.55, 0.58],
-                        "validation_auroc": [0.6, 0.7, np.nan], "learning_rate": [1e-4, 3e-4, 1e-4]})
+HISTORY = pd.DataFrame(
+    {
+        "epoch": [1, 2, 3],
+        "train_loss": [0.6, 0.5, 0.4],
+        "validation_loss": [0.62, 0.55, 0.58],
+        "validation_auroc": [0.6, 0.7, np.nan],
+        "learning_rate": [1e-4, 3e-4, 1e-4],
+    }
+)
 
 
 def predictions(n=60):
@@ -21,15 +29,26 @@ def predictions(n=60):
 def figure_of(name, n=60):
     labels, risks = predictions(n)
     metrics = train.evaluate_predictions(labels, risks, np.arange(n), n_bootstrap=20)
-    return {"training": lambda: train.plot_training_curves(HISTORY, "made up"),
-            "roc": lambda: train.plot_roc_and_pr(labels, risks, metrics, "made up"),
-            "calibration": lambda: train.plot_calibration(labels, risks, metrics, "made up"),
-            "decision": lambda: train.plot_decision_curve(train.decision_curve(labels, risks), "made up"),
-            "attention": lambda: train.plot_attention_heatmap(np.full((4, 5, 5), 0.2), np.full((4, n), 1 / n),
-                                                              np.arange(n), "Where?", "made up"),
-            "trajectories": lambda: train.plot_risk_trajectories(pd.DataFrame(
-                {"stay": np.repeat(range(n), 2), "hours_after_admission": [6, 24] * n,
-                 "probability": np.repeat(risks, 2), "label": np.repeat(labels, 2)}), "made up")}[name]()
+    return {
+        "training": lambda: train.plot_training_curves(HISTORY, "made up"),
+        "roc": lambda: train.plot_roc_and_pr(labels, risks, metrics, "made up"),
+        "calibration": lambda: train.plot_calibration(labels, risks, metrics, "made up"),
+        "decision": lambda: train.plot_decision_curve(train.decision_curve(labels, risks), "made up"),
+        "attention": lambda: train.plot_attention_heatmap(
+            np.full((4, 5, 5), 0.2), np.full((4, n), 1 / n), np.arange(n), "Where?", "made up"
+        ),
+        "trajectories": lambda: train.plot_risk_trajectories(
+            pd.DataFrame(
+                {
+                    "stay": np.repeat(range(n), 2),
+                    "hours_after_admission": [6, 24] * n,
+                    "probability": np.repeat(risks, 2),
+                    "label": np.repeat(labels, 2),
+                }
+            ),
+            "made up",
+        ),
+    }[name]()
 
 
 @pytest.mark.parametrize("name", ["training", "roc", "calibration", "decision", "attention", "trajectories"])
@@ -43,7 +62,7 @@ def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(nam
 
 @pytest.mark.parametrize("name", ["roc", "calibration", "decision", "trajectories"])
 def test_plot_of_two_stays_can_be_drawn(name, tmp_path):
-    figure_of(name, n=2).savefig(tmp_path / "plot.png")                    # both survived
+    figure_of(name, n=2).savefig(tmp_path / "plot.png")  # both survived
 
 
 def test_training_curves_mark_the_epoch_of_the_lowest_validation_loss():
@@ -67,8 +86,14 @@ def test_prevalence_line_lies_at_the_death_rate():
 
 
 def test_trajectory_means_come_with_their_numbers():
-    trajectories = pd.DataFrame({"stay": [1, 1, 2, 3], "hours_after_admission": [6, 24, 6, 6],
-                                 "probability": [0.2, 0.4, 0.6, 0.1], "label": [1, 1, 1, 0]})
+    trajectories = pd.DataFrame(
+        {
+            "stay": [1, 1, 2, 3],
+            "hours_after_admission": [6, 24, 6, 6],
+            "probability": [0.2, 0.4, 0.6, 0.1],
+            "label": [1, 1, 1, 0],
+        }
+    )
     mean = train.plot_risk_trajectories(trajectories).axes[1]
     assert mean.lines[0].get_xydata().tolist() == [[6, pytest.approx(0.4)], [24, pytest.approx(0.4)]]
     assert [text.get_text() for text in mean.texts] == ["n=2", "n=1", "n=1", "n=0"]

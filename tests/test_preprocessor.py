@@ -1,4 +1,5 @@
 """The preprocessor: fitted on training stays alone, plain-data state, unknown categories and missing values."""
+
 import json
 import math
 
@@ -47,7 +48,9 @@ def test_static_features_of_unknown_category_are_all_zeros(table):
 
 def test_static_features_missing_category_is_unknown_and_missing_number_is_training_mean(table):
     preprocessor = fitted(table, static_features=["insurance", "patient_age"])
-    encoded = preprocessor.encode_static_features(table.static_columns.head(1).assign(insurance=None, patient_age=math.nan))[0]
+    encoded = preprocessor.encode_static_features(
+        table.static_columns.head(1).assign(insurance=None, patient_age=math.nan)
+    )[0]
     on = [name for name, value in zip(preprocessor.static_names, encoded) if value]
     assert on == [("insurance", "Unknown")] and encoded[-1] == 0
 
@@ -60,7 +63,9 @@ def test_static_numbers_have_mean_zero_and_scale_one(table):
 def test_number_of_events_is_scaled_by_its_logarithm_and_counts_what_is_read(table):
     preprocessor = fitted(table, static_features=["number_of_events"])
     logs = np.log1p(table.lengths)
-    assert np.allclose(preprocessor.encode_static_features(table.static_columns)[:, 0], (logs - logs.mean()) / logs.std(), atol=1e-5)
+    assert np.allclose(
+        preprocessor.encode_static_features(table.static_columns)[:, 0], (logs - logs.mean()) / logs.std(), atol=1e-5
+    )
     first_half = table.take(np.arange(len(table.stays)), keep_event=np.arange(len(table.text)) % 2 == 0)
     assert np.array_equal(first_half.static_columns.number_of_events, first_half.lengths)
 
@@ -78,6 +83,7 @@ def test_fit_is_not_moved_by_other_stays(table):
     changed = table.stays.copy()
     changed.loc[rest, "patient_age"] = 1000.0
     import dataclasses
+
     after = fitted(dataclasses.replace(table, stays=changed).take(first)).state_dict()
     assert before == after
 
@@ -86,18 +92,35 @@ def test_state_is_plain_data_and_round_trips(table):
     preprocessor = fitted(table, value_channel=True)
     state = json.loads(json.dumps(preprocessor.state_dict()))
     copy = train.ClinicalDataPreprocessor().load_state_dict(state)
-    assert np.array_equal(copy.encode_static_features(table.static_columns), preprocessor.encode_static_features(table.static_columns))
+    assert np.array_equal(
+        copy.encode_static_features(table.static_columns), preprocessor.encode_static_features(table.static_columns)
+    )
     assert np.array_equal(copy.encode_values(table.texts), preprocessor.encode_values(table.texts))
 
 
-@pytest.mark.parametrize("text, item, value", [
-    ("Lab: Lactate (Blood, Blood Gas) | Value: 2.4 mmol/L | Reference: 0.5-2 | Level: slightly above range",
-     "Lab: Lactate (Blood, Blood Gas) mmol/L", 2.4),
-    ("Lab: pH (Urine, Hematology) | Value: NEG", "Lab: pH (Urine, Hematology)", math.nan),
-    ("Prescription: Heparin | Strength: 5000 Units / mL Vial | Dose: 5000 UNIT | Route: SC", "Prescription: Heparin UNIT", 5000),
-    ("Prescription: Heparin | Dose: 5-10 mg", "Prescription: Heparin", math.nan),
-    ("Ingredient: Dextrose 5% | Amount: 50 ml | Rate: 25 mL/hour | Status: FinishedRunning", "Ingredient: Dextrose #% mL/hour", 25),
-    ("", "", math.nan)])
+@pytest.mark.parametrize(
+    "text, item, value",
+    [
+        (
+            "Lab: Lactate (Blood, Blood Gas) | Value: 2.4 mmol/L | Reference: 0.5-2 | Level: slightly above range",
+            "Lab: Lactate (Blood, Blood Gas) mmol/L",
+            2.4,
+        ),
+        ("Lab: pH (Urine, Hematology) | Value: NEG", "Lab: pH (Urine, Hematology)", math.nan),
+        (
+            "Prescription: Heparin | Strength: 5000 Units / mL Vial | Dose: 5000 UNIT | Route: SC",
+            "Prescription: Heparin UNIT",
+            5000,
+        ),
+        ("Prescription: Heparin | Dose: 5-10 mg", "Prescription: Heparin", math.nan),
+        (
+            "Ingredient: Dextrose 5% | Amount: 50 ml | Rate: 25 mL/hour | Status: FinishedRunning",
+            "Ingredient: Dextrose #% mL/hour",
+            25,
+        ),
+        ("", "", math.nan),
+    ],
+)
 def test_parse_value_item_and_number(text, item, value):
     found = train.parse_value(text)
     assert found[0] == item and (found[1] == value or math.isnan(found[1]) and math.isnan(value))
@@ -105,5 +128,8 @@ def test_parse_value_item_and_number(text, item, value):
 
 def test_values_are_quantiles_of_their_item_clipped_and_new_items_are_zero():
     quantiles = {"Lab: X (Blood, C) mg/dL": [0.0, 1.0, 2.0, 3.0]}
-    texts = [f"Lab: X (Blood, C) | Value: {v} mg/dL" for v in (-5, 1.5, 99)] + ["Lab: Y (Blood, C) | Value: 1 mg/dL", "none"]
+    texts = [f"Lab: X (Blood, C) | Value: {v} mg/dL" for v in (-5, 1.5, 99)] + [
+        "Lab: Y (Blood, C) | Value: 1 mg/dL",
+        "none",
+    ]
     assert train.encode_values(texts, quantiles).tolist() == [[-1, 1], [0, 1], [1, 1], [0, 0], [0, 0]]

@@ -1,4 +1,5 @@
 """query.sql through sqlglot and DuckDB on a made-up MIMIC-IV folder: no row here comes from a patient."""
+
 import gzip
 from datetime import datetime
 
@@ -8,8 +9,10 @@ import pytest
 import train
 
 IN, OUT = "2150-01-01 10:00:00", "2150-01-03 10:00:00"
-LAB = ("subject_id,hadm_id,itemid,charttime,storetime,value,valuenum,valueuom,ref_range_lower,ref_range_upper,"
-       "flag,priority,comments")
+LAB = (
+    "subject_id,hadm_id,itemid,charttime,storetime,value,valuenum,valueuom,ref_range_lower,ref_range_upper,"
+    "flag,priority,comments"
+)
 
 # Patient 1: admission 11 with the ICU stays 101 and 102. Patient 2: admission 21, stay 201, dies before ICU discharge.
 # Patient 3: admission 31, stay 301, without any event.
@@ -94,10 +97,26 @@ def texts(stay, event_type):
 
 def test_stay_columns_have_the_names_and_order_of_the_contract(stays):
     assert list(stays[101]) == [
-        "patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime", "patient_death_time",
-        "patient_expired_in_hospital", "patient_gender", "patient_age", "patient_race", "marital_status",
-        "admission_type", "admission_location", "insurance", "first_icu_careunit", "last_icu_careunit",
-        "icu_length_of_stay_in_days", "discharge_location", "events"]
+        "patient_id",
+        "admission_id",
+        "icu_stay_id",
+        "icu_intime",
+        "icu_outtime",
+        "patient_death_time",
+        "patient_expired_in_hospital",
+        "patient_gender",
+        "patient_age",
+        "patient_race",
+        "marital_status",
+        "admission_type",
+        "admission_location",
+        "insurance",
+        "first_icu_careunit",
+        "last_icu_careunit",
+        "icu_length_of_stay_in_days",
+        "discharge_location",
+        "events",
+    ]
 
 
 def test_label_is_hospital_death_and_later_death_is_not(stays):
@@ -139,7 +158,8 @@ def test_events_are_ordered_by_time_type_and_text(stays):
 def test_lab_text_has_value_range_level_flag_and_priority(stays):
     assert texts(stays[101], "labevent")[0] == (
         "Lab: Creatinine (Blood, Chemistry) | Value: 2.4 mg/dL | Reference: 0.5-1.2 | Level: above range | "
-        "Flag: abnormal | Priority: STAT")
+        "Flag: abnormal | Priority: STAT"
+    )
 
 
 def test_lab_comment_loses_clock_time_and_line_break_but_not_titer(stays):
@@ -151,23 +171,28 @@ def test_lab_parts_that_are_missing_are_left_out(stays):
         "Lab: pH (Blood, Blood Gas) | Value: 7.32 units | Reference: 7.35-7.45 | Level: slightly below range",
         "Lab: Glucose (Urine, Hematology) | Reference: 0-0 | Comment: NEG.",
         "Lab: Glucose (Urine, Hematology) | Value: >300 mg/dL",
-        "Lab: item 4 (Blood, Chemistry) | Value: 1235"]
+        "Lab: item 4 (Blood, Chemistry) | Value: 1235",
+    ]
 
 
 def test_other_texts_follow_the_wording(stays):
     assert texts(stays[201], "prescription") == [
         "Prescription: Heparin | Dose: 25,000 UNIT",
-        "Prescription: Norepinephrine | Strength: 8mg/250mL | Form: BAG | Dose: 0.1 mcg/kg/min | Route: IV"]
+        "Prescription: Norepinephrine | Strength: 8mg/250mL | Form: BAG | Dose: 0.1 mcg/kg/min | Route: IV",
+    ]
     assert texts(stays[201], "procedure_event") == [
         "Procedure: Chest X-Ray (5-Imaging) | Status: FinishedRunning",
-        "Procedure: Invasive Ventilation (2-Ventilation) | Status: FinishedRunning | for 720 min"]
+        "Procedure: Invasive Ventilation (2-Ventilation) | Status: FinishedRunning | for 720 min",
+    ]
     assert texts(stays[201], "ingredient") == [
         "Ingredient: Dextrose 5% | Amount: 50 ml | Rate: 50 mL/hour | Status: FinishedRunning",
-        "Ingredient: item 99 | Amount: 0 ml | Status: Stopped"]
+        "Ingredient: item 99 | Amount: 0 ml | Status: Stopped",
+    ]
     assert texts(stays[201], "microbiology") == [
         "Microbiology: URINE | Test: URINE CULTURE | Comment: NO GROWTH.",
         "Microbiology: BLOOD CULTURE | Test: Blood Culture, Routine | Organism: ESCHERICHIA COLI | "
-        "Antibiotic: CEFEPIME | Interpretation: resistant"]
+        "Antibiotic: CEFEPIME | Interpretation: resistant",
+    ]
 
 
 def test_known_time_follows_store_and_end_times_and_is_null_where_unknown(stays):
@@ -186,31 +211,54 @@ def test_culture_without_times_is_dated_by_day_and_known_at_the_end_of_its_store
 
 
 LEVELS = [
-    (2.4, 0.5, 1.2, "above range"), (2.5, 0.5, 1.2, "far above range"), (1.3, 0.5, 1.2, "slightly above range"),
-    (1.2, 0.5, 1.2, "within range"), (0.5, 0.5, 1.2, "within range"), (7.0, 7.35, 7.45, "far below range"),
-    (7.29, 7.35, 7.45, "below range"), (150, 133, 145, "slightly above range"), (160, 133, 145, "above range"),
-    (170, 133, 145, "far above range"), (40, 150, 400, "far below range"), (140, 150, 400, "slightly below range"),
-    (-5, -2, 2, "below range"), (30, 0, 0, "above range"), (9, "", 4, "far above range"), (3, 4, "", "below range"),
-    (5, 4, "", "within range")]
+    (2.4, 0.5, 1.2, "above range"),
+    (2.5, 0.5, 1.2, "far above range"),
+    (1.3, 0.5, 1.2, "slightly above range"),
+    (1.2, 0.5, 1.2, "within range"),
+    (0.5, 0.5, 1.2, "within range"),
+    (7.0, 7.35, 7.45, "far below range"),
+    (7.29, 7.35, 7.45, "below range"),
+    (150, 133, 145, "slightly above range"),
+    (160, 133, 145, "above range"),
+    (170, 133, 145, "far above range"),
+    (40, 150, 400, "far below range"),
+    (140, 150, 400, "slightly below range"),
+    (-5, -2, 2, "below range"),
+    (30, 0, 0, "above range"),
+    (9, "", 4, "far above range"),
+    (3, 4, "", "below range"),
+    (5, 4, "", "within range"),
+]
 
 
 def test_level_says_how_far_a_value_lies_from_its_range(tmp_path):
-    rows = [f"1,11,1,2150-01-01 11:{minute:02}:00,,,{value},u,{low},{high},,,"
-            for minute, (value, low, high, _) in enumerate(LEVELS)]
+    rows = [
+        f"1,11,1,2150-01-01 11:{minute:02}:00,,,{value},u,{low},{high},,,"
+        for minute, (value, low, high, _) in enumerate(LEVELS)
+    ]
     folder = write_folder(tmp_path / "mimic", labevents="\n".join([LAB, *rows]))
     stay = pyarrow.parquet.read_table(train.run_mimic_query(folder, tmp_path)).to_pylist()[0]
     assert [text.split(" | Level: ")[1] for text in texts(stay, "labevent")] == [level for *_, level in LEVELS]
 
 
 ROUNDINGS = [
-    ("49.999998807907104", "", "", "50"), ("0.0312456", "", "", "0.0312"), ("15432.4", "", "", "15432"),
-    ("0", "", "", "0"), ("34.6", "40", "51", "35"), ("1.234", "0.5", "1.2", "1.23"),
-    ("1.025", "1.001", "1.035", "1.025"), ("0.021", "0.27", "4.2", "0.021"), ("-4.04", "-2", "2", "-4")]
+    ("49.999998807907104", "", "", "50"),
+    ("0.0312456", "", "", "0.0312"),
+    ("15432.4", "", "", "15432"),
+    ("0", "", "", "0"),
+    ("34.6", "40", "51", "35"),
+    ("1.234", "0.5", "1.2", "1.23"),
+    ("1.025", "1.001", "1.035", "1.025"),
+    ("0.021", "0.27", "4.2", "0.021"),
+    ("-4.04", "-2", "2", "-4"),
+]
 
 
 def test_numbers_are_rounded_to_what_a_clinician_would_write(tmp_path):
-    rows = [f"1,11,1,2150-01-01 11:{minute:02}:00,,,{value},,{low},{high},,,"
-            for minute, (value, low, high, _) in enumerate(ROUNDINGS)]
+    rows = [
+        f"1,11,1,2150-01-01 11:{minute:02}:00,,,{value},,{low},{high},,,"
+        for minute, (value, low, high, _) in enumerate(ROUNDINGS)
+    ]
     folder = write_folder(tmp_path / "mimic", labevents="\n".join([LAB, *rows]))
     stay = pyarrow.parquet.read_table(train.run_mimic_query(folder, tmp_path)).to_pylist()[0]
     values = [text.split(" | ")[1] for text in texts(stay, "labevent")]
@@ -261,8 +309,13 @@ def test_truncated_gzip_is_an_input_error(tmp_path):
         train.run_mimic_query(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("broken", [TABLES["hosp/labevents"].replace("2.40,2.4,", "2.40,two,"),
-                                    TABLES["hosp/labevents"].replace("2.40,2.4,", "2.40,")])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        TABLES["hosp/labevents"].replace("2.40,2.4,", "2.40,two,"),
+        TABLES["hosp/labevents"].replace("2.40,2.4,", "2.40,"),
+    ],
+)
 def test_malformed_rows_are_an_input_error_without_their_content(tmp_path, broken):
     with pytest.raises(train.InputError, match="labevents") as caught:
         train.run_mimic_query(write_folder(tmp_path, labevents=broken), tmp_path)

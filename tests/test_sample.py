@@ -1,4 +1,5 @@
 """The synthetic sample: committed file, format, realism, and the truth it plants."""
+
 from pathlib import Path
 
 import numpy as np
@@ -161,9 +162,19 @@ def test_counts_of_causes_reach_the_best_auroc(large):
     assert best > 0.92 and (reached - 0.5) / (best - 0.5) > 0.95
 
 
-@pytest.mark.parametrize("value, word", [(0.9, "far below range"), (1.5, "below range"), (1.9, "slightly below range"),
-                                         (2, "within range"), (4, "within range"), (4.5, "slightly above range"),
-                                         (5.5, "above range"), (8.5, "far above range")])
+@pytest.mark.parametrize(
+    "value, word",
+    [
+        (0.9, "far below range"),
+        (1.5, "below range"),
+        (1.9, "slightly below range"),
+        (2, "within range"),
+        (4, "within range"),
+        (4.5, "slightly above range"),
+        (5.5, "above range"),
+        (8.5, "far above range"),
+    ],
+)
 def test_magnitude_level_of_a_range_from_2_to_4(value, word):
     assert magnitude_level(value, 2, 4) == word
 

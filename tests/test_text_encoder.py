@@ -1,4 +1,5 @@
 """The text encoder: the vectors of LongformerModel itself, each text encoded once, nothing executed, nothing mixed."""
+
 import json
 import pickle
 import shutil
@@ -34,17 +35,21 @@ def reference(folder, texts, max_length=512):
 @pytest.fixture
 def make(tiny_longformer, tmp_path):
     """Builds encoders that share this test's cache folder."""
+
     def build(folder=tiny_longformer, **options):
         places = dict(cache_dir=tmp_path / "cache", weights_dir=tmp_path / "hf")
         return train.ClinicalTextEncoder(folder, **dict(dtype="float32", devices=["cpu"]) | places | options)
+
     return build
 
 
 @pytest.fixture
 def no_hub(monkeypatch):
     """A machine without network: every question to the hub fails at once."""
+
     def fail(*_, **__):
         raise ConnectionError("no network")
+
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
 
 
@@ -53,6 +58,7 @@ def events(count):
 
 
 # ---- the same vectors ----
+
 
 @pytest.mark.parametrize("n_tokens", LENGTHS)
 def test_vector_equals_longformer_alone(make, tiny_longformer, n_tokens):
@@ -92,8 +98,15 @@ def save_bert(folder, **settings):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "lab", "lactate", "value", "high", "|", ":", "1", "2"]
     (folder / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizer.from_pretrained(folder).save_pretrained(folder)
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=48, initializer_range=0.2, **settings)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        initializer_range=0.2,
+        **settings,
+    )
     transformers.BertModel(config).save_pretrained(folder)
     return folder
 
@@ -133,6 +146,7 @@ def test_odd_text_has_a_vector_of_its_own(make, text):
 
 # ---- once each ----
 
+
 def test_cached_text_is_never_encoded_again(make):
     first, second = make(), make()
     first.embed([*events(20), *events(20), None], progress=False)
@@ -163,6 +177,7 @@ def stop_after(encoder, count, monkeypatch):
         if len(calls) > count:
             raise KeyboardInterrupt
         return real(device, tokens)
+
     monkeypatch.setattr(encoder, "_forward", forward)
 
 
@@ -200,6 +215,7 @@ def test_vectors_of_texts_never_embedded_are_an_error(make):
 
 
 # ---- never mixed ----
+
 
 def test_two_models_never_share_vectors(make, tiny_longformer, tmp_path):
     folder = shutil.copytree(tiny_longformer, tmp_path / "model")
@@ -248,6 +264,7 @@ def test_earlier_single_files_serve_the_default_encoder(make, tiny_longformer, t
 
 # ---- nobody let in, clear errors ----
 
+
 class Malicious:
     def __init__(self, path):
         self.path = str(path)
@@ -270,7 +287,9 @@ def test_code_beside_weights_is_not_executed(make, tiny_longformer, tmp_path):
     folder = shutil.copytree(tiny_longformer, tmp_path / "model")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'let_in')!r}, 'w')\nclass C: pass\n")
     config = json.loads((folder / "config.json").read_text()) | {
-        "model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.C"}}
+        "model_type": "unheard_of",
+        "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.C"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(train.InputError):
         make(folder)
@@ -286,9 +305,14 @@ def test_plain_bin_weights_are_read(make, tiny_longformer, tmp_path):
     np.testing.assert_allclose(vector, reference(tiny_longformer, ["x"]), atol=1e-5)
 
 
-@pytest.mark.parametrize("lost, message", [
-    (["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"], "tokenizer"),
-    (["model.safetensors"], "cannot be used"), (["config.json"], "config.json")])
+@pytest.mark.parametrize(
+    "lost, message",
+    [
+        (["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"], "tokenizer"),
+        (["model.safetensors"], "cannot be used"),
+        (["config.json"], "config.json"),
+    ],
+)
 def test_incomplete_model_folder_is_a_clear_error(make, tiny_longformer, tmp_path, lost, message):
     folder = shutil.copytree(tiny_longformer, tmp_path / "model")
     for name in lost:
@@ -299,6 +323,7 @@ def test_incomplete_model_folder_is_a_clear_error(make, tiny_longformer, tmp_pat
 
 def test_weights_of_half_a_model_are_a_clear_error(make, tiny_longformer, tmp_path):
     from safetensors.torch import load_file, save_file
+
     folder = shutil.copytree(tiny_longformer, tmp_path / "model")
     state = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layer.1" not in k}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -328,6 +353,7 @@ def test_download_is_put_in_place_whole_and_used(make, tiny_longformer, tmp_path
     def download(name, local_dir, **options):
         asked.update(options, name=name)
         shutil.copytree(tiny_longformer, local_dir)
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     encoder = make(train.CLINICAL_LONGFORMER)
     np.testing.assert_allclose(encoder.encode_event_text_batch(["x"]), reference(tiny_longformer, ["x"]), atol=1e-5)
@@ -336,6 +362,7 @@ def test_download_is_put_in_place_whole_and_used(make, tiny_longformer, tmp_path
 
 
 # ---- the encoder without weights ----
+
 
 def test_hashing_reads_a_number_by_first_digit_and_magnitude(tmp_path):
     encode = train.HashingTextEncoder(tmp_path).encode_event_text_batch
@@ -346,8 +373,12 @@ def test_hashing_reads_a_number_by_first_digit_and_magnitude(tmp_path):
 def test_hashing_reads_a_level_together_with_its_item(tmp_path):
     """What is said of another item is nearly as far away as what is said of nothing alike: below the same item's other value."""
     encode = train.HashingTextEncoder(tmp_path).encode_event_text_batch
-    lactate, other_value, glucose = encode([f"Lab: {name} | Value: {value} mmol/L | Level: far above range"
-                                            for name, value in (("Lactate", 5), ("Lactate", 9), ("Glucose", 5))])
+    lactate, other_value, glucose = encode(
+        [
+            f"Lab: {name} | Value: {value} mmol/L | Level: far above range"
+            for name, value in (("Lactate", 5), ("Lactate", 9), ("Glucose", 5))
+        ]
+    )
     assert np.corrcoef(lactate, other_value)[0, 1] > 0.7 > 0.4 > np.corrcoef(lactate, glucose)[0, 1]
 
 
@@ -357,7 +388,9 @@ def test_hashing_vector_is_the_same_on_every_machine(tmp_path):
 
 
 def test_hashing_of_one_word_is_its_signs(tmp_path):
-    vector = train.HashingTextEncoder(tmp_path).encode_event_text_batch(["a"])[0]  # one item, one word, one 3-gram (" a ")
+    vector = train.HashingTextEncoder(tmp_path).encode_event_text_batch(["a"])[
+        0
+    ]  # one item, one word, one 3-gram (" a ")
     sizes = [abs(0.8**0.5 + a * 0.15**0.5 + b * 0.05**0.5) for a in (-1, 1) for b in (-1, 1)]
     np.testing.assert_allclose(np.unique(np.abs(vector)), sorted(sizes), rtol=1e-4)
 
@@ -380,5 +413,6 @@ def test_hashing_is_cached_and_of_even_length(tmp_path):
 
 def test_hashing_puts_alike_texts_together(tmp_path):
     a, b, c, empty = train.HashingTextEncoder(tmp_path).encode_event_text_batch(
-        ["Lab: Lactate (Blood) | Value: 4.1", "Lab: Lactate (Blood) | Value: 4.3", "Procedure: Dialysis", "\ud800"])
+        ["Lab: Lactate (Blood) | Value: 4.1", "Lab: Lactate (Blood) | Value: 4.3", "Procedure: Dialysis", "\ud800"]
+    )
     assert a @ b > 3 * abs(a @ c) and np.isfinite(empty).all()

@@ -1,4 +1,5 @@
 """The whole program as users run it: train, resume, evaluate, other encoders, two processes."""
+
 import dataclasses
 import json
 import os
@@ -15,12 +16,35 @@ from make_sample import make_sample
 import explain_clinicalLF
 import train
 
-SMALL = ["--d-model", "32", "--n-layers", "1", "--n-heads", "2", "--d-feedforward", "32", "--n-bootstrap", "50", "--patience", "99"]
+SMALL = [
+    "--d-model",
+    "32",
+    "--n-layers",
+    "1",
+    "--n-heads",
+    "2",
+    "--d-feedforward",
+    "32",
+    "--n-bootstrap",
+    "50",
+    "--patience",
+    "99",
+]
 
 
 def arguments(folder, data, *more, encoder="hashing"):
-    return [*SMALL, "--data", str(data), "--text-encoder", str(encoder), "--cache-dir", str(folder / "cache"),
-            "--output-dir", str(folder / "out"), *map(str, more)]
+    return [
+        *SMALL,
+        "--data",
+        str(data),
+        "--text-encoder",
+        str(encoder),
+        "--cache-dir",
+        str(folder / "cache"),
+        "--output-dir",
+        str(folder / "out"),
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +68,24 @@ def weights(folder, name="best_model.pth"):
 
 def test_training_writes_every_output(trained):
     names = {str(path.relative_to(trained / "out")) for path in (trained / "out").rglob("*") if path.is_file()}
-    plots = {f"plots/{name}.png" for name in ("training_curves", "roc_and_precision_recall", "calibration", "decision_curve")}
-    expected = {"metrics.json", "predictions.csv", "leakage_audit.csv", "subgroups.csv", "checkpoints/best_model.pth",
-                "checkpoints/latest_checkpoint.pth", "attention_weights/attention_epoch_1_batch_0.npz"} | plots
+    plots = {
+        f"plots/{name}.png" for name in ("training_curves", "roc_and_precision_recall", "calibration", "decision_curve")
+    }
+    expected = {
+        "metrics.json",
+        "predictions.csv",
+        "leakage_audit.csv",
+        "subgroups.csv",
+        "checkpoints/best_model.pth",
+        "checkpoints/latest_checkpoint.pth",
+        "attention_weights/attention_epoch_1_batch_0.npz",
+    } | plots
     assert expected <= names
 
 
-@pytest.mark.parametrize("script, settings", [(train, train.Settings), (explain_clinicalLF, explain_clinicalLF.ExplainSettings)])
+@pytest.mark.parametrize(
+    "script, settings", [(train, train.Settings), (explain_clinicalLF, explain_clinicalLF.ExplainSettings)]
+)
 def test_help_names_every_setting_of_both_scripts(script, settings, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
@@ -121,7 +156,9 @@ def test_prospective_run_uses_no_column_known_only_later(data, tmp_path):
     assert train.main(arguments(tmp_path, data, "--max-epochs", 1, "--observation-hours", 24)) == 0
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert not set(content["settings"]["static_features"]) & set(train.KNOWN_ONLY_LATER)
-    assert [step["stays"] for step in content["cohort"]] == sorted((step["stays"] for step in content["cohort"]), reverse=True)
+    assert [step["stays"] for step in content["cohort"]] == sorted(
+        (step["stays"] for step in content["cohort"]), reverse=True
+    )
 
 
 def test_audit_alone_names_discharge_location(data, tmp_path):
@@ -149,7 +186,9 @@ def test_whole_program_on_a_tiny_longformer_with_another_hidden_size(tiny_longfo
     assert train.main(arguments(tmp_path, data, "--max-epochs", 1, encoder=tiny_longformer)) == 0
     checkpoint = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
     assert checkpoint.model.architecture["input_dim"] == 5 + 32 + 1
-    run = arguments(tmp_path, data, "--evaluate", tmp_path / "out" / "checkpoints" / "best_model.pth", encoder=tiny_longformer)
+    run = arguments(
+        tmp_path, data, "--evaluate", tmp_path / "out" / "checkpoints" / "best_model.pth", encoder=tiny_longformer
+    )
     assert train.main(run) == 0
 
 
@@ -157,7 +196,9 @@ def test_shuffled_labels_score_near_one_half(tmp_path):
     """With labels that mean nothing, held-out patients cannot be told apart."""
     table = make_sample(400, seed=2).table
     patients = table.patient_id.unique()
-    drawn = pd.Series(np.random.default_rng(0).permutation(np.arange(len(patients)) % 4 == 0).astype(int), index=patients)
+    drawn = pd.Series(
+        np.random.default_rng(0).permutation(np.arange(len(patients)) % 4 == 0).astype(int), index=patients
+    )
     table["patient_expired_in_hospital"] = table.patient_id.map(drawn)
     table.to_csv(tmp_path / "shuffled.csv", index=False)
     assert train.main(arguments(tmp_path, tmp_path / "shuffled.csv", "--max-epochs", 3, "--batch-size", 32)) == 0
@@ -167,10 +208,21 @@ def test_shuffled_labels_score_near_one_half(tmp_path):
 
 def test_import_does_no_work(tmp_path, tmp_path_factory):
     """Importing makes no file, prints nothing, reads no arguments and leaves matplotlib and warnings alone."""
-    code = ("import sys, warnings; sys.argv = ['x', '--nonsense']; before = list(warnings.filters); import train; import sys;"
-            "assert 'captum' not in sys.modules and 'matplotlib.pyplot' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path_factory.mktemp("home"))})
+    code = (
+        "import sys, warnings; sys.argv = ['x', '--nonsense']; before = list(warnings.filters); import train; import sys;"
+        "assert 'captum' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            "PYTHONPATH": str(Path(train.__file__).parent),
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path_factory.mktemp("home")),
+        },
+    )
     assert done.returncode == 0 and not done.stdout and not done.stderr and not list(tmp_path.iterdir()), done.stderr
 
 
@@ -198,10 +250,18 @@ def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENT_SCRIPT)
     results = []
-    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]):
+    for launcher in (
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"],
+    ):
         out = tmp_path / f"{len(results)}.pt"
         command = [*launcher, str(script), str(data), str(tmp_path / "cache"), str(tmp_path), str(out)]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"},
+        )
         results.append(torch.load(out, weights_only=True))
     one, two = results
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)

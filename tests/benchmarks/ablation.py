@@ -36,13 +36,16 @@ RUN_COLUMNS = ["variant", "seed", "data", "AUROC", "of the way", "validation los
 # Changes that no setting makes: each alters a fresh model, given the training stays
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def positions_of_size_one(model, dataset):
     model.position_scale.fill_(1.0)
 
 
 def no_input_normalisation(model, dataset):
-    model.set_input_statistics(torch.zeros_like(model.event_mean), torch.ones_like(model.event_scale), model.static_weight)
+    model.set_input_statistics(
+        torch.zeros_like(model.event_mean), torch.ones_like(model.event_scale), model.static_weight
+    )
 
 
 def scale_per_column(model, dataset):
@@ -56,7 +59,7 @@ def static_numbers_weigh_as_flags(model, dataset):
 
 
 def number_of_events_unseen(model, dataset):
-    model.static_weight[-1] = 0.0      # numbers come last, the number of events last of them
+    model.static_weight[-1] = 0.0  # numbers come last, the number of events last of them
 
 
 @torch.no_grad()
@@ -94,6 +97,7 @@ def post_norm(model, dataset):
 
 class Variant(NamedTuple):
     """The default with these settings, and with this change to the fresh model."""
+
     settings: dict
     change: Callable[[nn.Module, train.ClinicalSequenceDataset], None] | None = None
 
@@ -130,33 +134,56 @@ VARIANTS = {
 # The table: runs are read back from it
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def read_runs() -> pd.DataFrame:
     """The runs that stand in ablation.md, as text."""
     text = TABLE.read_text("utf-8") if TABLE.exists() else ""
-    lines = text[text.find("| variant | seed |"):].splitlines()[2:] if "| variant | seed |" in text else []
+    lines = text[text.find("| variant | seed |") :].splitlines()[2:] if "| variant | seed |" in text else []
     rows = [re.split(r" *\| *", line.strip("| ")) for line in lines if line.startswith("|")]
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
 
 def summary(runs: pd.DataFrame) -> str:
     """A row per variant: mean and standard deviation over the seeds; the difference is over the seeds of both."""
-    numbers = runs.replace("-", "nan").astype({"AUROC": float, "of the way": float, "validation loss": float, "seconds": float})
+    numbers = runs.replace("-", "nan").astype(
+        {"AUROC": float, "of the way": float, "validation loss": float, "seconds": float}
+    )
     default = numbers[numbers.variant == "default"].set_index("seed").AUROC
     rows = []
     for name in (name for name in VARIANTS if name in set(runs.variant)):
         group = numbers[numbers.variant == name].set_index("seed")
         gain = (group.AUROC - default).dropna()
-        rows.append([name, f"{group.AUROC.mean():.3f} ({group.AUROC.std():.3f})".replace("nan", "-"),
-                     f"{gain.mean():+.3f} ({gain.std():.3f})".replace("nan", "-").replace("+-", "-"),
-                     f"{group['of the way'].mean():.1%}".replace("nan%", "-"), f"{group['validation loss'].mean():.3f}",
-                     f"{group.seconds.mean():.0f}", len(group)])
-    return markdown(["variant", "test AUROC, mean (sd)", "gain over the default (sd)", "of the way", "validation loss",
-                     "seconds", "seeds"], rows)
+        rows.append(
+            [
+                name,
+                f"{group.AUROC.mean():.3f} ({group.AUROC.std():.3f})".replace("nan", "-"),
+                f"{gain.mean():+.3f} ({gain.std():.3f})".replace("nan", "-").replace("+-", "-"),
+                f"{group['of the way'].mean():.1%}".replace("nan%", "-"),
+                f"{group['validation loss'].mean():.3f}",
+                f"{group.seconds.mean():.0f}",
+                len(group),
+            ]
+        )
+    return markdown(
+        [
+            "variant",
+            "test AUROC, mean (sd)",
+            "gain over the default (sd)",
+            "of the way",
+            "validation loss",
+            "seconds",
+            "seeds",
+        ],
+        rows,
+    )
 
 
 def write_table(runs: pd.DataFrame) -> None:
-    parts = ["# Ablation", "Written by `ablation.py`, which says how to read it: one change to the default at a time, "
-             "text through the hashing encoder."]
+    parts = [
+        "# Ablation",
+        "Written by `ablation.py`, which says how to read it: one change to the default at a time, "
+        "text through the hashing encoder.",
+    ]
     for data, group in runs.groupby("data", sort=False):
         parts.append(f"## {data}\n\n{summary(group)}")
     parts += [machine(), f"## Runs\n\n{markdown(RUN_COLUMNS, runs.to_numpy().tolist())}"]
@@ -166,7 +193,7 @@ def write_table(runs: pd.DataFrame) -> None:
 def many_test_stays(table: train.StayTable, share: float, seed: int) -> train.Split:
     """train.py's split, of which only a share is trained on and validated; no patient of these is tested."""
     split = train.split_by_patient(table, seed)
-    train_stays, validation_stays = (part[:round(share * len(part))] for part in (split.train, split.validation))
+    train_stays, validation_stays = (part[: round(share * len(part))] for part in (split.train, split.validation))
     patients = table.stays.patient_id
     used = patients.isin(patients.iloc[[*train_stays, *validation_stays]])
     return train.Split(train_stays, validation_stays, (~used).to_numpy().nonzero()[0])
@@ -176,7 +203,12 @@ def stays_and_splits(options) -> tuple[train.StayTable, np.ndarray | None, str, 
     """The table, the true risks where there are such, what the data are called, and the splits of a seed."""
     if not options.data:
         table, true_risk = synthetic_stays(options.all)
-        return table, true_risk, f"{options.sample} synthetic stays", lambda seed: [many_test_stays(table, options.sample / options.all, seed)]
+        return (
+            table,
+            true_risk,
+            f"{options.sample} synthetic stays",
+            lambda seed: [many_test_stays(table, options.sample / options.all, seed)],
+        )
     settings = train.Settings(observation_hours=options.observation_hours)
     table, _ = train.choose_cohort(train.read_stays(options.data, options.cache_dir)[0], settings)
     when = f", {options.observation_hours:g} h after admission" if options.observation_hours else ""
@@ -186,12 +218,19 @@ def stays_and_splits(options) -> tuple[train.StayTable, np.ndarray | None, str, 
 
 def score_variant(variant: Variant, table, splits, vectors, true_risk, settings) -> list[str]:
     """AUROC, of the way, validation loss, epochs and seconds: of one run, or of one run per fold with pooled predictions."""
-    runs = [train_and_test(table, split, vectors, replace(settings, **variant.settings), variant.change) for split in splits]
+    runs = [
+        train_and_test(table, split, vectors, replace(settings, **variant.settings), variant.change) for split in splits
+    ]
     stays = np.concatenate([split.test for split in splits])
     auroc = roc_auc_score(table.labels[stays], np.concatenate([run.probabilities for run in runs]))
     best = math.nan if true_risk is None else roc_auc_score(table.labels[stays], true_risk[stays])
-    return [f"{auroc:.4f}", f"{(auroc - 0.5) / (best - 0.5):.4f}".replace("nan", "-"), f"{np.mean([run.validation_loss for run in runs]):.4f}",
-            f"{np.mean([run.epochs for run in runs]):.0f}", f"{sum(run.seconds for run in runs):.0f}"]
+    return [
+        f"{auroc:.4f}",
+        f"{(auroc - 0.5) / (best - 0.5):.4f}".replace("nan", "-"),
+        f"{np.mean([run.validation_loss for run in runs]):.4f}",
+        f"{np.mean([run.epochs for run in runs]):.0f}",
+        f"{sum(run.seconds for run in runs):.0f}",
+    ]
 
 
 def main():
@@ -201,30 +240,48 @@ def main():
     parser.add_argument("--data", help="real stays instead, as train.py --data takes them")
     parser.add_argument("--observation-hours", type=float, default=0.0, help="as in train.py")
     parser.add_argument("--cache-dir", default="clinical_LF_precomp_emb", help="where query.sql's result is kept")
-    parser.add_argument("--batch-size", type=int, default=train.Settings().batch_size, help="of the default; smaller where stays are few")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=train.Settings().batch_size,
+        help="of the default; smaller where stays are few",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-                        help="see --list")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="see --list"
+    )
     parser.add_argument("--max-epochs", type=int, default=train.Settings().max_epochs)
     parser.add_argument("--verbose", action="store_true", help="show every epoch")
     parser.add_argument("--list", action="store_true", help="name the variants and stop")
     options = parser.parse_args()
     if options.list:
-        return print("\n".join(f"{name:36}{variant.settings or variant.change.__name__}" if name != "default" else name
-                               for name, variant in VARIANTS.items()))
+        return print(
+            "\n".join(
+                f"{name:36}{variant.settings or variant.change.__name__}" if name != "default" else name
+                for name, variant in VARIANTS.items()
+            )
+        )
     if options.verbose:
         log_epochs()
     table, true_risk, data, splits_of = stays_and_splits(options)
     vectors = hashing_vectors(table)
-    default = train.check_settings(train.Settings(max_epochs=options.max_epochs, batch_size=options.batch_size,
-                                                  observation_hours=options.observation_hours))
+    default = train.check_settings(
+        train.Settings(
+            max_epochs=options.max_epochs, batch_size=options.batch_size, observation_hours=options.observation_hours
+        )
+    )
     for seed in options.seeds:
         splits = splits_of(seed)
         for name in options.variants:
-            runs = read_runs()      # anew each time: another process may add to it
+            runs = read_runs()  # anew each time: another process may add to it
             if ((runs.variant == name) & (runs.seed == str(seed)) & (runs.data == data)).any():
                 continue
-            row = [name, str(seed), data, *score_variant(VARIANTS[name], table, splits, vectors, true_risk, replace(default, seed=seed))]
+            row = [
+                name,
+                str(seed),
+                data,
+                *score_variant(VARIANTS[name], table, splits, vectors, true_risk, replace(default, seed=seed)),
+            ]
             write_table(pd.concat([read_runs(), pd.DataFrame([row], columns=RUN_COLUMNS)], ignore_index=True))
             print("  ".join(f"{column} {value}" for column, value in zip(RUN_COLUMNS, row, strict=True)), flush=True)
 

@@ -81,8 +81,10 @@ def main():
         single = single_files(scratch, few, random) * options.lookups / few
         print(f"the same from single .npy files: {single:.1f} s (from {few:,}), {single / (located + taken):.0f} times")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}; Python {platform.python_version()}, "
-          f"numpy {np.__version__}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}; Python {platform.python_version()}, "
+        f"numpy {np.__version__}"
+    )
 
 
 if __name__ == "__main__":

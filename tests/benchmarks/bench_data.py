@@ -36,11 +36,13 @@ EVENTS = """
            7200 - minute AS relative_time_to_final_event
     FROM (SELECT *, hash(icu_stay_id, number) % {texts} AS text, hash(number, icu_stay_id) % 7200 AS minute
           FROM (SELECT *, unnest(range((50 + hash(icu_stay_id) % 401)::BIGINT)) AS number FROM stays))"""
-FORMS = {"flat": "SELECT stays.*, events.* EXCLUDE stay FROM stays JOIN events ON stay = icu_stay_id",
-         "nested": """SELECT stays.*, events FROM stays JOIN (
+FORMS = {
+    "flat": "SELECT stays.*, events.* EXCLUDE stay FROM stays JOIN events ON stay = icu_stay_id",
+    "nested": """SELECT stays.*, events FROM stays JOIN (
                           SELECT stay, list(struct_pack(event_time, event_known_time, event_type, event_text,
                                                         relative_time_to_final_event)) AS events
-                          FROM events GROUP BY stay) ON stay = icu_stay_id"""}
+                          FROM events GROUP BY stay) ON stay = icu_stay_id""",
+}
 
 
 def write_table(path: Path, n_stays: int, form: str) -> None:
@@ -55,9 +57,19 @@ def load(path: str) -> None:
     """In this process: read the table and print what it took."""
     before, started = peak_memory_gb(), time.perf_counter()
     table, dropped = train.read_stays(path)
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak_gb": peak_memory_gb(), "before_gb": before,
-                      "events": len(table.text), "stays": len(table.stays), "texts": len(np.unique(table.text)),
-                      "dropped": sum(dropped.values())}))
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - started,
+                "peak_gb": peak_memory_gb(),
+                "before_gb": before,
+                "events": len(table.text),
+                "stays": len(table.stays),
+                "texts": len(np.unique(table.text)),
+                "dropped": sum(dropped.values()),
+            }
+        )
+    )
 
 
 def compare_sizes(form: str, sizes: list[int]) -> None:
@@ -71,9 +83,12 @@ def compare_sizes(form: str, sizes: list[int]) -> None:
                 sys.exit(run.stderr)
             r, size = json.loads(run.stdout.splitlines()[-1]), path.stat().st_size / 2**20
         grown = (r["peak_gb"] - r["before_gb"]) * 2**30 / r["events"]
-        print(f"{form:6}  {r['stays']:7,} stays  {r['events']:10,} events  {r['texts']:8,} texts  {size:6.0f} MB file  "
-              f"{r['seconds']:6.1f} s  peak {r['peak_gb']:5.2f} GB ({r['before_gb']:.2f} before; {grown:5.0f} bytes "
-              f"per event)  {r['dropped']:,} duplicates dropped", flush=True)
+        print(
+            f"{form:6}  {r['stays']:7,} stays  {r['events']:10,} events  {r['texts']:8,} texts  {size:6.0f} MB file  "
+            f"{r['seconds']:6.1f} s  peak {r['peak_gb']:5.2f} GB ({r['before_gb']:.2f} before; {grown:5.0f} bytes "
+            f"per event)  {r['dropped']:,} duplicates dropped",
+            flush=True,
+        )
 
 
 def padding(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
@@ -98,18 +113,22 @@ def padding_and_items(table: train.StayTable) -> None:
     plan = train.plan_batches(lengths, settings.batch_size, settings.max_events_per_batch, seed=0)
     size = round(len(lengths) / len(plan))
     shuffled = np.random.default_rng(0).permutation(len(lengths))
-    plain = [shuffled[first:first + size] for first in range(0, len(lengths), size)]
-    print(f"padding of {len(lengths)} stays of {lengths.min()} to {lengths.max():,} events: "
-          f"{padding(lengths, plan):.1%} in {len(plan)} planned batches, "
-          f"{padding(lengths, plain):.1%} in {len(plain)} shuffled ones of {size}")
+    plain = [shuffled[first : first + size] for first in range(0, len(lengths), size)]
+    print(
+        f"padding of {len(lengths)} stays of {lengths.min()} to {lengths.max():,} events: "
+        f"{padding(lengths, plan):.1%} in {len(plan)} planned batches, "
+        f"{padding(lengths, plain):.1%} in {len(plain)} shuffled ones of {size}"
+    )
     preprocessor = train.ClinicalDataPreprocessor().fit(table)
     vectors = np.zeros((len(table.texts), 768), np.float32)
     dataset = train.ClinicalSequenceDataset(table, preprocessor, vectors)
     whole = fastest(lambda: [dataset[stay] for stay in range(len(dataset))])
-    rows = range(min(len(table.text), 20_000))      # what an item costs that is built event by event
+    rows = range(min(len(table.text), 20_000))  # what an item costs that is built event by event
     loop = fastest(lambda: [dataset.events(slice(row, row + 1)) for row in rows]) / len(rows) * len(table.text)
-    print(f"__getitem__: {whole / len(dataset) * 1e3:.2f} ms per stay, {len(table.text) / whole:,.0f} events/s; "
-          f"event by event {loop / len(dataset) * 1e3:.2f} ms per stay, {loop / whole:.0f} times")
+    print(
+        f"__getitem__: {whole / len(dataset) * 1e3:.2f} ms per stay, {len(table.text) / whole:,.0f} events/s; "
+        f"event by event {loop / len(dataset) * 1e3:.2f} ms per stay, {loop / whole:.0f} times"
+    )
 
 
 def main():

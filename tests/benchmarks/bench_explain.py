@@ -24,8 +24,10 @@ import explain_clinicalLF as explain
 def one_long_stay(table: train.StayTable, n_events: int) -> train.StayTable:
     """The first stay with the first `n_events` events of the table, in the order of their time to the end."""
     order = np.argsort(-table.minutes_to_end[:n_events], kind="stable")
-    arrays = {name: getattr(table, name)[:n_events][order] for name in (
-        "event_type", "text", "minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")}
+    arrays = {
+        name: getattr(table, name)[:n_events][order]
+        for name in ("event_type", "text", "minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
+    }
     return replace(table, stays=table.stays.iloc[:1].reset_index(drop=True), offsets=np.array([0, n_events]), **arrays)
 
 
@@ -34,10 +36,14 @@ def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple
     model, (sequence, static), baseline = run.checkpoint.model, run.inputs(0), run.checkpoint.baseline
     removed = np.arange(min(settings.max_removals, sequence.shape[1]))
     for name, step in (
-            (f"Integrated Gradients, {settings.ig_steps} steps", lambda: explain.captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps)),
-            (f"removal of {len(removed)} events", lambda: explain.remove_each_event(model, sequence, static, removed)),
-            ("attention of every layer and head", lambda: explain.attend(model, sequence, static)),
-            ("everything, as the program does it", lambda: explain.explain(run, settings))):
+        (
+            f"Integrated Gradients, {settings.ig_steps} steps",
+            lambda: explain.captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps),
+        ),
+        (f"removal of {len(removed)} events", lambda: explain.remove_each_event(model, sequence, static, removed)),
+        ("attention of every layer and head", lambda: explain.attend(model, sequence, static)),
+        ("everything, as the program does it", lambda: explain.explain(run, settings)),
+    ):
         started = time.monotonic()
         step()
         yield name, time.monotonic() - started
@@ -45,11 +51,18 @@ def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple
 
 def measure(n_events: int) -> None:
     """One length: prints a row of the table as soon as its step is done."""
-    settings = explain.ExplainSettings(stays=1, selfcheck_epochs=1, selfcheck_stays=max(100, n_events // 4))     # twice the events needed
+    settings = explain.ExplainSettings(
+        stays=1, selfcheck_epochs=1, selfcheck_stays=max(100, n_events // 4)
+    )  # twice the events needed
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = explain.train_on_sample(0, Path(folder), replace(settings, cache_dir=folder))
-    run = explain.make_run(trained.checkpoint, one_long_stay(trained.table, n_events), trained.dataset.text_vectors.numpy(), True,
-                           Accelerator(mixed_precision="no"))
+    run = explain.make_run(
+        trained.checkpoint,
+        one_long_stay(trained.table, n_events),
+        trained.dataset.text_vectors.numpy(),
+        True,
+        Accelerator(mixed_precision="no"),
+    )
     before = peak_memory_gb()
     for name, seconds in steps(run, settings):
         print(f"{n_events}|{name}|{seconds:.1f}|{before:.2f}|{peak_memory_gb():.2f}", flush=True)

@@ -26,8 +26,15 @@ class LayerWithWeights(nn.TransformerEncoderLayer):
     """The library's layer, asked for its attention weights, which it otherwise throws away."""
 
     def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
-        x, self.weights = self.self_attn(x, x, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
-                                         need_weights=True, average_attn_weights=False)
+        x, self.weights = self.self_attn(
+            x,
+            x,
+            x,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            need_weights=True,
+            average_attn_weights=False,
+        )
         return self.dropout1(x)
 
 
@@ -38,17 +45,25 @@ class PlainTransformer(nn.Module):
         super().__init__()
         self.input_projection = nn.Linear(input_dim, 256)
         self.input_norm, self.dropout = nn.LayerNorm(256), nn.Dropout(0.1)
-        self.layers = nn.ModuleList(LayerWithWeights(256, 8, 512, 0.1, batch_first=True, norm_first=True)
-                                    for _ in range(4))
+        self.layers = nn.ModuleList(
+            LayerWithWeights(256, 8, 512, 0.1, batch_first=True, norm_first=True) for _ in range(4)
+        )
         self.final_norm = nn.LayerNorm(256)
         self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, 256))
         self.attention_pooling = train.AttentionPooling(256, 4)
-        self.classifier = nn.Sequential(nn.Linear(256 + static_dim, 256), nn.ReLU(), nn.Dropout(0.1),
-                                        nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 1))
+        self.classifier = nn.Sequential(
+            nn.Linear(256 + static_dim, 256),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(256, 128),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(128, 1),
+        )
 
     def logits(self, sequences, static_features, attention_mask):
         positions = train.sinusoidal_positions(torch.arange(sequences.shape[1], device=sequences.device), 256)
-        events = self.dropout(self.input_norm(self.input_projection(sequences)) + 0.1 * positions)   # (B, L, D)
+        events = self.dropout(self.input_norm(self.input_projection(sequences)) + 0.1 * positions)  # (B, L, D)
         for layer in self.layers:
             events = layer(events, src_key_padding_mask=~attention_mask)
         query = self.query_vector.expand(len(sequences), -1, -1)
@@ -63,9 +78,11 @@ def make_batch(shape, longest, device):
     """Random stays of the lengths that `shape` names."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([round(share * longest) for share in SHARES[shape]])
-    batch = {"sequences": torch.randn(len(lengths), longest, INPUT_DIM, generator=generator),
-             "static_features": torch.randn(len(lengths), STATIC_DIM, generator=generator),
-             "attention_mask": torch.arange(longest) < lengths[:, None]}
+    batch = {
+        "sequences": torch.randn(len(lengths), longest, INPUT_DIM, generator=generator),
+        "static_features": torch.randn(len(lengths), STATIC_DIM, generator=generator),
+        "attention_mask": torch.arange(longest) < lengths[:, None],
+    }
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -84,7 +101,7 @@ def step(model, batch, precision):
 
 def measure(side, shape, longest, device, precision, steps, memory_limit_gb):
     """In this process: the fastest of `steps` steps after one to warm up, and peak memory; printed as JSON."""
-    if device == "cpu":     # an allocation beyond it fails with an error, where the kernel would kill without a word
+    if device == "cpu":  # an allocation beyond it fails with an error, where the kernel would kill without a word
         limit = int(memory_limit_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.manual_seed(0)
@@ -97,9 +114,22 @@ def measure(side, shape, longest, device, precision, steps, memory_limit_gb):
 
 def measure_alone(side, shape, longest, device, precision, options):
     """The result of `measure` in a process of its own, or None if that ran out of memory."""
-    steps = options.steps if shape != "single" else 1      # there it is the memory that is asked for
-    run = run_alone(__file__, "--one", side, shape, longest, device, precision, "--steps", steps,
-                    "--threads", options.threads, "--memory-limit-gb", options.memory_limit_gb)
+    steps = options.steps if shape != "single" else 1  # there it is the memory that is asked for
+    run = run_alone(
+        __file__,
+        "--one",
+        side,
+        shape,
+        longest,
+        device,
+        precision,
+        "--steps",
+        steps,
+        "--threads",
+        options.threads,
+        "--memory-limit-gb",
+        options.memory_limit_gb,
+    )
     if run.returncode == 0:
         return json.loads(run.stdout.splitlines()[-1])
     words = ("alloc", "out of memory", "MemoryError")
@@ -125,8 +155,10 @@ def compare(shape, longest, device, precision, options):
         result = best[side]
         rate = result["events"] / result["seconds"]
         ratio = f"{best['plain']['seconds'] / result['seconds']:6.1f} times" if "plain" in best else " " * 12
-        print(f"{place}  {result['seconds']:8.3f} s  {rate:10,.0f} events/s  {ratio}  "
-              f"peak {result['peak_gb']:5.2f} GB", flush=True)
+        print(
+            f"{place}  {result['seconds']:8.3f} s  {rate:10,.0f} events/s  {ratio}  peak {result['peak_gb']:5.2f} GB",
+            flush=True,
+        )
 
 
 @torch.no_grad()
@@ -151,8 +183,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="the sides take turns, so that a busy machine hits both")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--memory-limit-gb", type=float, default=16.0, help="address space of a process on the CPU")
-    parser.add_argument("--one", nargs=5, metavar=("SIDE", "SHAPE", "LONGEST", "DEVICE", "PRECISION"),
-                        help="measure one side in this process (what the script starts for each)")
+    parser.add_argument(
+        "--one",
+        nargs=5,
+        metavar=("SIDE", "SHAPE", "LONGEST", "DEVICE", "PRECISION"),
+        help="measure one side in this process (what the script starts for each)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.one:

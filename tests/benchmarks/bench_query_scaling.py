@@ -5,6 +5,7 @@
 Every copy has patients, admissions and stays of its own (ids shifted), so the result must have exactly N times the
 stays and events of the original. The folder is made in a temporary place and removed at the end.
 """
+
 import argparse
 import platform
 import subprocess
@@ -29,8 +30,11 @@ def make_folder(source: Path, target: Path, copies: int) -> int:
         columns = [row[0] for row in duckdb.sql(f"DESCRIBE SELECT * FROM {reader}").fetchall()]
         ids = [name for name in columns if name in ("subject_id", "hadm_id", "stay_id")]
         shifted = ", ".join(f"CAST({name} AS BIGINT) + copy * {ID_STEP} AS {name}" for name in ids)
-        rows = (f"SELECT * EXCLUDE (copy) REPLACE ({shifted}) FROM {reader}, range({copies}) AS copies(copy)"
-                if ids else f"SELECT * FROM {reader}")
+        rows = (
+            f"SELECT * EXCLUDE (copy) REPLACE ({shifted}) FROM {reader}, range({copies}) AS copies(copy)"
+            if ids
+            else f"SELECT * FROM {reader}"
+        )
         output = target / f"{table}.csv.gz"
         output.parent.mkdir(parents=True, exist_ok=True)
         duckdb.execute(f"COPY ({rows}) TO {train.sql_quoted(output)} (HEADER, COMPRESSION gzip)")
@@ -53,8 +57,11 @@ def run_once(folder: Path, memory_limit: str) -> None:
         seconds = time.perf_counter() - start
         stays, events = duckdb.sql(f"SELECT count(*), sum(len(events)) FROM {train.sql_quoted(result)}").fetchall()[0]
         size = result.stat().st_size
-    print(f"{stays:>9,} stays {events:>12,} events {seconds:8.1f} s   peak {peak_memory_gb():5.2f} GB "
-          f"({before:.2f} GB before)   result {size / 2**20:7.1f} MB", flush=True)
+    print(
+        f"{stays:>9,} stays {events:>12,} events {seconds:8.1f} s   peak {peak_memory_gb():5.2f} GB "
+        f"({before:.2f} GB before)   result {size / 2**20:7.1f} MB",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -66,14 +73,17 @@ def main() -> None:
     settings = parser.parse_args()
     if settings.run_once:
         return run_once(settings.folder, settings.memory_limit)
-    print(f"{platform.machine()}, Python {platform.python_version()}, DuckDB {duckdb.__version__}, "
-          f"memory_limit {settings.memory_limit}")
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, DuckDB {duckdb.__version__}, "
+        f"memory_limit {settings.memory_limit}"
+    )
     for copies in settings.copies:
         with tempfile.TemporaryDirectory() as place:
             size = make_folder(settings.folder, Path(place), copies)
             print(f"x{copies:<4} {size / 2**20:7.1f} MB csv.gz", end=" ", flush=True)
-            subprocess.run([sys.executable, __file__, place, "--run-once", "--memory-limit", settings.memory_limit],
-                           check=True)  # a process of its own: its peak memory is this run's alone
+            subprocess.run(
+                [sys.executable, __file__, place, "--run-once", "--memory-limit", settings.memory_limit], check=True
+            )  # a process of its own: its peak memory is this run's alone
 
 
 if __name__ == "__main__":

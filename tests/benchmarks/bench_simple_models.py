@@ -32,8 +32,9 @@ TREES = "boosted trees, item summaries"
 
 class Data(NamedTuple):
     """What the models of one split and seed are given."""
+
     table: train.StayTable
-    vectors: np.ndarray            # (n_texts, 768)
+    vectors: np.ndarray  # (n_texts, 768)
     split: train.Split
     settings: train.Settings
 
@@ -41,6 +42,7 @@ class Data(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Features of the simple models: one row per stay of the whole table, what is learnt comes from the training stays
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def static_features(data: Data) -> np.ndarray:
     """(n_stays, S): what the transformer gets."""
@@ -55,7 +57,7 @@ def mean_text_features(data: Data) -> np.ndarray:
     np.add.at(counts, (stay, table.event_type), 1)
     per_text = pd.DataFrame({"stay": stay, "text": table.text}).value_counts().reset_index()
     means = np.zeros((n, data.vectors.shape[1]))
-    for chunk in np.array_split(np.arange(len(per_text)), len(per_text) // 20_000 + 1):      # bounds memory
+    for chunk in np.array_split(np.arange(len(per_text)), len(per_text) // 20_000 + 1):  # bounds memory
         rows = per_text.iloc[chunk]
         np.add.at(means, rows["stay"], data.vectors[rows["text"]] * rows["count"].to_numpy()[:, None])
     return np.hstack([static_features(data), np.log1p(counts), means / table.lengths[:, None]])
@@ -87,11 +89,12 @@ def item_features(data: Data) -> np.ndarray:
     table, n = data.table, len(data.table.stays)
     items, values = zip(*map(item_of_text, table.texts), strict=True)
     codes, _ = pd.factorize(np.array(items, dtype=object))
-    events = pd.DataFrame({"stay": table.stay_of_event, "item": codes[table.text],
-                           "value": np.array(values)[table.text]})
+    events = pd.DataFrame(
+        {"stay": table.stay_of_event, "item": codes[table.text], "value": np.array(values)[table.text]}
+    )
     in_training = events[events.stay.isin(data.split.train)].drop_duplicates(["stay", "item"]).item.value_counts()
     kept = in_training.index[in_training >= max(3, 0.01 * len(data.split.train))]
-    groups = events[events.item.isin(kept)].groupby(["stay", "item"]).value       # oldest first, so that last is last
+    groups = events[events.item.isin(kept)].groupby(["stay", "item"]).value  # oldest first, so that last is last
     wide = groups.agg(["min", "max", "mean", "last"]).dropna(how="all").unstack("item").reindex(range(n))
     counts = groups.size().unstack("item").reindex(range(n)).fillna(0)
     return np.hstack([static_features(data), pd.crosstab(events.stay, table.event_type), wide, counts])
@@ -100,6 +103,7 @@ def item_features(data: Data) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Models: each takes the data of a split and returns the probabilities of its test stays
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def label_rate(data: Data) -> np.ndarray:
     return np.full(len(data.split.test), data.table.labels[data.split.train].mean())
@@ -114,7 +118,9 @@ def best_on_validation(models, features: np.ndarray, data: Data) -> np.ndarray:
 
 
 def logistic_regression(data: Data) -> np.ndarray:
-    models = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1)]
+    models = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1)
+    ]
     return best_on_validation(models, mean_text_features(data), data)
 
 
@@ -130,11 +136,20 @@ def boosted_trees(features: np.ndarray, data: Data) -> np.ndarray:
     for leaves in (2, 4, 8, 16):
         for share in (0.3, 1.0):
             model = HistGradientBoostingClassifier(
-                learning_rate=0.05, max_iter=300, max_leaf_nodes=leaves, max_features=share, min_samples_leaf=10,
-                l2_regularization=1.0, early_stopping=False, random_state=data.settings.seed)
+                learning_rate=0.05,
+                max_iter=300,
+                max_leaf_nodes=leaves,
+                max_features=share,
+                min_samples_leaf=10,
+                l2_regularization=1.0,
+                early_stopping=False,
+                random_state=data.settings.seed,
+            )
             model.fit(features[split.train], labels[split.train])
-            losses = [log_loss(labels[split.validation], risk)
-                      for risk in model.staged_predict_proba(features[split.validation])]
+            losses = [
+                log_loss(labels[split.validation], risk)
+                for risk in model.staged_predict_proba(features[split.validation])
+            ]
             found.append((min(losses), int(np.argmin(losses)), model))
     _, stage, model = min(found, key=lambda fit: fit[0])
     return [risk[:, 1] for risk in model.staged_predict_proba(features[split.test])][stage]
@@ -176,6 +191,7 @@ MODELS = {
 # Comparison
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def held_out(name: str, data: Data, splits: list[train.Split]) -> tuple[np.ndarray, np.ndarray, float]:
     """Stays and their probabilities over all splits (one, or folds), and the seconds that took."""
     started = time.monotonic()
@@ -213,10 +229,21 @@ def compare(data: Data, splits, names, true_risk) -> tuple[list[list[str]], dict
         metrics = train.evaluate_predictions(labels, risks, patients, data.settings.n_bootstrap)
         auroc = metrics["auroc"]["value"]
         figures[name] = auroc, (auroc - 0.5) / (best - 0.5)
-        against = difference_interval(labels, risks, results[TREES][0], patients, data.settings.n_bootstrap) \
-            if TREES in results and name != TREES else "-"
-        rows.append([name, with_interval(metrics["auroc"]), with_interval(metrics["auprc"]), against,
-                     f"{figures[name][1]:.1%}" if true_risk is not None else "-", f"{seconds:.0f}"])
+        against = (
+            difference_interval(labels, risks, results[TREES][0], patients, data.settings.n_bootstrap)
+            if TREES in results and name != TREES
+            else "-"
+        )
+        rows.append(
+            [
+                name,
+                with_interval(metrics["auroc"]),
+                with_interval(metrics["auprc"]),
+                against,
+                f"{figures[name][1]:.1%}" if true_risk is not None else "-",
+                f"{seconds:.0f}",
+            ]
+        )
     return rows, figures
 
 
@@ -225,24 +252,39 @@ def spread(figures: list[dict]) -> str:
     rows = []
     for name in figures[0]:
         auroc, share = np.array([figure[name] for figure in figures]).T
-        rows.append([name, f"{auroc.mean():.3f} ({auroc.std(ddof=1):.3f})",
-                     f"{share.mean():.1%} ({share.std(ddof=1):.1%})" if np.isfinite(share).all() else "-"])
+        rows.append(
+            [
+                name,
+                f"{auroc.mean():.3f} ({auroc.std(ddof=1):.3f})",
+                f"{share.mean():.1%} ({share.std(ddof=1):.1%})" if np.isfinite(share).all() else "-",
+            ]
+        )
     return markdown(["model", "AUROC, mean over seeds (sd)", "of the way (sd)"], rows)
 
 
 def read_data(options) -> tuple[Data, np.ndarray | None, str]:
     """The table with its text vectors, the true risks where there are such, and a line that describes it."""
-    settings = train.check_settings(train.Settings(observation_hours=options.observation_hours,
-                                                   n_bootstrap=options.bootstrap, max_epochs=options.max_epochs,
-                                                   batch_size=options.batch_size))
-    table, true_risk = synthetic_stays(options.sample) if not options.data else (
-        train.read_stays(options.data, options.cache_dir)[0], None)
+    settings = train.check_settings(
+        train.Settings(
+            observation_hours=options.observation_hours,
+            n_bootstrap=options.bootstrap,
+            max_epochs=options.max_epochs,
+            batch_size=options.batch_size,
+        )
+    )
+    table, true_risk = (
+        synthetic_stays(options.sample)
+        if not options.data
+        else (train.read_stays(options.data, options.cache_dir)[0], None)
+    )
     if options.observation_hours:
         id_of_risk = table.stays.icu_stay_id
         table, _ = train.choose_cohort(table, settings)
         true_risk = None if true_risk is None else true_risk[id_of_risk.isin(table.stays.icu_stay_id)]
-    title = (f"{len(table.stays):,} stays of {table.stays.patient_id.nunique():,} patients, "
-             f"{len(table.text):,} events, {table.labels.mean():.1%} died; hashing encoder")
+    title = (
+        f"{len(table.stays):,} stays of {table.stays.patient_id.nunique():,} patients, "
+        f"{len(table.text):,} events, {table.labels.mean():.1%} died; hashing encoder"
+    )
     return Data(table, hashing_vectors(table), None, settings), true_risk, title
 
 
@@ -256,7 +298,9 @@ def main():
     parser.add_argument("--observation-hours", type=float, default=0.0, help="as in train.py")
     parser.add_argument("--only", nargs="+", default=[""], help="models whose name matches one of these patterns")
     parser.add_argument("--max-epochs", type=int, default=train.Settings().max_epochs)
-    parser.add_argument("--batch-size", type=int, default=train.Settings().batch_size, help="smaller where stays are few")
+    parser.add_argument(
+        "--batch-size", type=int, default=train.Settings().batch_size, help="smaller where stays are few"
+    )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind every interval")
     parser.add_argument("--cache-dir", default="clinical_LF_precomp_emb", help="where query.sql's result is kept")
     parser.add_argument("--out", type=Path, help="file for the tables, in markdown")
@@ -268,8 +312,11 @@ def main():
     names = [name for name in MODELS if any(re.search(pattern, name) for pattern in options.only)]
     parts, figures = [title], []
     for seed in options.seeds:
-        splits = list(train.cross_validation_splits(data.table, options.cross_validate, seed)) \
-            if options.cross_validate else [train.split_by_patient(data.table, seed)]
+        splits = (
+            list(train.cross_validation_splits(data.table, options.cross_validate, seed))
+            if options.cross_validate
+            else [train.split_by_patient(data.table, seed)]
+        )
         seeded = data._replace(settings=replace(data.settings, seed=seed))
         rows, figure = compare(seeded, splits, names, true_risk)
         how = " / ".join(str(len(part)) for part in splits[0]) + " stays to train, validate and test"

@@ -45,9 +45,20 @@ def save_random_longformer(folder, texts, vocabulary):
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LongformerConfig(
-        vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-        attention_window=[512] * 12, max_position_embeddings=4098, type_vocab_size=1, layer_norm_eps=1e-5,
-        pad_token_id=1, bos_token_id=0, eos_token_id=2, sep_token_id=2)
+        vocab_size=50265,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        attention_window=[512] * 12,
+        max_position_embeddings=4098,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        sep_token_id=2,
+    )
     transformers.LongformerModel(config).save_pretrained(folder)
 
 
@@ -121,13 +132,17 @@ def main():
         for dtype, encoder in encoders.items():
             same = encoder.vectors(texts[: len(vectors)])
             cosine = (same * vectors).sum(1) / np.linalg.norm(same, axis=1) / np.linalg.norm(vectors, axis=1)
-            print(f"train.py, {dtype:>8}:                  {len(texts) / seconds[dtype]:7.2f} texts/s, "
-                  f"{len(texts) / seconds[dtype] / rate:.1f} times; largest difference "
-                  f"{np.abs(same - vectors).max():.1e}, lowest cosine {cosine.min():.5f}")
+            print(
+                f"train.py, {dtype:>8}:                  {len(texts) / seconds[dtype]:7.2f} texts/s, "
+                f"{len(texts) / seconds[dtype] / rate:.1f} times; largest difference "
+                f"{np.abs(same - vectors).max():.1e}, lowest cosine {cosine.min():.5f}"
+            )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     place = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else cpu_name()
-    print(f"{place}, {torch.get_num_threads()} threads, load {load:.1f}; Python {platform.python_version()}, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"{place}, {torch.get_num_threads()} threads, load {load:.1f}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
 
 
 if __name__ == "__main__":

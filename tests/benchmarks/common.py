@@ -31,8 +31,10 @@ def machine() -> str:
     if torch.cuda.is_available():
         place += f", {torch.cuda.get_device_name()}"
     versions = ", ".join(f"{name} {number}" for name, number in train.versions().items())
-    return (f"{place}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
-            f"Python {platform.python_version()}, {versions}")
+    return (
+        f"{place}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
+        f"Python {platform.python_version()}, {versions}"
+    )
 
 
 def peak_memory_gb() -> float:
@@ -62,7 +64,7 @@ def hashing_vectors(table: train.StayTable) -> np.ndarray:
 
 
 class TrainingRun(NamedTuple):
-    probabilities: np.ndarray      # (n_test) of the test stays, by the weights with the lowest validation loss
+    probabilities: np.ndarray  # (n_test) of the test stays, by the weights with the lowest validation loss
     validation_loss: float
     epochs: int
     seconds: float
@@ -72,7 +74,7 @@ def train_and_test(table, split, vectors, settings, change=None) -> TrainingRun:
     """Train on a split as train.py does and score its test stays; `change(model, dataset)` alters the fresh model."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no bars
-        AcceleratorState._reset_state()     # it would keep the precision of the run before
+        AcceleratorState._reset_state()  # it would keep the precision of the run before
         accelerator = train.make_accelerator(settings)
         settings = replace(settings, output_dir=folder, save_attention_every=0)
         trainer = train.Trainer(table, split, vectors, "hashing", settings, Path(folder), accelerator)

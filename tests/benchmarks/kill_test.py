@@ -6,6 +6,7 @@ A run reads a small table, encodes 1,200 texts with a tiny random Longformer and
 kill every cache part and checkpoint must load. When a run has ended, its weights and predictions must equal those of the
 uninterrupted run bit for bit, no text may be saved twice, and no temporary file may be left.
 """
+
 import argparse
 import contextlib
 import json
@@ -39,7 +40,7 @@ def start(argv, log):
     os.dup2(out, 1), os.dup2(out, 2)
     train.TextEncoder.flush_seconds = 0.05
     train.PLAN_CHUNK = 64
-    signal.alarm(300)       # a run that hangs is a failure
+    signal.alarm(300)  # a run that hangs is a failure
     os._exit(train.main(argv))
 
 
@@ -69,7 +70,10 @@ def kill_after(seconds, argv, log):
 
 
 def checkpoints(folder):
-    return {path.name: torch.load(path, weights_only=True) for path in sorted((folder / "out" / "checkpoints").glob("*.pth"))}
+    return {
+        path.name: torch.load(path, weights_only=True)
+        for path in sorted((folder / "out" / "checkpoints").glob("*.pth"))
+    }
 
 
 def saved_keys(folder):
@@ -102,8 +106,10 @@ def same(one, two):
 def assert_same_result(folder, reference):
     ours, theirs = checkpoints(folder), checkpoints(reference)
     for name, state in theirs.items():
-        parts = [part for part in state if part != "settings"]         # settings hold the folder's name and --resume
-        assert all(same(ours[name][part], state[part]) for part in parts), f"{name} differs from that of the uninterrupted run"
+        parts = [part for part in state if part != "settings"]  # settings hold the folder's name and --resume
+        assert all(same(ours[name][part], state[part]) for part in parts), (
+            f"{name} differs from that of the uninterrupted run"
+        )
     assert (folder / "out" / "predictions.csv").read_bytes() == (reference / "out" / "predictions.csv").read_bytes()
     keys = saved_keys(folder)
     assert len(np.unique(keys, axis=0)) == len(keys), "a text was encoded that had been saved"
@@ -120,19 +126,31 @@ def main():
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         table = small_table(60, 20)
-        table["event_text"] = [f"Lab: Lactate (Blood, Blood Gas) | Value: {i} mmol/L" + " | Comment: repeated" * (i % 40)
-                               for i in range(len(table))]
+        table["event_text"] = [
+            f"Lab: Lactate (Blood, Blood Gas) | Value: {i} mmol/L" + " | Comment: repeated" * (i % 40)
+            for i in range(len(table))
+        ]
         table.to_csv(root / "data.csv", index=False)
         encoder = make_encoder(root / "encoder")
-        run = lambda folder: arguments(folder, root / "data.csv",
-                                       "--max-epochs", EPOCHS, "--patience", 99, "--batch-size", 2, "--resume", encoder=encoder)
+        run = lambda folder: arguments(
+            folder,
+            root / "data.csv",
+            "--max-epochs",
+            EPOCHS,
+            "--patience",
+            99,
+            "--batch-size",
+            2,
+            "--resume",
+            encoder=encoder,
+        )
         started = time.monotonic()
         finish(run(root / "reference"), root / "log")
         whole = time.monotonic() - started
         runs = 0
         while len(kills) < options.kills:
             folder, runs = root / f"run_{runs}", runs + 1
-            if runs % 2 == 0:       # every second run finds its texts encoded, so that kills meet the training
+            if runs % 2 == 0:  # every second run finds its texts encoded, so that kills meet the training
                 shutil.copytree(root / "reference" / "cache", folder / "cache")
             for _ in range(min(KILLS_PER_RUN, options.kills - len(kills))):
                 if not kill_after(rng.uniform(0, (0.3 if runs % 2 == 0 else 0.5) * whole), run(folder), root / "log"):
@@ -141,7 +159,11 @@ def main():
             finish(run(folder), root / "log")
             assert_same_result(folder, root / "reference")
     counts = {name: kills.count(name) for name in sorted(set(kills))}
-    print(json.dumps({"kills": len(kills), "runs": runs, "during": counts, "seconds_of_an_uninterrupted_run": round(whole, 1)}))
+    print(
+        json.dumps(
+            {"kills": len(kills), "runs": runs, "during": counts, "seconds_of_an_uninterrupted_run": round(whole, 1)}
+        )
+    )
 
 
 if __name__ == "__main__":
