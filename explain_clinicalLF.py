@@ -319,9 +319,8 @@ def captum_analysis(
     steps. Raises ValueError for NaN or infinite inputs of real events.
     """
     model.eval()
-    attention_mask = torch.ones(sequences.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
-    for stay, is_event in enumerate(attention_mask.to(sequences.device)):
+    for stay, is_event in enumerate(event_mask(sequences, attention_mask)):
         length = int(is_event.nonzero().max()) + 1 if is_event.any() else 0
         arguments = (
             sequences[stay : stay + 1, :length],
@@ -337,6 +336,18 @@ def captum_analysis(
         rows.append(row)
     columns = [np.array(column) for column in zip(*rows)]
     return Attribution(attributions, statics, *columns)
+
+
+def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) -> Tensor:
+    """Return (B, L) bool, True at real events, from a mask of any number type; None: every event is real."""
+    if attention_mask is None:
+        return torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+    mask = torch.as_tensor(attention_mask, device=sequences.device).bool()
+    if mask.shape != sequences.shape[:2]:
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}; it must be {tuple(sequences.shape[:2])}, as the events."
+        )
+    return mask
 
 
 def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
@@ -402,23 +413,36 @@ def sum_over_columns(values: np.ndarray, names: Sequence[tuple[str, str | None]]
 
 def layer_analysis(
     model: ClinicalTransformer,
-    sequence: Tensor,
+    sequences: Tensor,
     static_features: Tensor,
+    attention_mask: Tensor | None = None,
     baseline: dict[str, Tensor] | None = None,
     n_steps: int = 50,
 ) -> list[dict[str, Any]]:
-    """Attribution of one stay, (1, L, C) and (1, S), to the outputs of `input_projection` and of each layer, per event.
+    """Attribute (B, L, C) events to the outputs of `input_projection` and of each layer, per event.
 
     Another question than `captum_analysis` answers: statics are held fixed, and deeper layers have already mixed the
-    events. Returns dicts of layer, attribution (L,), gap_error, complete.
+    events. Return dicts of layer, attribution (B, L), exactly 0 at padding, and gap_error (B,), complete (B,).
+
+    >>> [row["layer"] for row in layer_analysis(model, sequences, static_features, attention_mask)]  # doctest: +SKIP
     """
-    check_finite(sequence, static_features, torch.ones(sequence.shape[:2], dtype=torch.bool))
-    layers = {"input_projection": model.input_projection}
+    model.eval()
+    mask = event_mask(sequences, attention_mask)
+    check_finite(sequences, static_features, mask)
+    layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    return [
-        {"layer": name, **layer_attribution(model, layer, sequence, static_features, baseline, n_steps)}
-        for name, layer in layers.items()
-    ]
+    rows = []
+    for name, layer in layers.items():
+        attributions, gaps, complete = np.zeros(mask.shape), [], []
+        for stay, is_event in enumerate(mask):
+            sequence, static = sequences[stay : stay + 1, is_event], static_features[stay : stay + 1]
+            found, gap, is_full = layer_attribution(model, layer, sequence, static, baseline, n_steps)
+            attributions[stay, is_event.cpu()] = found
+            gaps.append(gap)
+            complete.append(is_full)
+        row = {"attribution": attributions, "gap_error": np.array(gaps), "complete": np.array(complete)}
+        rows.append({"layer": name, **row})
+    return rows
 
 
 def layer_attribution(
@@ -428,8 +452,11 @@ def layer_attribution(
     static: Tensor,
     baseline: dict[str, Tensor] | None,
     n_steps: int,
-) -> dict[str, Any]:
-    """One layer; the outputs of a stay's layer are packed, (L, D), so that Captum sees L rows per step."""
+) -> tuple[np.ndarray, float, bool]:
+    """Return (L,) attributions of one stay's real events, (1, L, C), to one layer, the gap error, and whether it is complete.
+
+    The outputs of a stay's layer are packed, (L, D), so that Captum sees L rows per step.
+    """
     start, _ = baselines_like(sequence, static, baseline)
     with torch.no_grad():
         difference = float(model.logits(sequence, static) - model.logits(start, static))
@@ -446,7 +473,7 @@ def layer_attribution(
         gap = float(attribution.sum()) - difference
         if is_complete(gap, difference):
             break
-    return {"attribution": attribution, "gap_error": gap, "complete": is_complete(gap, difference)}
+    return attribution, gap, is_complete(gap, difference)
 
 
 @torch.no_grad()
@@ -491,14 +518,15 @@ def remove_each_event(
 
 
 class Ablation(NamedTuple):
-    removal: np.ndarray  # (L,) logit with the event minus logit without it
-    groups: pd.DataFrame  # kind, group, n_events, ablation, shapley (NaN unless asked for)
+    removal: np.ndarray  # (B, L) logit with the event minus logit without it; 0 at padding, NaN where not asked for
+    groups: pd.DataFrame  # stay (index in the batch), kind, group, n_events, ablation, shapley (NaN unless asked for)
 
 
 def ablation_analysis(
     model: ClinicalTransformer,
-    sequence: Tensor,
+    sequences: Tensor,
     static_features: Tensor,
+    attention_mask: Tensor | None = None,
     baseline: dict[str, Tensor] | None = None,
     event_groups: dict[str, Sequence[str]] | None = None,
     static_names: Sequence[str] | None = None,
@@ -506,23 +534,31 @@ def ablation_analysis(
     seed: int = 0,
     which: np.ndarray | None = None,
 ) -> Ablation:
-    """What the logit of one stay, (1, L, C) and (1, S), loses without each event, and without each group of inputs.
+    """Measure what the logits of (B, L, C) events and (B, S) statics lose without each event and each group of inputs.
 
-    Events are removed through the mask (those at the positions `which`, else all). Groups are replaced by the baseline: events of one value of each entry of
-    `event_groups` (kind -> L labels), and static inputs of one name (S names, a one-hot group repeats its name). Shapley
-    values (sampled orders) are over the groups of the first kind and the statics together. No gradient is computed.
+    Events are removed one by one (those at the positions `which`, else all). Groups are replaced by the baseline: the
+    events of one value of each entry of `event_groups` (kind -> L labels), and the static inputs of one name (S names, a
+    one-hot group repeats its name). Shapley values (sampled orders) are over the groups of the first kind and the statics
+    together. No gradient is computed. Masked events are left out: a stay is its real events, in their order.
+
+    >>> ablation_analysis(model, sequences, static_features, attention_mask).removal[0]  # doctest: +SKIP
     """
-    check_finite(sequence, static_features, torch.ones(sequence.shape[:2], dtype=torch.bool))
-    static_names = (
-        [f"static {i}" for i in range(static_features.shape[1])] if static_names is None else list(static_names)
-    )
-    removal = remove_each_event(model, sequence, static_features, which)
-    tables = []
-    for number, (kind, labels) in enumerate((event_groups or {"all events": ["all"] * sequence.shape[1]}).items()):
-        groups = feature_groups(kind, labels, static_names if number == 0 else [])
-        tables.append(
-            ablate_groups(model, sequence, static_features, baseline, groups, 0 if number else shapley_samples, seed)
-        )
+    model.eval()
+    mask = event_mask(sequences, attention_mask)
+    check_finite(sequences, static_features, mask)
+    names = list(static_names or [f"static {column}" for column in range(static_features.shape[1])])
+    kinds = event_groups or {"all events": ["all"] * sequences.shape[1]}
+    removal, tables = np.zeros(mask.shape), []
+    for stay, is_event in enumerate(mask):
+        sequence, static = sequences[stay : stay + 1, is_event], static_features[stay : stay + 1]
+        positions = is_event.nonzero().squeeze(1).cpu().numpy()
+        chosen = None if which is None else np.flatnonzero(np.isin(positions, which))
+        removal[stay, positions] = remove_each_event(model, sequence, static, chosen)
+        for number, (kind, labels) in enumerate(kinds.items()):
+            groups = feature_groups(kind, np.asarray(labels, dtype=object)[positions], [] if number else names)
+            samples = 0 if number else shapley_samples
+            found = ablate_groups(model, sequence, static, baseline, groups, samples, seed)
+            tables.append(found.assign(stay=stay))
     return Ablation(removal, pd.concat(tables, ignore_index=True))
 
 
@@ -1255,6 +1291,7 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
         model,
         sequence,
         static,
+        None,
         baseline,
         {"event type": events["event_type"], "clock window": clock_window(events["hours_to_end"].to_numpy())},
         [column for column, _ in names],
@@ -1263,14 +1300,17 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
         which=np.sort(strongest),
     )
     events = add_scores(
-        events, found, from_zero, ablation.removal, attention, run.checkpoint.preprocessor.value_channel
+        events, found, from_zero, ablation.removal[0], attention, run.checkpoint.preprocessor.value_channel
     )
-    statics = static_table(run, stay, found, ablation.groups, names).assign(**ids)
-    groups = group_table(events, statics, ablation.groups).assign(**ids)
+    group_scores = ablation.groups.drop(columns="stay")
+    statics = static_table(run, stay, found, group_scores, names).assign(**ids)
+    groups = group_table(events, statics, group_scores).assign(**ids)
     by_layer = (
         [
-            pd.DataFrame(row | {"event": np.arange(len(events))})
-            for row in layer_analysis(model, sequence, static, baseline, settings.ig_steps)
+            pd.DataFrame({name: value if name == "layer" else value[0] for name, value in row.items()}).assign(
+                event=np.arange(len(events))
+            )
+            for row in layer_analysis(model, sequence, static, None, baseline, settings.ig_steps)
         ]
         if layers
         else [pd.DataFrame(columns=["layer", "attribution", "gap_error", "complete", "event"])]

@@ -114,13 +114,13 @@ def test_event_parts_cover_every_input_once(value_channel, width):
 
 
 def test_layer_attributions_add_up_at_every_layer(model, stay):
-    rows = explain.layer_analysis(model, stay.sequence, stay.static, stay.baseline)
+    rows = explain.layer_analysis(model, stay.sequence, stay.static, baseline=stay.baseline)
     difference = logit(model, stay.sequence, stay.static) - logit(
         model, stay.baseline["event"].expand(1, N_EVENTS, -1), stay.static
     )
     assert [row["layer"] for row in rows] == ["input_projection", "encoder layer 1", "encoder layer 2"]
     for row in rows:
-        assert row["attribution"].shape == (N_EVENTS,)
+        assert row["attribution"].shape == (1, N_EVENTS)
         assert row["attribution"].sum() == pytest.approx(difference, abs=0.03)
 
 
@@ -152,7 +152,7 @@ def test_removal_of_the_only_event_leaves_a_stay_without_events(model, stay):
 def test_groups_equal_a_loop_over_replacements_without_gradients(model, stay, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("ablation needs no gradient"))
     labels, names = list("aabbbca"), ["sex", "sex", "age", "race"]
-    found = explain.ablation_analysis(model, stay.sequence, stay.static, stay.baseline, {"letter": labels}, names)
+    found = explain.ablation_analysis(model, stay.sequence, stay.static, None, stay.baseline, {"letter": labels}, names)
     scores = found.groups.set_index(["kind", "group"])["ablation"]
     full, inside = logit(model, stay.sequence, stay.static), torch.tensor([label == "b" for label in labels])
     replaced, static = stay.sequence.clone(), stay.static.clone()
@@ -164,7 +164,7 @@ def test_groups_equal_a_loop_over_replacements_without_gradients(model, stay, mo
 
 def test_shapley_values_sum_to_the_difference_of_the_logits(model, stay):
     found = explain.ablation_analysis(
-        model, stay.sequence, stay.static, stay.baseline, {"letter": list("aabbbca")}, shapley_samples=3
+        model, stay.sequence, stay.static, None, stay.baseline, {"letter": list("aabbbca")}, shapley_samples=3
     )
     start = logit(model, stay.baseline["event"].expand(1, N_EVENTS, -1), stay.baseline["static"][None])
     assert found.groups["shapley"].sum() == pytest.approx(logit(model, stay.sequence, stay.static) - start, abs=1e-4)
