@@ -46,7 +46,6 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import train
 from train import (
@@ -83,28 +82,32 @@ class ExplainSettings:
     save_dir: str = train.option(
         "trained_models/clinical_LF/explainability", "Folder for figures, tables and the report."
     )
-    stays: int = train.option(4, "Stays shown in full: highest, lowest, most uncertain, most wrong, and so on in turn.")
-    max_stays: int = train.option(100, "Held-out stays analysed at most, drawn at random; 0 takes all.")
+    stays: int = train.option(
+        4, "Stays shown in full: highest, lowest, most uncertain, most wrong, and so on in turn.", low=0
+    )
+    max_stays: int = train.option(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
     text_encoder: str = train.option("", "Encoder of the checkpoint, if it was a local folder; else it is known.")
     cache_dir: str = train.option("clinical_LF_precomp_emb", "Folder of the embedding cache.")
     hf_cache: str = train.option("hf_cache", "Folder of downloaded encoder weights.")
     max_removals: int = train.option(
-        500, "Events of a stay removed one by one at most, the most attributed first; 0: every event."
+        500, "Events of a stay removed one by one at most, the most attributed first; 0: every event.", low=0
     )
-    layer_stays: int = train.option(20, "Stays attributed to layers at most (those shown in full always are).")
+    layer_stays: int = train.option(20, "Stays attributed to layers at most (those shown in full always are).", low=0)
     ig_steps: int = train.option(
-        50, "Steps of Integrated Gradients; tried again with four times as many where it is not complete."
+        50, "Steps of Integrated Gradients; tried again with four times as many where it is not complete.", low=2
     )
     untrained_models: int = train.option(
-        4, "Untrained models that show what heads do without any training (at least 4)."
+        4, "Untrained models that show what heads do without any training (at least 4).", low=4
     )
-    checked_stays: int = train.option(40, "Stays on which deletion, infidelity and randomisation are measured at most.")
-    n_bootstrap: int = train.option(1000, "Bootstrap samples behind every 95 % interval.")
+    checked_stays: int = train.option(
+        40, "Stays on which deletion, infidelity and randomisation are measured at most.", low=0
+    )
+    n_bootstrap: int = train.option(1000, "Bootstrap samples behind every 95 % interval.", low=1)
     seed: int = train.option(0, "Seed of the choice of stays, random orders, untrained models and the bootstrap.")
     selfcheck: bool = train.option(False, "Check the explanations on synthetic stays whose causes are known, and stop.")
-    selfcheck_seeds: int = train.option(5, "Samples made and models trained by --selfcheck.")
-    selfcheck_stays: int = train.option(2000, "Stays that each of these models is trained on.")
-    selfcheck_epochs: int = train.option(50, "Epochs at most of each of these models.")
+    selfcheck_seeds: int = train.option(5, "Samples made and models trained by --selfcheck.", low=1)
+    selfcheck_stays: int = train.option(2000, "Stays that each of these models is trained on.", low=100)
+    selfcheck_epochs: int = train.option(50, "Epochs at most of each of these models.", low=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2832,15 +2835,12 @@ def run_explainability_analysis(
     anything that the caller can mend.
     """
     try:
-        settings = check_settings(
-            ExplainSettings(
-                checkpoint=str(checkpoint_path), data=str(test_data_path), save_dir=str(save_dir or ""), **options
-            )
-        )
+        settings = ExplainSettings(str(checkpoint_path), str(test_data_path), str(save_dir or ""), **options)
     except TypeError as error:
         raise InputError(
             f"run_explainability_analysis: {str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
         ) from None
+    train.check_limits(settings)
     run = load_run(settings.checkpoint, settings.data, settings.text_encoder, settings.cache_dir, settings.hf_cache)
     tables = explain(run, settings)
     for sentence in tables["faithfulness"]["sentence"]:
@@ -2849,26 +2849,6 @@ def run_explainability_analysis(
         written = write_everything(Path(save_dir), run, tables, settings)
         logger.info("Written     " + "\n            ".join(map(str, written)))
     return {name: tables[name] for name in (*TABLE_FILES, "faithfulness")}
-
-
-def check_settings(settings: ExplainSettings) -> ExplainSettings:
-    """Refuse settings that make no sense (`InputError`)."""
-    for name, least in (
-        ("stays", 0),
-        ("max_stays", 0),
-        ("max_removals", 0),
-        ("layer_stays", 0),
-        ("ig_steps", 2),
-        ("untrained_models", 4),
-        ("checked_stays", 0),
-        ("n_bootstrap", 1),
-        ("selfcheck_seeds", 1),
-        ("selfcheck_stays", 100),
-        ("selfcheck_epochs", 1),
-    ):
-        if getattr(settings, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {least}.")
-    return settings
 
 
 def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: ExplainSettings) -> list[Path]:
@@ -2957,16 +2937,15 @@ def run_selfcheck(settings: ExplainSettings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code: 0 done, 1 the self-check fell short, 2 something to mend, 130 interrupted."""
-    (settings,) = HfArgumentParser(
-        ExplainSettings, description=__doc__.split("\n\n")[0], allow_abbrev=False
-    ).parse_args_into_dataclasses(args=sys.argv[1:] if argv is None else list(argv))
+    settings = train.settings_from(argv, ExplainSettings, __doc__)
     train.log_to_stdout()
     options = {
         name: value for name, value in asdict(settings).items() if name not in ("checkpoint", "data", "save_dir")
     }
     try:
         if settings.selfcheck:
-            return run_selfcheck(check_settings(settings))
+            train.check_limits(settings)
+            return run_selfcheck(settings)
         run_explainability_analysis(settings.checkpoint, settings.data, settings.save_dir, **options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,21 +3,38 @@
     python train.py                                             # the bundled synthetic sample, a few minutes on a CPU
     python train.py --data PATH/TO/mimic-iv                     # MIMIC-IV or its open demo: a folder with hosp/ and icu/
     python train.py --data "exported/*.parquet"                 # what query.sql returned in BigQuery
-    python train.py --data mimic-iv --observation-hours 24      # predict 24 h after ICU admission, from what was known then
+    python train.py --data mimic-iv --observation-hours 24      # predict 24 h after ICU admission, from what was known
+    python train.py settings.yaml --max-epochs 20               # settings from a file; options overrule it
     python train.py --evaluate trained_models/clinical_LF/checkpoints/best_model.pth --data NEW.csv
     accelerate launch --num_processes 8 train.py --data PATH/TO/mimic-iv
 
-Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer turns
-each distinct text into a vector once; a transformer reads the stay's events and pools them by attention.
+Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer
+turns each distinct text into a vector once; a transformer reads the stay's events and pools them by attention.
 
-Axes: B stays in a batch, L events of a stay, N events of a whole batch without padding, E text dimension, D model dimension,
-S static dimension, H heads. Times carry their unit in the name. Masks are True at real events.
+The sections, in the order in which data flow, and what each gives to the next:
+
+    Settings         Settings: every number that a person may want to change, checked
+    Reading          StayTable: the stays, and their events in flat arrays; a Split of the stays by patient
+    Preprocessing    ClinicalDataPreprocessor: encoders of types, times and static columns, fitted on training stays
+    Text embedding   (n_texts, E): one vector for each distinct text, computed once and kept on disk
+    Dataset          batches of stays: sequences, static features, labels, and which positions are events
+    Model            ClinicalTransformer: (B, 1) probability of death, and on request the attention of that very pass
+    Loss             TrainingObjective: the loss of each stay of a batch
+    Checkpoints      files that are whole or not there; Checkpoint: a model with all that applying it needs
+    Training         Trainer: epochs until the validation loss rests; best_model.pth
+    Evaluation       figures of held-out stays with intervals, subgroups, calibration, leakage audit
+    Plots            matplotlib figures of these
+    Main             the phases of a run, one after the other, and the files that they leave
+
+Axes: B stays in a batch, L events of a stay, N events of a whole batch without padding, E text dimension, D model
+dimension, S static dimension, H heads. Times carry their unit in the name. Masks are True at real events.
 
 Research software: not a medical device, not for clinical use.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import fcntl
@@ -26,6 +43,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
@@ -40,7 +58,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import duckdb
 import numpy as np
@@ -48,6 +66,7 @@ import pandas as pd
 import sqlglot
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from matplotlib.colors import PowerNorm
@@ -86,14 +105,12 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, help: str, **extra: Any) -> Any:
-    """A settings field with its one-sentence help."""
-    metadata = {"help": help.replace("%", "%%"), **extra}  # argparse would take a percent sign for a format
-    return (
-        field(default_factory=lambda: list(default), metadata=metadata)
-        if isinstance(default, list)
-        else field(default=default, metadata=metadata)
-    )
+def option(default: Any, help_text: str, **limits: Any) -> Any:
+    """A settings field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
+    metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # argparse takes a percent sign for a format
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -107,47 +124,56 @@ class Settings:
 
     text_encoder: str = option(CLINICAL_LONGFORMER, "Hugging Face id or local path of an encoder, or 'hashing'.")
     text_encoder_revision: str = option("main", "Branch, tag or commit of the encoder on the hub.")
-    max_text_tokens: int = option(512, "Texts are cut after this many tokens.")
-    text_encoder_dtype: str = option("auto", "Precision of the frozen encoder: auto, float32 or bfloat16.")
+    max_text_tokens: int = option(512, "Texts are cut after this many tokens.", low=1)
+    text_encoder_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision of the frozen encoder.")
     value_channel: bool = option(False, "Two more inputs per event: its number as a quantile, and whether it has one.")
     static_features: list[str] = option([], "Static columns to use; default: all that are known at the prediction.")
 
-    observation_hours: float = option(0.0, "Predict this many hours after ICU admission; 0 reads the whole stay.")
-    gap_hours: float = option(0.0, "Leave out stays that end within this many hours after the prediction.")
+    observation_hours: float = option(
+        0.0, "Predict this many hours after ICU admission; 0 reads the whole stay.", low=0
+    )
+    gap_hours: float = option(0.0, "Leave out stays that end within this many hours after the prediction.", low=0)
     first_stay_only: bool = option(False, "Keep only the first ICU stay of each patient.")
 
-    d_model: int = option(256, "Width of the transformer.")
-    n_layers: int = option(4, "Transformer layers.")
-    n_heads: int = option(8, "Attention heads of each layer.")
-    d_feedforward: int = option(512, "Width of the feed-forward part of each layer.")
-    n_pooling_heads: int = option(4, "Attention heads that pool the events.")
-    dropout: float = option(0.2, "Dropout everywhere but inside attention (fused kernels take none there).")
-
-    weight_averaging: float = option(
-        0.98, "Decay per step of the running mean of the weights that is validated and kept."
+    d_model: int = option(256, "Width of the transformer.", low=1)
+    n_layers: int = option(4, "Transformer layers.", low=1)
+    n_heads: int = option(8, "Attention heads of each layer.", low=1)
+    d_feedforward: int = option(512, "Width of the feed-forward part of each layer.", low=1)
+    n_pooling_heads: int = option(4, "Attention heads that pool the events.", low=1)
+    dropout: float = option(
+        0.2, "Dropout everywhere but inside attention (fused kernels take none there).", low=0, below=1
     )
 
-    temporal_weight: float = option(0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.")
-    sparsity_weight: float = option(0.2, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.")
-    tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.")
-    learning_rate: float = option(5e-4, "Peak learning rate of AdamW.")
-    weight_decay: float = option(0.1, "Weight decay of AdamW.")
-    warmup_steps: int = option(50, "Steps over which the learning rate rises to its peak.")
-    gradient_clip: float = option(1.0, "Largest norm of the gradient.")
-    max_epochs: int = option(50, "Epochs at most.")
-    patience: int = option(8, "Stop after this many epochs without a better validation loss.")
-    batch_size: int = option(32, "Stays per step at most, over all processes.")
-    max_events_per_batch: int = option(16384, "Padded events per batch at most (a longer stay is a batch of its own).")
-    mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on CUDA devices that have it, else no.")
-    seed: int = option(0, "Seed of the split, the weights, the order of batches and the bootstrap.")
-    n_bootstrap: int = option(1000, "Bootstrap samples of patients behind every 95 % interval.")
-    save_attention_every: int = option(50, "Save the attention of every so many batches; 0 saves none.")
+    weight_averaging: float = option(
+        0.98, "Decay per step of the running mean of the weights that is validated and kept.", low=0, below=1
+    )
+    temporal_weight: float = option(
+        0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.", low=0, high=1
+    )
+    sparsity_weight: float = option(
+        0.2, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.", low=0
+    )
+    tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.", above=0)
+    learning_rate: float = option(5e-4, "Peak learning rate of AdamW.", above=0)
+    weight_decay: float = option(0.1, "Weight decay of AdamW.", low=0)
+    warmup_steps: int = option(50, "Steps over which the learning rate rises to its peak.", low=0)
+    gradient_clip: float = option(1.0, "Largest norm of the gradient.", above=0)
+    max_epochs: int = option(50, "Epochs at most.", low=1)
+    patience: int = option(8, "Stop after this many epochs without a better validation loss.", low=1)
+    batch_size: int = option(32, "Stays per step at most, over all processes.", low=1)
+    max_events_per_batch: int = option(
+        16384, "Padded events per batch at most (a longer stay is a batch of its own).", low=1
+    )
+    mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "auto is bf16 on CUDA devices that have it.")
+    seed: int = option(0, "Seed of the split, the weights, the order of batches and the bootstrap.", low=0, below=2**31)
+    n_bootstrap: int = option(1000, "Bootstrap samples of patients behind every 95 % interval.", low=0)
+    save_attention_every: int = option(50, "Save the attention of every so many batches; 0 saves none.", low=0)
 
     resume: bool = option(False, "Go on from latest_checkpoint.pth in the output folder.")
     evaluate: str = option("", "Checkpoint with which to score --data, without training.")
     trajectory: str = option("", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.")
     temperature_scaling: bool = option(False, "Calibrate by one temperature fitted on the validation split.")
-    cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.")
+    cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.", low=0)
     audit: bool = option(False, "Only run the leakage audit: write leakage_audit.csv and stop.")
 
 
@@ -168,72 +194,117 @@ DEFAULT_STATIC_FEATURES = (
 NUMERIC_STATIC_FEATURES = ("patient_age", "icu_length_of_stay_in_days", "number_of_events")
 
 
+class SettingsParser(HfArgumentParser):
+    """Options from the fields of a settings class; their limits, which argparse does not know, are `check_limits`'s."""
+
+    def add_argument(self, *names: str, limits: Any = None, **options: Any) -> argparse.Action:
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}. --help lists all options.\n")
+
+    def read_file(self, path: Path) -> dict[str, Any]:
+        """What a settings file says: names of settings and their values."""
+        try:
+            content = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"{path}: cannot be read as a settings file ({type(error).__name__})")
+        if not isinstance(content, dict):
+            self.error(f"{path}: no settings file; it holds lines such as 'max_epochs: 20'")
+        known = {action.dest for action in self._actions}
+        unknown = [str(name) for name in content if name not in known]
+        if unknown:
+            self.error(f"{path}: unknown settings {', '.join(unknown)}")
+        return content
+
+
+def settings_from(argv: Sequence[str] | None, kind: type, description: str | None) -> Any:
+    """Settings of a command line (default: the program's own); a first argument *.yaml holds some, options overrule it.
+
+    Ends the program with code 2, as argparse does, where the line makes no sense.
+    """
+    parser = SettingsParser(kind, description=str(description).split("\n\n")[0], allow_abbrev=False)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".yaml", ".yml")):
+        parser.set_defaults(**parser.read_file(Path(words.pop(0))))
+    settings, unknown = parser.parse_args_into_dataclasses(
+        args=words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown option {' '.join(unknown)}")
+    return settings
+
+
+LIMITS = {
+    "low": ("at least", operator.ge),
+    "high": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
+
+
+def check_limits(settings: Any) -> None:
+    """Refuse a value of another type, outside its field's limits or not among its choices (`InputError`)."""
+    kinds = get_type_hints(type(settings))
+    for entry in fields(settings):
+        value, kind, limits = getattr(settings, entry.name), kinds[entry.name], entry.metadata["limits"]
+        wanted = [f"{LIMITS[side][0]} {limit:g}" for side, limit in limits.items()]
+        if get_origin(kind) is Literal:
+            wanted, sound = [f"one of {', '.join(get_args(kind))}"], value in get_args(kind)
+        elif kind in (int, float):
+            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+            sound = is_number and all(LIMITS[side][1](value, limit) for side, limit in limits.items())
+        else:
+            sound = isinstance(value, get_origin(kind) or kind)
+        if not sound:
+            words = " and ".join(wanted) or f"of type {kind.__name__}"
+            raise InputError(f"{flag(entry.name)} {value}: out of range; it must be {words}.")
+
+
+def flag(name: str) -> str:
+    """The option of a setting: `d_model` is `--d-model`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_settings(settings: Settings) -> Settings:
     """Fill in the static features of the mode and refuse settings that contradict each other (`InputError`)."""
+    check_limits(settings)
     prospective = settings.observation_hours > 0
-    chosen = settings.static_features or [
-        name for name in DEFAULT_STATIC_FEATURES if not (prospective and name in KNOWN_ONLY_LATER)
-    ]
-    if unknown := [name for name in chosen if name not in STATIC_COLUMNS]:
-        raise InputError(
-            f"--static-features {' '.join(unknown)}: no such column. Choose from {', '.join(STATIC_COLUMNS)}."
-        )
-    if prospective and (late := [name for name in chosen if name in KNOWN_ONLY_LATER]):
-        raise InputError(
+    hidden = KNOWN_ONLY_LATER if prospective else ()
+    chosen = settings.static_features or [name for name in DEFAULT_STATIC_FEATURES if name not in hidden]
+    unknown = [name for name in chosen if name not in STATIC_COLUMNS]
+    late = [name for name in chosen if name in hidden]
+    divisors = (settings.n_heads, settings.n_pooling_heads, 2)
+    alone = [name for name in ("evaluate", "audit", "cross_validate", "resume") if getattr(settings, name)]
+    rules = (
+        (
+            unknown,
+            f"--static-features {' '.join(unknown)}: no such column. Choose from {', '.join(STATIC_COLUMNS)}.",
+        ),
+        (
+            late,
             f"--static-features {' '.join(late)}: known only after the prediction at {settings.observation_hours:g} h. "
-            "Leave these columns out, or drop --observation-hours."
-        )
-    positive = (
-        "d_model",
-        "n_layers",
-        "n_heads",
-        "d_feedforward",
-        "n_pooling_heads",
-        "tau_hours",
-        "learning_rate",
-        "max_epochs",
-        "patience",
-        "batch_size",
-        "max_events_per_batch",
-        "max_text_tokens",
-        "gradient_clip",
+            "Leave these columns out, or drop --observation-hours.",
+        ),
+        (
+            any(settings.d_model % divisor for divisor in divisors),
+            f"--d-model {settings.d_model}: out of range; it must be a multiple of --n-heads, --n-pooling-heads and 2.",
+        ),
+        (settings.cross_validate == 1, "--cross-validate 1: out of range; it takes at least 2 folds."),
+        (
+            settings.gap_hours and not prospective,
+            "--gap-hours needs --observation-hours: there is no gap where the whole stay is read.",
+        ),
+        (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
+        (
+            len(alone) > 1 and alone != ["cross_validate", "resume"],
+            f"{', '.join(map(flag, alone))}: these do not go together. Run one after the other.",
+        ),
     )
-    not_negative = (
-        "observation_hours",
-        "gap_hours",
-        "weight_decay",
-        "warmup_steps",
-        "n_bootstrap",
-        "save_attention_every",
-        "seed",
-        "sparsity_weight",
-    )
-    shares = ("dropout", "weight_averaging")
-    # Written so that NaN, which compares false with everything, is out of range too.
-    for name, bad in [(name, not 0 < getattr(settings, name) < math.inf) for name in positive] + [
-        *((name, not 0 <= getattr(settings, name) < 2**31) for name in not_negative),
-        *((name, not 0 <= getattr(settings, name) < 1) for name in shares),
-        ("temporal_weight", not 0 <= settings.temporal_weight <= 1),
-        ("cross_validate", settings.cross_validate == 1 or settings.cross_validate < 0),
-        ("d_model", any(settings.d_model % max(heads, 1) for heads in (settings.n_heads, settings.n_pooling_heads, 2))),
-        ("mixed_precision", settings.mixed_precision not in ("auto", "no", "bf16")),
-        ("text_encoder_dtype", settings.text_encoder_dtype not in ("auto", "float32", "bfloat16")),
-    ]:
-        if bad:
-            raise InputError(
-                f"--{name.replace('_', '-')} {getattr(settings, name)}: out of range "
-                "(sizes are positive, shares lie in 0..1, --d-model is a multiple of the heads; see --help)."
-            )
-    if settings.gap_hours and not prospective:
-        raise InputError("--gap-hours needs --observation-hours: there is no gap where the whole stay is read.")
-    if settings.trajectory and not settings.evaluate:
-        raise InputError("--trajectory needs --evaluate CHECKPOINT.")
+    for broken, message in rules:
+        if broken:
+            raise InputError(message)
     trajectory_hours(settings.trajectory)
-    together = [name for name in ("evaluate", "audit", "cross_validate", "resume") if getattr(settings, name)]
-    if len(together) > 1 and together != ["cross_validate", "resume"]:
-        raise InputError(
-            f"--{', --'.join(together).replace('_', '-')}: these do not go together. Run one after the other."
-        )
     return replace(settings, static_features=list(chosen))
 
 
@@ -3069,12 +3140,7 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
-    parser = HfArgumentParser(Settings, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    settings, unknown = parser.parse_args_into_dataclasses(
-        args=sys.argv[1:] if argv is None else list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unknown option {' '.join(unknown)}; --help lists them all")
+    settings = settings_from(argv, Settings, __doc__)
     log_to_stdout()
     try:
         settings = check_settings(settings)
