@@ -934,7 +934,7 @@ class ClinicalDataPreprocessor:
         categories = [
             sorted({*column.dropna().astype(str), "Unknown"}) for _, column in stays[self.categorical].items()
         ]
-        numbers = self._numbers_of(stays)
+        numbers = self._numbers_of(stays, self.numeric)
         minutes = table.minutes_to_end.astype(float)
         state = {
             "categorical": self.categorical,
@@ -967,21 +967,12 @@ class ClinicalDataPreprocessor:
             name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)
         ]:
             raise ValueError(f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}")
-        self._types = OneHotEncoder(categories=[list(EVENT_TYPES)], sparse_output=False, handle_unknown="ignore")
-        self._types.fit([[EVENT_TYPES[0]]])
-        if self.categorical:
-            self._static = OneHotEncoder(
-                categories=[np.array(c, dtype=object) for c in state["categories"]],
-                sparse_output=False,
-                handle_unknown="ignore",
-            ).fit(np.array([[c[0] for c in state["categories"]]], dtype=object))
-        self._numbers, self._time = StandardScaler(), StandardScaler()
-        for scaler, mean, scale in (
-            (self._numbers, state["means"], state["scales"]),
-            (self._time, [state["time_mean"]], [state["time_scale"]]),
-        ):
-            scaler.mean_, scaler.scale_ = np.array(mean, float), np.array(scale, float)
-            scaler.var_, scaler.n_features_in_ = scaler.scale_**2, len(mean)
+        self.event_type_encoder = _one_hot(list(EVENT_TYPES))
+        self.time_scaler = _scaler(state["time_mean"], state["time_scale"])
+        self.static_encoders = {
+            **{column: _one_hot(values) for column, values in zip(self.categorical, state["categories"])},
+            **{column: _scaler(*pair) for column, *pair in zip(self.numeric, state["means"], state["scales"])},
+        }
         return self
 
     @property
@@ -1000,44 +991,67 @@ class ClinicalDataPreprocessor:
 
     def encode_event_type(self, event_types: Sequence[str]) -> np.ndarray:
         """(n) names -> (n, 5) one-hot float32; an unknown type is all zeros."""
-        return self._types.transform(np.asarray(event_types, dtype=object).reshape(-1, 1)).astype(np.float32)
+        names = np.asarray(event_types, dtype=object).reshape(-1, 1)
+        return self.event_type_encoder.transform(names).astype(np.float32)
 
     def encode_relative_time(self, minutes: np.ndarray) -> np.ndarray:
         """(n) minutes to the final event -> (n, 1) float32, mean 0 and scale 1 on the training events."""
-        return self._time.transform(np.asarray(minutes, float).reshape(-1, 1)).astype(np.float32)
+        return self.time_scaler.transform(np.asarray(minutes, float).reshape(-1, 1)).astype(np.float32)
 
     def decode_hours(self, encoded: Tensor) -> Tensor:
         """Inverse of `encode_relative_time`, in hours, for a tensor of any shape."""
-        return (encoded * float(self._time.scale_[0]) + float(self._time.mean_[0])) / 60
+        return (encoded * float(self.time_scaler.scale_[0]) + float(self.time_scaler.mean_[0])) / 60
 
-    def _numbers_of(self, stays: pd.DataFrame) -> pd.DataFrame:
+    def _numbers_of(self, stays: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         """Numeric columns as they are scaled: the number of events, which spans three powers of ten, by its logarithm."""
         return (
-            stays[self.numeric]
+            stays[columns]
             .astype(float)
             .apply(lambda column: np.log1p(column) if column.name == "number_of_events" else column)
         )
 
-    def encode_static_features(self, stays: pd.DataFrame) -> np.ndarray:
-        """(n stays), as `StayTable.static_columns` -> (n, S) float32: one-hot groups, then numbers; a missing one is the training mean.
+    def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
+        """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers, or the columns named.
 
-        A number beyond what training saw counts as the nearest seen: six hours into a stay few events have happened yet.
+        A missing number is the training mean. One beyond what training saw counts as the nearest seen: six hours into a stay
+        few events have happened yet.
         """
-        parts = [np.zeros((len(stays), 0))]
-        if self.categorical:
-            parts.append(
-                self._static.transform(
-                    stays[self.categorical].astype(object).fillna("Unknown").astype(str).to_numpy(object)
-                )
-            )
-        if self.numeric:
-            numbers = self._numbers_of(stays).to_numpy().clip(self._state["smallest"], self._state["largest"])
-            parts.append(np.nan_to_num(self._numbers.transform(numbers)))
+        columns = [*self.categorical, *self.numeric] if static_columns is None else list(static_columns)
+        if unknown := [column for column in columns if column not in self.static_encoders]:
+            raise InputError(f"not among the static columns that the preprocessor was fitted on: {', '.join(unknown)}.")
+        parts = [np.zeros((len(stays), 0)), *(self._encode_static(stays, column) for column in columns)]
         return np.hstack(parts).astype(np.float32)
+
+    def _encode_static(self, stays: pd.DataFrame, column: str) -> np.ndarray:
+        """Return one static column of n stays, (n, 1) or (n, categories)."""
+        encoder = self.static_encoders[column]
+        if column in self.categorical:
+            words = stays[column].astype(object).fillna("Unknown").astype(str)
+            return encoder.transform(words.to_numpy(object).reshape(-1, 1))
+        place = self.numeric.index(column)
+        smallest, largest = self._state["smallest"][place], self._state["largest"][place]
+        numbers = self._numbers_of(stays, [column]).to_numpy().clip(smallest, largest)
+        return np.nan_to_num(encoder.transform(numbers))
 
     def encode_values(self, texts: Sequence[str]) -> np.ndarray:
         """(n texts) -> (n, 2) float32: the number's quantile among training values of its item, in -1..1, and whether it has one."""
         return encode_values(texts, self._state["item_quantiles"])
+
+
+def _one_hot(categories: Sequence[str]) -> OneHotEncoder:
+    """Return a fitted encoder of these categories; an unknown one is all zeros."""
+    encoder = OneHotEncoder(
+        categories=[np.array(categories, dtype=object)], sparse_output=False, handle_unknown="ignore"
+    )
+    return encoder.fit(np.array([[categories[0]]], dtype=object))
+
+
+def _scaler(mean: float, scale: float) -> StandardScaler:
+    """Return a fitted scaler of one number."""
+    scaler = StandardScaler()
+    scaler.mean_, scaler.scale_, scaler.var_ = np.array([mean]), np.array([scale]), np.array([scale]) ** 2
+    scaler.n_features_in_ = 1
+    return scaler
 
 
 N_QUANTILES = 65

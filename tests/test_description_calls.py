@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -74,3 +75,34 @@ def test_ablation_analysis_takes_a_batch_and_its_mask_of_any_type(model, batch, 
 def test_a_mask_of_another_shape_is_an_error(model, batch):
     with pytest.raises(ValueError, match=r"must be \(2, 8\)"):
         explain.captum_analysis(model, batch.sequences, batch.static, batch.mask[:, :5])
+
+
+# ---- The preprocessor's parts by their names
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Two stays with three events, and the preprocessor fitted on them."""
+    stays = pd.DataFrame({"patient_gender": ["F", None], "patient_age": [40.0, 60.0]})
+    minutes = np.array([30.0, 0.0, 90.0])
+    table = SimpleNamespace(static_columns=stays, minutes_to_end=minutes)
+    return stays, train.ClinicalDataPreprocessor(list(stays)).fit(table)
+
+
+def test_encode_static_features_takes_a_table_and_the_columns_wanted(fitted):
+    stays, preprocessor = fitted
+    assert preprocessor.encode_static_features(stays, ["patient_age", "patient_gender"]).tolist() == [
+        [-1, 1, 0],
+        [1, 0, 1],
+    ]
+    assert preprocessor.encode_static_features(stays, ["patient_age"]).tolist() == [[-1], [1]]
+    with pytest.raises(train.InputError, match="fitted on: insurance"):
+        preprocessor.encode_static_features(stays, ["insurance"])
+
+
+def test_encoders_are_public(fitted):
+    _, preprocessor = fitted
+    assert preprocessor.event_type_encoder.categories_[0].tolist() == list(train.EVENT_TYPES)
+    assert preprocessor.time_scaler.transform([[40.0]]).tolist() == [[0]]
+    assert preprocessor.static_encoders["patient_gender"].categories_[0].tolist() == ["F", "Unknown"]
+    assert preprocessor.static_encoders["patient_age"].inverse_transform([[1]]).tolist() == [[60]]
