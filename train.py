@@ -72,8 +72,9 @@ from accelerate.utils import gather_object, send_to_device
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, logit
+from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
@@ -2573,118 +2574,150 @@ def predict_logits(
 # n stays, R bootstrap resamples, G distinct probabilities, k coefficients. Outcome 1 is death in hospital.
 
 METRICS = ("auroc", "auprc", "brier", "calibration_intercept", "calibration_slope")
+TOO_FEW = 10  # stays of either outcome: with fewer, a figure is luck
 MIN_PER_OUTCOME = 20  # below this a subgroup's interval spans nearly everything and only invites over-reading
-LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; a column that does knows the outcome
-KNOWN_LATER = "events known only after the moment of prediction"
-IMPOSSIBLE = {
-    "events after the final event": "They happened after ICU discharge or death; the query should have cut them off.",
-    KNOWN_LATER: "A bedside model could not have read them.",
-    "patients in two splits": "The same patient is trained on and tested on.",
-    "admissions in two splits": "The same hospital admission, hence the same outcome, is trained on and tested on.",
-    "stays with conflicting labels": "Rows of one stay, or stays of one admission, disagree on the outcome.",
-}
 
 
-def evaluate_predictions(labels, probabilities, patient_ids, n_bootstrap=1000, seed=0) -> dict:
-    """Figures of held-out predictions with 95 % intervals from resampling patients, each with all of their stays.
+def evaluate_predictions(
+    labels: ArrayLike, probabilities: ArrayLike, patient_ids: ArrayLike, n_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Return figures of held-out predictions with 95 % intervals from resampling patients, each with all of their stays.
 
-    labels (n,) 0/1, probabilities (n,) in [0, 1], patient_ids (n,). Returns JSON-ready counts and, per name in METRICS,
+    labels (n,) 0/1, probabilities (n,) in [0, 1], patient_ids (n,). JSON-ready counts and, per name in METRICS,
     {"value", "low", "high"}; None where a figure does not exist (then with a "reason"). Resamples with one outcome only
     are skipped (all but Brier need both) and counted. Raises ValueError for lengths or values that make no sense.
     """
-    labels, probabilities = _checked(labels, probabilities)
-    patient_of_stay, patients = pd.factorize(np.asarray(patient_ids))
-    if len(patient_of_stay) != len(labels):
-        raise ValueError(f"{len(labels)} labels but {len(patient_of_stay)} patient ids")
-    n_stays, n_patients, n_deaths = len(labels), len(patients), int(labels.sum())
-    result = {
+    died, risks = checked_predictions(labels, probabilities)
+    n_stays, n_deaths = len(died), int(died.sum())
+    resamples = patient_resamples(patient_ids, n_stays, n_bootstrap, seed)
+    draws = [weighted_metrics(weights, died, risks) for weights in resamples]
+    all_draws = np.concatenate([np.empty((0, len(METRICS))), *draws])  # (R, 5)
+    values = np.full(len(METRICS), np.nan)
+    if n_stays:
+        values = weighted_metrics(np.ones((1, n_stays)), died, risks)[0]
+    result: dict[str, Any] = {
         "n_stays": n_stays,
-        "n_patients": n_patients,
+        "n_patients": len(np.unique(np.asarray(patient_ids))),
         "n_deaths": n_deaths,
         "prevalence": n_deaths / n_stays if n_stays else None,
         "n_bootstrap": n_bootstrap,
+        "n_resamples_skipped": int(np.isnan(all_draws[:, 0]).sum()),
+        "note": too_few_to_read(died),
     }
-    values = _weighted_metrics(np.ones((1, n_stays)), labels, probabilities) if n_stays else np.full((1, 5), np.nan)
-    draws, chunk = [], max(1, 2_000_000 // max(n_stays, 1))  # a chunk of resamples takes about 16 MB per array
-    generator = np.random.default_rng(seed)
-    for first in range(0, n_bootstrap if n_patients > 1 else 0, chunk):
-        size = min(chunk, n_bootstrap - first)
-        times_drawn = generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size)  # (R, patients)
-        draws.append(_weighted_metrics(times_drawn[:, patient_of_stay].astype(float), labels, probabilities))
-    draws = np.concatenate(draws) if draws else np.empty((0, len(METRICS)))
-    result["n_resamples_skipped"] = int(np.isnan(draws[:, 0]).sum())
     for column, name in enumerate(METRICS):
-        result[name] = _with_interval(values[0, column], draws[:, column])
+        result[name] = with_interval(values[column], all_draws[:, column])
     return result
 
 
-def _checked(labels, probabilities):
-    labels, probabilities = np.asarray(labels, dtype=float).ravel(), np.asarray(probabilities, dtype=float).ravel()
-    if len(labels) != len(probabilities):
-        raise ValueError(f"{len(labels)} labels but {len(probabilities)} probabilities")
-    if not np.isin(labels, (0, 1)).all():
+def checked_predictions(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as (n,) float64. Raises ValueError for what no prediction can be."""
+    died, risks = np.asarray(labels, dtype=float).ravel(), np.asarray(probabilities, dtype=float).ravel()
+    if len(died) != len(risks):
+        raise ValueError(f"{len(died)} labels but {len(risks)} probabilities")
+    if not np.isin(died, (0, 1)).all():
         raise ValueError("labels must be 0 or 1; leave out stays whose outcome is unknown")
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():  # false for NaN too
+    if not ((risks >= 0) & (risks <= 1)).all():  # false for NaN too
         raise ValueError("probabilities must lie between 0 and 1 and must not be NaN")
-    return labels, probabilities
+    return died, risks
 
 
-def _with_interval(value, draws):
-    """An infinite draw (separated outcomes: no finite slope) keeps its rank, so the interval is honestly unbounded."""
+def too_few_to_read(died: np.ndarray) -> str:
+    """Return a warning for figures of so few stays that they are luck, else an empty text."""
+    fewest = min(int(died.sum()), len(died) - int(died.sum()))
+    return f"too few to read: {fewest} stays of one outcome" if fewest < TOO_FEW else ""
+
+
+def patient_resamples(patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield weights of stays (R, n): how often each patient, with all of their stays, was drawn; 16 MB at a time."""
+    patient_of_stay, patients = pd.factorize(np.asarray(patient_ids))
+    if len(patient_of_stay) != n_stays:
+        raise ValueError(f"{n_stays} labels but {len(patient_of_stay)} patient ids")
+    if len(patients) < 2:
+        return
+    generator, chunk = np.random.default_rng(seed), max(1, 2_000_000 // n_stays)
+    for first in range(0, n_bootstrap, chunk):
+        size = min(chunk, n_bootstrap - first)
+        times_drawn = generator.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size)
+        yield times_drawn[:, patient_of_stay].astype(float)
+
+
+def interval_of(draws: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of draws (R,); an infinite one keeps its rank, so the interval is honestly unbounded."""
     draws = draws[~np.isnan(draws)]
-    bounds = np.quantile(draws, [0.025, 0.975], method="inverted_cdf") if len(draws) else [np.nan, np.nan]
-    value, low, high = (float(x) if np.isfinite(x) else None for x in (value, *bounds))
-    result = {"value": value, "low": low, "high": high}
-    if value is None:
+    if not len(draws):
+        return math.nan, math.nan
+    low, high = np.quantile(draws, [0.025, 0.975], method="inverted_cdf")
+    return float(low), float(high)
+
+
+def with_interval(value: float, draws: np.ndarray) -> dict[str, Any]:
+    """Return value, low and high as JSON can hold them, and a reason where one of them does not exist."""
+    low, high = interval_of(draws)
+    result: dict[str, Any] = {
+        name: float(number) if math.isfinite(number) else None
+        for name, number in (("value", value), ("low", low), ("high", high))
+    }
+    if result["value"] is None:
         result["reason"] = "needs stays of both outcomes whose probabilities neither tie all nor separate the outcomes"
-    elif len(draws) and (low is None or high is None):
+    elif math.isinf(low) or math.isinf(high):
         result["reason"] = "a missing bound is unbounded: in some resamples the probabilities separate the outcomes"
     return result
 
 
-def _weighted_metrics(weights, labels, probabilities):
-    """The figures in METRICS for every row of stay weights (R, n), as (R, 5); NaN where a row lacks an outcome."""
-    order = np.argsort(probabilities, kind="stable")
-    weights, labels, probabilities = weights[:, order], labels[order], probabilities[order]
-    first_of_tie = np.flatnonzero(np.r_[True, np.diff(probabilities) > 0])
-    deaths = np.add.reduceat(weights * labels, first_of_tie, axis=1)  # (R, G), rising risk
-    survivors = np.add.reduceat(weights * (1 - labels), first_of_tie, axis=1)  # (R, G)
-    n_deaths, n_survivors = deaths.sum(1), survivors.sum(1)
-    both = (n_deaths > 0) & (n_survivors > 0)
+def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return the figures in METRICS per row of stay weights (R, n), as (R, 5); NaN where a row lacks an outcome."""
     figures = np.full((len(weights), len(METRICS)), np.nan)
-    figures[:, 2] = weights @ (probabilities - labels) ** 2 / (n_deaths + n_survivors)
+    figures[:, 2] = weights @ (probabilities - labels) ** 2 / weights.sum(1)
+    both = (weights @ labels > 0) & (weights @ (1 - labels) > 0)
     if not both.any():
         return figures
-    weights, deaths, survivors = weights[both], deaths[both], survivors[both]
-    below = survivors.cumsum(1) - survivors / 2  # a tie counts a half
-    figures[both, 0] = (deaths * below).sum(1) / (n_deaths * n_survivors)[both]
-    found = deaths[:, ::-1].cumsum(1)[:, ::-1]  # deaths at or above
-    alarms = found + survivors[:, ::-1].cumsum(1)[:, ::-1]
-    figures[both, 1] = (deaths * found / np.maximum(alarms, 1)).sum(1) / n_deaths[both]  # average precision
-    logits = logit(probabilities.clip(1e-7, 1 - 1e-7))
-    figures[both, 3] = _logistic_fits(weights, labels, np.ones((len(labels), 1)), offset=logits)[:, 0]
-    figures[both, 4] = _calibration_slopes(weights, labels, logits)
+    weights = weights[both]
+    clipped = probabilities.clip(1e-7, 1 - 1e-7)
+    logits = np.log(clipped / (1 - clipped))
+    figures[both, :2] = weighted_ranking(weights, labels, probabilities)
+    figures[both, 3] = logistic_fits(weights, labels, np.ones((len(labels), 1)), offset=logits)[:, 0]
+    figures[both, 4] = calibration_slopes(weights, labels, logits)
     return figures
 
 
-def _calibration_slopes(weights, labels, logits):
-    """Slope of logit(death) on the logits (n,) per row of weights (R, n); infinite where they separate the outcomes."""
-    is_drawn, died = weights > 0, labels == 1
-    low = [np.where(is_drawn & group, logits, np.inf).min(1) for group in (died, ~died)]
-    high = [np.where(is_drawn & group, logits, -np.inf).max(1) for group in (died, ~died)]
-    deaths_above, deaths_below = high[1] <= low[0], high[0] <= low[1]
-    slopes = np.where(deaths_above, np.inf, np.where(deaths_below, -np.inf, np.nan))
-    slopes[deaths_above & deaths_below] = np.nan  # all tied: no slope at all
+def weighted_ranking(weights: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return AUROC and average precision (R, 2) for rows of stay weights (R, n) that hold both outcomes."""
+    order = np.argsort(probabilities, kind="stable")
+    is_new = np.diff(probabilities[order], prepend=-1.0) > 0
+    first_of_tie = np.flatnonzero(is_new)
+    weights, labels = weights[:, order], labels[order]
+    deaths = np.add.reduceat(weights * labels, first_of_tie, axis=1)  # (R, G), rising risk
+    survivors = np.add.reduceat(weights * (1 - labels), first_of_tie, axis=1)  # (R, G)
+    n_deaths, n_survivors = deaths.sum(1), survivors.sum(1)
+    below = survivors.cumsum(1) - survivors / 2  # a tie counts a half
+    auroc = (deaths * below).sum(1) / (n_deaths * n_survivors)
+    found = deaths[:, ::-1].cumsum(1)[:, ::-1]  # deaths at or above
+    alarms = found + survivors[:, ::-1].cumsum(1)[:, ::-1]
+    average_precision = (deaths * found / np.maximum(alarms, 1)).sum(1) / n_deaths
+    return np.column_stack([auroc, average_precision])
+
+
+def calibration_slopes(weights: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Return the slope of death on logits (n,) per row of weights (R, n); infinite where they separate outcomes."""
+    died, survived = (weights > 0) & (labels == 1), (weights > 0) & (labels == 0)  # (R, n)
+    lowest_death, lowest_survivor = (np.where(group, logits, np.inf).min(1) for group in (died, survived))
+    highest_death, highest_survivor = (np.where(group, logits, -np.inf).max(1) for group in (died, survived))
+    deaths_above, deaths_below = highest_survivor <= lowest_death, highest_death <= lowest_survivor
+    slopes = np.full(len(weights), np.nan)  # stays so where all are tied: no slope at all
+    slopes[deaths_above & ~deaths_below] = np.inf
+    slopes[deaths_below & ~deaths_above] = -np.inf
     finite = ~(deaths_above | deaths_below)
     if finite.any():
         scale = logits.std()
         standardised = np.column_stack([np.ones(len(logits)), (logits - logits.mean()) / scale])
-        slopes[finite] = _logistic_fits(weights[finite], labels, standardised)[:, 1] / scale
+        slopes[finite] = logistic_fits(weights[finite], labels, standardised)[:, 1] / scale
     return slopes
 
 
-def _logistic_fits(weights, labels, features, offset=0.0):
-    """Weighted logistic regressions by Newton, one per row of weights (R, n) at once: coefficients (R, k)."""
+def logistic_fits(
+    weights: np.ndarray, labels: np.ndarray, features: np.ndarray, offset: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Return weighted logistic regressions by Newton, one per row of weights (R, n) at once: coefficients (R, k)."""
     n_features = features.shape[1]
     products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)  # (n, k * k)
     coefficients = np.zeros((len(weights), n_features))
@@ -2700,8 +2733,8 @@ def _logistic_fits(weights, labels, features, offset=0.0):
     return np.where(np.abs(step).max(1, keepdims=True) < 1e-4, coefficients, np.nan)
 
 
-def race_group(race) -> str:
-    """MIMIC's 30-odd values by their first words: `BLACK/CAPE VERDEAN` is BLACK; the ways of not saying are UNKNOWN."""
+def race_group(race: Any) -> str:
+    """Return MIMIC's 30-odd values by their first words: `BLACK/CAPE VERDEAN` is BLACK; not saying is UNKNOWN."""
     words = "" if pd.isna(race) else str(race).strip().upper()
     for separator in ("/", " - ", " OR "):
         words = words.split(separator)[0]
@@ -2709,7 +2742,7 @@ def race_group(race) -> str:
 
 
 def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
-    """The groups reported on, one row per stay: sex, age band, race, care unit (from the flat table's columns)."""
+    """Return the groups reported on, one row per stay: sex, age band, race, care unit (from the table's columns)."""
     bands = pd.cut(
         stays["patient_age"].astype(float),
         [-np.inf, 45, 65, 80, np.inf],
@@ -2725,101 +2758,195 @@ def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()})
 
 
-def subgroup_table(labels, probabilities, patient_ids, groups: pd.DataFrame, n_bootstrap=1000, seed=0) -> pd.DataFrame:
-    """The figures of `evaluate_predictions` per group, sizes first; a plain "too few" below MIN_PER_OUTCOME of either.
+def members_of_groups(groups: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield grouping, value and which stays (n,) belong to it: first all stays, then every value of each column."""
+    yield "all", "all stays", np.ones(len(groups), dtype=bool)
+    for name in groups:
+        values = sorted(groups[name].unique(), key=str)
+        values.sort(key=lambda value: not str(value).startswith("under"))  # the youngest before "45 to 64"
+        for value in values:
+            yield str(name), value, (groups[name] == value).to_numpy()
+
+
+def subgroup_table(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    patient_ids: ArrayLike,
+    groups: pd.DataFrame,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return `evaluate_predictions` per group, sizes first; a plain "too few" below MIN_PER_OUTCOME of either outcome.
 
     groups has one row per stay, in the order of labels, and one column per grouping.
     """
-    labels, probabilities = _checked(labels, probabilities)
-    patient_ids, rows = np.asarray(patient_ids), []
-    members = [("all", "all stays", np.ones(len(labels), dtype=bool))]
-    for name in groups:
-        values = sorted(groups[name].unique(), key=lambda value: (not str(value).startswith("under"), str(value)))
-        members += [(name, value, (groups[name] == value).to_numpy()) for value in values]
-    for name, value, is_member in members:
-        deaths, stays = int(labels[is_member].sum()), int(is_member.sum())
-        enough = min(deaths, stays - deaths) >= MIN_PER_OUTCOME
+    died, risks = checked_predictions(labels, probabilities)
+    patients, rows = np.asarray(patient_ids), []
+    for name, value, is_member in members_of_groups(groups):
+        deaths, survivors = int(died[is_member].sum()), int((1 - died[is_member]).sum())
+        enough = min(deaths, survivors) >= MIN_PER_OUTCOME
+        resamples = n_bootstrap if enough else 0
+        figures = evaluate_predictions(died[is_member], risks[is_member], patients[is_member], resamples, seed)
         row = {
             "group": name,
             "value": value,
-            "stays": stays,
-            "patients": len(np.unique(patient_ids[is_member])),
-            "deaths": deaths,
-            "prevalence": deaths / max(stays, 1),
+            "stays": figures["n_stays"],
+            "patients": figures["n_patients"],
+            "deaths": figures["n_deaths"],
+            "prevalence": figures["prevalence"],
             "note": "" if enough else "too few",
         }
-        if enough:
-            figures = evaluate_predictions(
-                labels[is_member], probabilities[is_member], patient_ids[is_member], n_bootstrap, seed
-            )
         for metric in METRICS:
             for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
                 row[metric + suffix] = figures[metric][part] if enough else None
         rows.append(row)
-    return pd.DataFrame(rows).astype({metric + suffix: float for metric in METRICS for suffix in ("", "_low", "_high")})
+    columns = [metric + suffix for metric in METRICS for suffix in ("", "_low", "_high")]
+    return pd.DataFrame(rows).astype(dict.fromkeys(columns, float))
 
 
-def decision_curve(labels, probabilities, thresholds=np.arange(0.01, 0.61, 0.01)) -> pd.DataFrame:
-    """Net benefit per stay when stays at or above each risk threshold are treated, against treating all or none.
+SENSITIVITY = 0.8  # of the operating point: this share of the deaths is found
+
+
+def operating_points(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    patient_ids: ArrayLike,
+    groups: pd.DataFrame,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return what an alarm costs at the highest threshold that finds 80 % of these deaths, for all stays and per group.
+
+    One threshold for everyone: sensitivity, specificity, and alarms per true death with its 95 % interval.
+    """
+    died, risks = checked_predictions(labels, probabilities)
+    if not died.any():
+        return pd.DataFrame()
+    threshold = float(np.quantile(risks[died == 1], 1 - SENSITIVITY, method="inverted_cdf"))
+    patients, rows = np.asarray(patient_ids), []
+    is_alarm = risks >= threshold
+    for name, value, is_member in members_of_groups(groups):
+        alarm, dead = is_alarm[is_member], died[is_member] == 1
+        resamples = patient_resamples(patients[is_member], len(dead), n_bootstrap, seed)
+        draws = [alarms_per_death(weights, alarm, dead) for weights in resamples]
+        low, high = interval_of(np.concatenate([np.empty(0), *draws]))
+        row = {
+            "group": name,
+            "value": value,
+            "threshold": threshold,
+            "stays": len(dead),
+            "deaths": int(dead.sum()),
+            "alarms": int(alarm.sum()),
+            "deaths_found": int((alarm & dead).sum()),
+            "sensitivity": share(alarm & dead, dead),
+            "specificity": share(~alarm & ~dead, ~dead),
+            "alarms_per_true_death": float(alarms_per_death(np.ones((1, len(dead))), alarm, dead)[0]),
+            "low": low,
+            "high": high,
+            "note": too_few_to_read(died[is_member]),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def share(part: np.ndarray, whole: np.ndarray) -> float:
+    """Return how much of what `whole` marks `part` marks; NaN of nothing."""
+    return float(part.sum() / whole.sum()) if whole.any() else math.nan
+
+
+def alarms_per_death(weights: np.ndarray, is_alarm: np.ndarray, died: np.ndarray) -> np.ndarray:
+    """Return alarms for each death found (R,) by rows of stay weights (R, n); infinite where none is found."""
+    alarms, found = weights @ is_alarm, weights @ (is_alarm & died)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(alarms > 0, alarms / found, np.nan)
+
+
+THRESHOLDS = np.arange(0.01, 0.61, 0.01)  # of the decision curve
+
+
+def decision_curve(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    thresholds: ArrayLike = THRESHOLDS,
+    patient_ids: ArrayLike = (),
+    n_bootstrap: int = 0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return the net benefit per stay of treating those at or above each risk threshold, all, or none.
 
     Net benefit = true positives / n - false positives / n * t / (1 - t): t is the risk at which one would just treat.
+    With patient_ids and n_bootstrap, low and high bound the model's by resampling patients.
     """
-    labels, probabilities = _checked(labels, probabilities)
-    thresholds = np.asarray(thresholds, dtype=float)
-    if not ((thresholds > 0) & (thresholds < 1)).all() or not len(labels):
+    died, risks = checked_predictions(labels, probabilities)
+    limits = np.asarray(thresholds, dtype=float)
+    if not ((limits > 0) & (limits < 1)).all() or not len(died):
         raise ValueError("a decision curve needs at least one stay, and thresholds above 0 and below 1")
-    is_treated = probabilities[None, :] >= thresholds[:, None]  # (thresholds, n)
-    odds, prevalence = thresholds / (1 - thresholds), labels.mean()
-    model = (is_treated * labels).mean(1) - (is_treated * (1 - labels)).mean(1) * odds
-    return pd.DataFrame(
+    is_treated = risks >= limits[:, None]  # (thresholds, n)
+    odds, prevalence = limits / (1 - limits), died.mean()
+    worth = np.where(died == 1, 1.0, -odds[:, None])  # of treating a stay: (thresholds, n)
+    gains = worth * is_treated
+    curve = pd.DataFrame(
         {
-            "threshold": thresholds,
-            "model": model,
+            "threshold": limits,
+            "model": gains.mean(1),
             "treat_all": prevalence - (1 - prevalence) * odds,
             "treat_none": 0.0,
             "share_treated": is_treated.mean(1),
         }
     )
+    resamples = patient_resamples(patient_ids, len(died), n_bootstrap, seed) if n_bootstrap else ()
+    draws = [weights @ gains.T / weights.sum(1, keepdims=True) for weights in resamples]
+    if draws:
+        curve["low"], curve["high"] = np.quantile(np.concatenate(draws), [0.025, 0.975], axis=0)
+    return curve
 
 
-def calibration_table(labels, probabilities, n_bins=10) -> pd.DataFrame:
-    """Mean predicted risk and observed death rate in up to n_bins bins of about equal size (fewer where risks tie).
+def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int = 10) -> pd.DataFrame:
+    """Return mean predicted risk and observed death rate in up to n_bins bins of equal size (fewer where risks tie).
 
     The 95 % Wilson interval takes stays as independent: a little too narrow where patients have several stays.
     """
-    labels, probabilities = _checked(labels, probabilities)
-    bins = pd.qcut(pd.Series(probabilities), n_bins, labels=False, duplicates="drop").fillna(0)
-    table = (
-        pd.DataFrame({"bin": bins, "risk": probabilities, "died": labels})
-        .groupby("bin")
-        .agg(n=("died", "size"), deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=("died", "mean"))
+    died, risks = checked_predictions(labels, probabilities)
+    bins = pd.qcut(pd.Series(risks), n_bins, labels=False, duplicates="drop").fillna(0)
+    stays = pd.DataFrame({"bin": bins, "risk": risks, "died": died})
+    table = stays.groupby("bin").agg(
+        n=("died", "size"), deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=("died", "mean")
     )
-    intervals = [binomtest(int(row.deaths), int(row.n)).proportion_ci(method="wilson") for row in table.itertuples()]
-    table["low"], table["high"] = np.transpose([(interval.low, interval.high) for interval in intervals])
-    return table.reset_index(drop=True).astype({"deaths": int})
+    table = table.reset_index(drop=True).astype({"deaths": int})
+    intervals = [binomtest(deaths, n).proportion_ci(method="wilson") for deaths, n in zip(table["deaths"], table["n"])]
+    return table.assign(low=[bounds.low for bounds in intervals], high=[bounds.high for bounds in intervals])
 
 
-def fit_temperature(logits, labels) -> float:
-    """The T > 0 for which sigmoid(logit / T) has the least log loss on these stays (n,); convex in 1 / T.
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Return the T > 0 for which sigmoid(logit / T) has the least log loss on these stays (n,); convex in 1 / T.
 
-    Returns 1 (with a warning) where the data set no such T: it would go to 0 (all on the right side) or infinity.
+    It is 1 (with a warning) where the data set no such T: it would go to 0 (all on the right side) or infinity.
     """
-    logits, labels = np.asarray(logits, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
-    signed = np.where(labels == 1, logits, -logits)  # positive: on the right side of 0.5
-    inverse = minimize_scalar(
-        lambda inverse: np.logaddexp(0, -inverse * signed).sum(),
-        bounds=(0.02, 50),
-        method="bounded",
-        options={"xatol": 1e-7},
-    ).x
-    if not 0.021 < inverse < 49 or not 0 < labels.sum() < len(labels):
+    scores, died = np.asarray(logits, dtype=float).ravel(), np.asarray(labels, dtype=float).ravel()
+    margins = np.where(died == 1, scores, -scores)  # positive: on the right side of 0.5
+
+    def log_loss(inverse: float) -> float:
+        return float(np.logaddexp(0, -inverse * margins).sum())
+
+    inverse = minimize_scalar(log_loss, bounds=(0.02, 50), method="bounded", options={"xatol": 1e-7}).x
+    if not 0.021 < inverse < 49 or not 0 < died.sum() < len(died):
         logger.warning(
-            "Temperature scaling left out: %d validation stays (%d deaths) do not determine a temperature",
-            len(labels),
-            labels.sum(),
+            f"Temperature scaling left out: {len(died)} validation stays ({died.sum():.0f} deaths) "
+            "do not determine a temperature"
         )
         return 1.0
     return float(1 / inverse)
+
+
+LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; a column that does knows the outcome
+KNOWN_LATER = "events known only after the moment of prediction"
+IMPOSSIBLE = {
+    "events after the final event": "They happened after ICU discharge or death; the query should have cut them off.",
+    KNOWN_LATER: "A bedside model could not have read them.",
+    "patients in two splits": "The same patient is trained on and tested on.",
+    "admissions in two splits": "The same hospital admission, hence the same outcome, is trained on and tested on.",
+    "stays with conflicting labels": "Rows of one stay, or stays of one admission, disagree on the outcome.",
+}
 
 
 def split_counts(patient_ids, admission_ids, split) -> dict:
@@ -2985,7 +3112,7 @@ def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
 
 def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
     """ROC and precision-recall curves of held-out stays; metrics as `evaluate_predictions` returns them."""
-    labels, probabilities = _checked(labels, probabilities)
+    labels, probabilities = checked_predictions(labels, probabilities)
     figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
     roc, pr = figure.subplots(1, 2)
     if 0 < labels.sum() < len(labels):
@@ -3008,7 +3135,7 @@ def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
 
 def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
     """Observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
-    labels, probabilities = _checked(labels, probabilities)
+    labels, probabilities = checked_predictions(labels, probabilities)
     table = calibration_table(labels, probabilities, n_bins=int(np.clip(len(labels) // 10, 2, 10)))
     figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.4, width=5.6)
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])

@@ -381,6 +381,23 @@ def test_files_of_one_glob_may_order_their_columns_differently(tmp_path):
 
 # ---- options and folders ----
 
+
+@pytest.mark.parametrize(
+    "content, fragment",
+    [
+        ("max_epoch: 3", "unknown settings max_epoch"),
+        ("- 3", "no settings file"),
+        ("a: [", "cannot be read as a settings file"),
+        ("mixed_precision: fp8", "--mixed-precision fp8: out of range; it must be one of auto, no, bf16"),
+        ("d_model: wide", "invalid int value"),
+        ("patience: [1]", "--patience [1]: out of range; it must be at least 1"),
+    ],
+)
+def test_bad_settings_file_is_refused(content, fragment, tmp_path, capfd):
+    (tmp_path / "s.yaml").write_text(content)
+    assert_clear(run(tmp_path / "s.yaml"), fragment, capfd, tmp_path)
+
+
 BAD_OPTIONS = [
     (["--nonsense", "3"], "unknown option --nonsense 3"),
     (["--d-model", "wide"], "invalid int value"),

@@ -171,6 +171,37 @@ def test_net_benefit_by_hand():
     assert curve.treat_none.tolist() == [0, 0] and curve.share_treated.tolist() == pytest.approx([0.4, 0.8])
 
 
+def test_net_benefit_interval_holds_the_value_and_narrows_with_patients():
+    labels, logits = simulate(400)
+    widths = []
+    for n in (100, 400):
+        curve = train.decision_curve(labels[:n], expit(logits[:n]), [0.2], np.arange(n), n_bootstrap=300)
+        assert curve["low"][0] < curve["model"][0] < curve["high"][0]
+        widths.append(curve["high"][0] - curve["low"][0])
+    assert 1.5 < widths[0] / widths[1] < 2.7  # sqrt(4) in theory
+
+
+def test_operating_point_by_hand():
+    labels = [1, 1, 1, 1, 1, 0, 0, 0]
+    risks = [0.9, 0.8, 0.7, 0.6, 0.1, 0.65, 0.5, 0.3]
+    groups = pd.DataFrame({"sex": list("FFFMMFMM")})
+    points = train.operating_points(labels, risks, np.arange(8), groups, n_bootstrap=50).set_index("value")
+    whole, men = points.loc["all stays"], points.loc["M"]
+    assert whole["threshold"] == 0.6 and whole["sensitivity"] == 0.8 and whole["specificity"] == pytest.approx(2 / 3)
+    assert whole["alarms_per_true_death"] == pytest.approx(5 / 4) and whole["low"] <= 5 / 4 <= whole["high"]
+    assert (men["alarms"], men["deaths_found"], men["sensitivity"]) == (1, 1, 0.5) and "too few" in men["note"]
+
+
+def test_operating_point_without_deaths_is_an_empty_table():
+    assert train.operating_points([0, 0], [0.1, 0.2], [1, 2], pd.DataFrame(index=range(2))).empty
+
+
+@pytest.mark.parametrize("deaths, note", [(9, "too few to read: 9 stays of one outcome"), (10, "")])
+def test_figures_of_fewer_than_ten_of_an_outcome_are_too_few_to_read(deaths, note):
+    labels = (np.arange(40) < deaths).astype(int)
+    assert train.evaluate_predictions(labels, np.linspace(0, 1, 40), np.arange(40), n_bootstrap=0)["note"] == note
+
+
 def test_calibration_table_by_hand():
     table = train.calibration_table([0, 0, 1, 1, 1, 1], [0.1, 0.2, 0.3, 0.7, 0.8, 0.9], n_bins=2)
     assert table.n.tolist() == [3, 3] and table.mean_risk.tolist() == pytest.approx([0.2, 0.8])
