@@ -118,7 +118,9 @@ def option(default: Any, help_text: str, **limits: Any) -> Any:
 class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
-    data: str = option("sample_train.csv", "MIMIC-IV folder, nested Parquet (or a glob), or a flat CSV/Parquet file.")
+    data: str = option(
+        "sample_train.csv", "MIMIC-IV or MEDS folder, nested Parquet (or a glob), or a flat CSV/Parquet file."
+    )
     output_dir: str = option("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = option("clinical_LF_precomp_emb", "Folder for the embedding cache and the query's result.")
     hf_cache: str = option("hf_cache", "Folder for downloaded encoder weights.")
@@ -134,6 +136,10 @@ class Settings:
         0.0, "Predict this many hours after ICU admission; 0 reads the whole stay.", low=0
     )
     gap_hours: float = option(0.0, "Leave out stays that end within this many hours after the prediction.", low=0)
+    labels: str = option(
+        "", "With a MEDS data set: file or folder of its labels, or mortality-in-icu@24h to make them."
+    )
+    history_hours: float = option(0.0, "With a MEDS data set: hours before the prediction to read; 0 reads all.", low=0)
     first_stay_only: bool = option(False, "Keep only the first ICU stay of each patient.")
 
     d_model: int = option(256, "Width of the transformer.", low=1)
@@ -176,6 +182,16 @@ class Settings:
     temperature_scaling: bool = option(False, "Calibrate by one temperature fitted on the validation split.")
     cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.", low=0)
     audit: bool = option(False, "Only run the leakage audit: write leakage_audit.csv and stop.")
+
+    @property
+    def prospective(self) -> bool:
+        """Whether the end of what is read is a moment of prediction, not the end of the stay."""
+        return self.observation_hours > 0 or bool(self.labels)
+
+    @property
+    def meds_task(self) -> MedsTask | None:
+        """What is predicted from a MEDS data set; None for any other table."""
+        return MedsTask(self.labels, self.history_hours, self.gap_hours) if self.labels else None
 
 
 # What a prospective model cannot know at the moment of prediction.
@@ -270,8 +286,7 @@ def flag(name: str) -> str:
 def check_settings(settings: Settings) -> Settings:
     """Fill in the static features of the mode and refuse settings that contradict each other (`InputError`)."""
     check_limits(settings)
-    prospective = settings.observation_hours > 0
-    hidden = KNOWN_ONLY_LATER if prospective else ()
+    hidden = KNOWN_ONLY_LATER if settings.prospective else ()
     chosen = settings.static_features or [name for name in DEFAULT_STATIC_FEATURES if name not in hidden]
     unknown = [name for name in chosen if name not in STATIC_COLUMNS]
     late = [name for name in chosen if name in hidden]
@@ -284,7 +299,7 @@ def check_settings(settings: Settings) -> Settings:
         ),
         (
             late,
-            f"--static-features {' '.join(late)}: known only after the prediction at {settings.observation_hours:g} h. "
+            f"--static-features {' '.join(late)}: known only after the prediction. "
             "Leave these columns out, or drop --observation-hours.",
         ),
         (
@@ -293,9 +308,14 @@ def check_settings(settings: Settings) -> Settings:
         ),
         (settings.cross_validate == 1, "--cross-validate 1: out of range; it takes at least 2 folds."),
         (
-            settings.gap_hours and not prospective,
+            settings.gap_hours and not settings.prospective,
             "--gap-hours needs --observation-hours: there is no gap where the whole stay is read.",
         ),
+        (
+            settings.labels and settings.observation_hours,
+            "--observation-hours and --labels: a MEDS label has its own time of prediction. Give one of the two.",
+        ),
+        (settings.history_hours and not settings.labels, "--history-hours needs a MEDS data set and its --labels."),
         (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
         (
             len(alone) > 1 and alone != ["cross_validate", "resume"],
@@ -486,6 +506,220 @@ def collect_stays(database, query: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reading MEDS: any hospital's data in the Medical Event Data Standard (MEDS), with a file of labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The columns that say something; a data set without one of them has it empty.
+MEDS_ROWS = """
+CREATE TEMP VIEW meds_rows AS
+SELECT subject_id, time, code, numeric_value::DOUBLE AS number, text_value, unit, route, statusdescription,
+       race, insurance, marital_status
+FROM (
+    SELECT * FROM read_parquet({data}, union_by_name = true, hive_partitioning = false)
+    UNION ALL BY NAME
+    SELECT NULL::FLOAT AS numeric_value, NULL::VARCHAR AS text_value, NULL::VARCHAR AS unit, NULL::VARCHAR AS route,
+           NULL::VARCHAR AS statusdescription, NULL::VARCHAR AS race, NULL::VARCHAR AS insurance,
+           NULL::VARCHAR AS marital_status
+    WHERE false
+)
+"""
+
+# What a code says, once per code. Its first part is the kind; the last of three or more is the unit where the code has
+# numbers ("LAB//50971//mEq/L"); a START, STOP or END in second place is a status; the rest are words.
+MEDS_CODES = r"""
+CREATE TEMP TABLE meds_codes AS
+WITH used AS (
+    SELECT code, string_split(code, '//') AS parts, count(number) > 0 AS has_numbers
+    FROM meds_rows WHERE time IS NOT NULL GROUP BY code
+),
+described AS (
+    SELECT code, any_value(nullif(trim(regexp_replace(description, '\s+', ' ', 'g')), '')) AS description
+    FROM read_parquet({codes}) GROUP BY code
+),
+named AS (
+    SELECT code, parts[1] AS kind, description,
+           CASE WHEN has_numbers AND len(parts) > 2 AND NOT regexp_full_match(parts[-1], '\d*|UNK')
+                THEN parts[-1] END AS code_unit,
+           CASE WHEN parts[2] IN ('START', 'STOP', 'END') THEN lower(parts[2]) END AS code_status,
+           list_filter(parts[2:], lambda part: part NOT IN ('START', 'STOP', 'END', 'UNK', '')) AS words
+    FROM used LEFT JOIN described USING (code)
+)
+SELECT code, kind, code_unit, code_status, event_type, coalesce(number_word, 'Value') AS number_word,
+       CASE event_type WHEN 'ingredient' THEN 2 ELSE 3 END AS digits,
+       concat_ws(': ', coalesce(text_word, replace(kind, '_', ' ')), coalesce(description, nullif(
+           array_to_string(list_filter(words, lambda word: word IS DISTINCT FROM code_unit), ' '), ''))) AS item
+FROM named LEFT JOIN (VALUES
+    ('LAB', 'labevent', 'Lab', 'Value'),
+    ('MEDICATION', 'prescription', 'Prescription', 'Dose'),
+    ('INFUSION_START', 'ingredient', 'Ingredient', 'Rate'),
+    ('INFUSION_END', 'ingredient', 'Ingredient', 'Amount'),
+    ('PROCEDURE', 'procedure_event', 'Procedure', 'Value'),
+    ('MICROBIOLOGY', 'microbiology', 'Microbiology', 'Value')
+) AS kinds(kind, event_type, text_word, number_word) USING (kind)
+"""
+
+# `--labels mortality-in-icu@24h`: one label per ICU stay that lasts until the prediction and the gap after it. A code
+# of discharge says DIED or EXPIRED; a death before the discharge is one too.
+MADE_LABELS = re.compile(r"mortality-in-icu@(\d+(?:\.\d+)?)h")
+MEDS_MORTALITY_LABELS = """
+CREATE TEMP TABLE label_rows AS
+WITH stays AS (
+    SELECT DISTINCT subject_id, time AS intime,
+           (SELECT min(time) FROM meds_rows AS o WHERE o.subject_id = i.subject_id AND o.time > i.time
+            AND o.code LIKE 'ICU_DISCHARGE%') AS outtime,
+           (SELECT min_by(struct_pack(at := time, died := regexp_matches(code, 'DIED|EXPIRED')), time)
+            FROM meds_rows AS d WHERE d.subject_id = i.subject_id AND d.time > i.time
+            AND d.code LIKE 'HOSPITAL_DISCHARGE%') AS discharge,
+           (SELECT min(time) FROM meds_rows AS m WHERE m.subject_id = i.subject_id AND m.code = 'MEDS_DEATH') AS death
+    FROM meds_rows AS i WHERE code LIKE 'ICU_ADMISSION%'
+)
+SELECT subject_id, intime + to_seconds($hours * 3600) AS prediction_time,
+       coalesce(discharge.died, false) OR coalesce(death <= coalesce(discharge.at, outtime), false) AS boolean_value,
+       least(outtime, discharge.at, death) > intime + to_seconds(($hours + $gap) * 3600) AS lasts
+FROM stays
+"""
+
+MEDS_LABEL_CONFLICTS = """
+SELECT count(*) FROM (
+    SELECT subject_id FROM label_rows GROUP BY subject_id, prediction_time HAVING count(DISTINCT boolean_value) > 1
+)
+"""
+MEDS_LATE_LABELS = """
+DELETE FROM label_rows USING meds_rows AS m
+WHERE m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time <= prediction_time
+"""
+
+# What is known of a patient beside the events, with the time since when; the latest before the prediction counts.
+MEDS_FACTS = """
+CREATE TEMP TABLE facts AS
+SELECT subject_id, coalesce(time, TIMESTAMP '0001-01-01') AS since, name, value FROM (
+    SELECT subject_id, time, 'race' AS name, race AS value FROM meds_rows
+    UNION ALL SELECT subject_id, time, 'insurance', insurance FROM meds_rows
+    UNION ALL SELECT subject_id, time, 'marital_status', marital_status FROM meds_rows
+    UNION ALL SELECT subject_id, time, CASE parts[1] WHEN 'SEX' THEN 'gender' WHEN 'ETHNICITY' THEN 'race'
+                     WHEN 'ICU_ADMISSION' THEN 'careunit' ELSE lower(parts[1]) END, parts[2]
+    FROM (SELECT *, string_split(code, '//') AS parts FROM meds_rows)
+    WHERE parts[1] IN ('GENDER', 'SEX', 'RACE', 'ETHNICITY', 'INSURANCE', 'MARITAL_STATUS', 'ICU_ADMISSION')
+    UNION ALL SELECT subject_id, time, 'admission_type', split_part(code, '//', 2)
+    FROM meds_rows WHERE code LIKE 'HOSPITAL_ADMISSION//%'
+    UNION ALL SELECT subject_id, time, 'admission_location', split_part(code, '//', 3)
+    FROM meds_rows WHERE code LIKE 'HOSPITAL_ADMISSION//%'
+) WHERE value <> '' AND value <> 'UNK'
+"""
+
+# One sequence per label row: the subject's events up to and including the prediction, the last hours of them if asked.
+MEDS_SAMPLES = """
+CREATE TEMP TABLE samples AS
+SELECT row_number() OVER (ORDER BY subject_id, prediction_time) AS icu_stay_id, subject_id, prediction_time,
+       any_value(boolean_value)::INTEGER AS label,
+       prediction_time - to_seconds($history_hours * 3600) AS since
+FROM label_rows GROUP BY subject_id, prediction_time
+"""
+MEDS_EVENTS = r"""
+CREATE TEMP TABLE event_rows AS
+SELECT icu_stay_id, time AS event_time, time AS event_known_time, coalesce(event_type, lower(kind)) AS event_type,
+       concat_ws(' | ', item,
+           number_word || ': ' || coalesce(
+               nullif(CASE WHEN TRY_CAST(text_value AS DOUBLE) IS NULL THEN trim(text_value) END, '___'),
+               regexp_replace(CAST(round(number * scale) / scale AS VARCHAR), '\.0$', '')
+               || coalesce(' ' || coalesce(nullif(unit, ''), code_unit), '')),
+           'Route: ' || nullif(trim(route), ''),
+           'Status: ' || coalesce(nullif(trim(statusdescription), ''), code_status)) AS event_text,
+       epoch(prediction_time - time) / 60 AS relative_time_to_final_event
+FROM (
+    SELECT *, pow(10, greatest(0, digits - 1 - coalesce(floor(log10(abs(nullif(number, 0)))), 0))) AS scale
+    FROM meds_rows JOIN meds_codes USING (code)
+) AS r
+JOIN samples AS s
+  ON s.subject_id = r.subject_id AND r.time <= prediction_time AND ($history_hours = 0 OR r.time > since)
+WHERE kind NOT IN ('MEDS_BIRTH', 'MEDS_DEATH') AND NOT regexp_matches(code, '(^|//)(DIED|EXPIRED)($|//)')
+"""
+MEDS_STAYS = """
+CREATE TEMP TABLE stay_rows AS
+WITH first_events AS (SELECT icu_stay_id, min(event_time) AS first_time FROM event_rows GROUP BY icu_stay_id),
+known AS (
+    SELECT icu_stay_id, name, max_by(value, f.since) AS value
+    FROM samples JOIN facts AS f ON f.subject_id = samples.subject_id AND f.since <= prediction_time
+    GROUP BY icu_stay_id, name
+)
+SELECT s.subject_id AS patient_id, icu_stay_id AS admission_id, icu_stay_id,
+       CASE WHEN $history_hours > 0 THEN since ELSE coalesce(first_time, prediction_time) END AS icu_intime,
+       prediction_time AS icu_outtime, NULL::TIMESTAMP AS patient_death_time, label AS patient_expired_in_hospital,
+       gender AS patient_gender, floor(date_diff('day', birth, prediction_time) / 365.25) AS patient_age,
+       race AS patient_race, marital_status, admission_type, admission_location, insurance,
+       careunit AS first_icu_careunit, NULL AS last_icu_careunit, NULL::DOUBLE AS icu_length_of_stay_in_days,
+       NULL AS discharge_location
+FROM samples AS s
+LEFT JOIN first_events USING (icu_stay_id)
+LEFT JOIN (PIVOT known ON name IN ('gender', 'race', 'marital_status', 'admission_type', 'admission_location',
+           'insurance', 'careunit') USING any_value(value) GROUP BY icu_stay_id) USING (icu_stay_id)
+LEFT JOIN (SELECT subject_id, min(time) AS birth FROM meds_rows WHERE code = 'MEDS_BIRTH' GROUP BY subject_id)
+       AS births ON births.subject_id = s.subject_id
+"""
+
+
+class MedsTask(NamedTuple):
+    """Which labels of a MEDS data set, and how many hours before the prediction are read (0: all that there are)."""
+
+    labels: str
+    history_hours: float = 0.0
+    gap_hours: float = 0.0
+
+
+def is_meds(folder: Path) -> bool:
+    """Return whether a folder holds a MEDS data set: `data/` with Parquet files beside `metadata/codes.parquet`."""
+    return (folder / "metadata" / "codes.parquet").is_file() and (folder / "data").is_dir()
+
+
+def register_meds(con: duckdb.DuckDBPyConnection, root: Path, task: MedsTask) -> dict[str, int]:
+    """Make the tables `stay_rows` and `event_rows` of a MEDS data set; return how many labels were left out, and why.
+
+    A label row becomes one stay that ends with its prediction, so that whatever is read of it is known by then. Raises
+    `InputError` for labels that are none; DuckDB's own errors for files that cannot be read.
+    """
+    con.execute(MEDS_ROWS.format(data=sql_quoted(root / "data" / "**" / "*.parquet")))
+    con.execute(MEDS_CODES.format(codes=sql_quoted(root / "metadata" / "codes.parquet")))
+    left_out = _make_mortality_labels(con, task) if MADE_LABELS.fullmatch(task.labels) else _read_labels(con, task)
+    history = {"history_hours": task.history_hours}
+    con.execute(MEDS_SAMPLES, history)
+    con.execute(MEDS_FACTS)
+    con.execute(MEDS_EVENTS, history)
+    con.execute(MEDS_STAYS, history)
+    return left_out
+
+
+def _make_mortality_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, int]:
+    hours = float(task.labels.removeprefix("mortality-in-icu@").removesuffix("h"))
+    con.execute(MEDS_MORTALITY_LABELS, {"hours": hours, "gap": task.gap_hours})
+    short = con.execute("DELETE FROM label_rows WHERE lasts IS NOT TRUE").fetchall()[0][0]
+    if not con.execute("SELECT count(*) FROM label_rows").fetchall()[0][0]:
+        raise InputError(
+            f"--labels {task.labels}: no ICU stay lasts {hours + task.gap_hours:g} h, "
+            "or no code begins with ICU_ADMISSION."
+        )
+    return {f"ICU stays that ended or whose patient died within {hours + task.gap_hours:g} h, without a label": short}
+
+
+def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, int]:
+    """Labels of a Parquet file or a folder of them, in the MEDS label schema."""
+    path = Path(task.labels)
+    if not path.exists():
+        raise InputError(
+            f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself."
+        )
+    files = sql_quoted(path / "**" / "*.parquet" if path.is_dir() else path)
+    con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
+    names = {row[0] for row in con.execute("DESCRIBE label_rows").fetchall()}
+    if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in names]:
+        raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
+    conflicts = con.execute(MEDS_LABEL_CONFLICTS).fetchall()[0][0]
+    if conflicts:
+        raise InputError(f"--labels {path}: {conflicts} subjects and times have labels that contradict each other.")
+    late = con.execute(MEDS_LATE_LABELS).fetchall()[0][0]
+    return {"labels at or after the patient's death, left out": late}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading: MIMIC-IV folder, nested Parquet or flat table -> flat arrays
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -572,26 +806,36 @@ class StayTable:
 
 
 def read_stays(
-    data: str | Path, cache_dir: str | Path = "clinical_LF_precomp_emb", need_label: bool = True
+    data: str | Path,
+    cache_dir: str | Path = "clinical_LF_precomp_emb",
+    need_label: bool = True,
+    task: MedsTask | None = None,
 ) -> tuple[StayTable, dict[str, int]]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
-    Raises `InputError` for a table that cannot be read as it was meant.
+    task: what is predicted, where the folder is a MEDS data set. Raises `InputError` for a table that cannot be read
+    as it was meant.
     """
     path = Path(data)
     if not path.exists() and not any(c in str(data) for c in "*?["):
         raise InputError(
             f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file."
         )
-    if path.is_dir():
+    if is_meds(path) != (task is not None):
+        raise InputError(
+            f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h."
+        )
+    if path.is_dir() and task is None:
         path = run_mimic_query(path, Path(cache_dir))
     with duckdb.connect() as con:
         con.execute("SET preserve_insertion_order = false")
         try:
-            kind = _register_source(con, path)
+            left_out = register_meds(con, path, task) if task else {}
+            kind = "flat" if task else _register_source(con, path)
             _check_columns(con, path, need_label)
             _check_values(con, path, need_label)
-            return _load_arrays(con, path, kind)
+            table, report = _load_arrays(con, path, kind)
+            return table, left_out | report
         except duckdb.Error as error:
             raise InputError(
                 f"{data}: cannot be read ({_reason(error)}). CSV must be UTF-8 with a header and the columns of the "
@@ -2508,7 +2752,7 @@ class Trainer:
             record["hours_to_final_event"],
             title=f"Where does the model look in ICU stay {record['icu_stay_id']}? (epoch {epoch}, batch {batch})",
             caption=f"risk {record['probability']:.2f} · text encoder: {self.text_encoder}",
-            hours_label="hours before the " + ("prediction" if self.settings.observation_hours else "final event"),
+            hours_label="hours before the " + ("prediction" if self.settings.prospective else "final event"),
         )
         save_figure(self.output / "plots" / f"{name}.png", figure)
         self.objective.train()
@@ -3331,7 +3575,9 @@ def run(settings: Settings) -> dict[str, Any]:
     with only_run_in(output, active=accelerator.is_main_process):
         checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
         with accelerator.main_process_first():  # one process runs the query, the others find its result
-            table, repairs = read_stays(data_path(settings.data), settings.cache_dir, need_label=checkpoint is None)
+            table, repairs = read_stays(
+                data_path(settings.data), settings.cache_dir, need_label=checkpoint is None, task=settings.meds_task
+            )
         if checkpoint is not None:
             return evaluate_checkpoint(checkpoint, table, repairs, settings, accelerator)
         table, flow = choose_cohort(table, settings)
@@ -3612,7 +3858,7 @@ def write_audit(
         stays.patient_id.to_numpy(),
         part,
         counts,
-        prospective=settings.observation_hours > 0,
+        prospective=settings.prospective,
     )
     logger.info(f"Audit       {audit_summary(audit)}")
     write_whole(output / "leakage_audit.csv", lambda path: audit.to_csv(path, index=False))
