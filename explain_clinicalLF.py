@@ -79,6 +79,7 @@ class ExplainSettings:
     data: str = train.option(
         "sample_train.csv", "MIMIC-IV folder, nested Parquet or flat table; its held-out stays are used."
     )
+    labels: str = train.option("", "Labels of a MEDS data set, if other than the checkpoint's own.")
     save_dir: str = train.option(
         "trained_models/clinical_LF/explainability", "Folder for figures, tables and the report."
     )
@@ -137,6 +138,7 @@ def load_run(
     text_encoder: str = "",
     cache_dir: str | Path = "clinical_LF_precomp_emb",
     hf_cache: str | Path = "hf_cache",
+    labels: str = "",
 ) -> Run:
     """Checkpoint and the stays of the data whose patients it was neither trained nor tuned on, in its own cohort settings.
 
@@ -144,9 +146,12 @@ def load_run(
     """
     accelerator = Accelerator(mixed_precision="no")  # gradients and differences of logits need all digits
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
-    table, _ = train.read_stays(train.data_path(str(test_data_path)), cache_dir, need_label=False)
+    trained = replace(checkpoint.settings, labels=labels or checkpoint.settings.labels)
+    table, _ = train.read_stays(
+        train.data_path(str(test_data_path)), cache_dir, need_label=False, task=trained.meds_task
+    )
     settings = replace(
-        checkpoint.settings,
+        trained,
         data=str(test_data_path),
         cache_dir=str(cache_dir),
         hf_cache=str(hf_cache),
@@ -2841,7 +2846,14 @@ def run_explainability_analysis(
             f"run_explainability_analysis: {str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
         ) from None
     train.check_limits(settings)
-    run = load_run(settings.checkpoint, settings.data, settings.text_encoder, settings.cache_dir, settings.hf_cache)
+    run = load_run(
+        settings.checkpoint,
+        settings.data,
+        settings.text_encoder,
+        settings.cache_dir,
+        settings.hf_cache,
+        settings.labels,
+    )
     tables = explain(run, settings)
     for sentence in tables["faithfulness"]["sentence"]:
         logger.info(f"Check       {sentence}")

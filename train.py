@@ -835,7 +835,7 @@ def read_stays(
             _check_columns(con, path, need_label)
             _check_values(con, path, need_label)
             table, report = _load_arrays(con, path, kind)
-            return table, left_out | report
+            return table, {reason: count for reason, count in left_out.items() if count} | report
         except duckdb.Error as error:
             raise InputError(
                 f"{data}: cannot be read ({_reason(error)}). CSV must be UTF-8 with a header and the columns of the "
@@ -3574,6 +3574,8 @@ def run(settings: Settings) -> dict[str, Any]:
     output = Path(settings.output_dir)
     with only_run_in(output, active=accelerator.is_main_process):
         checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
+        if checkpoint is not None and settings.labels:
+            settings = replace(settings, history_hours=settings.history_hours or checkpoint.settings.history_hours)
         with accelerator.main_process_first():  # one process runs the query, the others find its result
             table, repairs = read_stays(
                 data_path(settings.data), settings.cache_dir, need_label=checkpoint is None, task=settings.meds_task
@@ -3704,7 +3706,7 @@ def report(
         output / "checkpoints" / "best_model.pth",
         output / "checkpoints" / "latest_checkpoint.pth",
         write_json(output / "metrics.json", content),
-        write_predictions(output / "predictions.csv", test, probabilities),
+        *write_predictions(output, test, probabilities, settings),
         output / "leakage_audit.csv",
         *write_evaluation(output, test, probabilities, metrics["test"], caption),
         save_figure(
@@ -3749,18 +3751,35 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_predictions(path: Path, table: StayTable, probabilities: np.ndarray, **more: Any) -> Path:
-    """One row per stay: ids, label where known, predicted probability of death in hospital."""
+def write_predictions(output: Path, table: StayTable, probabilities: np.ndarray, settings: Settings) -> list[Path]:
+    """Write one row per stay: ids, label where known, predicted probability; of MEDS data also in its own schema."""
     frame = pd.DataFrame(
         {
-            "icu_stay_id": table.stays.icu_stay_id,
-            "patient_id": table.stays.patient_id,
+            "icu_stay_id": table.stays["icu_stay_id"],
+            "patient_id": table.stays["patient_id"],
             LABEL: table.stays[LABEL].astype("Int64"),
             "probability": probabilities,
-            **more,
         }
     )
-    return write_whole(path, lambda name: frame.to_csv(name, index=False, float_format="%.6f"))
+    path = output / "predictions.csv"
+    written = [write_whole(path, lambda name: frame.to_csv(name, index=False, float_format="%.6f"))]
+    if settings.labels:
+        written.append(write_meds_predictions(output / "predictions.parquet", table, probabilities))
+    return written
+
+
+def write_meds_predictions(path: Path, table: StayTable, probabilities: np.ndarray) -> Path:
+    """Write the predictions in the MEDS prediction schema, which `meds-evaluation` scores."""
+    frame = pd.DataFrame(
+        {
+            "subject_id": table.stays["patient_id"].astype("int64"),
+            "prediction_time": table.stays["icu_outtime"].astype("datetime64[us]"),
+            "boolean_value": table.stays[LABEL].astype("boolean"),
+            "predicted_boolean_value": probabilities >= 0.5,
+            "predicted_boolean_probability": probabilities.astype(np.float32),
+        }
+    )
+    return write_whole(path, lambda name: frame.to_parquet(name, index=False))
 
 
 def embed_texts(
@@ -3898,6 +3917,9 @@ def evaluate_checkpoint(
         trajectory=settings.trajectory,
         n_bootstrap=settings.n_bootstrap,
         first_stay_only=settings.first_stay_only,
+        labels=settings.labels,
+        history_hours=settings.history_hours,
+        observation_hours=0.0 if settings.labels else trained.observation_hours,  # a label has its own time
     )
     whole = table
     table, flow = choose_cohort(table, settings)
@@ -3916,7 +3938,7 @@ def evaluate_checkpoint(
     }
     written = []
     if accelerator.is_main_process:
-        written.append(write_predictions(output / "predictions.csv", table, probabilities))
+        written += write_predictions(output, table, probabilities, settings)
     known = np.flatnonzero(~np.isnan(table.labels))
     if len(known) and accelerator.is_main_process:
         part = table.take(known)
