@@ -37,7 +37,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -69,6 +68,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
+from filelock import FileLock, Timeout
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -341,6 +341,71 @@ def trajectory_hours(text: str) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files: whole or not there, one writer at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+HALF_WRITTEN = "-half-written-"  # in temporary names: the next to hold the folder removes what a killed run left
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write a file, or a folder of files, through a temporary name, which `write` gets: nobody ever meets half of it."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        for written in temporary.iterdir() if temporary.is_dir() else [temporary]:
+            with open(written, "rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may leave the name without the content
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise InputError(f"{path}: cannot be written ({reason}). Free space or choose another folder.") from None
+    finally:
+        remove(temporary)
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write plain data, indented; what JSON has no word for as its text."""
+    text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
+    return write_whole(path, lambda name: name.write_text(text, "utf-8"))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and ours to remove."""
+    with contextlib.suppress(OSError):  # as where its own folder is a file
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder against other runs, and remove what killed ones left half-written in it.
+
+    Raises InputError where the folder cannot be written or, unless `wait`, where another run holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}). Choose another folder.") from None
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)  # falls with the process that has it
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder}: another run writes here. Wait for it, or choose another folder.") from None
+    except OSError:  # some network disks cannot lock: then nothing is removed
+        logger.debug(f"{folder}: this disk has no locks")
+    else:
+        for left in folder.rglob(f".*{HALF_WRITTEN}*"):
+            if left.parent == folder or not (left.parent / ".lock").exists():  # else that folder's own holder does it
+                remove(left)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading MIMIC-IV: query.sql, run locally by DuckDB
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -444,11 +509,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
     target = results / f"{hashlib.md5(repr((query, MIMIC_TABLES, stats)).encode()).hexdigest()}.parquet"
     if target.exists():
         return target
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{results}: cannot be written ({error.strerror}). Choose another --cache-dir.") from None
-    with one_at_a_time(results), tempfile.TemporaryDirectory(dir=results, prefix="working_") as scratch:
+    with hold(results), tempfile.TemporaryDirectory(dir=results, prefix=f".query{HALF_WRITTEN}") as scratch:
         if target.exists():  # another run made it while this one waited
             return target
         try:
@@ -470,20 +531,6 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
             ) from None
         os.replace(f"{scratch}/result.parquet", target)
     return target
-
-
-@contextlib.contextmanager
-def one_at_a_time(results: Path) -> Iterator[None]:
-    """Wait for other runs that work in `results`, and clear away what killed ones left there."""
-    folder = os.open(results, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network disks cannot lock: then nothing is cleared away
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            for left_by_a_killed_run in results.glob("working_*"):
-                shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-        yield
-    finally:
-        os.close(folder)
 
 
 def collect_stays(database, query: str) -> None:
@@ -1393,7 +1440,6 @@ class EmbeddingCache:
         self.legacy_folders = [self.folder, *map(Path, legacy_folders)]  # may hold single <md5>.npy files
         self._seen, self._vectors, self._ends = set(), [], np.zeros(0, np.int64)
         self._keys, self._bad, self._stale = np.zeros((0, 16), np.uint8), np.zeros(0, np.int64), False
-        self._remove_orphans()
         self._index()
         self.refresh()
 
@@ -1488,35 +1534,15 @@ class EmbeddingCache:
             raise ValueError(f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}")
         if not np.isfinite(vectors).all():
             raise InputError("the text encoder gave NaN or infinity: its weights are damaged, or try float32")
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex}"
-        temporary = self.folder / f".tmp-{name}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / ".lock", "a") as lock:
-                with contextlib.suppress(OSError):  # some network disks cannot lock: then nobody removes orphans
-                    fcntl.flock(lock, fcntl.LOCK_SH)  # falls with the process: who holds it is a living writer
-                temporary.mkdir()
-                for file_name, array in (("keys.npy", keys), ("vectors.npy", vectors)):
-                    with open(temporary / file_name, "wb") as file:
-                        np.save(file, array, allow_pickle=False)
-                        file.flush()
-                        os.fsync(file.fileno())
-                temporary.rename(self.folder / f"part-{name}")
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            reason = error.strerror or f"{error}, is the disk full?"
-            raise InputError(f"cannot write to the embedding cache {self.folder}: {reason}") from error
-        self._stale = True
 
-    def _remove_orphans(self):
-        """Removes what killed writers left behind, provided that no writer is alive."""
-        orphans = list(self.folder.glob(".tmp-*"))
-        with contextlib.suppress(OSError):  # a writer is alive, or the folder is not ours to change
-            if orphans:
-                with open(self.folder / ".lock", "a") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    for orphan in orphans:
-                        shutil.rmtree(orphan, ignore_errors=True)
+        def write(part: Path) -> None:
+            part.mkdir()
+            np.save(part / "keys.npy", keys, allow_pickle=False)
+            np.save(part / "vectors.npy", vectors, allow_pickle=False)
+
+        with hold(self.folder):
+            write_whole(self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex}", write)
+        self._stale = True
 
     def adopt_legacy(self, keys, write=True) -> np.ndarray:
         """Copies vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts: (n,) bool, True where adopted."""
@@ -1791,13 +1817,7 @@ class ClinicalTextEncoder(TextEncoder):
             dim=self.dim,
             weights=weights,
         )
-        try:
-            self._cache_folder.mkdir(parents=True, exist_ok=True)
-            temporary = self._cache_folder / f".encoder-{uuid.uuid4().hex}.json"
-            temporary.write_text(json.dumps(self._metadata, indent=1), "utf-8")
-            temporary.replace(self._cache_folder / "encoder.json")
-        except OSError as error:
-            raise InputError(f"cannot write to the embedding cache {self._cache_folder}: {error}") from error
+        write_json(self._cache_folder / "encoder.json", self._metadata)
 
     def _tokenise(self, texts):
         options = dict(truncation=True, max_length=self._length_limit, return_attention_mask=False)
@@ -2343,56 +2363,9 @@ class TrainingObjective(nn.Module):
 # Checkpoints and files
 # ---------------------------------------------------------------------------------------------------------------------
 
-HALF_WRITTEN = (
-    "-half-written-"  # in the temporary names of outputs: the next run into the folder removes what a killed one left
-)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write through a temporary name, so that a reader or a killed run never meets half a file. `write` gets the name to use."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written ({reason}). Free space or choose another --output-dir.") from None
-    finally:
-        with contextlib.suppress(OSError):  # as where the folder is a file
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def write_json(path: Path, content: Any) -> Path:
-    return write_whole(
-        path, lambda name: name.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n", "utf-8")
-    )
-
 
 def save_figure(path: Path, figure: Figure) -> Path:
     return write_whole(path, lambda name: figure.savefig(name, dpi=150, format="png"))
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path, active: bool = True) -> Iterator[None]:
-    """Hold the output folder for this run; a second run into it is refused with `InputError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}). Choose another --output-dir.") from None
-    with lock:
-        if active:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"{folder}: another run writes here. Wait for it, or choose another --output-dir."
-                ) from None
-            for left_by_a_killed_run in folder.rglob(f".*{HALF_WRITTEN}*"):
-                left_by_a_killed_run.unlink(missing_ok=True)
-        yield
 
 
 class Checkpoint(NamedTuple):
@@ -3572,7 +3545,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """All phases of a run; returns what metrics.json holds."""
     accelerator = make_accelerator(settings)
     output = Path(settings.output_dir)
-    with only_run_in(output, active=accelerator.is_main_process):
+    with hold(output, wait=False) if accelerator.is_main_process else contextlib.nullcontext():
         checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
         if checkpoint is not None and settings.labels:
             settings = replace(settings, history_hours=settings.history_hours or checkpoint.settings.history_hours)

@@ -98,6 +98,5 @@ def arguments(folder, data, *more, encoder="hashing"):
 
 
 def leftovers(folder):
-    """Temporary files below a folder, those of the program's own kinds: half-written outputs and cache parts."""
-    names = [*folder.rglob(".*"), *folder.rglob("working_*")]
-    return [path for path in names if path.name not in (".lock",)]
+    """Temporary files below a folder: hidden ones but the locks."""
+    return [path for path in folder.rglob(".*") if path.name != ".lock"]

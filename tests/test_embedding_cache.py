@@ -1,6 +1,5 @@
 """The embedding cache: parts that are whole or ignored, any number of writers, nothing executed."""
 
-import fcntl
 import multiprocessing
 import os
 import pickle
@@ -186,7 +185,7 @@ def test_full_disk_is_a_clear_error_and_leaves_nothing(filled, monkeypatch):
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(train.InputError, match="No space left"):
         train.EmbeddingCache(filled, DIM).append(keys_of("x"), vectors_of(1))
-    assert not list(filled.glob(".tmp-*")) and len(parts(filled)) == 2
+    assert not list(filled.glob(f"*{train.HALF_WRITTEN}*")) and len(parts(filled)) == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -268,15 +267,47 @@ def test_killed_writer_leaves_nothing_half_written(tmp_path, caplog):
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
     cache = train.EmbeddingCache(tmp_path, DIM)
-    assert not list(tmp_path.glob(".tmp-*")) and not caplog.records
+    cache.append(keys_of("last"), vectors_of(1))
+    assert not list(tmp_path.glob(f"*{train.HALF_WRITTEN}*")) and not caplog.records
     assert len(parts(tmp_path)) > 0 and cache.gather(keys_of("text 0"))[0, 0] == 1
 
 
-def test_what_a_living_writer_holds_is_left_alone(tmp_path):
-    (tmp_path / ".tmp-someone").mkdir()
-    with open(tmp_path / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        train.EmbeddingCache(tmp_path, DIM)
-        assert (tmp_path / ".tmp-someone").exists()
-    train.EmbeddingCache(tmp_path, DIM)
-    assert not (tmp_path / ".tmp-someone").exists()
+def test_what_a_living_writer_holds_is_left_alone_and_a_dead_ones_removed(tmp_path):
+    orphan = tmp_path / f".0123{train.HALF_WRITTEN}part-x"
+    with train.hold(tmp_path):
+        orphan.mkdir()
+        writer = start(write_many, tmp_path, 0, 1)
+        time.sleep(0.2)
+        assert orphan.exists() and not parts(tmp_path)  # the other writer waits
+    writer.join()
+    assert not orphan.exists() and len(parts(tmp_path)) == 1
+
+
+def test_folder_that_cannot_lock_is_written_all_the_same(tmp_path, monkeypatch):
+    orphan = tmp_path / f".0123{train.HALF_WRITTEN}part-x"
+    orphan.mkdir()
+
+    def no_locks(*_, **__):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(train.FileLock, "acquire", no_locks)
+    train.EmbeddingCache(tmp_path, DIM).append(keys_of("a"), vectors_of(1))
+    assert orphan.exists() and len(parts(tmp_path)) == 1  # it may be a living writer's
+
+
+def test_folder_held_by_another_run_is_refused_without_waiting(tmp_path):
+    with train.hold(tmp_path):
+        with pytest.raises(train.InputError, match="another run writes here"):
+            with train.hold(tmp_path, wait=False):
+                pass
+    with train.hold(tmp_path, wait=False):
+        pass
+
+
+def test_half_written_in_a_folder_that_another_holds_is_left(tmp_path):
+    inner = tmp_path / "cache"
+    with train.hold(inner):
+        half = inner / f".0123{train.HALF_WRITTEN}part-x"
+        half.mkdir()
+        with train.hold(tmp_path):
+            assert half.exists()

@@ -5,6 +5,7 @@ from datetime import datetime
 
 import pyarrow.parquet
 import pytest
+from small_table import leftovers
 
 import train
 
@@ -272,15 +273,15 @@ def test_result_is_reused_until_a_file_changes(tmp_path):
     assert train.run_mimic_query(folder, tmp_path) == first and first.stat().st_mtime_ns == made
     write_folder(folder, prescriptions=TABLES["hosp/prescriptions"].replace("Heparin", "Insulin"))
     assert train.run_mimic_query(folder, tmp_path) != first
-    assert all(path.suffix == ".parquet" for path in (tmp_path / "query_results").iterdir())  # nothing half-written
+    assert not leftovers(tmp_path)
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path):
-    left = tmp_path / "query_results" / "working_killed"
+    left = tmp_path / "query_results" / f".query{train.HALF_WRITTEN}killed"
     left.mkdir(parents=True)
     (left / "mimic.duckdb").write_bytes(bytes(1000))
     train.run_mimic_query(write_folder(tmp_path / "mimic"), tmp_path)
-    assert [path.suffix for path in left.parent.iterdir()] == [".parquet"]
+    assert not leftovers(tmp_path)
 
 
 def test_slices_of_stays_give_the_same_result(tmp_path, monkeypatch):
