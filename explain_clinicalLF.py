@@ -63,6 +63,23 @@ from train import (
     tidy,
 )
 
+__all__ = [
+    "ExplainSettings",
+    "Stay",
+    "ablation_analysis",
+    "analyze_critical_time_periods",
+    "analyze_feature_importance_over_time",
+    "analyze_layer_attention_patterns",
+    "analyze_static_feature_attribution",
+    "analyze_temporal_feature_attribution",
+    "captum_analysis",
+    "layer_analysis",
+    "map_features_to_clinical",
+    "name_inputs",
+    "run_explainability_analysis",
+    "stay_of",
+]
+
 logger = logging.getLogger("clinical_LF")
 
 CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
@@ -73,7 +90,11 @@ FLOOR = 0.05  # logit; effects below it are too small to call shared or not
 
 @dataclass(frozen=True)
 class ExplainSettings:
-    """What a person may want to change; everything about the model comes from its checkpoint."""
+    """What a person may want to change; everything about the model comes from its checkpoint.
+
+    >>> ExplainSettings(stays=2).max_stays
+    100
+    """
 
     checkpoint: str = train.option("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
     data: str = train.option(
@@ -325,6 +346,10 @@ def captum_analysis(
     `baseline` is the checkpoint's: the mean training event at every position and the mean statics; None is zeros. Stays
     are done one by one, without padding. Where the sum misses the difference of logits it is done again with 4 times the
     steps. Raises ValueError for NaN or infinite inputs of real events.
+
+    >>> found = captum_analysis(model, sequences, static_features, attention_mask)
+    >>> found.events.shape == sequences.shape and bool(found.complete.all())
+    True
     """
     model.eval()
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
@@ -432,7 +457,8 @@ def layer_analysis(
     Another question than `captum_analysis` answers: statics are held fixed, and deeper layers have already mixed the
     events. Return dicts of layer, attribution (B, L), exactly 0 at padding, and gap_error (B,), complete (B,).
 
-    >>> [row["layer"] for row in layer_analysis(model, sequences, static_features, attention_mask)]  # doctest: +SKIP
+    >>> [row["layer"] for row in layer_analysis(model, sequences, static_features, attention_mask)]
+    ['input_projection', 'encoder layer 1', 'encoder layer 2']
     """
     model.eval()
     mask = event_mask(sequences, attention_mask)
@@ -549,7 +575,9 @@ def ablation_analysis(
     one-hot group repeats its name). Shapley values (sampled orders) are over the groups of the first kind and the statics
     together. No gradient is computed. Masked events are left out: a stay is its real events, in their order.
 
-    >>> ablation_analysis(model, sequences, static_features, attention_mask).removal[0]  # doctest: +SKIP
+    >>> found = ablation_analysis(model, sequences, static_features, attention_mask)
+    >>> found.removal.shape == sequences.shape[:2]
+    True
     """
     model.eval()
     mask = event_mask(sequences, attention_mask)
@@ -1037,211 +1065,315 @@ STATIC_WORDS = {
     "last_icu_careunit": "last care unit",
 }
 
+# What an item says about which organ system; the first pattern that is found in its name, in lower case, decides.
+ORGAN_SYSTEMS = {
+    "infection": r"microbiology|culture|swab|white blood|\bwbc|neutrophil|lymphocyt|bands|vancomycin|cef|cillin|bactam"
+    r"|penem|floxacin|mycin\b|conazole|nidazole|vaccine",
+    "circulation": r"epinephrine|phenylephrine|vasopressin|dobutamine|dopamine|milrinone|midodrine|\w+olol\b|amiodarone"
+    r"|diltiazem|dipine|\w+pril\b|hydralazine|nitroglycerin|digoxin|statin\b|aspirin|troponin|creatine kinase|ck-mb|bnp"
+    r"|lactate \(|cardi|\bekg|echo\b|arterial line|pa catheter|ccopac|pacemaker|iabp",
+    "respiration": r"po2|pco2|total co2|ph \(blood|base excess|oxygen|\bo2\b|required o2|peep|tidal|ventilat|intubat"
+    r"|extubat|alveolar|chest|bronch|thoracentesis|albuterol|ipratropium",
+    "liver and gut": r"bilirubin|aminotransferase|alkaline|albumin|lipase|amylase|ammonia|prazole|famotidine|ranitidine"
+    r"|lactulose|ondansetron|senna|docusate|bisacodyl|endoscopy|paracentesis|stool",
+    "blood and coagulation": r"h[ae]moglobin|h[ae]matocrit|platelet|red blood|red cell|\brdw|\bmch|\bmcv|\binr|\bptt?\b"
+    r"|fibrinogen|heparin|warfarin|phytonadione|blood ingredient|haptoglobin|ferritin",
+    "brain and sedation": r"propofol|fentanyl|morphine|morphone|codone|midazolam|lorazepam|diazepam|dexmedetomidine"
+    r"|ketamine|haloperidol|quetiapine|olanzapine|levetiracetam|gabapentin|acetaminophen|naloxone|curium|curonium|\beeg"
+    r"|\bct scan|\bicp\b|csf",
+    "kidney and fluids": r"urine|creatinine|urea|gfr|dialysis|crrt|prismasate|foley|furosemide|thiazide|sodium|potassium"
+    r"|chloride|bicarbonate|anion gap|magnesium|phosph(?!atase)|calcium|osmol|\bwater\b|fluid|ringer|\bivf\b",
+    "metabolism and nutrition": r"glucose|insulin|dextrose|d5w|glucagon|thyro|cort|predniso|calor|nutrition|protein"
+    r"|carbohydrate|triglyceride|thiamine|folic|multivitamin",
+}
+
 
 def static_word(column: str) -> str:
     return STATIC_WORDS.get(column, column.replace("_", " "))
 
 
 def item_of(text: str) -> str:
-    """What an event is, without its numbers: `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 ...` -> `Lab: Lactate (Blood, Blood Gas)`."""
+    """Return what an event is, without its numbers: `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 ...` -> up to the bar."""
     first = re.sub(r"(?<![\w.-])\d+(?:\.\d+)?\s*%?(?![\w-])", "", str(text).split(" | ", 1)[0])
     return re.sub(r"\s+", " ", first).strip()
 
 
 def is_abnormal(text: str) -> bool:
-    """Whether the text itself says so: a flag, or a level outside the reference range."""
+    """Return whether the text itself says so: a flag, or a level outside the reference range."""
     return bool(re.search(r"\| Flag: abnormal|\| Level: (?!within range)", str(text)))
 
 
-def clock_window(hours_to_end: np.ndarray) -> np.ndarray:
-    """Names of the windows before the end (`last 6 h`, `6 to 12 h`, ..., `more than 96 h`) of (n,) hours."""
-    return window_names()[
-        np.clip(np.searchsorted(CLOCK_WINDOWS_HOURS, hours_to_end, "right") - 1, 0, len(CLOCK_WINDOWS_HOURS) - 2)
-    ]
+def organ_system(item: str) -> str:
+    """Return the organ system of an item by `ORGAN_SYSTEMS`, or `other`."""
+    found = (system for system, pattern in ORGAN_SYSTEMS.items() if re.search(pattern, item.lower()))
+    return next(found, "other")
 
 
 def window_names() -> np.ndarray:
+    """Return `last 6 h`, `6 to 12 h`, ..., `more than 96 h`."""
     edges = CLOCK_WINDOWS_HOURS
-    return np.array(
-        [
-            f"last {edges[1]} h",
-            *(f"{a} to {b} h" for a, b in zip(edges[1:-2], edges[2:-1])),
-            f"more than {edges[-2]} h",
-        ],
-        dtype=object,
-    )
+    between = [f"{low} to {high} h" for low, high in zip(edges[1:-2], edges[2:-1])]
+    return np.array([f"last {edges[1]} h", *between, f"more than {edges[-2]} h"], dtype=object)
 
 
-def map_features_to_clinical(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 774) -> pd.DataFrame:
-    """The clinical name of every input: `input` ("event" or "static"), `column`, `part`, `name`.
+def clock_window(hours_to_end: np.ndarray) -> np.ndarray:
+    """Return the names of the windows before the end that (n,) hours lie in."""
+    place = np.searchsorted(CLOCK_WINDOWS_HOURS, hours_to_end, "right") - 1
+    return window_names()[np.clip(place, 0, len(CLOCK_WINDOWS_HOURS) - 2)]
 
-    Hidden units and single numbers of a text vector have no clinical meaning, and the names say so.
+
+def name_inputs(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 774) -> pd.DataFrame:
+    """Return the clinical name of every input: `input` ("event" or "static"), `column`, `part`, `name`.
+
+    Single numbers of a text vector have no clinical meaning, and the names say so.
+
+    >>> name_inputs(preprocessor)["name"][2]
+    'event type: labevent'
     """
     parts = event_parts(input_dim, preprocessor.value_channel)
     n_text = parts["text"].stop - parts["text"].start
     names = [("type", f"event type: {name}") for name in EVENT_TYPES]
     names += [("text", f"event text, number {i + 1} of {n_text} (no meaning alone)") for i in range(n_text)]
-    names += [("time", "time to the final event")]
-    names += (
-        [("value", "value among its item's training values"), ("value", "has a value")]
-        if preprocessor.value_channel
-        else []
-    )
+    names.append(("time", "time to the final event"))
+    if preprocessor.value_channel:
+        names += [("value", "value among its item's training values"), ("value", "has a value")]
     rows = [("event", column, part, name) for column, (part, name) in enumerate(names)]
-    rows += [
-        ("static", column, name, f"{static_word(name)}: {category}" if category is not None else static_word(name))
-        for column, (name, category) in enumerate(preprocessor.static_names)
-    ]
+    for column, (name, category) in enumerate(preprocessor.static_names):
+        word = static_word(name)
+        rows.append(("static", column, name, word if category is None else f"{word}: {category}"))
     return pd.DataFrame(rows, columns=["input", "column", "part", "name"])
 
 
+def map_features_to_clinical(
+    position_features: Tensor | np.ndarray, feature_mapping: pd.DataFrame, pos: int
+) -> pd.DataFrame:
+    """Sum (L, C) attributions of one stay's inputs at position `pos` by what the inputs mean -> part, attribution.
+
+    `feature_mapping` is `name_inputs(preprocessor)`. Raise `InputError` for hidden units, which mean nothing clinical.
+
+    >>> found = captum_analysis(model, sequences, static_features, attention_mask)
+    >>> inputs = name_inputs(preprocessor, sequences.shape[2])
+    >>> map_features_to_clinical(found.events[0], inputs, pos=2)["part"].tolist()
+    ['type', 'text', 'time']
+    """
+    values = _to_numpy(position_features)
+    inputs = pd.DataFrame(columns=["input", "part"])
+    if isinstance(feature_mapping, pd.DataFrame):
+        inputs = feature_mapping[feature_mapping["input"] == "event"]
+    if values.ndim != 2 or values.shape[1] != len(inputs):
+        raise InputError(
+            "hidden units have no clinical meaning: attribute the inputs and map those, as in map_features_to_clinical("
+            "captum_analysis(model, sequences, static_features, attention_mask).events[0], name_inputs(preprocessor), pos)."
+        )
+    table = pd.DataFrame({"part": inputs["part"].to_numpy(), "attribution": values[pos]})
+    return table.groupby("part", sort=False)["attribution"].sum().reset_index()
+
+
 class Stay(NamedTuple):
-    """One stay of the tables, for the small analyses below; `stay_of(tables, icu_stay_id)` makes it."""
+    """One stay of the tables, for the small analyses below; `stay_of(tables, icu_stay_id)` makes it.
+
+    >>> Stay(pd.DataFrame({"hours_to_end": [2.0, 1.0]})).statics is None
+    True
+    """
 
     events: pd.DataFrame  # hours_to_end, event_type, event_text and, once attributed, attribution
     statics: pd.DataFrame | None = None
 
 
 def stay_of(tables: dict[str, pd.DataFrame], icu_stay_id: int) -> Stay:
-    """One stay out of what `run_explainability_analysis` returned."""
-    events, statics = (
-        tables[name][tables[name]["icu_stay_id"] == icu_stay_id].reset_index(drop=True)
-        for name in ("events", "statics")
-    )
+    """Return one stay out of what `run_explainability_analysis` returned.
+
+    >>> stay_of(tables, 1).events["event_text"].iloc[0]
+    'Lab: Lactate | Value: 9 mmol/L'
+    """
+    parts = [tables[name] for name in ("events", "statics")]
+    events, statics = (part[part["icu_stay_id"] == icu_stay_id].reset_index(drop=True) for part in parts)
     if not len(events):
         raise InputError(f"icu_stay_id {icu_stay_id} is not among the stays analysed.")
     return Stay(events, statics)
 
 
+def _to_numpy(values: Any) -> np.ndarray:
+    """Return a tensor, wherever it is, or an array as float32 or float64 numbers."""
+    if isinstance(values, Tensor):
+        values = values.detach().float().cpu()
+    return np.asarray(values, dtype=float)
+
+
+def _pooling_weights(attention_weights: dict[str, Any]) -> np.ndarray:
+    """Return (B, Hp, L) of a pass, or of what `train.load_attention_weights` read."""
+    return _to_numpy(attention_weights["pooling_weights"])[:, :, 0]
+
+
 def real_events(attention_weights: dict[str, Any]) -> list[np.ndarray]:
-    """Positions of the real events of each stay of a pass; padding has no output and no weight."""
-    used = attention_weights["pooling_weights"].detach().sum((1, 2)) > 0
+    """Return the positions of the real events of each stay of a pass; padding has no output and no weight."""
+    used = _pooling_weights(attention_weights).sum(1) > 0
     if "transformer_output" in attention_weights:
-        used |= attention_weights["transformer_output"].detach().abs().sum(2) > 0
-    return [row.nonzero().squeeze(1).cpu().numpy() for row in used]
+        used |= np.abs(_to_numpy(attention_weights["transformer_output"])).sum(2) > 0
+    return [np.flatnonzero(row) for row in used]
 
 
-def described(stay: Stay | None, position: int) -> dict[str, Any]:
-    if stay is None:
+def _weights_and_events(attention_weights: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return, for each stay of a pass, its (Hp, L) pooling weights and the positions of its real events."""
+    return list(zip(_pooling_weights(attention_weights), real_events(attention_weights)))
+
+
+def _described(record: Stay | None, position: int) -> dict[str, Any]:
+    """Return when and what the event at a position is, where the stay's record is known."""
+    if record is None:
         return {}
-    event = stay.events.iloc[position]
-    return {
-        "hours_to_end": float(event["hours_to_end"]),
-        "event_type": event["event_type"],
-        "event_text": event["event_text"],
-    }
+    event = record.events.iloc[position]
+    return {"hours_to_end": float(event["hours_to_end"])} | event[["event_type", "event_text"]].to_dict()
 
 
 def analyze_critical_time_periods(
-    attention_weights: dict[str, Any], threshold: float = 0.1, stay: Stay | None = None
+    attention_weights: dict[str, Any], threshold: float = 0.1, record: Stay | None = None, relative: bool = False
 ) -> list[dict[str, Any]]:
-    """Events that a pooling head gives more than `threshold` of its weight: dicts of stay, head (1-based), position, weight.
+    """List the events that a pooling head gives more than `threshold` of its weight, largest first.
 
-    With a stay (then the pass is over this one stay) also hours_to_end, event_type and event_text. Largest weights first.
+    Weights of a stay of L events are about 1/L each: 0.1 is much in a stay of 500 events and nothing in one of five. With
+    `relative` the threshold counts in multiples of 1/L. Return dicts of stay (index in the batch), head (1-based), position,
+    importance (the weight), times_even_share (the weight times L) and interpretation; with a record (then the pass is over
+    this one stay) also hours_to_end, event_type, event_text.
+
+    >>> [period["position"] for period in analyze_critical_time_periods(attention_weights, threshold=0.5)]
+    [0, 2]
     """
-    weights = attention_weights["pooling_weights"].detach().cpu().numpy()[:, :, 0]  # (B, Hp, L)
-    rows = [
-        {
-            "stay": number,
-            "head": int(head) + 1,
-            "position": int(position),
-            "weight": float(weights[number, head, position]),
-            **described(stay, position),
-        }
-        for number in range(len(weights))
-        for head, position in np.argwhere(weights[number] > threshold)
-    ]
-    return sorted(rows, key=lambda row: -row["weight"])
+    rows = []
+    for stay, (weights, events) in enumerate(_weights_and_events(attention_weights)):
+        least = threshold / len(events) if relative else threshold
+        for head, position in np.argwhere(weights > least):
+            weight = float(weights[head, position])
+            row = {"stay": stay, "head": int(head) + 1, "position": int(position), "importance": weight}
+            row["times_even_share"] = weight * len(events)
+            row |= _described(record, position)
+            rows.append(row | {"interpretation": _weight_in_words(row, len(events))})
+    return sorted(rows, key=lambda row: -row["importance"])
+
+
+def _weight_in_words(row: dict[str, Any], n_events: int) -> str:
+    """Say what a pooling weight means: `Head 2 gives 41 % of its weight to event 3 of 12, 4.9 times an even share.`"""
+    words = f"Head {row['head']} gives {100 * row['importance']:.0f} % of its weight to event {row['position'] + 1}"
+    words += f" of {n_events}, {row['times_even_share']:.1f} times an even share"
+    if "event_text" in row:
+        words += f": {row['hours_to_end']:.1f} h before the end, {row['event_text']}"
+    return words + "."
 
 
 def analyze_feature_importance_over_time(
-    attention_weights: dict[str, Any], stay: Stay | None = None, n_windows: int = 10, top: int = 3
-) -> pd.DataFrame:
-    """The events with the largest pooling weight of each head in each part of each stay.
+    attention_weights: dict[str, Any], record: Stay | None = None, n_windows: int = 10, top: int = 3
+) -> list[dict[str, Any]]:
+    """List the events with the largest pooling weight of each head in each part of each stay.
 
-    Parts are tenths of the stay's events or, with a stay, clock windows before the end. Columns stay, window, head, rank,
-    position, weight, and with a stay hours_to_end, event_type, event_text.
+    Parts are tenths of the stay's events or, with a record, clock windows before the end. Return dicts of stay, window,
+    head, rank, position, importance, and with a record hours_to_end, event_type, event_text.
+
+    >>> rows = analyze_feature_importance_over_time(attention_weights, n_windows=2, top=1)
+    >>> [row["position"] for row in rows if row["stay"] == 0 and row["head"] == 1]
+    [0, 2]
     """
-    weights, rows = attention_weights["pooling_weights"].detach().cpu().numpy()[:, :, 0], []
-    for number, events in enumerate(real_events(attention_weights)):
-        parts = (
-            np.arange(len(events)) * n_windows // max(1, len(events)) + 1
-            if stay is None
-            else clock_window(stay.events["hours_to_end"].to_numpy())
-        )
+    rows = []
+    for stay, (weights, events) in enumerate(_weights_and_events(attention_weights)):
+        parts = np.arange(len(events)) * n_windows // max(1, len(events)) + 1
+        if record is not None:
+            parts = clock_window(record.events["hours_to_end"].to_numpy())
         for part in pd.unique(parts):
             inside = events[parts == part]
-            for head, values in enumerate(weights[number][:, inside], start=1):
+            for head, values in enumerate(weights[:, inside], start=1):
                 for rank, place in enumerate(np.argsort(-values, kind="stable")[:top], start=1):
-                    rows.append(
-                        {
-                            "stay": number,
-                            "window": part,
-                            "head": head,
-                            "rank": rank,
-                            "position": int(inside[place]),
-                            "weight": float(values[place]),
-                            **described(stay, inside[place]),
-                        }
-                    )
-    return pd.DataFrame(rows)
-
-
-def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: int = 5) -> list[dict[str, Any]]:
-    """Per stay and layer: `matrix (H, L, L)` without padding, and per head the mean weight that events give to others within
-    `near` positions (`local_attention`) and beyond (`global_attention`, NaN if there are none); `local_share` of all weight."""
-    rows = []
-    for number, events in enumerate(real_events(attention_weights)):
-        close = np.abs(events[:, None] - events[None]) <= near
-        for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
-            matrix = weights[number].detach().cpu().numpy()[:, events][:, :, events]  # (H, L, L)
-            rows.append(
-                {
-                    "stay": number,
-                    "layer": layer,
-                    "matrix": matrix,
-                    "local_attention": matrix[:, close].mean(1),
-                    "global_attention": matrix[:, ~close].mean(1) if (~close).any() else np.full(len(matrix), math.nan),
-                    "local_share": matrix[:, close].sum(1) / max(1, len(events)),
-                    "local_share_by_chance": float(close.mean()),
-                }
-            )
+                    row = {"stay": stay, "window": part, "head": head, "rank": rank, "position": int(inside[place])}
+                    rows.append(row | {"importance": float(values[place])} | _described(record, inside[place]))
     return rows
 
 
-def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], stay: Stay) -> pd.DataFrame:
-    """Per clock window of one stay: n_events, share of each head's pooling weight and, where the stay is attributed, the
-    signed sum of its attributions and the window's share of their absolute values."""
-    weights = (
-        attention_weights["pooling_weights"].detach().cpu().numpy()[0, :, 0, real_events(attention_weights)[0]]
-    )  # (L, Hp)
-    table = pd.DataFrame(weights, columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)])
-    table.insert(
-        0, "window", pd.Categorical(clock_window(stay.events["hours_to_end"].to_numpy()), window_names(), ordered=True)
-    )
-    table.insert(1, "n_events", 1)
-    if "attribution" in stay.events:
-        absolute = stay.events["attribution"].abs()
-        table = table.assign(
-            attribution=stay.events["attribution"].to_numpy(),
-            share_of_attribution=(absolute / absolute.sum()).to_numpy(),
+def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: int = 5) -> list[dict[str, Any]]:
+    """Measure, per stay and layer, how much events look at others within `near` positions and beyond.
+
+    Return dicts of stay, layer (1-based), `attention_matrix` (L, L), the mean over heads without padding, and the mean
+    weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if there are none); the same per head in
+    `head_matrices` (H, L, L), `head_local_attention`, `head_global_attention` (H,), and `head_local_share` of all weight
+    beside `local_share_by_chance`. Maps read from a file are of equal bins of events: L is then their number.
+
+    >>> [(row["layer"], row["attention_matrix"].shape) for row in analyze_layer_attention_patterns(attention_weights)]
+    [(1, (4, 4)), (1, (2, 2))]
+    """
+    length, rows = _pooling_weights(attention_weights).shape[2], []
+    for stay, events in enumerate(real_events(attention_weights)):
+        for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
+            matrices = _to_numpy(weights[stay])
+            if matrices.shape[2] == length:
+                matrices = matrices[:, events][:, :, events]
+            rows.append({"stay": stay, "layer": layer} | _local_and_global(matrices, len(events), near))
+    return rows
+
+
+def _local_and_global(matrices: np.ndarray, n_events: int, near: int) -> dict[str, Any]:
+    """Return what `analyze_layer_attention_patterns` says of one layer's (H, L, L) weights, or of its (H, bins, bins)."""
+    bins = matrices.shape[2]
+    place = np.arange(bins) * n_events / max(1, bins)
+    is_near = np.abs(place[:, None] - place) <= near
+    local = matrices[:, is_near].mean(1)
+    beyond = matrices[:, ~is_near].mean(1) if (~is_near).any() else np.full(len(matrices), math.nan)
+    return {
+        "attention_matrix": matrices.mean(0),
+        "local_attention": float(local.mean()),
+        "global_attention": float(beyond.mean()),
+        "head_matrices": matrices,
+        "head_local_attention": local,
+        "head_global_attention": beyond,
+        "head_local_share": matrices[:, is_near].sum(1) / matrices.sum((1, 2)),
+        "local_share_by_chance": float(is_near.mean()),
+    }
+
+
+def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feature_mapping: Stay) -> pd.DataFrame:
+    """Return, per clock window of one stay, n_events, the share of each head's pooling weight and, where the stay is
+    attributed, the signed sum of its attributions and the window's share of their absolute values.
+
+    `feature_mapping` says what stands at each position: `stay_of(tables, icu_stay_id)`.
+
+    >>> record = stay_of(tables, icu_stay_id)
+    >>> table = analyze_temporal_feature_attribution(attention_weights, record)
+    >>> table[["window", "n_events", "attribution"]].values.tolist()
+    [['last 6 h', 2, 2.0], ['6 to 12 h', 1, -1.0], ['24 to 48 h', 1, 1.0]]
+    """
+    if not isinstance(feature_mapping, Stay):
+        raise InputError(
+            "attention weighs whole events, not features: give the stay that was read, as in "
+            "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
         )
+    events = feature_mapping.events
+    weights = _pooling_weights(attention_weights)[0][:, real_events(attention_weights)[0]].T  # (L, Hp)
+    table = pd.DataFrame(weights, columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)])
+    windows = clock_window(events["hours_to_end"].to_numpy())
+    table.insert(0, "window", pd.Categorical(windows, window_names(), ordered=True))
+    table.insert(1, "n_events", 1)
+    if "attribution" in events:
+        size = events["attribution"].abs().to_numpy()
+        table["attribution"] = events["attribution"].to_numpy()
+        table["share_of_attribution"] = size / size.sum()
     return table.groupby("window", observed=True).sum().reset_index()
 
 
-def analyze_static_feature_attribution(attention_weights: dict[str, Any], stay: Stay) -> pd.DataFrame:
-    """Statics of one stay, largest first: feature, value, attribution, and its share of all |attribution| of the stay.
+def analyze_static_feature_attribution(attention_weights: dict[str, Any], static_features: Stay) -> pd.DataFrame:
+    """Return the statics of one stay, largest first: feature, value, attribution, share of all |attribution| of the stay.
 
-    Static features pass by the attention, so no weight can speak of them; the stay must have been attributed (ValueError).
+    Static features pass by the attention, so no weight can speak of them: `static_features` is the attributed stay,
+    `stay_of(tables, icu_stay_id)`.
+
+    >>> analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))["feature"].tolist()
+    ['age', 'sex']
     """
-    if stay.statics is None or "attribution" not in stay.events:
-        raise ValueError(
-            "attention never reaches the static features: give a stay with its attributions, stay_of(tables, icu_stay_id)."
+    statics = static_features.statics if isinstance(static_features, Stay) else None
+    if statics is None or "attribution" not in static_features.events:
+        raise InputError(
+            "attention never reaches the static features: give the stay with its attributions, as in "
+            "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
         )
-    total = stay.statics["attribution"].abs().sum() + stay.events["attribution"].abs().sum()
-    table = stay.statics[["feature", "value", "attribution"]].assign(
-        share_of_attribution=stay.statics["attribution"].abs() / total
-    )
+    table = statics[["feature", "value", "attribution"]]
+    size = table["attribution"].abs()
+    share = size / (size.sum() + static_features.events["attribution"].abs().sum())
+    table = table.assign(share_of_attribution=share)
     return table.sort_values("share_of_attribution", ascending=False, ignore_index=True)
 
 
@@ -2838,6 +2970,8 @@ def run_explainability_analysis(
     `options` are fields of `ExplainSettings` (stays, max_stays, text_encoder, cache_dir, seed, ...). Keys of the result: stays,
     events, statics, groups, layers, heads, query_similarity, windows, trajectory, curves, faithfulness. Raises `InputError` for
     anything that the caller can mend.
+
+    >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
     """
     try:
         settings = ExplainSettings(str(checkpoint_path), str(test_data_path), str(save_dir or ""), **options)

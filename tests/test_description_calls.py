@@ -1,5 +1,6 @@
 """The calls that the description's notebook has, written as its users write them."""
 
+import doctest
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,6 +78,69 @@ def test_a_mask_of_another_shape_is_an_error(model, batch):
         explain.captum_analysis(model, batch.sequences, batch.static, batch.mask[:, :5])
 
 
+# ---- Attention of a pass, and what may be said of it
+
+
+@pytest.fixture(scope="module")
+def attention_weights(model, batch):
+    with torch.no_grad():
+        return model(batch.sequences, batch.static, batch.mask, return_attention=True)[1]
+
+
+def test_critical_time_periods_are_dicts_with_position_importance_and_interpretation(attention_weights):
+    periods = explain.analyze_critical_time_periods(attention_weights, threshold=0.1)
+    pooling = attention_weights["pooling_weights"][:, :, 0]
+    assert len(periods) == (pooling > 0.1).sum()
+    first = periods[0]
+    assert first["importance"] == pytest.approx(float(pooling.max()))
+    assert float(pooling[first["stay"], first["head"] - 1, first["position"]]) == first["importance"]
+    assert f"event {first['position'] + 1} of {N_EVENTS[first['stay']]}" in first["interpretation"]
+
+
+def test_critical_time_periods_above_a_multiple_of_the_even_share(attention_weights):
+    periods = explain.analyze_critical_time_periods(attention_weights, threshold=1.0, relative=True)
+    assert all(row["importance"] > 1 / N_EVENTS[row["stay"]] for row in periods)
+    assert {row["stay"] for row in periods} == {0, 1}
+
+
+def test_feature_importance_over_time_is_a_list_of_dicts_without_padding(attention_weights):
+    rows = explain.analyze_feature_importance_over_time(attention_weights)
+    assert max(row["position"] for row in rows if row["stay"] == 1) == 2
+    assert sum(row["importance"] for row in rows if row["stay"] == 0) == pytest.approx(2)  # two heads, all events
+
+
+def test_layer_attention_patterns_have_a_matrix_and_floats(attention_weights):
+    rows = explain.analyze_layer_attention_patterns(attention_weights)
+    assert [(row["stay"], row["layer"]) for row in rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    for row in rows:
+        n_events = N_EVENTS[row["stay"]]
+        np.testing.assert_allclose(row["attention_matrix"].sum(1), np.ones(n_events), atol=1e-5)
+        assert type(row["local_attention"]) is float and type(row["global_attention"]) is float
+        assert row["head_matrices"].shape == (2, n_events, n_events)
+    assert rows[0]["local_attention"] == pytest.approx(1 / 6)  # within 5 of 6 events: all of them
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda weights, batch: explain.analyze_temporal_feature_attribution(weights, {0: "heart rate"}),
+        lambda weights, batch: explain.analyze_static_feature_attribution(weights, batch.static),
+        lambda weights, batch: explain.map_features_to_clinical(weights["transformer_output"][0], {0: "heart rate"}, 2),
+    ],
+    ids=["temporal", "static", "map"],
+)
+def test_what_attention_cannot_say_names_the_call_that_does(call, attention_weights, batch):
+    with pytest.raises(ValueError, match=r"stay_of\(tables, icu_stay_id\)|name_inputs\(preprocessor\)"):
+        call(attention_weights, batch)
+
+
+def test_features_of_a_position_are_mapped_to_what_they_mean(fitted):
+    _, preprocessor = fitted
+    features = torch.arange(3.0)[:, None] * torch.ones(3, 774)
+    table = explain.map_features_to_clinical(features, explain.name_inputs(preprocessor), pos=2)
+    assert table.values.tolist() == [["type", 10.0], ["text", 1536.0], ["time", 2.0]]
+
+
 # ---- The preprocessor's parts by their names
 
 
@@ -106,3 +170,37 @@ def test_encoders_are_public(fitted):
     assert preprocessor.time_scaler.transform([[40.0]]).tolist() == [[0]]
     assert preprocessor.static_encoders["patient_gender"].categories_[0].tolist() == ["F", "Unknown"]
     assert preprocessor.static_encoders["patient_age"].inverse_transform([[1]]).tolist() == [[60]]
+
+
+# ---- What is public
+
+
+def test_every_public_name_has_an_example():
+    for name in explain.__all__:
+        assert ">>> " in getattr(explain, name).__doc__, name
+
+
+def test_examples_in_docstrings_are_true(model, batch, fitted):
+    """Run them, on two stays of 4 and 2 events and tables of one."""
+    pooling = torch.tensor([[[0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1]], [[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]]])
+    names = {"hours_to_end": [30.0, 8, 2, 1], "attribution": [1.0, -1, 0, 2]}
+    events = pd.DataFrame({"icu_stay_id": 1, "event_type": "labevent", **names})
+    statics = pd.DataFrame({"icu_stay_id": 1, "feature": ["age", "sex"], "value": "", "attribution": [-3.0, 1]})
+    given = {
+        "model": model,
+        "sequences": batch.sequences,
+        "static_features": batch.static,
+        "attention_mask": batch.mask,
+        "attention_weights": {
+            "pooling_weights": pooling[:, :, None],
+            "layer_attention_weights": [torch.full((2, 1, 4, 4), 0.25)],
+        },
+        "tables": {"events": events.assign(event_text="Lab: Lactate | Value: 9 mmol/L"), "statics": statics},
+        "icu_stay_id": 1,
+        "preprocessor": fitted[1],
+    }
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    for name in explain.__all__:
+        for example in finder.find(getattr(explain, name), name, globs=vars(explain) | given):
+            runner.run(example)
+    assert runner.failures == 0 and runner.tries > 10

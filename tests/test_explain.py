@@ -370,19 +370,16 @@ def test_critical_time_periods_carry_hours_and_text_of_a_stay(attention, describ
 
 
 def test_feature_importance_over_time_leaves_padding_out(attention):
-    table = explain.analyze_feature_importance_over_time(attention, n_windows=2, top=1)
+    table = pd.DataFrame(explain.analyze_feature_importance_over_time(attention, n_windows=2, top=1))
     assert table[(table["stay"] == 1) & (table["head"] == 1)]["position"].tolist() == [0, 1]
     assert table[(table["stay"] == 0) & (table["head"] == 2)]["position"].tolist() == [0, 3]
 
 
 def test_layer_patterns_drop_padded_rows(attention):
-    rows = explain.analyze_layer_attention_patterns(attention, near=1)
-    assert (
-        rows[1]["matrix"].shape == (1, 2, 2)
-        and rows[1]["local_attention"] == [0.5]
-        and np.isnan(rows[1]["global_attention"]).all()
-    )
-    assert rows[0]["local_share"][0] == pytest.approx(rows[0]["local_share_by_chance"])
+    whole, padded = explain.analyze_layer_attention_patterns(attention, near=1)
+    assert padded["head_matrices"].shape == (1, 2, 2) and padded["local_attention"] == 0.5
+    assert np.isnan(padded["global_attention"])
+    assert whole["head_local_share"][0] == pytest.approx(whole["local_share_by_chance"])
 
 
 def test_temporal_attribution_sums_by_clock_window(attention, described):
@@ -562,7 +559,7 @@ def test_trajectory_ends_at_the_risk_of_the_whole_stay(run):
 
 
 def test_every_input_has_a_clinical_name(run):
-    names = explain.map_features_to_clinical(run.checkpoint.preprocessor, run.dataset.input_dim)
+    names = explain.name_inputs(run.checkpoint.preprocessor, run.dataset.input_dim)
     assert (names["input"] == "event").sum() == 774 and (
         names["input"] == "static"
     ).sum() == run.checkpoint.preprocessor.static_dim
