@@ -100,7 +100,6 @@ class ExplainSettings:
     data: str = train.option(
         "sample_train.csv", "MIMIC-IV folder, nested Parquet or flat table; its held-out stays are used."
     )
-    labels: str = train.option("", "Labels of a MEDS data set, if other than the checkpoint's own.")
     save_dir: str = train.option(
         "trained_models/clinical_LF/explainability", "Folder for figures, tables and the report."
     )
@@ -109,6 +108,7 @@ class ExplainSettings:
     )
     max_stays: int = train.option(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
     text_encoder: str = train.option("", "Encoder of the checkpoint, if it was a local folder; else it is known.")
+    labels: str = train.option("", "Labels of a MEDS data set, if other than the checkpoint's own.")
     cache_dir: str = train.option("clinical_LF_precomp_emb", "Folder of the embedding cache.")
     hf_cache: str = train.option("hf_cache", "Folder of downloaded encoder weights.")
     max_removals: int = train.option(
@@ -2974,7 +2974,9 @@ def run_explainability_analysis(
     >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
     """
     try:
-        settings = ExplainSettings(str(checkpoint_path), str(test_data_path), str(save_dir or ""), **options)
+        settings = ExplainSettings(
+            checkpoint=str(checkpoint_path), data=str(test_data_path), save_dir=str(save_dir or ""), **options
+        )
     except TypeError as error:
         raise InputError(
             f"run_explainability_analysis: {str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
