@@ -345,6 +345,7 @@ def trajectory_hours(text: str) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 HALF_WRITTEN = "-half-written-"  # in temporary names: the next to hold the folder removes what a killed run left
+CHOOSE_ANOTHER_FOLDER = "choose another folder (--output-dir, --cache-dir)"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -359,7 +360,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written ({reason}). Free space or choose another folder.") from None
+        raise InputError(f"{path}: cannot be written ({reason}). Free space, or {CHOOSE_ANOTHER_FOLDER}.") from None
     finally:
         remove(temporary)
     return path
@@ -387,12 +388,12 @@ def hold(folder: Path, wait: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}). Choose another folder.") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.") from None
     lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)  # falls with the process that has it
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(f"{folder}: another run writes here. Wait for it, or choose another folder.") from None
+        raise InputError(f"{folder}: another run writes here. Wait for it, or {CHOOSE_ANOTHER_FOLDER}.") from None
     except OSError:  # some network disks cannot lock: then nothing is removed
         logger.debug(f"{folder}: this disk has no locks")
     else:

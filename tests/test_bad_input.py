@@ -458,7 +458,7 @@ def test_unwritable_cache_of_a_mimic_folder_is_refused(tmp_path, capfd):
     (tmp_path / "file").write_text("not a folder")
     assert_clear(
         run(*arguments(tmp_path, tmp_path / "mimic", "--cache-dir", tmp_path / "file")),
-        "choose another --cache-dir".capitalize(),
+        "query_results: cannot be written",
         capfd,
         tmp_path,
     )
