@@ -3040,7 +3040,8 @@ def operating_points(
     died, risks = checked_predictions(labels, probabilities)
     if not died.any():
         return pd.DataFrame()
-    threshold = float(np.quantile(risks[died == 1], 1 - SENSITIVITY, method="inverted_cdf"))
+    n_to_find = math.ceil(SENSITIVITY * died.sum())
+    threshold = float(np.sort(risks[died == 1])[-n_to_find])
     patients, rows = np.asarray(patient_ids), []
     is_alarm = risks >= threshold
     for name, value, is_member in members_of_groups(groups):
