@@ -39,6 +39,7 @@ import contextlib
 import copy
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import math
@@ -99,6 +100,24 @@ CHECKPOINT_FORMAT = 3
 
 class InputError(ValueError):
     """Something that the person who runs the program can mend: says what is wrong, where, and how to mend it."""
+
+
+class Progress(tqdm):
+    """A progress bar where somebody watches, a terminal or a notebook; in a log a line every 30 s, with the time left."""
+
+    def __init__(self, *arguments: Any, active: bool = True, **options: Any) -> None:
+        self.is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        if not self.is_watched:
+            log_format = "{desc:12s}{percentage:3.0f} %, {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
+            quiet = {"delay": 30, "mininterval": 30, "miniters": 1, "file": io.StringIO(), "bar_format": log_format}
+            options |= quiet
+        super().__init__(*arguments, disable=not active, leave=False, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.is_watched:
+            super().display(msg, pos)
+        elif msg is None:  # an empty message would wipe the bar
+            logger.info(str(self))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,7 +536,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") ->
             with duckdb.connect(f"{scratch}/mimic.duckdb") as database:
                 database.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
                 database.execute(f"SET temp_directory = {sql_quoted(scratch + '/spilled')}")
-                for table, path in tqdm(files.items(), desc="reading MIMIC-IV", unit="table", leave=False):
+                for table, path in Progress(files.items(), desc="reading MIMIC-IV", unit=" tables"):
                     load_mimic_table(database, table, path)
                 collect_stays(database, query_for_duckdb(query))
                 database.execute(
@@ -543,7 +562,7 @@ def collect_stays(database, query: str) -> None:
     names = [Path(table).name for table in MIMIC_TABLES if table != "icu/icustays"]
     count = " + ".join(f"(SELECT count(*) FROM {name})" for name in names)
     n_slices = min(len(stay_ids), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
-    for number in tqdm(range(n_slices), desc="building events", unit="slice", leave=False):
+    for number in Progress(range(n_slices), desc="building events", unit=" slices"):
         part = stay_ids[number * len(stay_ids) // n_slices : (number + 1) * len(stay_ids) // n_slices]
         database.execute(
             "CREATE OR REPLACE TEMP VIEW icustays AS SELECT * FROM all_icustays "
@@ -836,6 +855,16 @@ class StayTable:
     @property
     def stay_of_event(self) -> np.ndarray:
         return np.repeat(np.arange(len(self.stays)), self.lengths)
+
+    def fingerprint(self) -> str:
+        """Return 32 hex digits of the stays and their events: the same wherever the data lie, others once they change."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for array in (self.stays["icu_stay_id"].to_numpy(), self.offsets, self.labels, self.event_type):
+            digest.update(np.ascontiguousarray(array))
+        for array in (self.text, self.minutes_to_end, self.known_minutes_since_intime):
+            digest.update(np.ascontiguousarray(array))
+        digest.update(pd.util.hash_array(np.asarray(self.texts, dtype=object)))
+        return digest.hexdigest()
 
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> StayTable:
         """The table of these stays (indices, in this order) and of those of their events that `keep_event` marks."""
@@ -1597,7 +1626,7 @@ class TextEncoder:
         self._load()
         done, flushed = [], time.monotonic()
         total = -(-int(missing.sum()) // world)
-        with tqdm(total=total, desc=f"encoding texts with {self.id}", unit=" texts", disable=not progress) as bar:
+        with Progress(total=total, desc="encoding", unit=" texts", active=progress) as bar:
             try:
                 for numbers, vectors in self._encoded(self._batches(texts, keys, missing, rank, world)):
                     done.append((keys[numbers], vectors))
@@ -2480,7 +2509,8 @@ class Trainer:
         train_table = table.take(split.train)
         self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.value_channel).fit(train_table)
         self.train_set, self.validation_set, self.test_set = (
-            ClinicalSequenceDataset(table.take(part), self.preprocessor, text_vectors) for part in split
+            ClinicalSequenceDataset(table.take(part), self.preprocessor, text_vectors) if len(part) else None
+            for part in split
         )
         self.time_column = len(EVENT_TYPES) + text_vectors.shape[1]
         model = ClinicalTransformer(
@@ -2499,6 +2529,7 @@ class Trainer:
         )
         model.set_input_statistics(mean, scale, static_weight)
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
+        self.data_fingerprint = table.fingerprint()
         self.patients = {
             name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()
         }
@@ -2537,12 +2568,12 @@ class Trainer:
         self.objective.train()
         total_loss = n_stays = n_events = 0
         started = time.monotonic()
-        bar = tqdm(
+        bar = Progress(
             zip(loader, batches, shares),
             total=len(batches),
             desc=f"epoch {epoch}",
-            leave=False,
-            disable=not self.accelerator.is_main_process,
+            unit=" batches",
+            active=self.accelerator.is_main_process,
         )
         for number, (batch, stays, (share, weights)) in enumerate(bar):
             self.warm_up()
@@ -2596,6 +2627,7 @@ class Trainer:
             logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
             self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
             loss = float(F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels)))
+            seconds = time.monotonic() - started
             self.history.append(
                 {
                     "epoch": epoch,
@@ -2603,21 +2635,31 @@ class Trainer:
                     "validation_loss": loss,
                     "validation_auroc": float(roc_auc_score(labels, logits)),
                     "learning_rate": self.optimizer.param_groups[0]["lr"],
+                    "seconds": seconds,
                 }
             )
+            self.log_epoch()
             self.epochs_done = epoch
             self.scheduler.step(loss)
             best = loss <= min(row["validation_loss"] for row in self.history)
             if best:
                 self.save("best_model.pth")
             self.save("latest_checkpoint.pth")
-            seconds = time.monotonic() - started
             if main:
-                row = self.history[-1]
+                row, events_per_second = self.history[-1], self.train_set.lengths.sum() / seconds
                 logger.info(
-                    f"epoch {epoch:2d}/{settings.max_epochs}  train loss {train_loss:.4f}  validation loss {loss:.4f}  AUROC {row['validation_auroc']:.3f}  "
-                    f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / seconds:7,.0f} events/s  {seconds:5.1f} s{'  best' if best else ''}"
+                    f"epoch {epoch:2d}/{settings.max_epochs}  train loss {train_loss:.4f}  "
+                    f"validation loss {loss:.4f}  AUROC {row['validation_auroc']:.3f}  lr {row['learning_rate']:.1e}  "
+                    f"{events_per_second:7,.0f} events/s  {seconds:5.1f} s{'  best' if best else ''}"
                 )
+
+    def log_epoch(self) -> None:
+        """Write history.csv, and the newest row of it to the trackers of --report-to."""
+        row = dict(self.history[-1])
+        self.accelerator.log(row, step=int(row["epoch"]))
+        if self.accelerator.is_main_process:
+            frame = pd.DataFrame(self.history)
+            write_whole(self.output / "history.csv", lambda path: frame.to_csv(path, index=False))
 
     def out_of_patience(self) -> bool:
         if not self.history:
@@ -2645,6 +2687,7 @@ class Trainer:
             "preprocessor": self.preprocessor.state_dict(),
             "text_encoder": self.text_encoder,
             "patients": self.patients,
+            "data_fingerprint": self.data_fingerprint,
             "baseline": self.baseline,
             "temperature": self.temperature,
             "history": self.history,
@@ -2670,7 +2713,6 @@ class Trainer:
         changed = [
             name
             for name in (
-                "data",
                 "seed",
                 "static_features",
                 "value_channel",
@@ -2693,12 +2735,13 @@ class Trainer:
         ]
         if (
             changed
+            or saved.state.get("data_fingerprint") != self.data_fingerprint
             or saved.patients != self.patients
             or saved.text_encoder != self.text_encoder
             or saved.model.architecture != self.model.architecture
         ):
             raise InputError(
-                f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other patients, encoder or model sizes'}). "
+                f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other data, patients, encoder or model sizes'}). "
                 "Give the same settings, or train anew without --resume."
             )
         objective = self.accelerator.unwrap_model(self.objective)
@@ -2775,9 +2818,8 @@ def predict_logits(
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     loader = DataLoader(dataset, batch_sampler=mine, collate_fn=collate_stays)
     scored: list[tuple[int, float]] = []
-    for stays, batch in zip(
-        mine, tqdm(loader, desc="predict", leave=False, disable=not accelerator.is_main_process, delay=2)
-    ):
+    bar = Progress(loader, desc="predicting", unit=" batches", active=accelerator.is_main_process, delay=2)
+    for stays, batch in zip(mine, bar):
         batch = send_to_device(batch, accelerator.device)
         with accelerator.autocast():
             logits = model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])

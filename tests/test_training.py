@@ -62,6 +62,22 @@ def trained(data, tmp_path_factory):
     return folder
 
 
+def test_history_has_a_row_for_every_epoch(trained):
+    history = pd.read_csv(trained / "out" / "history.csv")
+    assert history["epoch"].tolist() == [1, 2, 3] and (history["seconds"] > 0).all()
+
+
+def test_resume_knows_the_same_data_at_another_path_and_refuses_other_data_at_the_same(data, tmp_path, capfd):
+    table = pd.read_csv(data)
+    for name, content in (("here.csv", table), ("there.csv", table)):
+        content.to_csv(tmp_path / name, index=False)
+    assert train.main(arguments(tmp_path, tmp_path / "here.csv", "--max-epochs", 1)) == 0
+    assert train.main(arguments(tmp_path, tmp_path / "there.csv", "--max-epochs", 2, "--resume")) == 0
+    table.assign(event_text=table["event_text"] + ".").to_csv(tmp_path / "there.csv", index=False)
+    assert train.main(arguments(tmp_path, tmp_path / "there.csv", "--max-epochs", 3, "--resume")) == 2
+    assert "other data" in capfd.readouterr().err
+
+
 def weights(folder, name="best_model.pth"):
     return torch.load(folder / "out" / "checkpoints" / name, weights_only=True)["model"]
 
