@@ -5,10 +5,9 @@
 -- text locally. It keeps to what both BigQuery and DuckDB (through sqlglot) read alike: `||` makes NULL of a NULL, so
 -- IFNULL(' | Name: ' || part, '') leaves out a part that is missing.
 --
--- Numbers are rounded to what a clinician would write, about 3 significant digits, no trailing zeros and no float noise
--- (49.999998807907104 ml is 50 ml): the same amount then gives the same text, which is encoded once. Rounded is
--- ROUND(x * scale) / scale with scale = 10 ^ (decimals to keep): the quotient is the double nearest to the short
--- decimal number, so its text is short too. FLOOR(LOG10(ABS(x))) is the place of the first digit; zero has none.
+-- Numbers are rounded to 2 significant digits, a result beside its reference range to what the range needs, without
+-- trailing zeros and float noise (49.999998807907104 ml is 50 ml): the same dose then gives the same text, which is
+-- encoded once. FLOOR(LOG10(ABS(x))) is the place of the first digit (0 for 1 to 9); zero has none.
 
 WITH stays AS (
   SELECT
@@ -21,8 +20,9 @@ WITH stays AS (
     -- the dead is often midnight of that day. Where deathtime is missing the stay is bounded by its ICU discharge.
     adm.deathtime AS patient_death_time,
     -- The final event is ICU discharge or death, whichever is first: charting goes on after death, and what is charted
-    -- then gives the label away. IF, not LEAST: BigQuery's LEAST is NULL as soon as one argument is.
-    IF(adm.deathtime < icu.outtime, adm.deathtime, icu.outtime) AS final_time,
+    -- then gives the label away. A stay without outtime ends at its death. IF, not LEAST: BigQuery's LEAST is NULL as
+    -- soon as one argument is. NULL only where both are: train.py drops and counts such a stay.
+    COALESCE(IF(adm.deathtime < icu.outtime, adm.deathtime, icu.outtime), adm.deathtime) AS final_time,
     -- The hospital's own flag is the label: a survivor of the ICU may still die on the ward.
     adm.hospital_expire_flag AS patient_expired_in_hospital,
     pat.gender AS patient_gender,
@@ -35,7 +35,6 @@ WITH stays AS (
     adm.insurance,
     icu.first_careunit AS first_icu_careunit,
     icu.last_careunit AS last_icu_careunit,
-    icu.los AS icu_length_of_stay_in_days,
     adm.discharge_location  -- never a feature: its value DIED is the label
   FROM `physionet-data.mimiciv_3_1_icu.icustays` AS icu
   INNER JOIN `physionet-data.mimiciv_3_1_hosp.admissions` AS adm ON adm.hadm_id = icu.hadm_id
@@ -44,17 +43,19 @@ WITH stays AS (
 
 -- Every event below is kept only from ICU admission to the final event, both included. Without that bound a quarter
 -- of the survivors' events, and a twelfth of the others', come from after the ICU: the label leaks.
--- Hospital tables know no ICU stay: their rows are joined by admission (MIMIC assigns hadm_id by time, rows without
--- one lie outside the admissions) and the bound picks the stay. ICU tables carry the stay's id.
+-- Hospital tables know no ICU stay. Labs and cultures belong to the stay in which their patient's blood was drawn: one
+-- lab in a hundred and one culture in forty have no hadm_id and lie inside an admission all the same; a row of another
+-- admission is not the stay's. Orders always have their hadm_id, ICU tables the stay's id.
 
 prescription_events AS (
   -- An order is known when it starts. No duration: stoptime is moved to the moment an order is discontinued, which for
   -- the dying is their death, so a "planned" duration would tell the future. The form is form_unit_disp because
   -- form_rx is all but empty. Doses stay text: "1-2" and "25,000" are doses too.
+  -- All orders start at a full hour: those of the hour in which the patient came to the ICU count from that moment.
   SELECT
     s.icu_stay_id,
-    rx.starttime AS event_time,
-    rx.starttime AS event_known_time,
+    GREATEST(rx.starttime, s.icu_intime) AS event_time,
+    GREATEST(rx.starttime, s.icu_intime) AS event_known_time,
     'prescription' AS event_type,
     'Prescription: ' || COALESCE(NULLIF(TRIM(REGEXP_REPLACE(rx.drug, r'\s+', ' ')), ''), 'unnamed')
       || IFNULL(' | Strength: ' || NULLIF(TRIM(REGEXP_REPLACE(rx.prod_strength, r'\s+', ' ')), ''), '')
@@ -64,14 +65,30 @@ prescription_events AS (
       || IFNULL(' | Route: ' || NULLIF(TRIM(rx.route), ''), '') AS event_text
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_hosp.prescriptions` AS rx ON rx.hadm_id = s.admission_id
-  WHERE rx.starttime BETWEEN s.icu_intime AND s.final_time
+  WHERE (rx.starttime >= s.icu_intime OR rx.starttime = DATETIME_TRUNC(s.icu_intime, HOUR))
+    AND rx.starttime <= s.final_time
+    AND s.icu_intime <= s.final_time
+),
+
+procedure_rows AS (
+  SELECT
+    s.icu_stay_id,
+    p.*,
+    p.value * CASE p.valueuom WHEN 'min' THEN 1 WHEN 'hour' THEN 60 WHEN 'day' THEN 1440 END AS minutes
+  FROM stays AS s
+  INNER JOIN `physionet-data.mimiciv_3_1_icu.procedureevents` AS p ON p.stay_id = s.icu_stay_id
+  WHERE p.starttime BETWEEN s.icu_intime AND s.final_time
+    AND IFNULL(TRIM(p.statusdescription), '') <> 'Rewritten'
+    AND IFNULL(p.value, 0) >= 0
+    AND IFNULL(p.endtime, p.starttime) >= p.starttime
 ),
 
 procedure_events AS (
-  -- The text tells the duration, so it is known at the end. A task without a unit (an X-ray, a call to the family) is
-  -- a moment that MIMIC stores as one minute: it gets no duration.
+  -- The text tells the duration, so it is known at the end; over an hour one digit of it is enough ("for 700 min").
+  -- A task without a unit (an X-ray, a call to the family) is a moment that MIMIC stores as one minute: no duration.
+  -- "Rewritten" rows were replaced by others and never took place; a negative duration is a mistake of charting.
   SELECT
-    s.icu_stay_id,
+    p.icu_stay_id,
     p.starttime AS event_time,
     p.endtime AS event_known_time,
     'procedure_event' AS event_type,
@@ -79,34 +96,27 @@ procedure_events AS (
       || IFNULL(' (' || TRIM(d.category) || ')', '')
       || IFNULL(' | Location: ' || NULLIF(TRIM(REGEXP_REPLACE(p.location, r'\s+', ' ')), ''), '')
       || IFNULL(' | Status: ' || NULLIF(TRIM(p.statusdescription), ''), '')
-      || IFNULL(' | for ' || REGEXP_REPLACE(CAST(ROUND(
-        p.value * CASE p.valueuom WHEN 'min' THEN 1 WHEN 'hour' THEN 60 WHEN 'day' THEN 1440 END
-      ) AS STRING), r'\.0$', '') || ' min', '') AS event_text
-  FROM stays AS s
-  INNER JOIN `physionet-data.mimiciv_3_1_icu.procedureevents` AS p ON p.stay_id = s.icu_stay_id
+      || IFNULL(' | for ' || REGEXP_REPLACE(CAST(
+        ROUND(p.minutes, CAST(IF(p.minutes > 60, -FLOOR(LOG10(ABS(NULLIF(p.minutes, 0)))), 0) AS INT))
+        AS STRING), r'\.0$', '') || ' min', '') AS event_text
+  FROM procedure_rows AS p
   LEFT JOIN `physionet-data.mimiciv_3_1_icu.d_items` AS d ON d.itemid = p.itemid
-  WHERE p.starttime BETWEEN s.icu_intime AND s.final_time
 ),
 
 lab_rows AS (
   -- Beside a reference range, digits below about a tenth of its width are noise: hematocrit 34.6 (40-51) is written 35,
-  -- but creatinine 1.23 (0.5-1.2) and pH 7.32 (7.35-7.45) keep their digits, always at least 2 significant ones (TSH
-  -- 0.02). Without a range 3 significant digits. Digits before the point all stay.
+  -- but creatinine 1.23 (0.5-1.2) and pH 7.32 (7.35-7.45) keep their digits. Beyond the range by more than its width, 2
+  -- significant digits do (creatinine 4.56 is 4.6), and always that many are kept (TSH 0.02), as without a range.
   SELECT
     s.icu_stay_id,
     l.*,
-    POW(10, GREATEST(
-      0,
-      1 - COALESCE(FLOOR(LOG10(ABS(NULLIF(l.valuenum, 0)))), 0),
-      1 - COALESCE(
-        FLOOR(LOG10(ABS(NULLIF(l.ref_range_upper - l.ref_range_lower, 0)))),
-        FLOOR(LOG10(ABS(NULLIF(l.valuenum, 0)))) - 1,
-        0
-      )
-    )) AS scale
+    ROUND(l.ref_range_upper - l.ref_range_lower, 6) AS width,  -- 5.1 - 4.1 is 0.9999999999999996
+    1 - IFNULL(FLOOR(LOG10(ABS(NULLIF(l.valuenum, 0)))), 0) AS own_digits,
+    1 - FLOOR(LOG10(ABS(NULLIF(ROUND(l.ref_range_upper - l.ref_range_lower, 6), 0)))) AS range_digits
   FROM stays AS s
-  INNER JOIN `physionet-data.mimiciv_3_1_hosp.labevents` AS l ON l.hadm_id = s.admission_id
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.labevents` AS l ON l.subject_id = s.patient_id
   WHERE l.charttime BETWEEN s.icu_intime AND s.final_time
+    AND (l.hadm_id = s.admission_id OR l.hadm_id IS NULL)
 ),
 
 lab_values AS (
@@ -121,16 +131,19 @@ lab_values AS (
     valuenum AS x,
     ref_range_lower AS lo,
     ref_range_upper AS hi,
-    NULLIF(ref_range_upper - ref_range_lower, 0) AS width,
+    NULLIF(width, 0) AS width,
     COALESCE(
-      REGEXP_REPLACE(CAST(ROUND(valuenum * scale) / scale AS STRING), r'\.0$', ''),
+      REGEXP_REPLACE(CAST(ROUND(valuenum, CAST(IF(
+        valuenum BETWEEN ref_range_lower - width AND ref_range_upper + width AND range_digits > own_digits,
+        range_digits,
+        own_digits
+      ) AS INT)) AS STRING), r'\.0$', ''),
       NULLIF(NULLIF(TRIM(REGEXP_REPLACE(value, r'\s+', ' ')), ''), '___')
     ) AS value,
     REGEXP_REPLACE(CAST(ROUND(ref_range_lower, 4) AS STRING), r'\.0$', '') AS lo_text,
     REGEXP_REPLACE(CAST(ROUND(ref_range_upper, 4) AS STRING), r'\.0$', '') AS hi_text,
     NULLIF(NULLIF(TRIM(valueuom), ''), 'N/A') AS unit,
     NULLIF(TRIM(flag), '') AS flag,
-    NULLIF(TRIM(priority), '') AS priority,
     NULLIF(NULLIF(TRIM(REGEXP_REPLACE(REGEXP_REPLACE(
       comments,
       r'\b([0-2]\d:[0-5]\d( ?[AaPp][Mm])?|\d:[0-5]\d ?[AaPp][Mm]|\d{4}-\d{2}-\d{2}|\d{1,2}/\d{1,2}/\d{2,4})\b', '___'
@@ -143,7 +156,8 @@ lab_events AS (
   -- The level says in words how far a value lies from its reference range, for text encoders read numbers badly. The
   -- more extreme of two yardsticks counts, the ratio to the limit and the distance in widths of the range: the ratio
   -- alone misses pH and sodium, the width alone misses platelets. A range of no width (0-0) leaves the ratio, and where
-  -- the limit is 0 too, plainly "above range". The level is that of the value before rounding.
+  -- the limit is 0 too, plainly "above range". A range whose limits are swapped gives no level. The level is that of
+  -- the value before rounding. No priority: it says how the ward ordered, and doubles the number of texts.
   SELECT
     v.icu_stay_id,
     v.charttime AS event_time,
@@ -159,7 +173,7 @@ lab_events AS (
         ''
       )
       || IFNULL(' | Level: ' || CASE
-        WHEN v.x IS NULL OR COALESCE(v.lo, v.hi) IS NULL THEN NULL
+        WHEN v.x IS NULL OR COALESCE(v.lo, v.hi) IS NULL OR v.lo > v.hi THEN NULL
         WHEN v.x > v.hi THEN CASE
           WHEN (v.hi > 0 AND v.x > 2 * v.hi) OR v.x > v.hi + 2 * v.width THEN 'far above range'
           WHEN (v.hi > 0 AND v.x > 1.25 * v.hi) OR v.x > v.hi + 0.5 * v.width THEN 'above range'
@@ -173,19 +187,37 @@ lab_events AS (
         ELSE 'within range'
       END, '')
       || IFNULL(' | Flag: ' || v.flag, '')
-      || IFNULL(' | Priority: ' || v.priority, '')
       || IFNULL(' | Comment: ' || v.comment, '') AS event_text
   FROM lab_values AS v
   LEFT JOIN `physionet-data.mimiciv_3_1_hosp.d_labitems` AS d ON d.itemid = v.itemid
 ),
 
-microbiology_events AS (
-  -- charttime is missing where only the day of the culture is known: then midnight of chartdate, in that order.
-  -- A result without storetime is known by the end of its storedate, if it has one. The comment is added only where no
-  -- organism grew ("NO GROWTH."): beside an organism it repeats the laboratory's standing advice.
+microbiology_rows AS (
   SELECT
     s.icu_stay_id,
-    COALESCE(m.charttime, CAST(m.chartdate AS DATETIME)) AS event_time,
+    s.icu_intime,
+    s.final_time,
+    m.*,
+    COALESCE(m.charttime, IF(
+      DATETIME_ADD(CAST(m.chartdate AS DATETIME), INTERVAL 86399 SECOND) < s.final_time,
+      DATETIME_ADD(CAST(m.chartdate AS DATETIME), INTERVAL 86399 SECOND),
+      s.final_time
+    )) AS event_time
+  FROM stays AS s
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.microbiologyevents` AS m ON m.subject_id = s.patient_id
+  WHERE (m.hadm_id = s.admission_id OR m.hadm_id IS NULL)
+    AND COALESCE(m.charttime, CAST(m.chartdate AS DATETIME)) <= s.final_time
+    AND COALESCE(m.charttime, DATETIME_ADD(CAST(m.chartdate AS DATETIME), INTERVAL 86399 SECOND)) >= s.icu_intime
+),
+
+microbiology_events AS (
+  -- charttime is missing where only the day of the culture is known: it was taken by the end of that day, and counts
+  -- from there, or from the final event where that comes first. A result without storetime is known by the end of its
+  -- storedate, if it has one. The comment is added only where no organism grew ("NO GROWTH."): beside an organism it
+  -- repeats the laboratory's standing advice.
+  SELECT
+    m.icu_stay_id,
+    m.event_time,
     COALESCE(m.storetime, DATETIME_ADD(CAST(m.storedate AS DATETIME), INTERVAL 86399 SECOND)) AS event_known_time,
     'microbiology' AS event_type,
     'Microbiology: ' || COALESCE(NULLIF(TRIM(REGEXP_REPLACE(m.spec_type_desc, r'\s+', ' ')), ''), 'unnamed specimen')
@@ -202,35 +234,40 @@ microbiology_events AS (
         m.comments,
         r'\b([0-2]\d:[0-5]\d( ?[AaPp][Mm])?|\d:[0-5]\d ?[AaPp][Mm]|\d{4}-\d{2}-\d{2}|\d{1,2}/\d{1,2}/\d{2,4})\b', '___'
       ), r'\s+', ' ')), ''), '___'), ''), '') AS event_text
-  FROM stays AS s
-  INNER JOIN `physionet-data.mimiciv_3_1_hosp.microbiologyevents` AS m ON m.hadm_id = s.admission_id
-  WHERE COALESCE(m.charttime, CAST(m.chartdate AS DATETIME)) BETWEEN s.icu_intime AND s.final_time
+  FROM microbiology_rows AS m
 ),
 
 ingredient_rows AS (
   SELECT
     s.icu_stay_id,
     i.*,
-    POW(10, GREATEST(0, 2 - COALESCE(FLOOR(LOG10(ABS(NULLIF(i.amount, 0)))), 0))) AS amount_scale,
-    POW(10, GREATEST(0, 2 - COALESCE(FLOOR(LOG10(ABS(NULLIF(i.rate, 0)))), 0))) AS rate_scale
+    1 - IFNULL(FLOOR(LOG10(ABS(NULLIF(IFNULL(i.rate, i.amount), 0)))), 0) AS digits
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_icu.ingredientevents` AS i ON i.stay_id = s.icu_stay_id
   WHERE i.starttime BETWEEN s.icu_intime AND s.final_time
+    AND IFNULL(TRIM(i.statusdescription), '') <> 'Rewritten'
+    AND IFNULL(i.amount, 0) >= 0
+    AND IFNULL(i.rate, 0) >= 0
+    AND IFNULL(i.endtime, i.starttime) >= i.starttime
 ),
 
 ingredient_events AS (
-  -- Amount and status are those of the whole infusion, so they are known at its end.
+  -- An infusion says its rate, and no amount: that is rate times duration, known at the end, and another number each
+  -- time (6 of 7 million distinct texts). What is given at once has no rate and says its amount. The status is that of
+  -- the whole infusion: known at its end. "Rewritten" rows were never given; a negative amount is a mistake of charting.
   SELECT
     i.icu_stay_id,
     i.starttime AS event_time,
     i.endtime AS event_known_time,
     'ingredient' AS event_type,
     'Ingredient: ' || COALESCE(TRIM(REGEXP_REPLACE(d.label, r'\s+', ' ')), 'item ' || CAST(i.itemid AS STRING))
-      || IFNULL(' | Amount: '
-        || REGEXP_REPLACE(CAST(ROUND(i.amount * i.amount_scale) / i.amount_scale AS STRING), r'\.0$', '')
-        || IFNULL(' ' || NULLIF(TRIM(i.amountuom), ''), ''), '')
-      || IFNULL(' | Rate: ' || REGEXP_REPLACE(CAST(ROUND(i.rate * i.rate_scale) / i.rate_scale AS STRING), r'\.0$', '')
-        || IFNULL(' ' || NULLIF(TRIM(i.rateuom), ''), ''), '')
+      || COALESCE(
+        ' | Rate: ' || REGEXP_REPLACE(CAST(ROUND(i.rate, CAST(i.digits AS INT)) AS STRING), r'\.0$', '')
+          || IFNULL(' ' || NULLIF(TRIM(i.rateuom), ''), ''),
+        ' | Amount: ' || REGEXP_REPLACE(CAST(ROUND(i.amount, CAST(i.digits AS INT)) AS STRING), r'\.0$', '')
+          || IFNULL(' ' || NULLIF(TRIM(i.amountuom), ''), ''),
+        ''
+      )
       || IFNULL(' | Status: ' || NULLIF(TRIM(i.statusdescription), ''), '') AS event_text
   FROM ingredient_rows AS i
   LEFT JOIN `physionet-data.mimiciv_3_1_icu.d_items` AS d ON d.itemid = i.itemid
@@ -283,7 +320,8 @@ SELECT
   s.insurance,
   s.first_icu_careunit,
   s.last_icu_careunit,
-  s.icu_length_of_stay_in_days,
+  -- To the final event, as the record is: los runs to outtime, hours past a death, and the difference tells who died.
+  DATETIME_DIFF(s.final_time, s.icu_intime, SECOND) / 86400 AS icu_length_of_stay_in_days,
   s.discharge_location,
   q.events
 FROM stays AS s

@@ -436,7 +436,7 @@ ROWS_PER_SLICE = 4_000_000  # event rows of the tables behind one slice of stays
 # like numbers or is empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
 MIMIC_TABLES = {
     "icu/icustays": "subject_id BIGINT, hadm_id BIGINT, stay_id BIGINT, intime TIMESTAMP, outtime TIMESTAMP, "
-    "los DOUBLE, first_careunit VARCHAR, last_careunit VARCHAR",
+    "first_careunit VARCHAR, last_careunit VARCHAR",
     "hosp/patients": "subject_id BIGINT, gender VARCHAR, anchor_age BIGINT, anchor_year BIGINT",
     "hosp/admissions": "hadm_id BIGINT, deathtime TIMESTAMP, admission_type VARCHAR, admission_location VARCHAR, "
     "discharge_location VARCHAR, insurance VARCHAR, marital_status VARCHAR, race VARCHAR, "
@@ -447,10 +447,10 @@ MIMIC_TABLES = {
     "dose_val_rx VARCHAR, dose_unit_rx VARCHAR, form_unit_disp VARCHAR, route VARCHAR",
     "icu/procedureevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, value DOUBLE, "
     "valueuom VARCHAR, location VARCHAR, statusdescription VARCHAR",
-    "hosp/labevents": "hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, value VARCHAR, "
+    "hosp/labevents": "subject_id BIGINT, hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, value VARCHAR, "
     "valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
-    "flag VARCHAR, priority VARCHAR, comments VARCHAR",
-    "hosp/microbiologyevents": "hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, storedate TIMESTAMP, "
+    "flag VARCHAR, comments VARCHAR",
+    "hosp/microbiologyevents": "subject_id BIGINT, hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, storedate TIMESTAMP, "
     "storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
     "ab_name VARCHAR, interpretation VARCHAR, comments VARCHAR",
     "icu/ingredientevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, amount DOUBLE, "
@@ -490,7 +490,7 @@ def load_mimic_table(database, table: str, path: Path) -> None:
     columns = dict(column.split() for column in MIMIC_TABLES[table].split(", "))
     source = f"""read_csv({sql_quoted(path)}, all_varchar=true, header=true, delim=',', quote='"', escape='"')"""
     typed = ", ".join(f"CAST({name} AS {kind}) AS {name}" for name, kind in columns.items())
-    key = "stay_id" if "stay_id" in columns else "hadm_id"
+    key = next(name for name in ("stay_id", "subject_id", "hadm_id") if name in columns or name == "hadm_id")
     is_event = len({"starttime", "charttime"} & set(columns)) > 0
     only = f"WHERE TRY_CAST({key} AS BIGINT) IN (SELECT {key} FROM icustays)" if is_event else ""
     try:

@@ -91,7 +91,28 @@ def magnitude_level(value, low, high):
     return "within range"
 
 
-def lab_text(lab, value, priority, comment=""):
+def rounded(value, digits):
+    """Numbers (n,) to so many digits after the point (n,), below 0 before it; halves away from zero, as SQL rounds."""
+    scale = 10.0 ** np.abs(digits)
+    shifted = np.where(digits < 0, value / scale, value * scale)
+    whole = np.sign(shifted) * np.floor(np.abs(shifted) + 0.5 + 1e-9)
+    return np.where(digits < 0, whole * scale, whole / scale)
+
+
+def first_digit(value):
+    """The place of a number's first digit: 0 for 1 to 9, 1 for 10 to 99."""
+    return np.floor(np.log10(np.abs(np.where(value == 0, 1, value))) + 1e-9)
+
+
+def as_charted(lab, values):
+    """Values (n,) rounded as query.sql writes them: 2 digits, and near the reference range what the range needs."""
+    width = lab.high - lab.low
+    near = (values >= lab.low - width) & (values <= lab.high + width)
+    own, of_range = 1 - first_digit(values), 1 - first_digit(width)
+    return rounded(values, np.where(near, np.maximum(own, of_range), own))
+
+
+def lab_text(lab, value, comment=""):
     """One result, e.g. `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: ...`."""
     level = magnitude_level(value, lab.low, lab.high)
     flag = "" if level == "within range" else "Flag: abnormal"
@@ -101,7 +122,6 @@ def lab_text(lab, value, priority, comment=""):
         f"Reference: {lab.low:g}-{lab.high:g}",
         f"Level: {level}",
         flag,
-        f"Priority: {priority}" if priority else "",
         f"Comment: {comment}" if comment else "",
     ]
     return " | ".join(part for part in parts if part)
@@ -111,9 +131,8 @@ def lab_texts(rng, lab, values):
     """Texts (object array) of an array of values; each distinct text is written once, which keeps this fast."""
     value_list, value_index = np.unique(values, return_inverse=True)
     comment_index = (rng.random(len(values)) < 0.5).astype(int)
-    priority = "STAT" if lab.category == GAS else "ROUTINE"
     code, where = np.unique(value_index * 2 + comment_index, return_inverse=True)
-    texts = [lab_text(lab, value_list[c // 2], priority, lab.comment if c % 2 else "") for c in code]
+    texts = [lab_text(lab, value_list[c // 2], lab.comment if c % 2 else "") for c in code]
     return np.array(texts, dtype=object)[where]
 
 
@@ -124,13 +143,15 @@ def draw_values(rng, lab, n):
         values = lab.smallest * (lab.largest / lab.smallest) ** position
     else:
         values = lab.smallest + (lab.largest - lab.smallest) * (position + rng.random(n)) / 2
-    return np.clip(np.round(np.round(values / lab.step) * lab.step, 3), lab.smallest, lab.largest)
+    in_steps = np.clip(np.round(np.round(values / lab.step) * lab.step, 3), lab.smallest, lab.largest)
+    return as_charted(lab, in_steps)
 
 
 def procedure_text(label, category, minutes, location=""):
     """One procedure, with the status that nearly all of MIMIC-IV's have; what is over in a moment has no duration."""
     place = f" | Location: {location}" if location else ""
-    length = f" | for {minutes} min" if minutes > 1 else ""
+    written = rounded(minutes, -first_digit(minutes)) if minutes > 60 else minutes
+    length = f" | for {written:.0f} min" if minutes > 1 else ""
     return f"Procedure: {label} ({category}){place} | Status: FinishedRunning{length}"
 
 
@@ -175,7 +196,7 @@ BACKGROUND_LABS = (
 FREE_TEXT_LABS = tuple(
     f"Lab: {name} (Blood, {category}) | {rest}"
     for name, category, rest in (
-        ("Specimen Type", GAS, "Value: ART. | Priority: STAT"),
+        ("Specimen Type", GAS, "Value: ART."),
         ("Platelet Smear", HEM, "Comment: NORMAL."),
         ("Anisocytosis", HEM, "Comment: OCCASIONAL."),
         (
@@ -319,7 +340,7 @@ def culture_events(rng, kind, n):
 
 
 def ingredient_events(rng, kind, n):
-    """`n` ingredients of one kind; their text tells the amount, so they are known at their end."""
+    """`n` ingredients of one kind; a text tells the status, so it is known at the end."""
     variants = []
     for label, unit, rates, rate_unit in INGREDIENTS[kind]:
         if rates is None:
@@ -334,9 +355,8 @@ def ingredient_events(rng, kind, n):
             for m in (60, 120, 240)
             for s in ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")
         ):
-            amount = f"{rate * minutes / 60:g} {unit}"
-            text = f"Ingredient: {label} | Amount: {amount} | Rate: {rate} {rate_unit} | Status: {status}"
-            variants.append((text, minutes))
+            written = rounded(rate, 1 - first_digit(rate))
+            variants.append((f"Ingredient: {label} | Rate: {written:.6g} {rate_unit} | Status: {status}", minutes))
     return pick(rng, variants, n)
 
 
@@ -635,7 +655,7 @@ def add_times(rng, stays, duration, earlier, shares_admission):
     stays["final"] = clock(final)
     stays["icu_intime"], stays["icu_outtime"] = clock(start), clock(final + after_final)
     stays["patient_death_time"] = clock(np.where(dies, death, np.nan))
-    stays["icu_length_of_stay_in_days"] = np.round((duration + after_final) / (24 * 60), 4)
+    stays["icu_length_of_stay_in_days"] = np.round(duration / (24 * 60), 4)
 
 
 def clock(minutes):

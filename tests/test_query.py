@@ -54,20 +54,24 @@ AT 10:30 PM, titer 1:40"
 1,,1,2150-01-10 14:00:00,2150-01-10 14:00:00,7,7,mg/dL,0.5,1.2,,,
 2,21,1,2150-01-02 09:30:00,2150-01-02 09:40:00,3,3,mg/dL,0.5,1.2,,STAT,
 2,21,1,2150-01-02 09:31:00,2150-01-02 09:40:00,4,4,mg/dL,0.5,1.2,,STAT,""",
-    "hosp/microbiologyevents": """hadm_id,chartdate,charttime,storedate,storetime,spec_type_desc,test_name,org_name,\
+    "hosp/microbiologyevents": """subject_id,hadm_id,chartdate,charttime,storedate,storetime,spec_type_desc,test_name,org_name,\
 ab_name,interpretation,comments
-21,2150-01-02 00:00:00,,2150-01-04 00:00:00,,BLOOD CULTURE,"Blood Culture, Routine",ESCHERICHIA COLI,CEFEPIME,R,unused
-21,2150-01-01 00:00:00,2150-01-01 12:00:00,,,URINE,URINE CULTURE,,,,NO  GROWTH.""",
+2,21,2150-01-02 00:00:00,,2150-01-04 00:00:00,,BLOOD CULTURE,"Blood Culture, Routine",ESCHERICHIA COLI,CEFEPIME,R,unused
+2,,2150-01-01 00:00:00,2150-01-01 12:00:00,,,URINE,URINE CULTURE,,,,NO  GROWTH.""",
     "hosp/prescriptions": f"""hadm_id,starttime,stoptime,drug,prod_strength,dose_val_rx,\
 dose_unit_rx,form_unit_disp,route
 21,{IN},2150-01-02 09:30:00,Norepinephrine,8mg/250mL,0.1,mcg/kg/min,BAG,IV
 21,{IN},,Heparin,,"25,000",UNIT,,""",
     "icu/procedureevents": f"""stay_id,starttime,endtime,itemid,value,valueuom,location,statusdescription
 201,{IN},2150-01-01 22:00:00,11,0.5,day,,FinishedRunning
-201,{IN},2150-01-01 10:01:00,12,1,None,,FinishedRunning""",
+201,{IN},2150-01-01 10:01:00,12,1,None,,FinishedRunning
+201,{IN},2150-01-01 10:20:00,12,20,min,,Rewritten
+201,{IN},2150-01-01 09:00:00,12,-60,min,,FinishedRunning""",
     "icu/ingredientevents": f"""stay_id,starttime,endtime,itemid,amount,amountuom,rate,rateuom,statusdescription
 201,{IN},2150-01-01 11:00:00,10,49.999998807907104,ml,50,mL/hour,FinishedRunning
-201,{IN},2150-01-01 11:30:00,99,0,ml,,,Stopped""",
+201,{IN},2150-01-01 11:30:00,99,0,ml,,,Stopped
+201,{IN},2150-01-01 11:30:00,99,-5,ml,,,FinishedRunning
+201,{IN},2150-01-01 11:30:00,99,5,ml,,,Rewritten""",
 }
 
 
@@ -86,10 +90,16 @@ def write_folder(folder, **changed):
 def stays(tmp_path_factory):
     """{stay id: row as a dict} of the query's result."""
     folder = write_folder(tmp_path_factory.mktemp("it's a mimic"))
-    result = train.run_mimic_query(folder, tmp_path_factory.mktemp("cache"))
-    rows = pyarrow.parquet.read_table(result).to_pylist()
-    assert [row["icu_stay_id"] for row in rows] == [101, 102, 201, 301]
-    return {row["icu_stay_id"]: row for row in rows}
+    rows = rows_of(folder, tmp_path_factory.mktemp("cache"))
+    assert list(rows) == [101, 102, 201, 301]
+    return rows
+
+
+def rows_of(folder, cache):
+    """{stay id: row as a dict} of the query's result on this folder."""
+    return {
+        row["icu_stay_id"]: row for row in pyarrow.parquet.read_table(train.run_mimic_query(folder, cache)).to_pylist()
+    }
 
 
 def texts(stay, event_type):
@@ -139,7 +149,7 @@ def test_events_after_death_are_left_out_though_icu_discharge_is_later(stays):
 
 
 def test_two_stays_of_one_admission_share_no_event(stays):
-    assert len(stays[101]["events"]) == 2 and len(stays[102]["events"]) == 4
+    assert len(stays[101]["events"]) == 2 and len(stays[102]["events"]) == 5
 
 
 def test_stay_without_events_is_kept(stays):
@@ -156,15 +166,17 @@ def test_events_are_ordered_by_time_type_and_text(stays):
     assert keys == sorted(keys) and len(keys) == 9
 
 
-def test_lab_text_has_value_range_level_flag_and_priority(stays):
+def test_lab_text_has_value_range_level_and_flag(stays):
     assert texts(stays[101], "labevent")[0] == (
         "Lab: Creatinine (Blood, Chemistry) | Value: 2.4 mg/dL | Reference: 0.5-1.2 | Level: above range | "
-        "Flag: abnormal | Priority: STAT"
+        "Flag: abnormal"
     )
 
 
 def test_lab_comment_loses_clock_time_and_line_break_but_not_titer(stays):
-    assert texts(stays[101], "labevent")[1].endswith("| Priority: ROUTINE | Comment: CALLED TO ___ AT ___, titer 1:40")
+    assert texts(stays[101], "labevent")[1].endswith(
+        "| Level: within range | Comment: CALLED TO ___ AT ___, titer 1:40"
+    )
 
 
 def test_lab_parts_that_are_missing_are_left_out(stays):
@@ -172,7 +184,8 @@ def test_lab_parts_that_are_missing_are_left_out(stays):
         "Lab: pH (Blood, Blood Gas) | Value: 7.32 units | Reference: 7.35-7.45 | Level: slightly below range",
         "Lab: Glucose (Urine, Hematology) | Reference: 0-0 | Comment: NEG.",
         "Lab: Glucose (Urine, Hematology) | Value: >300 mg/dL",
-        "Lab: item 4 (Blood, Chemistry) | Value: 1235",
+        "Lab: item 4 (Blood, Chemistry) | Value: 1200",
+        "Lab: Creatinine (Blood, Chemistry) | Value: 7 mg/dL | Reference: 0.5-1.2 | Level: far above range",
     ]
 
 
@@ -183,10 +196,10 @@ def test_other_texts_follow_the_wording(stays):
     ]
     assert texts(stays[201], "procedure_event") == [
         "Procedure: Chest X-Ray (5-Imaging) | Status: FinishedRunning",
-        "Procedure: Invasive Ventilation (2-Ventilation) | Status: FinishedRunning | for 720 min",
+        "Procedure: Invasive Ventilation (2-Ventilation) | Status: FinishedRunning | for 700 min",
     ]
     assert texts(stays[201], "ingredient") == [
-        "Ingredient: Dextrose 5% | Amount: 50 ml | Rate: 50 mL/hour | Status: FinishedRunning",
+        "Ingredient: Dextrose 5% | Rate: 50 mL/hour | Status: FinishedRunning",
         "Ingredient: item 99 | Amount: 0 ml | Status: Stopped",
     ]
     assert texts(stays[201], "microbiology") == [
@@ -205,10 +218,53 @@ def test_known_time_follows_store_and_end_times_and_is_null_where_unknown(stays)
     assert known["Microbiology: URINE"] is None
 
 
-def test_culture_without_times_is_dated_by_day_and_known_at_the_end_of_its_store_date(stays):
-    culture = next(e for e in stays[201]["events"] if "BLOOD CULTURE" in e["event_text"])
-    assert culture["event_time"] == datetime(2150, 1, 2)
-    assert culture["event_known_time"] == datetime(2150, 1, 4, 23, 59, 59)
+def culture(stays):
+    return next(e for e in stays[201]["events"] if "BLOOD CULTURE" in e["event_text"])
+
+
+def test_culture_without_times_is_known_at_the_end_of_its_store_date(stays):
+    assert culture(stays)["event_known_time"] == datetime(2150, 1, 4, 23, 59, 59)
+
+
+def test_culture_with_a_day_only_counts_from_its_end_but_never_after_the_final_event(stays, tmp_path):
+    assert culture(stays)["event_time"] == datetime(2150, 1, 2, 9, 30)  # the patient died on that day
+    text = TABLES["hosp/microbiologyevents"].replace("2,21,2150-01-02", "2,21,2150-01-01")
+    earlier = rows_of(write_folder(tmp_path / "mimic", microbiologyevents=text), tmp_path)
+    assert culture(earlier)["event_time"] == datetime(2150, 1, 1, 23, 59, 59)
+
+
+def test_lab_of_another_admission_is_left_out_and_one_of_none_belongs_to_the_stay_of_its_time(tmp_path):
+    lab = f"{LAB}\n1,%s,1,2150-01-10 14:00:00,,7,7,mg/dL,0.5,1.2,,,"
+    for admission, events in (("", 1), ("11", 1), ("12", 0)):
+        folder = write_folder(tmp_path / f"mimic{admission}", labevents=lab % admission)
+        assert len(rows_of(folder, tmp_path)[102]["events"] or []) == events
+
+
+def test_orders_of_the_admissions_hour_count_from_the_admission(tmp_path):
+    orders = "hadm_id,starttime,drug,prod_strength,dose_val_rx,dose_unit_rx,form_unit_disp,route"
+    for start in ("2150-01-01 09:00:00", "2150-01-01 10:00:00", "2150-01-01 11:00:00"):
+        orders += f"\n21,{start},Heparin,,1,UNIT,,"
+    stays = TABLES["icu/icustays"].replace(f"2,21,201,MICU,MICU,{IN}", "2,21,201,MICU,MICU,2150-01-01 10:23:00")
+    folder = write_folder(tmp_path / "mimic", prescriptions=orders, icustays=stays)
+    events = [e for e in rows_of(folder, tmp_path)[201]["events"] if e["event_type"] == "prescription"]
+    assert [e["event_time"] for e in events] == [datetime(2150, 1, 1, 10, 23), datetime(2150, 1, 1, 11)]
+
+
+@pytest.mark.parametrize(
+    "discharge, death, days",
+    [
+        ("2150-01-03 10:00:00", "", 2),
+        ("2150-01-03 10:00:00", "2150-01-02 10:00:00", 1),
+        ("2150-01-03 10:00:00", "2150-01-09 10:00:00", 2),
+        ("", "2150-01-02 22:00:00", 1.5),
+        ("", "", None),
+    ],
+)
+def test_stay_ends_at_discharge_or_death_whichever_is_known_and_first(discharge, death, days, tmp_path):
+    stays = f"{TABLES['icu/icustays'].splitlines()[0]}\n2,21,201,MICU,MICU,{IN},{discharge},9"
+    admissions = TABLES["hosp/admissions"].replace("2150-01-02 09:30:00", death)
+    folder = write_folder(tmp_path / "mimic", icustays=stays, admissions=admissions)
+    assert rows_of(folder, tmp_path)[201]["icu_length_of_stay_in_days"] == days
 
 
 LEVELS = [
@@ -229,6 +285,7 @@ LEVELS = [
     (9, "", 4, "far above range"),
     (3, 4, "", "below range"),
     (5, 4, "", "within range"),
+    (9, 4, 2, None),
 ]
 
 
@@ -239,19 +296,23 @@ def test_level_says_how_far_a_value_lies_from_its_range(tmp_path):
     ]
     folder = write_folder(tmp_path / "mimic", labevents="\n".join([LAB, *rows]))
     stay = pyarrow.parquet.read_table(train.run_mimic_query(folder, tmp_path)).to_pylist()[0]
-    assert [text.split(" | Level: ")[1] for text in texts(stay, "labevent")] == [level for *_, level in LEVELS]
+    written = [text.partition(" | Level: ")[2] or None for text in texts(stay, "labevent")]
+    assert written == [level for *_, level in LEVELS]
 
 
 ROUNDINGS = [
     ("49.999998807907104", "", "", "50"),
-    ("0.0312456", "", "", "0.0312"),
-    ("15432.4", "", "", "15432"),
+    ("0.0312456", "", "", "0.031"),
+    ("15432.4", "", "", "15000"),
     ("0", "", "", "0"),
     ("34.6", "40", "51", "35"),
     ("1.234", "0.5", "1.2", "1.23"),
     ("1.025", "1.001", "1.035", "1.025"),
+    ("4.56", "0.5", "1.2", "4.6"),
+    ("345", "70", "100", "350"),
     ("0.021", "0.27", "4.2", "0.021"),
     ("-4.04", "-2", "2", "-4"),
+    ("4.04", "4.1", "5.1", "4"),
 ]
 
 
