@@ -102,6 +102,11 @@ def rows_of(folder, cache):
     }
 
 
+def kept_results(cache):
+    """What runs left in the folder of results, beside the lock."""
+    return [path for path in (cache / "query_results").iterdir() if path.name != ".lock"]
+
+
 def texts(stay, event_type):
     return [event["event_text"] for event in stay["events"] if event["event_type"] == event_type]
 
@@ -382,7 +387,7 @@ def test_malformed_rows_are_an_input_error_without_their_content(tmp_path, broke
     with pytest.raises(train.InputError, match="labevents") as caught:
         train.run_mimic_query(write_folder(tmp_path, labevents=broken), tmp_path)
     assert "two" not in str(caught.value) and "2150" not in str(caught.value)
-    assert caught.value.__cause__ is None and not list((tmp_path / "query_results").iterdir())
+    assert caught.value.__cause__ is None and not kept_results(tmp_path)
 
 
 def test_query_has_no_table_but_those_that_are_read():
