@@ -6,7 +6,7 @@
     python explain_clinicalLF.py --selfcheck                         # does the method find planted causes? exits 1 if not
 
 Four views of one model, on the logit (log-odds of death) and never on the probability, which saturates:
-Integrated Gradients (what moves the logit from the average stay to this one), removal (the logit without an event),
+Integrated Gradients (what moves the logit from the average stay to this one), replacement (the logit if one event were unremarkable),
 attention (where the model looks), and the layers between. They differ; `faithfulness.json` says how much each is worth.
 
 Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, H heads. Masks are True at real events.
@@ -36,8 +36,8 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from captum.attr import FeatureAblation, IntegratedGradients, LayerIntegratedGradients, ShapleyValueSampling
-from captum.metrics import infidelity, sensitivity_max
+from accelerate.utils import AutocastKwargs
+from captum.attr import IntegratedGradients, LayerIntegratedGradients
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -111,8 +111,8 @@ class ExplainSettings:
     labels: str = train.option("", "Labels of a MEDS data set, if other than the checkpoint's own.")
     cache_dir: str = train.option("clinical_LF_precomp_emb", "Folder of the embedding cache.")
     hf_cache: str = train.option("hf_cache", "Folder of downloaded encoder weights.")
-    max_removals: int = train.option(
-        500, "Events of a stay removed one by one at most, the most attributed first; 0: every event.", low=0
+    max_replacements: int = train.option(
+        500, "Events of a stay replaced one by one at most, the most attributed first; 0: every event.", low=0
     )
     layer_stays: int = train.option(20, "Stays attributed to layers at most (those shown in full always are).", low=0)
     ig_steps: int = train.option(
@@ -165,7 +165,7 @@ def load_run(
 
     Raises `InputError` where a file cannot be read, the encoder is another one, or no such stay exists.
     """
-    accelerator = Accelerator(mixed_precision="no")  # gradients and differences of logits need all digits
+    accelerator = full_precision()
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
     trained = replace(checkpoint.settings, labels=labels or checkpoint.settings.labels)
     table, _ = train.read_stays(
@@ -190,6 +190,11 @@ def load_run(
     table = only_used_texts(table.take(np.flatnonzero(~seen)))
     _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
     return make_run(checkpoint, table, vectors, held_out, accelerator)
+
+
+def full_precision() -> Accelerator:
+    """Return the process's accelerator, also one that trained in bf16, without autocast: differences of logits need all digits."""
+    return Accelerator(kwargs_handlers=[AutocastKwargs(enabled=False)])
 
 
 def make_run(
@@ -296,7 +301,7 @@ def query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
 def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer:
     """The same architecture and input statistics with fresh random weights."""
     device = next(model.parameters()).device
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = ClinicalTransformer(**model.architecture)
     fresh.set_input_statistics(model.event_mean.cpu(), model.event_scale.cpu(), model.static_weight.cpu())
@@ -511,48 +516,59 @@ def layer_attribution(
 
 
 @torch.no_grad()
-def masked_logits(
+def replaced_logits(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
-    keep: np.ndarray | Tensor,
-    baseline: dict[str, Tensor] | None = None,
+    keep: np.ndarray,
+    baseline: dict[str, Tensor] | None,
+    keep_static: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(n,) float64 logits of n variants of one stay: `keep (n, L)` says which events stay.
+    """Return the float64 logits (n,) of n variants of one stay, (1, L, C) and (1, S).
 
-    The others are masked, or, with a baseline, replaced by its event. Masking moves no event: positions stay as they are.
+    `keep` (n, L) and `keep_static` (n, S; None: all) say what stays as it is; the rest is as in the baseline. A replaced
+    event holds its place, and the number of events is what it was: nothing is masked, for a softmax would hand the weight
+    of a masked event to the others, and harmless events would seem to matter.
     """
+    event, mean_static = baselines_like(sequence, static, baseline)
     keep = torch.as_tensor(keep, dtype=torch.bool, device=sequence.device)
-    logits = []
-    for some in keep.split(max(1, FORWARD_EVENTS // max(1, sequence.shape[1]))):
-        events, mask = sequence.expand(len(some), -1, -1), some
-        if baseline is not None:
-            events = torch.where(some[..., None], events, baseline["event"].to(sequence))
-            mask = torch.ones_like(some)
-        logits.append(model.logits(events, static.expand(len(some), -1), mask).squeeze(1))
-    return torch.cat(logits).double().cpu().numpy() if logits else np.zeros(0)
+    keep_static = np.ones((len(keep), static.shape[1]), bool) if keep_static is None else keep_static
+    keep_static = torch.as_tensor(keep_static, device=sequence.device)
+    logits = np.zeros(len(keep))
+    per_pass = max(1, FORWARD_EVENTS // max(1, sequence.shape[1]))
+    for first in range(0, len(keep), per_pass):
+        part = slice(first, first + per_pass)
+        events = torch.where(keep[part, :, None], sequence, event)  # (n, L, C)
+        statics = torch.where(keep_static[part], static, mean_static)  # (n, S)
+        logits[part] = model.logits(events, statics).squeeze(1).double().cpu().numpy()
+    return logits
 
 
-def remove_each_event(
-    model: ClinicalTransformer, sequence: Tensor, static: Tensor, which: np.ndarray | None = None
+def replace_each_event(
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static: Tensor,
+    baseline: dict[str, Tensor] | None,
+    which: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(L,): the logit with all events minus the logit without this one; positive pushes towards death.
+    """Return (L,): by how much the logit falls if this event were unremarkable; positive pushes towards death.
 
-    With `which` (positions) only these are removed, and the others are NaN. Cost grows with L per removal, memory does not.
+    With `which` (positions) the others are NaN. The cost grows with L per event replaced, the memory does not.
     """
     n_events = sequence.shape[1]
     which = np.arange(n_events) if which is None else np.asarray(which)
     scores = np.full(n_events, math.nan)
-    everything = masked_logits(model, sequence, static, np.ones((1, n_events), bool))[0]
+    everything = replaced_logits(model, sequence, static, np.ones((1, n_events), bool), baseline)[0]
     rows_per_part = max(1, 64 * FORWARD_EVENTS // max(1, n_events))  # the mask itself, (L, L), is made in parts
     for first in range(0, len(which), rows_per_part):
         part = which[first : first + rows_per_part]
-        scores[part] = everything - masked_logits(model, sequence, static, part[:, None] != np.arange(n_events))
+        without = replaced_logits(model, sequence, static, part[:, None] != np.arange(n_events), baseline)
+        scores[part] = everything - without
     return scores
 
 
 class Ablation(NamedTuple):
-    removal: np.ndarray  # (B, L) logit with the event minus logit without it; 0 at padding, NaN where not asked for
+    if_unremarkable: np.ndarray  # (B, L) by how much the logit falls then; 0 at padding, NaN where not asked for
     groups: pd.DataFrame  # stay (index in the batch), kind, group, n_events, ablation, shapley (NaN unless asked for)
 
 
@@ -568,15 +584,15 @@ def ablation_analysis(
     seed: int = 0,
     which: np.ndarray | None = None,
 ) -> Ablation:
-    """Measure what the logits of (B, L, C) events and (B, S) statics lose without each event and each group of inputs.
+    """Measure by how much the logits of (B, L, C) events and (B, S) statics fall if each event, or group, were unremarkable.
 
-    Events are removed one by one (those at the positions `which`, else all). Groups are replaced by the baseline: the
-    events of one value of each entry of `event_groups` (kind -> L labels), and the static inputs of one name (S names, a
-    one-hot group repeats its name). Shapley values (sampled orders) are over the groups of the first kind and the statics
+    To be unremarkable is to be as in the baseline: single events (at the positions `which`, else all), then the events of
+    one value of each entry of `event_groups` (kind -> L labels), and the static inputs of one name (S names, a one-hot
+    group repeats its name). The number of events is held. Shapley values (sampled orders) are over the groups of the first kind and the statics
     together. No gradient is computed. Masked events are left out: a stay is its real events, in their order.
 
     >>> found = ablation_analysis(model, sequences, static_features, attention_mask)
-    >>> found.removal.shape == sequences.shape[:2]
+    >>> found.if_unremarkable.shape == sequences.shape[:2]
     True
     """
     model.eval()
@@ -584,31 +600,28 @@ def ablation_analysis(
     check_finite(sequences, static_features, mask)
     names = list(static_names or [f"static {column}" for column in range(static_features.shape[1])])
     kinds = event_groups or {"all events": ["all"] * sequences.shape[1]}
-    removal, tables = np.zeros(mask.shape), []
+    scores, tables = np.zeros(mask.shape), []
     for stay, is_event in enumerate(mask):
         sequence, static = sequences[stay : stay + 1, is_event], static_features[stay : stay + 1]
         positions = is_event.nonzero().squeeze(1).cpu().numpy()
         chosen = None if which is None else np.flatnonzero(np.isin(positions, which))
-        removal[stay, positions] = remove_each_event(model, sequence, static, chosen)
+        scores[stay, positions] = replace_each_event(model, sequence, static, baseline, chosen)
         for number, (kind, labels) in enumerate(kinds.items()):
             groups = feature_groups(kind, np.asarray(labels, dtype=object)[positions], [] if number else names)
             samples = 0 if number else shapley_samples
             found = ablate_groups(model, sequence, static, baseline, groups, samples, seed)
             tables.append(found.assign(stay=stay))
-    return Ablation(removal, pd.concat(tables, ignore_index=True))
+    return Ablation(scores, pd.concat(tables, ignore_index=True))
 
 
 def feature_groups(kind: str, labels: Sequence[str], static_names: Sequence[str]) -> pd.DataFrame:
-    """kind, group, n_events, and the members: positions of events or columns of statics. Row number = Captum's feature id."""
+    """Return kind, group, n_events and members: positions of events or columns of statics."""
     events, statics = pd.Series(list(labels), dtype=object), pd.Series(list(static_names), dtype=object)
-    rows = [(kind, name, len(members), members.tolist()) for name, members in events.groupby(events).groups.items()]
-    rows += [
-        ("static", name, 0, members.tolist()) for name, members in statics.groupby(statics, sort=False).groups.items()
-    ]
+    rows = [(kind, name, len(part), part.index.to_numpy()) for name, part in events.groupby(events)]
+    rows += [("static", name, 0, part.index.to_numpy()) for name, part in statics.groupby(statics, sort=False)]
     return pd.DataFrame(rows, columns=["kind", "group", "n_events", "members"])
 
 
-@torch.no_grad()
 def ablate_groups(
     model: ClinicalTransformer,
     sequence: Tensor,
@@ -618,48 +631,36 @@ def ablate_groups(
     shapley_samples: int,
     seed: int,
 ) -> pd.DataFrame:
-    """`FeatureAblation` (and `ShapleyValueSampling`) over groups that cover all events and, where named, all statics."""
-    event_ids = torch.zeros(sequence.shape, dtype=torch.long, device=sequence.device)
-    static_ids = torch.zeros(static.shape, dtype=torch.long, device=sequence.device)
+    """Return, per group, by how much the logit falls if it alone were unremarkable, and its Shapley value."""
+    of_events = np.zeros((len(groups), sequence.shape[1]))  # who is in which group
+    of_statics = np.zeros((len(groups), static.shape[1]))
     for number, (kind, members) in enumerate(zip(groups["kind"], groups["members"])):
-        (static_ids if kind == "static" else event_ids)[0, members] = number
-    n = 2 if (groups["kind"] == "static").any() else 1  # a feature mask shorter than the inputs would silently give 0
-    inputs, starts, ids = (
-        (sequence, static)[:n],
-        baselines_like(sequence, static, baseline)[:n],
-        (event_ids, static_ids)[:n],
-    )
-    is_event = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
+        (of_statics if kind == "static" else of_events)[number, members] = 1
 
-    def forward(*arguments: Tensor) -> Tensor:
-        events, statics, mask = (
-            arguments if n == 2 else (arguments[0], static.expand(len(arguments[0]), -1), arguments[1])
-        )
-        return model.logits(events, statics, mask)
+    def logits_with(present: np.ndarray) -> np.ndarray:
+        """Return the logits (n,) of a stay that has only the groups present, (n, groups)."""
+        absent = 1.0 - present
+        return replaced_logits(model, sequence, static, absent @ of_events == 0, baseline, absent @ of_statics == 0)
 
-    options = {"target": 0, "additional_forward_args": (is_event,), "feature_mask": ids}
-    # Captum copies a group's score to each of its inputs: one of them is taken.
-    read = lambda found: [
-        float(found[1][0, members[0]] if kind == "static" else found[0][0, members[0], 0])
-        for kind, members in zip(groups["kind"], groups["members"])
-    ]
-    result = groups[["kind", "group", "n_events"]].assign(
-        ablation=read(FeatureAblation(forward).attribute(inputs, starts, **options)), shapley=np.nan
-    )
+    alone = np.eye(len(groups), dtype=bool)
+    whole = logits_with(np.ones((1, len(groups))))[0]
+    result = groups[["kind", "group", "n_events"]].assign(ablation=whole - logits_with(~alone), shapley=np.nan)
     if shapley_samples:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            result["shapley"] = read(
-                ShapleyValueSampling(forward).attribute(inputs, starts, n_samples=shapley_samples, **options)
-            )
+        result["shapley"] = shapley_values(logits_with, len(groups), shapley_samples, seed)
     return result
 
 
-def shares_evidence(attribution: np.ndarray, ablation: np.ndarray) -> np.ndarray:
-    """Where taking it away tells another story than its attribution: others carry the same evidence, or it needs them."""
-    attribution, ablation = np.asarray(attribution, float), np.asarray(ablation, float)
-    larger = np.maximum(np.abs(attribution), np.abs(ablation))
-    return (np.abs(attribution - ablation) > 0.5 * larger) & (larger > FLOOR)  # False where one is NaN
+def shapley_values(
+    logits_with: Callable[[np.ndarray], np.ndarray], n_groups: int, n_orders: int, seed: int
+) -> np.ndarray:
+    """Return (groups,): what each group adds to the logit as groups arrive, mean of random orders (Castro et al. 2009)."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = np.stack([torch.randperm(n_groups, generator=generator).numpy() for _ in range(n_orders)])
+    place = np.argsort(orders, axis=1)  # when each group arrives
+    present = place[:, None, :] < np.arange(n_groups + 1)[:, None]  # (orders, arrived, groups)
+    logits = logits_with(present.reshape(-1, n_groups)).reshape(n_orders, -1)
+    gains = np.take_along_axis(np.diff(logits, axis=1), place, axis=1)
+    return gains.mean(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,7 +670,7 @@ def shares_evidence(attribution: np.ndarray, ablation: np.ndarray) -> np.ndarray
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # of a stay's events taken away or given
 N_RANDOM_ORDERS = 3
 N_RESETS = 10  # random models that each stay is explained with
-ORDERS = {"attribution": "Integrated Gradients", "removal": "removal", "attention": "pooling attention"}
+ORDERS = {"attribution": "Integrated Gradients", "if_unremarkable": "replacement", "attention": "pooling attention"}
 
 
 def bootstrap(values: np.ndarray, patients: np.ndarray, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float]:
@@ -718,28 +719,23 @@ def deletion_insertion(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
-    baseline: dict[str, Tensor],
+    baseline: dict[str, Tensor] | None,
     scores: dict[str, np.ndarray],
 ) -> pd.DataFrame:
-    """Logits of one stay as events are taken away, or given, highest score first, by masking and by mean replacement.
+    """Return how the logit of one stay changes as events become unremarkable (deletion) or stop being so (insertion).
 
-    `scores` (L,) by order. Returns way, direction, order, fraction, change: the logit minus that with all (deletion) or with
-    none (insertion) of the events.
+    The highest scores of `scores` (order -> (L,)) come first. Columns direction, order, fraction, change: the logit minus
+    that of the whole stay (deletion) or of a stay whose events say nothing (insertion).
     """
     n_events = sequence.shape[1]
-    counts = np.array([0, *(math.ceil(fraction * n_events) for fraction in FRACTIONS)])
-    place = {name: np.argsort(np.argsort(-score, kind="stable")) for name, score in scores.items()}
-    taken = np.concatenate([order < counts[:, None] for order in place.values()])  # (orders * counts, L)
-    labels = pd.DataFrame(
-        [(name, fraction) for name in place for fraction in (0.0, *FRACTIONS)], columns=["order", "fraction"]
-    )
-    tables = []
-    for way, replacement in (("masking", None), ("mean replacement", baseline)):
-        for direction, keep in (("deletion", ~taken), ("insertion", taken)):
-            logits = masked_logits(model, sequence, static, keep, replacement).reshape(len(place), -1)
-            change = (logits - logits[:, :1]).ravel()
-            tables.append(labels.assign(way=way, direction=direction, change=change))
-    return pd.concat(tables, ignore_index=True)
+    fractions = np.array([0.0, *FRACTIONS])
+    place = np.stack([np.argsort(np.argsort(-score, kind="stable")) for score in scores.values()])  # (orders, L)
+    first = place[:, None] < np.ceil(fractions * n_events)[:, None]  # (orders, fractions, L)
+    keep = np.stack([~first, first])  # (2, orders, fractions, L)
+    logits = replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(keep.shape[:3])
+    change = logits - logits[:, :, :1]
+    names = pd.MultiIndex.from_product([["deletion", "insertion"], scores, fractions])
+    return pd.Series(change.ravel(), names.set_names(["direction", "order", "fraction"])).rename("change").reset_index()
 
 
 def with_one_random_order(curves: pd.DataFrame) -> pd.DataFrame:
@@ -748,28 +744,20 @@ def with_one_random_order(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
-    """Mean over the fractions of how much further an order moves the logit than random orders do; paired by stay."""
+    """Return how much further an order moves the logit than random orders, mean over the fractions; paired by stay."""
     part = with_one_random_order(curves[curves["fraction"] > 0])
-    means = part.groupby(["icu_stay_id", "patient_id", "way", "direction", "order"])["change"].mean().unstack("order")
+    means = part.groupby(["icu_stay_id", "patient_id", "direction", "order"])["change"].mean().unstack("order")
+    verbs = {"deletion": "making events unremarkable", "insertion": "giving events to a stay whose events say nothing"}
     rows = []
-    for (way, direction), table in means.groupby(["way", "direction"]):
-        for order in ORDERS:
-            gain = (table[order] - table["random"]) * (-1 if direction == "deletion" else 1)
-            found = bootstrap(
-                gain.to_numpy(), gain.index.get_level_values("icu_stay_id"), settings.n_bootstrap, settings.seed
-            )
-            verb = "taking events away" if direction == "deletion" else "giving events"
-            rows.append(
-                criterion(
-                    f"{direction} by {way}",
-                    order,
-                    found,
-                    (">", 0.0) if order != "attention" else None,
-                    f"{verb} ({way}) in order of {ORDERS[order]} moves the logit {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] "
-                    "further than in random order",
-                    limit="low",
-                )
-            )
+    for direction, verb in verbs.items():
+        table = means.xs(direction, level="direction")
+        patients = table.index.get_level_values("patient_id").to_numpy()
+        for order, title in ORDERS.items():
+            gain = (table[order] - table["random"]).to_numpy() * (-1 if direction == "deletion" else 1)
+            found = bootstrap(gain, patients, settings.n_bootstrap, settings.seed)
+            words = f"{verb} in order of {title} moves the logit {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] further "
+            asked = None if order == "attention" else (">", 0.0)
+            rows.append(criterion(direction, order, found, asked, words + "than in random order", limit="low"))
     return rows
 
 
@@ -818,30 +806,18 @@ def stay_infidelity(
     seed: int,
     n_samples: int = 60,
 ) -> float:
-    """`captum.metrics.infidelity` of (L,) event attributions, relative to the same values dealt out at random (= 1).
+    """Return the infidelity (Yeh et al. 2019) of (L,) scores, relative to the same values dealt out at random (= 1).
 
-    The inputs are which events are there; a perturbation takes a random tenth of them away, as `masked_logits` does.
+    How well their sums predict by how much the logit falls when a random tenth of the events becomes unremarkable.
     """
-    n_events = sequence.shape[1]
-    present = torch.ones(1, n_events, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    taken = (torch.rand(n_samples, n_events, generator=generator) < max(0.1, 1.5 / n_events)).double()
-    forward = lambda keep: torch.from_numpy(masked_logits(model, sequence, static, keep > 0.5, baseline))
-    logits = forward(1 - taken)  # the same for every attribution: computed once
-    everything = forward(present)
-    known = lambda keep: everything if len(keep) == 1 else logits
-    score = lambda values: float(
-        infidelity(
-            known,
-            lambda inputs: (taken, inputs - taken),
-            present,
-            torch.tensor(values)[None].double(),
-            n_perturb_samples=n_samples,
-        )
-    )
-    rng = np.random.default_rng(seed)
-    dealt = np.mean([score(rng.permutation(attribution)) for _ in range(10)])
-    return score(attribution) / dealt if dealt > 0 else math.nan
+    rng, n_events = np.random.default_rng(seed), sequence.shape[1]
+    taken = rng.random((n_samples, n_events)) < max(0.1, 1.5 / n_events)
+    logits = replaced_logits(model, sequence, static, np.vstack([np.zeros(n_events, bool), taken]) == 0, baseline)
+    fall = logits[0] - logits[1:]  # (n_samples,)
+    error = np.mean((taken @ attribution - fall) ** 2)
+    dealt = np.stack([rng.permutation(attribution) for _ in range(10)])
+    chance = np.mean((taken @ dealt.T - fall[:, None]) ** 2)
+    return float(error / chance) if chance > 0 else math.nan
 
 
 def input_spread(dataset: train.ClinicalSequenceDataset, most: int = 20_000) -> Tensor:
@@ -849,19 +825,16 @@ def input_spread(dataset: train.ClinicalSequenceDataset, most: int = 20_000) -> 
     return dataset.events(torch.arange(min(most, len(dataset.text)))).std(0)
 
 
-def stay_sensitivity(sequence: Tensor, explain: Callable[[Tensor], np.ndarray], spread: Tensor, seed: int) -> float:
-    """`captum.metrics.sensitivity_max`: the relative change of the event attributions under noise of 2 % of each input's spread."""
+def stay_sensitivity(
+    sequence: Tensor, explain_it: Callable[[Tensor], np.ndarray], spread: Tensor, seed: int, n_samples: int = 3
+) -> float:
+    """Return the largest relative change of (L,) scores under noise of 2 % of each input's spread (Yeh et al. 2019)."""
     generator = torch.Generator().manual_seed(seed)
-
-    def perturb(events: Tensor | tuple[Tensor]) -> Tensor:
-        events = events[0] if isinstance(events, tuple) else events
-        return events + 0.02 * spread.to(events) * (2 * torch.rand(events.shape, generator=generator).to(events) - 1)
-
-    def scores(events: Tensor | tuple[Tensor]) -> tuple[Tensor]:  # Captum takes a bare tensor for a tuple of its rows
-        events = events[0] if isinstance(events, tuple) else events
-        return (torch.as_tensor(np.stack([explain(one) for one in events.split(1)])),)
-
-    return float(sensitivity_max(scores, sequence, perturb, n_perturb_samples=3, max_examples_per_batch=1))
+    scores, changes = explain_it(sequence), []
+    for _ in range(n_samples):
+        noise = 2 * torch.rand(sequence.shape, generator=generator) - 1
+        changes.append(explain_it(sequence + 0.02 * spread.to(sequence) * noise.to(sequence)) - scores)
+    return float(np.linalg.norm(changes, axis=1).max() / np.linalg.norm(scores))
 
 
 def event_totals(
@@ -893,17 +866,19 @@ def check_stays(
         if sequence.shape[1] < 10:
             continue
         table = deletion_insertion(
-            model, sequence, static, baseline, scores | random_orders(len(scores["removal"]), settings.seed + stay)
+            model, sequence, static, baseline, scores | random_orders(sequence.shape[1], settings.seed + stay)
         )
         curves.append(table.assign(**ids))
         row = {
             **ids,
             "attention agreement": rank_correlation(scores["attention"], np.abs(scores["attribution"]))[0, 0],
-            "removal agreement": rank_correlation(scores["removal"], scores["attribution"])[0, 0],
+            "replacement agreement": rank_correlation(scores["if_unremarkable"], scores["attribution"])[0, 0],
             "infidelity attribution": stay_infidelity(
                 model, sequence, static, scores["attribution"], baseline, settings.seed
             ),
-            "infidelity removal": stay_infidelity(model, sequence, static, scores["removal"], None, settings.seed),
+            "infidelity replacement": stay_infidelity(
+                model, sequence, static, scores["if_unremarkable"], baseline, settings.seed
+            ),
         }
         # Other random models for every stay: stays share their events' texts, and one model errs alike on all of them.
         untrained = [untrained_like(model, settings.seed + 1 + 1000 * stay + number) for number in range(N_RESETS)]
@@ -917,14 +892,15 @@ def check_stays(
                 sequence, lambda x: event_totals(model, x, static, baseline, settings.ig_steps), spread, settings.seed
             )
             strongest = np.argsort(-np.abs(scores["attribution"]))[:50]
-            row["sensitivity removal"] = stay_sensitivity(
-                sequence, lambda x: remove_each_event(model, x, static, strongest)[strongest], spread, settings.seed
+            row["sensitivity replacement"] = stay_sensitivity(
+                sequence,
+                lambda x: replace_each_event(model, x, static, baseline, strongest)[strongest],
+                spread,
+                settings.seed,
             )
         rows.append(row)
     if not rows:
-        return [], pd.DataFrame(
-            columns=["icu_stay_id", "patient_id", "way", "direction", "order", "fraction", "change"]
-        )
+        return [], pd.DataFrame(columns=["icu_stay_id", "patient_id", "direction", "order", "fraction", "change"])
     all_curves = pd.concat(curves, ignore_index=True)
     return gains_over_random(all_curves, settings) + measured_criteria(pd.DataFrame(rows), settings), all_curves
 
@@ -934,14 +910,14 @@ MEASURED = {
         "infidelity",
         "attribution",
         ("<=", 0.5),
-        "Integrated Gradients predict what taking events away (mean replacement) does with {value:.2f} "
+        "Integrated Gradients predict what replacing events does with {value:.2f} "
         "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have",
     ),
-    "infidelity removal": (
+    "infidelity replacement": (
         "infidelity",
-        "removal",
+        "if_unremarkable",
         ("<=", 0.2),
-        "removal scores predict what taking several events away (masking) does with {value:.2f} "
+        "single replacements predict what replacing several events does with {value:.2f} "
         "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have",
     ),
     "sensitivity attribution": (
@@ -950,11 +926,11 @@ MEASURED = {
         ("<=", 0.1),
         "noise of 2 % of each input's spread changes Integrated Gradients by {value:.1%} at most, mean of {n} stays",
     ),
-    "sensitivity removal": (
+    "sensitivity replacement": (
         "sensitivity",
-        "removal",
+        "if_unremarkable",
         ("<=", 0.1),
-        "noise of 2 % of each input's spread changes removal scores by {value:.1%} at most, mean of {n} stays",
+        "noise of 2 % of each input's spread changes replacement scores by {value:.1%} at most, mean of {n} stays",
     ),
     "reset all layers": (
         "randomisation",
@@ -984,11 +960,11 @@ MEASURED = {
         "pooling attention agrees with |attribution| by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]: "
         "where the model looks is not the same as what moves its prediction",
     ),
-    "removal agreement": (
+    "replacement agreement": (
         "agreement",
-        "removal",
+        "if_unremarkable",
         None,
-        "removal agrees with Integrated Gradients by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]",
+        "replacement agrees with Integrated Gradients by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]",
     ),
 }
 
@@ -1423,10 +1399,9 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
     events = describe_events(run, stay)
     ids = {"icu_stay_id": events["icu_stay_id"].iloc[0], "patient_id": events["patient_id"].iloc[0]}
     found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps)
-    from_zero = event_totals(model, sequence, static, None, settings.ig_steps)
     attention = attend(model, sequence, static)
     names = run.checkpoint.preprocessor.static_names
-    strongest = np.argsort(-np.abs(found.events[0].sum(1).cpu().numpy()))[: settings.max_removals or None]
+    strongest = np.argsort(-np.abs(found.events[0].sum(1).cpu().numpy()))[: settings.max_replacements or None]
     ablation = ablation_analysis(
         model,
         sequence,
@@ -1440,7 +1415,7 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
         which=np.sort(strongest),
     )
     events = add_scores(
-        events, found, from_zero, ablation.removal[0], attention, run.checkpoint.preprocessor.value_channel
+        events, found, ablation.if_unremarkable[0], attention, run.checkpoint.preprocessor.value_channel
     )
     group_scores = ablation.groups.drop(columns="stay")
     statics = static_table(run, stay, found, group_scores, names).assign(**ids)
@@ -1473,8 +1448,7 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
 def add_scores(
     events: pd.DataFrame,
     found: Attribution,
-    from_zero: np.ndarray,
-    removal: np.ndarray,
+    if_unremarkable: np.ndarray,
     attention: Attention,
     value_channel: bool,
 ) -> pd.DataFrame:
@@ -1489,12 +1463,10 @@ def add_scores(
     return events.assign(
         attribution=total,
         **parts,
-        attribution_zero_baseline=from_zero,
-        removal=removal,
+        if_unremarkable=if_unremarkable,
         attention=attention.pooling.mean(0),
         **heads,
         rollout=attention.rollout,
-        shared_evidence=shares_evidence(total, removal),
         complete=bool(found.complete[0]),
     )
 
@@ -1526,9 +1498,7 @@ def group_table(events: pd.DataFrame, statics: pd.DataFrame, groups: pd.DataFram
         group=[static_word(name) if kind == "static" else name for kind, name in zip(groups["kind"], groups["group"])]
     )
     attribution = np.array([sums[key] for key in zip(groups["kind"], groups["group"])])
-    return groups.assign(
-        attribution=attribution, shared_evidence=shares_evidence(attribution, groups["ablation"].to_numpy())
-    )
+    return groups.assign(attribution=attribution)
 
 
 def head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -1659,7 +1629,8 @@ def trajectory(run: Run, stay: int, most: int = 60) -> pd.DataFrame:
     sequence, static = run.inputs(stay)
     n_events = sequence.shape[1]
     seen = np.unique(np.linspace(1, n_events, min(most, n_events)).astype(int))
-    logits = masked_logits(run.checkpoint.model, sequence, static, np.arange(n_events) < seen[:, None])
+    keep = np.arange(n_events) < seen[:, None]
+    logits = replaced_logits(run.checkpoint.model, sequence, static, keep, run.checkpoint.baseline)
     minutes = run.table.minutes_since_intime[run.table.offsets[stay] : run.table.offsets[stay + 1]]
     return pd.DataFrame(
         {
@@ -1948,7 +1919,7 @@ def draw_sequence_importance_combined(events: pd.DataFrame, attention: dict, win
             ("pooling\nattention", stay.attention.to_numpy(), False),
             ("attention\nrollout", stay["rollout"].to_numpy(), False),
             ("Int. Grad.,\nlogit", stay.attribution.to_numpy(), True),
-            ("removal,\nlogit", stay.removal.to_numpy(), True),
+            ("if unremark-\nable, logit", stay.if_unremarkable.to_numpy(), True),
         ],
         stay.hours_to_end.to_numpy(),
         stay.event_text.to_numpy(),
@@ -1958,7 +1929,7 @@ def draw_sequence_importance_combined(events: pd.DataFrame, attention: dict, win
         "attention": "pooling attention",
         "rollout": "attention rollout",
         "attribution": "|Integrated Gradients|",
-        "removal": "|removal|",
+        "if_unremarkable": "|if unremarkable|",
     }
     shares, axes = shares_by(events.assign(one=1.0), bins, ["one", *measures]), lower.subplots()
     position = np.arange(len(HOUR_LABELS))[::-1]  # the end of the stay at the right, as above
@@ -2301,7 +2272,7 @@ def group_order(name):
 
 
 def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame, caption="") -> Figure:
-    """groups: attribution, ablation, shapley per stay, kind and group; events: attribution and removal per event."""
+    """groups: attribution, ablation, shapley per stay, kind and group; events: attribution and if_unremarkable per event."""
     kinds = list(dict.fromkeys(groups.kind))
     sizes = [groups[groups.kind == kind].group.nunique() for kind in kinds]
     figure = page(
@@ -2326,7 +2297,6 @@ def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame
             )
             if table is not None:
                 error_dots(axes, table, np.arange(len(names)) + shift, color, marker, word)
-        shared = rows.groupby("group").agg(shared=("shared_evidence", "sum"), n=("icu_stay_id", "nunique")).loc[names]
         axes.set_yticks(range(len(names)), [TYPE_WORDS.get(name, for_plot(name, 40)) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.axvline(0, color="black", linewidth=0.7)
@@ -2335,22 +2305,17 @@ def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame
         axes.set_title(
             f"by {kind}" + (" (patient and admission)" if kind == "static" else ""), fontsize=8.5, loc="left"
         )
-        right = axes.secondary_yaxis("right")
-        right.set_yticks(range(len(names)), [f"{row.shared:.0f} of {row.n}" for row in shared.itertuples()], fontsize=7)
-        right.tick_params(length=0)
-        right.spines["right"].set_visible(False)
-    panels[0].set_title("shared evidence: stays", fontsize=7.5, loc="right")
     upper.legend(
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7.5, frameon=False
     )
     left, right = lower.subplots(1, 2)
     if len(events) > 3000:
-        left.hexbin(events.attribution, events.removal, gridsize=45, bins="log", cmap="cividis", mincnt=1)
+        left.hexbin(events.attribution, events.if_unremarkable, gridsize=45, bins="log", cmap="cividis", mincnt=1)
     else:
-        left.scatter(events.attribution, events.removal, s=4, color=BLUE, alpha=0.5, linewidths=0)
+        left.scatter(events.attribution, events.if_unremarkable, s=4, color=BLUE, alpha=0.5, linewidths=0)
     left.axline((0, 0), slope=1, color="black", linewidth=0.7, linestyle="--")
-    tidy(left, "Integrated Gradients, logit", "removal, logit", f"{len(events):,} events (dashed: equal)")
-    pairs = events.groupby("icu_stay_id")[["attribution", "removal"]]
+    tidy(left, "Integrated Gradients, logit", "if unremarkable, logit", f"{len(events):,} events (dashed: equal)")
+    pairs = events.groupby("icu_stay_id")[["attribution", "if_unremarkable"]]
     agreement = pairs.apply(lambda pair: pair.rank().corr().iloc[0, 1]).dropna()
     right.hist(agreement, bins=np.linspace(-1, 1, 41), color=BLUE)
     right.xaxis.set_major_locator(MaxNLocator(4))
@@ -2375,37 +2340,20 @@ def draw_deletion_insertion(curves: pd.DataFrame, caption="") -> Figure:
     )
     styles = {
         "attribution": ("black", "-"),
-        "removal": (ORANGE, "--"),
+        "if_unremarkable": (ORANGE, "--"),
         "attention": (BLUE, "-."),
         "random": ("0.5", ":"),
     }
-    titles = {
-        ("deletion", "masking"): "Events masked",
-        ("deletion", "mean replacement"): "Events made average events",
-        ("insertion", "masking"): "All other events masked",
-        ("insertion", "mean replacement"): "All other events made average events",
-    }
-    panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    for row, (direction, verb) in zip(panels, (("deletion", "taken away"), ("insertion", "given"))):
-        for axes, way in zip(row, ("masking", "mean replacement")):
-            part = curves[(curves.direction == direction) & (curves.way == way)]
-            for order, (color, line) in styles.items():
-                means = part[part.order == order].groupby("fraction").change.mean()
-                axes.plot(
-                    100 * means.index,
-                    means,
-                    color=color,
-                    linestyle=line,
-                    marker=".",
-                    label=ORDERS.get(order, "random order"),
-                )
-            tidy(
-                axes,
-                f"% of the events {verb}",
-                "change of the logit" if way == "masking" else "",
-                titles[direction, way],
-            )
-    panels[0, 1].legend(loc="lower left", ncols=2, fontsize=7, frameon=False)
+    titles = {"deletion": "Events made unremarkable", "insertion": "All other events unremarkable"}
+    panels = figure.subplots(1, 2, sharex=True)
+    for axes, direction in zip(panels, titles):
+        part = curves[curves["direction"] == direction]
+        for order, (color, line) in styles.items():
+            means = part[part["order"] == order].groupby("fraction")["change"].mean()
+            label = ORDERS.get(order, "random order")
+            axes.plot(100 * means.index, means, color=color, linestyle=line, marker=".", label=label)
+        tidy(axes, "% of the events", "change of the logit" if axes is panels[0] else "", titles[direction])
+    panels[1].legend(loc="lower right", ncols=2, fontsize=7, frameon=False)
     return figure
 
 
@@ -2588,17 +2536,16 @@ def event_rows(events, temperature):
     rows = []
     for row in events.itertuples():
         clock = "" if pd.isna(row.event_time) else f"{pd.Timestamp(row.event_time):%Y-%m-%d %H:%M}"
-        odds = np.exp(row.attribution / temperature)
-        shared = ' <span class="small">(shared evidence)</span>' if row.shared_evidence else ""
+        odds = np.exp(row.if_unremarkable / temperature)
         rows.append(
             [
-                e(str(row.event_text)) + shared,
+                e(str(row.event_text)),
                 f'<span class="time">{clock}</span>',
                 f"{row.hours_since_admission:.1f}",
                 f"{row.hours_to_end:.1f}",
                 signed(row.attribution),
                 f"× {odds:.2f}" if 0.1 <= odds < 10 else f"× {odds:.2g}",
-                signed(row.removal),
+                signed(row.if_unremarkable),
             ]
         )
     return rows
@@ -2620,7 +2567,7 @@ def stay_section(stay, tables, calibration, temperature=1.0, n_events=10):
         "#hours before the end",
         "#push, logit",
         "#odds of death",
-        "#if removed, logit",
+        "#if unremarkable, logit",
     ]
     gap = (
         ""
@@ -2745,9 +2692,9 @@ def render_report(tables: dict, figures: dict, info: dict) -> str:
             f'<p class="note warn">This page <strong>{DISCLAIMER}</strong>. It is made for research, not for the care of a patient. '
             f"{e(str(info.get('setting', '')))}</p>\n",
             '<p class="note"><strong>How to read the numbers.</strong> The push of an event is its share of the prediction on the logit scale, found '
-            f"by Integrated Gradients against an average stay: {signed(0.693 * temperature)} doubles the odds of death, {signed(-0.693 * temperature)} halves them. “If removed” is "
-            "how much the logit falls when this event alone is hidden from the model. “Shared evidence”: the two differ by more than half, "
-            "because other events say the same, or because it counts only together with them.</p>\n",
+            f"by Integrated Gradients against an average stay: {signed(0.693 * temperature)} doubles the odds of death, {signed(-0.693 * temperature)} halves them. “If unremarkable” is "
+            "how much the logit falls when this event alone is replaced by the average event of the training stays, while the number of events stays "
+            "what it is; the odds of death are those with the event against those without its news.</p>\n",
             cohort_section(tables, figures, calibration),
             *(stay_section(row, tables, calibration, temperature) for row in shown.itertuples()),
             scores_section(tables.get("faithfulness")),
@@ -2799,7 +2746,7 @@ def redundant_sums(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
         true_effect=truth["true_effect"].to_numpy(), role=truth["role"].to_numpy(), group=truth["group"].to_numpy()
     )
     part = part[part["role"] == "redundant"]
-    return part.groupby(["patient_id", "group"])[["attribution", "removal", "true_effect"]].sum().reset_index()
+    return part.groupby(["patient_id", "group"])[["attribution", "if_unremarkable", "true_effect"]].sum().reset_index()
 
 
 def planted_criteria(scores: pd.DataFrame, sums: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
@@ -2858,7 +2805,7 @@ def planted_criteria(scores: pd.DataFrame, sums: pd.DataFrame, settings: Explain
             error,
             ("<=", 0.25),
             f"attributions of redundant evidence sum to {ratio['value']:.2f} of its true effect "
-            f"(removal: {sums['removal'].mean() / sums['true_effect'].mean():.2f}); off by {{value:.0%}} in {{n}} stays",
+            f"(replacement: {sums['if_unremarkable'].mean() / sums['true_effect'].mean():.2f}); off by {{value:.0%}} in {{n}} stays",
         )
     )
     return rows
@@ -2900,7 +2847,7 @@ def train_on_sample(seed: int, folder: Path, settings: ExplainSettings) -> tuple
             save_attention_every=0,
         )
     )
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = full_precision()
     table, _ = train.read_stays(folder / "sample.csv", settings.cache_dir)
     text_encoder, vectors = train.embed_texts(table.texts, options, accelerator)
     split = train.split_by_patient(table, seed)
@@ -3036,7 +2983,7 @@ def faithfulness_record(run: Run, tables: dict[str, Any]) -> dict[str, Any]:
     curves = tables["curves"]
     means = (
         curves.assign(order=curves["order"].str.replace(r" \d+$", "", regex=True))
-        .groupby(["way", "direction", "order", "fraction"])["change"]
+        .groupby(["direction", "order", "fraction"])["change"]
         .mean()
     )
     plain = lambda rows: [

@@ -66,8 +66,8 @@ def test_layer_analysis_takes_a_batch_and_its_mask_of_any_type(model, batch, att
 def test_ablation_analysis_takes_a_batch_and_its_mask_of_any_type(model, batch, attention_mask):
     found = explain.ablation_analysis(model, batch.sequences, batch.static, attention_mask)
     single = explain.ablation_analysis(model, *alone(batch, 1))
-    assert found.removal.shape == (2, 8) and (found.removal[~batch.mask] == 0).all()
-    np.testing.assert_allclose(found.removal[1, :3], single.removal[0], atol=1e-5)
+    assert found.if_unremarkable.shape == (2, 8) and (found.if_unremarkable[~batch.mask] == 0).all()
+    np.testing.assert_allclose(found.if_unremarkable[1, :3], single.if_unremarkable[0], atol=1e-5)
     both = found.groups[found.groups["stay"] == 1]["ablation"]
     np.testing.assert_allclose(both, single.groups["ablation"], atol=1e-5)
     assert found.groups.query("kind == 'all events'")["n_events"].tolist() == list(N_EVENTS)

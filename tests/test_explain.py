@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from captum.attr import ShapleyValueSampling
 from scipy.stats import spearmanr
 
 import explain_clinicalLF as explain
@@ -127,26 +128,32 @@ def test_layer_attributions_add_up_at_every_layer(model, stay):
 # ---- Ablation
 
 
-def test_removal_equals_a_loop_over_masks(model, stay):
-    def without(event):
-        mask = torch.ones(1, N_EVENTS, dtype=torch.bool)
-        mask[0, event] = False
-        return logit(model, stay.sequence, stay.static, mask)
-
-    expected = [logit(model, stay.sequence, stay.static) - without(event) for event in range(N_EVENTS)]
-    np.testing.assert_allclose(explain.remove_each_event(model, stay.sequence, stay.static), expected, atol=1e-5)
+def replaced(stay, *events):
+    """The stay with the baseline's event at these places."""
+    sequence = stay.sequence.clone()
+    sequence[0, list(events)] = stay.baseline["event"]
+    return sequence
 
 
-def test_removal_in_small_passes_and_of_some_events_is_the_same(model, stay, monkeypatch):
-    whole = explain.remove_each_event(model, stay.sequence, stay.static)
+def test_unremarkable_events_equal_a_loop_over_replacements(model, stay):
+    full = logit(model, stay.sequence, stay.static)
+    expected = [full - logit(model, replaced(stay, event), stay.static) for event in range(N_EVENTS)]
+    found = explain.replace_each_event(model, stay.sequence, stay.static, stay.baseline)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_unremarkable_events_in_small_passes_and_of_some_are_the_same(model, stay, monkeypatch):
+    whole = explain.replace_each_event(model, stay.sequence, stay.static, stay.baseline)
     monkeypatch.setattr(explain, "FORWARD_EVENTS", 1)
-    some = explain.remove_each_event(model, stay.sequence, stay.static, np.array([1, 4]))
+    some = explain.replace_each_event(model, stay.sequence, stay.static, stay.baseline, np.array([1, 4]))
     np.testing.assert_allclose(some[[1, 4]], whole[[1, 4]], atol=1e-5)
     assert np.isnan(some).sum() == N_EVENTS - 2
 
 
-def test_removal_of_the_only_event_leaves_a_stay_without_events(model, stay):
-    assert np.isfinite(explain.remove_each_event(model, stay.sequence[:, :1], stay.static)).all()
+def test_an_event_that_is_unremarkable_already_changes_nothing(model, stay):
+    found = explain.replace_each_event(model, replaced(stay, 2, 5), stay.static, stay.baseline)
+    np.testing.assert_allclose(found[[2, 5]], 0, atol=1e-6)
+    assert np.abs(found[[0, 1, 3, 4, 6]]).min() > 1e-6
 
 
 def test_groups_equal_a_loop_over_replacements_without_gradients(model, stay, monkeypatch):
@@ -170,9 +177,20 @@ def test_shapley_values_sum_to_the_difference_of_the_logits(model, stay):
     assert found.groups["shapley"].sum() == pytest.approx(logit(model, stay.sequence, stay.static) - start, abs=1e-4)
 
 
-def test_shared_evidence_is_where_removal_tells_another_story():
-    told = explain.shares_evidence([2.0, 2.0, 0.01, -1.0], [0.7, 1.8, 0.0, math.nan])
-    assert told.tolist() == [True, False, False, False]
+def test_shapley_values_are_those_of_captum(model, stay):
+    found = explain.ablation_analysis(
+        model, stay.sequence, stay.static, None, stay.baseline, {"letter": list("aabbbca")}, shapley_samples=4, seed=2
+    )
+    letters = torch.tensor([0, 0, 1, 1, 1, 2, 0])[None, :, None].repeat(1, 1, INPUT_DIM)
+    masks = (letters, torch.arange(3, 7)[None])
+    starts = (stay.baseline["event"].expand_as(stay.sequence), stay.baseline["static"][None])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(2)
+        events, statics = ShapleyValueSampling(model.logits).attribute(
+            (stay.sequence, stay.static), starts, target=0, feature_mask=masks, n_samples=4
+        )
+    expected = [*events[0, [0, 2, 5], 0].tolist(), *statics[0].tolist()]
+    np.testing.assert_allclose(found.groups["shapley"], expected, atol=1e-5)
 
 
 # ---- Attention
@@ -241,10 +259,10 @@ def test_bootstrap_resamples_patients_not_rows():
 
 def test_deletion_and_insertion_on_a_linear_model(stay):
     linear, fractions = explain.LinearStay(INPUT_DIM, STATIC_DIM), len(explain.FRACTIONS) + 1
-    effects = explain.remove_each_event(linear, stay.sequence, stay.static)
-    curves = explain.deletion_insertion(linear, stay.sequence, stay.static, stay.baseline, {"removal": effects})
-    first = curves[(curves["fraction"] == 0.05) & (curves["way"] == "masking")].set_index("direction")["change"]
-    assert len(curves) == 4 * fractions
+    effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
+    curves = explain.deletion_insertion(linear, stay.sequence, stay.static, stay.baseline, {"if_unremarkable": effects})
+    first = curves[curves["fraction"] == 0.05].set_index("direction")["change"]
+    assert len(curves) == 2 * fractions
     assert first["deletion"] == pytest.approx(-effects.max(), abs=1e-5) and first["insertion"] == pytest.approx(
         effects.max(), abs=1e-5
     )
@@ -252,10 +270,9 @@ def test_deletion_and_insertion_on_a_linear_model(stay):
 
 def test_infidelity_of_the_truth_about_a_linear_model_is_zero(stay):
     linear = explain.LinearStay(INPUT_DIM, STATIC_DIM)
-    effects = explain.remove_each_event(linear, stay.sequence, stay.static)
-    assert explain.stay_infidelity(linear, stay.sequence, stay.static, effects, None, seed=0) == pytest.approx(
-        0, abs=1e-8
-    )
+    effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
+    found = explain.stay_infidelity(linear, stay.sequence, stay.static, effects, stay.baseline, seed=0)
+    assert found == pytest.approx(0, abs=1e-8)
 
 
 def test_sensitivity_of_a_constant_explanation_is_zero_and_of_the_input_small(stay):
@@ -277,7 +294,7 @@ def test_planted_scores_of_the_truth_itself_are_perfect():
             "icu_stay_id": 1,
             "patient_id": 1,
             "attribution": [2.0, 0, -1, 0.1],
-            "removal": [0.0, 3, 0, 0],
+            "if_unremarkable": [0.0, 3, 0, 0],
             "attention": 0.25,
         }
     )
@@ -286,7 +303,7 @@ def test_planted_scores_of_the_truth_itself_are_perfect():
     )
     scores = explain.planted_scores(events, truth).set_index("method")
     assert scores.loc["attribution", ["precision", "right_sign", "decoy"]].tolist() == [1, 1, 0]
-    assert scores.loc["removal", "precision"] == 0.5 and scores.loc["removal", "chance"] == 0.5
+    assert scores.loc["if_unremarkable", "precision"] == 0.5 and scores.loc["if_unremarkable", "chance"] == 0.5
 
 
 def test_truth_of_another_sample_is_an_error():

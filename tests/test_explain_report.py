@@ -63,12 +63,10 @@ def mock_events(sample, generator):
             "attribution_type": 0.05 * effect,
             "attribution_time": 0.15 * effect,
             "attribution_value": 0.0,
-            "attribution_zero_baseline": effect + 0.01,
-            "removal": 0.7 * effect + generator.normal(0, 0.05, n),
+            "if_unremarkable": 0.7 * effect + generator.normal(0, 0.05, n),
             "attention": weights.mean(axis=1),
             **{f"attention_head_{head}": weights[head - 1] for head in (1, 2, 3, 4)},
             "rollout": 1 / table.groupby("icu_stay_id").event_text.transform("size"),
-            "shared_evidence": sample.events.role.eq("redundant").to_numpy(),
             "complete": True,
         }
     )
@@ -117,9 +115,7 @@ def mock_groups(events, statics, stays):
     parts = [
         events.assign(kind="event type", group=events.event_type),
         events.assign(kind="clock window", group=bins),
-        statics.rename(columns={"feature": "group", "ablation": "removal"}).assign(
-            kind="static", shared_evidence=False
-        ),
+        statics.rename(columns={"feature": "group", "ablation": "if_unremarkable"}).assign(kind="static"),
     ]
     rows = (
         pd.concat(parts)
@@ -127,8 +123,7 @@ def mock_groups(events, statics, stays):
         .agg(
             n_events=("attribution", "size"),
             attribution=("attribution", "sum"),
-            ablation=("removal", "sum"),
-            shared_evidence=("shared_evidence", "max"),
+            ablation=("if_unremarkable", "sum"),
         )
         .reset_index()
     )
@@ -151,15 +146,15 @@ def mock_heads(generator):
 FAITHFULNESS = pd.DataFrame(
     [
         {
-            "check": "deletion by masking",
-            "method": "removal",
+            "check": "deletion",
+            "method": "if_unremarkable",
             "value": 1.2,
             "passed": True,
             "sentence": "Further than chance.",
         },
         {
             "check": "infidelity",
-            "method": "removal",
+            "method": "if_unremarkable",
             "value": 0.31,
             "passed": False,
             "sentence": "Misses more than it should.",
