@@ -659,19 +659,20 @@ WHERE m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time 
 # What is known of a patient beside the events, with the time since when; the latest before the prediction counts.
 MEDS_FACTS = """
 CREATE TEMP TABLE facts AS
-SELECT subject_id, coalesce(time, TIMESTAMP '0001-01-01') AS since, name, value FROM (
-    SELECT subject_id, time, 'race' AS name, race AS value FROM meds_rows
-    UNION ALL SELECT subject_id, time, 'insurance', insurance FROM meds_rows
-    UNION ALL SELECT subject_id, time, 'marital_status', marital_status FROM meds_rows
-    UNION ALL SELECT subject_id, time, CASE parts[1] WHEN 'SEX' THEN 'gender' WHEN 'ETHNICITY' THEN 'race'
-                     WHEN 'ICU_ADMISSION' THEN 'careunit' ELSE lower(parts[1]) END, parts[2]
-    FROM (SELECT *, string_split(code, '//') AS parts FROM meds_rows)
-    WHERE parts[1] IN ('GENDER', 'SEX', 'RACE', 'ETHNICITY', 'INSURANCE', 'MARITAL_STATUS', 'ICU_ADMISSION')
-    UNION ALL SELECT subject_id, time, 'admission_type', split_part(code, '//', 2)
-    FROM meds_rows WHERE code LIKE 'HOSPITAL_ADMISSION//%'
-    UNION ALL SELECT subject_id, time, 'admission_location', split_part(code, '//', 3)
-    FROM meds_rows WHERE code LIKE 'HOSPITAL_ADMISSION//%'
-) WHERE value <> '' AND value <> 'UNK'
+WITH from_codes(kind, part, name) AS (VALUES
+    ('GENDER', 2, 'gender'), ('SEX', 2, 'gender'), ('RACE', 2, 'race'), ('ETHNICITY', 2, 'race'),
+    ('INSURANCE', 2, 'insurance'), ('MARITAL_STATUS', 2, 'marital_status'), ('ICU_ADMISSION', 2, 'careunit'),
+    ('HOSPITAL_ADMISSION', 2, 'admission_type'), ('HOSPITAL_ADMISSION', 3, 'admission_location')
+),
+said AS (
+    SELECT subject_id, time, name, split_part(code, '//', part) AS value
+    FROM meds_rows JOIN from_codes ON split_part(code, '//', 1) = kind
+    UNION ALL
+    UNPIVOT (SELECT subject_id, time, race, insurance, marital_status FROM meds_rows)
+    ON race, insurance, marital_status INTO NAME name VALUE value
+)
+SELECT subject_id, coalesce(time, TIMESTAMP '0001-01-01') AS since, name, value
+FROM said WHERE value NOT IN ('', 'UNK')
 """
 
 # One sequence per label row: the subject's events up to and including the prediction, the last hours of them if asked.
