@@ -143,6 +143,8 @@ class Settings:
     output_dir: str = option("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = option("clinical_LF_precomp_emb", "Folder for the embedding cache and the query's result.")
     hf_cache: str = option("hf_cache", "Folder for downloaded encoder weights.")
+    memory_limit: str = option("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
+    threads: int = option(0, "Threads that read the data; 0 takes all cores.", low=0)
 
     text_encoder: str = option(CLINICAL_LONGFORMER, "Hugging Face id or local path of an encoder, or 'hashing'.")
     text_encoder_revision: str = option("main", "Branch, tag or commit of the encoder on the hub.")
@@ -430,7 +432,7 @@ def hold(folder: Path, wait: bool = True) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 QUERY_FILE = HERE / "query.sql"
-ROWS_PER_SLICE = 4_000_000  # event rows of the tables behind one slice of stays; keeps a slice near 2 GB
+ROWS_PER_SLICE = 2_000_000  # event rows of the tables behind one slice of patients: what has to fit in memory at once
 
 # The tables and columns that query.sql reads, with their types. Types are stated, never sniffed: a column that looks
 # like numbers or is empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
@@ -485,20 +487,62 @@ def query_for_duckdb(text: str) -> str:
     return tree.sql(dialect="duckdb")
 
 
-def load_mimic_table(database, table: str, path: Path) -> None:
-    """Copy one CSV file into `database`, typed; of event tables only the rows of ICU stays. InputError if damaged."""
+def open_duckdb(memory_limit: str, threads: int, database: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """Connect to DuckDB, in memory or to a file, within the limits that all its work here has; what passes them spills.
+
+    Raises `InputError` for a limit that is none.
+    """
+    con = duckdb.connect(database or ":memory:")
+    con.execute("SET preserve_insertion_order = false")  # what needs an order states it
+    con.execute("SET TimeZone = 'UTC'")
+    if database:
+        con.execute(f"SET temp_directory = {sql_quoted(database.parent / 'spilled')}")
+    if threads:
+        con.execute(f"SET threads = {threads}")
+    try:
+        con.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
+    except duckdb.Error:
+        con.close()
+        raise InputError(f"--memory-limit {memory_limit}: give a size like 16GB, or a share like 33%.") from None
+    return con
+
+
+# Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read alone.
+EVENT_TABLE = """
+CREATE TABLE {name} AS
+SELECT r.*, patient
+FROM (SELECT {typed} FROM {source}) AS r
+JOIN (SELECT DISTINCT {key}, subject_id AS patient FROM icustays) AS k ON k.{key} = r.{key}
+WHERE EXISTS (
+    FROM icustays AS i
+    WHERE i.{key} = r.{key} AND {time} >= i.intime - INTERVAL 1 DAY
+        AND {time} <= coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
+)
+ORDER BY patient
+"""
+EVENT_TIMES = {
+    "hosp/prescriptions": "starttime",
+    "icu/procedureevents": "starttime",
+    "hosp/labevents": "charttime",
+    "hosp/microbiologyevents": "coalesce(charttime, chartdate)",
+    "icu/ingredientevents": "starttime",
+}
+
+
+def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path) -> None:
+    """Copy one CSV file into `database`, typed; of event tables only the rows about ICU stays. InputError if damaged."""
     columns = dict(column.split() for column in MIMIC_TABLES[table].split(", "))
     source = f"""read_csv({sql_quoted(path)}, all_varchar=true, header=true, delim=',', quote='"', escape='"')"""
     typed = ", ".join(f"CAST({name} AS {kind}) AS {name}" for name, kind in columns.items())
-    key = next(name for name in ("stay_id", "subject_id", "hadm_id") if name in columns or name == "hadm_id")
-    is_event = len({"starttime", "charttime"} & set(columns)) > 0
-    only = f"WHERE TRY_CAST({key} AS BIGINT) IN (SELECT {key} FROM icustays)" if is_event else ""
+    parts = {"name": Path(table).name, "typed": typed, "source": source, "time": EVENT_TIMES.get(table)}
+    parts["key"] = next(name for name in ("stay_id", "subject_id", "hadm_id", "itemid") if name in columns)
+    statement = EVENT_TABLE if table in EVENT_TIMES else "CREATE TABLE {name} AS SELECT {typed} FROM {source}"
     try:
         header = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
         if absent := [name for name in columns if name not in header]:
             raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
         try:
-            database.execute(f"CREATE TABLE {Path(table).name} AS SELECT {typed} FROM {source} {only}").fetchall()
+            database.execute(statement.format(**parts)).fetchall()
         except duckdb.ConversionException:
             bad = ", ".join(
                 f"count(*) FILTER ({name} IS NOT NULL AND TRY_CAST({name} AS {kind}) IS NULL)"
@@ -516,60 +560,81 @@ def load_mimic_table(database, table: str, path: Path) -> None:
         ) from None
 
 
-def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "8GB") -> Path:
-    """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay, by stay id) as a Parquet file.
+def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", threads: int = 0) -> Path:
+    """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay) as a folder of Parquet files.
 
-    The file is kept in `cache_dir`/query_results and used again while query and folder are unchanged. Tables go to a
-    DuckDB file on disk first, stays are then worked through in slices: the arrays of one slice are all that has to fit
-    in `memory_limit`, the rest spills. Raises InputError for a folder that is not MIMIC-IV or is damaged.
+    It is kept in `cache_dir`/query_results and used again while query and folder are unchanged. Tables go to a DuckDB
+    file on disk first, patients are then worked through in slices, each of which becomes one Parquet file. What is done
+    when a run is stopped or fails for want of memory or disk is kept: the next run goes on from there.
+
+    Raises InputError for a folder that is not MIMIC-IV or is damaged.
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     files, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files.values()]
-    target = results / f"{hashlib.md5(repr((query, MIMIC_TABLES, stats)).encode()).hexdigest()}.parquet"
+    made_of = (query, MIMIC_TABLES, EVENT_TABLE, ROWS_PER_SLICE, stats)
+    target = results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.parquet"
+    working = results / f"unfinished-{target.stem}"
     if target.exists():
         return target
-    with hold(results), tempfile.TemporaryDirectory(dir=results, prefix=f".query{HALF_WRITTEN}") as scratch:
+    with hold(results):
         if target.exists():  # another run made it while this one waited
             return target
+        for unfinished in results.glob("unfinished-*"):
+            if unfinished != working:
+                remove(unfinished)
         try:
-            with duckdb.connect(f"{scratch}/mimic.duckdb") as database:
-                database.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
-                database.execute(f"SET temp_directory = {sql_quoted(scratch + '/spilled')}")
+            with _working_database(working, memory_limit, threads) as database:
+                done = {row[0] for row in database.execute("SHOW TABLES").fetchall()}
                 for table, path in Progress(files.items(), desc="reading MIMIC-IV", unit=" tables"):
-                    load_mimic_table(database, table, path)
-                collect_stays(database, query_for_duckdb(query))
-                database.execute(
-                    f"COPY stays_with_events TO {sql_quoted(scratch + '/result.parquet')} "
-                    "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)"
-                ).fetchall()
+                    if Path(table).name not in done:
+                        load_mimic_table(database, table, path)
+                collect_stays(database, query_for_duckdb(query), working / target.name)
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
             raise InputError(
-                f"query.sql stopped ({type(error).__name__}) with {memory_limit} of memory and "
+                f"query.sql stopped ({type(error).__name__}) with --memory-limit {memory_limit} and "
                 f"{shutil.disk_usage(results).free / 1e9:.0f} GB left on the disk of {results}: "
-                "it needs more of the one or the other."
+                "it needs more of the one or the other. What is done is kept: the same command goes on from there."
             ) from None
-        os.replace(f"{scratch}/result.parquet", target)
+        except InputError:  # the folder has to be mended first
+            remove(working)
+            raise
+        os.replace(working / target.name, target)
+        remove(working)
     return target
 
 
-def collect_stays(database, query: str) -> None:
-    """Run the query for one slice of the ICU stays after the other; appends to the table `stays_with_events`."""
-    database.execute("ALTER TABLE icustays RENAME TO all_icustays")
-    stay_ids = [row[0] for row in database.execute("SELECT stay_id FROM all_icustays ORDER BY stay_id").fetchall()]
-    if not stay_ids:
+def _working_database(working: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
+    """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
+    working.mkdir(exist_ok=True)
+    try:
+        return open_duckdb(memory_limit, threads, working / "mimic.duckdb")
+    except (duckdb.SerializationException, duckdb.FatalException):
+        remove(working)
+        working.mkdir()
+        return open_duckdb(memory_limit, threads, working / "mimic.duckdb")
+
+
+def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
+    """Run the query for one slice of the patients after the other; each becomes a Parquet file in the folder `result`."""
+    patients = database.execute("SELECT DISTINCT subject_id FROM mimic.icustays ORDER BY subject_id").fetchall()
+    if not patients:
         raise InputError("icu/icustays has no rows: nothing to learn from.")
-    names = [Path(table).name for table in MIMIC_TABLES if table != "icu/icustays"]
-    count = " + ".join(f"(SELECT count(*) FROM {name})" for name in names)
-    n_slices = min(len(stay_ids), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
-    for number in Progress(range(n_slices), desc="building events", unit=" slices"):
-        part = stay_ids[number * len(stay_ids) // n_slices : (number + 1) * len(stay_ids) // n_slices]
-        database.execute(
-            "CREATE OR REPLACE TEMP VIEW icustays AS SELECT * FROM all_icustays "
-            f"WHERE stay_id BETWEEN {part[0]} AND {part[-1]}"
-        )
-        action = "INSERT INTO stays_with_events" if number else "CREATE TABLE stays_with_events AS"
-        database.execute(f"{action} SELECT * FROM ({query}) ORDER BY icu_stay_id").fetchall()
+    names = [Path(table).name for table in EVENT_TIMES]
+    count = " + ".join(f"(SELECT count(*) FROM mimic.{name})" for name in names)
+    n_slices = min(len(patients), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
+    for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
+        path = result / f"part_{number:04d}.parquet"
+        if path.exists():
+            continue
+        for name, patient in [("icustays", "subject_id"), *((name, "patient") for name in names)]:
+            database.execute(
+                f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM mimic.{name} "
+                f"WHERE {patient} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
+            )
+        rows = f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id"
+        options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048"
+        write_whole(path, lambda name: database.execute(f"COPY ({rows}) TO {sql_quoted(name)} ({options})").fetchall())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -888,6 +953,8 @@ def read_stays(
     cache_dir: str | Path = "clinical_LF_precomp_emb",
     need_label: bool = True,
     task: MedsTask | None = None,
+    memory_limit: str = "33%",
+    threads: int = 0,
 ) -> tuple[StayTable, dict[str, int]]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
@@ -904,9 +971,8 @@ def read_stays(
             f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h."
         )
     if path.is_dir() and task is None:
-        path = run_mimic_query(path, Path(cache_dir))
-    with duckdb.connect() as con:
-        con.execute("SET preserve_insertion_order = false")
+        path = run_mimic_query(path, Path(cache_dir), memory_limit, threads) / "*.parquet"
+    with open_duckdb(memory_limit, threads) as con:
         try:
             left_out = register_meds(con, path, task) if task else {}
             kind = "flat" if task else _register_source(con, path)
