@@ -48,7 +48,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
 import time
 import uuid
@@ -3662,7 +3661,12 @@ def run(settings: Settings) -> dict[str, Any]:
             settings = replace(settings, history_hours=settings.history_hours or checkpoint.settings.history_hours)
         with accelerator.main_process_first():  # one process runs the query, the others find its result
             table, repairs = read_stays(
-                data_path(settings.data), settings.cache_dir, need_label=checkpoint is None, task=settings.meds_task
+                data_path(settings.data),
+                settings.cache_dir,
+                checkpoint is None,
+                settings.meds_task,
+                settings.memory_limit,
+                settings.threads,
             )
         if checkpoint is not None:
             return evaluate_checkpoint(checkpoint, table, repairs, settings, accelerator)

@@ -55,8 +55,10 @@ def run_once(folder: Path, memory_limit: str) -> None:
         start = time.perf_counter()
         result = train.run_mimic_query(folder, Path(cache), memory_limit=memory_limit)
         seconds = time.perf_counter() - start
-        stays, events = duckdb.sql(f"SELECT count(*), sum(len(events)) FROM {train.sql_quoted(result)}").fetchall()[0]
-        size = result.stat().st_size
+        stays, events = duckdb.sql(
+            f"SELECT count(*), sum(len(events)) FROM {train.sql_quoted(result / '*.parquet')}"
+        ).fetchall()[0]
+        size = sum(part.stat().st_size for part in result.iterdir())
     print(
         f"{stays:>9,} stays {events:>12,} events {seconds:8.1f} s   peak {peak_memory_gb():5.2f} GB "
         f"({before:.2f} GB before)   result {size / 2**20:7.1f} MB",
