@@ -46,7 +46,9 @@ import math
 import operator
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -55,6 +57,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -69,8 +72,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from filelock import FileLock, Timeout
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
@@ -196,6 +201,17 @@ class Settings:
     n_bootstrap: int = option(1000, "Bootstrap samples of patients behind every 95 % interval.", low=0)
     save_attention_every: int = option(50, "Save the attention of every so many batches; 0 saves none.", low=0)
 
+    test_data: str = option("", "Test on the stays of this data set; --data is then split 80/20 to train and validate.")
+    no_test: bool = option(
+        False, "Keep no test stays: split 80/20 to train and validate. For a model that is tested elsewhere."
+    )
+    split: str = option(
+        "", "CSV file of patient_id and part (train, validation, test), as each run writes its split.csv."
+    )
+    seeds: int = option(
+        1, "Train this many times on one split, with seeds from --seed on, and report the spread.", low=1
+    )
+
     resume: bool = option(False, "Go on from latest_checkpoint.pth in the output folder.")
     evaluate: str = option("", "Checkpoint with which to score --data, without training.")
     trajectory: str = option("", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.")
@@ -311,7 +327,12 @@ def check_settings(settings: Settings) -> Settings:
     unknown = [name for name in chosen if name not in STATIC_COLUMNS]
     late = [name for name in chosen if name in hidden]
     divisors = (settings.n_heads, settings.n_pooling_heads, 2)
-    alone = [name for name in ("evaluate", "audit", "cross_validate", "resume") if getattr(settings, name)]
+    modes = [name for name in ("evaluate", "audit", "cross_validate") if getattr(settings, name)]
+    modes += ["seeds"] if settings.seeds > 1 else []
+    modes += ["resume"] if settings.resume and {"evaluate", "audit"} & set(modes) else []
+    splitting = [
+        name for name in ("evaluate", "cross_validate", "split", "test_data", "no_test") if getattr(settings, name)
+    ]
     rules = (
         (
             unknown,
@@ -338,8 +359,12 @@ def check_settings(settings: Settings) -> Settings:
         (settings.history_hours and not settings.labels, "--history-hours needs a MEDS data set and its --labels."),
         (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
         (
-            len(alone) > 1 and alone != ["cross_validate", "resume"],
-            f"{', '.join(map(flag, alone))}: these do not go together. Run one after the other.",
+            len(modes) > 1,
+            f"{', '.join(map(flag, modes))}: these do not go together. Run one after the other.",
+        ),
+        (
+            len(splitting) > 1,
+            f"{', '.join(map(flag, splitting))}: each says which stays test the model. Give one of them.",
         ),
     )
     for broken, message in rules:
@@ -947,6 +972,22 @@ class StayTable:
         return StayTable(self.stays.iloc[stays].reset_index(drop=True), offsets, texts=self.texts, **arrays)
 
 
+def append_stays(first: StayTable, second: StayTable) -> StayTable:
+    """Return one table of the stays of both, and of the texts of both."""
+    codes, texts = pd.factorize(np.concatenate([first.texts, second.texts]))
+    codes_of_first, codes_of_second = np.split(codes.astype(np.int32), [len(first.texts)])
+    return StayTable(
+        pd.concat([first.stays, second.stays], ignore_index=True),
+        np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
+        np.concatenate([first.event_type, second.event_type]),
+        np.concatenate([codes_of_first[first.text], codes_of_second[second.text]]),
+        np.concatenate([first.minutes_since_intime, second.minutes_since_intime]),
+        np.concatenate([first.known_minutes_since_intime, second.known_minutes_since_intime]),
+        np.concatenate([first.minutes_to_end, second.minutes_to_end]),
+        texts,
+    )
+
+
 def read_stays(
     data: str | Path,
     cache_dir: str | Path = "clinical_LF_precomp_emb",
@@ -1268,21 +1309,27 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-def split_by_patient(table: StayTable, seed: int) -> Split:
-    """64 / 16 / 20 % of the patients, stratified by whether any of their stays ended in death; indices of stays."""
-    outcome = pd.Series(table.labels).groupby(table.stays.patient_id).max()
+def split_by_patient(table: StayTable, seed: int, test_share: float = 0.2) -> Split:
+    """Return 64 / 16 / 20 % of the patients, stratified by whether any of their stays ended in death; indices of stays.
+
+    A test_share of 0 leaves 80 / 20 % to train and validate.
+    """
+    outcome = pd.Series(table.labels).groupby(table.stays["patient_id"]).max()
+    rest, test = outcome.index, outcome.index[:0]
     try:
-        rest, test = train_test_split(outcome.index, test_size=0.2, stratify=outcome, random_state=seed)
+        if test_share:
+            rest, test = train_test_split(rest, test_size=test_share, stratify=outcome, random_state=seed)
         train, validation = train_test_split(rest, test_size=0.2, stratify=outcome[rest], random_state=seed)
     except ValueError:
         raise InputError(
-            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split 64/16/20 by patient with both outcomes in "
-            "each part. It takes some 10 patients of either outcome."
+            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split by patient with both outcomes "
+            "in each part. It takes some 10 patients of either outcome."
         ) from None
-    parts = [np.flatnonzero(table.stays.patient_id.isin(part)) for part in (train, validation, test)]
-    if any(len(np.unique(table.labels[part])) < 2 for part in parts):
+    parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
+    if any(len(np.unique(table.labels[part])) < 2 for part in parts if len(part)):
         raise InputError(
-            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. Use more patients."
+            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. "
+            "Use more patients."
         )
     return Split(*parts)
 
@@ -2574,10 +2621,13 @@ class Trainer:
         self.settings, self.output, self.accelerator, self.text_encoder = settings, output, accelerator, text_encoder
         train_table = table.take(split.train)
         self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.value_channel).fit(train_table)
-        self.train_set, self.validation_set, self.test_set = (
-            ClinicalSequenceDataset(table.take(part), self.preprocessor, text_vectors) if len(part) else None
-            for part in split
+        parts = [table.take(part) for part in split]
+        self.train_set, self.validation_set = (
+            ClinicalSequenceDataset(part, self.preprocessor, text_vectors) for part in parts[:2]
         )
+        self.test_set = None  # with --no-test
+        if len(split.test):
+            self.test_set = ClinicalSequenceDataset(parts[2], self.preprocessor, text_vectors)
         self.time_column = len(EVENT_TYPES) + text_vectors.shape[1]
         model = ClinicalTransformer(
             self.train_set.input_dim,
@@ -3244,6 +3294,11 @@ def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int =
     return table.assign(low=[bounds.low for bounds in intervals], high=[bounds.high for bounds in intervals])
 
 
+def calibration_bins(n_stays: int) -> int:
+    """Return how many bins so many stays fill: 10 stays each at least, 10 bins at most."""
+    return int(np.clip(n_stays // 10, 2, 10))
+
+
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """Return the T > 0 for which sigmoid(logit / T) has the least log loss on these stays (n,); convex in 1 / T.
 
@@ -3375,21 +3430,22 @@ METRIC_WORDS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
     "brier": "Brier score",
-    "calibration_intercept": "intercept",
-    "calibration_slope": "slope",
+    "calibration_intercept": "calibration intercept",
+    "calibration_slope": "calibration slope",
 }
 
 
-def new_figure(title, caption, height, width=7.2):
-    """Page-wide figure: the question on top, a caption line below; constrained layout keeps both clear of the axes."""
+def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> Figure:
+    """Return a page-wide figure: the question on top, a caption line below; constrained layout keeps both clear."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(textwrap.fill(title, 88), fontsize=11)
     if caption:
-        figure.supxlabel(textwrap.fill(caption, 115), fontsize=7.5, color="#444444")
+        figure.supxlabel(textwrap.fill(caption, int(16 * width)), fontsize=7.5, color="#444444")
     return figure
 
 
-def tidy(axes, xlabel, ylabel, title=None):
+def tidy(axes: Axes, xlabel: str, ylabel: str, title: str | None = None) -> None:
+    """Label the axes, and take off the frame's upper and right side."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -3398,28 +3454,30 @@ def tidy(axes, xlabel, ylabel, title=None):
         axes.set_title(title, fontsize=9)
 
 
-def metric_text(metrics: dict, name: str) -> str:
-    """`AUROC 0.81 (95 % interval 0.70 to 0.90)`, or that it is not defined."""
-    value, low, high = (metrics[name][part] for part in ("value", "low", "high"))
-    if value is None:
-        return f"{METRIC_WORDS[name]} not defined"
-    low, high = ("unbounded" if bound is None else f"{bound:.2f}" for bound in (low, high))
-    return f"{METRIC_WORDS[name]} {value:.2f} (95 % interval {low} to {high})"
+def metric_text(metrics: dict[str, Any], name: str) -> str:
+    """Return `AUROC 0.81 (95 % interval 0.70 to 0.90)`, or that it is not defined."""
+    figure, word = metrics[name], METRIC_WORDS[name]
+    if figure["value"] is None:
+        return f"{word} not defined"
+    low, high = ("unbounded" if figure[side] is None else f"{figure[side]:.2f}" for side in ("low", "high"))
+    interval = f" (95 % interval {low} to {high})" if (low, high) != ("unbounded", "unbounded") else ""
+    return f"{word} {figure['value']:.2f}{interval}"
 
 
-def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
-    """history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
+def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
+    """Draw history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
     figure = new_figure("Does training still help on patients it does not see?", caption, height=2.9)
     loss, auroc, rate = figure.subplots(1, 3)
-    loss_title, style = "Loss", {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
-    loss.plot(history.epoch, history.train_loss, color=BLUE, label="training, all terms", **style)
-    loss.plot(
-        history.epoch, history.validation_loss, color=VERMILLION, linestyle="--", label="validation, BCE", **style
-    )
-    auroc.plot(history.epoch, history.validation_auroc, color=VERMILLION, linestyle="--", **style)
-    rate.plot(history.epoch, history.learning_rate, color=GREY, **style)
-    if history.validation_loss.notna().any():
-        best = int(history.loc[history.validation_loss.idxmin(), "epoch"])
+    style = {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
+    held_out = {"color": VERMILLION, "linestyle": "--", **style}
+    epochs, validation = history["epoch"], history["validation_loss"]
+    loss.plot(epochs, history["train_loss"], color=BLUE, label="training, all terms", **style)
+    loss.plot(epochs, validation, label="validation, BCE", **held_out)
+    auroc.plot(epochs, history["validation_auroc"], **held_out)
+    rate.plot(epochs, history["learning_rate"], color=GREY, **style)
+    loss_title = "Loss"
+    if validation.notna().any():
+        best = int(epochs[validation.idxmin()])
         loss_title = f"Loss (validation lowest in epoch {best})"
         for axes in (loss, auroc):
             axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
@@ -3427,31 +3485,30 @@ def plot_training_curves(history: pd.DataFrame, caption="") -> Figure:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     rate.yaxis.get_offset_text().set_fontsize(8)
     rate.set_ylim(bottom=0)
-    for axes, label, title in (
-        (loss, "loss", loss_title),
-        (auroc, "AUROC", "Validation AUROC"),
-        (rate, "learning rate", "Learning rate"),
-    ):
-        tidy(axes, "epoch", label, title)
+    tidy(loss, "epoch", "loss", loss_title)
+    tidy(auroc, "epoch", "AUROC", "Validation AUROC")
+    tidy(rate, "epoch", "learning rate", "Learning rate")
+    for axes in (loss, auroc, rate):
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
 
-def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
-    """ROC and precision-recall curves of held-out stays; metrics as `evaluate_predictions` returns them."""
-    labels, probabilities = checked_predictions(labels, probabilities)
+def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[str, Any], caption: str = "") -> Figure:
+    """Draw ROC and precision-recall curves of held-out stays; metrics as `evaluate_predictions` returns them."""
+    died, risks = checked_predictions(labels, probabilities)
     figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
     roc, pr = figure.subplots(1, 2)
-    if 0 < labels.sum() < len(labels):
-        false_alarms, found, _ = roc_curve(labels, probabilities)
+    if 0 < died.sum() < len(died):
+        false_alarms, found, _ = roc_curve(died, risks)
         roc.plot(false_alarms, found, color=BLUE, label="model")
-        precision, recall, _ = precision_recall_curve(labels, probabilities)
+        precision, recall, _ = precision_recall_curve(died, risks)
         pr.step(recall, precision, where="post", color=BLUE, label="model")
     else:
         roc.text(0.5, 0.6, "only one outcome: no curve", ha="center", fontsize=8)
-    roc.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="no better than chance")
-    prevalence = labels.mean() if len(labels) else 0.0
-    pr.axhline(prevalence, color=GREY, linestyle="--", linewidth=1, label=f"chance: the death rate, {prevalence:.2f}")
+    chance = {"color": GREY, "linestyle": "--", "linewidth": 1}
+    prevalence = died.mean() if len(died) else 0.0
+    roc.plot([0, 1], [0, 1], label="no better than chance", **chance)
+    pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **chance)
     tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", metric_text(metrics, "auroc"))
     tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
     for axes, corner in ((roc, "lower right"), (pr, "best")):
@@ -3460,21 +3517,21 @@ def plot_roc_and_pr(labels, probabilities, metrics, caption="") -> Figure:
     return figure
 
 
-def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
-    """Observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
-    labels, probabilities = checked_predictions(labels, probabilities)
-    table = calibration_table(labels, probabilities, n_bins=int(np.clip(len(labels) // 10, 2, 10)))
-    figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.4, width=5.6)
+def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[str, Any], caption: str = "") -> Figure:
+    """Draw observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
+    died, risks = checked_predictions(labels, probabilities)
+    table = calibration_table(died, risks, calibration_bins(len(died)))
+    figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.6, width=5.6)
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top = min(1.0, np.ceil(10 * max(table.high.max(), probabilities.max()) + 0.2) / 10)
-    curve.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1, label="perfect agreement")
-    errors = [table.observed_rate - table.low, table.high - table.observed_rate]
-    smallest, largest = int(table.n.min()), int(table.n.max())
+    top = min(1.0, np.ceil(10 * max(table["high"].max(), risks.max()) + 0.2) / 10)
+    below, above = table["observed_rate"] - table["low"], table["high"] - table["observed_rate"]
+    smallest, largest = int(table["n"].min()), int(table["n"].max())
     size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+    curve.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1, label="perfect agreement")
     curve.errorbar(
-        table.mean_risk,
-        table.observed_rate,
-        yerr=np.clip(errors, 0, None),
+        table["mean_risk"],
+        table["observed_rate"],
+        yerr=np.clip([below, above], 0, None),
         fmt="o",
         color=BLUE,
         capsize=2,
@@ -3483,15 +3540,12 @@ def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
         label=f"{len(table)} bins of {size} stays, 95 % interval",
     )
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
-    curve.legend(fontsize=8, frameon=False, loc="upper left")
-    tidy(
-        curve,
-        "",
-        "observed death rate",
-        "\n".join(metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")),
-    )
+    words = [metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")]
+    tidy(curve, "", "observed death rate", "\n".join(words))
+    # Above the axes: inside, the legend would lie on the points of a well or a badly calibrated model.
+    figure.legend(*curve.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside upper center", ncols=2)
     histogram.hist(
-        [probabilities[labels == 0], probabilities[labels == 1]],
+        [risks[died == 0], risks[died == 1]],
         bins=np.linspace(0, top, 31),
         stacked=True,
         color=[BLUE, VERMILLION],
@@ -3503,99 +3557,107 @@ def plot_calibration(labels, probabilities, metrics, caption="") -> Figure:
     return figure
 
 
-def plot_decision_curve(curve: pd.DataFrame, caption="") -> Figure:
-    """curve as `decision_curve` returns it."""
+def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
+    """Draw a curve as `decision_curve` returns it; what treating all would lose beyond the axes is not shown."""
     figure = new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
-    axes = figure.subplots()
-    axes.plot(curve.threshold, curve.treat_all, color=ORANGE, linestyle="--", label="treat all")
-    axes.plot(curve.threshold, curve.treat_none, color=GREY, linestyle=":", label="treat none")
-    axes.plot(curve.threshold, curve.model, color=BLUE, label="treat by the model")
-    top = max(curve.model.max(), curve.treat_all.max(), 0.01)
-    axes.set_ylim(max(-0.3 * top, min(curve.model.min(), curve.treat_all.min())) - 0.03 * top, 1.08 * top)
+    axes, thresholds = figure.subplots(), curve["threshold"]
+    axes.plot(thresholds, curve["treat_all"], color=ORANGE, linestyle="--", label="treat all")
+    axes.plot(thresholds, curve["treat_none"], color=GREY, linestyle=":", label="treat none")
+    axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
+    lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
+    if "low" in curve:
+        axes.fill_between(
+            thresholds, curve["low"], curve["high"], color=BLUE, alpha=0.15, linewidth=0, label="95 % interval"
+        )
+        lowest, highest = min(lowest, curve["low"].min()), max(highest, curve["high"].max())
+    axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
     axes.legend(fontsize=8, frameon=False)
     tidy(axes, "risk threshold at which one would treat", "net benefit per stay")
     return figure
 
 
 def plot_attention_heatmap(
-    layer_maps, pooling, hours, title, caption="", hours_label="hours after ICU admission"
+    layer_maps: ArrayLike,
+    pooling: ArrayLike,
+    hours: ArrayLike,
+    title: str,
+    caption: str = "",
+    hours_label: str = "hours after ICU admission",
 ) -> Figure:
-    """Self-attention of every layer (layers, bins, bins) over pooling weights (heads, n) of one stay's n events.
+    """Draw self-attention of every layer (layers, bins, bins) over pooling weights (heads, n) of one stay's n events.
 
-    A map's rows look, its columns are looked at; hours (n,) are the events' times, first event first.
+    Weights are shown as multiples of 1/n, the share that each event has where attention is even. A map's rows look, its
+    columns are looked at; hours (n,) are the events' times, first event first.
     """
-    layer_maps, pooling, hours = (np.asarray(array, dtype=float) for array in (layer_maps, pooling, hours))
+    weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
+    n_events = weights.shape[1]
     figure = new_figure(title, caption, height=4.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.2, 1])
-    panels = np.atleast_1d(upper.subplots(1, len(layer_maps), sharey=True))
-    # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
-    norm = PowerNorm(0.5, vmin=0, vmax=max(np.quantile(layer_maps, 0.995), 1e-12))
-    for layer, (axes, weights) in enumerate(zip(panels, layer_maps), start=1):
-        image = axes.imshow(weights, norm=norm, cmap="cividis", extent=(0, 100, 100, 0), interpolation="nearest")
-        tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
-    bars = [upper.colorbar(image, ax=panels, shrink=0.8, extend="max", pad=0.01)]
-    per_cell = -(-pooling.shape[1] // 600)  # more columns than pixels would drop events unseen
-    cells = np.maximum.reduceat(pooling, np.arange(0, pooling.shape[1], per_cell), axis=1)
+    draw_layer_maps(upper, n_events * np.asarray(layer_maps, dtype=float))
+    per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
+    cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
     image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
-    bars.append(lower.colorbar(image, ax=axes, pad=0.01))
-    for bar in bars:
-        bar.set_label("attention weight", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
+    label_colors(lower, image, axes)
     shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
-    decimals = 0 if np.ptp(hours) >= 20 else 1
-    axes.set_xticks(shown, [f"{hours[cell * per_cell]:.{decimals}f}" for cell in shown])
+    decimals = 0 if np.ptp(times) >= 20 else 1
+    axes.set_xticks(shown, [f"{times[cell * per_cell]:.{decimals}f}" for cell in shown])
     axes.set_yticks(range(len(cells)), [f"head {head}" for head in range(1, len(cells) + 1)])
     width = "each event equally wide" if per_cell == 1 else f"each column the heaviest of {per_cell} events"
     tidy(axes, f"{hours_label} ({width})", "", "Pooling: weight of each event in the prediction")
     return figure
 
 
-def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=4) -> Figure:
-    """trajectories, one row per stay and time: stay, hours_after_admission, probability, label (0/1).
+def draw_layer_maps(figure: SubFigure, shares: np.ndarray) -> None:
+    """Draw one panel for each layer of shares (layers, bins, bins), on one scale of colours."""
+    panels = np.atleast_1d(figure.subplots(1, len(shares), sharey=True))
+    # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
+    norm = PowerNorm(0.5, vmin=0, vmax=max(float(np.quantile(shares, 0.995)), 1e-12))
+    for layer, (axes, layer_shares) in enumerate(zip(panels, shares), start=1):
+        image = axes.imshow(layer_shares, norm=norm, cmap="cividis", extent=(0, 100, 100, 0), interpolation="nearest")
+        tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
+    label_colors(figure, image, panels, extend="max", shrink=0.8)
+
+
+def label_colors(figure: SubFigure, image: AxesImage, axes: Any, **options: Any) -> None:
+    """Add the scale of colours to the axes of an image of attention."""
+    bar = figure.colorbar(image, ax=axes, pad=0.01, **options)
+    bar.set_label("weight, times 1/L", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_individual: int = 4) -> Figure:
+    """Draw trajectories, one row per stay and time: icu_stay_id, hours_after_admission, probability, label (0/1).
 
     Single stays are chosen without looking at their risk: the longest followed of each outcome, then by stay.
     """
     figure = new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
     single, mean = figure.subplots(1, 2, sharey=True)
-    times = np.sort(trajectories.hours_after_admission.unique())
+    times = np.sort(trajectories["hours_after_admission"].unique())
     for label, color, line, word in ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived")):
-        group = trajectories[trajectories.label == label].sort_values("hours_after_admission")
+        group = trajectories[trajectories["label"] == label].sort_values("hours_after_admission")
+        style = {"color": color, "linestyle": line, "marker": "o"}
+        followed = group.groupby("icu_stay_id").size().sort_index().sort_values(ascending=False, kind="stable")
+        for rank, icu_stay_id in enumerate(followed.index[:n_individual]):
+            one = group[group["icu_stay_id"] == icu_stay_id]
+            name = word if rank == 0 else None
+            hours = one["hours_after_admission"]
+            single.plot(hours, one["probability"], label=name, markersize=3, linewidth=1, **style)
         if group.empty:
             continue
-        followed = group.groupby("stay").size().sort_index().sort_values(ascending=False, kind="stable")
-        for rank, stay in enumerate(followed.index[:n_individual]):
-            one = group[group.stay == stay]
-            single.plot(
-                one.hours_after_admission,
-                one.probability,
-                color=color,
-                linestyle=line,
-                marker="o",
-                markersize=3,
-                linewidth=1,
-                label=word if rank == 0 else None,
-            )
-        summary = group.groupby("hours_after_admission").probability.describe(percentiles=[0.25, 0.75])
-        mean.plot(summary.index, summary["mean"], color=color, linestyle=line, marker="o", markersize=4, label=word)
-        mean.fill_between(summary.index, summary["25%"], summary["75%"], color=color, alpha=0.15, linewidth=0)
-        for hour, n in summary["count"].reindex(times, fill_value=0).items():
-            mean.annotate(
-                f"n={n:.0f}",
-                (hour, 1.07 if label else 1.02),
-                xycoords=("data", "axes fraction"),
-                color=color,
-                fontsize=7,
-                ha="center",
-            )
-    for axes, title in (
-        (single, f"Up to {n_individual} stays of each outcome"),
-        (mean, "Mean and middle half of the stays still there"),
-    ):
+        by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
+        mean.plot(by_hour.index, by_hour["mean"], label=word, markersize=4, **style)
+        mean.fill_between(by_hour.index, by_hour["25%"], by_hour["75%"], color=color, alpha=0.15, linewidth=0)
+        for hour, n_stays in by_hour["count"].reindex(times, fill_value=0).items():
+            place = (hour, 1.07 if label else 1.02)
+            where = ("data", "axes fraction")
+            mean.annotate(f"n={n_stays:.0f}", place, xycoords=where, color=color, fontsize=7, ha="center")
+    titles = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the stays still there")
+    for axes, title in zip((single, mean), titles):
         tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
         axes.set_title(title, fontsize=9, pad=24)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(times, [f"{time:g}" for time in times], minor=False)
+        axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
         axes.set_ylim(0, 1)
         axes.legend(fontsize=8, frameon=False)
     return figure
@@ -3607,7 +3669,7 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption="", n_individual=
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
+    """Run the program; return the exit code: 0 done, 2 something to mend, 130 interrupted."""
     settings = settings_from(argv, Settings, __doc__)
     log_to_stdout()
     try:
@@ -3617,17 +3679,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"error: {error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?",
-            file=sys.stderr,
-        )
+        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+        print(f"error: {reason}. Is the disk full, or the file not yours?", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        latest = Path(settings.output_dir) / "checkpoints" / "latest_checkpoint.pth"
+        latest = output_folder(settings) / "checkpoints" / "latest_checkpoint.pth"
+        kept = f", {latest} holds the last whole epoch" if latest.exists() else ""
         print(
-            "\nInterrupted. Encoded texts are kept"
-            + (f", {latest} holds the last whole epoch" if latest.exists() else "")
-            + "; go on with the same command and --resume.",
+            f"\nInterrupted. Encoded texts are kept{kept}; go on with the same command and --resume.",
             file=sys.stderr,
         )
         return 130
@@ -3635,6 +3694,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def log_to_stdout() -> None:
+    """Send the log, plain messages of the first process, to the standard output."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers, logger.propagate = [handler], False
@@ -3652,68 +3712,132 @@ def make_accelerator(settings: Settings) -> Accelerator:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """All phases of a run; returns what metrics.json holds."""
+    """Go through all phases of a run; return what metrics.json holds."""
     accelerator = make_accelerator(settings)
+    settings = replace(settings, output_dir=str(output_folder(settings)))
     output = Path(settings.output_dir)
     with hold(output, wait=False) if accelerator.is_main_process else contextlib.nullcontext():
-        checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
-        if checkpoint is not None and settings.labels:
-            settings = replace(settings, history_hours=settings.history_hours or checkpoint.settings.history_hours)
-        with accelerator.main_process_first():  # one process runs the query, the others find its result
-            table, repairs = read_stays(
-                data_path(settings.data),
-                settings.cache_dir,
-                checkpoint is None,
-                settings.meds_task,
-                settings.memory_limit,
-                settings.threads,
-            )
-        if checkpoint is not None:
-            return evaluate_checkpoint(checkpoint, table, repairs, settings, accelerator)
-        table, flow = choose_cohort(table, settings)
-        describe(table, repairs, flow)
+        if settings.evaluate:
+            return evaluate_checkpoint(settings, accelerator)
+        source = read_source(settings.data, settings, accelerator)
+        external = read_source(settings.test_data, settings, accelerator) if settings.test_data else None
         # Split first: a table too small for it is refused before hours of encoding.
-        splits = (
-            list(cross_validation_splits(table, settings.cross_validate, settings.seed))
-            if settings.cross_validate
-            else [split_by_patient(table, settings.seed)]
-        )
+        table, splits = source.table, choose_splits(source.table, settings)
+        if external is not None:
+            table, splits = with_test_stays(table, splits[0], external.table)
         if settings.audit:
-            return {"audit": write_audit(table, splits[0], repairs, settings, output)}
-        cohort = Cohort(table, flow, repairs, *embed_texts(table.texts, settings, accelerator))
-        return (
-            cross_validate(cohort, splits, settings, accelerator)
-            if settings.cross_validate
-            else train_and_report(cohort, splits[0], settings, accelerator)
-        )
+            return {"audit": write_audit(table, splits[0], source.repairs, settings, Results(output, settings))}
+        cohort = Cohort(table, source.flow, source.repairs, *embed_texts(table.texts, settings, accelerator))
+        if settings.cross_validate or settings.seeds > 1:
+            return train_repeatedly(cohort, splits, settings, accelerator)
+        return train_and_report(cohort, splits[0], settings, accelerator).content
+
+
+def output_folder(settings: Settings) -> Path:
+    """Return where a run writes: --output-dir; an evaluation into `evaluation` there, by default beside its checkpoint."""
+    if not settings.evaluate:
+        return Path(settings.output_dir)
+    is_chosen = settings.output_dir != Settings.output_dir
+    return (Path(settings.output_dir) if is_chosen else run_folder(settings.evaluate)) / "evaluation"
+
+
+def run_folder(checkpoint: str | Path) -> Path:
+    """Return the folder of the run that a checkpoint belongs to: the one above `checkpoints`, else its own."""
+    folder = Path(checkpoint).parent
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 def data_path(data: str) -> Path:
-    """The path as given; the bundled sample is also found from another working directory."""
+    """Return the path as given; the bundled sample is also found from another working directory."""
     return SAMPLE if data == SAMPLE.name and not Path(data).exists() else Path(data)
 
 
+class Source(NamedTuple):
+    """The stays of one data set that a run is about, and how they came to be these."""
+
+    table: StayTable
+    flow: list[CohortStep]
+    repairs: dict[str, int]
+    whole: StayTable  # before the cohort was chosen
+
+
+def read_source(data: str, settings: Settings, accelerator: Accelerator, need_label: bool = True) -> Source:
+    """Read a data set, choose its cohort and describe it in the log."""
+    with accelerator.main_process_first():  # one process runs the query, the others find its result
+        whole, repairs = read_stays(
+            data_path(data),
+            settings.cache_dir,
+            need_label,
+            settings.meds_task,
+            settings.memory_limit,
+            settings.threads,
+        )
+    table, flow = choose_cohort(whole, settings)
+    describe(table, repairs, flow)
+    return Source(table, flow, repairs, whole)
+
+
 def describe(table: StayTable, repairs: dict[str, int], flow: list[CohortStep]) -> None:
-    """Three lines: size, sequence lengths, what was dropped and why; in between the flow of the cohort, where there is one."""
-    labels, quantiles = table.labels, np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
-    used = len(np.unique(table.text))
+    """Log three lines: size, lengths, what was dropped and why; in between the flow of the cohort, where there is one."""
+    quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
+    known = table.labels[~np.isnan(table.labels)]
+    deaths = f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
     logger.info(
-        f"Data        {len(table.stays):,} ICU stays of {table.stays.patient_id.nunique():,} patients, {len(table.text):,} events, {used:,} distinct texts, "
-        f"{_death_rate(labels)}"
+        f"Data        {len(table.stays):,} ICU stays of {table.stays['patient_id'].nunique():,} patients, "
+        f"{len(table.text):,} events, {len(np.unique(table.text)):,} distinct texts, {deaths}"
     )
-    logger.info(
-        f"Length      {' / '.join(f'{q:,}' for q in quantiles)} events per stay (min, 25 %, median, 75 %, 95 %, max)"
-    )
-    logger.info(f"Dropped     {'; '.join(f'{count:,} {reason}' for reason, count in repairs.items()) or 'nothing'}")
-    for step in flow[1:] and flow:
+    lengths = " / ".join(f"{quantile:,}" for quantile in quantiles)
+    logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
+    dropped = "; ".join(f"{count:,} {reason}" for reason, count in repairs.items())
+    logger.info(f"Dropped     {dropped or 'nothing'}")
+    for step in flow if len(flow) > 1 else ():
         logger.info(
-            f"Cohort      {step.stays:7,} stays {step.patients:7,} patients {step.events:11,} events {step.deaths:6,} deaths  {step.name}"
+            f"Cohort      {step.stays:7,} stays {step.patients:7,} patients {step.events:11,} events "
+            f"{step.deaths:6,} deaths  {step.name}"
         )
 
 
-def _death_rate(labels: np.ndarray) -> str:
-    known = labels[~np.isnan(labels)]
-    return f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
+def choose_splits(table: StayTable, settings: Settings) -> list[Split]:
+    """Return the split that the settings ask for; with --cross-validate one for each fold."""
+    if settings.cross_validate:
+        return list(cross_validation_splits(table, settings.cross_validate, settings.seed))
+    if settings.split:
+        return [split_from_file(table, Path(settings.split))]
+    test_share = 0.0 if settings.no_test or settings.test_data else 0.2
+    return [split_by_patient(table, settings.seed, test_share)]
+
+
+def split_from_file(table: StayTable, path: Path) -> Split:
+    """Return the stays of the patients that a CSV file (patient_id, part) puts into train, validation and test."""
+    try:
+        rows = pd.read_csv(path)
+        part_of_patient = rows.drop_duplicates().set_index("patient_id")["part"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
+    if part_of_patient.index.has_duplicates:
+        raise InputError(f"--split {path}: a patient is in two parts. Give each patient one.")
+    parts = table.stays["patient_id"].map(part_of_patient).to_numpy()
+    split = Split(*(np.flatnonzero(parts == name) for name in Split._fields))
+    left_out = len(parts) - sum(map(len, split))
+    if left_out:
+        logger.warning(f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out")
+    for name, stays in zip(Split._fields, split):
+        if len(np.unique(table.labels[stays])) < 2 and not (name == "test" and not len(stays)):
+            raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")
+    return split
+
+
+def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tuple[StayTable, list[Split]]:
+    """Return one table of both data sets, and its split: the external stays, of patients not in the first, are the test."""
+    is_new = ~external.stays["patient_id"].isin(table.stays["patient_id"]).to_numpy()
+    if not is_new.all():
+        logger.warning(
+            f"Test data   WARNING: {(~is_new).sum()} stays are of patients that --data has too; they are left out"
+        )
+    if len(np.unique(external.labels[is_new])) < 2:
+        raise InputError("--test-data: no stays of both outcomes are left. Give stays of patients that --data has not.")
+    both = append_stays(table, external.take(np.flatnonzero(is_new)))
+    return both, [split._replace(test=np.arange(len(table.stays), len(both.stays)))]
 
 
 class Cohort(NamedTuple):
@@ -3726,148 +3850,400 @@ class Cohort(NamedTuple):
     text_vectors: np.ndarray  # (n_texts, E)
 
 
-def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+class Scored(NamedTuple):
+    """Stays and the risks that a model gave them."""
+
+    stays: pd.DataFrame  # (n): STAY_COLUMNS
+    probabilities: np.ndarray  # (n)
+
+    @property
+    def known(self) -> Scored:
+        """Those whose outcome is known."""
+        is_known = self.stays[LABEL].notna().to_numpy()
+        return Scored(self.stays[is_known].reset_index(drop=True), self.probabilities[is_known])
+
+    def evaluate(self, settings: Settings) -> dict[str, Any]:
+        """Return the figures of `evaluate_predictions`."""
+        patients = self.stays["patient_id"].to_numpy()
+        return evaluate_predictions(
+            self.stays[LABEL].astype(float), self.probabilities, patients, settings.n_bootstrap, settings.seed
+        )
+
+    def words(self) -> str:
+        """Return how many stays, patients and deaths these are."""
+        n_patients, n_deaths = self.stays["patient_id"].nunique(), int(self.stays[LABEL].sum())
+        return f"{len(self.stays)} stays of {n_patients} patients, {n_deaths} deaths"
+
+
+class Results:
+    """The folder of a run, and the one place that writes into it what a person reads: tables, JSON, figures, pages."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        self.started, self.written = time.time(), list[Path]()
+
+    def begin(self) -> None:
+        """Remove what an earlier run left, unless this one resumes it; write what repeats the run."""
+        if not self.settings.resume:
+            for pattern in LEFT_BY_A_RUN:
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+        repeated = {name: value for name, value in asdict(self.settings).items() if name not in ("resume", "dry_run")}
+        self.text("settings.yaml", yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True))
+        self.json("run.json", self.record())
+
+    def record(self) -> dict[str, Any]:
+        """Return how the run came about: command, date, commit, versions."""
+        date = datetime.fromtimestamp(self.started, tz=UTC).isoformat(timespec="seconds")
+        return {"command": shlex.join(sys.argv), "date": date, "commit": commit_of_program(), "versions": versions()}
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        self.keep(name, lambda path: frame.to_csv(path, index=False, float_format="%.6g"))
+
+    def text(self, name: str, content: str) -> None:
+        self.keep(name, lambda path: path.write_text(content, "utf-8"))
+
+    def json(self, name: str, content: Any) -> None:
+        self.note(write_json(self.folder / name, without_nan(content)))
+
+    def figure(self, name: str, figure: Figure) -> None:
+        self.note(save_figure(self.folder / "plots" / name, figure))
+
+    def keep(self, name: str, write: Callable[[Path], Any]) -> None:
+        self.note(write_whole(self.folder / name, write))
+
+    def note(self, path: Path) -> None:
+        """Remember a file for the last line of the log."""
+        if path not in self.written:
+            self.written.append(path)
+
+    def end(self) -> None:
+        """Write how long the run took, and log what it wrote."""
+        self.json("run.json", self.record() | {"seconds": round(time.time() - self.started, 1)})
+        logger.info("Written     " + "\n            ".join(map(str, self.written)))
+
+
+# What a run writes and a shorter or other one would not write again; models are replaced after the first epoch.
+LEFT_BY_A_RUN = (
+    "metrics.json",
+    "model_card.md",
+    "predictions.*",
+    "history.csv",
+    "risk_trajectories.csv",
+    "plots/risk_trajectories.png",
+    "plots/attention_epoch_*_batch_*.png",
+    "attention_weights/attention_epoch_*_batch_*.npz",
+)
+
+
+def without_nan(content: Any) -> Any:
+    """Return nested plain data with null for what JSON has no word for: NaN and infinity."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
+    names = ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def commit_of_program() -> str | None:
+    """Return the commit of this file's repository, with a plus where files differ from it; None outside one."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class Outcome(NamedTuple):
+    """What a training leaves: what metrics.json holds, and the scored stays (empty in processes but the first)."""
+
+    content: dict[str, Any]
+    scored: Scored | None
+
+
+def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> Outcome:
     """Train on a split, score its test stays once with the best weights, and write everything."""
     output = Path(settings.output_dir)
     trainer = Trainer(cohort.table, split, cohort.text_vectors, cohort.text_encoder, settings, output, accelerator)
     if settings.resume:
         trainer.resume()
-    audit = write_audit(cohort.table, split, cohort.repairs, settings, output) if accelerator.is_main_process else []
-    n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    logger.info(
-        f"Split       {' / '.join(str(len(part)) for part in split)} stays (training, validation, test), no patient in two of them"
-    )
-    logger.info(
-        f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, {trainer.preprocessor.static_dim} static, "
-        f"on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
-    )
-    started = time.monotonic()
+    results, audit = Results(output, settings), list[dict]()
+    if accelerator.is_main_process:
+        results.begin()
+        results.table("split.csv", split_table(trainer.patients))
+        audit = write_audit(cohort.table, split, cohort.repairs, settings, results)
+    describe_training(trainer, split)
     trainer.fit()
     accelerator.wait_for_everyone()
     best = load_checkpoint(output / "checkpoints" / "best_model.pth", accelerator.device)
     trainer.model.load_state_dict(best.model.state_dict())
-    logits = {"validation": trainer.predict(trainer.validation_set), "test": trainer.predict(trainer.test_set)}
+    datasets = {"validation": trainer.validation_set, "test": trainer.test_set}
+    logits = {name: trainer.predict(dataset) for name, dataset in datasets.items() if dataset is not None}
     if not accelerator.is_main_process:
-        return {}
+        return Outcome({}, None)
     if settings.temperature_scaling:
         trainer.temperature = fit_temperature(logits["validation"], trainer.validation_set.table.labels)
         state = best.state | {"temperature": trainer.temperature}
         write_whole(output / "checkpoints" / "best_model.pth", lambda path: torch.save(state, path))
+    scored = {
+        name: Scored(datasets[name].table.stays, expit(values / trainer.temperature)) for name, values in logits.items()
+    }
+    return report_training(trainer, cohort, scored, audit, results)
+
+
+def split_table(patients: dict[str, list[int]]) -> pd.DataFrame:
+    """Return patient_id and part, as --split reads it."""
+    rows = [(patient, part) for part, members in patients.items() for patient in members]
+    return pd.DataFrame(rows, columns=["patient_id", "part"]).sort_values("patient_id")
+
+
+def describe_training(trainer: Trainer, split: Split) -> None:
+    """Log the sizes of the parts and of the model, and what it runs on."""
+    accelerator, n_parameters = trainer.accelerator, count_parameters(trainer.model)
+    sizes = " / ".join(str(len(part)) for part in split)
+    logger.info(f"Split       {sizes} stays (training, validation, test), no patient in two of them")
+    logger.info(
+        f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, "
+        f"{trainer.preprocessor.static_dim} static, on {accelerator.num_processes} x {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}"
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many numbers a model has learnt."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def report_training(
+    trainer: Trainer, cohort: Cohort, scored: dict[str, Scored], audit: list[dict], results: Results
+) -> Outcome:
+    """Write metrics, predictions, plots and the model card of the held-out stays; log the summary a person looks for."""
+    settings, part = trainer.settings, "test" if "test" in scored else "validation"
+    caption = f"text encoder: {trainer.text_encoder} · {part} {scored[part].words()}"
+    validation = f"text encoder: {trainer.text_encoder} · validation {scored['validation'].words()}"
+    metrics, tables = write_evaluation(results, scored[part], settings, caption)
+    results.figure("training_curves.png", plot_training_curves(pd.DataFrame(trainer.history), validation))
     training = {
         "epochs": trainer.epochs_done,
         "best_epoch": trainer.best_epoch,
-        "seconds": round(time.monotonic() - started, 1),
-        "parameters": n_parameters,
+        "seconds": round(sum(row["seconds"] for row in trainer.history), 1),  # of all parts, where it was resumed
+        "parameters": count_parameters(trainer.model),
         "temperature": trainer.temperature,
     }
-    return report(trainer, cohort, logits, training, audit)
-
-
-def report(
-    trainer: Trainer, cohort: Cohort, logits: dict[str, np.ndarray], training: dict[str, Any], audit: list[dict]
-) -> dict[str, Any]:
-    """Metrics, predictions and plots of the held-out stays; prints the summary a person looks for."""
-    settings, output, temperature = trainer.settings, trainer.output, trainer.temperature
-    test, probabilities = trainer.test_set.table, expit(logits["test"] / temperature)
-    validation = trainer.validation_set.table
-    score = lambda part, risk: evaluate_predictions(
-        part.labels, risk, part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed
-    )
-    metrics = {
-        "test": score(test, probabilities),
-        "validation": score(validation, expit(logits["validation"] / temperature)),
-    }
-    if settings.temperature_scaling:
-        metrics["test_before_temperature_scaling"] = score(test, expit(logits["test"]))
     content = {
         "text_encoder": trainer.text_encoder,
-        "metrics": metrics,
+        "metrics": {part: metrics, "validation": scored["validation"].evaluate(settings)},
         "training": training,
         "cohort": [step._asdict() for step in cohort.flow],
         "dropped_or_repaired": cohort.repairs,
         "leakage_audit": audit,
+        "tripod_ai": tripod_block(cohort, trainer.patients, tables),
         "settings": asdict(settings),
         "versions": versions(),
     }
-    caption = f"text encoder: {trainer.text_encoder} · {len(test.stays)} held-out stays of {test.stays.patient_id.nunique()} patients"
-    written = [
-        output / "checkpoints" / "best_model.pth",
-        output / "checkpoints" / "latest_checkpoint.pth",
-        write_json(output / "metrics.json", content),
-        *write_predictions(output, test, probabilities, settings),
-        output / "leakage_audit.csv",
-        *write_evaluation(output, test, probabilities, metrics["test"], caption),
-        save_figure(
-            output / "plots" / "training_curves.png", plot_training_curves(pd.DataFrame(trainer.history), caption)
-        ),
-    ]
-    log_metrics(
-        metrics["test"],
-        f"Test        {len(test.stays)} stays of {test.stays.patient_id.nunique()} patients, {int(test.labels.sum())} deaths; weights of epoch "
-        f"{training['best_epoch']}, trained in {training['seconds']:.0f} s",
-    )
+    results.json("metrics.json", content)
+    results.text("model_card.md", model_card(content, part, results.record()))
+    title = f"{part.capitalize():11s} {scored[part].words()}; weights of epoch {trainer.best_epoch}, trained in "
+    log_metrics(metrics, f"{title}{training['seconds']:.0f} s")
+    if part == "validation":
+        logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
     logger.info(f"Encoder     {trainer.text_encoder}")
-    logger.info("Written     " + "\n            ".join(map(str, written)))
-    return content
+    results.end()
+    return Outcome(content, scored[part])
+
+
+def write_evaluation(
+    results: Results, scored: Scored, settings: Settings, caption: str
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+    """Write predictions and, where outcomes are known, figures, tables and plots; return the figures and the tables."""
+    write_predictions(results, scored, settings)
+    known = scored.known
+    if known.stays.empty:
+        return {}, {}
+    metrics, groups = known.evaluate(settings), subgroups_of_stays(known.stays)
+    labels, risks, patients = known.stays[LABEL].to_numpy(float), known.probabilities, known.stays["patient_id"]
+    resampling = {"n_bootstrap": settings.n_bootstrap, "seed": settings.seed}
+    tables = {
+        "subgroups": subgroup_table(labels, risks, patients, groups, **resampling),
+        "operating_points": operating_points(labels, risks, patients, groups, **resampling),
+        "decision_curve": decision_curve(labels, risks, patient_ids=patients, **resampling),
+        "calibration": calibration_table(labels, risks, calibration_bins(len(labels))),
+    }
+    for name, table in tables.items():
+        results.table(f"{name}.csv", table)
+    results.figure("roc_and_precision_recall.png", plot_roc_and_pr(labels, risks, metrics, caption))
+    results.figure("calibration.png", plot_calibration(labels, risks, metrics, caption))
+    results.figure("decision_curve.png", plot_decision_curve(tables["decision_curve"], caption))
+    return metrics, tables
+
+
+def write_predictions(results: Results, scored: Scored, settings: Settings) -> None:
+    """Write one row per stay: ids, label where known, predicted probability; of MEDS data also in its own schema."""
+    columns = ["icu_stay_id", "patient_id", LABEL]
+    more = [name for name in ("fold",) if name in scored.stays]
+    frame = scored.stays[columns].astype({LABEL: "Int64"})
+    frame = frame.assign(probability=scored.probabilities, **scored.stays[more])
+    results.table("predictions.csv", frame)
+    if settings.labels:
+        results.keep("predictions.parquet", lambda path: meds_predictions(scored).to_parquet(path, index=False))
+
+
+def meds_predictions(scored: Scored) -> pd.DataFrame:
+    """Return the predictions in the MEDS prediction schema, which `meds-evaluation` scores."""
+    return pd.DataFrame(
+        {
+            "subject_id": scored.stays["patient_id"].astype("int64"),
+            "prediction_time": scored.stays["icu_outtime"].astype("datetime64[us]"),
+            "boolean_value": scored.stays[LABEL].astype("boolean"),
+            "predicted_boolean_value": scored.probabilities >= 0.5,
+            "predicted_boolean_probability": scored.probabilities.astype(np.float32),
+        }
+    )
 
 
 def log_metrics(metrics: dict[str, Any], title: str) -> None:
-    logger.info(title)
-    for name, label in (
-        ("auroc", "AUROC"),
-        ("auprc", "AUPRC"),
-        ("brier", "Brier score"),
-        ("calibration_intercept", "calibration intercept"),
-        ("calibration_slope", "calibration slope"),
-    ):
-        value = metrics[name]
-        text = (
-            f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-            if None not in (value["value"], value["low"], value["high"])
-            else f"not defined ({value.get('reason', '')})"
-        )
-        logger.info(
-            f"            {label:22s} {text}"
-            + (f"  at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else "")
-        )
+    """Log each figure with its interval."""
+    logger.info(title + (f"; {metrics['note']}" if metrics["note"] else ""))
+    for name, label in METRIC_WORDS.items():
+        figure = metrics[name]
+        text = f"not defined ({figure.get('reason', '')})"
+        if None not in (figure["value"], figure["low"], figure["high"]):
+            text = f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+        prevalence = f"  at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""
+        logger.info(f"            {label:22s} {text}{prevalence}")
 
 
-def versions() -> dict[str, str]:
+def tripod_block(cohort: Cohort, patients: dict[str, list[int]], tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """Return what a TRIPOD+AI report asks for: flow, missing values, events, calibration, groups, operating point."""
+    table = cohort.table
+    counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1)
     return {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
+        "flow": [step._asdict() for step in cohort.flow],
+        "patients_per_part": {part: len(members) for part, members in patients.items()},
+        "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
+        "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts.tolist())),
+        **{name: rows.to_dict("records") for name, rows in tables.items() if name != "decision_curve"},
     }
 
 
-def write_predictions(output: Path, table: StayTable, probabilities: np.ndarray, settings: Settings) -> list[Path]:
-    """Write one row per stay: ids, label where known, predicted probability; of MEDS data also in its own schema."""
-    frame = pd.DataFrame(
-        {
-            "icu_stay_id": table.stays["icu_stay_id"],
-            "patient_id": table.stays["patient_id"],
-            LABEL: table.stays[LABEL].astype("Int64"),
-            "probability": probabilities,
-        }
-    )
-    path = output / "predictions.csv"
-    written = [write_whole(path, lambda name: frame.to_csv(name, index=False, float_format="%.6f"))]
-    if settings.labels:
-        written.append(write_meds_predictions(output / "predictions.parquet", table, probabilities))
-    return written
+MODEL_CARD = """\
+# Model card
+
+Predicts whether a patient dies in hospital, from the events of an ICU stay as texts. {moment}
+Research software: not a medical device, not for clinical use.
+
+Made {date} by `{command}`, commit {commit}.
+
+## Model
+
+{parameters:,} parameters, trained in {epochs} epochs (best: {best_epoch}); text encoder `{text_encoder}`;
+static features: {static_features}. Probability = sigmoid(logit / {temperature:.3g}).
+
+## Patients
+
+{flow}
+
+| part | patients |
+|---|---|
+{parts}
+
+Missing values: {missing}. Events: {events}.
+
+## Figures of the {part} stays, with 95 % intervals from resampling patients
+
+{n_stays} stays of {n_patients} patients, {n_deaths} deaths. {note}
+
+| figure | value |
+|---|---|
+{figures}
+
+At the threshold that finds {sensitivity:.0%} of the deaths: {operating}.
+
+| group | stays | deaths | AUROC | alarms per true death |
+|---|---|---|---|---|
+{groups}
+
+## Limits
+
+{limits}
+"""
 
 
-def write_meds_predictions(path: Path, table: StayTable, probabilities: np.ndarray) -> Path:
-    """Write the predictions in the MEDS prediction schema, which `meds-evaluation` scores."""
-    frame = pd.DataFrame(
-        {
-            "subject_id": table.stays["patient_id"].astype("int64"),
-            "prediction_time": table.stays["icu_outtime"].astype("datetime64[us]"),
-            "boolean_value": table.stays[LABEL].astype("boolean"),
-            "predicted_boolean_value": probabilities >= 0.5,
-            "predicted_boolean_probability": probabilities.astype(np.float32),
-        }
+def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> str:
+    """Return the model card of a run, from what metrics.json holds and how the run came about."""
+    metrics, settings, block = content["metrics"][part], content["settings"], content["tripod_ai"]
+    hours = settings["observation_hours"]
+    moment = f"It predicts {hours:g} h after ICU admission, from what was known then." if hours else RETROSPECTIVE
+    missing = [f"{name} {share_:.0%}" for name, share_ in block["missing_per_column"].items() if share_]
+    events = [f"{count:,} {name}" for name, count in block["events_per_type"].items() if count]
+    flow = [f"{step['stays']:,} stays, {step['deaths']:,} deaths: {step['name']}" for step in block["flow"]]
+    points = {(row["group"], row["value"]): row for row in block["operating_points"]}
+    whole = points["all", "all stays"]
+    return MODEL_CARD.format(
+        **record,
+        **content["training"],
+        moment=moment,
+        text_encoder=content["text_encoder"],
+        static_features=", ".join(settings["static_features"]),
+        flow="\n".join(f"- {line}" for line in flow),
+        parts="\n".join(f"| {name} | {n:,} |" for name, n in block["patients_per_part"].items()),
+        missing=", ".join(missing) or "none",
+        events=", ".join(events),
+        part=part,
+        n_stays=metrics["n_stays"],
+        n_patients=metrics["n_patients"],
+        n_deaths=metrics["n_deaths"],
+        note=metrics["note"].capitalize(),
+        figures="\n".join(f"| {METRIC_WORDS[name]} | {metric_text(metrics, name)} |" for name in METRICS),
+        sensitivity=SENSITIVITY,
+        operating=f"{whole['alarms']} alarms for {whole['deaths_found']} of {whole['deaths']} deaths",
+        groups="\n".join(group_line(row, points) for row in block["subgroups"]),
+        limits="\n".join(f"- {limit}" for limit in limits_of(content, part)),
     )
-    return write_whole(path, lambda name: frame.to_parquet(name, index=False))
+
+
+RETROSPECTIVE = (
+    "It reads the whole stay up to discharge or death: it describes a stay that has ended and foresees nothing."
+)
+
+
+def group_line(row: dict[str, Any], points: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Return one group's row of the model card."""
+    point = points[row["group"], row["value"]]
+    alarms = point["alarms_per_true_death"]
+    auroc = row["note"] or f"{row['auroc']:.2f} ({row['auroc_low']:.2f} to {row['auroc_high']:.2f})"
+    alarms_text = f"{alarms:.1f}" if math.isfinite(alarms) else "none found"
+    return f"| {row['group']}: {row['value']} | {row['stays']} | {row['deaths']} | {auroc} | {alarms_text} |"
+
+
+def limits_of(content: dict[str, Any], part: str) -> list[str]:
+    """Return what a reader of the figures must know."""
+    settings, metrics = content["settings"], content["metrics"][part]
+    flagged = [row["name"] for row in content["leakage_audit"] if row["flagged"]]
+    slope = metrics["calibration_slope"]
+    limits = [
+        "Tested on stays of the same data set: other hospitals may differ.",
+        "Groups with fewer than 20 stays of either outcome are not judged; equal figures across groups were not tested.",
+    ]
+    if settings["test_data"]:
+        limits[0] = "Tested on another data set than it was trained on."
+    if part == "validation":
+        limits[0] = "Not tested: the stays of these figures chose the epoch, which flatters the model."
+    if not settings["observation_hours"] and not settings["labels"]:
+        limits.append(RETROSPECTIVE)
+    if content["text_encoder"] == "hashing":
+        limits.append("Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.")
+    if slope["low"] is None or not slope["low"] <= 1 <= slope["high"]:
+        limits.append(f"Its probabilities are not calibrated: {metric_text(metrics, 'calibration_slope')}.")
+    if flagged:
+        limits.append(f"The leakage audit flags {', '.join(flagged)}.")
+    return limits
 
 
 def embed_texts(
@@ -3931,7 +4307,7 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
 
 
 def write_audit(
-    table: StayTable, split: Split, repairs: dict[str, int], settings: Settings, output: Path
+    table: StayTable, split: Split, repairs: dict[str, int], settings: Settings, results: Results
 ) -> list[dict]:
     """Leakage audit of the table and the split: a line in the log, leakage_audit.csv, and its rows."""
     stays = table.stays
@@ -3968,7 +4344,7 @@ def write_audit(
         prospective=settings.prospective,
     )
     logger.info(f"Audit       {audit_summary(audit)}")
-    write_whole(output / "leakage_audit.csv", lambda path: audit.to_csv(path, index=False))
+    results.table("leakage_audit.csv", audit)
     if used := sorted(set(audit.name[audit.flagged]) & set(settings.static_features)):
         logger.warning(
             f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. Leave it out of --static-features."
@@ -3976,171 +4352,145 @@ def write_audit(
     return json.loads(audit.to_json(orient="records"))
 
 
-def write_evaluation(
-    output: Path, table: StayTable, probabilities: np.ndarray, metrics: dict[str, Any], caption: str
-) -> list[Path]:
-    """Curves, calibration, decision curve and subgroups of scored stays whose labels are known."""
-    labels, plots = table.labels, output / "plots"
-    groups = subgroup_table(labels, probabilities, table.stays.patient_id.to_numpy(), subgroups_of_stays(table.stays))
-    return [
-        write_whole(output / "subgroups.csv", lambda path: groups.to_csv(path, index=False)),
-        save_figure(plots / "roc_and_precision_recall.png", plot_roc_and_pr(labels, probabilities, metrics, caption)),
-        save_figure(plots / "calibration.png", plot_calibration(labels, probabilities, metrics, caption)),
-        save_figure(plots / "decision_curve.png", plot_decision_curve(decision_curve(labels, probabilities), caption)),
-    ]
+def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """Score a table with a trained model, refitting nothing; figures where labels are known, trajectories on request."""
+    checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
+    own = settings_of_evaluation(checkpoint.settings, settings, encoder_to_load(checkpoint, settings.text_encoder))
+    source = read_source(own.data, own, accelerator, need_label=False)
+    table = source.table
+    text_encoder, vectors = embed_texts(table.texts, own, accelerator, expected=checkpoint.text_encoder)
 
+    def score(part: StayTable) -> np.ndarray:
+        dataset = ClinicalSequenceDataset(part, checkpoint.preprocessor, vectors)
+        return checkpoint.probabilities(predict_logits(checkpoint.model, dataset, own, accelerator))
 
-def evaluate_checkpoint(
-    checkpoint: Checkpoint, table: StayTable, repairs: dict[str, int], settings: Settings, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Score a table with a trained model, refitting nothing; metrics where the labels are known, trajectories on request."""
-    trained, output = checkpoint.settings, Path(settings.output_dir) / "evaluation"
-    settings = replace(
-        trained,
-        data=settings.data,
-        output_dir=str(output),
-        cache_dir=settings.cache_dir,
-        hf_cache=settings.hf_cache,
-        text_encoder=encoder_to_load(checkpoint, settings.text_encoder),
-        trajectory=settings.trajectory,
-        n_bootstrap=settings.n_bootstrap,
-        first_stay_only=settings.first_stay_only,
-        labels=settings.labels,
-        history_hours=settings.history_hours,
-        observation_hours=0.0 if settings.labels else trained.observation_hours,  # a label has its own time
-    )
-    whole = table
-    table, flow = choose_cohort(table, settings)
-    describe(table, repairs, flow)
-    text_encoder, vectors = embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
-    score = lambda part: checkpoint.probabilities(
-        predict_logits(
-            checkpoint.model, ClinicalSequenceDataset(part, checkpoint.preprocessor, vectors), settings, accelerator
-        )
-    )
-    probabilities = score(table)
-    content: dict[str, Any] = {
+    scored = Scored(table.stays, score(table))
+    trajectories = score_trajectories(source.whole, own, score) if own.trajectory else None
+    if not accelerator.is_main_process:
+        return {}
+    results = Results(Path(own.output_dir), own)
+    results.begin()
+    warn_of_seen_patients(scored.known, checkpoint)
+    caption = f"text encoder: {text_encoder} · {scored.known.words()}"
+    metrics, _ = write_evaluation(results, scored, own, caption)
+    if metrics:
+        log_metrics(metrics, f"Evaluation  of known outcome {scored.known.words()}")
+    if trajectories is not None:
+        write_trajectories(results, trajectories, checkpoint.settings, text_encoder)
+    content = {
         "text_encoder": text_encoder,
-        "cohort": [step._asdict() for step in flow],
-        "dropped_or_repaired": repairs,
+        "checkpoint": settings.evaluate,
+        "cohort": [step._asdict() for step in source.flow],
+        "dropped_or_repaired": source.repairs,
+        "metrics": metrics or None,
     }
-    written = []
-    if accelerator.is_main_process:
-        written += write_predictions(output, table, probabilities, settings)
-    known = np.flatnonzero(~np.isnan(table.labels))
-    if len(known) and accelerator.is_main_process:
-        part = table.take(known)
-        metrics = evaluate_predictions(
-            part.labels, probabilities[known], part.stays.patient_id.to_numpy(), settings.n_bootstrap, settings.seed
-        )
-        content["metrics"] = metrics
-        overlap = part.stays.patient_id.isin(checkpoint.patients["train"] + checkpoint.patients["validation"]).sum()
-        if overlap:
-            logger.warning(
-                f"Evaluation  WARNING: {overlap} of {len(known)} stays are of patients that this model was trained or tuned on; the figures flatter it."
-            )
-        caption = f"text encoder: {text_encoder} · {len(known)} stays of {part.stays.patient_id.nunique()} patients"
-        written += write_evaluation(output, part, probabilities[known], metrics, caption)
-        log_metrics(metrics, f"Evaluation  {len(known)} stays with known outcome, {int(part.labels.sum())} deaths")
-    if settings.trajectory:
-        content["trajectory"] = score_trajectories(whole, settings, score)
-        if accelerator.is_main_process:
-            written += write_trajectories(output, content.pop("trajectory"), trained, text_encoder)
-    if accelerator.is_main_process:
-        written.append(write_json(output / "metrics.json", content))
-        logger.info(f"Encoder     {text_encoder}\nWritten     " + "\n            ".join(map(str, written)))
+    results.json("metrics.json", content)
+    logger.info(f"Encoder     {text_encoder}")
+    results.end()
     return content
 
 
+def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: str) -> Settings:
+    """Return the settings that a model was trained with, but for where data and results lie and what is asked of them."""
+    given = ("data", "output_dir", "cache_dir", "hf_cache", "evaluate", "trajectory", "n_bootstrap", "first_stay_only")
+    own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given})
+    own = replace(own, test_data="", no_test=False, split="", resume=False)
+    if not settings.labels:
+        return replace(own, labels="", history_hours=settings.history_hours)
+    hours = settings.history_hours or trained.history_hours
+    return replace(own, labels=settings.labels, history_hours=hours, observation_hours=0.0)  # a label has its own time
+
+
+def warn_of_seen_patients(scored: Scored, checkpoint: Checkpoint) -> None:
+    """Say how many scored stays are of patients that the model knows."""
+    seen = scored.stays["patient_id"].isin(checkpoint.patients["train"] + checkpoint.patients["validation"]).sum()
+    if seen:
+        logger.warning(
+            f"Evaluation  WARNING: {seen} of {len(scored.stays)} stays are of patients that this model was trained or "
+            "tuned on; the figures flatter it."
+        )
+
+
 def score_trajectories(table: StayTable, settings: Settings, score: Callable[[StayTable], np.ndarray]) -> pd.DataFrame:
-    """Risk of each stay at several hours after admission, each from what was known by then; a stay leaves when it ends."""
+    """Return each stay's risk at several hours after admission, from what was known by then; a stay leaves at its end."""
     rows = []
     for hour in trajectory_hours(settings.trajectory):
         present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
         if len(present.stays):
-            rows.append(
-                pd.DataFrame(
-                    {
-                        "stay": present.stays.icu_stay_id,
-                        "patient_id": present.stays.patient_id,
-                        "hours_after_admission": hour,
-                        "probability": score(present),
-                        "label": present.labels,
-                    }
-                )
-            )
+            frame = present.stays[["icu_stay_id", "patient_id"]]
+            rows.append(frame.assign(hours_after_admission=hour, probability=score(present), label=present.labels))
     if not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
     return pd.concat(rows, ignore_index=True)
 
 
-def write_trajectories(output: Path, trajectories: pd.DataFrame, trained: Settings, text_encoder: str) -> list[Path]:
+def write_trajectories(results: Results, trajectories: pd.DataFrame, trained: Settings, text_encoder: str) -> None:
+    """Write the risks and their picture; warn where the model never learnt from the first hours alone."""
     mode = f"predicts at {trained.observation_hours:g} h" if trained.observation_hours else "read whole stays"
     if not trained.observation_hours:
         logger.warning(
-            "Trajectory  WARNING: the model was trained on whole stays (no --observation-hours), so early risks are extrapolations."
+            "Trajectory  WARNING: the model was trained on whole stays (no --observation-hours), "
+            "so early risks are extrapolations."
         )
-    return [
-        write_whole(
-            output / "risk_trajectories.csv", lambda path: trajectories.to_csv(path, index=False, float_format="%.6f")
-        ),
-        save_figure(
-            output / "plots" / "risk_trajectories.png",
-            plot_risk_trajectories(
-                trajectories, caption=f"the model was trained to: {mode} · text encoder: {text_encoder}"
-            ),
-        ),
-    ]
+    caption = f"the model was trained to: {mode} · text encoder: {text_encoder}"
+    results.table("risk_trajectories.csv", trajectories)
+    results.figure("risk_trajectories.png", plot_risk_trajectories(trajectories, caption))
 
 
-def cross_validate(
+def train_repeatedly(
     cohort: Cohort, splits: Sequence[Split], settings: Settings, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Train and test on every patient-level fold; the spread over folds, and figures over all held-out predictions."""
-    output, folds, parts = Path(settings.output_dir), [], []
-    for number, split in enumerate(splits, start=1):
-        logger.info(f"Fold        {number} of {settings.cross_validate}")
-        folder = output / f"fold_{number}"
-        content = train_and_report(cohort, split, replace(settings, output_dir=str(folder)), accelerator)
-        if content:
-            folds.append({name: content["metrics"]["test"][name]["value"] for name in METRICS})
-            parts.append(pd.read_csv(folder / "predictions.csv").assign(fold=number))
+    """Train once for each fold, or several times with other seeds on one split; write the spread, and pooled figures."""
+    output, unit = Path(settings.output_dir), "fold" if settings.cross_validate else "seed"
+    numbers = range(settings.cross_validate or settings.seeds)
+    rows, parts = [], []
+    for number in numbers:
+        folder = output / f"{unit}_{number + 1}"
+        own = replace(settings, output_dir=str(folder), cross_validate=0, seeds=1, split=str(folder / "split.csv"))
+        if unit == "seed":
+            own = replace(own, seed=settings.seed + number)
+        logger.info(f"{unit.capitalize():11s} {number + 1} of {len(numbers)}")
+        outcome = train_and_report(cohort, splits[number % len(splits)], own, accelerator)
+        if outcome.scored is not None:
+            part = "test" if "test" in outcome.content["metrics"] else "validation"
+            figures = outcome.content["metrics"][part]
+            rows.append({unit: number + 1} | {name: figures[name]["value"] for name in METRICS})
+            parts.append(outcome.scored.stays.assign(fold=number + 1, risk=outcome.scored.probabilities))
     if not accelerator.is_main_process:
         return {}
-    predictions, spread = pd.concat(parts, ignore_index=True), pd.DataFrame(folds).astype(float)
-    pooled = evaluate_predictions(
-        predictions[LABEL].astype(float),
-        predictions.probability,
-        predictions.patient_id.to_numpy(),
-        settings.n_bootstrap,
-        settings.seed,
-    )
+    results, spread = Results(output, settings), pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
+    results.begin()
+    stays = pd.concat(parts, ignore_index=True)
+    if unit == "seed":  # each stay was scored once a seed: its mean risk
+        risk = stays.groupby("icu_stay_id")["risk"].transform("mean")
+        stays = stays.assign(risk=risk).drop_duplicates("icu_stay_id").drop(columns="fold").reset_index(drop=True)
+    scored = Scored(stays.drop(columns="risk"), stays["risk"].to_numpy())
+    what = "all folds' test stays" if unit == "fold" else f"mean risk of {len(numbers)} seeds"
+    caption = f"text encoder: {cohort.text_encoder} · {what}, {scored.words()}"
+    pooled, tables = write_evaluation(results, scored, settings, caption)
     summary = {
-        name: {"mean": float(spread[name].mean()), "sd": float(spread[name].std()), "folds": spread[name].tolist()}
+        name: {"mean": float(spread[name].mean()), "sd": float(spread[name].std()), f"{unit}s": spread[name].tolist()}
         for name in METRICS
     }
-    result = {
+    content = {
         "text_encoder": cohort.text_encoder,
-        "folds": settings.cross_validate,
+        f"{unit}s": len(numbers),
         "spread": summary,
         "pooled": pooled,
+        "tripod_ai": tripod_block(cohort, {}, tables),
         "settings": asdict(settings),
     }
-    logger.info(
-        f"Folds       AUROC {summary['auroc']['mean']:.3f} (sd {summary['auroc']['sd']:.3f}), AUPRC {summary['auprc']['mean']:.3f} (sd {summary['auprc']['sd']:.3f})"
-    )
-    log_metrics(
-        pooled,
-        f"Pooled      {pooled['n_stays']} held-out stays of {pooled['n_patients']} patients, {pooled['n_deaths']} deaths",
-    )
-    written = [
-        write_whole(
-            output / "predictions.csv", lambda path: predictions.to_csv(path, index=False, float_format="%.6f")
-        ),
-        write_json(output / "cross_validation.json", json.loads(json.dumps(result).replace("NaN", "null"))),
-    ]
-    logger.info(f"Encoder     {cohort.text_encoder}\nWritten     " + "\n            ".join(map(str, written)))
-    return result
+    moments = spread[list(METRICS)].agg(["mean", "std"]).rename_axis(unit).reset_index()
+    results.table(f"{unit}s.csv", pd.concat([spread, moments], ignore_index=True))
+    results.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
+    for name in ("auroc", "auprc"):
+        logger.info(
+            f"{unit.capitalize() + 's':11s} {METRIC_WORDS[name]} {summary[name]['mean']:.3f} (sd {summary[name]['sd']:.3f})"
+        )
+    log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
+    logger.info(f"Encoder     {cohort.text_encoder}")
+    results.end()
+    return content
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def figure_of(name, n=60):
         "trajectories": lambda: train.plot_risk_trajectories(
             pd.DataFrame(
                 {
-                    "stay": np.repeat(range(n), 2),
+                    "icu_stay_id": np.repeat(range(n), 2),
                     "hours_after_admission": [6, 24] * n,
                     "probability": np.repeat(risks, 2),
                     "label": np.repeat(labels, 2),
@@ -88,7 +88,7 @@ def test_prevalence_line_lies_at_the_death_rate():
 def test_trajectory_means_come_with_their_numbers():
     trajectories = pd.DataFrame(
         {
-            "stay": [1, 1, 2, 3],
+            "icu_stay_id": [1, 1, 2, 3],
             "hours_after_admission": [6, 24, 6, 6],
             "probability": [0.2, 0.4, 0.6, 0.1],
             "label": [1, 1, 1, 0],
