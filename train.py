@@ -100,6 +100,7 @@ SAMPLE = HERE / "sample_train.csv"
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
 CHECKPOINT_FORMAT = 3
+SECONDS_BETWEEN_LINES = 30  # of progress, in a log
 
 
 class InputError(ValueError):
@@ -111,16 +112,18 @@ class Progress(tqdm):
 
     def __init__(self, *arguments: Any, active: bool = True, **options: Any) -> None:
         self.is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.last_shown = time.monotonic()
         if not self.is_watched:
-            log_format = "{desc:12s}{percentage:3.0f} %, {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
-            quiet = {"delay": 30, "mininterval": 30, "miniters": 1, "file": io.StringIO(), "bar_format": log_format}
-            options |= quiet
+            line = "{desc:12s}{percentage:3.0f} %, {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
+            options |= {"file": io.StringIO(), "bar_format": line}
         super().__init__(*arguments, disable=not active, leave=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show how far it is; an empty message wipes the bar."""
         if self.is_watched:
             super().display(msg, pos)
-        elif msg is None:  # an empty message would wipe the bar
+        elif msg is None and time.monotonic() - self.last_shown > SECONDS_BETWEEN_LINES:
+            self.last_shown = time.monotonic()
             logger.info(str(self))
 
 
@@ -3456,12 +3459,16 @@ def tidy(axes: Axes, xlabel: str, ylabel: str, title: str | None = None) -> None
 
 def metric_text(metrics: dict[str, Any], name: str) -> str:
     """Return `AUROC 0.81 (95 % interval 0.70 to 0.90)`, or that it is not defined."""
-    figure, word = metrics[name], METRIC_WORDS[name]
+    return f"{METRIC_WORDS[name]} {figure_text(metrics[name])}"
+
+
+def figure_text(figure: dict[str, Any]) -> str:
+    """Return a figure with its interval."""
     if figure["value"] is None:
-        return f"{word} not defined"
+        return "not defined"
     low, high = ("unbounded" if figure[side] is None else f"{figure[side]:.2f}" for side in ("low", "high"))
     interval = f" (95 % interval {low} to {high})" if (low, high) != ("unbounded", "unbounded") else ""
-    return f"{word} {figure['value']:.2f}{interval}"
+    return f"{figure['value']:.2f}{interval}"
 
 
 def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
@@ -3541,9 +3548,10 @@ def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[
     )
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
     words = [metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")]
+    words += [metrics["note"]] if metrics["note"] else []
     tidy(curve, "", "observed death rate", "\n".join(words))
-    # Above the axes: inside, the legend would lie on the points of a well or a badly calibrated model.
-    figure.legend(*curve.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside upper center", ncols=2)
+    # Below the axes: inside, the legend would lie on the points of some model or other.
+    curve.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)
     histogram.hist(
         [risks[died == 0], risks[died == 1]],
         bins=np.linspace(0, top, 31),
@@ -3597,7 +3605,8 @@ def plot_attention_heatmap(
     per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
-    image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    top = max(cells.max(), 2.0)  # even attention, 1, is never drawn as the most
+    image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
     label_colors(lower, image, axes)
     shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
     decimals = 0 if np.ptp(times) >= 20 else 1
@@ -3612,7 +3621,7 @@ def draw_layer_maps(figure: SubFigure, shares: np.ndarray) -> None:
     """Draw one panel for each layer of shares (layers, bins, bins), on one scale of colours."""
     panels = np.atleast_1d(figure.subplots(1, len(shares), sharey=True))
     # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
-    norm = PowerNorm(0.5, vmin=0, vmax=max(float(np.quantile(shares, 0.995)), 1e-12))
+    norm = PowerNorm(0.5, vmin=0, vmax=max(float(np.quantile(shares, 0.995)), 2.0))
     for layer, (axes, layer_shares) in enumerate(zip(panels, shares), start=1):
         image = axes.imshow(layer_shares, norm=norm, cmap="cividis", extent=(0, 100, 100, 0), interpolation="nearest")
         tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
@@ -4200,7 +4209,7 @@ def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> st
         n_patients=metrics["n_patients"],
         n_deaths=metrics["n_deaths"],
         note=metrics["note"].capitalize(),
-        figures="\n".join(f"| {METRIC_WORDS[name]} | {metric_text(metrics, name)} |" for name in METRICS),
+        figures="\n".join(f"| {METRIC_WORDS[name]} | {figure_text(metrics[name])} |" for name in METRICS),
         sensitivity=SENSITIVITY,
         operating=f"{whole['alarms']} alarms for {whole['deaths_found']} of {whole['deaths']} deaths",
         groups="\n".join(group_line(row, points) for row in block["subgroups"]),
@@ -4239,8 +4248,8 @@ def limits_of(content: dict[str, Any], part: str) -> list[str]:
         limits.append(RETROSPECTIVE)
     if content["text_encoder"] == "hashing":
         limits.append("Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.")
-    if slope["low"] is None or not slope["low"] <= 1 <= slope["high"]:
-        limits.append(f"Its probabilities are not calibrated: {metric_text(metrics, 'calibration_slope')}.")
+    if None in (slope["low"], slope["high"]) or not slope["low"] <= 1 <= slope["high"]:
+        limits.append(f"Its probabilities are not shown to be calibrated: {metric_text(metrics, 'calibration_slope')}.")
     if flagged:
         limits.append(f"The leakage audit flags {', '.join(flagged)}.")
     return limits
