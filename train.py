@@ -4402,6 +4402,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
 def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: str) -> Settings:
     """Return the settings that a model was trained with, but for where data and results lie and what is asked of them."""
     given = ("data", "output_dir", "cache_dir", "hf_cache", "evaluate", "trajectory", "n_bootstrap", "first_stay_only")
+    given += ("memory_limit", "threads")
     own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given})
     own = replace(own, test_data="", no_test=False, split="", resume=False)
     if not settings.labels:
