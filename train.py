@@ -54,8 +54,8 @@ import textwrap
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -1543,56 +1543,56 @@ def encode_values(texts: Sequence[str], quantiles: dict[str, list[float]]) -> np
 # Text embedding: every distinct text becomes a vector once, kept under the text's MD5
 # ---------------------------------------------------------------------------------------------------------------------
 
-PLAN_CHUNK = 16_384  # texts tokenised at a time: bounds memory, and a chunk that is all cached is never tokenised
+PLAN_CHUNK = 2_048  # texts tokenised at a time: bounds memory, and several processes share the chunks
+KEY = np.dtype("V16")  # an MD5 as one value; numpy's strings would lose the zero bytes at its end
 
 
 class EncoderUnreachable(InputError):
     """The text encoder's weights are neither on this machine nor can they be downloaded."""
 
 
-def clean_text(text) -> str:
-    """The text itself; the empty string where it is missing (None, NaN)."""
-    return text if isinstance(text, str) else "" if pd.isna(text) else str(text)
+def clean_text(text: Any) -> str:
+    """Return the text itself, or the empty string where it is missing (None, NaN)."""
+    if isinstance(text, str):
+        return text
+    return "" if pd.isna(text) else str(text)
 
 
-def without_surrogates(text) -> str:
-    """Lone surrogates, which no tokenizer takes, as question-mark characters."""
+def without_surrogates(text: str) -> str:
+    """Return the text with question marks for lone surrogates, which no tokenizer takes."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
-def text_keys(texts) -> np.ndarray:
-    """MD5 of each text's UTF-8, lone surrogates included: (n, 16) uint8."""
-    digests = (hashlib.md5(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest() for text in texts)
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
-
-
-def key_halves(keys) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 16) uint8 -> the first and the last eight bytes as two (n,) uint64, which sort like the keys."""
-    halves = np.ascontiguousarray(keys, np.uint8).view(">u8").astype(np.uint64)
-    return halves[:, 0], halves[:, 1]
+def text_keys(texts: Iterable[str]) -> np.ndarray:
+    """Return the MD5 of each text's UTF-8, lone surrogates included: (n,) keys of 16 bytes."""
+    encoded = (text.encode("utf-8", "surrogatepass") for text in texts)
+    return np.frombuffer(b"".join(hashlib.md5(text, usedforsecurity=False).digest() for text in encoded), KEY)
 
 
 class EmbeddingCache:
     """Vectors of one encoder on disk, keyed by the text's MD5.
 
     Each append makes one immutable part, `part-<time>-<id>/` with `keys.npy` (n, 16) uint8 and `vectors.npy` (n, dim)
-    float32, under a temporary name first: several processes may append at once, and a killed one leaves no half part.
-    Vectors are memory-mapped, only keys are read. Row numbers from `locate` stay valid for the life of the object.
+    float32, written whole: several processes may append, and a killed one leaves no half part. Vectors are
+    memory-mapped, only keys are read. Row numbers from `locate` stay valid for the life of the object.
     A part that is cut short, of another dimension or not plain arrays is ignored with a warning: its texts are missing.
     """
 
-    def __init__(self, folder, dim: int, legacy_folders=()):
+    def __init__(self, folder: Path, dim: int, legacy_folders: Sequence[Path] = ()) -> None:
         self.folder, self.dim = Path(folder), dim
-        self.legacy_folders = [self.folder, *map(Path, legacy_folders)]  # may hold single <md5>.npy files
-        self._seen, self._vectors, self._ends = set(), [], np.zeros(0, np.int64)
-        self._keys, self._bad, self._stale = np.zeros((0, 16), np.uint8), np.zeros(0, np.int64), False
-        self._index()
+        self.legacy_folders = [self.folder, *legacy_folders]  # may hold single <md5>.npy files
+        self._seen: set[str] = set()  # names of the parts taken in
+        self._parts: list[np.ndarray] = []  # their vectors, memory-mapped
+        self._ends = np.zeros(0, np.int64)  # row number behind the last row of each part
+        self._keys = np.zeros(0, KEY)  # of all rows
         self.refresh()
 
-    def refresh(self):
-        """Takes in the parts that any process has added since the last look."""
-        self._stale, keys, damaged = False, [self._keys], []
-        for path in sorted(path for path in self.folder.glob("part-*") if path.name not in self._seen):
+    def refresh(self) -> None:
+        """Take in the parts that any process has added since the last look."""
+        self._is_stale, keys, damaged = False, [self._keys], []
+        for path in sorted(self.folder.glob("part-*")):
+            if path.name in self._seen:
+                continue
             self._seen.add(path.name)
             try:
                 part_keys, vectors = self._open_part(path)
@@ -1600,206 +1600,235 @@ class EmbeddingCache:
                 damaged.append(path.name)
                 continue
             keys.append(part_keys)
-            self._vectors.append(vectors)
+            self._parts.append(vectors)
         if damaged:
             logger.warning(
-                "%d damaged parts of the embedding cache are ignored, their texts are encoded anew: %s",
-                len(damaged),
-                ", ".join(damaged[:3]),
+                f"{len(damaged)} damaged parts of the embedding cache are ignored, their texts are encoded anew: "
+                + ", ".join(damaged[:3])
             )
-        if len(keys) > 1:
-            self._keys = np.concatenate(keys)
-            self._ends = np.cumsum([len(vectors) for vectors in self._vectors])
-            self._index()
+        self._keys = np.concatenate(keys)
+        self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
+        order = np.argsort(self._keys, kind="stable")  # of two rows with one key, the later part's comes last
+        ordered = self._keys[order]
+        is_last = np.append(ordered[1:] != ordered[:-1], True)[: len(order)]
+        self._sorted_keys, self._sorted_rows = ordered[is_last], order[is_last]
 
-    def _open_part(self, path):
+    def _open_part(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return a part's keys (n,) and memory-mapped vectors (n, dim); raises anything where it is damaged."""
         keys = np.load(path / "keys.npy", allow_pickle=False)
         vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
         if keys.dtype != np.uint8 or vectors.dtype != np.float32:
             raise ValueError("wrong type")
         if keys.shape != (len(vectors), 16) or vectors.shape != (len(keys), self.dim):
             raise ValueError("wrong shape")
-        return keys, np.asarray(vectors)
+        return np.ascontiguousarray(keys).view(KEY)[:, 0], np.asarray(vectors)
 
-    def _index(self):
-        order = np.setdiff1d(np.arange(len(self._keys)), self._bad, assume_unique=True)
-        high, low = key_halves(self._keys[order])
-        by_key = np.lexsort((low, high))  # stable: of two rows with one key, the one of the later part comes last
-        high, low, order = high[by_key], low[by_key], order[by_key]
-        last = np.ones(len(order), bool)
-        last[:-1] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-        self._high, self._low, self._row = high[last], low[last], order[last]
-
-    def locate(self, keys) -> np.ndarray:
-        """Row number of each key, -1 where there is none: (n, 16) uint8 -> (n,) int64."""
-        if self._stale:
+    def locate(self, keys: np.ndarray) -> np.ndarray:
+        """Return the row number of each key, -1 where there is none: (n,) int64."""
+        if self._is_stale:
             self.refresh()
-        high, low = key_halves(keys)
-        place, rows, todo = np.searchsorted(self._high, high), np.full(len(high), -1), np.arange(len(high))
-        while len(todo):  # a second round only for two keys with the same first eight bytes
-            todo = todo[place[todo] < len(self._high)]
-            todo = todo[self._high[place[todo]] == high[todo]]
-            hit = self._low[place[todo]] == low[todo]
-            rows[todo[hit]] = self._row[place[todo[hit]]]
-            todo = todo[~hit]
-            place[todo] += 1
-        return rows
+        if not len(self._sorted_keys):
+            return np.full(len(keys), -1)
+        place = np.searchsorted(self._sorted_keys, keys).clip(max=len(self._sorted_keys) - 1)
+        return np.where(self._sorted_keys[place] == keys, self._sorted_rows[place], -1)
 
-    def take(self, rows) -> np.ndarray:
-        """Vectors of rows that `locate` found: (n,) -> (n, dim) float32."""
-        rows = np.asarray(rows, np.int64)
-        if len(rows) and rows.min() < 0:
-            raise KeyError(f"{(rows < 0).sum()} of {len(rows)} texts have no vector in {self.folder}")
-        out, part_of_row = np.empty((len(rows), self.dim), np.float32), np.searchsorted(self._ends, rows, side="right")
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Return (n,) True where a key has no vector."""
+        return self.locate(keys) < 0
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of rows that `locate` found: (n,) -> (n, dim) float32. Raises KeyError for a -1."""
+        if (n_missing := (rows < 0).sum()) > 0:
+            raise KeyError(f"{n_missing} of {len(rows)} texts have no vector in {self.folder}")
+        vectors = np.empty((len(rows), self.dim), np.float32)
+        part_of_row = np.searchsorted(self._ends, rows, side="right")
         for part in np.unique(part_of_row):
             here = part_of_row == part
-            out[here] = self._vectors[part][rows[here] - (self._ends[part] - len(self._vectors[part]))]
-        return out
+            first_row = self._ends[part] - len(self._parts[part])
+            vectors[here] = self._parts[part][rows[here] - first_row]
+        return vectors
 
-    def gather(self, keys) -> np.ndarray:
-        """(n, 16) uint8 -> (n, dim) float32. Raises KeyError where a key has no vector."""
+    def gather(self, keys: np.ndarray) -> np.ndarray:
+        """Return the keys' vectors, (n, dim) float32. Raises KeyError where a key has none."""
         return self.take(self.locate(keys))
 
-    def missing(self, keys) -> np.ndarray:
-        """(n,) bool, True where there is no usable vector; reads the rows, so that NaN or inf count as missing."""
-        while True:
-            rows = self.locate(keys)
-            found = np.unique(rows[rows >= 0])
-            blocks = np.array_split(found, len(found) // 16_384 + 1)
-            bad = np.concatenate([block[~np.isfinite(self.take(block)).all(axis=1)] for block in blocks])
-            if not len(bad):
-                return rows < 0
-            logger.warning("%d cached vectors hold NaN or infinity and are encoded anew", len(bad))
-            self._bad = np.union1d(self._bad, bad)
-            self._index()
+    def mapped(self, keys: np.ndarray) -> np.ndarray:
+        """Return what `gather` does, memory-mapped from one file that all processes share and later runs find again."""
+        path = self.folder / f"gathered-{hashlib.md5(keys.tobytes()).hexdigest()}"
+        try:
+            with hold(self.folder):  # of several processes the first one writes
+                if not path.exists():
+                    self._write_gathered(path, keys)
+        except InputError:  # the folder is not ours to write to, or full
+            return self.gather(keys)
+        return np.memmap(path, np.float32, "c", shape=(len(keys), self.dim))
 
-    def append(self, keys, vectors):
-        """Adds (n, 16) uint8 keys and their (n, dim) float32 vectors as one part. Raises InputError: disk, NaN."""
-        keys, vectors = np.asarray(keys, np.uint8), np.asarray(vectors, np.float32)
-        if keys.shape != (len(vectors), 16) or vectors.shape != (len(keys), self.dim):
+    def _write_gathered(self, path: Path, keys: np.ndarray) -> None:
+        """Write the keys' vectors to one file; of such files, each as large as the vectors, three are kept."""
+        rows = self.locate(keys)
+
+        def write(name: Path) -> None:
+            with open(name, "wb") as file:
+                for start in range(0, len(rows), 16_384):
+                    self.take(rows[start : start + 16_384]).tofile(file)
+
+        for of_other_texts in sorted(self.folder.glob("gathered-*"), key=os.path.getmtime)[:-2]:
+            remove(of_other_texts)
+        write_whole(path, write)
+
+    def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
+        """Add (n,) keys and their (n, dim) float32 vectors as one part. Raises InputError for NaN or a full disk."""
+        if keys.shape != (len(vectors),) or vectors.shape != (len(keys), self.dim):
             raise ValueError(f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}")
         if not np.isfinite(vectors).all():
             raise InputError("the text encoder gave NaN or infinity: its weights are damaged, or try float32")
 
         def write(part: Path) -> None:
             part.mkdir()
-            np.save(part / "keys.npy", keys, allow_pickle=False)
-            np.save(part / "vectors.npy", vectors, allow_pickle=False)
+            np.save(part / "keys.npy", keys.view(np.uint8).reshape(-1, 16), allow_pickle=False)
+            np.save(part / "vectors.npy", vectors.astype(np.float32), allow_pickle=False)
 
         with hold(self.folder):
             write_whole(self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex}", write)
-        self._stale = True
+        self._is_stale = True
 
-    def adopt_legacy(self, keys, write=True) -> np.ndarray:
-        """Copies vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts: (n,) bool, True where adopted."""
-        adopted, damaged, waiting = np.zeros(len(keys), bool), 0, []
-        todo, names = np.flatnonzero(self.locate(keys) < 0), [bytes(key).hex() + ".npy" for key in keys]
-        for folder in self.legacy_folders:
-            files = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-            for i in (i for i in todo if not adopted[i] and names[i] in files):
-                try:
-                    vector = np.load(folder / names[i], allow_pickle=False).astype(np.float32).reshape(-1)
-                except Exception:  # whatever is wrong with it, its text can be encoded
-                    vector = np.zeros(0)
-                adopted[i] = len(vector) == self.dim and np.isfinite(vector).all()
-                damaged += not adopted[i]
-                waiting += [(keys[i], vector)] if adopted[i] else []
-                if write and len(waiting) >= 50_000:
-                    self.append(*zip(*waiting, strict=True))
-                    waiting = []
-        if damaged:
-            logger.warning("%d single .npy files are damaged or of another dimension, their texts are encoded", damaged)
-        if write and waiting:
-            self.append(*zip(*waiting, strict=True))
-        return adopted
+    def adopt_legacy(self, keys: np.ndarray) -> None:
+        """Copy vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts, for keys that have no vector yet."""
+        names = [f"{key.tobytes().hex()}.npy" for key in keys]
+        n_damaged = 0
+        for folder in filter(Path.is_dir, self.legacy_folders):
+            files = {entry.name for entry in os.scandir(folder)}
+            found = [number for number in np.flatnonzero(self.missing(keys)) if names[number] in files]
+            for start in range(0, len(found), 50_000):  # bounds memory
+                block = {number: self._read_single(folder / names[number]) for number in found[start : start + 50_000]}
+                good = [number for number, vector in block.items() if len(vector)]
+                n_damaged += len(block) - len(good)
+                if good:
+                    self.append(keys[good], np.stack([block[number] for number in good]))
+        if n_damaged:
+            logger.warning(
+                f"{n_damaged} single .npy files are damaged or of another dimension, their texts are encoded"
+            )
+
+    def _read_single(self, path: Path) -> np.ndarray:
+        """Return the (dim,) vector of a file of the earlier layout, or (0,) whatever is wrong with it."""
+        try:
+            vector = np.load(path, allow_pickle=False).astype(np.float32).reshape(self.dim)
+        except Exception:
+            return np.zeros(0, np.float32)
+        return vector if np.isfinite(vector).all() else np.zeros(0, np.float32)
 
 
 class TextEncoder:
     """What all encoders share: distinct texts only, planned in batches, cached. A subclass has `_load`, `_tokenise`
     (texts -> anything with a length), `_forward` (device number, tokenised texts -> (n, dim) float32) and these:
 
-    id (str, for logs and metrics), dim (int), cache (EmbeddingCache), n_encoded (texts encoded by this object).
+    id (for logs and metrics), dim, cache, n_encoded (texts encoded by this object).
     """
 
+    id: str
+    dim: int
+    cache: EmbeddingCache
     flush_seconds = 30.0  # a killed run loses at most this much work
     budget = 200_000  # tokens in a batch
+    max_tokens = 512  # of a text
     n_devices = 1
     n_encoded = 0
 
-    def embed(self, texts, rank=0, world=1, progress=True):
-        """Sees to it that every text is in the cache. Of several processes each calls it with all texts and its rank.
+    def _load(self) -> None:
+        """Make ready to encode. Raises InputError where the weights are unusable."""
+        raise NotImplementedError
 
-        The batches are planned over all texts, cached or not, so a run that was killed and started again forms the
-        same batches and gives the same vectors, bit for bit. What is done is kept when the run is stopped.
+    def _tokenise(self, texts: Sequence[str]) -> list:
+        """Return each text's tokens."""
+        raise NotImplementedError
+
+    def _forward(self, device_number: int, tokens: list) -> np.ndarray:
+        """Return the vectors of tokenised texts: (n, dim) float32."""
+        raise NotImplementedError
+
+    def encode_event_text_batch(self, texts: Iterable[Any], batch_size: int = 32) -> np.ndarray:
+        """Return the texts' vectors, (n, dim) float32; missing text is the empty string.
+
+        Each distinct text is computed once and kept in the cache. A batch has at most as many tokens as `batch_size`
+        texts of full length, so that short texts come by the hundred.
         """
-        texts = list(dict.fromkeys(map(clean_text, texts)))
+        return self.cache.gather(self.embed(texts, progress=False, batch_size=batch_size))
+
+    def vectors(self, texts: Iterable[Any]) -> np.ndarray:
+        """Return the vectors of texts that `embed` has seen, (n, dim) float32. Raises KeyError for others."""
+        self.cache.refresh()  # another process may have encoded them
+        return self.cache.gather(text_keys(map(clean_text, texts)))
+
+    def embed(
+        self, texts: Iterable[Any], rank: int = 0, world: int = 1, progress: bool = True, batch_size: int = 64
+    ) -> np.ndarray:
+        """See to it that every text is in the cache; return the texts' keys (n,).
+
+        Of several processes each calls this with all texts and its rank, and has done its share when it returns.
+        Batches are planned over all texts, cached or not: a run that was killed and started again forms the same
+        batches and gives the same vectors, bit for bit. What is done is kept when the run is stopped.
+        """
+        texts = [clean_text(text) for text in texts]
         keys = text_keys(texts)
+        distinct = np.unique(keys, return_index=True)[1]
+        longest_first = distinct[np.argsort([-len(texts[i]) for i in distinct], kind="stable")]
+        size = int(np.clip(len(distinct) // 16, 64, PLAN_CHUNK))
+        chunks = [longest_first[start : start + size] for start in range(0, len(distinct), size)][rank::world]
+        if not chunks:
+            return keys
+        own = np.concatenate(chunks)
         self.cache.refresh()
-        adopted = self.cache.adopt_legacy(keys, write=rank == 0)
-        missing = self.cache.missing(keys) & ~adopted
-        if not missing.any():
-            return
-        self._load()
-        done, flushed = [], time.monotonic()
-        total = -(-int(missing.sum()) // world)
-        with Progress(total=total, desc="encoding", unit=" texts", active=progress) as bar:
-            try:
-                for numbers, vectors in self._encoded(self._batches(texts, keys, missing, rank, world)):
-                    done.append((keys[numbers], vectors))
-                    self.n_encoded += len(numbers)
-                    bar.update(len(numbers))
-                    if time.monotonic() - flushed > self.flush_seconds:
-                        ready, done, flushed = done, [], time.monotonic()
-                        self.cache.append(*map(np.concatenate, zip(*ready, strict=True)))
-            finally:  # also on Ctrl-C
-                if done:
-                    self.cache.append(*map(np.concatenate, zip(*done, strict=True)))
+        self.cache.adopt_legacy(keys[own])
+        is_missing = np.zeros(len(texts), bool)
+        is_missing[own] = self.cache.missing(keys[own])
+        if is_missing.any():
+            self._load()
+            with Progress(total=int(is_missing.sum()), desc="encoding", unit=" texts", active=progress) as bar:
+                self._fill_cache(keys, self._batches(texts, chunks, is_missing, batch_size), bar)
+        return keys
 
-    def vectors(self, texts) -> np.ndarray:
-        """Vectors of texts that `embed` has seen: (n, dim) float32. Raises KeyError for others."""
-        keys = text_keys(map(clean_text, texts))
-        if (self.cache.locate(keys) < 0).any():
-            self.cache.refresh()  # another process may have encoded them
-        return self.cache.gather(keys)
+    def _fill_cache(self, keys: np.ndarray, batches: Iterable[tuple[np.ndarray, list]], bar: tqdm) -> None:
+        """Encode the batches, and write what is done as a part of the cache every `flush_seconds`."""
+        done: list[tuple[np.ndarray, np.ndarray]] = []  # keys and vectors of a batch
+        flushed = time.monotonic()
+        try:
+            for numbers, vectors in self._encoded(batches):
+                done.append((keys[numbers], vectors))
+                self.n_encoded += len(numbers)
+                bar.update(len(numbers))
+                if time.monotonic() - flushed > self.flush_seconds:
+                    self._keep(done)
+                    flushed = time.monotonic()
+        finally:  # also on Ctrl-C
+            self._keep(done)
 
-    def encode_event_text_batch(self, texts, batch_size=32) -> np.ndarray:
-        """Encodes the texts as they come, past the cache: (n, dim) float32, missing text as the empty string."""
-        self._load()
-        tokens = self._tokenise(list(map(clean_text, texts)))
-        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # alike lengths together: little padding
-        out = np.zeros((len(tokens), self.dim), np.float32)
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            out[numbers] = self._forward(0, [tokens[i] for i in numbers])
-        self.n_encoded += len(tokens)
-        return out
+    def _keep(self, done: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Write the batches as one part of the cache, and empty the list."""
+        if done:
+            keys, vectors = zip(*done)
+            self.cache.append(np.concatenate(keys), np.concatenate(vectors))
+            done.clear()
 
-    def _batches(self, texts, keys, missing, rank, world):
-        """Yields (numbers of missing texts, their tokens), longest first, so that memory peaks at once."""
-        order = np.lexsort((*key_halves(keys), [-len(text) for text in texts]))
-        for chunk_number, start in enumerate(range(0, len(order), PLAN_CHUNK)):
-            chunk = order[start : start + PLAN_CHUNK]
-            if not missing[chunk].any():
+    def _batches(
+        self, texts: list[str], chunks: list[np.ndarray], is_missing: np.ndarray, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, list]]:
+        """Yield numbers of missing texts and their tokens, longest first, so that memory peaks at once."""
+        budget = min(self.budget, batch_size * self.max_tokens)
+        for chunk in chunks:
+            if not is_missing[chunk].any():
                 continue
             tokens = self._tokenise([texts[i] for i in chunk])
-            lengths = np.array([max(1, len(text_tokens)) for text_tokens in tokens])
-            by_length = np.argsort(-lengths, kind="stable")
-            for batch_number, batch in enumerate(self._split(by_length, lengths[by_length])):
-                batch = [j for j in batch if missing[chunk[j]]]
-                if batch and (chunk_number + batch_number) % world == rank:
-                    yield chunk[batch], [tokens[j] for j in batch]
+            lengths = np.array([len(text_tokens) for text_tokens in tokens])
+            for batch in split_by_budget(lengths, budget):
+                missing = [place for place in batch if is_missing[chunk[place]]]
+                if missing:
+                    yield chunk[missing], [tokens[place] for place in missing]
 
-    def _split(self, numbers, lengths):
-        """Cuts numbers, sorted by falling length, into batches under the budget with at most a quarter of padding."""
-        while len(numbers):
-            size = np.searchsorted(-lengths, -0.75 * lengths[0], side="right")
-            size = min(size, max(1, self.budget // lengths[0]))
-            yield numbers[:size]
-            numbers, lengths = numbers[size:], lengths[size:]
-
-    def _encoded(self, batches):
-        """Yields (numbers, vectors) in the order of the batches; one thread per device, two batches ahead."""
-        pools, waiting = [ThreadPoolExecutor(1) for _ in range(self.n_devices)], deque()
+    def _encoded(self, batches: Iterable[tuple[np.ndarray, list]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield numbers and vectors in the order of the batches; one thread per device, two batches ahead."""
+        pools = [ThreadPoolExecutor(1) for _ in range(self.n_devices)]
+        waiting: deque[tuple[np.ndarray, Future]] = deque()
         try:
             for count, (numbers, tokens) in enumerate(batches):
                 device = count % self.n_devices
@@ -1812,6 +1841,19 @@ class TextEncoder:
         finally:
             for pool in pools:
                 pool.shutdown(cancel_futures=True)
+
+
+def split_by_budget(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Yield batches of places, longest first, each with at most `budget` padded tokens and a quarter of padding."""
+    order = np.argsort(-lengths, kind="stable")
+    falling = lengths[order]
+    start = 0
+    while start < len(order):
+        longest = max(1, falling[start])
+        alike = np.searchsorted(-falling, -0.75 * longest, side="right") - start
+        size = max(1, min(alike, budget // longest))
+        yield order[start : start + size]
+        start += size
 
 
 NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?"  # 4, 4.1, or 4e+00
@@ -1828,16 +1870,16 @@ class HashingTextEncoder(TextEncoder):
 
     id, dim, n_features = "hashing", 768, 2**14
 
-    def __init__(self, cache_dir=Path("clinical_LF_precomp_emb")):
+    def __init__(self, cache_dir: Path = Path("clinical_LF_precomp_emb")) -> None:
         self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v3-768", self.dim)
         self._projection = None
 
     @staticmethod
-    def _of_its_item(text):
+    def _of_its_item(text: str) -> list[str]:
         item, *parts = text.lower().split(" | ")
         return [item, *(f"{item} {part}" for part in parts), *(f"{item} {re.sub(NUMBER, '#', part)}" for part in parts)]
 
-    def _load(self):
+    def _load(self) -> None:
         if self._projection is None:
             options = dict(n_features=self.n_features, norm=None, dtype=np.float32)  # norm=None: signed whole counts
             vectorizers = (
@@ -1849,11 +1891,11 @@ class HashingTextEncoder(TextEncoder):
             weights = np.sqrt(np.array([0.8, 0.15, 0.05], np.float32))
             self._projection = list(zip(vectorizers, signs.astype(np.float32) * 2 - 1, weights))
 
-    def _tokenise(self, texts):
+    def _tokenise(self, texts: Sequence[str]) -> list[str]:
         # A number keeps its first digit and its magnitude: 4.1 and 4.3 are one word, 4e+00, not two unrelated ones.
         return [re.sub(NUMBER, lambda found: f"{float(found[0]):.0e}", without_surrogates(text)) for text in texts]
 
-    def _forward(self, device_number, texts):
+    def _forward(self, device_number: int, texts: list[str]) -> np.ndarray:
         out = np.zeros((len(texts), self.dim), np.float32)
         for vectorizer, signs, weight in self._projection:
             counts = vectorizer.transform(texts)  # (n, n_features) sparse
@@ -1863,63 +1905,69 @@ class HashingTextEncoder(TextEncoder):
 
 
 class ClinicalTextEncoder(TextEncoder):
-    """A frozen Hugging Face encoder; a text's vector is the last layer's output at the first (CLS) token.
+    """A frozen Hugging Face encoder; a text's vector is the last layer's output at the first (CLS) token, or what a
+    sentence-transformers folder asks for (see `folder_pooling`).
 
     name: a hub id, downloaded once to `weights_dir` (Clinical-Longformer to `clinical_longformer/` there), or a folder.
-    Vectors are kept in a folder of `cache_dir` of their own for each (id, revision, max_tokens), for a local folder
-    each content. They are reused whatever dtype ("auto", "float32", "bfloat16") or device made them.
-    devices: None for all CUDA devices, else CPU. Raises InputError when the weights are unusable, EncoderUnreachable
+    Vectors are kept in a folder of `cache_dir` of their own for each id, revision, pooling and max_tokens, for a local
+    folder each content. They are reused whatever dtype ("auto", "float32", "bfloat16") or device made them.
+    devices: None for all CUDA devices, else the CPU. Raises InputError when the weights are unusable, EncoderUnreachable
     when they are nowhere to be had; both when built with an empty cache, else when first needed. Runs no foreign code.
     """
 
     def __init__(
         self,
-        name=CLINICAL_LONGFORMER,
-        revision=None,
-        max_tokens=512,
-        cache_dir=Path("clinical_LF_precomp_emb"),
-        weights_dir=Path("hf_cache"),
-        devices=None,
-        dtype="auto",
-    ):
-        self.name, self.revision, self.max_tokens, self._models = str(name), revision, max_tokens, []
-        is_default = (self.name, revision, max_tokens) == (CLINICAL_LONGFORMER, None, 512)
-        self._local = not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.name) or Path(self.name).is_dir()
-        if self._local:
+        name: str | Path = CLINICAL_LONGFORMER,
+        revision: str | None = None,
+        max_tokens: int = 512,
+        cache_dir: Path = Path("clinical_LF_precomp_emb"),
+        weights_dir: Path = Path("hf_cache"),
+        devices: Sequence[str | torch.device] | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        self.name, self.revision, self.max_tokens = str(name), revision, max_tokens
+        self._is_local = not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.name) or Path(self.name).is_dir()
+        if self._is_local:
             self._folder = Path(self.name)
             self.id = f"{self._folder.resolve().name}@{folder_fingerprint(self._folder)}"
         else:
             self.id = self.name + (f"@{revision}" if revision else "")
-            short = "clinical_longformer" if self.id == CLINICAL_LONGFORMER else re.sub(r"[^\w.-]", "--", self.id)
+            short = "clinical_longformer" if self.id == CLINICAL_LONGFORMER else as_file_name(self.id)
             self._folder = Path(weights_dir) / short
-        self._cache_folder = Path(cache_dir) / (re.sub(r"[^\w.-]", "--", self.id) + f"-cls-{max_tokens}")
-        self._metadata = self._read_metadata()
-        self.dim = self._metadata.get("dim") or self._config().hidden_size
-        self.cache = EmbeddingCache(self._cache_folder, self.dim, [Path(cache_dir)] if is_default else [])
+        self.pooling, self.dim = self._pooling_and_dim(Path(cache_dir))
+        cache_folder = Path(cache_dir) / f"{as_file_name(self.id)}-{self.pooling}-{max_tokens}"
+        is_default = (self.id, self.pooling, max_tokens) == (CLINICAL_LONGFORMER, "cls", 512)
+        self.cache = EmbeddingCache(cache_folder, self.dim, [Path(cache_dir)] if is_default else [])
         devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
         self._devices = [torch.device(device) for device in devices]
+        self._models: list[nn.Module] = []  # one for each device, once loaded
         self.n_devices, self._dtype = len(self._devices), encoder_dtype(dtype, self._devices[0])
         self.budget = 32_768 if self._devices[0].type == "cuda" else 2_048
 
-    def _read_metadata(self) -> dict:
-        with contextlib.suppress(OSError, ValueError):
-            metadata = json.loads((self._cache_folder / "encoder.json").read_text("utf-8"))
-            if isinstance(metadata, dict) and isinstance(metadata.get("dim"), int) and metadata["dim"] > 0:
-                return metadata
-        return {}
+    def _pooling_and_dim(self, cache_dir: Path) -> tuple[str, int]:
+        """Return pooling and dimension: the model's own, or the cache's where its weights are no longer here."""
+        if not self._is_local and not (self._folder / "config.json").is_file():
+            for path in sorted(cache_dir.glob(f"{as_file_name(self.id)}-*-{self.max_tokens}/encoder.json")):
+                described = read_description(path)
+                if described.get("encoder") == self.id:
+                    return described["pooling"], described["dim"]
+        config = self._config()
+        with usable_encoder(self._folder):
+            return folder_pooling(self._folder), config.hidden_size
 
-    def _config(self):
-        if not (self._folder / "config.json").is_file():
-            if self._local:
-                raise InputError(
-                    f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer "
-                    "is needed, as save_pretrained writes it"
-                )
+    def _config(self) -> transformers.PretrainedConfig:
+        """Return the model's configuration, downloaded first where it is not here."""
+        if self._is_local and not (self._folder / "config.json").is_file():
+            raise InputError(
+                f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer is needed, "
+                "as save_pretrained writes it"
+            )
+        if not self._is_local:
             download_encoder(self.name, self.revision, self._folder)
         with usable_encoder(self._folder):
             return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
 
-    def _load(self):
+    def _load(self) -> None:
         if self._models:
             return
         config = self._config()
@@ -1928,76 +1976,150 @@ class ClinicalTextEncoder(TextEncoder):
             model, info = transformers.AutoModel.from_pretrained(
                 self._folder, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True
             )
+            self._length_limit = min(self.max_tokens, position_limit(config), folder_token_limit(self._folder))
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
             raise InputError(f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source")
         lost = [key for key in info["missing_keys"] if "pooler" not in key]
         if lost or config.is_encoder_decoder:
             raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
         self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
-        self._length_limit = min(self.max_tokens, position_limit(config))
+        self._n_tokens_known = model.get_input_embeddings().num_embeddings
         self._check_weights(model)
-        windows = set(getattr(config, "attention_window", [])) if config.model_type == "longformer" else set()
-        self._window = windows.pop() if len(windows) == 1 and self._length_limit <= 1024 else None  # a band fits memory
-        model = (longformer_as_roberta(model) if self._window else model).to(self._dtype).eval().requires_grad_(False)
-        # the last device takes the model itself, the others copies of it
+        self._window = common_window(config) if self._length_limit <= 1024 else None  # a longer band takes much memory
+        if self._window is not None:
+            model = longformer_as_roberta(model)
+        model = model.to(self._dtype).eval().requires_grad_(False)
         if self._devices[0].type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            for module in model.modules():
-                if type(module) is torch.nn.Linear:
-                    module.__class__ = OneDnnLinear
+            use_one_dnn(model)
+        # the last device takes the model itself, the others copies of it
         others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]
         self._models = [*others, model.to(self._devices[-1])]
 
-    def _check_weights(self, model):
-        """Refuses weights other than those the cache was made with; writes the cache's metadata where there is none."""
+    def _check_weights(self, model: nn.Module) -> None:
+        """Refuse weights other than those the cache was made with; describe them there, where nothing does."""
+        path = self.cache.folder / "encoder.json"
         weights = model_fingerprint(model, self._tokenizer)
-        if self._metadata.get("weights", weights) != weights or self.dim != model.config.hidden_size:
+        described = read_description(path)
+        if described.get("weights", weights) != weights or described.get("dim", self.dim) != self.dim:
             raise InputError(
-                f"{self._cache_folder} holds vectors of other weights than {self._folder}: "
+                f"{self.cache.folder} holds vectors of other weights than {self._folder}: "
                 "give the old weights, or move that cache folder away"
             )
-        self._metadata = dict(
-            encoder=self.id,
-            revision=self.revision,
-            pooling="cls",
-            max_tokens=self.max_tokens,
-            dim=self.dim,
-            weights=weights,
-        )
-        write_json(self._cache_folder / "encoder.json", self._metadata)
+        description = {
+            "encoder": self.id,
+            "revision": self.revision,
+            "pooling": self.pooling,
+            "max_tokens": self.max_tokens,
+            "dim": self.dim,
+            "weights": weights,
+        }
+        if described != description:
+            write_json(path, description)
 
-    def _tokenise(self, texts):
-        options = dict(truncation=True, max_length=self._length_limit, return_attention_mask=False)
-        return self._tokenizer(list(map(without_surrogates, texts)), **options)["input_ids"] if texts else []
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        clean = [without_surrogates(text) for text in texts]
+        options = {"truncation": True, "max_length": self._length_limit, "return_attention_mask": False}
+        tokens = self._tokenizer(clean, **options)["input_ids"]
+        return [text_tokens or [self._pad] for text_tokens in tokens]
 
     @torch.inference_mode()
-    def _forward(self, device_number, tokens):
-        lengths = torch.tensor([len(text_tokens) for text_tokens in tokens])
-        longest = int(lengths.max())
-        ids = torch.tensor([text_tokens + [self._pad] * (longest - len(text_tokens)) for text_tokens in tokens])  # n, L
-        is_token = torch.arange(longest) < lengths[:, None]  # (n, L)
-        mask = is_token.long() if self._window is None else band_mask(is_token, self._window)
+    def _forward(self, device_number: int, tokens: list[list[int]]) -> np.ndarray:
         device = self._devices[device_number]
+        lengths = torch.tensor([len(text_tokens) for text_tokens in tokens])
+        is_token = torch.arange(int(lengths.max())) < lengths[:, None]  # (n, L)
+        ids = torch.full(is_token.shape, self._pad)  # (n, L)
+        ids[is_token] = torch.tensor([token for text_tokens in tokens for token in text_tokens])
+        if int(ids.max()) >= self._n_tokens_known:
+            raise InputError(
+                f"{self._folder}: its tokenizer gives token number {int(ids.max())}, its model knows "
+                f"{self._n_tokens_known}. They are of two models: copy both from one source."
+            )
+        mask = is_token.long() if self._window is None else band_mask(is_token, self._window)
         mask = mask if mask is None else mask.to(device)
         hidden = self._models[device_number](input_ids=ids.to(device), attention_mask=mask).last_hidden_state
-        return hidden[:, 0].float().cpu().numpy()
+        return pool_tokens(hidden.float(), is_token.to(device), self.pooling).cpu().numpy()
 
 
-class OneDnnLinear(torch.nn.Linear):
-    """A Linear through oneDNN, as bfloat16 has it anyway: on AMD processors twice as fast as MKL, torch's choice."""
-
-    def forward(self, inputs):
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-
-
-def make_text_encoder(name=CLINICAL_LONGFORMER, **options) -> TextEncoder:
-    """The encoder of `--text-encoder`: "hashing", a hub id or a folder. For options see ClinicalTextEncoder."""
+def make_text_encoder(name: str = CLINICAL_LONGFORMER, **options: Any) -> TextEncoder:
+    """Return the encoder of `--text-encoder`: "hashing", a hub id or a folder. For options see ClinicalTextEncoder."""
     if name == "hashing":
         return HashingTextEncoder(options.get("cache_dir", Path("clinical_LF_precomp_emb")))
     return ClinicalTextEncoder(name, **options)
 
 
-def band_mask(is_token, window):
-    """Longformer's local attention as a mask for SDPA, True where attention may look; None where it may everywhere.
+POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+
+
+def folder_pooling(folder: Path) -> str:
+    """Return how a model folder makes a text's vector: "cls", "mean" or "last" token, "-unit" behind it if normalised.
+
+    A sentence-transformers folder says it in `1_Pooling/config.json` and `modules.json`; CLS where nothing is said.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "cls"
+    wishes = json.loads(path.read_text("utf-8"))
+    modes = [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
+    unknown = set(modes) - set(POOLINGS)
+    if unknown or len(modes) != 1:
+        raise InputError(f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.")
+    modules = folder / "modules.json"
+    kinds = [module["type"] for module in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
+    if any(kind.endswith(".Dense") for kind in kinds):
+        raise InputError(
+            f"{modules} has a Dense layer behind the pooling, which is not run here. Give another encoder."
+        )
+    is_unit = any(kind.endswith(".Normalize") for kind in kinds)
+    return POOLINGS[modes[0]] + ("-unit" if is_unit else "")
+
+
+def folder_token_limit(folder: Path) -> int:
+    """Return after how many tokens a sentence-transformers folder wants its texts cut."""
+    path = folder / "sentence_bert_config.json"
+    wishes = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return wishes.get("max_seq_length") or 1_000_000
+
+
+def pool_tokens(hidden: Tensor, is_token: Tensor, pooling: str) -> Tensor:
+    """Return one vector per text: hidden (n, L, dim), is_token (n, L) -> (n, dim)."""
+    mode, _, unit = pooling.partition("-")
+    if mode == "cls":
+        vectors = hidden[:, 0]
+    elif mode == "mean":
+        vectors = (hidden * is_token[:, :, None]).sum(1) / is_token.sum(1, keepdim=True)
+    else:
+        last = is_token.sum(1) - 1
+        vectors = hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return F.normalize(vectors, dim=1) if unit else vectors
+
+
+class OneDnnLinear(nn.Module):
+    """A Linear through oneDNN, as bfloat16 has it anyway: on AMD processors twice as fast as MKL, torch's choice."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+
+def use_one_dnn(model: nn.Module) -> None:
+    """Put a OneDnnLinear in the place of every Linear of the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, OneDnnLinear(child))
+
+
+def common_window(config: transformers.PretrainedConfig) -> int | None:
+    """Return a Longformer's attention window if all its layers have the same; None for any other model."""
+    windows = set(config.attention_window) if config.model_type == "longformer" else set()
+    return windows.pop() if len(windows) == 1 else None
+
+
+def band_mask(is_token: Tensor, window: int) -> Tensor | None:
+    """Return Longformer's local attention as a mask for SDPA, True where attention may look; None for everywhere.
 
     is_token (n, L) bool -> (n, 1, 1, L) while the window covers every pair of tokens, else (n, 1, L, L).
     """
@@ -2005,47 +2127,65 @@ def band_mask(is_token, window):
     if length <= window // 2 + 1:
         return None if is_token.all() else is_token[:, None, None, :]
     place = torch.arange(length)
-    distance = (place[:, None] - place[None, :]).abs()
-    # padding looks at itself, so that no softmax runs over nothing
-    return ((distance <= window // 2) & is_token[:, None, :] | (distance == 0))[:, None]
+    distance = (place[:, None] - place[None, :]).abs()  # (L, L)
+    in_window = (distance <= window // 2) & is_token[:, None, :]  # (n, L, L)
+    is_self = distance == 0  # padding looks at itself, so that no softmax runs over nothing
+    return (in_window | is_self)[:, None]
 
 
-def longformer_as_roberta(longformer):
-    """The same weights in RoBERTa's layers: without global attention (`*_global`) the two differ by the band only."""
+def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
+    """Return the same weights in RoBERTa's layers: without global attention (`*_global`) the two differ by the band."""
     names = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
         "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
     ).split()
     config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names})
     roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
-    weights = {
-        name: value
-        for name, value in longformer.state_dict().items()
-        if "_global." not in name and not name.startswith("pooler.") and not name.endswith("position_ids")
-    }
-    roberta.load_state_dict(weights, strict=True)
+    not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
+    weights = longformer.state_dict()
+    roberta.load_state_dict({name: weights[name] for name in weights if not not_there.search(name)}, strict=True)
     return roberta
 
 
-def position_limit(config) -> int:
-    """The most tokens the model has positions for; RoBERTa's kin count them from behind the padding token."""
+def position_limit(config: transformers.PretrainedConfig) -> int:
+    """Return the most tokens the model has positions for; RoBERTa's kin count them from behind the padding token."""
     limit = getattr(config, "max_position_embeddings", None) or 1_000_000
     kin = ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
     return limit - (config.pad_token_id + 1 if config.model_type in kin else 0)
 
 
-def encoder_dtype(dtype, device) -> torch.dtype:
-    """ "auto" is bfloat16 where the hardware multiplies it (CUDA from Ampere, AMX, AVX-512-BF16), else float32."""
+def encoder_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the named dtype; "auto" is bfloat16 where the hardware multiplies it, else float32.
+
+    It does on CUDA devices from Ampere, and on processors with AMX or AVX-512-BF16.
+    """
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.bfloat16 if any(check and check() for check in checks) else torch.float32
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        has_bfloat16 = any(check() for check in checks if check)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def folder_fingerprint(folder) -> str:
-    """12 hex digits that change with a model folder's content: names, sizes, first and last MB of each file."""
+def as_file_name(encoder: str) -> str:
+    """Return an encoder's id as the name of a folder."""
+    return re.sub(r"[^\w.-]", "--", encoder)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Return what a cache folder's encoder.json says, or nothing where it is missing, damaged or of another program."""
+    try:
+        description = json.loads(path.read_text("utf-8"))
+        is_whole = description["dim"] > 0 and {"encoder", "pooling", "weights"} <= set(description)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return description if is_whole else {}
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return 12 hex digits that change with a model folder's files: names, sizes, first and last MB of each."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*")):
         if path.suffix in (".json", ".txt", ".model", ".safetensors", ".bin") and path.is_file():
@@ -2057,8 +2197,8 @@ def folder_fingerprint(folder) -> str:
     return digest.hexdigest()[:12]
 
 
-def model_fingerprint(model, tokenizer) -> str:
-    """12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever files they came in."""
+def model_fingerprint(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    """Return 12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever files held them."""
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("pooler."):  # never used, and random where the files have none
@@ -2067,13 +2207,15 @@ def model_fingerprint(model, tokenizer) -> str:
 
 
 @contextlib.contextmanager
-def usable_encoder(folder):
-    """Keeps transformers quiet and turns whatever it raises about a folder into an InputError."""
+def usable_encoder(folder: Path) -> Iterator[None]:
+    """Keep transformers quiet, and turn whatever it raises about a folder into an InputError."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})") from error
@@ -2082,31 +2224,31 @@ def usable_encoder(folder):
         transformers.utils.logging.set_verbosity(verbosity)
 
 
-def download_encoder(name, revision, folder):
-    """Downloads a model's files (weights, config, tokenizer; no code) to `folder`; goes on where it was stopped."""
+def download_encoder(name: str, revision: str | None, folder: Path) -> None:
+    """Download a model's files (weights, config, tokenizer; no code) to `folder`, unless they are there.
+
+    Goes on where it was stopped. Of several processes the first one downloads.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
+    if (folder / "config.json").is_file():
+        return
     partial = folder.with_name(f".{folder.name}.partial")
-    try:  # one request without retries: on a machine without network this fails within seconds
-        files = [file.rfilename for file in HfApi(token=False).model_info(name, revision=revision, timeout=10).siblings]
-        safe = any(re.match(r"model.*\.safetensors", file) for file in files)
-        weights = "model*.safetensors" if safe else "pytorch_model*.bin"
-        snapshot_download(
-            name,
-            revision=revision,
-            local_dir=partial,
-            token=False,
-            allow_patterns=["*.json", "*.txt", "*.model", weights],
-        )
-        partial.rename(folder)
-    except Exception as error:
-        if (folder / "config.json").is_file():
-            return  # another process was faster
-        raise EncoderUnreachable(
-            f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). Either "
-            "copy its files there from a machine with network (or give the folder as --text-encoder PATH), or run with "
-            "--text-encoder hashing, which needs no weights"
-        ) from error
+    with hold(folder.parent):
+        if (folder / "config.json").is_file():  # another process was faster
+            return
+        try:  # one request without retries: on a machine without network this fails within seconds
+            siblings = HfApi(token=False).model_info(name, revision=revision, timeout=10).siblings or []
+            is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in siblings)
+            wanted = ["*.json", "*.txt", "*.model", "model*.safetensors" if is_safe else "pytorch_model*.bin"]
+            snapshot_download(name, revision=revision, local_dir=partial, token=False, allow_patterns=wanted)
+            partial.rename(folder)
+        except Exception as error:
+            raise EncoderUnreachable(
+                f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). "
+                "Either copy its files there from a machine with network (or give the folder as --text-encoder PATH), "
+                "or run with --text-encoder hashing, which needs no weights"
+            ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4258,11 +4400,44 @@ def limits_of(content: dict[str, Any], part: str) -> list[str]:
 def embed_texts(
     texts: np.ndarray, settings: Settings, accelerator: Accelerator, expected: str | None = None
 ) -> tuple[str, np.ndarray]:
-    """Identity of the encoder and (n_texts, E) vectors of the distinct texts; only new ones are computed, by all processes.
+    """Return the encoder's identity and the texts' vectors (n_texts, E); only new ones are computed, by all processes.
 
-    On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on a user's data that is an error.
+    The vectors are memory-mapped. On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on a
+    user's data that is an error. A failure of one process is one of all, so that none waits for another in vain.
     """
-    options = {
+    started = time.monotonic()
+    failure = None
+    try:
+        encoder = make_text_encoder(settings.text_encoder, **encoder_options(settings, accelerator))
+        if expected is not None and encoder.id != expected:
+            raise InputError(
+                f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. "
+                "Give the same encoder."
+            )
+        keys = encoder.embed(texts, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process)
+    except InputError as error:
+        failure = error
+    for failure in gather_object([failure]):  # also waits until all have done their share
+        may_fall_back = isinstance(failure, EncoderUnreachable) and settings.text_encoder == CLINICAL_LONGFORMER
+        if may_fall_back and expected is None and data_path(settings.data).resolve() == SAMPLE.resolve():
+            logger.warning(
+                "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing "
+                "encoder instead. Results say nothing about Clinical-Longformer."
+            )
+            return embed_texts(texts, replace(settings, text_encoder="hashing"), accelerator)
+        if failure is not None:
+            raise failure
+    vectors = encoder.cache.mapped(keys)
+    logger.info(
+        f"Encoder     {encoder.id}: {len(texts):,} distinct texts, {encoder.n_encoded:,} of them new, "
+        f"{time.monotonic() - started:.1f} s"
+    )
+    return encoder.id, vectors
+
+
+def encoder_options(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the settings that `make_text_encoder` takes; of several processes each encodes on its own device."""
+    options: dict[str, Any] = {
         "revision": None if settings.text_encoder_revision == "main" else settings.text_encoder_revision,
         "max_tokens": settings.max_text_tokens,
         "cache_dir": Path(settings.cache_dir),
@@ -4271,33 +4446,7 @@ def embed_texts(
     }
     if accelerator.num_processes > 1:
         options["devices"] = [accelerator.device]
-    try:
-        with accelerator.main_process_first():
-            encoder = make_text_encoder(settings.text_encoder, **options)
-    except EncoderUnreachable:
-        if (
-            settings.text_encoder != CLINICAL_LONGFORMER
-            or data_path(settings.data).resolve() != SAMPLE.resolve()
-            or expected
-        ):
-            raise
-        logger.warning(
-            "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing encoder instead. "
-            "Results say nothing about Clinical-Longformer."
-        )
-        encoder = make_text_encoder("hashing", **options)
-    if expected is not None and encoder.id != expected:
-        raise InputError(
-            f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. Give the same encoder."
-        )
-    started = time.monotonic()
-    encoder.embed(texts, accelerator.process_index, accelerator.num_processes, progress=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    vectors = encoder.vectors(texts)
-    logger.info(
-        f"Encoder     {encoder.id}: {len(texts):,} distinct texts, {encoder.n_encoded:,} of them new, {time.monotonic() - started:.1f} s"
-    )
-    return encoder.id, vectors
+    return options
 
 
 def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:

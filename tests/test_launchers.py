@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from small_table import arguments, leftovers, small_table
+from small_table import TINY, arguments, leftovers, small_table
 
 import train
 
@@ -80,3 +82,21 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(launcher, tmp_path, 
     assert len(list(tmp_path.glob("cache/*/part-*"))) == n_processes and not leftovers(
         tmp_path
     )  # each process saved its share
+
+
+def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
+    """On the bundled sample, here a small one beside a copy of the program, with nobody answering at the hub's address."""
+    for name in ("train.py", "query.sql"):
+        shutil.copy(Path(train.__file__).parent / name, tmp_path / name)
+    small_table().to_csv(tmp_path / "sample_train.csv", index=False)
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS["torchrun"][1], tmp_path / "train.py", *TINY],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("read with the hashing encoder instead") == 2  # one warning of each process
+    metrics = json.loads((tmp_path / "trained_models" / "clinical_LF" / "metrics.json").read_text())
+    assert metrics["text_encoder"] == "hashing" and not leftovers(tmp_path / "trained_models")

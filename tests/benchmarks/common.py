@@ -60,7 +60,8 @@ def synthetic_stays(n_stays: int, seed: int = 0) -> tuple[train.StayTable, np.nd
 
 def hashing_vectors(table: train.StayTable) -> np.ndarray:
     """(n_texts, 768) vectors of the hashing encoder, which needs no weights."""
-    return train.HashingTextEncoder().encode_event_text_batch(table.texts, batch_size=2048)
+    with tempfile.TemporaryDirectory() as cache:
+        return train.HashingTextEncoder(Path(cache)).encode_event_text_batch(table.texts, batch_size=2048)
 
 
 class TrainingRun(NamedTuple):
