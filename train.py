@@ -397,7 +397,7 @@ CHOOSE_ANOTHER_FOLDER = "choose another folder (--output-dir, --cache-dir)"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file, or a folder of files, through a temporary name, which `write` gets: nobody ever meets half of it."""
+    """Write a file, or a folder of files, through a temporary name, which `write` gets: nobody meets half of it."""
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1569,6 +1569,11 @@ def text_keys(texts: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(hashlib.md5(text, usedforsecurity=False).digest() for text in encoded), KEY)
 
 
+def single_file_name(key: np.void) -> str:
+    """Return the name of a vector's file in the earlier layout."""
+    return f"{key.tobytes().hex()}.npy"
+
+
 class EmbeddingCache:
     """Vectors of one encoder on disk, keyed by the text's MD5.
 
@@ -1617,10 +1622,9 @@ class EmbeddingCache:
         """Return a part's keys (n,) and memory-mapped vectors (n, dim); raises anything where it is damaged."""
         keys = np.load(path / "keys.npy", allow_pickle=False)
         vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        if keys.dtype != np.uint8 or vectors.dtype != np.float32:
-            raise ValueError("wrong type")
-        if keys.shape != (len(vectors), 16) or vectors.shape != (len(keys), self.dim):
-            raise ValueError("wrong shape")
+        has_types = keys.dtype == np.uint8 and vectors.dtype == np.float32
+        if not has_types or keys.shape != (len(vectors), 16) or vectors.shape != (len(keys), self.dim):
+            raise ValueError("not a part of this cache")
         return np.ascontiguousarray(keys).view(KEY)[:, 0], np.asarray(vectors)
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
@@ -1665,6 +1669,7 @@ class EmbeddingCache:
 
     def _write_gathered(self, path: Path, keys: np.ndarray) -> None:
         """Write the keys' vectors to one file; of such files, each as large as the vectors, three are kept."""
+        self.refresh()  # other processes have done their share
         rows = self.locate(keys)
 
         def write(name: Path) -> None:
@@ -1693,18 +1698,18 @@ class EmbeddingCache:
         self._is_stale = True
 
     def adopt_legacy(self, keys: np.ndarray) -> None:
-        """Copy vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts, for keys that have no vector yet."""
-        names = [f"{key.tobytes().hex()}.npy" for key in keys]
+        """Copy vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts, for keys that have none yet."""
         n_damaged = 0
         for folder in filter(Path.is_dir, self.legacy_folders):
             files = {entry.name for entry in os.scandir(folder)}
-            found = [number for number in np.flatnonzero(self.missing(keys)) if names[number] in files]
+            found = [key for key in keys[self.missing(keys)] if single_file_name(key) in files]
             for start in range(0, len(found), 50_000):  # bounds memory
-                block = {number: self._read_single(folder / names[number]) for number in found[start : start + 50_000]}
-                good = [number for number, vector in block.items() if len(vector)]
-                n_damaged += len(block) - len(good)
-                if good:
-                    self.append(keys[good], np.stack([block[number] for number in good]))
+                block = np.array(found[start : start + 50_000], KEY)
+                vectors = [self._read_single(folder / single_file_name(key)) for key in block]
+                is_good = np.array([len(vector) > 0 for vector in vectors])
+                n_damaged += (~is_good).sum()
+                if is_good.any():
+                    self.append(block[is_good], np.stack([vector for vector in vectors if len(vector)]))
         if n_damaged:
             logger.warning(
                 f"{n_damaged} single .npy files are damaged or of another dimension, their texts are encoded"
@@ -1911,8 +1916,9 @@ class ClinicalTextEncoder(TextEncoder):
     name: a hub id, downloaded once to `weights_dir` (Clinical-Longformer to `clinical_longformer/` there), or a folder.
     Vectors are kept in a folder of `cache_dir` of their own for each id, revision, pooling and max_tokens, for a local
     folder each content. They are reused whatever dtype ("auto", "float32", "bfloat16") or device made them.
-    devices: None for all CUDA devices, else the CPU. Raises InputError when the weights are unusable, EncoderUnreachable
-    when they are nowhere to be had; both when built with an empty cache, else when first needed. Runs no foreign code.
+    devices: None for all CUDA devices, else the CPU (Apple's GPUs are not used). Raises InputError when the weights are
+    unusable, EncoderUnreachable when they are nowhere to be had; both when built with an empty cache, else when first
+    needed. Runs no foreign code.
     """
 
     def __init__(
@@ -2000,7 +2006,7 @@ class ClinicalTextEncoder(TextEncoder):
         path = self.cache.folder / "encoder.json"
         weights = model_fingerprint(model, self._tokenizer)
         described = read_description(path)
-        if described.get("weights", weights) != weights or described.get("dim", self.dim) != self.dim:
+        if described.get("weights", weights) != weights:
             raise InputError(
                 f"{self.cache.folder} holds vectors of other weights than {self._folder}: "
                 "give the old weights, or move that cache folder away"
@@ -2025,14 +2031,15 @@ class ClinicalTextEncoder(TextEncoder):
     @torch.inference_mode()
     def _forward(self, device_number: int, tokens: list[list[int]]) -> np.ndarray:
         device = self._devices[device_number]
-        lengths = torch.tensor([len(text_tokens) for text_tokens in tokens])
-        is_token = torch.arange(int(lengths.max())) < lengths[:, None]  # (n, L)
-        ids = torch.full(is_token.shape, self._pad)  # (n, L)
-        ids[is_token] = torch.tensor([token for text_tokens in tokens for token in text_tokens])
-        if int(ids.max()) >= self._n_tokens_known:
+        texts = [torch.tensor(text_tokens) for text_tokens in tokens]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad)  # (n, L)
+        lengths = torch.tensor([len(text) for text in texts])
+        is_token = torch.arange(ids.shape[1]) < lengths[:, None]  # (n, L)
+        highest = int(ids.max())
+        if highest >= self._n_tokens_known:
             raise InputError(
-                f"{self._folder}: its tokenizer gives token number {int(ids.max())}, its model knows "
-                f"{self._n_tokens_known}. They are of two models: copy both from one source."
+                f"{self._folder}: its tokenizer gives token number {highest}, its model knows {self._n_tokens_known}. "
+                "They are of two models: copy both from one source."
             )
         mask = is_token.long() if self._window is None else band_mask(is_token, self._window)
         mask = mask if mask is None else mask.to(device)
@@ -2060,17 +2067,13 @@ def folder_pooling(folder: Path) -> str:
         return "cls"
     wishes = json.loads(path.read_text("utf-8"))
     modes = [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
-    unknown = set(modes) - set(POOLINGS)
-    if unknown or len(modes) != 1:
+    if len(modes) != 1 or modes[0] not in POOLINGS:
         raise InputError(f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.")
     modules = folder / "modules.json"
-    kinds = [module["type"] for module in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
-    if any(kind.endswith(".Dense") for kind in kinds):
-        raise InputError(
-            f"{modules} has a Dense layer behind the pooling, which is not run here. Give another encoder."
-        )
-    is_unit = any(kind.endswith(".Normalize") for kind in kinds)
-    return POOLINGS[modes[0]] + ("-unit" if is_unit else "")
+    listed = modules.read_text("utf-8") if modules.is_file() else ""
+    if ".Dense" in listed:
+        raise InputError(f"{modules} has a Dense layer behind the pooling, which is not run here: give another encoder")
+    return POOLINGS[modes[0]] + ("-unit" if ".Normalize" in listed else "")
 
 
 def folder_token_limit(folder: Path) -> int:
@@ -2134,7 +2137,7 @@ def band_mask(is_token: Tensor, window: int) -> Tensor | None:
 
 
 def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
-    """Return the same weights in RoBERTa's layers: without global attention (`*_global`) the two differ by the band."""
+    """Return the same weights in RoBERTa's layers: without global attention (`*_global`) only the band differs."""
     names = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
         "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
@@ -2198,7 +2201,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def model_fingerprint(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
-    """Return 12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever files held them."""
+    """Return 12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever their files."""
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("pooler."):  # never used, and random where the files have none
@@ -4417,16 +4420,17 @@ def embed_texts(
         keys = encoder.embed(texts, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process)
     except InputError as error:
         failure = error
-    for failure in gather_object([failure]):  # also waits until all have done their share
-        may_fall_back = isinstance(failure, EncoderUnreachable) and settings.text_encoder == CLINICAL_LONGFORMER
+    of_all = gather_object([failure])  # waits until all have done their share
+    failures = [failure for failure in of_all if failure is not None]
+    if failures:
+        may_fall_back = isinstance(failures[0], EncoderUnreachable) and settings.text_encoder == CLINICAL_LONGFORMER
         if may_fall_back and expected is None and data_path(settings.data).resolve() == SAMPLE.resolve():
             logger.warning(
                 "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing "
                 "encoder instead. Results say nothing about Clinical-Longformer."
             )
             return embed_texts(texts, replace(settings, text_encoder="hashing"), accelerator)
-        if failure is not None:
-            raise failure
+        raise failures[0]
     vectors = encoder.cache.mapped(keys)
     logger.info(
         f"Encoder     {encoder.id}: {len(texts):,} distinct texts, {encoder.n_encoded:,} of them new, "
