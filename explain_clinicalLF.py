@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import html
 import importlib.util
 import io
 import json
@@ -38,8 +37,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from captum.attr import IntegratedGradients, LayerIntegratedGradients
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.special import expit
 from scipy.stats import rankdata
@@ -73,6 +77,8 @@ __all__ = [
     "analyze_static_feature_attribution",
     "analyze_temporal_feature_attribution",
     "captum_analysis",
+    "draw_figure",
+    "draw_figures",
     "layer_analysis",
     "map_features_to_clinical",
     "name_inputs",
@@ -120,6 +126,9 @@ class ExplainSettings:
     )
     untrained_models: int = train.option(
         4, "Untrained models that show what heads do without any training (at least 4).", low=4
+    )
+    decision_threshold: float = train.option(
+        0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
     )
     checked_stays: int = train.option(
         40, "Stays on which deletion, infidelity and randomisation are measured at most.", low=0
@@ -1376,6 +1385,7 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "event_type": np.array([*EVENT_TYPES, "unknown"], dtype=object)[table.event_type[rows]],
             "event_text": texts,
             "item": [item_of(text) for text in texts],
+            "value": [train.parse_value(text)[1] for text in texts],
             "is_abnormal": [is_abnormal(text) for text in texts],
         }
     )
@@ -1690,6 +1700,7 @@ def explain(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     tables["trajectory"] = (
         pd.concat([trajectory(run, stay) for stay in why], ignore_index=True) if why else pd.DataFrame()
     )
+    tables |= findings(run, {stay: explained[stay].events for stay in why}, tables["events"], settings)
     checked = np.random.default_rng(settings.seed).permutation(chosen)[: settings.checked_stays]
     criteria, tables["curves"] = check_stays(run, tables["events"], sorted(checked.tolist()), settings)
     tables["faithfulness"] = pd.DataFrame(
@@ -1704,140 +1715,397 @@ def explain(run: Run, settings: ExplainSettings) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Findings: items, organ systems, and the events that decide
+# ---------------------------------------------------------------------------------------------------------------------
+DECISIVE_COLUMNS = ["icu_stay_id", "threshold", "probability", "probability_without", "event", "event_text"]
+MOST_DECISIVE = 64  # events replaced at most before the search for a changed decision is given up
+
+
+def _important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]:
+    """Return the items with the largest mean |push| per event among those that enough patients have, and how many that is."""
+    sizes = events.assign(size=events["attribution"].abs()).groupby("item")
+    table = sizes.agg(size=("size", "mean"), n_patients=("patient_id", "nunique"))
+    least = min(max(3, 0.05 * events["patient_id"].nunique()), table["n_patients"].max())  # one patient is no finding
+    common = table[table["n_patients"] >= least]
+    return common["size"].nlargest(n_items).index.tolist(), math.ceil(least)
+
+
+def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
+    """Return the items that matter most: item, n_events, n_patients, push, size (mean and mean |push|, logit), rho, n_values.
+
+    `rho` is the rank correlation of the value and the push over the item's events that have a value (NaN below 10), and
+    `sentence` says it in words.
+    """
+    rows = []
+    for item in _important_items(events, n_items)[0]:
+        part = events[events["item"] == item]
+        known = part.dropna(subset=["value"])
+        rho = math.nan
+        if len(known) >= 10 and known["value"].nunique() > 2:
+            rho = float(rank_correlation(known["value"].to_numpy(), known["attribution"].to_numpy())[0, 0])
+        push = part["attribution"]
+        row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique(), "push": push.mean()}
+        row |= {"size": push.abs().mean(), "rho": rho, "n_values": len(known)}
+        rows.append(row | {"sentence": _item_in_words(row)})
+    columns = ["item", "n_events", "n_patients", "push", "size", "rho", "n_values", "sentence"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _item_in_words(row: dict[str, Any]) -> str:
+    """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87, n 40).`"""
+    if math.isnan(row["rho"]):
+        return f"{row['item']}: too few values to say which of them push (n {row['n_values']})."
+    where = f"(rho {row['rho']:.2f}, n {row['n_values']})"
+    if abs(row["rho"]) < 0.3:
+        return f"{row['item']}: value and push are hardly related {where}."
+    return f"{row['item']} pushes towards death when {'high' if row['rho'] > 0 else 'low'} {where}."
+
+
+def level_table(events: pd.DataFrame, items: Sequence[str]) -> pd.DataFrame:
+    """Return the mean push of each item at each level that its texts name: item, level, push, n_events, n_patients."""
+    levels = events["event_text"].str.extract(r"\| Level: ([^|]+)", expand=False).str.strip()
+    known = events.assign(level=levels)[levels.notna() & events["item"].isin(list(items))]
+    columns = {"push": ("attribution", "mean"), "n_events": ("event", "size"), "n_patients": ("patient_id", "nunique")}
+    return known.groupby(["item", "level"]).agg(**columns).reset_index()
+
+
+def system_table(events: pd.DataFrame) -> pd.DataFrame:
+    """Return the total push of each organ system in each stay: icu_stay_id, patient_id, system, push, n_events."""
+    items = events["item"].unique()
+    systems = events["item"].map({item: organ_system(item) for item in items})
+    parts = events.assign(system=systems).groupby(["icu_stay_id", "patient_id", "system"])
+    return parts.agg(push=("attribution", "sum"), n_events=("event", "size")).reset_index()
+
+
+def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Find the smallest set of a stay's events without which its risk would lie on the other side of the threshold.
+
+    Events are replaced by the mean event, the most attributed to the present side first, until the decision changes; then
+    each is given back that the change does not need. Return a row per event of the set: icu_stay_id, threshold,
+    probability, probability_without (of the whole set), event, event_text; no row where no set of 64 events is enough.
+    """
+    model, baseline = run.checkpoint.model, run.checkpoint.baseline
+    sequence, static = run.inputs(stay)
+
+    def risk_without(sets: list[np.ndarray]) -> np.ndarray:
+        keep = np.ones((len(sets), len(events)), bool)
+        for row, taken in zip(keep, sets):
+            row[taken] = False
+        return run.checkpoint.probabilities(
+            replaced_logits(
+                model,
+                sequence,
+                static,
+                keep,
+                baseline,
+            )
+        )
+
+    risk = risk_without([np.array([], int)])[0]
+    side = 1 if risk >= threshold else -1
+    push = side * events["attribution"].to_numpy(float)
+    order = np.argsort(-push, kind="stable")[: min(MOST_DECISIVE, int((push > 0).sum()))]
+    risks = risk_without([order[:count] for count in range(1, len(order) + 1)])
+    changed = np.flatnonzero((risks >= threshold) != (risk >= threshold))
+    if not len(changed):
+        return pd.DataFrame(columns=DECISIVE_COLUMNS)
+    chosen = order[: changed[0] + 1]
+    for event in chosen[::-1]:
+        fewer = chosen[chosen != event]
+        if (risk_without([fewer])[0] >= threshold) != (risk >= threshold):
+            chosen = fewer
+    found = events.iloc[np.sort(chosen)].assign(threshold=threshold, probability=risk)
+    return found.assign(probability_without=risk_without([chosen])[0])[DECISIVE_COLUMNS]
+
+
+def findings(
+    run: Run, shown: dict[int, pd.DataFrame], events: pd.DataFrame, settings: ExplainSettings
+) -> dict[str, pd.DataFrame]:
+    """Return the tables items, levels, systems and decisive; `shown` are the events of the stays shown in full."""
+    items = item_table(events)
+    decisive = [decisive_events(run, stay, own, settings.decision_threshold) for stay, own in shown.items()]
+    return {
+        "items": items,
+        "levels": level_table(events, items["item"]),
+        "systems": system_table(events),
+        "decisive": pd.concat(decisive, ignore_index=True) if decisive else pd.DataFrame(columns=DECISIVE_COLUMNS),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Draw: functions take tables and return a Figure; towards death is vermillion and right or up, away from it blue
 # ---------------------------------------------------------------------------------------------------------------------
+Tables = dict[str, Any]
+
 DISCLAIMER = "explains this model, not causes of death"
 TO_END = "hours before the final event or observation limit"
 LOGIT = "logit (right: towards death)"
 TYPE_WORDS = dict(zip(EVENT_TYPES, ("Prescription", "Procedure", "Lab", "Culture", "IV ingredient")))
+PART_WORDS = {
+    "attribution_text": "text",
+    "attribution_value": "value",
+    "attribution_type": "type",
+    "attribution_time": "time",
+}
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
+SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below and above an even share
 HEAD_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, "#CC79A7", "#56B4E9", "#000000", GREY)
 MARKERS = "osD^vPX*"
-HOUR_EDGES = (0, 6, 12, 24, 48, 96, np.inf)
-HOUR_LABELS = ("last 6", "6-12", "12-24", "24-48", "48-96", "over 96")
 LESS_SAID = ("Reference", "Flag", "Priority", "Comment", "Status", "Form", "Strength", "Test", "Location")
 
 
-def cut(text, width):
-    """The text on one line of at most `width` characters."""
-    text = " ".join(str(text).split())
-    return text if len(text) <= width else text[: width - 1].rstrip(" ·,(") + "…"
+def _cut(text: object, width: int) -> str:
+    """Return the text on one line of at most `width` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= width else line[: width - 1].rstrip(" ·,(") + "…"
 
 
-def percent(probability):
-    """`42 %`; never 0 or 100, which no prediction is."""
-    return "under 1 %" if probability < 0.01 else "over 99 %" if probability > 0.99 else f"{100 * probability:.0f} %"
+def _percent(probability: float) -> str:
+    """Return `42 %`; never 0 or 100, which no prediction is."""
+    if probability < 0.01:
+        return "under 1 %"
+    return "over 99 %" if probability > 0.99 else f"{100 * probability:.0f} %"
 
 
-def outcome(label):
-    return "outcome unknown" if pd.isna(label) else "died" if label else "survived"
+def _outcome(label: float) -> str:
+    if pd.isna(label):
+        return "outcome unknown"
+    return "died" if label else "survived"
 
 
-def short_text(text, width=46):
-    """An event's text for one line: what, value, level; `Lactate · 5.2 mmol/L · far above range`."""
+def _signed(value: float) -> str:
+    """Return `+0.31`, `−0.31` or, where it is small, `+0.004`; a dash where there is no number."""
+    if pd.isna(value):
+        return "–"
+    if abs(value) < 0.0005:
+        return "0"
+    return f"{value:+.{2 if abs(value) >= 0.1 else 3}f}".replace("-", "−")
+
+
+def _count(number: int, word: str) -> str:
+    """Return `1 stay`, `2 stays`."""
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def _short_text(text: str, width: int = 46) -> str:
+    """Return an event's text for one line: what, value, level; `Lactate · 5.2 mmol/L · far above range`."""
     first, *parts = str(text).split(" | ")
-    kept = [part for part in parts if part.split(":")[0] not in LESS_SAID] or [
-        part for part in parts if part.startswith(("Test", "Comment"))
-    ][:1]
-    said = [re.sub(r"^Lab: | \((Blood, |\d-)[^)]*\)", "", first)] + [re.sub(r"^[A-Z]\w+: ", "", part) for part in kept]
-    return cut(" · ".join(said), width)
+    kept = [part for part in parts if part.split(":")[0] not in LESS_SAID]
+    kept = kept or [part for part in parts if part.startswith(("Test", "Comment"))][:1]
+    said = [re.sub(r"^Lab: | \((Blood, |\d-)[^)]*\)", "", first)]
+    said += [re.sub(r"^[A-Z]\w+: ", "", part) for part in kept]
+    return _cut(" · ".join(said), width)
 
 
-def for_plot(text, width=46, shorten=short_text):
-    """A text shortened, and without what Matplotlib would read as mathematics."""
+def _for_plot(text: object, width: int = 46, shorten: Callable[[Any, int], str] = _short_text) -> str:
+    """Return a text shortened, and without what Matplotlib would read as mathematics."""
     return shorten(text, width).replace("$", r"\$")
 
 
-def means_by(table, group, value):
-    """`bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
-    found = {
-        name: bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy())
-        for name, part in table.groupby(group, observed=True)
-    }
+def _means_by(table: pd.DataFrame, group: str, value: str) -> pd.DataFrame:
+    """Return `bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
+    found = {}
+    for name, part in table.groupby(group, observed=True):
+        found[name] = bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy())
     columns = ["value", "low", "high", "n", "n_patients"]
     return pd.DataFrame(list(found.values()), index=list(found), columns=columns).rename(columns={"value": "mean"})
 
 
-def shares_by(events, bins, columns):
-    """Mean share of each column's total |value| per stay that lies in each bin, as `means_by` per column -> dict.
-
-    bins (n events,) are categories; every stay has every bin, so shares add up to 1 over the bins.
-    """
-    result = {}
-    for column in columns:
-        sizes = events[column].abs().groupby([events.patient_id, events.icu_stay_id, bins.to_numpy()]).sum()
-        table = sizes.unstack(fill_value=0).reindex(columns=bins.cat.categories, fill_value=0)
-        shares = table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
-        long = shares.rename_axis(columns="bin").stack().rename("share").reset_index()
-        result[column] = means_by(long, "bin", "share").reindex(bins.cat.categories)
-    return result
+def _stay_shares(events: pd.DataFrame, bins: pd.Series, column: str) -> pd.DataFrame:
+    """Return (stays, bins): the share of a stay's total |column| that lies in each bin; bins (n events,) are categories."""
+    keys = [events["patient_id"], events["icu_stay_id"], bins.to_numpy()]
+    table = events[column].abs().groupby(keys).sum().unstack(fill_value=0)
+    table = table.reindex(columns=bins.cat.categories, fill_value=0)
+    return table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
 
 
-def shown_stay(stays):
-    """The stay drawn where there is room for one: that of the highest risk."""
-    return stays.loc[stays.probability.idxmax(), "icu_stay_id"]
+def _column_means(shares: pd.DataFrame) -> pd.DataFrame:
+    """Return mean, low, high of each column over stays, 95 % interval over patients."""
+    patients = shares.index.get_level_values("patient_id").to_numpy()
+    found = [bootstrap(shares[name].to_numpy(), patients) for name in shares]
+    return pd.DataFrame(found, index=shares.columns).rename(columns={"value": "mean"})
 
 
-def page(question, caption, height):
-    """A page-wide figure with its question, caption and the line that none of them goes without."""
+def _shown_stay(stays: pd.DataFrame) -> int:
+    """Return the stay drawn where there is room for one: that of the highest risk."""
+    return stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
+
+
+def _page(question: str, caption: str, height: float) -> Figure:
+    """Return a page-wide figure with its question, caption and the line that none of them goes without."""
     return new_figure(question, f"{caption} · {DISCLAIMER}" if caption else DISCLAIMER, height)
 
 
-def error_dots(axes, table, at, color, marker="o", label=None):
-    """Means with their intervals as horizontal error bars at the heights `at`; `color` one or one per row."""
-    axes.hlines(at, table.low, table.high, color=color, linewidth=1.1)
-    axes.scatter(table["mean"], at, color=color, marker=marker, s=16, label=label, zorder=3)
+def _bands(figure: Any, heights: Sequence[float]) -> list[Any]:
+    """Return subfigures one below the other."""
+    return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
 
-def stems(subfigure, rows, hours, texts, n_named=3):
-    """One panel per (name, values (L,), is signed) over hours to the end; the largest are dark, and named with their hour."""
-    grid = subfigure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
-    for (name, values, is_signed), (axes, words) in zip(rows, grid):
-        top = np.argsort(-np.abs(values), kind="stable")[:n_named]
-        axes.vlines(hours, 0, values, color="#b5b5b5", linewidth=0.9)
+def _error_dots(
+    axes: Axes, table: pd.DataFrame, at: np.ndarray, color: Any, marker: str = "o", label: str = ""
+) -> None:
+    """Draw means with their intervals as horizontal bars at the heights `at`; `color` one or one per row."""
+    axes.hlines(
+        at,
+        table["low"],
+        table["high"],
+        color=color,
+        linewidth=1.1,
+    )
+    axes.scatter(
+        table["mean"],
+        at,
+        color=color,
+        marker=marker,
+        s=16,
+        label=label or None,
+        zorder=3,
+    )
+
+
+def _vertical_errors(axes: Axes, x: np.ndarray, table: pd.DataFrame, color: str, marker: str, label: str = "") -> None:
+    """Draw means with their intervals as vertical bars, in percent."""
+    axes.vlines(
+        x,
+        100 * table["low"],
+        100 * table["high"],
+        color=color,
+        linewidth=1,
+    )
+    axes.scatter(
+        x,
+        100 * table["mean"],
+        color=color,
+        marker=marker,
+        s=16,
+        label=label or None,
+        zorder=3,
+    )
+
+
+def _rows(axes: Axes, left: Sequence[str], right: Sequence[str] = ()) -> None:
+    """Name the rows of a panel, first on top, at the left and, small, at the right."""
+    at = range(len(left))
+    axes.set_yticks(at, left, fontsize=7.5)
+    axes.set_ylim(len(left) - 0.4, -0.6)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    if len(right):
+        other = axes.secondary_yaxis("right")
+        other.set_yticks(at, right, fontsize=7)
+        other.tick_params(length=0)
+        other.spines["right"].set_visible(False)
+
+
+def _ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
+    """Have at most so many ticks, and no offset or power of ten beside an axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(x))
+    if y:
+        axes.yaxis.set_major_locator(MaxNLocator(y))
+    axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
+
+
+def _small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, words: Any = None) -> None:
+    """Draw the bar of a picture's colours."""
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        pad=0.01,
+        aspect=40,
+        ticks=ticks,
+    )
+    if words is not None:
+        bar.set_ticks(ticks, labels=words)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _largest_in_words(values: np.ndarray, hours: np.ndarray, texts: Sequence[str], is_push: bool) -> list[str]:
+    """Name the three largest of a stay's pushes (logit) or weights (1: an even share), or say that none stands out."""
+    top = np.argsort(-np.nan_to_num(np.abs(values)), kind="stable")[:3]
+    if is_push and np.nanmax(np.abs(values)) < FLOOR:
+        return [f"no event mattered: none moves the logit by {FLOOR}"]
+    if not is_push and np.nanmax(values) < 1.5:
+        return [f"no event stands out: {np.nanmin(values):.2f} to {np.nanmax(values):.2f} of an even share"]
+    amounts = [_signed(values[event]) if is_push else f"{values[event]:.1f} ×" for event in top]
+    return [f"{amount} at {hours[event]:.1f} h: {_for_plot(texts[event], 40)}" for amount, event in zip(amounts, top)]
+
+
+def _stems(subfigure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]) -> None:
+    """Draw a panel per (name, values (L,), is it a push) over hours to the end; the largest are dark, and named."""
+    grid = subfigure.subplots(
+        len(rows),
+        2,
+        sharex="col",
+        width_ratios=[3, 2.6],
+        squeeze=False,
+    )
+    for (name, values, is_push), (axes, words) in zip(rows, grid):
+        top = np.argsort(-np.nan_to_num(np.abs(values)), kind="stable")[:3]
+        dark = np.where(values[top] >= 0, VERMILLION, BLUE) if is_push else "black"
+        level = 0 if is_push else 1  # an even share
+        axes.vlines(
+            hours,
+            level,
+            values,
+            color="#b5b5b5",
+            linewidth=0.9,
+        )
         axes.vlines(
             hours[top],
-            0,
+            level,
             values[top],
             linewidth=1.4,
-            color=np.where(values[top] >= 0, VERMILLION, BLUE) if is_signed else "black",
+            color=dark,
         )
-        axes.axhline(0, color="black", linewidth=0.5)
+        axes.axhline(level, color="black", linewidth=0.5)
         axes.margins(x=0.01)
         tidy(axes, TO_END if axes is grid[-1][0] else "", "")
         axes.set_ylabel(name, fontsize=7.5)
         axes.yaxis.set_major_locator(MaxNLocator(3))
         words.axis("off")
-        words.set_ylim(0, 1)
-        for line, event in enumerate(top):
+        for line, said in enumerate(_largest_in_words(values, hours, texts, is_push)):
             words.text(
                 0,
-                1 - (line + 0.5) / n_named,
-                f"{values[event]:{'+' if is_signed else ''}.2g} at {hours[event]:.1f} h: {for_plot(texts[event], 42)}",
+                0.85 - 0.34 * line,
+                said,
                 fontsize=6.5,
                 va="center",
+                transform=words.transAxes,
             )
     grid[-1][0].invert_xaxis()
 
 
-def draw_layer_attention_weights(attention: dict, caption="") -> Figure:
-    """attention: layer_maps (layers, heads, bins, bins), rows look and columns are looked at; hours (L,) to the end."""
-    maps, hours = np.asarray(attention["layer_maps"], dtype=float), np.asarray(attention["hours"], dtype=float)
-    hours = hours[-MAX_MAP_EVENTS:]  # the maps of a longer stay are those of its end
+def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
+    """Draw `attention`: layer_maps (layers, heads, bins, bins), rows look, columns are looked at; hours (L,) to the end."""
+    attention = tables["attention"]
+    maps = np.asarray(attention["layer_maps"], dtype=float)
+    hours = np.asarray(attention["hours"], dtype=float)[-MAX_MAP_EVENTS:]  # maps of a longer stay are those of its end
     n_layers, n_heads, n_bins, _ = maps.shape
-    figure = page(
-        f"Which events does each head of each layer look at? Stay {attention.get('icu_stay_id', '')}, "
-        f"{len(hours)} events",
-        caption,
-        0.85 * n_layers + 1.4,
-    )
-    grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
     maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
-    # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
-    norm = PowerNorm(0.5, vmin=0, vmax=max(np.nanquantile(maps, 0.995), 1e-12))
+    doublings = np.log2(np.maximum(maps * len(hours), 2.0**-9))  # 0: an even share, 1/L
+    reach = 4 if np.nanquantile(np.abs(doublings), 0.9) > 2 else 2
+    question = (
+        f"Which events does each head of each layer look at? Stay {attention['icu_stay_id']}, {len(hours)} events"
+    )
+    figure = _page(question, caption, 0.85 * n_layers + 1.4)
+    grid = figure.subplots(
+        n_layers,
+        n_heads + 1,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
     ticks = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)]
+    style: dict[str, Any] = {
+        "cmap": SHARES,
+        "vmin": -reach,
+        "vmax": reach,
+        "extent": (0, n_bins, n_bins, 0),
+        "aspect": "auto",
+    }
     for (layer, head), axes in np.ndenumerate(grid):
-        image = axes.imshow(maps[layer, head], norm=norm, cmap="cividis", extent=(0, n_bins, n_bins, 0), aspect="auto")
+        image = axes.imshow(doublings[layer, head], **style)
         axes.set_xticks([0, n_bins / 2, n_bins], ticks, fontsize=6)
         axes.set_yticks([0, n_bins / 2, n_bins], ticks, fontsize=6)
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
@@ -1847,555 +2115,729 @@ def draw_layer_attention_weights(attention: dict, caption="") -> Figure:
         if head == 0:
             axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
     grid[-1, n_heads // 2].set_xlabel(f"event looked at: {TO_END}; event that looks: downwards, same scale", fontsize=8)
-    bar = figure.colorbar(image, ax=grid, shrink=0.7, extend="max", pad=0.01, aspect=40)
-    bar.set_label("attention weight (mean of the cell)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    steps = np.linspace(-reach, reach, 5)
+    words = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
+    _small_bar(
+        figure,
+        image,
+        grid,
+        "attention, times an even share",
+        steps,
+        words,
+    )
     return figure
 
 
-def draw_sequence_importance(events: pd.DataFrame, attention: dict, caption="") -> Figure:
-    """events with attention_head_1..; attention: pooling (heads, L), hours (L,) to the end, texts [L] of one stay."""
+def _draw_sequence_importance(tables: Tables, caption: str) -> Figure:
+    """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays each head puts its weight."""
+    events, attention = tables["events"], tables["attention"]
     pooling, hours = np.asarray(attention["pooling"], dtype=float), np.asarray(attention["hours"], dtype=float)
-    figure = page(
-        "Which events, and which part of the stay, does each pooling head weigh?", caption, 1.0 * len(pooling) + 3.6
-    )
-    upper, lower = figure.subfigures(2, 1, height_ratios=[len(pooling), 2.2])
-    upper.suptitle(
-        f"Stay {attention.get('icu_stay_id', '')}: weight of every event, its three heaviest named", fontsize=9
-    )
-    stems(
-        upper, [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)], hours, attention["texts"]
-    )
-    length = (events.hours_since_admission + events.hours_to_end).clip(lower=1e-9)
-    decile = pd.cut(
-        events.hours_since_admission / length, np.linspace(0, 1, 11), include_lowest=True, labels=range(1, 11)
-    )
-    columns = [f"attention_head_{head}" for head in range(1, len(pooling) + 1)]
-    axes = lower.subplots()
-    shares = shares_by(events.assign(one=1.0), decile, ["one", *columns])
-    for at, (column, color, marker) in enumerate(zip(columns, HEAD_COLOURS, MARKERS)):
-        table, x = shares[column], np.arange(1, 11) + 0.08 * (at - (len(columns) - 1) / 2)
-        errors = 100 * np.clip([table["mean"] - table.low, table.high - table["mean"]], 0, None)
-        axes.errorbar(
-            x,
-            100 * table["mean"],
-            yerr=errors,
-            color=color,
-            marker=marker,
-            markersize=4,
-            linewidth=1,
-            elinewidth=0.8,
-            label=f"head {at + 1}",
+    question = "Which events, and which part of the stay, does each pooling head weigh?"
+    figure = _page(question, caption, 1.0 * len(pooling) + 3.4)
+    upper, lower = _bands(figure, [len(pooling), 2.0])
+    title = "weight of every event, times an even share; its three heaviest named"
+    upper.suptitle(f"Stay {attention['icu_stay_id']}: {title}", fontsize=9)
+    rows = [(f"head {head}", weights * len(hours), False) for head, weights in enumerate(pooling, 1)]
+    _stems(upper, rows, hours, attention["texts"])
+    length = (events["hours_since_admission"] + events["hours_to_end"]).clip(lower=1e-9)
+    tenths = range(1, 11)
+    place = events["hours_since_admission"] / length
+    decile = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=tenths)
+    even = _stay_shares(events.assign(one=1.0), decile, "one")
+    panels = lower.subplots(
+        1,
+        len(pooling),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )[0]
+    for head, axes in enumerate(panels, 1):
+        more = _stay_shares(events, decile, f"attention_head_{head}") - even
+        _vertical_errors(
+            axes,
+            np.array(tenths),
+            _column_means(more),
+            "black",
+            "o",
         )
-    axes.plot(
-        range(1, 11),
-        100 * shares["one"]["mean"],
-        color="black",
-        linestyle="--",
-        linewidth=1,
-        label="share of the events",
-    )
-    axes.set_xticks(range(1, 11))
-    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
-    axes.legend(fontsize=7, frameon=False, ncols=len(columns) + 1, loc="upper right")
-    tidy(
-        axes,
-        "tenth of the stay's time (1: after admission, 10: before the end)",
-        "share of the weight, %",
-        f"All {events.icu_stay_id.nunique()} stays: mean over stays, 95 % interval over patients",
-    )
+        axes.axhline(0, color="black", linewidth=0.5)
+        axes.set_xticks([1, 4, 7, 10])
+        tidy(axes, "", "points more than\nan even share, %" if head == 1 else "", f"head {head}")
+    lower.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
+    n_stays = _count(events["icu_stay_id"].nunique(), "stay")
+    lower.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
     return figure
 
 
-def draw_sequence_importance_combined(events: pd.DataFrame, attention: dict, windows=None, caption="") -> Figure:
-    """events of the cohort; attention: one stay, its pooling (heads, L); windows: table with a column `sentence`, or None."""
-    figure = page("When in the stay lies the evidence: by attention, and by what moves the prediction?", caption, 7.2)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.25, 1])
-    stay = events[events.icu_stay_id == attention.get("icu_stay_id", events.icu_stay_id.iloc[0])].sort_values("event")
-    upper.suptitle(f"Stay {stay.icu_stay_id.iloc[0]}: every event, the three largest named", fontsize=9)
-    stems(
-        upper,
-        [
-            ("pooling\nattention", stay.attention.to_numpy(), False),
-            ("attention\nrollout", stay["rollout"].to_numpy(), False),
-            ("Int. Grad.,\nlogit", stay.attribution.to_numpy(), True),
-            ("if unremark-\nable, logit", stay.if_unremarkable.to_numpy(), True),
-        ],
-        stay.hours_to_end.to_numpy(),
-        stay.event_text.to_numpy(),
+def _draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
+    """Draw attention and pushes of one stay over time, and the share of each in the windows before the end of all stays."""
+    events, windows = tables["events"], tables.get("windows")
+    figure = _page("When in the stay lies the evidence: by attention, and by what moves the prediction?", caption, 7.2)
+    upper, lower = _bands(figure, [1.25, 1])
+    icu_stay_id = tables["attention"].get("icu_stay_id", events["icu_stay_id"].iloc[0])
+    own = events[events["icu_stay_id"] == icu_stay_id].sort_values("event")
+    upper.suptitle(f"Stay {icu_stay_id}: every event; attention in times an even share, pushes in logit", fontsize=9)
+    rows = [
+        ("pooling\nattention", own["attention"].to_numpy(float) * len(own), False),
+        ("attention\nrollout", own["rollout"].to_numpy(float) * len(own), False),
+        ("push", own["attribution"].to_numpy(float), True),
+        ("if\nunremarkable", own["if_unremarkable"].to_numpy(float), True),
+    ]
+    _stems(upper, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
+    names = window_names()
+    bins = pd.Series(pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), names, ordered=True))
+    used = [name for name in names if (bins == name).any()]
+    position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
+    axes = lower.subplots()
+    even = _column_means(_stay_shares(events.assign(one=1.0), bins, "one")[used])
+    axes.bar(
+        position,
+        100 * even["mean"],
+        width=0.8,
+        color="#e3e3e3",
+        label="share of the events",
+        zorder=0,
     )
-    bins = pd.cut(events.hours_to_end, HOUR_EDGES, right=False, labels=HOUR_LABELS)
     measures = {
         "attention": "pooling attention",
-        "rollout": "attention rollout",
-        "attribution": "|Integrated Gradients|",
+        "rollout": "rollout",
+        "attribution": "|push|",
         "if_unremarkable": "|if unremarkable|",
     }
-    shares, axes = shares_by(events.assign(one=1.0), bins, ["one", *measures]), lower.subplots()
-    position = np.arange(len(HOUR_LABELS))[::-1]  # the end of the stay at the right, as above
-    for at, ((column, word), color, marker) in enumerate(zip(measures.items(), HEAD_COLOURS, MARKERS)):
-        table = shares[column]
-        errors = 100 * np.clip([table["mean"] - table.low, table.high - table["mean"]], 0, None)
-        axes.errorbar(
+    for at, (column, word) in enumerate(measures.items()):
+        shares = _column_means(_stay_shares(events, bins, column)[used])
+        _vertical_errors(
+            axes,
             position + 0.1 * (at - 1.5),
-            100 * table["mean"],
-            yerr=errors,
-            fmt=marker,
-            color=color,
-            markersize=4,
-            elinewidth=1,
-            capsize=1.5,
-            label=word,
+            shares,
+            HEAD_COLOURS[at],
+            MARKERS[at],
+            word,
         )
-    axes.bar(position, 100 * shares["one"]["mean"], width=0.8, color="#e3e3e3", label="share of the events", zorder=0)
-    reach = events.groupby("icu_stay_id").hours_to_end.max()
-    axes.set_xticks(
-        position, [f"{label} h\n{(reach >= low).sum()} stays" for label, low in zip(HOUR_LABELS, HOUR_EDGES)]
-    )
-    axes.legend(fontsize=7, frameon=False, ncols=3)
-    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
-    tidy(
-        axes,
-        f"{TO_END}; stays that reach back so far",
-        "share, %",
-        f"All {len(reach)} stays: mean over stays, 95 % interval over patients",
-    )
+    reach = events.groupby("icu_stay_id")["hours_to_end"].max()
+    starts = dict(zip(names, CLOCK_WINDOWS_HOURS))
+    axes.set_xticks(position, [f"{name}\n{_count((reach >= starts[name]).sum(), 'stay')}" for name in used])
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
+    title = f"Mean of {_count(len(reach), 'stay')}, 95 % interval over patients"
+    tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
     if windows is not None and len(windows):
-        lower.supxlabel(textwrap.fill(" ".join(windows.sentence.astype(str)[:2]), 115), fontsize=7.5)
+        lower.supxlabel(textwrap.fill(" ".join(windows["sentence"].astype(str)[:2]), 115), fontsize=7.5)
     return figure
 
 
-def draw_head_specialization(heads: pd.DataFrame, caption="") -> Figure:
-    """heads, one row per layer, head and property: correlation, low, high, null_99, has_role."""
-    names = list(dict.fromkeys(zip(heads.layer, heads["head"])))
-    place = {name: at for at, name in enumerate(names)}
-    properties = list(dict.fromkeys(heads.property))
-    n_roles = heads[heads.has_role.astype(bool)].groupby(["layer", "head"]).ngroups
-    figure = page(
-        f"What does a head follow more than untrained heads do? {n_roles} of {len(names)} have a role",
-        caption,
-        0.82 * max(len(properties), 1) + 1.5,
-    )
+def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
+    """Draw `heads`, one row per layer, head and property: correlation, has_role."""
+    heads = tables["heads"]
     if heads.empty:
+        figure = _page("What does a head follow more than untrained heads do?", caption, 1.5)
         figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
         return figure
-    panels = np.atleast_1d(figure.subplots(len(properties), 1, sharex=True, sharey=True))
-    starts = [at for at, name in enumerate(names) if at == 0 or names[at - 1][0] != name[0]]
-    for axes, name in zip(panels, properties):
-        rows = heads[heads.property == name]
-        x = np.array([place[key] for key in zip(rows.layer, rows["head"])])
-        axes.bar(x, 2 * rows.null_99, bottom=-rows.null_99, width=1.0, color="#dddddd")
-        for role, color, marker in ((False, GREY, "o"), (True, VERMILLION, "D")):
-            is_shown = (rows.has_role.astype(bool) == role).to_numpy()
-            some = rows[is_shown]
-            errors = np.clip([some.correlation - some.low, some.high - some.correlation], 0, None)
-            axes.errorbar(
-                x[is_shown],
-                some.correlation,
-                yerr=errors,
-                fmt=marker,
-                color=color,
-                markersize=3,
-                elinewidth=1,
-                markerfacecolor=color if role else "white",
+    properties = heads["property"].unique()
+    names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
+    values = heads.pivot(index="property", columns=["layer", "head"], values="correlation").loc[properties, names]
+    has_role = heads.pivot(index="property", columns=["layer", "head"], values="has_role").loc[properties, names]
+    has_role = has_role.to_numpy(bool)
+    question = (
+        f"What does a head follow more than untrained heads do? {has_role.any(0).sum()} of {len(names)} have a role"
+    )
+    figure = _page(question, caption, 0.28 * len(properties) + 1.9)
+    axes = figure.subplots()
+    image = axes.imshow(
+        values,
+        cmap=SIGNED,
+        vmin=-1,
+        vmax=1,
+        aspect="auto",
+        alpha=np.where(has_role, 1.0, 0.35),
+    )
+    for row, column in np.argwhere(has_role):
+        axes.add_patch(
+            Rectangle(
+                (column - 0.5, row - 0.5),
+                1,
+                1,
+                fill=False,
+                linewidth=1.2,
             )
-        axes.axhline(0, color="black", linewidth=0.5)
-        for start in starts[1:]:
-            axes.axvline(start - 0.5, color="black", linewidth=0.6)
-        tidy(axes, "", "")
-        kind = name.removeprefix("event type: ")
-        axes.set_title(f"event is: {TYPE_WORDS[kind]}" if kind in TYPE_WORDS else name, fontsize=8, loc="left", pad=2)
-    reach = min(1.0, 1.1 * np.nanmax([*heads[["correlation", "low", "high", "null_99"]].abs().max(), 0.1]))
-    panels[0].set_ylim(-reach, reach)
-    panels[-1].set_xlim(-0.6, len(names) - 0.4)
-    panels[-1].set_xticks(range(len(names)), [head for _, head in names], fontsize=6.5)
-    for start in starts:
-        panels[0].annotate(
-            str(names[start][0]),
-            (start - 0.4, 1.05),
-            xycoords=("data", "axes fraction"),
-            fontsize=8,
-            va="bottom",
-            annotation_clip=False,
-            xytext=(0, 9),
-            textcoords="offset points",
         )
-    panels[-1].set_xlabel(
-        "head. Grey band: 99 % of |correlations| in untrained models; diamond: beyond it with its whole interval",
-        fontsize=8,
+    kinds = [name.removeprefix("event type: ") for name in properties]
+    axes.set_yticks(
+        range(len(kinds)), [f"event is: {TYPE_WORDS[kind]}" if kind in TYPE_WORDS else kind for kind in kinds]
     )
-    figure.supylabel("rank correlation within the stay, mean over stays, 95 % interval", fontsize=8)
+    axes.set_xticks(range(len(names)), [head for _, head in names])
+    for at, (layer, head) in enumerate(names):
+        if head == 1:
+            axes.text(at - 0.4, -0.75, layer, fontsize=8)
+            axes.axvline(at - 0.5, color="black", linewidth=1)
+    tidy(axes, "head; framed: beyond 99 % of untrained heads with its whole interval, and it moves the prediction", "")
+    axes.tick_params(labelsize=7.5)
+    _small_bar(figure, image, axes, "rank correlation within the stay")
     return figure
 
 
-def important_items(events, n_items=12):
-    """The item names with the largest mean |attribution| per event, of those that enough patients have."""
-    size = (
-        events.assign(size=events.attribution.abs())
-        .groupby("item")
-        .agg(size=("size", "mean"), n=("patient_id", "nunique"))
+def _importance_rows(panels: tuple[Axes, Axes], title: str, table: pd.DataFrame, unit: str) -> None:
+    """Draw mean signed and mean absolute push of each `group` of a table, with the numbers of rows and patients."""
+    left, right = panels
+    size = _means_by(table.assign(size=table["attribution"].abs()), "group", "size").sort_values(
+        "mean", ascending=False
     )
-    least = min(max(3, 0.05 * events.patient_id.nunique()), size.n.max())  # one patient's oddity is no finding
-    return list(size[size.n >= least].nlargest(n_items, "size").index), int(np.ceil(least))
+    mean = _means_by(table, "group", "attribution").loc[size.index]
+    at = np.arange(len(size))
+    _error_dots(left, mean, at, [VERMILLION if value >= 0 else BLUE for value in mean["mean"]])
+    _error_dots(right, size, at, "black")
+    left.axvline(0, color="black", linewidth=0.7)
+    tidy(left, "", "")
+    tidy(right, "", "")
+    counts = [f"{n:,} / {patients:,}" for n, patients in zip(size["n"], size["n_patients"])]
+    _rows(left, [_for_plot(name, 44, _cut) for name in size.index])
+    _rows(right, [""] * len(at), counts)
+    left.set_title(title, fontsize=8.5, loc="left")
+    right.set_title(f"{unit} / patients", fontsize=7.5, loc="right")
 
 
-def draw_feature_importance(events: pd.DataFrame, statics: pd.DataFrame, caption="") -> Figure:
-    """Event types and items per event, statics per stay: mean signed and mean absolute attribution, on the logit."""
-    items, least = important_items(events)
-    kinds = events.event_type.map(TYPE_WORDS).fillna(events.event_type)
-    blocks = (
-        ("Event types, per event", events.assign(group=kinds)),
-        (
-            f"Items, per event (seen in {least} patients or more)",
-            events[events.item.isin(items)].assign(group=lambda t: t.item),
-        ),
-        ("Patient and admission, per stay", statics.assign(group=statics.feature)),
-    )
-    tables = [
-        [means_by(table.assign(size=table.attribution.abs()), "group", value) for value in ("attribution", "size")]
-        for _, table in blocks
-    ]
-    lengths = [len(signed) for signed, _ in tables]
-    figure = page(
-        "What moves this model's prediction, in which direction and how far?", caption, 0.2 * sum(lengths) + 2.6
-    )
-    grid = figure.subplots(3, 2, sharex="col", height_ratios=lengths)
-    for (title, _), (signed, size), (left, right) in zip(blocks, tables, grid):
-        size = size.sort_values("mean")
-        signed, at = signed.loc[size.index], np.arange(len(size))
-        error_dots(left, signed, at, [VERMILLION if mean >= 0 else BLUE for mean in signed["mean"]])
-        error_dots(right, size, at, "black")
-        left.axvline(0, color="black", linewidth=0.7)
-        tidy(left, "mean, " + LOGIT if left is grid[-1][0] else "", "")
-        tidy(right, "mean size, logit" if right is grid[-1][1] else "", "")
-        left.set_yticks(at, [for_plot(name, 44, cut) for name in size.index], fontsize=7.5)
-        right.yaxis.tick_right()
-        right.tick_params(axis="y", length=0)
-        right.set_yticks(at, [f"{n:,} / {p:,}" for n, p in zip(size.n, size.n_patients)], fontsize=7)
-        left.set_title(title, fontsize=8.5, loc="left")
-        right.set_title("stays / patients" if left is grid[-1][0] else "events / patients", fontsize=7.5, loc="right")
-        for axes in (left, right):
-            axes.set_ylim(-0.6, len(at) - 0.4)
-            axes.grid(axis="x", color="#eeeeee")
-            axes.set_axisbelow(True)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-    grid[0, 1].set_xlim(left=0)
+def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
+    """Draw event types and items per event, organ systems and statics per stay, each pair on an axis of its own."""
+    events, statics = tables["events"], tables["statics"]
+    items, least = _important_items(events, 12)
+    kinds = events["event_type"].map(TYPE_WORDS).fillna(events["event_type"])
+    of_items = events[events["item"].isin(items)]
+    systems = system_table(events).rename(columns={"system": "group", "push": "attribution"})
+    per_event = {
+        "Event types, per event": events.assign(group=kinds),
+        f"Items, per event (of {least} patients or more)": of_items.assign(group=of_items["item"]),
+    }
+    per_stay = {
+        "Organ systems, sum of a stay's events": systems,
+        "Patient and admission, per stay": statics.assign(group=statics["feature"]),
+    }
+    heights = [[table["group"].nunique() for table in part.values()] for part in (per_event, per_stay)]
+    n_rows = sum(heights[0]) + sum(heights[1])
+    figure = _page("What moves this model's prediction, in which direction and how far?", caption, 0.2 * n_rows + 3.6)
+    halves = _bands(figure, [sum(part) + 4 for part in heights])
+    for half, blocks, ratios, unit in zip(halves, (per_event, per_stay), heights, ("events", "stays")):
+        grid = half.subplots(2, 2, sharex="col", height_ratios=ratios)
+        for (title, table), panels in zip(blocks.items(), grid):
+            _importance_rows(tuple(panels), title, table, unit)
+        grid[1, 1].set_xlim(left=0)
+        grid[1, 0].set_xlabel(f"mean push, {LOGIT}", fontsize=8)
+        grid[1, 1].set_xlabel("mean size, logit", fontsize=8)
+        for axes in grid[1]:
+            _ticks(axes, 4)
     return figure
 
 
-def draw_query_vector_analysis(query_similarity: pd.DataFrame, caption="") -> Figure:
-    """query_similarity, one row per pooling head and event type: similarity, low, high, n_events."""
-    kinds = [kind for kind in EVENT_TYPES if kind in set(query_similarity.event_type)]
-    kinds += [kind for kind in dict.fromkeys(query_similarity.event_type) if kind not in kinds]
-    heads = list(dict.fromkeys(query_similarity["head"]))
-    figure = page(
-        "Which types of event does the learned query look for, by pooling head?", caption, 0.25 * len(kinds) + 1.9
+def _draw_item_importance(tables: Tables, caption: str) -> Figure:
+    """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place among the item's."""
+    events, items = tables["events"], tables["items"]
+    figure = _page("Which items push, and is it their high or their low values?", caption, 0.26 * len(items) + 1.7)
+    axes = figure.subplots()
+    draw = np.random.default_rng(0)
+    norm = Normalize(0, 1)
+    for at, item in enumerate(items["item"]):
+        part = events[events["item"] == item]
+        part = part.assign(place=part["value"].rank(pct=True)).sample(min(len(part), 400), random_state=0)
+        height = at + draw.uniform(-0.32, 0.32, len(part))
+        known = part["place"].notna().to_numpy()
+        axes.scatter(
+            part["attribution"][~known],
+            height[~known],
+            s=5,
+            color="#bbbbbb",
+            linewidths=0,
+        )
+        place = part["place"][known]
+        axes.scatter(
+            part["attribution"][known],
+            height[known],
+            c=place,
+            s=6,
+            cmap="viridis",
+            norm=norm,
+            linewidths=0,
+        )
+    axes.axvline(0, color="black", linewidth=0.7)
+    tidy(axes, f"push, {LOGIT}; one dot an event, at most 400 an item; grey: no value", "")
+    rho = [f"{rho:+.2f} ({n})" if rho == rho else "" for rho, n in zip(items["rho"], items["n_values"])]
+    _rows(axes, [_for_plot(item, 42, _cut) for item in items["item"]], rho)
+    axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
+    colors = ScalarMappable(norm, "viridis")
+    words = ["lowest", "middle", "highest"]
+    _small_bar(
+        figure,
+        colors,
+        axes,
+        "value among those of its item",
+        [0, 0.5, 1],
+        words,
     )
-    panels = np.atleast_1d(figure.subplots(1, len(heads), sharex=True, sharey=True))
+    return figure
+
+
+def _draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
+    """Draw `query_similarity`, one row per pooling head and event type: similarity, low, high, n_events."""
+    table = tables["query_similarity"].rename(columns={"similarity": "mean"})
+    kinds = [kind for kind in (*EVENT_TYPES, "unknown") if kind in set(table["event_type"])]
+    heads = table["head"].unique()
+    question = "Which types of event does the learned query look for, by pooling head?"
+    figure = _page(question, caption, 0.25 * len(kinds) + 1.9)
+    panels = figure.subplots(
+        1,
+        len(heads),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )[0]  # type: ignore[index]
     for axes, head in zip(panels, heads):
-        rows = query_similarity[query_similarity["head"] == head].set_index("event_type").reindex(kinds)
-        error_dots(axes, rows.rename(columns={"similarity": "mean"}), np.arange(len(kinds)), BLUE)
+        rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
+        _error_dots(axes, rows, np.arange(len(kinds)), BLUE)
         axes.axvline(0, color="black", linewidth=0.7)
-        tidy(axes, "", "", f"head {head}" if not str(head).startswith("head") else str(head))
-    panels[0].set_yticks(
-        range(len(kinds)), [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows.n_events)]
-    )
-    panels[0].invert_yaxis()
-    panels[len(panels) // 2].set_xlabel(
-        "query·key score minus the stay's mean (right: looked for), 95 % interval over patients",
-        fontsize=8,
-        x=0 if len(panels) % 2 == 0 else 0.5,
-    )
+        tidy(axes, "", "", f"head {head}")
+        _ticks(axes, 3)
+    names = [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows["n_events"])]
+    _rows(panels[0], names)
+    label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
+    panels[len(panels) // 2].set_xlabel(label, fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
     return figure
 
 
-def signed_bars(axes, values, names):
-    """Horizontal bars, first on top, with their values; colours by sign."""
+def _signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
+    """Draw horizontal bars, first on top, with their values; colours by sign."""
     at = np.arange(len(values))
     axes.barh(at, values, color=[VERMILLION if value >= 0 else BLUE for value in values], height=0.7)
     axes.axvline(0, color="black", linewidth=0.7)
-    axes.set_yticks(at, names, fontsize=7)
-    axes.set_ylim(len(at) - 0.4, -0.6)
     axes.margins(x=0.27)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    tidy(axes, LOGIT, "")
+    _rows(axes, names)
+    _ticks(axes, 5)
     for y, value in zip(at, values):
+        side = "left" if value >= 0 else "right"
         axes.annotate(
-            f"{value:+.2g}",
+            f" {_signed(value)} ",
             (value, y),
-            xytext=(3 if value >= 0 else -3, 0),
-            textcoords="offset points",
-            ha="left" if value >= 0 else "right",
+            ha=side,
             va="center",
             fontsize=6.5,
         )
 
 
-def draw_captum_attributions(
-    events: pd.DataFrame, statics: pd.DataFrame, stays: pd.DataFrame, caption="", n=7
-) -> Figure:
-    """Integrated Gradients of the stay with the highest risk: timeline, strongest events, statics; parts in all stays."""
-    stay = stays[stays.icu_stay_id == shown_stay(stays)].iloc[0]
-    own = events[events.icu_stay_id == stay.icu_stay_id].sort_values("attribution", ascending=False)
-    own_statics = statics[statics.icu_stay_id == stay.icu_stay_id].sort_values("attribution", key=abs, ascending=False)
-    figure = page(
-        f"Which events push the prediction of stay {stay.icu_stay_id}? Risk {percent(stay.probability)}, "
-        f"{outcome(stay.label)}",
-        caption,
-        8.0,
-    )
-    line, bars, below = figure.subfigures(3, 1, height_ratios=[1, 2.2, 1.3]).ravel()
+def _draw_captum_attributions(tables: Tables, caption: str, n: int = 7) -> Figure:
+    """Draw the pushes of the stay with the highest risk: timeline, strongest events, statics; parts in all stays."""
+    events, stays = tables["events"], tables["stays"]
+    row = stays[stays["icu_stay_id"] == _shown_stay(stays)].iloc[0]
+    own, statics = (table[table["icu_stay_id"] == row["icu_stay_id"]] for table in (events, tables["statics"]))
+    own = own.sort_values("attribution", ascending=False)
+    question = f"Which events push the prediction of stay {row['icu_stay_id']}? Risk {_percent(row['probability'])}, "
+    figure = _page(question + _outcome(row["label"]), caption, 8.0)
+    line, bars, below = _bands(figure, [1, 2.2, 1.3])
     axes = line.subplots()
+    colors = np.where(own["attribution"] >= 0, VERMILLION, BLUE)
     axes.vlines(
-        own.hours_to_end, 0, own.attribution, color=np.where(own.attribution >= 0, VERMILLION, BLUE), linewidth=1.1
+        own["hours_to_end"],
+        0,
+        own["attribution"],
+        color=colors,
+        linewidth=1.1,
     )
     axes.axhline(0, color="black", linewidth=0.5)
     axes.invert_xaxis()
-    tidy(
-        axes,
-        TO_END,
-        "logit\n(up: towards death)",
-        f"All {len(own)} events: sum {own.attribution.sum():+.2f}; patient and admission "
-        f"{own_statics.attribution.sum():+.2f}; starting from logit {stay.baseline_logit:+.2f} gives {stay.logit:+.2f}"
-        + ("" if stay.complete else f" (gap {stay.gap_error:+.2f}: not complete)"),
-    )
-    named = pd.concat([own[own.attribution > 0].head(n), own[own.attribution < 0].tail(n)])
-    axes = bars.subplots()
-    signed_bars(
-        axes,
-        named.attribution.to_numpy(),
-        [f"{for_plot(text, 58)}  {hours:.1f} h" for text, hours in zip(named.event_text, named.hours_to_end)],
-    )
-    tidy(axes, LOGIT, "")
+    sums = [_signed(part["attribution"].sum()) for part in (own, statics)]
+    title = f"All {len(own)} events: sum {sums[0]}; patient and admission {sums[1]}; starting from logit "
+    title += f"{_signed(row['baseline_logit'])} gives {_signed(row['logit'])}"
+    if not row["complete"]:
+        title += f" (gap {_signed(row['gap_error'])}: not complete)"
+    tidy(axes, TO_END, "logit\n(up: towards death)", title)
+    named = pd.concat([own[own["attribution"] > 0].head(n), own[own["attribution"] < 0].tail(n)])
+    named = named[named["attribution"].abs() >= 0.0005]
+    texts = [_for_plot(text, 58) for text in named["event_text"]]
+    words = [f"{text}  {hours:.1f} h" for text, hours in zip(texts, named["hours_to_end"])]
+    _signed_bars(bars.subplots(), named["attribution"].to_numpy(), words)
     bars.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
-    axes.tick_params(axis="y", labelsize=7)
     left, right = below.subplots(1, 2, width_ratios=[1.5, 1])
-    top = own_statics.head(8)
-    signed_bars(
-        left,
-        top.attribution.to_numpy(),
-        [for_plot(f"{name}: {value}", 38) for name, value in zip(top.feature, top.value)],
-    )
-    tidy(left, LOGIT, "", "Patient and admission")
-    left.tick_params(axis="y", labelsize=7)
-    words = {
-        "attribution_text": "text",
-        "attribution_value": "value",
-        "attribution_type": "type",
-        "attribution_time": "time",
-    }
-    used = [column for column in words if column in events and events[column].any()]
-    parts = (
-        events.melt("patient_id", used, "part", "size")
-        .replace({"part": words})
-        .assign(size=lambda rows: rows["size"].abs())
-    )
-    table = means_by(parts, "part", "size").sort_values("mean")
-    error_dots(right, table, np.arange(len(table)), "black")
-    right.set_yticks(range(len(table)), table.index)
-    right.set(xlim=(0, None), ylim=(-0.6, len(table) - 0.4))
-    right.xaxis.set_major_locator(MaxNLocator(3))
-    tidy(right, "mean size per event, logit", "", f"What counts? All {len(stays)} stays")
+    top = statics.sort_values("attribution", key=abs, ascending=False).head(8)
+    words = [_for_plot(f"{name}: {value}", 38) for name, value in zip(top["feature"], top["value"])]
+    _signed_bars(left, top["attribution"].to_numpy(), words)
+    left.set_title("Patient and admission", fontsize=9)
+    _parts_of_events(right, events)
     return figure
 
 
-def draw_captum_layer_attributions(
-    layers: pd.DataFrame, events: pd.DataFrame, stays: pd.DataFrame, caption=""
-) -> Figure:
-    """layers: layer, icu_stay_id, event, attribution, gap_error; one stay as a map over its events, all stays below."""
-    names = list(dict.fromkeys(layers.layer))
-    known = stays[stays.icu_stay_id.isin(layers.icu_stay_id)]
-    stay = shown_stay(known)
-    figure = page(
-        "Does the evidence stay with its events on the way through the layers? (Statics held fixed: another question "
-        "than captum_attributions)",
-        caption,
-        5.8,
-    )
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.1, 1])
-    wide = layers[layers.icu_stay_id == stay].pivot(index="layer", columns="event", values="attribution").loc[names]
-    hours = events[events.icu_stay_id == stay].set_index("event").hours_to_end.reindex(wide.columns).to_numpy()
+def _parts_of_events(axes: Axes, events: pd.DataFrame) -> None:
+    """Draw how much of an event's push is due to its text, type, time and value."""
+    used = [column for column in PART_WORDS if column in events and events[column].any()]
+    parts = events.melt("patient_id", used, "part", "size").replace({"part": PART_WORDS})
+    table = _means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values("mean", ascending=False)
+    _error_dots(axes, table, np.arange(len(table)), "black")
+    _rows(axes, table.index)
+    axes.set_xlim(left=0)
+    n_stays = _count(events["icu_stay_id"].nunique(), "stay")
+    tidy(axes, "mean size per event, logit", "", f"What counts? {n_stays}")
+    _ticks(axes, 3)
+
+
+def _rank_agreement(table: pd.DataFrame, keys: list[str], first: str, second: str) -> pd.DataFrame:
+    """Return the rank correlation of two columns in each group: the keys, and `correlation` (NaN where one is constant)."""
+    rows = []
+    for names, part in table.groupby(keys, sort=False):
+        found = rank_correlation(part[first].to_numpy(float), part[second].to_numpy(float))[0, 0]
+        rows.append((*names, found))
+    return pd.DataFrame(rows, columns=[*keys, "correlation"])
+
+
+def _draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
+    """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): one stay over its events, all stays below."""
+    layers, stays = tables["layers"], tables["stays"]
+    names = layers["layer"].unique()
+    stay = _shown_stay(stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])])
+    question = "Does the evidence stay with its events on the way through the layers?"
+    figure = _page(f"{question} (Statics held fixed: another question than captum_attributions)", caption, 5.4)
+    upper, lower = _bands(figure, [1.2, 1])
+    own = layers[layers["icu_stay_id"] == stay]
+    wide = own.pivot(index="layer", columns="event", values="attribution").loc[names]
+    events = tables["events"]
+    hours = events[events["icu_stay_id"] == stay].sort_values("event")["hours_to_end"].to_numpy()
     axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
-    image = axes.imshow(wide, aspect="auto", cmap=SIGNED, vmin=-top, vmax=top, interpolation="nearest")
-    bar = upper.colorbar(image, ax=axes, extend="both", pad=0.01)
-    bar.set_label("logit (up: towards death)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
+    image = axes.imshow(
+        wide,
+        aspect="auto",
+        cmap=SIGNED,
+        vmin=-top,
+        vmax=top,
+        interpolation="nearest",
+    )
+    _small_bar(upper, image, axes, "logit (up: towards death)")
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    tidy(
-        axes,
-        f"{TO_END}; each event equally wide",
-        "",
-        f"Stay {stay}: Integrated Gradients at each layer, {len(hours)} events",
-    )
+    title = f"Stay {stay}: Integrated Gradients at each layer, {_count(len(hours), 'event')}"
+    tidy(axes, f"{TO_END}; each event equally wide", "", title)
+    ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
     axes.set_xticks(ticks, [f"{hours[at]:.0f}" for at in ticks])
-    table = layers.merge(
-        layers[layers.layer == names[0]][["icu_stay_id", "event", "attribution"]],
-        on=["icu_stay_id", "event"],
-        suffixes=("", "_first"),
-    )
-    pairs = table.groupby(["layer", "icu_stay_id"])[["attribution", "attribution_first"]]
-    agreement = pairs.apply(lambda pair: pair.rank().corr().iloc[0, 1]).rename("correlation").reset_index()
-    gaps = layers.groupby(["layer", "icu_stay_id"]).gap_error.first().abs().rename("gap").reset_index()
-    who = known[["icu_stay_id", "patient_id"]]
-    left, right = lower.subplots(1, 2, sharey=True)
-    at, generator = np.arange(len(names)), np.random.default_rng(0)
-    for axes, rows, value in ((left, agreement, "correlation"), (right, gaps, "gap")):
-        rows = rows.merge(who, on="icu_stay_id")
-        heights = rows.layer.map({name: place for place, name in enumerate(names)}) + generator.uniform(
-            -0.2, 0.2, len(rows)
-        )
-        axes.scatter(rows[value], heights, s=5, color="#b5b5b5")
-        if value == "correlation":
-            error_dots(axes, means_by(rows, "layer", value).reindex(names), at, "black")
-    left.set_yticks(at, [name.replace("_", " ") for name in names])
-    left.set_ylim(len(names) - 0.5, -0.5)
-    right.set_xlim(left=0)
-    right.xaxis.set_major_locator(MaxNLocator(4))
-    tidy(left, "rank correlation of a stay's events", "", f"Agreement with {names[0].replace('_', ' ')}")
-    tidy(right, "|gap|, logit", "", "Completeness: what the sum misses")
-    left.set_xlabel(f"rank correlation, {len(who)} stays; black: mean, 95 % interval", fontsize=8)
+    _draw_layer_agreement(lower, layers)
     return figure
 
 
-def group_order(name):
-    """Event types and clock windows in their own order, other groups as they come."""
-    hours = re.match(r"\D*(\d+)", str(name))
-    return (
-        EVENT_TYPES.index(name)
-        if name in EVENT_TYPES
-        else -1
-        if str(name).startswith("last")
-        else int(hours[1])
-        if hours
-        else 0
-    )
+def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
+    """Draw how far each layer's attributions agree with the first layer's; a grey dot a stay."""
+    names = layers["layer"].unique()
+    first = layers[layers["layer"] == names[0]][["icu_stay_id", "event", "attribution"]]
+    both = layers.merge(first, on=["icu_stay_id", "event"], suffixes=("", "_first"))
+    found = _rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
+    axes, at = subfigure.subplots(), np.arange(len(names))
+    heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
+    axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
+    _error_dots(axes, _means_by(found, "layer", "correlation").reindex(names), at, "black")
+    n_stays = _count(layers["icu_stay_id"].nunique(), "stay")
+    title = f"Agreement with {names[0].replace('_', ' ')}; the sums miss at most {layers['gap_error'].abs().max():.2f} logit"
+    tidy(axes, f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval", "", title)
+    _rows(axes, [name.replace("_", " ") for name in names])
+    axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
+    _ticks(axes, 6)
 
 
-def draw_captum_ablation_attributions(groups: pd.DataFrame, events: pd.DataFrame, caption="") -> Figure:
-    """groups: attribution, ablation, shapley per stay, kind and group; events: attribution and if_unremarkable per event."""
-    kinds = list(dict.fromkeys(groups.kind))
-    sizes = [groups[groups.kind == kind].group.nunique() for kind in kinds]
-    figure = page(
-        "What does the prediction lose when a group, or one event, is taken away?", caption, 0.23 * sum(sizes) + 4.4
-    )
-    upper, lower = figure.subfigures(2, 1, height_ratios=[0.23 * sum(sizes) + 1, 2.6])
-    panels = upper.subplots(len(kinds), 1, sharex=True, height_ratios=sizes, squeeze=False)[:, 0]
-    n_shapley = groups[groups.shapley.notna()].icu_stay_id.nunique()
-    measures = (
-        ("attribution", "Integrated Gradients", BLUE, "o"),
-        ("ablation", "taken away (replaced by the baseline)", VERMILLION, "s"),
-        ("shapley", f"Shapley value ({n_shapley} stays)", GREEN, "D"),
-    )
+def _group_order(name: str) -> int:
+    """Return the place of event types and clock windows in their own order; other groups stay as they come."""
+    order = [*EVENT_TYPES, *window_names()]
+    return order.index(name) if name in order else 0
+
+
+def _draw_groups(axes: Axes, rows: pd.DataFrame, kind: str) -> None:
+    """Draw attribution and ablation of the groups of one kind, mean per stay that has the group."""
+    names = sorted(rows["group"].unique(), key=_group_order)
+    at = np.arange(len(names))
+    measures = (("attribution", "push, summed", BLUE, "o"), ("ablation", "if unremarkable", VERMILLION, "s"))
+    for shift, (value, word, color, marker) in zip((-0.14, 0.14), measures):
+        _error_dots(
+            axes,
+            _means_by(rows, "group", value).reindex(names),
+            at + shift,
+            color,
+            marker,
+            word,
+        )
+    axes.axvline(0, color="black", linewidth=0.7)
+    tidy(axes, "", "")
+    stays = rows.groupby("group")["icu_stay_id"].nunique()
+    words = [_count(stays[name], "stay") for name in names]
+    _rows(axes, [TYPE_WORDS.get(name, _for_plot(name, 40)) for name in names], words)
+    axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
+    _ticks(axes, 6)
+
+
+def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
+    """Draw `groups` (attribution, ablation per stay, kind and group) and `events` (attribution and if_unremarkable per event)."""
+    groups, events = tables["groups"], tables["events"]
+    kinds = groups["kind"].unique()
+    sizes = [groups[groups["kind"] == kind]["group"].nunique() for kind in kinds]
+    question = "What would the prediction be if a group of events, or one event, were unremarkable?"
+    figure = _page(question, caption, 0.23 * sum(sizes) + 5.2)
+    upper, lower = _bands(figure, [0.23 * sum(sizes) + 1.6, 2.6])
+    panels = upper.subplots(len(kinds), 1, height_ratios=sizes, squeeze=False)[:, 0]
     for axes, kind in zip(panels, kinds):
-        rows = groups[groups.kind == kind]
-        names = sorted(dict.fromkeys(rows.group), key=group_order)
-        for shift, (value, word, color, marker) in zip((-0.22, 0, 0.22), measures):
-            table = (
-                means_by(rows.dropna(subset=[value]), "group", value).reindex(names)
-                if rows[value].notna().any()
-                else None
-            )
-            if table is not None:
-                error_dots(axes, table, np.arange(len(names)) + shift, color, marker, word)
-        axes.set_yticks(range(len(names)), [TYPE_WORDS.get(name, for_plot(name, 40)) for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.axvline(0, color="black", linewidth=0.7)
-        axes.grid(axis="x", color="#eeeeee")
-        tidy(axes, "mean per stay that has the group, " + LOGIT if axes is panels[-1] else "", "")
-        axes.set_title(
-            f"by {kind}" + (" (patient and admission)" if kind == "static" else ""), fontsize=8.5, loc="left"
-        )
+        _draw_groups(axes, groups[groups["kind"] == kind], kind)
+    panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
+    handles = panels[0].get_legend_handles_labels()
     upper.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7.5, frameon=False
+        *handles,
+        loc="outside upper center",
+        ncols=2,
+        fontsize=7.5,
+        frameon=False,
     )
-    left, right = lower.subplots(1, 2)
-    if len(events) > 3000:
-        left.hexbin(events.attribution, events.if_unremarkable, gridsize=45, bins="log", cmap="cividis", mincnt=1)
-    else:
-        left.scatter(events.attribution, events.if_unremarkable, s=4, color=BLUE, alpha=0.5, linewidths=0)
-    left.axline((0, 0), slope=1, color="black", linewidth=0.7, linestyle="--")
-    tidy(left, "Integrated Gradients, logit", "if unremarkable, logit", f"{len(events):,} events (dashed: equal)")
-    pairs = events.groupby("icu_stay_id")[["attribution", "if_unremarkable"]]
-    agreement = pairs.apply(lambda pair: pair.rank().corr().iloc[0, 1]).dropna()
-    right.hist(agreement, bins=np.linspace(-1, 1, 41), color=BLUE)
-    right.xaxis.set_major_locator(MaxNLocator(4))
-    right.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    tidy(
-        right,
-        "rank correlation of the two within a stay",
-        "stays",
-        f"Do they agree? Median {agreement.median():.2f}, {len(agreement)} stays",
+    axes = lower.subplots()
+    known = events.dropna(subset=["if_unremarkable"])
+    axes.hexbin(
+        known["attribution"],
+        known["if_unremarkable"],
+        gridsize=60,
+        bins="log",
+        cmap="Greys",
+        mincnt=1,
+    )
+    axes.axline(
+        (0, 0),
+        slope=1,
+        color=VERMILLION,
+        linewidth=0.7,
+        linestyle="--",
+    )
+    agreement = _rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
+    title = f"{_count(len(known), 'event')} (dashed: equal); rank correlation within a stay {agreement.median():.2f}, median"
+    tidy(axes, "push, logit", "if unremarkable, logit", title)
+    _ticks(axes, 6, 5)
+    return figure
+
+
+ORDER_STYLES: dict[str, dict[str, Any]] = {
+    "attribution": {"color": "#9ecae1", "linewidth": 4},
+    "if_unremarkable": {"color": "black", "linestyle": "--", "linewidth": 1.2},
+    "attention": {"color": ORANGE, "linestyle": "-.", "linewidth": 1.4},
+    "random": {"color": "0.5", "linestyle": ":", "linewidth": 1.4},
+}
+
+
+def _draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
+    """Draw `curves`, as `deletion_insertion` gives them, of all checked stays: a panel for each direction."""
+    curves = with_one_random_order(tables["curves"])
+    n_stays = _count(curves["icu_stay_id"].nunique(), "stay")
+    question = "Do the events that an explanation ranks first move the prediction most?"
+    figure = _page(question, f"{caption} · measured on {n_stays}", 3.4)
+    (body,) = _bands(figure, [1])
+    means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
+    verbs = {"deletion": "made unremarkable", "insertion": "given back to a stay that says nothing"}
+    for axes, (direction, verb) in zip(body.subplots(1, 2), verbs.items()):
+        for order, style in ORDER_STYLES.items():
+            line = means[direction, order]
+            axes.plot(100 * line.index, line, label=ORDERS.get(order, "random order"), **style)
+        axes.axhline(0, color="black", linewidth=0.5)
+        tidy(axes, "% of the events, highest first", "change of the logit", f"Events {verb}")
+        _ticks(axes, 5, 5)
+    handles = axes.get_legend_handles_labels()
+    body.legend(
+        *handles,
+        loc="outside upper center",
+        ncols=4,
+        fontsize=7.5,
+        frameon=False,
     )
     return figure
 
 
-def draw_deletion_insertion(curves: pd.DataFrame, caption="") -> Figure:
-    """curves as `deletion_insertion` gives them, of all checked stays: one panel for each way of taking away and giving."""
-    curves = with_one_random_order(curves)
-    n_stays = curves.icu_stay_id.nunique()
-    figure = page(
-        "Do the events that an explanation ranks first move the prediction most?",
-        f"{caption} · measured on {n_stays} stays",
-        5.2,
-    )
-    styles = {
-        "attribution": ("black", "-"),
-        "if_unremarkable": (ORANGE, "--"),
-        "attention": (BLUE, "-."),
-        "random": ("0.5", ":"),
-    }
-    titles = {"deletion": "Events made unremarkable", "insertion": "All other events unremarkable"}
-    panels = figure.subplots(1, 2, sharex=True)
-    for axes, direction in zip(panels, titles):
-        part = curves[curves["direction"] == direction]
-        for order, (color, line) in styles.items():
-            means = part[part["order"] == order].groupby("fraction")["change"].mean()
-            label = ORDERS.get(order, "random order")
-            axes.plot(100 * means.index, means, color=color, linestyle=line, marker=".", label=label)
-        tidy(axes, "% of the events", "change of the logit" if axes is panels[0] else "", titles[direction])
-    panels[1].legend(loc="lower right", ncols=2, fontsize=7, frameon=False)
-    return figure
+FIGURES: dict[str, Callable[[Tables, str], Figure]] = {
+    "layer_attention_weights": _draw_layer_attention_weights,
+    "sequence_importance": _draw_sequence_importance,
+    "sequence_importance_combined": _draw_sequence_importance_combined,
+    "head_specialization": _draw_head_specialization,
+    "feature_importance": _draw_feature_importance,
+    "item_importance": _draw_item_importance,
+    "query_vector_analysis": _draw_query_vector_analysis,
+    "captum_attributions": _draw_captum_attributions,
+    "captum_layer_attributions": _draw_captum_layer_attributions,
+    "captum_ablation_attributions": _draw_captum_ablation_attributions,
+    "deletion_insertion": _draw_deletion_insertion,
+}
 
 
-def draw_figures(tables: dict, caption="") -> dict:
-    """The nine figures by file name (without .png), and a tenth where stays were checked; tables by the names of the report's."""
-    get = tables.get
-    curves = get("curves")
-    figures = {} if curves is None or curves.empty else {"deletion_insertion": draw_deletion_insertion(curves, caption)}
-    return figures | {
-        "layer_attention_weights": draw_layer_attention_weights(get("attention"), caption),
-        "sequence_importance": draw_sequence_importance(get("events"), get("attention"), caption),
-        "sequence_importance_combined": draw_sequence_importance_combined(
-            get("events"), get("attention"), get("windows"), caption
-        ),
-        "head_specialization": draw_head_specialization(get("heads"), caption),
-        "feature_importance": draw_feature_importance(get("events"), get("statics"), caption),
-        "query_vector_analysis": draw_query_vector_analysis(get("query_similarity"), caption),
-        "captum_attributions": draw_captum_attributions(get("events"), get("statics"), get("stays"), caption),
-        "captum_layer_attributions": draw_captum_layer_attributions(
-            get("layers"), get("events"), get("stays"), caption
-        ),
-        "captum_ablation_attributions": draw_captum_ablation_attributions(get("groups"), get("events"), caption),
-    }
+def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
+    """Draw one picture (`FIGURES` names them) from the tables of `run_explainability_analysis`.
+
+    >>> draw_figure("captum_attributions", tables)  # doctest: +SKIP
+    """
+    if name not in FIGURES:
+        raise InputError(f"no picture is called {name}; there are {', '.join(FIGURES)}.")
+    return FIGURES[name](tables, caption)
+
+
+def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
+    """Draw all pictures, by file name without .png; `deletion_insertion` only where stays were checked.
+
+    >>> draw_figures(tables)["item_importance"].savefig("items.png")  # doctest: +SKIP
+    """
+    checked = len(tables.get("curves", ())) > 0
+    return {name: draw_figure(name, tables, caption) for name in FIGURES if checked or name != "deletion_insertion"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Report: one page that needs nothing else; every text goes through `e`, since event texts are whatever was typed
+# Report: one page that needs nothing else; the template escapes every text, since event texts are whatever was typed
 # ---------------------------------------------------------------------------------------------------------------------
-REPORT_STYLE = """
-body{font:15px/1.5 system-ui,"Segoe UI",Arial,sans-serif;color:#1b1b1b;background:#fff;max-width:62rem;margin:0 auto;padding:1.5rem}
-h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.3rem;margin:2.4rem 0 .5rem;padding-top:.6rem;border-top:2px solid #1b1b1b}
-h3{font-size:1.05rem;margin:1.4rem 0 .3rem}p{margin:.4rem 0 .7rem;max-width:50rem}a{color:#005a91}
-.note{background:#f3f3f3;border-left:4px solid #0072B2;padding:.6rem 1rem;max-width:50rem}.warn{border-color:#D55E00}
-.risk{font-size:2rem;font-weight:600;margin-right:.6rem}.small{font-size:.85rem;color:#4a4a4a}
-table{border-collapse:collapse;width:100%;margin:.4rem 0 1rem;font-size:.88rem}caption{text-align:left;font-weight:600;padding:.3rem 0}
-th,td{text-align:left;vertical-align:top;padding:.28rem .6rem .28rem 0;border-bottom:1px solid #ddd;overflow-wrap:anywhere}
-thead th{border-bottom:1.5px solid #1b1b1b}tbody th{font-weight:400}
-td.n,th.n{text-align:right}td.n,.time{white-space:nowrap;font-variant-numeric:tabular-nums}thead th{vertical-align:bottom;overflow-wrap:normal}
-figure{margin:1rem 0;break-inside:avoid}figure img,svg{max-width:100%;height:auto}figcaption{font-size:.85rem;color:#4a4a4a}
-svg text{font:12px system-ui,Arial,sans-serif;fill:#333}.row{display:flex;gap:2rem;align-items:flex-start;flex-wrap:wrap}.row>div{flex:1 1 20rem}
-@media print{body{max-width:none;padding:0;font-size:11px}section.stay,h2.appendix{break-before:page}tr{break-inside:avoid}
-h3,caption{break-after:avoid}a{color:inherit;text-decoration:none}}
+REPORT = """<!DOCTYPE html>
+{% macro table(caption, columns, rows) %}
+{% if rows %}
+<table><caption>{{ caption }}</caption><thead><tr>
+{% for name in columns %}
+<th scope="col"{% if name[0] == "#" %} class="n"{% endif %}>{{ name.lstrip("#") }}</th>
+{% endfor %}
+</tr></thead><tbody>
+{% for row in rows %}
+<tr>
+{% for name in columns %}
+{% set tag = "td" if loop.index0 else "th" %}
+<{{ tag }}{% if not loop.index0 %} scope="row"{% endif %}{% if name[0] == "#" %} class="n"{% endif %}>
+{{- row[loop.index0] -}}
+</{{ tag }}>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table>
+{% else %}
+<p>{{ caption }}: none.</p>
+{% endif %}
+{% endmacro %}
+{% macro figure(name) %}
+{% if name in pictures %}
+<figure><img alt="{{ pictures[name].question }}" src="data:image/png;base64,{{ pictures[name].data }}">
+<figcaption>{{ name }}.png</figcaption></figure>
+{% endif %}
+{% endmacro %}
+{% macro line(x1, y1, x2, y2, color="#999", width=1) %}
+<line x1="{{ x1 }}" y1="{{ y1 }}" x2="{{ x2 }}" y2="{{ y2 }}" stroke="{{ color }}" stroke-width="{{ width }}"/>
+{% endmacro %}
+{% macro text(x, y, words, anchor="middle") %}
+<text x="{{ x }}" y="{{ y }}" text-anchor="{{ anchor }}">{{ words }}</text>
+{% endmacro %}
+{% macro timeline(drawn) %}
+<figure><svg viewBox="0 0 960 400" role="img" aria-label="Timeline: predicted risk above, push of each event below;
+ the strongest are listed in the tables">
+{{ text(78, 14, "Predicted risk of death as events arrive", "start") }}
+{{ text(78, 164, "Push of each event on the final prediction, logit (up: towards death)", "start") }}
+{% for y, label in [(25, "100 %"), (75, "50 %"), (125, "0 %"), (175, drawn.reach), (355, "−" ~ drawn.reach[1:])] %}
+{{ line(78, y, 945, y, "#ddd") }}{{ text(70, y + 4, label, "end") }}
+{% endfor %}
+{% for x, label in drawn.ticks %}
+{{ line(x, 355, x, 360) }}{{ text(x, 374, label) }}
+{% endfor %}
+{{ text(511, 392, "hours since ICU admission") }}{{ line(78, 265, 945, 265, "#333") }}
+<polyline points="{{ drawn.risks }}" fill="none" stroke="#333" stroke-width="1.8"/>
+{% for x, tip, color, words in drawn.events %}
+<g><title>{{ words }}</title>{{ line(x, 265, x, tip, color, 2) }}</g>
+{% endfor %}
+</svg><figcaption>{{ drawn.note }}Orange and up: towards death; blue and down: away from it.</figcaption></figure>
+{% endmacro %}
+{% macro calibration_chart() %}
+<figure><svg viewBox="0 0 250 240" width="250" role="img" aria-label="Observed deaths in groups of similar risk">
+{{ line(45, 195, 220, 20) }}{{ line(45, 195, 220, 195) }}{{ line(45, 20, 45, 195) }}
+{{ text(132, 230, "predicted risk") }}
+<text transform="translate(12 108) rotate(-90)" text-anchor="middle">observed deaths, %</text>
+{% for share in [0, 0.5, 1] %}
+{{ text(45 + 175 * share, 211, share | percent_of) }}{{ text(40, 199 - 175 * share, (100 * share) | int, "end") }}
+{% endfor %}
+{% for row in calibration.itertuples() %}
+{% set x = 45 + 175 * row.mean_risk %}
+{{ line(x, 195 - 175 * row.low, x, 195 - 175 * row.high, blue, 1.5) }}
+<circle cx="{{ x }}" cy="{{ 195 - 175 * row.observed_rate }}" r="4" fill="{{ blue }}"/>
+{% endfor %}
+</svg><figcaption>Do as many die as predicted? Dots: groups of stays of similar risk, 95 % interval.</figcaption></figure>
+{% endmacro %}
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>Why the model predicts what it predicts</title>
+<style>
+body { font: 15px/1.5 system-ui, "Segoe UI", Arial, sans-serif; color: #1b1b1b; background: #fff; }
+body { max-width: 62rem; margin: 0 auto; padding: 1.5rem }
+h1 { font-size: 1.7rem; margin: 0 0 .3rem } h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem }
+h2 { font-size: 1.3rem; margin: 2.4rem 0 .5rem; padding-top: .6rem; border-top: 2px solid #1b1b1b }
+p { margin: .4rem 0 .7rem; max-width: 50rem } a { color: #005a91 }
+.note { background: #f3f3f3; border-left: 4px solid #0072B2; padding: .6rem 1rem; max-width: 50rem }
+.warn { border-color: #D55E00 } .risk { font-size: 2rem; font-weight: 600; margin-right: .6rem }
+.small { font-size: .85rem; color: #4a4a4a }
+table { border-collapse: collapse; width: 100%; margin: .4rem 0 1rem; font-size: .88rem }
+caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+th, td { text-align: left; vertical-align: top; padding: .28rem .6rem .28rem 0; border-bottom: 1px solid #ddd }
+th, td { overflow-wrap: anywhere } tbody th { font-weight: 400 }
+thead th { border-bottom: 1.5px solid #1b1b1b; vertical-align: bottom; overflow-wrap: normal }
+td.n, th.n { text-align: right } td.n { white-space: nowrap; font-variant-numeric: tabular-nums }
+figure { margin: 1rem 0; break-inside: avoid } figure img, svg { max-width: 100%; height: auto }
+figcaption { font-size: .85rem; color: #4a4a4a } svg text { font: 12px system-ui, Arial, sans-serif; fill: #333 }
+@media print {
+  body { max-width: none; padding: 0; font-size: 11px } section.stay, h2.appendix { break-before: page }
+  tr { break-inside: avoid } h3, caption { break-after: avoid } a { color: inherit; text-decoration: none }
+}
+</style></head><body><main>
+<h1>Why the model predicts what it predicts</h1>
+<p class="small">{{ facts }}</p>
+{% if verdict %}
+<div class="note{{ "" if verdict_holds else " warn" }}"><strong>Is there anything to explain?</strong>
+{% for sentence in verdict %}
+<p>{{ sentence }}</p>
+{% endfor %}
+</div>
+{% endif %}
+<p class="note warn">This page <strong>{{ disclaimer }}</strong>. It is made for research, not for the care of a patient.
+{{ setting }}</p>
+<p class="note"><strong>How to read the numbers.</strong> The push of an event is its share of the prediction on the logit
+scale, found by Integrated Gradients between a stay whose events say nothing and this one: {{ doubling | signed }} doubles
+the odds of death, {{ -doubling | signed }} halves them. “Odds through it” compares the odds of death with those that the
+model would give if this event alone were unremarkable, that is, replaced by the mean event of training.</p>
+<h2>All explained stays</h2>
+<p>{{ cohort }}</p>
+{{ table("Stays shown below", ["stay", "shown because", "#predicted risk", "outcome"], shown) }}
+{% if calibration is not none %}
+{{ calibration_chart() }}
+{% endif %}
+<p>{{ windows | join(" ") }}</p>
+{{ figure("feature_importance") }}
+{% if items %}
+<h3>Items</h3>
+<p>{{ items | join(" ") }}</p>
+{{ figure("item_importance") }}
+{{ table("Mean push of an item at each level of its texts, logit (events)", ["item"] + level_names, levels) }}
+{% endif %}
+{{ figure("captum_ablation_attributions") }}
+{{ figure("sequence_importance_combined") }}
+{% for stay in stays %}
+<section class="stay" id="stay-{{ stay.icu_stay_id }}"><h2>Stay {{ stay.icu_stay_id }}: {{ stay.why_shown }}</h2>
+<p><span class="risk">{{ stay.risk }}</span>predicted risk of death in hospital; <strong>{{ stay.outcome }}</strong>.</p>
+<p>{{ stay.place }} {{ stay.sums }}</p>
+{% if stay.gap %}
+<p class="note warn">For this stay the parts do not add up to the prediction (gap {{ stay.gap }} logit): read its numbers
+with care.</p>
+{% endif %}
+{% if stay.decisive %}
+<p class="note">{{ stay.decisive }}</p>
+{% endif %}
+{{ timeline(stay.timeline) }}
+{% if stay.towards or stay.away %}
+{{ table("The events that push most towards death (up to " ~ most ~ ")", event_columns, stay.towards) }}
+{{ table("The events that push most away from death (up to " ~ most ~ ")", event_columns, stay.away) }}
+{% else %}
+<p class="note">No event of this stay mattered: none moves the logit by {{ floor }}.</p>
+{% endif %}
+{{ table("Organ systems", ["system", "#events", "#push, logit"], stay.systems) }}
+{{ table("Patient and admission", ["what", "value", "#push, logit", "#if average, logit"], stay.statics) }}
+</section>
+{% endfor %}
+<h2 id="scores">How right are these explanations?</h2>
+{% if checks %}
+<p>{{ summary }}</p>
+{{ table("Checks of the explanations against the model itself", ["check", "what was found", "result"], checks) }}
+{% else %}
+<p>They were not checked in this run.</p>
+{% endif %}
+<h2 class="appendix">Technical appendix: layers and heads</h2>
+<p>Attention says where the model looks, not what moves its prediction; the two often differ.</p>
+{% for name in appendix %}
+{{ figure(name) }}
+{% endfor %}
+</main></body></html>
 """
 APPENDIX = (
     "captum_attributions",
@@ -2406,303 +2848,239 @@ APPENDIX = (
     "query_vector_analysis",
     "deletion_insertion",
 )
-e = html.escape
+EVENT_COLUMNS = [
+    "event",
+    "time",
+    "#hours after admission",
+    "#hours before the end",
+    "#push, logit",
+    "#odds through it",
+]
+EVENTS_LISTED, EVENTS_DRAWN = 10, 600  # of a stay
 
 
-def signed(value):
-    """`+0.31`, `−0.31` or, where it is small, `+0.004`; a dash where there is no number."""
-    return "–" if pd.isna(value) else f"{value:+.{2 if abs(value) >= 0.1 else 3}f}".replace("-", "−")
+def _odds(logit: float, temperature: float = 1.0) -> str:
+    """Return a difference of logits as odds, as a person writes it: `× 12`, `÷ 1.4`, `the same`."""
+    if pd.isna(logit):
+        return "–"
+    times = math.exp(min(abs(logit) / temperature, 20))
+    if times < 1.05:
+        return "the same"
+    if times > 1000:
+        number = "over 1,000"
+    else:
+        number = f"{times:.0f}" if times >= 9.95 else f"{times:.1f}"
+    return f"{'×' if logit > 0 else '÷'} {number}"
 
 
-def html_table(caption, columns, rows):
-    """columns: names, a leading "#" marks numbers; rows: lists of HTML, the first cell of each is the row's header."""
-    if not rows:
-        return f"<p>{e(caption)}: none.</p>\n"
-    kinds = [' class="n"' if name.startswith("#") else "" for name in columns]
-    head = "".join(f'<th scope="col"{kind}>{e(name.lstrip("#"))}</th>' for name, kind in zip(columns, kinds))
-    body = "".join(
-        "<tr>"
-        + f'<th scope="row"{kinds[0]}>{row[0]}</th>'
-        + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:]))
-        + "</tr>\n"
-        for row in rows
-    )
-    return f"<table><caption>{e(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>\n"
+def _plain_number(value: object) -> str:
+    """Return a number without needless digits, anything else as it is."""
+    try:
+        return f"{float(str(value)):.3g}"
+    except ValueError:
+        return str(value)
 
 
-def html_figure(name, figures):
-    """A figure as an image inside the page; its question is the alternative text."""
-    if name not in figures:
-        return ""
-    buffer = io.BytesIO()
-    figures[name].savefig(buffer, format="png", dpi=150)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    words = e(" ".join(figures[name].get_suptitle().split()))
-    return f'<figure><img alt="{words}" src="data:image/png;base64,{data}"><figcaption>{e(name)}.png</figcaption></figure>\n'
-
-
-def svg_line(x1, y1, x2, y2, color="#999", width=1.0, more=""):
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" stroke-width="{width}"{more}/>'
-    )
-
-
-def svg_text(x, y, words, anchor="middle"):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{e(words)}</text>'
-
-
-def svg_timeline(events, trajectory, n_drawn=600):
-    """Risk as events arrive above, signed attributions below, over hours since admission; touch a line for its text."""
-    left, right, zero = 78, 945, 265  # pixels; risk between 25 and 125, stems 175 to 355
-    drawn = events.reindex(events.attribution.abs().sort_values(ascending=False).index[:n_drawn]).sort_values("event")
-    last = max(events.hours_since_admission.max(), 1e-3)
-    reach = max(events.attribution.abs().max(), 1e-9)
-    x = lambda hours: left + (right - left) * hours / last
-    parts = [
-        svg_line(left, y, right, y, "#ddd") + svg_text(left - 8, y + 4, label, "end")
-        for y, label in ((25, "100 %"), (75, "50 %"), (125, "0 %"), (175, signed(reach)), (355, signed(-reach)))
-    ]
-    parts += [
-        svg_text(left, 14, "Predicted risk of death as events arrive", "start"),
-        svg_text(left, 164, "Push of each event on the final prediction, logit (up: towards death)", "start"),
-    ]
-    for hours in MaxNLocator(9).tick_values(0, last):
-        if 0 <= hours <= last:
-            parts += [svg_line(x(hours), 355, x(hours), 360), svg_text(x(hours), 374, f"{hours:g}")]
-    parts += [svg_text((left + right) / 2, 392, "hours since ICU admission"), svg_line(left, zero, right, zero, "#333")]
-    if len(trajectory):
-        steps = trajectory.sort_values("hours_since_admission")
-        points = [
-            f"{x(min(hours, last)):.1f},{125 - 100 * risk:.1f}"
-            for hours, risk in zip(steps.hours_since_admission, steps.probability)
-        ]
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="#333" stroke-width="1.8"/>')
-    for row in drawn.itertuples():
-        color, tip = (VERMILLION if row.attribution >= 0 else BLUE), zero - 90 * row.attribution / reach
-        parts.append(
-            f"<g><title>{e(f'{row.hours_since_admission:.1f} h: {row.event_text} ({signed(row.attribution)})')}</title>"
-            + svg_line(x(row.hours_since_admission), zero, x(row.hours_since_admission), tip, color, 2)
-            + "</g>"
-        )
-    note = "" if len(drawn) == len(events) else f"The {len(drawn):,} strongest of {len(events):,} events are drawn. "
-    return (
-        f'<figure><svg viewBox="0 0 960 400" role="img" aria-label="Timeline: predicted risk above, push of {len(drawn)} events '
-        f'below; the strongest are listed in the tables">{"".join(parts)}</svg><figcaption>{note}Orange and up: towards death; blue '
-        "and down: away from it.</figcaption></figure>\n"
-    )
-
-
-def svg_calibration(table, probability=None):
-    """Observed death rate against predicted risk, and a line where this stay's prediction lies."""
-    place = lambda value: 45 + 175 * value
-    parts = [
-        svg_line(45, 195, 220, 20, "#999", 1, ' stroke-dasharray="4 3"'),
-        svg_line(45, 195, 220, 195),
-        svg_line(45, 20, 45, 195),
-        svg_text(132, 230, "predicted risk"),
-        '<text transform="translate(12 108) rotate(-90)" text-anchor="middle">observed deaths, %</text>',
-    ]
-    for value in (0, 0.5, 1):
-        parts += [
-            svg_text(place(value), 211, f"{100 * value:.0f} %"),
-            svg_text(40, 199 - 175 * value, f"{100 * value:.0f}", "end"),
-        ]
-    for row in table.itertuples():
-        parts += [
-            svg_line(place(row.mean_risk), 195 - 175 * row.low, place(row.mean_risk), 195 - 175 * row.high, BLUE, 1.5),
-            f'<circle cx="{place(row.mean_risk):.1f}" cy="{195 - 175 * row.observed_rate:.1f}" r="4" fill="{BLUE}"/>',
-        ]
-    if probability is not None:
-        parts.append(svg_line(place(probability), 20, place(probability), 195, VERMILLION, 2))
-    label = "Calibration: observed death rate in groups of similar predicted risk" + (
-        "" if probability is None else "; a line marks this stay"
-    )
-    return f'<svg viewBox="0 0 250 240" width="250" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def calibration_sentence(table, probability):
-    """What became of the stays with about this risk."""
-    if table is None:
-        return "There are too few stays to say how far a risk of this size can be trusted."
-    row = table.loc[(table.mean_risk - probability).abs().idxmin()]
-    return (
-        f"Of the {row.n:.0f} stays with the most similar risks (mean {percent(row.mean_risk)}), {row.deaths:.0f} died: {100 * row.observed_rate:.0f} %, "
-        f"95 % interval {100 * row.low:.0f} to {100 * row.high:.0f} %."
-    )
-
-
-def event_rows(events, temperature):
-    """Rows of the tables of strongest events."""
+def _event_rows(events: pd.DataFrame, temperature: float) -> list[list[str]]:
+    """Return the cells of the strongest events, as `EVENT_COLUMNS` names them."""
     rows = []
     for row in events.itertuples():
         clock = "" if pd.isna(row.event_time) else f"{pd.Timestamp(row.event_time):%Y-%m-%d %H:%M}"
-        odds = np.exp(row.if_unremarkable / temperature)
-        rows.append(
-            [
-                e(str(row.event_text)),
-                f'<span class="time">{clock}</span>',
-                f"{row.hours_since_admission:.1f}",
-                f"{row.hours_to_end:.1f}",
-                signed(row.attribution),
-                f"× {odds:.2f}" if 0.1 <= odds < 10 else f"× {odds:.2g}",
-                signed(row.if_unremarkable),
-            ]
-        )
+        hours = [f"{row.hours_since_admission:.1f}", f"{row.hours_to_end:.1f}"]
+        rows.append([row.event_text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)])
     return rows
 
 
-def stay_section(stay, tables, calibration, temperature=1.0, n_events=10):
-    """One stay: risk, timeline, the events for and against, statics."""
-    own, statics, trajectory = (
-        tables[name][tables[name].icu_stay_id == stay.icu_stay_id] for name in ("events", "statics", "trajectory")
-    )
-    ordered, statics = (
-        own.sort_values("attribution", ascending=False),
-        statics.sort_values("attribution", key=abs, ascending=False),
-    )
-    columns = [
-        "event",
-        "time",
-        "#hours after admission",
-        "#hours before the end",
-        "#push, logit",
-        "#odds of death",
-        "#if unremarkable, logit",
-    ]
-    gap = (
-        ""
-        if stay.complete
-        else (
-            '<p class="note warn">For this stay the parts do not add up to the prediction (gap '
-            f"{signed(stay.gap_error)} logit): read its numbers with care.</p>"
-        )
-    )
-    parts = [
-        f'<section class="stay" id="stay-{e(str(stay.icu_stay_id))}"><h2>Stay {e(str(stay.icu_stay_id))}: {e(stay.why_shown)}</h2>',
-        f'<div class="row"><div><p><span class="risk">{percent(stay.probability)}</span>predicted risk of death in hospital; '
-        f"<strong>{outcome(stay.label)}</strong>.</p><p>Percentile {stay.risk_percentile:.0f} of the risks of all held-out stays. "
-        f"{calibration_sentence(calibration, stay.probability)}</p><p>An average stay starts at {percent(expit(stay.baseline_logit / temperature))} (logit "
-        f"{signed(stay.baseline_logit)}). The {len(own):,} events add {signed(own.attribution.sum())}, patient and admission "
-        f"{signed(statics.attribution.sum())}, which gives logit {signed(stay.logit)}: {percent(stay.probability)}.</p>{gap}</div>",
-        f"<div>{svg_calibration(calibration, stay.probability)}</div></div>" if calibration is not None else "</div>",
-        svg_timeline(own, trajectory),
-        html_table(
-            f"The events that push most towards death (up to {n_events})",
-            columns,
-            event_rows(ordered[ordered.attribution > 0].head(n_events), temperature),
-        ),
-        html_table(
-            f"The events that push most away from death (up to {n_events})",
-            columns,
-            event_rows(ordered[ordered.attribution < 0].tail(n_events)[::-1], temperature),
-        ),
-        html_table(
-            "Patient and admission",
-            ["what", "value", "#push, logit", "#if replaced by the average, logit"],
-            [
-                [e(str(row.feature)), e(str(row.value)), signed(row.attribution), signed(row.ablation)]
-                for row in statics.itertuples()
-            ],
-        ),
-    ]
-    return "\n".join(parts) + "</section>\n"
+def _timeline(events: pd.DataFrame, trajectory: pd.DataFrame) -> dict[str, Any]:
+    """Return the coordinates of a stay's timeline: risks between 25 and 125, stems between 175 and 355 pixels."""
+    strongest = events["attribution"].abs().nlargest(EVENTS_DRAWN).index
+    drawn = events.loc[strongest].sort_values("event")
+    last = max(events["hours_since_admission"].max(), 1e-3)
+    reach = max(events["attribution"].abs().max(), 1e-9)
+
+    def across(hours: float) -> float:
+        return round(78 + 867 * min(hours, last) / last, 1)
+
+    risks = []
+    for row in trajectory.sort_values("hours_since_admission").itertuples():
+        risks.append(f"{across(row.hours_since_admission)},{125 - 100 * row.probability:.1f}")
+    stems = []
+    for row in drawn.itertuples():
+        words = f"{row.hours_since_admission:.1f} h: {row.event_text} ({_signed(row.attribution)})"
+        tip = round(265 - 90 * row.attribution / reach, 1)
+        color = VERMILLION if row.attribution >= 0 else BLUE
+        stems.append((across(row.hours_since_admission), tip, color, words))
+    ticks = [(across(hours), f"{hours:g}") for hours in MaxNLocator(9).tick_values(0, last) if 0 <= hours <= last]
+    note = "" if len(drawn) == len(events) else f"The {len(drawn):,} strongest of {len(events):,} events are drawn. "
+    return {"ticks": ticks, "reach": f"+{reach:.2g}", "risks": " ".join(risks), "events": stems, "note": note}
 
 
-def scores_section(faithfulness):
-    """How far these explanations can be trusted, in plain words; one row per check."""
+def _calibration_sentence(table: pd.DataFrame | None, probability: float) -> str:
+    """Say what became of the stays with about this risk."""
+    if table is None:
+        return "There are too few stays to say how far a risk of this size can be trusted."
+    row = table.loc[(table["mean_risk"] - probability).abs().idxmin()]
+    interval = f"95 % interval {100 * row['low']:.0f} to {100 * row['high']:.0f} %"
+    died = f"{row['deaths']:.0f} died: {100 * row['observed_rate']:.0f} %, {interval}."
+    return f"Of the {row['n']:.0f} stays with the most similar risks (mean {_percent(row['mean_risk'])}), {died}"
+
+
+def _decisive_sentence(decisive: pd.DataFrame, stay: Any) -> str:
+    """Say without which events the decision would be another one."""
+    if "threshold" not in decisive or not len(decisive):
+        return ""
+    row = decisive.iloc[0]
+    which = "this event" if len(decisive) == 1 else f"these {len(decisive)} events"
+    texts = "; ".join(_short_text(text, 80) for text in decisive["event_text"])
+    without = f"{_percent(row['probability_without'])} instead of {_percent(row['probability'])}"
+    return f"Without {which} the risk would be {without}, on the other side of {_percent(row['threshold'])}: {texts}."
+
+
+def _stay_context(stay: Any, tables: Tables, calibration: pd.DataFrame | None, temperature: float) -> dict[str, Any]:
+    """Return what the template says of one stay, a row of `stays`."""
+    parts = {}
+    for name in ("events", "statics", "trajectory", "systems", "decisive"):
+        table = tables.get(name, pd.DataFrame(columns=["icu_stay_id"]))
+        parts[name] = table[table["icu_stay_id"] == stay.icu_stay_id]
+    events, statics = parts["events"], parts["statics"].sort_values("attribution", key=abs, ascending=False)
+    towards = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
+    away = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
+    start = f"{_percent(expit(stay.baseline_logit / temperature))} (logit {_signed(stay.baseline_logit)})"
+    sums = f"A stay whose events say nothing starts at {start}. The {_count(len(events), 'event')} add "
+    sums += f"{_signed(events['attribution'].sum())}, patient and admission {_signed(statics['attribution'].sum())}, "
+    sums += f"which gives logit {_signed(stay.logit)}: {_percent(stay.probability)}."
+    place = f"Percentile {stay.risk_percentile:.0f} of the risks of all held-out stays. "
+    static_rows = []
+    for row in statics.itertuples():
+        static_rows.append([row.feature, _plain_number(row.value), _signed(row.attribution), _signed(row.ablation)])
+    system_rows = []
+    for row in parts["systems"].itertuples():
+        system_rows.append([row.system, f"{row.n_events:,}", _signed(row.push)])
+    return {
+        "icu_stay_id": stay.icu_stay_id,
+        "why_shown": stay.why_shown,
+        "risk": _percent(stay.probability),
+        "outcome": _outcome(stay.label),
+        "place": place + _calibration_sentence(calibration, stay.probability),
+        "sums": sums,
+        "gap": "" if stay.complete else _signed(stay.gap_error),
+        "decisive": _decisive_sentence(parts["decisive"], stay),
+        "timeline": _timeline(events, parts["trajectory"]),
+        "towards": _event_rows(towards, temperature),
+        "away": _event_rows(away, temperature),
+        "systems": system_rows,
+        "statics": static_rows,
+    }
+
+
+def _cohort_sentence(stays: pd.DataFrame, n_events: int) -> str:
+    """Say how many stays were explained, how they ended, and whether the parts add up."""
+    known = stays["label"].dropna()
+    ends = "Their outcomes are unknown."
+    if len(known):
+        of_known = "" if len(known) == len(stays) else " of known outcome"
+        ends = f"{int(known.sum()):,} of {_count(len(known), 'stay')}{of_known} ended with death in hospital."
+    who = f"{_count(len(stays), 'held-out stay')} of {_count(stays['patient_id'].nunique(), 'patient')}"
+    flagged = int((~stays["complete"].astype(bool)).sum())
+    adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."
+    return f"{who} with {_count(n_events, 'event')}. {ends} {adds}"
+
+
+def _level_cells(levels: pd.DataFrame, items: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the levels, far below to far above, and for each item its mean push (events) at each."""
+    order = ["far below range", "slightly below range", "below range", "within range"]
+    order += ["slightly above range", "above range", "far above range"]
+    found = levels["level"].unique()
+    names = [name for name in order if name in found] + sorted(set(found) - set(order))
+    cells = {}
+    for row in levels.itertuples():
+        cells[row.item, row.level] = f"{_signed(row.push)} ({row.n_events})"
+    known = [item for item in items["item"] if item in set(levels["item"])]
+    return names, [[item, *(cells.get((item, name), "") for name in names)] for item in known]
+
+
+def _check_rows(faithfulness: pd.DataFrame | None, verdict_holds: bool) -> tuple[str, list[list[str]]]:
+    """Return how many checks are passed, in a sentence (none is counted under a bad verdict), and the cells of each."""
     if faithfulness is None or not len(faithfulness):
-        return '<h2 id="scores">How right are these explanations?</h2><p>They were not checked in this run.</p>'
-    words = {True: "passed", False: "<strong>falls short</strong>"}
-    rows = [
-        [e(f"{row['check']}: {row['method']}"), e(str(row["sentence"])), words.get(row["passed"], "not judged")]
-        for row in pd.DataFrame(faithfulness).to_dict("records")
-    ]
-    fallen = sum(row[2] == words[False] for row in rows)
-    judged = sum(row[2] in words.values() for row in rows)
-    summary = (
-        f"{judged - fallen} of {judged} checks with a threshold are passed."
-        + " Where one falls short, trust the explanations less." * bool(fallen)
-    )
-    return (
-        '<h2 id="scores">How right are these explanations?</h2>'
-        + f"<p>{summary}</p>"
-        + html_table("Checks of the explanations against the model itself", ["check", "what was found", "result"], rows)
-    )
+        return "", []
+    words = {True: "passed", False: "falls short"}
+    rows = []
+    for row in faithfulness.itertuples():
+        rows.append([f"{row.check}: {row.method}", row.sentence, words.get(row.passed, "not judged")])
+    if not verdict_holds:
+        return "The model fails the verdict above: how right its explanations are says nothing about patients.", rows
+    results = [row[2] for row in rows]
+    fallen = results.count("falls short")
+    judged = fallen + results.count("passed")
+    warning = " Where one falls short, trust the explanations less." if fallen else ""
+    return f"{judged - fallen} of {judged} checks with a threshold are passed.{warning}", rows
 
 
-def cohort_section(tables, figures, calibration):
-    """What holds for all explained stays."""
-    stays, windows = tables["stays"], tables.get("windows")
-    shown = stays[stays.why_shown != ""].sort_values("probability", ascending=False)
-    sentences = [] if windows is None else [e(str(sentence)) for sentence in windows.sentence]
-    rows = [
-        [
-            f'<a href="#stay-{e(str(row.icu_stay_id))}">Stay {e(str(row.icu_stay_id))}</a>',
-            e(row.why_shown),
-            percent(row.probability),
-            outcome(row.label),
-        ]
-        for row in shown.itertuples()
-    ]
-    flagged = int((~stays.complete.astype(bool)).sum())
-    return "".join(
-        [
-            f"<h2>All explained stays</h2><p>{len(stays):,} held-out stays of {stays.patient_id.nunique():,} patients with "
-            f"{len(tables['events']):,} events; {int(stays.label.sum()):,} stays ended with death in hospital. "
-            f"{'For all of them' if not flagged else f'For all but {flagged}'} the parts add up to the prediction.</p>",
-            html_table("Stays shown below", ["stay", "shown because", "#predicted risk", "outcome"], rows),
-            f"<figure>{svg_calibration(calibration)}<figcaption>Do as many die as predicted? Dots: groups of stays of similar risk, 95 % interval."
-            "</figcaption></figure>"
-            if calibration is not None
-            else "",
-            f"<p>{' '.join(sentences)}</p>",
-            *(
-                html_figure(name, figures)
-                for name in ("feature_importance", "captum_ablation_attributions", "sequence_importance_combined")
-            ),
-        ]
-    )
+def _picture(figure: Figure) -> dict[str, str]:
+    """Return a figure as the base64 of its PNG, with its question for those who cannot see it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"data": data, "question": " ".join(figure.get_suptitle().split())}
 
 
-def render_report(tables: dict, figures: dict, info: dict) -> str:
-    """The whole report.html: cohort, each stay with `why_shown`, the scores, and the technical appendix.
+def _stay_links(shown: pd.DataFrame) -> list[list[Any]]:
+    """Return the cells of the stays shown in full, the first a link to its section."""
+    rows: list[list[Any]] = []
+    for row in shown.itertuples():
+        link = Markup('<a href="#stay-{0}">Stay {0}</a>').format(row.icu_stay_id)
+        rows.append([link, row.why_shown, _percent(row.probability), _outcome(row.label)])
+    return rows
 
-    tables: stays, events, statics, trajectory, windows and faithfulness (rows: check, method, sentence, passed); figures by file name without .png, those
-    missing are left out; info: text_encoder, and optionally setting (a sentence: which events the model sees), data,
-    checkpoint, temperature (probability = sigmoid(logit / temperature)) and calibration (as `calibration_table` gives it, of all test stays; else of the explained stays, from 20).
+
+def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, Any]) -> str:
+    """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, and the technical appendix.
+
+    tables: stays, events, statics, trajectory, windows, faithfulness, and where present verdict, items, levels, systems,
+    decisive; figures by file name without .png; info: text_encoder, and optionally data, checkpoint, setting (a sentence:
+    which events the model sees), temperature (probability = sigmoid(logit / temperature)) and calibration (as
+    `calibration_table` gives it, of all test stays; else of the explained stays, from 20).
     """
-    stays, calibration, temperature = tables["stays"], info.get("calibration"), info.get("temperature", 1.0)
-    known = stays[stays.label.notna()]
+    stays, temperature = tables["stays"], info.get("temperature", 1.0)
+    calibration = info.get("calibration")
+    known = stays[stays["label"].notna()]
     if calibration is None and len(known) >= 20:
-        calibration = calibration_table(known.label, known.probability, n_bins=int(np.clip(len(known) // 10, 2, 10)))
-    facts = " · ".join(
-        f"{word}: {e(str(info[key]))}"
-        for key, word in (("data", "data"), ("checkpoint", "checkpoint"), ("text_encoder", "text encoder"))
-        if info.get(key)
-    )
-    shown = stays[stays.why_shown != ""].sort_values("probability", ascending=False)
-    return "".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="default-src '
-            "'none'; style-src 'unsafe-inline'; img-src data:\">\n",
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<link rel="icon" href="data:,"><title>Why the model predicts what it predicts</title>\n',
-            f"<style>{REPORT_STYLE}</style></head><body><main>\n",
-            f'<h1>Why the model predicts what it predicts</h1><p class="small">{facts}</p>\n',
-            f'<p class="note warn">This page <strong>{DISCLAIMER}</strong>. It is made for research, not for the care of a patient. '
-            f"{e(str(info.get('setting', '')))}</p>\n",
-            '<p class="note"><strong>How to read the numbers.</strong> The push of an event is its share of the prediction on the logit scale, found '
-            f"by Integrated Gradients against an average stay: {signed(0.693 * temperature)} doubles the odds of death, {signed(-0.693 * temperature)} halves them. “If unremarkable” is "
-            "how much the logit falls when this event alone is replaced by the average event of the training stays, while the number of events stays "
-            "what it is; the odds of death are those with the event against those without its news.</p>\n",
-            cohort_section(tables, figures, calibration),
-            *(stay_section(row, tables, calibration, temperature) for row in shown.itertuples()),
-            scores_section(tables.get("faithfulness")),
-            '<h2 class="appendix">Technical appendix: layers and heads</h2><p>Attention says where '
-            "the model looks, not what moves its prediction; the two often differ.</p>\n",
-            *(html_figure(name, figures) for name in APPENDIX),
-            "</main></body></html>\n",
-        ]
+        n_bins = int(np.clip(len(known) // 10, 2, 10))
+        calibration = calibration_table(known["label"], known["probability"], n_bins=n_bins)
+    shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
+    words = {"data": "data", "checkpoint": "checkpoint", "text_encoder": "text encoder"}
+    facts = [f"{word}: {info[key]}" for key, word in words.items() if info.get(key)]
+    items, levels = tables.get("items"), tables.get("levels")
+    level_names, level_rows = ([], []) if items is None or levels is None else _level_cells(levels, items)
+    verdict = tables.get("verdict")
+    verdict_holds = verdict is None or bool(verdict["passed"].ne(False).all())
+    summary, checks = _check_rows(tables.get("faithfulness"), verdict_holds)
+    windows = tables.get("windows")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"signed": _signed, "percent_of": lambda share: f"{100 * share:.0f} %"}
+    return environment.from_string(REPORT).render(
+        appendix=APPENDIX,
+        blue=BLUE,
+        calibration=calibration,
+        checks=checks,
+        cohort=_cohort_sentence(stays, len(tables["events"])),
+        disclaimer=DISCLAIMER,
+        doubling=math.log(2) * temperature,
+        event_columns=EVENT_COLUMNS,
+        facts=" · ".join(facts),
+        floor=FLOOR,
+        items=[] if items is None else items["sentence"][items["rho"].abs() >= 0.3].tolist(),
+        level_names=[f"#{name}" for name in level_names],
+        levels=level_rows,
+        most=EVENTS_LISTED,
+        pictures={name: _picture(figure) for name, figure in figures.items()},
+        setting=info.get("setting", ""),
+        shown=_stay_links(shown),
+        stays=[_stay_context(row, tables, calibration, temperature) for row in shown.itertuples()],
+        summary=summary,
+        verdict=[] if verdict is None else verdict["sentence"].tolist(),
+        verdict_holds=verdict_holds,
+        windows=[] if windows is None else windows["sentence"].tolist(),
     )
 
 
@@ -2903,6 +3281,10 @@ TABLE_FILES = {
     "windows": "time_windows.csv",
     "trajectory": "risk_trajectories.csv",
     "curves": "deletion_insertion.csv",
+    "items": "item_importance.csv",
+    "levels": "item_levels.csv",
+    "systems": "organ_systems.csv",
+    "decisive": "decisive_events.csv",
 }
 
 
@@ -2943,7 +3325,7 @@ def run_explainability_analysis(
     if save_dir:
         written = write_everything(Path(save_dir), run, tables, settings)
         logger.info("Written     " + "\n            ".join(map(str, written)))
-    return {name: tables[name] for name in (*TABLE_FILES, "faithfulness")}
+    return {name: tables[name] for name in (*TABLE_FILES, "faithfulness", "attention")}
 
 
 def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: ExplainSettings) -> list[Path]:

@@ -553,6 +553,7 @@ def test_every_file_is_written(tables, trained):
             "sequence_importance_combined",
             "head_specialization",
             "feature_importance",
+            "item_importance",
             "query_vector_analysis",
             "captum_attributions",
             "captum_layer_attributions",

@@ -5,15 +5,18 @@ import html.parser
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from make_sample import make_sample
 from matplotlib.figure import Figure
 from scipy.special import expit
 
 import explain_clinicalLF as explain
+import train
 
 ATTACK = 'Lab: <script>alert(1)</script> & "$x_{$ (Blood, Chemistry) | Value: <b>9</b> | Level: far above range'
 NAMES = (
@@ -22,6 +25,7 @@ NAMES = (
     "sequence_importance_combined",
     "head_specialization",
     "feature_importance",
+    "item_importance",
     "query_vector_analysis",
     "captum_attributions",
     "captum_layer_attributions",
@@ -56,7 +60,8 @@ def mock_events(sample, generator):
             "hours_to_end": table.relative_time_to_final_event / 60,
             "event_type": table.event_type,
             "event_text": table.event_text,
-            "item": table.event_text.str.split(" | ", regex=False).str[0],
+            "item": table.event_text.map(explain.item_of),
+            "value": [train.parse_value(text)[1] for text in table.event_text],
             "is_abnormal": table.event_text.str.contains("Flag: abnormal"),
             "attribution": effect,
             "attribution_text": 0.8 * effect,
@@ -174,7 +179,7 @@ def mock_tables(n_stays=60):
     )
     events, statics = mock_events(sample, generator), mock_statics(sample, generator)
     stays = mock_stays(sample, events, statics)
-    stay = explain.shown_stay(stays)
+    stay = explain._shown_stay(stays)
     events.loc[events[events.icu_stay_id == stay].attribution.idxmax(), ["event_text", "item"]] = [
         ATTACK,
         ATTACK.split(" | ")[0],
@@ -182,7 +187,7 @@ def mock_tables(n_stays=60):
     own, n_bins = events[events.icu_stay_id == stay], 24
     layers = pd.concat(
         [
-            events[["icu_stay_id", "event"]].assign(
+            events[["icu_stay_id", "patient_id", "event"]].assign(
                 layer=name,
                 attribution=events.attribution + generator.normal(0, 0.1 * at, len(events)),
                 gap_error=0.002 * at,
@@ -211,7 +216,13 @@ def mock_tables(n_stays=60):
     )
     hours = np.linspace(0, own.hours_since_admission.max(), 12)
     shown = stays.icu_stay_id[stays.why_shown != ""]
+    items = explain.item_table(events)
+    decisive = own.nlargest(2, "attribution")[["icu_stay_id", "event", "event_text"]]
     return {
+        "items": items,
+        "levels": explain.level_table(events, items["item"]),
+        "systems": explain.system_table(events),
+        "decisive": decisive.assign(threshold=0.5, probability=0.61, probability_without=0.18),
         "stays": stays,
         "events": events,
         "statics": statics,
@@ -302,21 +313,25 @@ def test_head_specialization_counts_only_heads_beyond_the_untrained_band():
     heads = mock_tables(6)["heads"]
     n = heads[heads.has_role].groupby(["layer", "head"]).ngroups
     assert f"{n} of 36 have a role" in words_of(figures()["head_specialization"])
-    assert "0 of 36" in words_of(explain.draw_head_specialization(heads.assign(has_role=False)))
+    without = explain.draw_figure("head_specialization", {"heads": heads.assign(has_role=False)})
+    assert "0 of 36" in words_of(without)
 
 
 def test_means_by_weighs_rows_equally_and_bounds_the_mean():
     table = pd.DataFrame({"patient_id": [1, 1, 2, 3, 4], "kind": list("aaaab"), "size": [1.0, 2, 3, 6, 5]})
-    found = explain.means_by(table, "kind", "size")
+    found = explain._means_by(table, "kind", "size")
     assert found["mean"].to_dict() == {"a": 3.0, "b": 5.0} and found.n_patients.to_dict() == {"a": 3, "b": 1}
     assert found.low["a"] < 3 < found.high["a"] and np.isnan(found.low["b"])
 
 
 def test_shares_add_up_to_one_over_bins_whatever_the_lengths_of_the_stays():
     events = mock_tables(6)["events"]
-    bins = pd.cut(events.hours_to_end, explain.HOUR_EDGES, right=False, labels=explain.HOUR_LABELS)
-    shares = explain.shares_by(events, bins, ["attribution", "attention"])
-    assert [table["mean"].sum() for table in shares.values()] == pytest.approx([1, 1])
+    names = explain.window_names()
+    windows = pd.Series(pd.Categorical(explain.clock_window(events["hours_to_end"].to_numpy()), names))
+    for column in ("attribution", "attention"):
+        shares = explain._stay_shares(events, windows, column)
+        np.testing.assert_allclose(shares.sum(axis=1), 1)
+        assert list(shares) == list(names) and len(shares) == 6
 
 
 @pytest.mark.parametrize(
@@ -333,7 +348,7 @@ def test_shares_add_up_to_one_over_bins_whatever_the_lengths_of_the_stays():
     ],
 )
 def test_short_text_keeps_what_value_and_level(text, short):
-    assert explain.short_text(text) == short and len(explain.short_text(text, 12)) <= 12
+    assert explain._short_text(text) == short and len(explain._short_text(text, 12)) <= 12
 
 
 def test_figures_survive_one_stay_without_label_and_without_head_roles():
@@ -350,7 +365,9 @@ def test_figures_survive_one_stay_without_label_and_without_head_roles():
         "stays": tables["stays"].assign(label=np.nan),
     }
     drawn = explain.draw_figures(tables)
-    assert set(drawn) == set(NAMES) and "outcome unknown" in explain.render_report(tables, {}, {})
+    page = explain.render_report(tables, {}, {})
+    assert set(drawn) == set(NAMES) and "outcome unknown" in page
+    assert "1 held-out stay of 1 patient with" in page and "Their outcomes are unknown." in page
 
 
 def test_report_escapes_event_texts():
@@ -366,7 +383,7 @@ def test_report_is_self_contained_and_accessible():
     assert report().count("<img alt=") == report().count("<img") == 2 and report().count("<svg") == report().count(
         'role="img"'
     )
-    assert report().count("<table>") == report().count("<thead><tr><th scope=") == report().count("<caption>")
+    assert report().count("<table>") == report().count("<thead>") == report().count("<caption>") > 10
 
 
 def test_report_tells_risk_outcome_scores_and_gap_of_every_shown_stay():
@@ -381,6 +398,106 @@ def test_report_tells_risk_outcome_scores_and_gap_of_every_shown_stay():
         INFO["setting"],
     ):
         assert expected in report()
+
+
+def test_report_says_without_which_events_the_decision_would_be_another():
+    assert "Without these 2 events the risk would be 18 % instead of 61 %, on the other side of 50 %: " in report()
+
+
+def test_report_says_that_no_event_mattered_instead_of_listing_them():
+    tables = mock_tables(6)
+    quiet = tables["events"].assign(attribution=0.01, if_unremarkable=0.01)
+    page = explain.render_report(tables | {"events": quiet}, {}, INFO)
+    assert page.count("No event of this stay mattered") == (tables["stays"]["why_shown"] != "").sum()
+    assert "push most towards" not in page and "× 1.0" not in page
+
+
+def test_report_begins_with_the_verdict():
+    verdict = pd.DataFrame({"sentence": ["This model does not discriminate."], "passed": [False]})
+    page = explain.render_report(mock_tables(6) | {"verdict": verdict}, {}, INFO)
+    assert page.index("This model does not discriminate.") < page.index("How to read the numbers")
+    assert "checks with a threshold are passed" not in page
+
+
+@pytest.mark.parametrize(
+    "logit, words",
+    [(0.0, "the same"), (-0.03, "the same"), (2.5, "× 12"), (-0.35, "÷ 1.4"), (9.0, "× over 1,000"), (np.nan, "–")],
+)
+def test_odds_are_written_as_a_person_would(logit, words):
+    assert explain._odds(logit) == words
+    assert explain._odds(2 * logit, temperature=2.0) == words
+
+
+# ---- Findings
+
+
+def events_of(values, pushes, item="Lab: Lactate (Blood, Blood Gas)"):
+    texts = [f"{item} | Value: {value} mmol/L | Level: above range" for value in values]
+    table = {"icu_stay_id": 1, "patient_id": range(len(values)), "event": 0, "item": item, "value": values}
+    return pd.DataFrame(table | {"attribution": pushes, "event_text": texts})
+
+
+@pytest.mark.parametrize("sign, word", [(1, "when high (rho 1.00"), (-1, "when low (rho -1.00"), (0, "too few values")])
+def test_items_say_which_values_push_towards_death(sign, word):
+    values = np.arange(12.0 if sign else 4.0)
+    table = explain.item_table(events_of(values, sign * values**3 if sign else values))
+    assert word in table["sentence"][0] and f"n {len(values)})" in table["sentence"][0]
+    assert table["size"][0] == pytest.approx((values**3).mean() if sign else values.mean())
+
+
+def test_items_by_level_are_means_of_the_push():
+    levels = explain.level_table(events_of([1.0, 2, 3], [1.0, 0, 5]), ["Lab: Lactate (Blood, Blood Gas)"])
+    assert levels[["level", "push", "n_events"]].values.tolist() == [["above range", 2.0, 3]]
+
+
+@pytest.mark.parametrize(
+    "text, system",
+    [
+        ("Lab: Lactate (Blood, Blood Gas)", "circulation"),
+        ("Prescription: NORepinephrine", "circulation"),
+        ("Lab: Creatinine (Blood, Chemistry)", "kidney and fluids"),
+        ("Lab: Lactate Dehydrogenase (LD) (Blood, Chemistry)", "other"),
+        ("Lab: Platelet Count (Blood, Hematology)", "blood and coagulation"),
+        ("Procedure: Invasive Ventilation (2-Ventilation)", "respiration"),
+        ("Prescription: Piperacillin-Tazobactam", "infection"),
+        ("Prescription: Propofol", "brain and sedation"),
+    ],
+)
+def test_organ_system_of_an_item(text, system):
+    assert explain.organ_system(text) == system
+
+
+def test_organ_systems_sum_all_pushes_of_a_stay():
+    events = mock_tables(6)["events"]
+    found = explain.system_table(events).groupby("icu_stay_id")[["push", "n_events"]].sum()
+    np.testing.assert_allclose(found["push"], events.groupby("icu_stay_id")["attribution"].sum())
+    assert found["n_events"].sum() == len(events)
+
+
+def decisive(effects, threshold):
+    """The set for a stay whose logit is the sum of its events' effects, one input each; the mean event is 0."""
+    sequence = torch.tensor(effects)[None, :, None]
+    model = SimpleNamespace(logits=lambda events, statics, mask=None: events.sum(1))
+    baseline = {"event": torch.zeros(1), "static": torch.zeros(1)}
+    checkpoint = SimpleNamespace(model=model, baseline=baseline, probabilities=expit)
+    run = SimpleNamespace(checkpoint=checkpoint, inputs=lambda stay: (sequence, torch.zeros(1, 1)))
+    events = pd.DataFrame({"icu_stay_id": 1, "event": range(len(effects)), "event_text": "", "attribution": effects})
+    return explain.decisive_events(run, 0, events, threshold)
+
+
+def test_decisive_events_are_the_fewest_that_change_the_decision():
+    table = decisive([0.2, 3.0, -1.0, 0.1], 0.5)  # logit 2.3; without the 3.0 it is -0.7
+    assert table["event"].tolist() == [1]
+    assert table["probability"][1] == pytest.approx(expit(2.3))
+    assert table["probability_without"][1] == pytest.approx(expit(-0.7))
+
+
+def test_decisive_events_of_a_low_risk_are_those_against():
+    assert decisive([0.5, -2.0, -0.1], 0.5)["event"].tolist() == [1]
+
+
+def test_decisive_events_are_none_where_no_set_is_enough():
+    assert decisive([0.5, 0.4], 0.4).empty  # a stay that says nothing has a risk of 50 %
 
 
 class _Tags(html.parser.HTMLParser):
