@@ -196,7 +196,7 @@ def load_run(
             "explaining them would flatter it. Give --data with other patients."
         )
     held_out = bool(patients.isin(checkpoint.patients["test"]).any())
-    table = only_used_texts(table.take(np.flatnonzero(~seen)))
+    table = table.take(np.flatnonzero(~seen)).with_own_texts()
     _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
     return make_run(checkpoint, table, vectors, held_out, accelerator)
 
@@ -213,12 +213,6 @@ def make_run(
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
     return Run(checkpoint, table, dataset, logits, held_out)
-
-
-def only_used_texts(table: train.StayTable) -> train.StayTable:
-    """The same table without texts that none of its events has, so that they need no vector."""
-    used, text = np.unique(table.text, return_inverse=True)
-    return replace(table, text=text.astype(np.int32), texts=table.texts[used])
 
 
 def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:

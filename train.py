@@ -912,6 +912,13 @@ EVENT_COLUMNS = {
 }
 LABEL = "patient_expired_in_hospital"
 STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
+EVENT_ARRAYS = {
+    "event_type": np.int8,
+    "text": np.int32,
+    "minutes_since_intime": np.float32,
+    "known_minutes_since_intime": np.float32,
+    "minutes_to_end": np.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -960,19 +967,23 @@ class StayTable:
         return digest.hexdigest()
 
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> StayTable:
-        """The table of these stays (indices, in this order) and of those of their events that `keep_event` marks."""
+        """Return the table of these stays (indices, in this order) and of those of their events that `keep_event` marks."""
         lengths = self.lengths[stays]
-        starts = np.repeat(self.offsets[:-1][stays] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
-        events = starts + np.arange(lengths.sum())
-        stay_of_event = np.repeat(np.arange(len(stays)), lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        events = np.arange(offsets[-1])
+        events += np.repeat(self.offsets[:-1][stays] - offsets[:-1], lengths)
         if keep_event is not None:
-            stay_of_event, events = stay_of_event[keep_event[events]], events[keep_event[events]]
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(stay_of_event, minlength=len(stays)))]).astype(np.int64)
-        arrays = {
-            name: getattr(self, name)[events]
-            for name in ("event_type", "text", "minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
-        }
+            kept = keep_event[events]
+            events, offsets = events[kept], np.concatenate([[0], np.cumsum(kept)])[offsets]
+        arrays = {name: getattr(self, name)[events] for name in EVENT_ARRAYS}
         return StayTable(self.stays.iloc[stays].reset_index(drop=True), offsets, texts=self.texts, **arrays)
+
+    def with_own_texts(self) -> StayTable:
+        """Return the table without the texts that none of its events has: they need no vector."""
+        used = np.flatnonzero(np.bincount(self.text, minlength=len(self.texts)))
+        number = np.zeros(len(self.texts), np.int32)
+        number[used] = np.arange(len(used))
+        return replace(self, text=number[self.text], texts=self.texts[used])
 
 
 def append_stays(first: StayTable, second: StayTable) -> StayTable:
@@ -3927,6 +3938,8 @@ def read_source(data: str, settings: Settings, accelerator: Accelerator, need_la
             settings.threads,
         )
     table, flow = choose_cohort(whole, settings)
+    if not settings.trajectory:  # which scores more of each stay than its cohort has
+        table = table.with_own_texts()
     describe(table, repairs, flow)
     return Source(table, flow, repairs, whole)
 
