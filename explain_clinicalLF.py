@@ -1280,16 +1280,15 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     for stay, events in enumerate(real_events(attention_weights)):
         for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
             matrices = _to_numpy(weights[stay])
-            if matrices.shape[2] == length:
-                matrices = matrices[:, events][:, :, events]
-            rows.append({"stay": stay, "layer": layer} | _local_and_global(matrices, len(events), near))
+            spacing = length / matrices.shape[2]  # events in a bin; 1: not binned
+            real = np.unique((events / spacing).astype(int))
+            matrices = matrices[:, real][:, :, real]
+            rows.append({"stay": stay, "layer": layer} | _local_and_global(matrices, real * spacing, near))
     return rows
 
 
-def _local_and_global(matrices: np.ndarray, n_events: int, near: int) -> dict[str, Any]:
-    """Return what `analyze_layer_attention_patterns` says of one layer's (H, L, L) weights, or of its (H, bins, bins)."""
-    bins = matrices.shape[2]
-    place = np.arange(bins) * n_events / max(1, bins)
+def _local_and_global(matrices: np.ndarray, place: np.ndarray, near: int) -> dict[str, Any]:
+    """Return what `analyze_layer_attention_patterns` says of one layer's (H, L, L) weights between these places."""
     is_near = np.abs(place[:, None] - place) <= near
     local = matrices[:, is_near].mean(1)
     beyond = matrices[:, ~is_near].mean(1) if (~is_near).any() else np.full(len(matrices), math.nan)

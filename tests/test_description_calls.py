@@ -120,6 +120,16 @@ def test_layer_attention_patterns_have_a_matrix_and_floats(attention_weights):
     assert rows[0]["local_attention"] == pytest.approx(1 / 6)  # within 5 of 6 events: all of them
 
 
+def test_layer_attention_patterns_of_binned_maps_leave_out_bins_of_padding():
+    """Eight places in four bins, five of them events: the last bin is padding."""
+    pooling = torch.tensor([1.0] * 5 + [0] * 3).reshape(1, 1, 1, 8)
+    maps = torch.ones(1, 2, 4, 4) * torch.tensor([1.0, 1, 1, 0])
+    weights = {"pooling_weights": pooling, "layer_attention_weights": [maps]}
+    (row,) = explain.analyze_layer_attention_patterns(weights, near=2)
+    assert row["attention_matrix"].shape == (3, 3) and row["local_share_by_chance"] == pytest.approx(7 / 9)
+    assert row["head_local_share"].tolist() == pytest.approx([7 / 9, 7 / 9])
+
+
 @pytest.mark.parametrize(
     "call",
     [
