@@ -1060,8 +1060,9 @@ ORGAN_SYSTEMS = {
     "brain and sedation": r"propofol|fentanyl|morphine|morphone|codone|midazolam|lorazepam|diazepam|dexmedetomidine"
     r"|ketamine|haloperidol|quetiapine|olanzapine|levetiracetam|gabapentin|acetaminophen|naloxone|curium|curonium|\beeg"
     r"|\bct scan|\bicp\b|csf",
-    "kidney and fluids": r"urine|creatinine|urea|gfr|dialysis|crrt|prismasate|foley|furosemide|thiazide|sodium|potassium"
-    r"|chloride|bicarbonate|anion gap|magnesium|phosph(?!atase)|calcium|osmol|\bwater\b|fluid|ringer|\bivf\b",
+    "kidney and fluids": r"urine|creatinine|urea|gfr|dialysis|crrt|prismasate|foley|furosemide|thiazide"
+    r"|sodium|potassium|chloride|bicarbonate|anion gap|magnesium|phosph(?!atase)|calcium|osmol"
+    r"|\bwater\b|fluid|ringer|\bivf\b",
     "metabolism and nutrition": r"glucose|insulin|dextrose|d5w|glucagon|thyro|cort|predniso|calor|nutrition|protein"
     r"|carbohydrate|triglyceride|thiamine|folic|multivitamin",
 }
@@ -1072,7 +1073,7 @@ def static_word(column: str) -> str:
 
 
 def item_of(text: str) -> str:
-    """Return what an event is, without its numbers: `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 ...` -> up to the bar."""
+    """Return what an event is, without its numbers: `Lab: Lactate (Blood, Blood Gas)`, up to the first bar."""
     first = re.sub(r"(?<![\w.-])\d+(?:\.\d+)?\s*%?(?![\w-])", "", str(text).split(" | ", 1)[0])
     return re.sub(r"\s+", " ", first).strip()
 
@@ -1141,8 +1142,9 @@ def map_features_to_clinical(
         inputs = feature_mapping[feature_mapping["input"] == "event"]
     if values.ndim != 2 or values.shape[1] != len(inputs):
         raise InputError(
-            "hidden units have no clinical meaning: attribute the inputs and map those, as in map_features_to_clinical("
-            "captum_analysis(model, sequences, static_features, attention_mask).events[0], name_inputs(preprocessor), pos)."
+            "hidden units have no clinical meaning: attribute the inputs, found = captum_analysis(model, sequences, "
+            "static_features, attention_mask), and call map_features_to_clinical(found.events[0], "
+            "name_inputs(preprocessor), pos)."
         )
     table = pd.DataFrame({"part": inputs["part"].to_numpy(), "attribution": values[pos]})
     return table.groupby("part", sort=False)["attribution"].sum().reset_index()
@@ -1210,10 +1212,10 @@ def analyze_critical_time_periods(
 ) -> list[dict[str, Any]]:
     """List the events that a pooling head gives more than `threshold` of its weight, largest first.
 
-    Weights of a stay of L events are about 1/L each: 0.1 is much in a stay of 500 events and nothing in one of five. With
-    `relative` the threshold counts in multiples of 1/L. Return dicts of stay (index in the batch), head (1-based), position,
-    importance (the weight), times_even_share (the weight times L) and interpretation; with a record (then the pass is over
-    this one stay) also hours_to_end, event_type, event_text.
+    Weights of a stay of L events are about 1/L each: 0.1 is much in a stay of 500 events and nothing in one of five.
+    With `relative` the threshold counts in multiples of 1/L. Return dicts of stay (index in the batch), head (1-based),
+    position, importance (the weight), times_even_share (the weight times L) and interpretation; with a record (then the
+    pass is over this one stay) also hours_to_end, event_type, event_text.
 
     >>> [period["position"] for period in analyze_critical_time_periods(attention_weights, threshold=0.5)]
     [0, 2]
@@ -1269,9 +1271,9 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     """Measure, per stay and layer, how much events look at others within `near` positions and beyond.
 
     Return dicts of stay, layer (1-based), `attention_matrix` (L, L), the mean over heads without padding, and the mean
-    weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if there are none); the same per head in
-    `head_matrices` (H, L, L), `head_local_attention`, `head_global_attention` (H,), and `head_local_share` of all weight
-    beside `local_share_by_chance`. Maps read from a file are of equal bins of events: L is then their number.
+    weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if there are none); the same per head
+    in `head_matrices` (H, L, L), `head_local_attention`, `head_global_attention` (H,), and `head_local_share` of all
+    weight beside `local_share_by_chance`. Maps read from a file are of equal bins of events: L is then their number.
 
     >>> [(row["layer"], row["attention_matrix"].shape) for row in analyze_layer_attention_patterns(attention_weights)]
     [(1, (4, 4)), (1, (2, 2))]
@@ -1334,7 +1336,7 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
 
 
 def analyze_static_feature_attribution(attention_weights: dict[str, Any], static_features: Stay) -> pd.DataFrame:
-    """Return the statics of one stay, largest first: feature, value, attribution, share of all |attribution| of the stay.
+    """Return the statics of one stay, largest first: feature, value, attribution, share of the stay's |attribution|.
 
     Static features pass by the attention, so no weight can speak of them: `static_features` is the attributed stay,
     `stay_of(tables, icu_stay_id)`.
@@ -1715,7 +1717,7 @@ MOST_DECISIVE = 64  # events replaced at most before the search for a changed de
 
 
 def _important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]:
-    """Return the items with the largest mean |push| per event among those that enough patients have, and how many that is."""
+    """Return the items of the largest mean |push| among those that enough patients have, and how many that is."""
     sizes = events.assign(size=events["attribution"].abs()).groupby("item")
     table = sizes.agg(size=("size", "mean"), n_patients=("patient_id", "nunique"))
     least = min(max(3, 0.05 * events["patient_id"].nunique()), table["n_patients"].max())  # one patient is no finding
@@ -1724,7 +1726,7 @@ def _important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int
 
 
 def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
-    """Return the items that matter most: item, n_events, n_patients, push, size (mean and mean |push|, logit), rho, n_values.
+    """Return the items that matter most: item, n_events, n_patients, push (mean, logit), size (mean |push|), n_values.
 
     `rho` is the rank correlation of the value and the push over the item's events that have a value (NaN below 10), and
     `sentence` says it in words.
@@ -1773,9 +1775,9 @@ def system_table(events: pd.DataFrame) -> pd.DataFrame:
 def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Find the smallest set of a stay's events without which its risk would lie on the other side of the threshold.
 
-    Events are replaced by the mean event, the most attributed to the present side first, until the decision changes; then
-    each is given back that the change does not need. Return a row per event of the set: icu_stay_id, threshold,
-    probability, probability_without (of the whole set), event, event_text; no row where no set of 64 events is enough.
+    Events are replaced by the mean event, the most attributed to the present side first, until the decision changes;
+    then each is given back that the change does not need. Return a row per event of the set: icu_stay_id, threshold,
+    probability, probability_without (of the whole set), event, event_text; none where no set of 64 events is enough.
     """
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     sequence, static = run.inputs(stay)
@@ -1905,7 +1907,7 @@ def _means_by(table: pd.DataFrame, group: str, value: str) -> pd.DataFrame:
 
 
 def _stay_shares(events: pd.DataFrame, bins: pd.Series, column: str) -> pd.DataFrame:
-    """Return (stays, bins): the share of a stay's total |column| that lies in each bin; bins (n events,) are categories."""
+    """Return (stays, bins): a stay's shares of its total |column| by bin; bins (n events,) are categories."""
     keys = [events["patient_id"], events["icu_stay_id"], bins.to_numpy()]
     table = events[column].abs().groupby(keys).sum().unstack(fill_value=0)
     table = table.reindex(columns=bins.cat.categories, fill_value=0)
@@ -2070,7 +2072,7 @@ def _stems(subfigure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.n
 
 
 def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
-    """Draw `attention`: layer_maps (layers, heads, bins, bins), rows look, columns are looked at; hours (L,) to the end."""
+    """Draw `attention`: layer_maps (layers, heads, bins, bins), rows look, columns are looked at; hours (L,)."""
     attention = tables["attention"]
     maps = np.asarray(attention["layer_maps"], dtype=float)
     hours = np.asarray(attention["hours"], dtype=float)[-MAX_MAP_EVENTS:]  # maps of a longer stay are those of its end
@@ -2122,7 +2124,7 @@ def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
 
 
 def _draw_sequence_importance(tables: Tables, caption: str) -> Figure:
-    """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays each head puts its weight."""
+    """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays a head looks."""
     events, attention = tables["events"], tables["attention"]
     pooling, hours = np.asarray(attention["pooling"], dtype=float), np.asarray(attention["hours"], dtype=float)
     question = "Which events, and which part of the stay, does each pooling head weigh?"
@@ -2163,7 +2165,7 @@ def _draw_sequence_importance(tables: Tables, caption: str) -> Figure:
 
 
 def _draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
-    """Draw attention and pushes of one stay over time, and the share of each in the windows before the end of all stays."""
+    """Draw attention and pushes of one stay over time, and their shares in the windows before the end of all."""
     events, windows = tables["events"], tables.get("windows")
     figure = _page("When in the stay lies the evidence: by attention, and by what moves the prediction?", caption, 7.2)
     upper, lower = _bands(figure, [1.25, 1])
@@ -2321,7 +2323,7 @@ def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
 
 
 def _draw_item_importance(tables: Tables, caption: str) -> Figure:
-    """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place among the item's."""
+    """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place in the item."""
     events, items = tables["events"], tables["items"]
     figure = _page("Which items push, and is it their high or their low values?", caption, 0.26 * len(items) + 1.7)
     axes = figure.subplots()
@@ -2469,7 +2471,7 @@ def _parts_of_events(axes: Axes, events: pd.DataFrame) -> None:
 
 
 def _rank_agreement(table: pd.DataFrame, keys: list[str], first: str, second: str) -> pd.DataFrame:
-    """Return the rank correlation of two columns in each group: the keys, and `correlation` (NaN where one is constant)."""
+    """Return the rank correlation of two columns in each group: the keys, and `correlation`."""
     rows = []
     for names, part in table.groupby(keys, sort=False):
         found = rank_correlation(part[first].to_numpy(float), part[second].to_numpy(float))[0, 0]
@@ -2519,7 +2521,8 @@ def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
     axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
     _error_dots(axes, _means_by(found, "layer", "correlation").reindex(names), at, "black")
     n_stays = _count(layers["icu_stay_id"].nunique(), "stay")
-    title = f"Agreement with {names[0].replace('_', ' ')}; the sums miss at most {layers['gap_error'].abs().max():.2f} logit"
+    gap = layers["gap_error"].abs().max()
+    title = f"Agreement with {names[0].replace('_', ' ')}; the sums miss at most {gap:.2f} logit"
     tidy(axes, f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval", "", title)
     _rows(axes, [name.replace("_", " ") for name in names])
     axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
@@ -2556,7 +2559,7 @@ def _draw_groups(axes: Axes, rows: pd.DataFrame, kind: str) -> None:
 
 
 def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
-    """Draw `groups` (attribution, ablation per stay, kind and group) and `events` (attribution and if_unremarkable per event)."""
+    """Draw `groups` (attribution, ablation per stay, kind and group) and `events` (attribution, if_unremarkable)."""
     groups, events = tables["groups"], tables["events"]
     kinds = groups["kind"].unique()
     sizes = [groups[groups["kind"] == kind]["group"].nunique() for kind in kinds]
@@ -2593,7 +2596,8 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
         linestyle="--",
     )
     agreement = _rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
-    title = f"{_count(len(known), 'event')} (dashed: equal); rank correlation within a stay {agreement.median():.2f}, median"
+    median = f"median rank correlation within a stay {agreement.median():.2f}"
+    title = f"{_count(len(known), 'event')} (dashed: equal); {median}"
     tidy(axes, "push, logit", "if unremarkable, logit", title)
     _ticks(axes, 6, 5)
     return figure
@@ -2737,7 +2741,7 @@ REPORT = """<!DOCTYPE html>
 {{ line(x, 195 - 175 * row.low, x, 195 - 175 * row.high, blue, 1.5) }}
 <circle cx="{{ x }}" cy="{{ 195 - 175 * row.observed_rate }}" r="4" fill="{{ blue }}"/>
 {% endfor %}
-</svg><figcaption>Do as many die as predicted? Dots: groups of stays of similar risk, 95 % interval.</figcaption></figure>
+</svg><figcaption>Do as many die as predicted? Dots: groups of similar risk, 95 % interval.</figcaption></figure>
 {% endmacro %}
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -2774,12 +2778,13 @@ figcaption { font-size: .85rem; color: #4a4a4a } svg text { font: 12px system-ui
 {% endfor %}
 </div>
 {% endif %}
-<p class="note warn">This page <strong>{{ disclaimer }}</strong>. It is made for research, not for the care of a patient.
-{{ setting }}</p>
-<p class="note"><strong>How to read the numbers.</strong> The push of an event is its share of the prediction on the logit
-scale, found by Integrated Gradients between a stay whose events say nothing and this one: {{ doubling | signed }} doubles
-the odds of death, {{ -doubling | signed }} halves them. “Odds through it” compares the odds of death with those that the
-model would give if this event alone were unremarkable, that is, replaced by the mean event of training.</p>
+<p class="note warn">This page <strong>{{ disclaimer }}</strong>.
+It is made for research, not for the care of a patient. {{ setting }}</p>
+<p class="note"><strong>How to read the numbers.</strong>
+The push of an event is its share of the prediction on the logit scale, found by Integrated Gradients between a stay
+whose events say nothing and this one: {{ doubling | signed }} doubles the odds of death, {{ -doubling | signed }}
+halves them. “Odds through it” compares the odds of death with those if this event alone were unremarkable,
+that is, replaced by the mean event of training; the number of events stays what it is.</p>
 <h2>All explained stays</h2>
 <p>{{ cohort }}</p>
 {{ table("Stays shown below", ["stay", "shown because", "#predicted risk", "outcome"], shown) }}
@@ -2798,11 +2803,12 @@ model would give if this event alone were unremarkable, that is, replaced by the
 {{ figure("sequence_importance_combined") }}
 {% for stay in stays %}
 <section class="stay" id="stay-{{ stay.icu_stay_id }}"><h2>Stay {{ stay.icu_stay_id }}: {{ stay.why_shown }}</h2>
-<p><span class="risk">{{ stay.risk }}</span>predicted risk of death in hospital; <strong>{{ stay.outcome }}</strong>.</p>
+<p><span class="risk">{{ stay.risk }}</span>
+predicted risk of death in hospital; <strong>{{ stay.outcome }}</strong>.</p>
 <p>{{ stay.place }} {{ stay.sums }}</p>
 {% if stay.gap %}
-<p class="note warn">For this stay the parts do not add up to the prediction (gap {{ stay.gap }} logit): read its numbers
-with care.</p>
+<p class="note warn">For this stay the parts do not add up to the prediction (gap {{ stay.gap }} logit):
+read its numbers with care.</p>
 {% endif %}
 {% if stay.decisive %}
 <p class="note">{{ stay.decisive }}</p>
@@ -3027,12 +3033,12 @@ def _stay_links(shown: pd.DataFrame) -> list[list[Any]]:
 
 
 def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, Any]) -> str:
-    """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, and the technical appendix.
+    """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, the technical appendix.
 
-    tables: stays, events, statics, trajectory, windows, faithfulness, and where present verdict, items, levels, systems,
-    decisive; figures by file name without .png; info: text_encoder, and optionally data, checkpoint, setting (a sentence:
-    which events the model sees), temperature (probability = sigmoid(logit / temperature)) and calibration (as
-    `calibration_table` gives it, of all test stays; else of the explained stays, from 20).
+    tables: stays, events, statics, trajectory, windows, faithfulness, and where present verdict, items, levels,
+    systems, decisive; figures by file name without .png; info: text_encoder, and optionally data, checkpoint, setting
+    (a sentence: which events the model sees), temperature (probability = sigmoid(logit / temperature)) and calibration
+    (as `calibration_table` gives it, of all test stays; else of the explained stays, from 20).
     """
     stays, temperature = tables["stays"], info.get("temperature", 1.0)
     calibration = info.get("calibration")
