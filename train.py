@@ -82,8 +82,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict, train_test_split
 from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor, nn
@@ -3490,6 +3491,23 @@ IMPOSSIBLE = {
 }
 
 
+def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: ArrayLike) -> np.ndarray | None:
+    """Return the risks (n,) with intercept and slope of their logits fitted anew, each on four fifths of the other patients.
+
+    What a model would say after the least adaptation to another hospital (Cox 1958; Steyerberg 2019, chapter 20).
+    None where fewer than ten patients have either outcome.
+    """
+    labels, probabilities = checked_predictions(labels, probabilities)
+    patients = pd.Series(np.asarray(patient_ids))
+    if patients.groupby(labels).nunique().reindex([0.0, 1.0], fill_value=0).min() < TOO_FEW:
+        return None
+    clipped = probabilities.clip(1e-7, 1 - 1e-7)
+    logits = np.log(clipped / (1 - clipped))[:, None]
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    model = LogisticRegression(C=np.inf)
+    return cross_val_predict(model, logits, labels, groups=patients, cv=folds, method="predict_proba")[:, 1]
+
+
 def split_counts(patient_ids, admission_ids, split) -> dict:
     """How many patients and admissions occur in more than one split: both must be 0."""
     table = pd.DataFrame({"patients in two splits": patient_ids, "admissions in two splits": admission_ids})
@@ -3970,6 +3988,9 @@ def choose_splits(table: StayTable, settings: Settings) -> list[Split]:
         return list(cross_validation_splits(table, settings.cross_validate, settings.seed))
     if settings.split:
         return [split_from_file(table, Path(settings.split))]
+    own = meds_split(table, Path(settings.data)) if settings.labels else None
+    if own is not None:
+        return [own]
     test_share = 0.0 if settings.no_test or settings.test_data else 0.2
     return [split_by_patient(table, settings.seed, test_share)]
 
@@ -3983,8 +4004,7 @@ def split_from_file(table: StayTable, path: Path) -> Split:
         raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
     if part_of_patient.index.has_duplicates:
         raise InputError(f"--split {path}: a patient is in two parts. Give each patient one.")
-    parts = table.stays["patient_id"].map(part_of_patient).to_numpy()
-    split = Split(*(np.flatnonzero(parts == name) for name in Split._fields))
+    parts, split = split_of_parts(table, part_of_patient)
     left_out = len(parts) - sum(map(len, split))
     if left_out:
         logger.warning(f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out")
@@ -3992,6 +4012,29 @@ def split_from_file(table: StayTable, path: Path) -> Split:
         if len(np.unique(table.labels[stays])) < 2 and not (name == "test" and not len(stays)):
             raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")
     return split
+
+
+def split_of_parts(table: StayTable, part_of_patient: pd.Series) -> tuple[np.ndarray, Split]:
+    """Return each stay's part (n_stays), and the split that these make; a patient without a part is in none."""
+    parts = table.stays["patient_id"].map(part_of_patient).to_numpy()
+    return parts, Split(*(np.flatnonzero(parts == name) for name in Split._fields))
+
+
+MEDS_PARTS = {"train": "train", "tuning": "validation", "held_out": "test"}
+
+
+def meds_split(table: StayTable, root: Path) -> Split | None:
+    """Return the split that a MEDS data set brings; None where it brings none, or a part of it lacks an outcome."""
+    path = root / "metadata" / "subject_splits.parquet"
+    if not path.is_file():
+        return None
+    rows = pd.read_parquet(path)
+    _, split = split_of_parts(table, rows.set_index("subject_id")["split"].map(MEDS_PARTS))
+    if all(len(np.unique(table.labels[stays])) == 2 for stays in split):
+        logger.info(f"Split       the data set's own, {path.name}")
+        return split
+    logger.warning(f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew")
+    return None
 
 
 def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tuple[StayTable, list[Split]]:
@@ -4550,6 +4593,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     metrics, _ = write_evaluation(results, scored, own, caption)
     if metrics:
         log_metrics(metrics, f"Evaluation  of known outcome {scored.known.words()}")
+    after = after_recalibration(scored.known, own) if metrics else None
     if trajectories is not None:
         write_trajectories(results, trajectories, checkpoint.settings, text_encoder)
     content = {
@@ -4558,11 +4602,22 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         "cohort": [step._asdict() for step in source.flow],
         "dropped_or_repaired": source.repairs,
         "metrics": metrics or None,
+        "metrics_after_recalibration": after,
     }
     results.json("metrics.json", content)
     logger.info(f"Encoder     {text_encoder}")
     results.end()
     return content
+
+
+def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | None:
+    """Return the figures after recalibration of intercept and slope, and log them; None where outcomes are too few."""
+    risks = recalibrated(scored.stays[LABEL].astype(float), scored.probabilities, scored.stays["patient_id"])
+    if risks is None:
+        return None
+    metrics = scored._replace(probabilities=risks).evaluate(settings)
+    log_metrics(metrics, "Recalibrated, intercept and slope fitted on other patients of these stays")
+    return metrics
 
 
 def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: str) -> Settings:

@@ -294,3 +294,18 @@ def test_folds_keep_patients_whole_and_are_no_more_than_the_deaths():
 def test_split_counts_name_what_crosses():
     counts = train.split_counts([1, 1, 2, 3], [10, 11, 20, 20], ["train", "test", "train", "train"])
     assert counts == {"patients in two splits": 1, "admissions in two splits": 0}
+
+
+def test_recalibration_undoes_a_wrong_intercept_and_slope():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 1.5, 4000)
+    labels = (rng.random(4000) < 1 / (1 + np.exp(-logits))).astype(float)
+    wrong = 1 / (1 + np.exp(-(2 * logits + 1)))
+    risks = train.recalibrated(labels, wrong, np.arange(4000))
+    figures = train.evaluate_predictions(labels, risks, np.arange(4000), n_bootstrap=0)
+    assert figures["calibration_slope"]["value"] == pytest.approx(1, abs=0.02)
+    assert figures["calibration_intercept"]["value"] == pytest.approx(0, abs=0.02)
+
+
+def test_recalibration_on_too_few_deaths_is_left_out():
+    assert train.recalibrated([1.0] * 9 + [0.0] * 90, np.linspace(0.1, 0.9, 99), np.arange(99)) is None

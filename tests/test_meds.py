@@ -201,8 +201,20 @@ def test_predictions_pass_meds_evaluation_and_the_data_sets_own_split_is_used(ho
     polars = pytest.importorskip("polars")
     run(hospital, "--output-dir", tmp_path, "--max-epochs", 2)
     predictions = polars.read_parquet(tmp_path / "predictions.parquet")
+    splits = pd.read_parquet(hospital / "metadata" / "subject_splits.parquet").set_index("subject_id")["split"]
+    assert sorted(predictions["subject_id"]) == splits.index[splits == "held_out"].tolist()
     assert set(predictions["prediction_time"]) == {hours(10)}
     scores = evaluation.evaluate_binary_classification(predictions)
     assert 0 <= scores["samples_equally_weighted"]["roc_auc_score"] <= 1
     run(hospital, "--evaluate", tmp_path / "checkpoints" / "best_model.pth", "--output-dir", tmp_path / "other")
     assert len(list((tmp_path / "other").rglob("predictions.parquet"))) == 1
+
+
+def test_split_of_the_data_set_is_left_where_a_part_lacks_an_outcome(hospital, tmp_path):
+    table, _ = read(hospital)
+    rows = pd.read_parquet(hospital / "metadata" / "subject_splits.parquet")
+    (tmp_path / "metadata").mkdir()
+    rows[rows["split"] != "train"].to_parquet(tmp_path / "metadata" / "subject_splits.parquet")
+    assert train.meds_split(table, tmp_path) is None
+    split = train.meds_split(table, hospital)
+    assert [len(part) for part in split] == [36, 12, 12]
