@@ -37,6 +37,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -515,16 +516,17 @@ def query_for_duckdb(text: str) -> str:
     return tree.sql(dialect="duckdb")
 
 
-def open_duckdb(memory_limit: str, threads: int, database: Path | None = None) -> duckdb.DuckDBPyConnection:
-    """Connect to DuckDB, in memory or to a file, within the limits that all its work here has; what passes them spills.
+def open_duckdb(
+    memory_limit: str, threads: int, spill: Path, database: str | Path = ":memory:"
+) -> duckdb.DuckDBPyConnection:
+    """Connect to DuckDB within the limits that all its work here has; what passes them spills into a folder.
 
     Raises `InputError` for a limit that is none.
     """
-    con = duckdb.connect(database or ":memory:")
+    con = duckdb.connect(database)
     con.execute("SET preserve_insertion_order = false")  # what needs an order states it
     con.execute("SET TimeZone = 'UTC'")
-    if database:
-        con.execute(f"SET temp_directory = {sql_quoted(database.parent / 'spilled')}")
+    con.execute(f"SET temp_directory = {sql_quoted(spill)}")
     if threads:
         con.execute(f"SET threads = {threads}")
     try:
@@ -619,11 +621,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
                         load_mimic_table(database, table, path)
                 collect_stays(database, query_for_duckdb(query), working / target.name)
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-            raise InputError(
-                f"query.sql stopped ({type(error).__name__}) with --memory-limit {memory_limit} and "
-                f"{shutil.disk_usage(results).free / 1e9:.0f} GB left on the disk of {results}: "
-                "it needs more of the one or the other. What is done is kept: the same command goes on from there."
-            ) from None
+            raise no_room("query.sql", error, memory_limit, results) from None  # the next run goes on from here
         except InputError:  # the folder has to be mended first
             remove(working)
             raise
@@ -634,13 +632,23 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
 
 def _working_database(working: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
     """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
+    limits = (memory_limit, threads, working / "spilled")
     working.mkdir(exist_ok=True)
     try:
-        return open_duckdb(memory_limit, threads, working / "mimic.duckdb")
+        return open_duckdb(*limits, working / "mimic.duckdb")
     except (duckdb.SerializationException, duckdb.FatalException):
         remove(working)
         working.mkdir()
-        return open_duckdb(memory_limit, threads, working / "mimic.duckdb")
+        return open_duckdb(*limits, working / "mimic.duckdb")
+
+
+def no_room(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:
+    """Return the error that says that memory or disk ran out, which no file is to blame for."""
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    return InputError(
+        f"{what} stopped ({type(error).__name__}) with --memory-limit {memory_limit} and {free / 1e9:.0f} GB left on "
+        f"the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data."
+    )
 
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
@@ -1027,19 +1035,83 @@ def read_stays(
         )
     if path.is_dir() and task is None:
         path = run_mimic_query(path, Path(cache_dir), memory_limit, threads) / "*.parquet"
-    with open_duckdb(memory_limit, threads) as con:
+    results = Path(cache_dir) / "query_results"
+
+    def read() -> tuple[StayTable, dict[str, int]]:
+        spill = results / f".spilled{HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
-            left_out = register_meds(con, path, task) if task else {}
-            kind = "flat" if task else _register_source(con, path)
-            _check_columns(con, path, need_label)
-            _check_values(con, path, need_label)
-            table, report = _load_arrays(con, path, kind)
-            return table, {reason: count for reason, count in left_out.items() if count} | report
+            with open_duckdb(memory_limit, threads, spill) as con:
+                return _read_tables(con, path, need_label, task)
+        except duckdb.OutOfMemoryException as error:
+            raise no_room(f"{data}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
             raise InputError(
                 f"{data}: cannot be read ({_reason(error)}). CSV must be UTF-8 with a header and the columns of the "
                 "README's data table; Parquet files of one glob must share a schema."
             ) from None
+
+    kept = kept_arrays(path, results, need_label, task)
+    if kept is None:
+        return read()
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+        return load_arrays(kept)
+    with hold(results):
+        with contextlib.suppress(OSError, ValueError):  # another run made them while this one waited
+            return load_arrays(kept)
+        remove(kept)
+        write_whole(kept, lambda folder: save_arrays(folder, *read()))
+    return load_arrays(kept)
+
+
+def _read_tables(
+    con: duckdb.DuckDBPyConnection, path: Path, need_label: bool, task: MedsTask | None
+) -> tuple[StayTable, dict[str, int]]:
+    """Check and load the stays of a source; DuckDB's own errors for what cannot be read."""
+    left_out = register_meds(con, path, task) if task else {}
+    kind = "flat" if task else _register_source(con, path)
+    _check_columns(con, path, need_label)
+    _check_values(con, path, need_label)
+    table, report = _load_arrays(con, path, kind)
+    return table, {reason: count for reason, count in left_out.items() if count} | report
+
+
+# What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
+ARRAYS_VERSION = 1  # raise it when what is made of a source changes: arrays that were kept before are then made anew
+KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
+
+
+def kept_arrays(path: Path, results: Path, need_label: bool, task: MedsTask | None) -> Path | None:
+    """Return the folder for the arrays of a source as its files are now; None for a small one, whose are not kept."""
+    patterns = (
+        [path / "**" / "*.parquet", Path(task.labels), Path(task.labels) / "**" / "*.parquet"] if task else [path]
+    )
+    files = [Path(name) for pattern in patterns for name in sorted(glob.glob(str(pattern), recursive=True))]
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
+        return None
+    made_of = (ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, stats)
+    return results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.arrays"
+
+
+def save_arrays(folder: Path, table: StayTable, report: dict[str, int]) -> None:
+    """Write a table into a new folder: one .npy for each array, the stays and the texts as Parquet."""
+    folder.mkdir()
+    for name in ("offsets", *EVENT_ARRAYS):
+        np.save(folder / f"{name}.npy", getattr(table, name), allow_pickle=False)
+    table.stays.to_parquet(folder / "stays.parquet")
+    pd.DataFrame({"text": table.texts}).to_parquet(folder / "texts.parquet")
+    (folder / "report.json").write_text(json.dumps(report), "utf-8")
+
+
+def load_arrays(folder: Path) -> tuple[StayTable, dict[str, int]]:
+    """Read what `save_arrays` wrote; events are mapped into memory, not read. OSError, ValueError: it is not there, or damaged."""
+    arrays = {name: np.load(folder / f"{name}.npy", "c", allow_pickle=False) for name in ("offsets", *EVENT_ARRAYS)}
+    table = StayTable(
+        stays=pd.read_parquet(folder / "stays.parquet"),
+        texts=pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object),
+        **{name: np.asarray(array) for name, array in arrays.items()},
+    )
+    return table, json.loads((folder / "report.json").read_text("utf-8"))
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,10 @@
 """What lets the whole of MIMIC-IV be read: limits of memory, work that is kept, arrays that are mapped, own texts only."""
 
+import shutil
+
 import duckdb
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import pytest
 from test_query import TABLES, leftovers, write_folder
@@ -41,9 +44,9 @@ def test_every_connection_has_the_limits(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", ["much", "GB", ""])
-def test_limit_that_is_none_is_a_clear_error(limit):
+def test_limit_that_is_none_is_a_clear_error(limit, tmp_path):
     with pytest.raises(train.InputError, match="--memory-limit"):
-        train.open_duckdb(limit, 1)
+        train.open_duckdb(limit, 1, tmp_path)
 
 
 def test_query_that_runs_out_of_memory_keeps_its_tables_and_goes_on(tmp_path, monkeypatch):
@@ -64,7 +67,7 @@ def test_query_that_runs_out_of_memory_keeps_its_tables_and_goes_on(tmp_path, mo
     monkeypatch.setattr(train, "load_mimic_table", load)
     with monkeypatch.context() as patch:
         patch.setattr(train, "collect_stays", collect)
-        with pytest.raises(train.InputError, match="--memory-limit 1GB.*goes on from there"):
+        with pytest.raises(train.InputError, match="query.sql stopped.*--memory-limit 1GB"):
             train.run_mimic_query(folder, tmp_path, "1GB")
     first = next(tmp_path.glob("query_results/*/*/part_0000.parquet")).stat().st_mtime_ns
     result = train.run_mimic_query(folder, tmp_path)
@@ -75,12 +78,53 @@ def test_query_that_runs_out_of_memory_keeps_its_tables_and_goes_on(tmp_path, mo
 
 def test_rows_far_from_every_stay_are_not_stored_and_the_others_lie_by_patient(tmp_path):
     labs = TABLES["hosp/labevents"] + "\n1,11,1,2150-01-06 10:00:00,,1,1,mg/dL,0.5,1.2,,STAT,"  # between stays 101, 102
-    working = tmp_path / "working"
-    working.mkdir()
-    with train.open_duckdb("1GB", 1, working / "mimic.duckdb") as database:
+    with train.open_duckdb("1GB", 1, tmp_path / "spilled", tmp_path / "mimic.duckdb") as database:
         for table, path in train.find_mimic_files(write_folder(tmp_path / "mimic", labevents=labs)).items():
             train.load_mimic_table(database, table, path)
         stored = database.execute("SELECT patient, charttime FROM labevents").fetchall()
     assert len(stored) == 11  # all labs of the tables above
     assert [patient for patient, _ in stored] == sorted(patient for patient, _ in stored)
     assert max(time for _, time in stored).month == 1 and 6 not in {time.day for _, time in stored}
+
+
+def assert_same_table(one, two):
+    pd.testing.assert_frame_equal(one.stays, two.stays)
+    for name in ("offsets", "texts", *train.EVENT_ARRAYS):
+        first, second = getattr(one, name), getattr(two, name)
+        np.testing.assert_array_equal(first, second)
+        assert first.dtype == second.dtype
+
+
+def test_second_start_maps_the_arrays_of_the_first_until_the_source_changes(sample, tmp_path, monkeypatch):
+    source = shutil.copy(train.SAMPLE, tmp_path / "data.csv")
+    monkeypatch.setattr(train, "KEEP_ARRAYS_FROM", 0)
+    first, report = train.read_stays(source, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_duckdb", lambda *limits: pytest.fail("the source was read again"))
+        second, same_report = train.read_stays(source, tmp_path / "cache")
+    assert_same_table(first, sample)
+    assert_same_table(second, sample)
+    assert report == same_report and not second.minutes_to_end.flags.owndata
+    rows = source.read_text("utf-8").splitlines(keepends=True)
+    source.write_text("".join(rows[:-1]), "utf-8")
+    assert len(train.read_stays(source, tmp_path / "cache")[0].text) == len(sample.text) - 1
+    assert not leftovers(tmp_path / "cache")
+
+
+def test_damaged_arrays_are_made_anew(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "KEEP_ARRAYS_FROM", 0)
+    train.read_stays(train.SAMPLE, tmp_path)
+    array = next(tmp_path.rglob("minutes_to_end.npy"))
+    array.write_bytes(array.read_bytes()[:-100])
+    assert_same_table(train.read_stays(train.SAMPLE, tmp_path)[0], sample)
+
+
+def test_small_source_leaves_nothing_in_the_cache(tmp_path):
+    train.read_stays(train.SAMPLE, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_out_of_memory_does_not_blame_the_file(tmp_path):
+    with pytest.raises(train.InputError, match="--memory-limit 8MB .*Nothing is wrong with the data") as caught:
+        train.read_stays(train.SAMPLE, tmp_path, memory_limit="8MB", threads=1)
+    assert "CSV must be" not in str(caught.value)
