@@ -3,11 +3,12 @@
     python explain_clinicalLF.py                                     # the bundled sample, after `python train.py`
     python explain_clinicalLF.py --data PATH/TO/mimic-iv --stays 4   # held-out stays of that data, four shown in full
     python explain_clinicalLF.py --checkpoint best_model.pth --data NEW.csv --save-dir OUT
-    python explain_clinicalLF.py --selfcheck                         # does the method find planted causes? exits 1 if not
+    python explain_clinicalLF.py --quick                             # the same in half a minute, on a dozen stays
 
 Four views of one model, on the logit (log-odds of death) and never on the probability, which saturates:
 Integrated Gradients (what moves the logit from the average stay to this one), replacement (the logit if one event were unremarkable),
-attention (where the model looks), and the layers between. They differ; `faithfulness.json` says how much each is worth.
+attention (where the model looks), and the layers between. They differ; `faithfulness.json` says how much each is worth, after `verdict.csv` has said whether the
+model is worth explaining.
 
 Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, H heads. Masks are True at real events.
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
@@ -17,14 +18,13 @@ from __future__ import annotations
 
 import base64
 import copy
-import importlib.util
+import functools
 import io
-import json
 import logging
 import math
+import operator
 import re
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +49,6 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import train
 from train import (
@@ -91,7 +90,7 @@ logger = logging.getLogger("clinical_LF")
 CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
 MAX_MAP_EVENTS, MAX_MAP_BINS = 3000, 64  # layer maps grow with the square of the events
 GRADIENT_EVENTS, FORWARD_EVENTS = 2048, 8192  # events per pass: some 100 kB each with, 30 kB without gradients
-FLOOR = 0.05  # logit; effects below it are too small to call shared or not
+FLOOR = 0.05  # logit; what moves it by less does not matter
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class ExplainSettings:
     )
     layer_stays: int = train.option(20, "Stays attributed to layers at most (those shown in full always are).", low=0)
     ig_steps: int = train.option(
-        50, "Steps of Integrated Gradients; tried again with four times as many where it is not complete.", low=2
+        12, "Steps of Integrated Gradients; where it is not complete, tried again with 4 and 16 times as many.", low=2
     )
     untrained_models: int = train.option(
         4, "Untrained models that show what heads do without any training (at least 4).", low=4
@@ -135,10 +134,7 @@ class ExplainSettings:
     )
     n_bootstrap: int = train.option(1000, "Bootstrap samples behind every 95 % interval.", low=1)
     seed: int = train.option(0, "Seed of the choice of stays, random orders, untrained models and the bootstrap.")
-    selfcheck: bool = train.option(False, "Check the explanations on synthetic stays whose causes are known, and stop.")
-    selfcheck_seeds: int = train.option(5, "Samples made and models trained by --selfcheck.", low=1)
-    selfcheck_stays: int = train.option(2000, "Stays that each of these models is trained on.", low=100)
-    selfcheck_epochs: int = train.option(50, "Epochs at most of each of these models.", low=1)
+    quick: bool = train.option(False, "Show what matters in half a minute: 12 stays, few checks, no layers.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,6 +150,18 @@ class Run(NamedTuple):
     dataset: train.ClinicalSequenceDataset
     logits: np.ndarray  # (n_stays) float64
     held_out: bool  # patients of the checkpoint's own test split; False: none of its patients is in the data
+    vectors: np.ndarray  # (n_texts, E) of the table's texts
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        """Which of an event's inputs are its type, its text, its time, and more."""
+        return event_parts(self.dataset.input_dim, self.checkpoint.preprocessor.value_channel)
+
+    @property
+    def training_items(self) -> frozenset[str] | None:
+        """Hashes of the items that training saw; None where the checkpoint does not say."""
+        items = self.checkpoint.state.get("training_items")
+        return None if items is None else frozenset(items)
 
     def inputs(self, stay: int) -> tuple[Tensor, Tensor]:
         """(1, L, C) events and (1, S) static inputs of a stay, where the model is."""
@@ -212,7 +220,7 @@ def make_run(
     """Score the stays and keep all that an explanation needs."""
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
-    return Run(checkpoint, table, dataset, logits, held_out)
+    return Run(checkpoint, table, dataset, logits, held_out, vectors)
 
 
 def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:
@@ -311,13 +319,6 @@ def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer
     return fresh.to(device).eval()
 
 
-def with_new_classifier(model: ClinicalTransformer, seed: int) -> ClinicalTransformer:
-    """A copy whose classifier alone is as before training."""
-    changed = copy.deepcopy(model)
-    changed.classifier.load_state_dict(untrained_like(model, seed).classifier.state_dict())
-    return changed
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Attribute
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,8 +353,8 @@ def captum_analysis(
     """Integrated Gradients of (B, L, C) events and (B, S) statics on the logit, from a baseline event and baseline statics.
 
     `baseline` is the checkpoint's: the mean training event at every position and the mean statics; None is zeros. Stays
-    are done one by one, without padding. Where the sum misses the difference of logits it is done again with 4 times the
-    steps. Raises ValueError for NaN or infinite inputs of real events.
+    are done one by one, without padding. Where the sum misses the difference of logits it is done again with 4 and with 16
+    times the steps. Raises ValueError for NaN or infinite inputs of real events.
 
     >>> found = captum_analysis(model, sequences, static_features, attention_mask)
     >>> found.events.shape == sequences.shape and bool(found.complete.all())
@@ -370,9 +371,10 @@ def captum_analysis(
             baseline,
         )
         check_finite(*arguments[:3])
-        *found, row = integrated_gradients(model, *arguments, n_steps)
-        if retry and not row[-1]:
-            *found, row = integrated_gradients(model, *arguments, 4 * n_steps)
+        for steps in (n_steps, 4 * n_steps, 16 * n_steps) if retry else (n_steps,):
+            *found, row = integrated_gradients(model, *arguments, steps)
+            if row[-1]:
+                break
         attributions[stay, :length], statics[stay] = found[0][0], found[1][0]
         rows.append(row)
     columns = [np.array(column) for column in zip(*rows)]
@@ -670,36 +672,51 @@ def shapley_values(
 # Check: how right are the explanations?
 # ---------------------------------------------------------------------------------------------------------------------
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # of a stay's events taken away or given
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # of a stay's events made unremarkable, or left as they are
 N_RANDOM_ORDERS = 3
-N_RESETS = 10  # random models that each stay is explained with
-ORDERS = {"attribution": "Integrated Gradients", "if_unremarkable": "replacement", "attention": "pooling attention"}
+MIN_EVENTS = 10  # a shorter stay has no order of events to speak of
+N_RESETS, STAYS_PER_RESET = 4, 4  # random models that a stay is explained with, and stays that share them
+FEW_STEPS = 8  # of Integrated Gradients, where only the order of the events counts
+N_PERTURBATIONS, SHARE_PERTURBED = 60, 0.1  # random sets of events that infidelity asks about
+N_SLOW = 10  # stays on which the slow checks, noise and cascade, are measured
+NOISE, N_NOISY_EVENTS = 0.02, 50  # of each input's spread; the strongest events that are replaced again under noise
+ORDERS = {
+    "attribution": "Integrated Gradients",
+    "if_unremarkable": "replacement",
+    "attention": "pooling attention",
+}
+CASCADE = {  # the model from its output down, by the beginnings of its parameters' names
+    "classifier": ("classifier",),
+    "pooling": ("query_vector", "attention_pooling"),
+    "layers": ("transformer_encoder", "final_norm"),
+    "projection": ("",),
+}
+COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
 
 
 def bootstrap(values: np.ndarray, patients: np.ndarray, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Mean of (n,) values and its 95 % interval over resampled patients; NaN values are left out.
+    """Return the mean of (n,) values and its 95 % interval over resampled patients; NaN values are left out.
 
     The interval is NaN with fewer than three patients: resampling them says nothing.
     """
-    known = ~np.isnan(np.asarray(values, float))
-    frame = pd.DataFrame({"patient": np.asarray(patients)[known], "value": np.asarray(values, float)[known]})
+    frame = pd.DataFrame({"patient": np.asarray(patients), "value": np.asarray(values, float)}).dropna()
     sums = frame.groupby("patient")["value"].agg(["sum", "count"])
-    result = {
-        "value": float(frame["value"].mean()),
-        "low": math.nan,
-        "high": math.nan,
-        "n": len(frame),
-        "n_patients": len(sums),
-    }
+    result = {"value": float(frame["value"].mean()), "low": math.nan, "high": math.nan}
     if len(sums) >= 3:
-        draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_bootstrap)
-        means = (draws @ sums["sum"].to_numpy()) / (draws @ sums["count"].to_numpy())
-        result["low"], result["high"] = (float(limit) for limit in np.quantile(means, [0.025, 0.975]))
-    return result
+        resamples = train.patient_resamples(np.arange(len(sums)), len(sums), n_bootstrap, seed)
+        times_drawn = np.concatenate(list(resamples))  # (n_bootstrap, patients)
+        means = (times_drawn @ sums["sum"].to_numpy()) / (times_drawn @ sums["count"].to_numpy())
+        result["low"], result["high"] = train.interval_of(means)
+    return result | {"n": len(frame), "n_patients": len(sums)}
+
+
+def without_interval(value: float, n: int) -> dict[str, float]:
+    """Return what `bootstrap` gives, for a number that has no interval."""
+    return {"value": value, "low": math.nan, "high": math.nan, "n": n}
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Spearman correlations of the rows of (m, L) with the rows of (n, L) -> (m, n); NaN where a row is constant."""
+    """Return Spearman correlations (m, n) of the rows of (m, L) with those of (n, L); NaN where a row is constant."""
     ranks = [rankdata(np.atleast_2d(rows), axis=1) for rows in (first, second)]
     centred = [rows - rows.mean(1, keepdims=True) for rows in ranks]
     lengths = [np.sqrt((rows**2).sum(1)) for rows in centred]
@@ -710,12 +727,6 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def random_orders(n_events: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {f"random {number}": rng.random(n_events) for number in range(1, N_RANDOM_ORDERS + 1)}
-
-
-def random_by_text(texts: pd.Series, seed: int, n_draws: int = 20) -> np.ndarray:
-    """(n_draws, L) random values, the same for events of the same text, as any model without sense of time would give."""
-    codes, distinct = pd.factorize(texts)
-    return np.random.default_rng(seed).random((n_draws, len(distinct)))[:, codes]
 
 
 def deletion_insertion(
@@ -742,7 +753,7 @@ def deletion_insertion(
 
 
 def with_one_random_order(curves: pd.DataFrame) -> pd.DataFrame:
-    """Curves in which all random orders have the one name `random`, to be averaged."""
+    """Return the curves with the one name `random` for all random orders, to be averaged."""
     return curves.assign(order=curves["order"].str.replace(r"random \d+", "random", regex=True))
 
 
@@ -772,232 +783,283 @@ def criterion(
     sentence: str,
     limit: str = "value",
 ) -> dict[str, Any]:
-    """One line of faithfulness.json: what was measured, what it should be, whether it is, in plain words.
+    """Return one line of faithfulness.json: what was measured, what it should be, whether it is, in plain words.
 
     `limit` names what must hold the threshold: the value, or a limit of its interval (the value where there is none).
     """
     held = found["value"] if math.isnan(found[limit]) else found[limit]
-    passed = (
-        None
-        if threshold is None
-        else bool(
-            held > threshold[1]
-            if threshold[0] == ">"
-            else held >= threshold[1]
-            if threshold[0] == ">="
-            else held <= threshold[1]
-        )
-    )
-    words = sentence.format(**{name: found[name] for name in ("value", "low", "high", "n")}).replace(" [nan, nan]", "")
-    verdict = "" if passed is None else f" (should be {threshold[0]} {threshold[1]:g}{': yes' if passed else ': NO'})"
-    return {
-        "check": check,
-        "method": method,
-        **found,
-        "threshold": None if threshold is None else " ".join(map(str, threshold)),
-        "passed": passed,
-        "sentence": words[:1].upper() + words[1:] + verdict + ".",
-    }
+    words = sentence.format(**found).replace(" [nan, nan]", "")
+    row = {"check": check, "method": method, **found, "threshold": None, "passed": None}
+    if threshold is not None and not math.isnan(held):
+        sign, bound = threshold
+        passed = bool(COMPARE[sign](held, bound))
+        row |= {"threshold": f"{sign} {bound:g}", "passed": passed}
+        words += f" (should be {sign} {bound:g}: {'yes' if passed else 'NO'})"
+    return row | {"sentence": words[:1].upper() + words[1:] + "."}
 
 
 def stay_infidelity(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
-    attribution: np.ndarray,
+    scores: dict[str, np.ndarray],
     baseline: dict[str, Tensor] | None,
     seed: int,
-    n_samples: int = 60,
-) -> float:
-    """Return the infidelity (Yeh et al. 2019) of (L,) scores, relative to the same values dealt out at random (= 1).
+) -> dict[str, float]:
+    """Return the infidelity (Yeh et al. 2019) of (L,) scores by name, relative to the same values dealt at random (= 1).
 
     How well their sums predict by how much the logit falls when a random tenth of the events becomes unremarkable.
     """
     rng, n_events = np.random.default_rng(seed), sequence.shape[1]
-    taken = rng.random((n_samples, n_events)) < max(0.1, 1.5 / n_events)
-    logits = replaced_logits(model, sequence, static, np.vstack([np.zeros(n_events, bool), taken]) == 0, baseline)
-    fall = logits[0] - logits[1:]  # (n_samples,)
-    error = np.mean((taken @ attribution - fall) ** 2)
-    dealt = np.stack([rng.permutation(attribution) for _ in range(10)])
-    chance = np.mean((taken @ dealt.T - fall[:, None]) ** 2)
-    return float(error / chance) if chance > 0 else math.nan
+    taken = rng.random((N_PERTURBATIONS, n_events)) < max(SHARE_PERTURBED, 1.5 / n_events)
+    keep = np.vstack([np.ones(n_events, bool), ~taken])
+    logits = replaced_logits(model, sequence, static, keep, baseline)
+    fall = logits[0] - logits[1:]  # (N_PERTURBATIONS,)
+    found = {}
+    for name, score in scores.items():
+        dealt = np.stack([rng.permutation(score) for _ in range(10)])
+        chance = np.mean((taken @ dealt.T - fall[:, None]) ** 2)
+        found[name] = float(np.mean((taken @ score - fall) ** 2) / chance) if chance > 0 else math.nan
+    return found
 
 
 def input_spread(dataset: train.ClinicalSequenceDataset, most: int = 20_000) -> Tensor:
-    """(C,) standard deviation of each input over the first events of the dataset; 0 for one that never varies."""
+    """Return the standard deviation (C,) of each input over the dataset's first events; 0 for one that never varies."""
     return dataset.events(torch.arange(min(most, len(dataset.text)))).std(0)
 
 
 def stay_sensitivity(
-    sequence: Tensor, explain_it: Callable[[Tensor], np.ndarray], spread: Tensor, seed: int, n_samples: int = 3
+    sequence: Tensor, scores_of: Callable[[Tensor], np.ndarray], spread: Tensor, seed: int, n_samples: int = 3
 ) -> float:
     """Return the largest relative change of (L,) scores under noise of 2 % of each input's spread (Yeh et al. 2019)."""
     generator = torch.Generator().manual_seed(seed)
-    scores, changes = explain_it(sequence), []
+    scores, changes = scores_of(sequence), []
     for _ in range(n_samples):
         noise = 2 * torch.rand(sequence.shape, generator=generator) - 1
-        changes.append(explain_it(sequence + 0.02 * spread.to(sequence) * noise.to(sequence)) - scores)
+        changes.append(scores_of(sequence + NOISE * spread.to(sequence) * noise.to(sequence)) - scores)
     return float(np.linalg.norm(changes, axis=1).max() / np.linalg.norm(scores))
 
 
 def event_totals(
     model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None, n_steps: int
 ) -> np.ndarray:
-    """(L,) Integrated Gradients of each event of one stay, without a second try."""
-    return (
-        captum_analysis(model, sequence, static, baseline=baseline, n_steps=n_steps, retry=False)
-        .events[0]
-        .double()
-        .sum(1)
-        .cpu()
-        .numpy()
-    )
+    """Return the Integrated Gradients of each event of one stay, (L,), without a second try."""
+    found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=n_steps, retry=False)
+    return found.events[0].double().sum(1).cpu().numpy()
+
+
+def reset_down_to(part: str, model: ClinicalTransformer, untrained: ClinicalTransformer) -> ClinicalTransformer:
+    """Return a copy of the model whose weights are the untrained one's from the classifier down to a part of `CASCADE`."""
+    parts = list(CASCADE)
+    kept = {}
+    for name, weights in model.state_dict().items():
+        of_part = next(key for key, beginnings in CASCADE.items() if name.startswith(beginnings))
+        if parts.index(of_part) > parts.index(part):
+            kept[name] = weights
+    changed = copy.deepcopy(untrained)
+    changed.load_state_dict(kept, strict=False)
+    return changed
+
+
+def stay_randomisation(
+    models: Sequence[ClinicalTransformer],
+    sequence: Tensor,
+    static: Tensor,
+    baseline: dict[str, Tensor] | None,
+    own: np.ndarray,
+) -> dict[str, float]:
+    """Return the squared rank correlation of the model's own attributions with random models' and of theirs with each other.
+
+    Chance alone gives sqrt(2 / (pi (L - 1))), and similar texts look alike to any model: what counts is the excess.
+    """
+    resets = np.stack([event_totals(model, sequence, static, baseline, FEW_STEPS) for model in models])
+    with_own = float(np.mean(rank_correlation(resets, own) ** 2))
+    pairs = np.triu_indices(len(resets), 1)
+    among = float(np.mean(rank_correlation(resets, resets)[pairs] ** 2))
+    return {"model and reset": with_own, "reset and reset": among, "reset excess": with_own - among}
+
+
+def check_stay(
+    run: Run,
+    stay: int,
+    scores: dict[str, np.ndarray],
+    untrained: Sequence[ClinicalTransformer],
+    settings: ExplainSettings,
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Return what the quick checks measure on one stay, scores by the names of `ORDERS`, and its deletion and insertion."""
+    model, baseline = run.checkpoint.model, run.checkpoint.baseline
+    sequence, static = run.inputs(stay)
+    orders = scores | random_orders(sequence.shape[1], settings.seed + stay)
+    own, replacement = scores["attribution"], scores["if_unremarkable"]
+    row = {
+        "attention agreement": rank_correlation(scores["attention"], np.abs(own))[0, 0],
+        "replacement agreement": rank_correlation(replacement, own)[0, 0],
+    }
+    named = {"infidelity attribution": own, "infidelity replacement": replacement}
+    row |= stay_infidelity(model, sequence, static, named, baseline, settings.seed)
+    row |= stay_randomisation(untrained, sequence, static, baseline, own)
+    return row, deletion_insertion(model, sequence, static, baseline, orders)
+
+
+def check_stay_slowly(
+    run: Run, stay: int, own: np.ndarray, untrained: ClinicalTransformer, spread: Tensor, settings: ExplainSettings
+) -> dict[str, float]:
+    """Return how much noise changes the scores of one stay, and how much of its attributions (L,) a cascade of resets leaves."""
+    model, baseline = run.checkpoint.model, run.checkpoint.baseline
+    sequence, static = run.inputs(stay)
+    strongest = np.argsort(-np.abs(own))[:N_NOISY_EVENTS]
+
+    def attribution_of(events: Tensor) -> np.ndarray:
+        return event_totals(model, events, static, baseline, settings.ig_steps)
+
+    def replacement_of(events: Tensor) -> np.ndarray:
+        return replace_each_event(model, events, static, baseline, strongest)[strongest]
+
+    row = {}
+    for part in list(CASCADE)[:-1]:
+        changed = reset_down_to(part, model, untrained)
+        other = event_totals(changed, sequence, static, baseline, FEW_STEPS)
+        row[f"reset to {part}"] = rank_correlation(other, own)[0, 0] ** 2
+    row["sensitivity attribution"] = stay_sensitivity(sequence, attribution_of, spread, settings.seed)
+    row["sensitivity replacement"] = stay_sensitivity(sequence, replacement_of, spread, settings.seed)
+    return row
 
 
 def check_stays(
-    run: Run, events: pd.DataFrame, stays: Sequence[int], settings: ExplainSettings
-) -> tuple[list[dict], pd.DataFrame]:
-    """Deletion and insertion, infidelity, sensitivity, randomisation and agreement on some stays -> criteria, curves."""
-    model, baseline = run.checkpoint.model, run.checkpoint.baseline
-    new_classifiers = [with_new_classifier(model, settings.seed + 1 + number) for number in range(4)]
-    curves, rows, spread = [], [], input_spread(run.dataset)
+    run: Run,
+    events: pd.DataFrame,
+    stays: Sequence[int],
+    settings: ExplainSettings,
+    done: Callable[[int], Any] = lambda stay: None,
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """Measure the explanations of some stays -> criteria, curves. Calls `done` with each stay."""
+    rows, curves, spread = [], [], input_spread(run.dataset)
     by_stay = dict(tuple(events.groupby("icu_stay_id")))
-    for number, stay in enumerate(tqdm(stays, desc="check", leave=False, delay=2)):
-        sequence, static = run.inputs(stay)
+    for stay in stays:
         ids = run.table.stays.loc[stay, ["icu_stay_id", "patient_id"]].to_dict()
-        scores = {order: np.nan_to_num(by_stay[ids["icu_stay_id"]][order].to_numpy(float)) for order in ORDERS}
-        if sequence.shape[1] < 10:
+        part = by_stay[ids["icu_stay_id"]]
+        done(stay)
+        if len(part) < MIN_EVENTS:
             continue
-        table = deletion_insertion(
-            model, sequence, static, baseline, scores | random_orders(sequence.shape[1], settings.seed + stay)
-        )
-        curves.append(table.assign(**ids))
-        row = {
-            **ids,
-            "attention agreement": rank_correlation(scores["attention"], np.abs(scores["attribution"]))[0, 0],
-            "replacement agreement": rank_correlation(scores["if_unremarkable"], scores["attribution"])[0, 0],
-            "infidelity attribution": stay_infidelity(
-                model, sequence, static, scores["attribution"], baseline, settings.seed
-            ),
-            "infidelity replacement": stay_infidelity(
-                model, sequence, static, scores["if_unremarkable"], baseline, settings.seed
-            ),
-        }
-        # Other random models for every stay: stays share their events' texts, and one model errs alike on all of them.
-        untrained = [untrained_like(model, settings.seed + 1 + 1000 * stay + number) for number in range(N_RESETS)]
-        for name, models in (("all layers", untrained), ("classifier", new_classifiers)):
-            others = np.stack([event_totals(changed, sequence, static, baseline, 10) for changed in models])
-            row[f"reset {name}"] = np.abs(rank_correlation(others, scores["attribution"])).mean()
-        dealt = random_by_text(by_stay[ids["icu_stay_id"]]["event_text"], settings.seed)
-        row["reset by chance"] = np.abs(rank_correlation(dealt, scores["attribution"])).mean()
-        if number < 10:
-            row["sensitivity attribution"] = stay_sensitivity(
-                sequence, lambda x: event_totals(model, x, static, baseline, settings.ig_steps), spread, settings.seed
-            )
-            strongest = np.argsort(-np.abs(scores["attribution"]))[:50]
-            row["sensitivity replacement"] = stay_sensitivity(
-                sequence,
-                lambda x: replace_each_event(model, x, static, baseline, strongest)[strongest],
-                spread,
-                settings.seed,
-            )
-        rows.append(row)
+        if len(rows) % STAYS_PER_RESET == 0:  # other random models now and then: one model errs alike on all stays
+            first = settings.seed + 1 + 1000 * stay
+            untrained = [untrained_like(run.checkpoint.model, first + number) for number in range(N_RESETS)]
+        scores = {order: np.nan_to_num(part[order].to_numpy(float)) for order in ORDERS}
+        row, curve = check_stay(run, stay, scores, untrained, settings)
+        if len(rows) < N_SLOW:
+            row |= check_stay_slowly(run, stay, scores["attribution"], untrained[0], spread, settings)
+        rows.append(row | ids)
+        curves.append(curve.assign(**ids))
     if not rows:
         return [], pd.DataFrame(columns=["icu_stay_id", "patient_id", "direction", "order", "fraction", "change"])
     all_curves = pd.concat(curves, ignore_index=True)
     return gains_over_random(all_curves, settings) + measured_criteria(pd.DataFrame(rows), settings), all_curves
 
 
-MEASURED = {
-    "infidelity attribution": (
+class Measure(NamedTuple):
+    """What is said of one column of measurements of single stays."""
+
+    check: str
+    method: str
+    sentence: str
+    threshold: tuple[str, float] | None = None
+    limit: str = "value"  # what must hold the threshold
+
+
+MEASURES = {
+    "infidelity attribution": Measure(
         "infidelity",
         "attribution",
+        "Integrated Gradients predict what making events unremarkable does with {value:.2f} [{low:.2f}, {high:.2f}] of the "
+        "error that the same values dealt out at random have",
         ("<=", 0.5),
-        "Integrated Gradients predict what replacing events does with {value:.2f} "
-        "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have",
     ),
-    "infidelity replacement": (
+    "infidelity replacement": Measure(
         "infidelity",
         "if_unremarkable",
+        "single replacements predict what replacing several events does with {value:.2f} [{low:.2f}, {high:.2f}] of the "
+        "error that the same values dealt out at random have",
         ("<=", 0.2),
-        "single replacements predict what replacing several events does with {value:.2f} "
-        "[{low:.2f}, {high:.2f}] of the error that the same values dealt out at random have",
     ),
-    "sensitivity attribution": (
+    "sensitivity attribution": Measure(
         "sensitivity",
         "attribution",
-        ("<=", 0.1),
         "noise of 2 % of each input's spread changes Integrated Gradients by {value:.1%} at most, mean of {n} stays",
+        ("<=", 0.1),
     ),
-    "sensitivity replacement": (
+    "sensitivity replacement": Measure(
         "sensitivity",
         "if_unremarkable",
+        "noise of 2 % of each input's spread changes single replacements by {value:.1%} at most, mean of {n} stays",
         ("<=", 0.1),
-        "noise of 2 % of each input's spread changes replacement scores by {value:.1%} at most, mean of {n} stays",
     ),
-    "reset all layers": (
+    "reset excess": Measure(
         "randomisation",
         "attribution",
-        ("<=", 0.2),
-        "with all layers reset to random weights, attributions keep a rank correlation of {value:.2f} "
-        f"[{{low:.2f}}, {{high:.2f}}] with the model's own (absolute value, mean of {N_RESETS} resets for each of {{n}} stays)",
+        "attributions agree with those of random models more than random models do with each other by {value:.3f} "
+        "[{low:.3f}, {high:.3f}], squared rank correlations paired by stay",
+        ("<=", 0.05),
+        "high",
     ),
-    "reset by chance": (
-        "randomisation by chance",
+    "model and reset": Measure(
+        "randomisation, model and reset",
         "attribution",
-        None,
-        "random values, one for each distinct text of a stay, have a rank correlation of {value:.2f} "
-        "[{low:.2f}, {high:.2f}] with the model's own attributions (absolute value): less cannot be expected of a reset model",
+        "with all weights reset, attributions keep a squared rank correlation of {value:.3f} [{low:.3f}, {high:.3f}] with "
+        f"the model's own (mean of {N_RESETS} random models for each of {{n}} stays)",
     ),
-    "reset classifier": (
-        "randomisation of the classifier",
+    "reset and reset": Measure(
+        "randomisation, reset and reset",
         "attribution",
-        None,
-        "with only the classifier reset, attributions keep a rank correlation of {value:.2f} "
-        "[{low:.2f}, {high:.2f}] with the model's own (absolute value)",
+        "two random models agree by a squared rank correlation of {value:.3f} [{low:.3f}, {high:.3f}]: stays are short, and "
+        "similar texts look alike to any model",
     ),
-    "attention agreement": (
+    "reset to classifier": Measure(
+        "cascade, classifier",
+        "attribution",
+        "with the classifier reset, attributions keep a squared rank correlation of {value:.2f} [{low:.2f}, {high:.2f}] with "
+        "the model's own: so much of the order of events is settled before the classifier",
+    ),
+    "reset to pooling": Measure(
+        "cascade, pooling",
+        "attribution",
+        "with the pooling reset as well, {value:.2f} [{low:.2f}, {high:.2f}]",
+    ),
+    "reset to layers": Measure(
+        "cascade, layers",
+        "attribution",
+        "with the layers reset as well, {value:.2f} [{low:.2f}, {high:.2f}]; what then remains is the projection's",
+    ),
+    "attention agreement": Measure(
         "agreement",
         "attention",
-        None,
         "pooling attention agrees with |attribution| by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]: "
         "where the model looks is not the same as what moves its prediction",
     ),
-    "replacement agreement": (
+    "replacement agreement": Measure(
         "agreement",
         "if_unremarkable",
-        None,
         "replacement agrees with Integrated Gradients by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]",
     ),
 }
 
 
 def measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
-    """One criterion per column of measurements of single stays."""
-    return [
-        criterion(
-            check,
-            method,
-            bootstrap(rows[column].to_numpy(float), rows["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed),
-            threshold,
-            sentence,
+    """Return one criterion per column of measurements of single stays."""
+    criteria, patients = [], rows["patient_id"].to_numpy()
+    for column, measure in MEASURES.items():
+        found = bootstrap(rows[column].to_numpy(float), patients, settings.n_bootstrap, settings.seed)
+        criteria.append(
+            criterion(measure.check, measure.method, found, measure.threshold, measure.sentence, measure.limit)
         )
-        for column, (check, method, threshold, sentence) in MEASURED.items()
-        if column in rows
-    ]
+    return criteria
 
 
 def completeness_criterion(stays: pd.DataFrame, settings: ExplainSettings) -> dict[str, Any]:
     first = stays["complete"] & (stays["n_steps"] == settings.ig_steps)
-    found = {"value": float(stays["complete"].mean()), "low": math.nan, "high": math.nan, "n": len(stays)}
-    return criterion(
-        "completeness",
-        "attribution",
-        found,
-        (">=", 0.99),
-        "attributions sum to the difference of the logits (within 0.02 + 1 %) for {value:.1%} of {n} stays; "
-        f"{first.mean():.1%} needed no more than {settings.ig_steps} steps, the rest {4 * settings.ig_steps}; what remains is flagged",
-    )
+    words = "attributions sum to the difference of the logits (within 0.02 + 1 %) for {value:.1%} of {n} stays; "
+    words += f"{first.mean():.1%} needed no more than {settings.ig_steps} steps; what remains is flagged"
+    found = without_interval(float(stays["complete"].mean()), len(stays))
+    return criterion("completeness", "attribution", found, (">=", 0.99), words)
 
 
 class LinearStay(nn.Module):
@@ -1016,19 +1078,14 @@ class LinearStay(nn.Module):
 def check_linear_model(seed: int = 0) -> dict[str, Any]:
     """On a linear model Integrated Gradients are w * (x - baseline): the largest difference, which should be rounding."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    model, x, s, baseline = LinearStay(20, 7, seed), draw(1, 12, 20), draw(1, 7), {"event": draw(20), "static": draw(7)}
-    found = captum_analysis(model, x, s, baseline=baseline)
-    with torch.no_grad():
-        exact = model.w * (x - baseline["event"]), model.v * (s - baseline["static"])
-        error = max(float((mine - true).abs().max()) for mine, true in zip(found, exact))
-    return criterion(
-        "linear model",
-        "attribution",
-        {"value": error, "low": math.nan, "high": math.nan, "n": 1},
-        ("<=", 1e-4),
-        "on a linear model Integrated Gradients differ from the exact answer by {value:.1e} at most",
-    )
+    shapes = ((1, 12, 20), (1, 7), (20,), (7,))
+    events, statics, event, static = (torch.randn(*shape, generator=generator) for shape in shapes)
+    model = LinearStay(20, 7, seed)
+    found = captum_analysis(model, events, statics, baseline={"event": event, "static": static})
+    exact = (model.w * (events - event)).detach(), (model.v * (statics - static)).detach()
+    error = max(float((found.events - exact[0]).abs().max()), float((found.statics - exact[1]).abs().max()))
+    words = "on a linear model Integrated Gradients differ from the exact answer by {value:.1e} at most"
+    return criterion("linear model", "attribution", without_interval(error, 1), ("<=", 1e-4), words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1358,16 +1415,165 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], static
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Verdict: is there anything to explain? Said before any score of the explanations
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPREAD_FLOOR = 0.2  # standard deviation of the logits; below it all stays have the same risk, for whatever reason
+UNSEEN_SHARE = 0.2  # of the events; beyond it a stay is read by a model that does not know its words
+
+
+class Finding(NamedTuple):
+    """One sentence of the verdict; `holds` is False where a reader should stop, None where nothing is judged."""
+
+    name: str
+    sentence: str
+    holds: bool | None = None
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+def figure_in_words(found: dict[str, Any], digits: int = 2) -> str:
+    """Return `0.88 [0.77, 0.97]`; a dash for what does not exist."""
+    value, low, high = ("–" if found[key] is None else f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def discrimination(
+    labels: np.ndarray, probabilities: np.ndarray, patients: np.ndarray, n_bootstrap: int, seed: int
+) -> list[Finding]:
+    """Say whether (n,) risks rank deaths above survivors, and whether as many died as predicted; NaN labels are unknown."""
+    known = ~np.isnan(labels)
+    died, n_known = int(np.nansum(labels)), int(known.sum())
+    if not 0 < died < n_known:
+        words = f"Outcomes known: {n_known} stays, {died} deaths. Whether the model discriminates here cannot be said."
+        return [Finding("discrimination", words)]
+    metrics = train.evaluate_predictions(labels[known], probabilities[known], patients[known], n_bootstrap, seed)
+    auroc, slope = metrics["auroc"], metrics["calibration_slope"]
+    low = auroc["value"] if auroc["low"] is None else auroc["low"]
+    found = f"AUROC {figure_in_words(auroc)} on {n_known} stays, {died} deaths"
+    words = f"This model discriminates: {found}."
+    if low <= 0.5:
+        words = f"This model does not discriminate ({found}); what follows explains noise."
+    mean_risk = probabilities[known].mean()
+    calibration = f"Calibration: {mean_risk:.0%} predicted on average, {died / n_known:.0%} died"
+    calibration += f"; slope {figure_in_words(slope)} (1 is right, below it risks are too extreme)."
+    high = math.nan if auroc["high"] is None else auroc["high"]
+    return [
+        Finding("discrimination", words, low > 0.5, auroc["value"], low, high),
+        Finding("calibration", calibration, None, math.nan if slope["value"] is None else slope["value"]),
+    ]
+
+
+def spread_of(logits: np.ndarray) -> Finding:
+    """Say whether (n,) logits differ at all."""
+    spread = float(np.std(logits))
+    if spread < SPREAD_FLOOR and len(logits) > 2:
+        words = f"Its predictions hardly differ between stays (standard deviation of the logits {spread:.3f})"
+        return Finding("spread", f"{words}: there is nothing to explain.", False, spread)
+    return Finding("spread", f"The logits' standard deviation over stays is {spread:.2f}.", True, spread)
+
+
+def likeness(unseen: np.ndarray | None, held_out: bool) -> list[Finding]:
+    """Say whose stays these are, and whether the model knows what happens in them; `unseen` (n_events,) bool."""
+    whose = "These patients are the model's own held-out test patients."
+    if not held_out:
+        whose = "None of these patients is in the data that the model was made from: what follows holds for them only."
+    findings = [Finding("patients", whose)]
+    if unseen is None:
+        return [*findings, Finding("likeness", "The checkpoint does not say which items it was trained on.")]
+    share = float(np.mean(unseen))
+    words = f"{share:.0%} of their events are of items that training never saw."
+    holds = share <= UNSEEN_SHARE
+    if not holds:
+        words = f"These stays are not like those it was trained on: {words}"
+    return [*findings, Finding("likeness", words, holds, share)]
+
+
+def leaking_items(items: np.ndarray, stay_of_event: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return item -> AUROC of its mere presence, for items (n_events,) that alone tell deaths from survivors.
+
+    Nothing is judged with fewer than ten stays of either outcome; stays of unknown outcome do not count.
+    """
+    died = labels[stay_of_event]
+    pairs = (
+        pd.DataFrame({"stay": stay_of_event, "item": items, "died": died}).dropna().drop_duplicates(["stay", "item"])
+    )
+    n_deaths, n_known = np.nansum(labels), (~np.isnan(labels)).sum()
+    if min(n_deaths, n_known - n_deaths) < train.TOO_FEW:
+        return {}
+    counts = pairs.groupby("item")["died"].agg(["sum", "count"])
+    among_deaths = counts["sum"] / n_deaths
+    among_survivors = (counts["count"] - counts["sum"]) / (n_known - n_deaths)
+    auroc = 0.5 + 0.5 * (among_deaths - among_survivors).abs()
+    return auroc[auroc > train.LEAK_AUROC].to_dict()
+
+
+def leaks_in_words(leaks: dict[str, float]) -> Finding:
+    if not leaks:
+        return Finding("single items", "No item alone tells the outcome of these stays.", True)
+    worst = max(leaks, key=lambda item: leaks[item])
+    words = f"One text alone tells the outcome: {worst} (AUROC {leaks[worst]:.2f} by its presence)"
+    more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
+    return Finding("single items", f"{words}{more}. It may be written because of the outcome.", False, leaks[worst])
+
+
+def baseline_in_words(run: Run) -> Finding:
+    """Say what the baseline of all attributions is, beside what is predicted and what happens."""
+    checkpoint = run.checkpoint
+    event, static = checkpoint.baseline["event"], checkpoint.baseline["static"]
+    sequence = event.expand(1, int(np.median(run.table.lengths)), -1)
+    device = next(checkpoint.model.parameters()).device
+    with torch.no_grad():
+        logit = float(checkpoint.model.logits(sequence.to(device), static[None].to(device)))
+    risks, rate = checkpoint.probabilities(run.logits), np.nanmean([*run.table.labels, math.nan])
+    words = f"A stay whose events say nothing has a risk of {float(checkpoint.probabilities(np.array(logit))):.2%}; "
+    words += f"the mean prediction is {risks.mean():.1%}" + ("." if np.isnan(rate) else f", and {rate:.1%} died.")
+    return Finding("baseline", words, None, logit)
+
+
+def leaks_of(run: Run) -> dict[str, float]:
+    """Return the `leaking_items` of all stays of a run."""
+    items = np.array([item_of(text) for text in run.table.texts], dtype=object)[run.table.text]
+    return leaking_items(items, run.table.stay_of_event, run.table.labels)
+
+
+def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) -> pd.DataFrame:
+    """Return the sentences to read before any explanation: name, sentence, holds, value, low, high."""
+    patients = run.table.stays["patient_id"].to_numpy()
+    risks = run.checkpoint.probabilities(run.logits)
+    findings = discrimination(run.table.labels, risks, patients, settings.n_bootstrap, settings.seed)
+    findings.append(spread_of(run.logits))
+    findings += likeness(unseen_events(run), run.held_out)
+    findings.append(leaks_in_words(leaks))
+    findings.append(baseline_in_words(run))
+    return pd.DataFrame(findings).astype({"holds": object})
+
+
+def unseen_events(run: Run) -> np.ndarray | None:
+    """Return (n_events,) True where training never saw the item; None where the checkpoint does not say."""
+    if run.training_items is None:
+        return None
+    is_new = np.array([train.item_hash(text) not in run.training_items for text in run.table.texts], dtype=bool)
+    return is_new[run.table.text]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables: the same for the pictures, the report and the files
 # ---------------------------------------------------------------------------------------------------------------------
 
+SHAPLEY_ORDERS = 25
+HEAD_STAYS, OFF_STAYS = 30, 10  # whose attention is compared with untrained models', and is switched off
+TIME_SHUFFLES = 5
+
 
 def describe_events(run: Run, stay: int) -> pd.DataFrame:
-    """A stay's events, one row each, in the order of the model's input."""
+    """Return a stay's events, one row each, in the order of the model's input."""
     table, rows = run.table, slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     person = table.stays.loc[stay]
     texts = table.texts[table.text[rows]]
     minutes = table.minutes_since_intime[rows].astype(float)
+    known_items = run.training_items
     return pd.DataFrame(
         {
             "icu_stay_id": person["icu_stay_id"],
@@ -1382,6 +1588,7 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "item": [item_of(text) for text in texts],
             "value": [train.parse_value(text)[1] for text in texts],
             "is_abnormal": [is_abnormal(text) for text in texts],
+            "is_new_item": [known_items is not None and train.item_hash(text) not in known_items for text in texts],
         }
     )
 
@@ -1398,94 +1605,106 @@ class Explained(NamedTuple):
 
 
 def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = "", layers: bool = True) -> Explained:
-    """Every view of one stay; `shown` is why it is shown in full (then also Shapley values), or "". `layers`: theirs too."""
+    """Return every view of one stay; `shown` is why it is shown in full (then also Shapley values), or ""."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     sequence, static = run.inputs(stay)
     events = describe_events(run, stay)
-    ids = {"icu_stay_id": events["icu_stay_id"].iloc[0], "patient_id": events["patient_id"].iloc[0]}
+    ids = events.loc[0, ["icu_stay_id", "patient_id"]].to_dict()
     found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps)
     attention = attend(model, sequence, static)
-    names = run.checkpoint.preprocessor.static_names
     strongest = np.argsort(-np.abs(found.events[0].sum(1).cpu().numpy()))[: settings.max_replacements or None]
     ablation = ablation_analysis(
         model,
         sequence,
         static,
-        None,
-        baseline,
-        {"event type": events["event_type"], "clock window": clock_window(events["hours_to_end"].to_numpy())},
-        [column for column, _ in names],
-        shapley_samples=25 if shown else 0,
+        baseline=baseline,
+        event_groups=event_groups(events),
+        static_names=[column for column, _ in run.checkpoint.preprocessor.static_names],
+        shapley_samples=SHAPLEY_ORDERS if shown else 0,
         seed=settings.seed,
         which=np.sort(strongest),
     )
-    events = add_scores(
-        events, found, ablation.if_unremarkable[0], attention, run.checkpoint.preprocessor.value_channel
-    )
-    group_scores = ablation.groups.drop(columns="stay")
-    statics = static_table(run, stay, found, group_scores, names).assign(**ids)
-    groups = group_table(events, statics, group_scores).assign(**ids)
-    by_layer = (
-        [
-            pd.DataFrame({name: value if name == "layer" else value[0] for name, value in row.items()}).assign(
-                event=np.arange(len(events))
-            )
-            for row in layer_analysis(model, sequence, static, None, baseline, settings.ig_steps)
-        ]
-        if layers
-        else [pd.DataFrame(columns=["layer", "attribution", "gap_error", "complete", "event"])]
-    )
-    row = {
-        **ids,
+    values = found.events[0].double().cpu().numpy()  # (L, C)
+    events = add_scores(events, values, ablation.if_unremarkable[0], attention, run.parts)
+    statics = static_table(run, stay, found, ablation.groups)
+    by_layer = layer_table(run, stay, settings) if layers else pd.DataFrame()
+    row = ids | {
         "label": events["label"].iloc[0],
         "probability": float(run.checkpoint.probabilities(found.logits)[0]),
         "logit": found.logits[0],
         "baseline_logit": found.baseline_logits[0],
+        "logit_without_time": logit_without_time(run, stay, settings.seed),
         "gap_error": found.gap_errors[0],
         "n_steps": found.n_steps[0],
         "complete": bool(found.complete[0]),
         "n_events": len(events),
         "why_shown": shown,
     }
-    return Explained(row, events, statics, groups, pd.concat(by_layer, ignore_index=True).assign(**ids), attention)
+    events["complete"] = row["complete"]
+    groups = group_table(events, statics, ablation.groups)
+    return Explained(row, events, *(table.assign(**ids) for table in (statics, groups, by_layer)), attention)
+
+
+def event_groups(events: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return how events are grouped: kind -> (L,) names."""
+    return {
+        "event type": events["event_type"].to_numpy(),
+        "clock window": clock_window(events["hours_to_end"].to_numpy()),
+    }
+
+
+@torch.no_grad()
+def logit_without_time(run: Run, stay: int, seed: int) -> float:
+    """Return the mean logit of a stay whose events are dealt at random to its places and times."""
+    sequence, static = run.inputs(stay)
+    generator = torch.Generator().manual_seed(seed)
+    orders = torch.stack([torch.randperm(sequence.shape[1], generator=generator) for _ in range(TIME_SHUFFLES)])
+    dealt = sequence[0, orders.to(sequence.device)]  # (TIME_SHUFFLES, L, C)
+    dealt[:, :, run.parts["time"]] = sequence[:, :, run.parts["time"]]
+    logits = [float(run.checkpoint.model.logits(one[None], static)) for one in dealt]
+    return float(np.mean(logits))
+
+
+def layer_table(run: Run, stay: int, settings: ExplainSettings) -> pd.DataFrame:
+    """Return layer, event, attribution, gap_error and complete of one stay."""
+    parts = []
+    for row in layer_analysis(
+        run.checkpoint.model, *run.inputs(stay), baseline=run.checkpoint.baseline, n_steps=settings.ig_steps
+    ):
+        attribution = row["attribution"][0]
+        table = pd.DataFrame({"event": np.arange(len(attribution)), "attribution": attribution})
+        parts.append(table.assign(layer=row["layer"], gap_error=row["gap_error"][0], complete=row["complete"][0]))
+    return pd.concat(parts, ignore_index=True)
 
 
 def add_scores(
     events: pd.DataFrame,
-    found: Attribution,
+    values: np.ndarray,
     if_unremarkable: np.ndarray,
     attention: Attention,
-    value_channel: bool,
+    parts: dict[str, slice],
 ) -> pd.DataFrame:
-    """The table of a stay's events with every score of every event."""
-    values = found.events[0].double().cpu().numpy()  # (L, C)
-    parts = {
-        f"attribution_{name}": values[:, columns].sum(1)
-        for name, columns in event_parts(values.shape[1], value_channel).items()
-    }
-    total = sum(parts.values())
+    """Return the table of a stay's events with every score of every event; values (L, C) are attributions."""
+    scores = {f"attribution_{name}": values[:, columns].sum(1) for name, columns in parts.items()}
     heads = {f"attention_head_{head}": weights for head, weights in enumerate(attention.pooling, start=1)}
     return events.assign(
-        attribution=total,
-        **parts,
+        attribution=values.sum(1),
+        **scores,
         if_unremarkable=if_unremarkable,
         attention=attention.pooling.mean(0),
         **heads,
         rollout=attention.rollout,
-        complete=bool(found.complete[0]),
     )
 
 
-def static_table(
-    run: Run, stay: int, found: Attribution, groups: pd.DataFrame, names: list[tuple[str, str | None]]
-) -> pd.DataFrame:
-    """feature, value, attribution, ablation: one row per static column."""
-    sums = sum_over_columns(found.statics[0].double().cpu().numpy(), names)
+def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) -> pd.DataFrame:
+    """Return feature, value, attribution, ablation: one row per static column."""
+    sums = sum_over_columns(found.statics[0].double().cpu().numpy(), run.checkpoint.preprocessor.static_names)
     ablation = groups[groups["kind"] == "static"].set_index("group")["ablation"]
     values = run.table.take(np.array([stay])).static_columns.loc[0, list(sums)]
     return pd.DataFrame(
         {
-            "feature": list(map(static_word, sums)),
+            "feature": [static_word(column) for column in sums],
             "value": ["Unknown" if pd.isna(value) else str(value) for value in values],
             "attribution": list(sums.values()),
             "ablation": ablation[list(sums)].to_numpy(),
@@ -1494,20 +1713,20 @@ def static_table(
 
 
 def group_table(events: pd.DataFrame, statics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
-    """The ablated groups with the attribution they sum to, and whether both tell the same."""
-    sums = {("event type", name): value for name, value in events.groupby("event_type")["attribution"].sum().items()}
-    windows = events["attribution"].groupby(clock_window(events["hours_to_end"].to_numpy())).sum()
-    sums |= {("clock window", name): value for name, value in windows.items()}
-    sums |= {("static", name): value for name, value in zip(statics["feature"], statics["attribution"])}
-    groups = groups.assign(
-        group=[static_word(name) if kind == "static" else name for kind, name in zip(groups["kind"], groups["group"])]
-    )
-    attribution = np.array([sums[key] for key in zip(groups["kind"], groups["group"])])
-    return groups.assign(attribution=attribution)
+    """Return the ablated groups with the attribution that they sum to."""
+    sums = {}
+    for kind, names in event_groups(events).items():
+        for name, value in events["attribution"].groupby(names).sum().items():
+            sums[kind, name] = value
+    for name, value in zip(statics["feature"], statics["attribution"]):
+        sums["static", name] = value
+    is_static = groups["kind"] == "static"
+    groups = groups.assign(group=groups["group"].where(~is_static, groups["group"].map(static_word)))
+    return groups.assign(attribution=[sums[key] for key in zip(groups["kind"], groups["group"])])
 
 
 def head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
-    """What a head's weights are compared with, (L,) each."""
+    """Return what a head's weights are compared with, (L,) each."""
     types = {f"event type: {name}": (events["event_type"] == name).to_numpy(float) for name in EVENT_TYPES}
     return {
         "recency": -events["hours_to_end"].to_numpy(float),
@@ -1518,71 +1737,103 @@ def head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def head_correlations(attention: Attention, properties: dict[str, np.ndarray]) -> np.ndarray:
-    """(all heads, properties) rank correlations over a stay's events; layers' heads first, pooling heads last."""
-    weights = np.concatenate([attention.received.reshape(-1, attention.received.shape[2]), attention.pooling])
+    """Return (all heads, properties) rank correlations over a stay's events; layers' heads first, pooling heads last."""
+    of_layers = attention.received.reshape(-1, attention.received.shape[2])
+    weights = np.concatenate([of_layers, attention.pooling])
     seen = ~np.isnan(weights).any(0)
     return rank_correlation(weights[:, seen], np.stack(list(properties.values()))[:, seen])
 
 
-def untrained_correlations(
-    run: Run, stays: Sequence[int], events: dict[int, pd.DataFrame], settings: ExplainSettings
-) -> np.ndarray:
-    """(models, heads, properties): mean correlations of untrained models on the same stays, with their own attributions."""
+def untrained_correlations(run: Run, explained: dict[int, Explained], settings: ExplainSettings) -> np.ndarray:
+    """Return (models, heads, properties): mean correlations of untrained models on these stays, with their attributions."""
     means, baseline = [], run.checkpoint.baseline
-    for number in tqdm(range(settings.untrained_models), desc="untrained models", leave=False, delay=2):
+    for number in range(settings.untrained_models):
         model = untrained_like(run.checkpoint.model, settings.seed + 1000 + number)
         found = []
-        for stay in stays:
+        for stay, of_stay in explained.items():
             sequence, static = run.inputs(stay)
-            own = events[stay].assign(attribution=event_totals(model, sequence, static, baseline, 10))
-            found.append(head_correlations(attend(model, sequence, static), head_properties(own)))
+            own = event_totals(model, sequence, static, baseline, FEW_STEPS)
+            properties = head_properties(of_stay.events.assign(attribution=own))
+            found.append(head_correlations(attend(model, sequence, static), properties))
         means.append(nan_mean(np.stack(found)))
     return np.stack(means)
 
 
 def nan_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis without NaN; NaN where there is nothing else, and no warning."""
+    """Return the mean over the first axis without NaN; NaN where there is nothing else, and no warning."""
     count = (~np.isnan(values)).sum(0)
     return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
 
 
-def head_table(run: Run, explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
-    """What each head's weights go with, measured, against untrained models: nobody names a head here."""
-    usable = {stay: found for stay, found in explained.items() if len(found.events) >= 10}
+HEAD_COLUMNS = ("layer", "head", "property", "correlation", "low", "high", "null_99", "effect", "has_role", "n_stays")
+
+
+def head_names(model: ClinicalTransformer) -> list[tuple[str, int]]:
+    """Return (layer, head), counted from 1, of all heads; the pooling heads come last."""
+    n_layers, n_heads = len(model.transformer_encoder), model.architecture["n_heads"]
+    names = [(f"layer {layer + 1}", head + 1) for layer in range(n_layers) for head in range(n_heads)]
+    return names + [("pooling", head + 1) for head in range(model.architecture["n_pooling_heads"])]
+
+
+@torch.no_grad()
+def logits_without(run: Run, stays: Sequence[int], switched: Sequence[tuple[nn.Linear, slice]] = ()) -> np.ndarray:
+    """Return the logits of stays while these inputs of these layers count as 0; the weights are put back."""
+    saved = [linear.weight[:, columns].clone() for linear, columns in switched]
+    for linear, columns in switched:
+        linear.weight[:, columns] = 0
+    logits = [float(run.checkpoint.model.logits(*run.inputs(stay))) for stay in stays]
+    for (linear, columns), weights in zip(switched, saved):
+        linear.weight[:, columns] = weights
+    return np.array(logits)
+
+
+def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return by how much the logits of stays move when each head, (heads, stays), or the layers' attention, (stays,), is off."""
+    model, switches = run.checkpoint.model, []
+    layers = [layer.attention_output for layer in model.transformer_encoder]
+    kinds = [(linear, model.architecture["n_heads"]) for linear in layers]
+    for linear, n_heads in [*kinds, (model.attention_pooling.output, model.architecture["n_pooling_heads"])]:
+        width = linear.in_features // n_heads
+        switches += [(linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)]
+    whole = logits_without(run, stays)
+    moves = [np.abs(logits_without(run, stays, [switch]) - whole) for switch in switches]
+    of_layers = np.abs(logits_without(run, stays, [(linear, slice(None)) for linear in layers]) - whole)
+    return np.stack(moves), of_layers
+
+
+def head_table(
+    run: Run, explained: dict[int, Explained], effects: np.ndarray, settings: ExplainSettings
+) -> pd.DataFrame:
+    """Return what each head's weights go with, measured against untrained models; effects (heads,) of switching it off.
+
+    A head has a role where the correlation lies beyond the untrained models', and the head moves the logit beyond FLOOR.
+    """
+    usable = {stay: found for stay, found in explained.items() if len(found.events) >= MIN_EVENTS}
     if not usable:
-        return pd.DataFrame(
-            columns=["layer", "head", "property", "correlation", "low", "high", "null_99", "has_role", "n_stays"]
-        )
+        return pd.DataFrame(columns=HEAD_COLUMNS)
     properties = list(head_properties(next(iter(usable.values())).events))
-    measured = np.stack(
-        [head_correlations(found.attention, head_properties(found.events)) for found in usable.values()]
-    )  # (stays, heads, properties)
+    measured = [head_correlations(found.attention, head_properties(found.events)) for found in usable.values()]
+    by_head = np.stack(measured, axis=2)  # (heads, properties, stays)
     patients = np.array([found.stay["patient_id"] for found in usable.values()])
-    some = list(usable)[:30]
-    null = np.abs(untrained_correlations(run, some, {stay: usable[stay].events for stay in some}, settings))
-    n_layers, n_heads = next(iter(usable.values())).attention.received.shape[:2]
-    is_pooling, rows = np.arange(measured.shape[1]) >= n_layers * n_heads, []
-    for head in range(measured.shape[1]):
-        limits = [
-            np.nanquantile(kind, 0.99) if not np.isnan(kind).all() else math.nan
-            for kind in np.moveaxis(null[:, is_pooling == is_pooling[head]], 2, 0)
-        ]
-        where = (
-            ("pooling", head - n_layers * n_heads + 1)
-            if is_pooling[head]
-            else (f"layer {head // n_heads + 1}", head % n_heads + 1)
-        )
-        for name, values, limit in zip(properties, measured[:, head].T, limits):
-            found = bootstrap(values, patients, settings.n_bootstrap, settings.seed)
-            beyond = found["low"] > limit or found["high"] < -limit
-            rows.append((*where, name, found["value"], found["low"], found["high"], limit, bool(beyond), found["n"]))
-    return pd.DataFrame(
-        rows, columns=["layer", "head", "property", "correlation", "low", "high", "null_99", "has_role", "n_stays"]
-    )
+    some = dict(list(usable.items())[:HEAD_STAYS])
+    null = np.abs(untrained_correlations(run, some, settings))  # (models, heads, properties)
+    names = head_names(run.checkpoint.model)
+    is_pooling = np.array([layer == "pooling" for layer, _ in names])
+    rows = []
+    for number, (layer, head) in enumerate(names):
+        alike = null[:, is_pooling == is_pooling[number]]
+        for column, name in enumerate(properties):
+            values = alike[:, :, column][~np.isnan(alike[:, :, column])]
+            limit = float(np.quantile(values, 0.99)) if len(values) else math.nan
+            found = bootstrap(by_head[number, column], patients, settings.n_bootstrap, settings.seed)
+            low, high, effect = found["low"], found["high"], float(effects[number])
+            has_role = (low > limit or high < -limit) and effect > FLOOR
+            rows.append((layer, head, name, found["value"], low, high, limit, effect, has_role, found["n"]))
+    return pd.DataFrame(rows, columns=HEAD_COLUMNS)
 
 
 def query_similarity_table(explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
-    """How near the query vector is to the keys of each event type, against the mean of the stay; per pooling head."""
+    """Return how near the query vector is to the keys of each event type, against the mean of the stay; per pooling head."""
     parts = []
     for found in explained.values():
         scores = found.attention.scores - found.attention.scores.mean(1, keepdims=True)  # (Hp, L)
@@ -1590,65 +1841,56 @@ def query_similarity_table(explained: dict[int, Explained], settings: ExplainSet
             parts.append(found.events[["patient_id", "event_type"]].assign(head=head, similarity=values))
     rows = []
     for (head, name), part in pd.concat(parts).groupby(["head", "event_type"]):
-        result = bootstrap(
-            part["similarity"].to_numpy(), part["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed
-        )
+        values, patients = part["similarity"].to_numpy(), part["patient_id"].to_numpy()
+        result = bootstrap(values, patients, settings.n_bootstrap, settings.seed)
         rows.append((head, name, result["value"], result["low"], result["high"], result["n"]))
     return pd.DataFrame(rows, columns=["head", "event_type", "similarity", "low", "high", "n_events"])
 
 
 def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFrame:
-    """Share of each clock window in a stay's |attribution|, mean over stays with interval, and the sentence that says so."""
-    part = events.assign(
-        window=pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), window_names(), ordered=True),
-        absolute=events["attribution"].abs(),
-        one=1.0,
-    )
-    sums = part.pivot_table(
-        index=["icu_stay_id", "patient_id"], columns="window", values=["absolute", "one"], aggfunc="sum", observed=True
-    ).fillna(0)
+    """Return the share of each clock window in a stay's |attribution|, mean over stays, and the sentence that says so."""
+    windows = pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), window_names(), ordered=True)
+    part = events.assign(window=windows, absolute=events["attribution"].abs(), one=1.0)
+    stay = ["icu_stay_id", "patient_id"]
+    sums = part.pivot_table(["absolute", "one"], stay, "window", aggfunc="sum", observed=True).fillna(0)
     rows = []
     for window in sums["absolute"].columns:
         share, of_events = (sums[name][window] / sums[name].sum(axis=1) for name in ("absolute", "one"))
-        found = bootstrap(
-            share.to_numpy(), share.index.get_level_values("patient_id"), settings.n_bootstrap, settings.seed
-        )
+        patients = share.index.get_level_values("patient_id").to_numpy()
+        found = bootstrap(share.to_numpy(), patients, settings.n_bootstrap, settings.seed)
         interval = "" if math.isnan(found["low"]) else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
         where = f"in the {window}" if window.startswith("last") else f"{window} before the end"
-        rows.append(
-            (
-                window,
-                found["value"],
-                found["low"],
-                found["high"],
-                float(of_events.mean()),
-                int((sums["one"][window] > 0).sum()),
-                f"Events {where} carry {100 * found['value']:.0f} %{interval} of the attribution; they are {100 * of_events.mean():.0f} % of the events.",
-            )
-        )
+        sentence = f"Events {where} carry {100 * found['value']:.0f} %{interval} of the attribution; "
+        sentence += f"they are {100 * of_events.mean():.0f} % of the events."
+        n_stays = int((sums["one"][window] > 0).sum())
+        row = (window, found["value"], found["low"], found["high"], float(of_events.mean()), n_stays, sentence)
+        rows.append(row)
     return pd.DataFrame(rows, columns=["window", "share", "low", "high", "share_of_events", "n_stays", "sentence"])
 
 
-def trajectory(run: Run, stay: int, most: int = 60) -> pd.DataFrame:
-    """Risk of one stay as its events arrive, from the first alone to all: each with the times it has in the whole stay."""
-    sequence, static = run.inputs(stay)
-    n_events = sequence.shape[1]
-    seen = np.unique(np.linspace(1, n_events, min(most, n_events)).astype(int))
-    keep = np.arange(n_events) < seen[:, None]
-    logits = replaced_logits(run.checkpoint.model, sequence, static, keep, run.checkpoint.baseline)
-    minutes = run.table.minutes_since_intime[run.table.offsets[stay] : run.table.offsets[stay + 1]]
-    return pd.DataFrame(
-        {
-            "icu_stay_id": run.table.stays["icu_stay_id"][stay],
-            "hours_since_admission": minutes[seen - 1] / 60,
-            "n_events": seen,
-            "probability": run.checkpoint.probabilities(logits),
-        }
-    )
+def trajectory_table(run: Run, stay: int, most: int = 30) -> pd.DataFrame:
+    """Return the risk of one stay at up to `most` hours, each from nothing but what was known by then.
+
+    As in `--trajectory` of train.py; besides, the length of stay is the hours so far.
+    """
+    table = run.table.take(np.array([stay]))
+    last = float(table.minutes_since_intime.max()) / 60
+    rows = []
+    for hours in np.linspace(last / most, last, most):
+        known = train.known_at(table, float(hours))
+        if not len(known.stays):
+            continue
+        known.stays["icu_length_of_stay_in_days"] = hours / 24
+        dataset = train.ClinicalSequenceDataset(known, run.checkpoint.preprocessor, run.vectors)
+        now = run._replace(table=known, dataset=dataset)
+        logits = logits_without(now, [0])
+        rows.append((hours, int(known.lengths[0]), float(run.checkpoint.probabilities(logits)[0])))
+    found = pd.DataFrame(rows, columns=["hours_since_admission", "n_events", "probability"])
+    return found.assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
 
 
 def attention_of(found: Explained) -> dict[str, Any]:
-    """What the attention pictures of one stay need."""
+    """Return what the attention pictures of one stay need."""
     return {
         "icu_stay_id": found.stay["icu_stay_id"],
         "layer_maps": found.attention.maps,
@@ -1658,54 +1900,96 @@ def attention_of(found: Explained) -> dict[str, Any]:
     }
 
 
+def use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> Finding:
+    """Say how far the model's logits are from those of a model that does not know when things happened."""
+    moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
+    found = bootstrap(moved, stays["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed)
+    words = "With its events dealt anew to its times, a stay's logit moves by {value:.2f} [{low:.2f}, {high:.2f}] on average"
+    words = words.format(**found).replace(" [nan, nan]", "")
+    uses = found["value"] > FLOOR
+    words += ": the model uses when things happened." if uses else ": this model hardly uses when things happened."
+    return Finding("time", words, None, found["value"], found["low"], found["high"])
+
+
+def use_of_layer_attention(moved: np.ndarray) -> Finding:
+    """Say what the layers' attention is worth, from (stays,) moves of the logit without it."""
+    mean = float(moved.mean())
+    words = f"Layer attention moves the logit by {mean:.2f} on average"
+    words += "." if mean > FLOOR else ": its maps say next to nothing about the predictions."
+    return Finding("layer attention", words, None, mean)
+
+
+class Work:
+    """A progress bar of the whole run, with the time left; what a stay costs grows with its length."""
+
+    def __init__(self, run: Run, chosen: Sequence[int], checked: Sequence[int], settings: ExplainSettings) -> None:
+        lengths = run.table.lengths
+        self.explaining = lengths * (50 + np.minimum(lengths, settings.max_replacements or lengths.max()))
+        self.checking = lengths * 250  # passes over an event, about
+        total = int(self.explaining[list(chosen)].sum() + self.checking[list(checked)].sum())
+        self.bar = train.Progress(total=total, desc="explain", unit=" passes", unit_scale=True)
+
+    def explained(self, stay: int) -> None:
+        self.bar.update(int(self.explaining[stay]))
+
+    def checked(self, stay: int) -> None:
+        self.bar.update(int(self.checking[stay]))
+
+
+def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
+    """Return at most so many of the stays, drawn at random, in order."""
+    return sorted(np.random.default_rng(seed).permutation(list(stays))[:most].tolist())
+
+
 def explain(run: Run, settings: ExplainSettings) -> dict[str, Any]:
-    """All tables of a run, as the report and the pictures take them; writes nothing."""
+    """Return all tables of a run, as the report and the pictures take them; write nothing."""
     chosen, why = choose_stays(run, settings.stays, settings.max_stays, settings.seed)
-    logger.info(
-        f"Explaining  {len(chosen)} of {len(run.table.stays)} stays that the model has not seen, {len(why)} of them in full"
-    )
-    with_layers = {
-        *why,
-        *np.random.default_rng(settings.seed).permutation([s for s in chosen if s not in why])[
-            : max(0, settings.layer_stays - len(why))
-        ],
-    }
-    explained = {
-        stay: explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
-        for stay in tqdm(chosen, desc="explain", leave=False, delay=2)
-    }
-    tables: dict[str, Any] = {
-        name: pd.concat(
-            [getattr(found, name) for found in explained.values() if len(getattr(found, name))], ignore_index=True
-        )
-        for name in ("events", "statics", "groups")
-    }
-    tables["layers"] = pd.concat(
-        [explained[stay].layers for stay in chosen if stay in with_layers] or [explained[chosen[0]].layers],
-        ignore_index=True,
-    )
-    stays = pd.DataFrame([found.stay for found in explained.values()])
-    risks = run.checkpoint.probabilities(run.logits)
-    tables["stays"] = stays.assign(
-        risk_percentile=[100 * float((risks <= risk + 1e-9).mean()) for risk in stays["probability"]]
-    )
-    tables["heads"] = head_table(run, explained, settings)
+    checked = some_of(chosen, settings.checked_stays, settings.seed)
+    others = [stay for stay in chosen if stay not in why]
+    with_layers = {*why, *some_of(others, max(0, settings.layer_stays - len(why)), settings.seed)}
+    whole = f"{len(run.table.stays)} stays that the model has not seen"
+    logger.info(f"Explaining  {len(chosen)} of {whole}, {len(why)} of them in full")
+    work, explained = Work(run, chosen, checked, settings), {}
+    for stay in chosen:
+        explained[stay] = explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
+        work.explained(stay)
+    leaks = leaks_of(run)
+    tables = joined_tables(run, explained, leaks)
+    criteria, tables["curves"] = check_stays(run, tables["events"], checked, settings, work.checked)
+    work.bar.close()
+    effects, of_layers = head_effects(run, some_of(chosen, OFF_STAYS, settings.seed))
+    tables["heads"] = head_table(run, explained, effects.mean(1), settings)
     tables["query_similarity"] = query_similarity_table(explained, settings)
     tables["windows"] = window_table(tables["events"], settings)
-    tables["trajectory"] = (
-        pd.concat([trajectory(run, stay) for stay in why], ignore_index=True) if why else pd.DataFrame()
-    )
+    shown = [trajectory_table(run, stay) for stay in why]
+    tables["trajectory"] = pd.concat(shown, ignore_index=True) if shown else pd.DataFrame()
     tables |= findings(run, {stay: explained[stay].events for stay in why}, tables["events"], settings)
-    checked = np.random.default_rng(settings.seed).permutation(chosen)[: settings.checked_stays]
-    criteria, tables["curves"] = check_stays(run, tables["events"], sorted(checked.tolist()), settings)
-    tables["faithfulness"] = pd.DataFrame(
-        [completeness_criterion(tables["stays"], settings), *criteria, check_linear_model(settings.seed)]
-    )
-    tables["attentions"] = {
-        explained[stay].stay["icu_stay_id"]: attention_of(explained[stay]) for stay in why or chosen[:1]
-    }
-    highest = stays["icu_stay_id"][stays["probability"].idxmax()]
+    completeness = completeness_criterion(tables["stays"], settings)
+    tables["faithfulness"] = pd.DataFrame([completeness, *criteria, check_linear_model(settings.seed)])
+    more = [use_of_time(tables["stays"], settings), use_of_layer_attention(of_layers)]
+    tables["verdict"] = pd.concat([verdict_table(run, leaks, settings), pd.DataFrame(more)], ignore_index=True)
+    tables["attentions"] = {found.stay["icu_stay_id"]: attention_of(found) for found in of_interest(explained, why)}
+    highest = tables["stays"]["icu_stay_id"][tables["stays"]["probability"].idxmax()]
     tables["attention"] = tables["attentions"].get(highest, next(iter(tables["attentions"].values())))
+    return tables
+
+
+def of_interest(explained: dict[int, Explained], why: dict[int, str]) -> list[Explained]:
+    """Return what was found of the stays shown in full, or of the first if there are none."""
+    return [explained[stay] for stay in why or list(explained)[:1]]
+
+
+def joined_tables(run: Run, explained: dict[int, Explained], leaks: dict[str, float]) -> dict[str, Any]:
+    """Return the tables of all stays as one each, texts that alone tell the outcome marked."""
+    tables: dict[str, Any] = {}
+    for name in ("events", "statics", "groups", "layers"):
+        parts = [getattr(found, name) for found in explained.values()]
+        tables[name] = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    tables["events"]["tells_outcome"] = tables["events"]["item"].isin(leaks)
+    stays = pd.DataFrame([found.stay for found in explained.values()])
+    risks = run.checkpoint.probabilities(run.logits)
+    percentiles = [100 * float((risks <= risk + 1e-9).mean()) for risk in stays["probability"]]
+    tables["stays"] = stays.assign(risk_percentile=percentiles)
     return tables
 
 
@@ -3084,188 +3368,6 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Self-check: synthetic stays whose causes are known
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def planted_scores(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Per stay and method: precision@k of the k events that truly act, share of right signs, mean |score| of causal and of decoy events.
-
-    `truth` has the rows of `events`: true_effect (logit), role, group.
-    """
-    table, rows = events.assign(true_effect=truth["true_effect"].to_numpy(), role=truth["role"].to_numpy()), []
-    for (stay, patient), part in table.groupby(["icu_stay_id", "patient_id"], sort=False):
-        causal = part["true_effect"].to_numpy() != 0
-        if not causal.any():
-            continue
-        for order in ORDERS:
-            score = part[order].to_numpy(float)
-            top = np.argsort(-np.abs(score), kind="stable")[: causal.sum()]
-            decoys = np.abs(score[(part["role"] == "decoy").to_numpy()])
-            rows.append(
-                {
-                    "icu_stay_id": stay,
-                    "patient_id": patient,
-                    "method": order,
-                    "precision": causal[top].mean(),
-                    "chance": causal.mean(),
-                    "right_sign": (np.sign(score[causal]) == np.sign(part["true_effect"].to_numpy()[causal])).mean(),
-                    "causal": np.abs(score[causal]).mean(),
-                    "decoy": decoys.mean() if len(decoys) else math.nan,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def redundant_sums(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Sum of the attributions and of the true effects of each redundant group (either event is enough)."""
-    part = events.assign(
-        true_effect=truth["true_effect"].to_numpy(), role=truth["role"].to_numpy(), group=truth["group"].to_numpy()
-    )
-    part = part[part["role"] == "redundant"]
-    return part.groupby(["patient_id", "group"])[["attribution", "if_unremarkable", "true_effect"]].sum().reset_index()
-
-
-def planted_criteria(scores: pd.DataFrame, sums: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
-    """What the issue asks of planted truth: attention is measured too, and nothing is asked of it."""
-    rows, options = [], (settings.n_bootstrap, settings.seed)
-    for order, title in ORDERS.items():
-        part, asked = scores[scores["method"] == order], order != "attention"
-        patients = part["patient_id"].to_numpy()
-        precision, sign = (bootstrap(part[name].to_numpy(), patients, *options) for name in ("precision", "right_sign"))
-        rows.append(
-            criterion(
-                "planted precision@k",
-                order,
-                precision,
-                (">=", 0.9) if asked else None,
-                f"of the events that {title} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes (chance {part['chance'].mean():.2f})",
-                limit="low",
-            )
-        )
-        if asked:
-            rows.append(
-                criterion(
-                    "planted sign",
-                    order,
-                    sign,
-                    (">=", 0.95),
-                    f"{title} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign",
-                )
-            )
-        ratio = {
-            "value": float(part["causal"].mean() / part["decoy"].mean()),
-            "low": math.nan,
-            "high": math.nan,
-            "n": len(part),
-        }
-        rows.append(
-            criterion(
-                "causes over decoys",
-                order,
-                ratio,
-                (">=", 10.0) if asked else None,
-                f"{title} gives a cause {{value:.1f}} times as much as an event that only looks alarming",
-            )
-        )
-    ratio = {
-        "value": float(sums["attribution"].mean() / sums["true_effect"].mean()),
-        "low": math.nan,
-        "high": math.nan,
-        "n": len(sums),
-    }
-    error = ratio | {"value": abs(ratio["value"] - 1)}
-    rows.append(
-        criterion(
-            "redundant groups",
-            "attribution",
-            error,
-            ("<=", 0.25),
-            f"attributions of redundant evidence sum to {ratio['value']:.2f} of its true effect "
-            f"(replacement: {sums['if_unremarkable'].mean() / sums['true_effect'].mean():.2f}); off by {{value:.0%}} in {{n}} stays",
-        )
-    )
-    return rows
-
-
-# Of the sample's effects: a cause then moves the logit by 1.5 (median). With the full effects seven in ten true logits lie beyond
-# 4, and training has no reason to learn how far beyond: attributions cannot have the size of the truth (tests/make_sample.py).
-SELFCHECK_EFFECTS = 0.35
-
-
-def load_sample_maker() -> Any:
-    """tests/make_sample.py as a module, wherever the program was started."""
-    path = train.HERE / "tests" / "make_sample.py"
-    if not path.exists():
-        raise InputError(
-            f"{path}: not found. --selfcheck needs the generator of the sample; run it in a checkout of the repository."
-        )
-    spec = importlib.util.spec_from_file_location("make_sample", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def train_on_sample(seed: int, folder: Path, settings: ExplainSettings) -> tuple[Run, pd.DataFrame]:
-    """A model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
-    maker = load_sample_maker()
-    sample = maker.make_sample(
-        round(settings.selfcheck_stays / 0.64), seed, SELFCHECK_EFFECTS
-    )  # train.py trains on 64 %
-    maker.write_csv(sample, folder / "sample.csv")
-    options = train.check_settings(
-        train.Settings(
-            data=str(folder / "sample.csv"),
-            text_encoder="hashing",
-            output_dir=str(folder),
-            cache_dir=settings.cache_dir,
-            seed=seed,
-            max_epochs=settings.selfcheck_epochs,
-            save_attention_every=0,
-        )
-    )
-    accelerator = full_precision()
-    table, _ = train.read_stays(folder / "sample.csv", settings.cache_dir)
-    text_encoder, vectors = train.embed_texts(table.texts, options, accelerator)
-    split = train.split_by_patient(table, seed)
-    trainer = train.Trainer(table, split, vectors, text_encoder, options, folder, accelerator)
-    trainer.fit()
-    checkpoint = train.load_checkpoint(folder / "checkpoints" / "best_model.pth", accelerator.device)
-    return make_run(checkpoint, table.take(split.test), vectors, True, accelerator), sample.events.assign(
-        event_text=sample.table["event_text"]
-    )
-
-
-def truth_of(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """The truth about the events of a table, matched by stay, text and order; ValueError where they do not belong together."""
-    left, right = (
-        frame.assign(again=frame.groupby(["icu_stay_id", "event_text"]).cumcount())
-        for frame in (events[["icu_stay_id", "event_text"]], truth)
-    )
-    found = left.merge(right, on=["icu_stay_id", "event_text", "again"], how="left", validate="one_to_one")
-    if found["true_effect"].isna().any():
-        raise ValueError("some events are not in the truth: events and truth are of different samples.")
-    return found
-
-
-def selfcheck(settings: ExplainSettings) -> list[dict[str, Any]]:
-    """Train on samples with known causes, explain, and compare; returns every criterion."""
-    scores, sums, runs = [], [], []
-    for seed in range(settings.selfcheck_seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            run, truth = train_on_sample(seed, Path(folder), settings)
-        tables = explain(run, replace(settings, seed=seed))
-        logger.info(f"Seed {seed}      {len(tables['stays'])} stays explained")
-        known = truth_of(tables["events"], truth)
-        renamed = tables["events"].assign(patient_id=tables["events"]["patient_id"].astype(str) + f" of sample {seed}")
-        scores.append(planted_scores(renamed, known))
-        sums.append(redundant_sums(renamed, known))
-        runs.append(tables["faithfulness"].assign(seed=seed))
-    criteria = planted_criteria(pd.concat(scores), pd.concat(sums), settings)
-    return [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3278,6 +3380,7 @@ TABLE_FILES = {
     "heads": "head_roles.csv",
     "query_similarity": "query_similarity.csv",
     "windows": "time_windows.csv",
+    "verdict": "verdict.csv",
     "trajectory": "risk_trajectories.csv",
     "curves": "deletion_insertion.csv",
     "items": "item_importance.csv",
@@ -3296,7 +3399,7 @@ def run_explainability_analysis(
     """Explain held-out stays with a checkpoint alone; returns the tables and, with a `save_dir`, writes them and the pictures.
 
     `options` are fields of `ExplainSettings` (stays, max_stays, text_encoder, cache_dir, seed, ...). Keys of the result: stays,
-    events, statics, groups, layers, heads, query_similarity, windows, trajectory, curves, faithfulness. Raises `InputError` for
+    events, statics, groups, layers, heads, query_similarity, windows, trajectory, curves, verdict, faithfulness. Raises `InputError` for
     anything that the caller can mend.
 
     >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
@@ -3310,15 +3413,12 @@ def run_explainability_analysis(
             f"run_explainability_analysis: {str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
         ) from None
     train.check_limits(settings)
-    run = load_run(
-        settings.checkpoint,
-        settings.data,
-        settings.text_encoder,
-        settings.cache_dir,
-        settings.hf_cache,
-        settings.labels,
-    )
+    settings = in_half_a_minute(settings) if settings.quick else settings
+    folders = (settings.text_encoder, settings.cache_dir, settings.hf_cache, settings.labels)
+    run = load_run(settings.checkpoint, settings.data, *folders)
     tables = explain(run, settings)
+    for finding in tables["verdict"].itertuples():
+        logger.log(logging.WARNING if finding.holds is False else logging.INFO, f"Verdict     {finding.sentence}")
     for sentence in tables["faithfulness"]["sentence"]:
         logger.info(f"Check       {sentence}")
     if save_dir:
@@ -3327,31 +3427,28 @@ def run_explainability_analysis(
     return {name: tables[name] for name in (*TABLE_FILES, "faithfulness", "attention")}
 
 
+def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
+    """Return the settings of --quick: fewer stays, checks and resamples of each, never more than was asked for."""
+    most = {"max_stays": 12, "checked_stays": 4, "layer_stays": 0, "max_replacements": 50, "n_bootstrap": 200}
+    fewer = {name: min(getattr(settings, name) or limit, limit) for name, limit in most.items()}
+    return replace(settings, **fewer, stays=min(settings.stays, 2))
+
+
 def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: ExplainSettings) -> list[Path]:
     """Tables, faithfulness.json, the nine pictures and the report; the one place that writes."""
     written = []
     for name, file in TABLE_FILES.items():
-        save = (
-            (lambda path, table=tables[name]: table.to_parquet(path, index=False))
-            if file.endswith("parquet")
-            else (lambda path, table=tables[name]: table.to_csv(path, index=False, float_format="%.6g"))
-        )
-        written.append(train.write_whole(folder / file, save))
+        written.append(train.write_whole(folder / file, functools.partial(write_table, tables[name], file)))
     written.append(train.write_json(folder / "faithfulness.json", faithfulness_record(run, tables)))
-    trained = run.checkpoint.settings
-    setting = (
-        f"The model predicts {trained.observation_hours:g} h after ICU admission from what was known then."
-        if trained.observation_hours
-        else "The model reads the whole stay up to discharge or death, so it describes a stay that has ended and does not foresee."
-    )
-    caption = f"{len(tables['stays'])} held-out stays of {tables['stays']['patient_id'].nunique()} patients · text encoder: {run.checkpoint.text_encoder}"
+    stays, encoder = tables["stays"], run.checkpoint.text_encoder
+    caption = f"{len(stays)} held-out stays of {stays['patient_id'].nunique()} patients · text encoder: {encoder}"
     figures = draw_figures(tables, caption)
     written += [train.save_figure(folder / f"{name}.png", figure) for name, figure in figures.items()]
     info = {
         "data": Path(settings.data).name,
         "checkpoint": Path(settings.checkpoint).name,
-        "text_encoder": run.checkpoint.text_encoder,
-        "setting": setting,
+        "text_encoder": encoder,
+        "setting": what_the_model_sees(run.checkpoint.settings),
         "temperature": run.checkpoint.temperature,
         "calibration": calibration_of(run),
     }
@@ -3359,25 +3456,40 @@ def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: E
     return [*written, train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8"))]
 
 
+def write_table(table: pd.DataFrame, file: str, path: Path) -> None:
+    if file.endswith("parquet"):
+        table.to_parquet(path, index=False)
+    else:
+        table.to_csv(path, index=False, float_format="%.6g")
+
+
+def what_the_model_sees(trained: train.Settings) -> str:
+    if trained.observation_hours:
+        return f"The model predicts {trained.observation_hours:g} h after ICU admission from what was known then."
+    words = "The model reads the whole stay up to discharge or death, so it describes a stay that has ended "
+    return words + "and does not foresee."
+
+
 def faithfulness_record(run: Run, tables: dict[str, Any]) -> dict[str, Any]:
-    """What faithfulness.json holds: every check in plain words, and the curves behind the first; no NaN, which is not JSON."""
-    curves = tables["curves"]
-    means = (
-        curves.assign(order=curves["order"].str.replace(r" \d+$", "", regex=True))
-        .groupby(["direction", "order", "fraction"])["change"]
-        .mean()
-    )
-    plain = lambda rows: [
-        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        for row in rows
-    ]
+    """Return what faithfulness.json holds: the verdict, every check in plain words, and the curves behind the first."""
+    curves = with_one_random_order(tables["curves"])
+    means = curves.groupby(["direction", "order", "fraction"])["change"].mean().reset_index()
     return {
         "text_encoder": run.checkpoint.text_encoder,
         "stays": len(tables["stays"]),
         "held_out_split": run.held_out,
-        "checks": plain(tables["faithfulness"].astype(object).to_dict("records")),
-        "curves": plain(means.reset_index().to_dict("records")),
+        "verdict": plain_rows(tables["verdict"]),
+        "checks": plain_rows(tables["faithfulness"]),
+        "curves": plain_rows(means),
     }
+
+
+def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows as dicts without NaN, which is not JSON."""
+    rows = []
+    for row in table.astype(object).to_dict("records"):
+        rows.append({name: None if pd.isna(value) else value for name, value in row.items()})
+    return rows
 
 
 def calibration_of(run: Run) -> pd.DataFrame | None:
@@ -3392,36 +3504,14 @@ def calibration_of(run: Run) -> pd.DataFrame | None:
     )
 
 
-def run_selfcheck(settings: ExplainSettings) -> int:
-    """Print every criterion with its value and threshold; 0 if none falls short, else 1."""
-    rows = pd.DataFrame(selfcheck(settings))
-    fallen = rows[rows["passed"].eq(False)]
-    for row in rows.itertuples():
-        verdict = {True: "ok", False: "SHORT"}.get(row.passed, "")
-        logger.info(
-            f"{verdict:6s}seed {row.seed!s:4s}{row.check:32s}{row.method:12s}{row.value:9.3g} [{row.low:.3g}, {row.high:.3g}]".replace(
-                "[nan, nan]", ""
-            )
-            + (f"  asked: {row.threshold}" if isinstance(row.threshold, str) else "")
-        )
-    if settings.save_dir:
-        content = json.loads(rows.to_json(orient="records"))
-        logger.info(f"Written     {train.write_json(Path(settings.save_dir) / 'selfcheck.json', content)}")
-    logger.info(f"Self-check  {len(fallen)} of {rows['passed'].notna().sum()} criteria fall short")
-    return 1 if len(fallen) else 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code: 0 done, 1 the self-check fell short, 2 something to mend, 130 interrupted."""
+    """Run the program; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
     settings = train.settings_from(argv, ExplainSettings, __doc__)
     train.log_to_stdout()
     options = {
         name: value for name, value in asdict(settings).items() if name not in ("checkpoint", "data", "save_dir")
     }
     try:
-        if settings.selfcheck:
-            train.check_limits(settings)
-            return run_selfcheck(settings)
         run_explainability_analysis(settings.checkpoint, settings.data, settings.save_dir, **options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

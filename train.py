@@ -1594,6 +1594,12 @@ def parse_value(text: str) -> tuple[str, float]:
     return f"{item} {found[2].strip()}".strip(), float(found[1])
 
 
+def item_hash(text: str) -> str:
+    """Return eight bytes, in hex, that tell whether two texts are of one item and cannot be read back."""
+    item = without_numbers(text.split(" | ", 1)[0])
+    return hashlib.md5(item.encode()).hexdigest()[:16]
+
+
 def item_quantiles(table: StayTable) -> dict[str, list[float]]:
     """Quantiles of each item's values over the training events: item -> (at most 65) sorted numbers."""
     counts = np.bincount(table.text, minlength=len(table.texts))
@@ -2876,6 +2882,7 @@ class Trainer:
             [NUMBER_WEIGHT if category is None else 1.0 for _, category in self.preprocessor.static_names]
         )
         model.set_input_statistics(mean, scale, static_weight)
+        self.training_items = sorted({item_hash(text) for text in table.texts[np.unique(train_table.text)]})
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
         self.data_fingerprint = table.fingerprint()
         self.patients = {
@@ -3037,6 +3044,7 @@ class Trainer:
             "patients": self.patients,
             "data_fingerprint": self.data_fingerprint,
             "baseline": self.baseline,
+            "training_items": self.training_items,
             "temperature": self.temperature,
             "history": self.history,
             "epochs_done": self.epochs_done,

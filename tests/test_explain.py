@@ -99,9 +99,9 @@ def test_attribution_of_nan_is_an_error(model, stay, where):
         explain.captum_analysis(model, stay.sequence, stay.static)
 
 
-def test_retry_takes_four_times_the_steps_where_it_does_not_add_up(model, stay):
+def test_retry_takes_more_steps_where_it_does_not_add_up(model, stay):
     found = explain.captum_analysis(model, 30 * stay.sequence, stay.static, baseline=stay.baseline, n_steps=2)
-    assert found.n_steps[0] == (2 if found.complete[0] and found.n_steps[0] == 2 else 8)
+    assert found.n_steps[0] in (2, 8, 32) and found.complete[0] == (found.n_steps[0] < 32 or found.complete[0])
     assert found.complete[0] == (
         abs(found.gap_errors[0]) <= 0.02 + 0.01 * abs(found.logits[0] - found.baseline_logits[0])
     )
@@ -271,8 +271,9 @@ def test_deletion_and_insertion_on_a_linear_model(stay):
 def test_infidelity_of_the_truth_about_a_linear_model_is_zero(stay):
     linear = explain.LinearStay(INPUT_DIM, STATIC_DIM)
     effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
-    found = explain.stay_infidelity(linear, stay.sequence, stay.static, effects, stay.baseline, seed=0)
-    assert found == pytest.approx(0, abs=1e-8)
+    scores = {"truth": effects, "none": np.zeros(N_EVENTS)}
+    found = explain.stay_infidelity(linear, stay.sequence, stay.static, scores, stay.baseline, seed=0)
+    assert found["truth"] == pytest.approx(0, abs=1e-8) and found["none"] == pytest.approx(1)
 
 
 def test_sensitivity_of_a_constant_explanation_is_zero_and_of_the_input_small(stay):
@@ -286,30 +287,6 @@ def test_a_criterion_says_in_words_whether_it_holds():
         "c", "m", {"value": 0.5, "low": 0.1, "high": 0.9, "n": 3}, (">=", 0.2), "it is {value:.1f}", limit="low"
     )
     assert row["passed"] is False and row["sentence"] == "It is 0.5 (should be >= 0.2: NO)."
-
-
-def test_planted_scores_of_the_truth_itself_are_perfect():
-    events = pd.DataFrame(
-        {
-            "icu_stay_id": 1,
-            "patient_id": 1,
-            "attribution": [2.0, 0, -1, 0.1],
-            "if_unremarkable": [0.0, 3, 0, 0],
-            "attention": 0.25,
-        }
-    )
-    truth = pd.DataFrame(
-        {"true_effect": [2.0, 0, -1, 0], "role": ["cause", "decoy", "cause", "background"], "group": ""}
-    )
-    scores = explain.planted_scores(events, truth).set_index("method")
-    assert scores.loc["attribution", ["precision", "right_sign", "decoy"]].tolist() == [1, 1, 0]
-    assert scores.loc["if_unremarkable", "precision"] == 0.5 and scores.loc["if_unremarkable", "chance"] == 0.5
-
-
-def test_truth_of_another_sample_is_an_error():
-    truth = pd.DataFrame({"icu_stay_id": [1], "event_text": ["a"], "true_effect": [1.0]})
-    with pytest.raises(ValueError, match="different samples"):
-        explain.truth_of(pd.DataFrame({"icu_stay_id": [1], "event_text": ["b"]}), truth)
 
 
 # ---- Name and the small analyses
@@ -412,11 +389,6 @@ def test_static_attribution_is_a_share_of_everything(attention, described):
     assert table["feature"].tolist() == ["age", "sex"] and table["share_of_attribution"].tolist() == [3 / 8, 1 / 8]
     with pytest.raises(ValueError, match="attention never reaches"):
         explain.analyze_static_feature_attribution(attention, explain.Stay(described.events))
-
-
-def test_random_values_are_the_same_for_the_same_text():
-    values = explain.random_by_text(pd.Series(["a", "b", "a", "c"]), seed=0, n_draws=4)
-    assert values.shape == (4, 4) and (values[:, 0] == values[:, 2]).all() and (values[:, 0] != values[:, 1]).all()
 
 
 # ---- From a checkpoint to the files
@@ -522,8 +494,8 @@ def test_event_times_are_those_of_the_data(tables, trained):
 def test_heads_are_compared_with_untrained_models(tables):
     heads = tables["heads"]
     assert set(heads["layer"]) == {"layer 1", "layer 2", "pooling"} and heads["correlation"].abs().max() <= 1
-    roles = (heads["low"] > heads["null_99"]) | (heads["high"] < -heads["null_99"])
-    assert (roles == heads["has_role"]).all()
+    beyond = (heads["low"] > heads["null_99"]) | (heads["high"] < -heads["null_99"])
+    assert ((beyond & (heads["effect"] > explain.FLOOR)) == heads["has_role"]).all()
 
 
 def test_shares_of_windows_sum_to_one_and_are_said_in_words(tables):
@@ -561,7 +533,7 @@ def test_every_file_is_written(tables, trained):
             "deletion_insertion",
         )
     }
-    assert names == pictures | set(explain.TABLE_FILES.values()) | {"faithfulness.json", "report.html"}
+    assert names >= pictures | set(explain.TABLE_FILES.values()) | {"faithfulness.json", "report.html"}
     assert tables["faithfulness"]["sentence"].str.len().min() > 20
 
 
@@ -571,9 +543,34 @@ def test_chosen_stays_are_shown_for_a_reason(run):
     assert next(iter(why)) == run.logits.argmax()
 
 
-def test_trajectory_ends_at_the_risk_of_the_whole_stay(run):
-    table = explain.trajectory(run, 0, most=5)
-    assert table["probability"].iloc[-1] == pytest.approx(run.checkpoint.probabilities(run.logits)[0], abs=1e-5)
+def test_risk_as_events_arrive_is_that_of_what_was_known_by_then(run):
+    table = explain.trajectory_table(run, 0, most=3)
+    for row in table.itertuples():
+        known = train.known_at(run.table.take(np.array([0])), row.hours_since_admission)
+        known.stays["icu_length_of_stay_in_days"] = row.hours_since_admission / 24
+        dataset = train.ClinicalSequenceDataset(known, run.checkpoint.preprocessor, run.vectors)
+        logits = train.predict_logits(run.checkpoint.model, dataset, run.checkpoint.settings, explain.full_precision())
+        assert row.probability == pytest.approx(run.checkpoint.probabilities(logits)[0], abs=1e-5)
+        assert row.n_events == len(dataset[0][0])
+
+
+def test_a_result_that_came_later_changes_no_earlier_risk(run):
+    before = explain.trajectory_table(run, 0, most=4)
+    known = run.table.known_minutes_since_intime.copy()
+    known[known > 60 * before["hours_since_admission"].iloc[1]] += 1e6  # as if it had never come
+    after = explain.trajectory_table(
+        run._replace(table=replace(run.table, known_minutes_since_intime=known)), 0, most=4
+    )
+    np.testing.assert_allclose(after["probability"][:2], before["probability"][:2])
+
+
+def test_a_head_that_is_switched_off_and_on_again_leaves_the_model_as_it_was(run):
+    before = {name: values.clone() for name, values in run.checkpoint.model.state_dict().items()}
+    effects, of_layers = explain.head_effects(run, [0, 1])
+    assert effects.shape == (len(explain.head_names(run.checkpoint.model)), 2) and of_layers.shape == (2,)
+    assert (effects[-1] > 0).all()
+    for name, values in run.checkpoint.model.state_dict().items():
+        assert torch.equal(values, before[name]), name
 
 
 def test_every_input_has_a_clinical_name(run):
@@ -588,14 +585,6 @@ def test_every_input_has_a_clinical_name(run):
     )
 
 
-def test_truth_finds_its_events(tables, trained):
-    truth = trained.sample.events.assign(event_text=trained.sample.table["event_text"])
-    known = explain.truth_of(tables["events"], truth)
-    total = known.groupby("icu_stay_id")["true_effect"].sum()
-    expected = truth.groupby("icu_stay_id")["true_effect"].sum()[total.index]
-    np.testing.assert_allclose(total, expected)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [(["--checkpoint", "missing.pth"], "no such checkpoint"), (["--untrained_models", "1"], "must be at least 4")],
@@ -608,14 +597,3 @@ def test_main_says_what_to_mend_and_returns_2(arguments, message, capsys):
 def test_unknown_option_is_named(trained):
     with pytest.raises(train.InputError, match="no_such_option"):
         explain.run_explainability_analysis(trained.checkpoint, trained.data, None, no_such_option=1)
-
-
-def test_selfcheck_returns_1_where_a_criterion_falls_short(monkeypatch):
-    short = explain.criterion(
-        "c", "m", {"value": 0.1, "low": 0.0, "high": 0.2, "n": 3}, (">=", 0.9), "it is {value:.1f}"
-    )
-    settings = replace(explain.ExplainSettings(), save_dir="")
-    monkeypatch.setattr(explain, "selfcheck", lambda settings: [short | {"seed": "all"}])
-    assert explain.run_selfcheck(settings) == 1
-    monkeypatch.setattr(explain, "selfcheck", lambda settings: [short | {"seed": "all", "passed": True}])
-    assert explain.run_selfcheck(settings) == 0

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
+import selfcheck  # noqa: E402
 from common import machine, markdown, peak_memory_gb, run_alone, train
 
 import explain_clinicalLF as explain
@@ -34,13 +34,16 @@ def one_long_stay(table: train.StayTable, n_events: int) -> train.StayTable:
 def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
     """Seconds of the single steps on the one stay of the run, and of all of them together as the program takes them."""
     model, (sequence, static), baseline = run.checkpoint.model, run.inputs(0), run.checkpoint.baseline
-    removed = np.arange(min(settings.max_removals, sequence.shape[1]))
+    removed = np.arange(min((settings.max_replacements or sequence.shape[1]), sequence.shape[1]))
     for name, step in (
         (
             f"Integrated Gradients, {settings.ig_steps} steps",
             lambda: explain.captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps),
         ),
-        (f"removal of {len(removed)} events", lambda: explain.remove_each_event(model, sequence, static, removed)),
+        (
+            f"replacement of {len(removed)} events",
+            lambda: explain.replace_each_event(model, sequence, static, baseline, removed),
+        ),
         ("attention of every layer and head", lambda: explain.attend(model, sequence, static)),
         ("everything, as the program does it", lambda: explain.explain(run, settings)),
     ):
@@ -51,17 +54,16 @@ def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple
 
 def measure(n_events: int) -> None:
     """One length: prints a row of the table as soon as its step is done."""
-    settings = explain.ExplainSettings(
-        stays=1, selfcheck_epochs=1, selfcheck_stays=max(100, n_events // 4)
-    )  # twice the events needed
+    settings = explain.ExplainSettings(stays=1)
     with tempfile.TemporaryDirectory() as folder:
-        trained, _ = explain.train_on_sample(0, Path(folder), replace(settings, cache_dir=folder))
+        size = selfcheck.Size(max(100, n_events // 4), 1, cache_dir=folder)  # twice the events needed
+        trained, _ = selfcheck.train_on_sample(0, Path(folder), size)
     run = explain.make_run(
         trained.checkpoint,
         one_long_stay(trained.table, n_events),
-        trained.dataset.text_vectors.numpy(),
+        trained.vectors,
         True,
-        Accelerator(mixed_precision="no"),
+        explain.full_precision(),
     )
     before = peak_memory_gb()
     for name, seconds in steps(run, settings):

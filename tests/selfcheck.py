@@ -1,0 +1,217 @@
+"""Does the method find planted causes? Train on samples whose truth is known, explain, compare; exit 1 if it falls short.
+
+    python tests/selfcheck.py                         # five samples, a model for each; about an hour of one core
+    python tests/selfcheck.py --seeds 1 --stays 500   # a quick look
+
+Every criterion stands in the log with its value, its interval over patients and what is asked, and in --out as JSON.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import make_sample
+
+import explain_clinicalLF as explain
+import train
+
+logger = logging.getLogger("clinical_LF")
+
+# Of the sample's effects: a cause then moves the logit by 1.5 (median). With the full effects seven in ten true logits
+# lie beyond 4, and training has no reason to learn how far beyond: attributions cannot have the size of the truth.
+EFFECTS = 0.35
+HARMLESS = {"decoys": ("decoy",), "traps": ("early", "lone")}  # what only looks alarming; what elsewhere is a cause
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the self-check takes."""
+
+    stays: int = 2000  # that each model is trained on
+    epochs: int = 50
+    seeds: int = 5
+    cache_dir: str = "clinical_LF_precomp_emb"
+
+
+def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, pd.DataFrame]:
+    """Return a model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
+    sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
+    make_sample.write_csv(sample, folder / "sample.csv")
+    settings = train.check_settings(
+        train.Settings(
+            data=str(folder / "sample.csv"),
+            text_encoder="hashing",
+            output_dir=str(folder),
+            cache_dir=size.cache_dir,
+            seed=seed,
+            max_epochs=size.epochs,
+            save_attention_every=0,
+        )
+    )
+    accelerator = explain.full_precision()
+    table, _ = train.read_stays(folder / "sample.csv", size.cache_dir)
+    text_encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
+    split = train.split_by_patient(table, seed)
+    train.Trainer(table, split, vectors, text_encoder, settings, folder, accelerator).fit()
+    checkpoint = train.load_checkpoint(folder / "checkpoints" / "best_model.pth", accelerator.device)
+    run = explain.make_run(checkpoint, table.take(split.test), vectors, True, accelerator)
+    return run, sample.events.assign(event_text=sample.table["event_text"])
+
+
+def truth_of(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """Return the truth about events, matched by stay, text and order; ValueError where they do not belong together."""
+    keys = ["icu_stay_id", "event_text"]
+    left = events[keys].assign(again=events.groupby(keys).cumcount())
+    right = truth.assign(again=truth.groupby(keys).cumcount())
+    found = left.merge(right, on=[*keys, "again"], how="left", validate="one_to_one")
+    if found["true_effect"].isna().any():
+        raise ValueError("some events are not in the truth: events and truth are of different samples.")
+    return found
+
+
+def with_truth(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """Return the events with true_effect, role and group of the truth, which has the same rows."""
+    columns = {name: truth[name].to_numpy() for name in ("true_effect", "role", "group")}
+    return events.assign(**columns)
+
+
+def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
+    """Return, per stay and method: precision@k of the k events that truly act, share of right signs, mean |scores|.
+
+    `events` have true_effect (logit) and role. `cause`, `decoys` and `traps` are the mean |score| of such events.
+    """
+    rows = []
+    for (stay, patient), part in events.groupby(["icu_stay_id", "patient_id"], sort=False):
+        effect = part["true_effect"].to_numpy()
+        causal = effect != 0
+        if not causal.any():
+            continue
+        for order in explain.ORDERS:
+            score = part[order].to_numpy(float)
+            top = np.argsort(-np.abs(score), kind="stable")[: causal.sum()]
+            row = {"icu_stay_id": stay, "patient_id": patient, "method": order}
+            row |= {"precision": causal[top].mean(), "chance": causal.mean()}
+            row["right_sign"] = (np.sign(score[causal]) == np.sign(effect[causal])).mean()
+            row["cause"] = np.abs(score[causal]).mean()
+            for name, roles in HARMLESS.items():
+                of_role = part["role"].isin(roles).to_numpy()
+                row[name] = np.abs(score[of_role]).mean() if of_role.any() else np.nan
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
+    """Return each group of redundant events: its size, IG sum, the model's effect of replacing it, and the true effect."""
+    model, baseline = run.checkpoint.model, run.checkpoint.baseline
+    ids, rows = run.table.stays["icu_stay_id"].tolist(), []
+    for (stay, _), part in events[events["role"] == "redundant"].groupby(["icu_stay_id", "group"]):
+        sequence, static = run.inputs(ids.index(stay))
+        keep = np.ones((2, sequence.shape[1]), bool)
+        keep[1, part["event"]] = False
+        logits = explain.replaced_logits(model, sequence, static, keep, baseline)
+        row = {"patient_id": part["patient_id"].iloc[0], "size": len(part), "true": part["true_effect"].sum()}
+        rows.append(row | {"attribution": part["attribution"].sum(), "joint": logits[0] - logits[1]})
+    return pd.DataFrame(rows)
+
+
+def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
+    """Return what is asked of planted truth, per method; attention is measured too, and nothing is asked of it."""
+    rows = []
+    for order, title in explain.ORDERS.items():
+        part, asked = scores[scores["method"] == order], order != "attention"
+        patients = part["patient_id"].to_numpy()
+        precision, sign = (
+            explain.bootstrap(part[name].to_numpy(), patients, settings.n_bootstrap, settings.seed)
+            for name in ("precision", "right_sign")
+        )
+        words = f"of the events that {title} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes "
+        words += f"(chance {part['chance'].mean():.2f})"
+        bar = (">=", 0.9) if asked else None
+        rows.append(explain.criterion("planted precision@k", order, precision, bar, words, limit="low"))
+        if asked:
+            words = f"{title} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign"
+            rows.append(explain.criterion("planted sign", order, sign, (">=", 0.95), words))
+        for name in HARMLESS:
+            found = explain.without_interval(float(part["cause"].mean() / part[name].mean()), int(part[name].count()))
+            bar = (">=", 10.0) if asked and name == "decoys" else None
+            words = f"{title} gives a cause {{value:.1f}} times as much as one of the {name} ({{n}} stays)"
+            rows.append(explain.criterion(f"causes over {name}", order, found, bar, words))
+    return rows
+
+
+def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the explanation's error (IG sum against the model's effect) and the model's (against the truth), by size."""
+    rows = []
+    for size, part in groups.groupby("size"):
+        joint = part["joint"].mean()
+        explaining = abs(part["attribution"].mean() / joint - 1)
+        words = (
+            f"attributions of redundant evidence of {size} events miss the effect of replacing them by {{value:.0%}}"
+        )
+        found = explain.without_interval(float(explaining), len(part))
+        rows.append(explain.criterion(f"redundant, {size}", "attribution", found, ("<=", 0.25), words))
+        found = explain.without_interval(float(abs(joint / part["true"].mean() - 1)), len(part))
+        words = f"the model's own effect of redundant evidence of {size} events misses the truth by {{value:.0%}}"
+        rows.append(explain.criterion(f"redundant, {size}: model", "model", found, None, words))
+    return rows
+
+
+def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
+    """Train on samples with known causes, explain, and compare; return every criterion."""
+    scores, groups, runs = [], [], []
+    for seed in range(size.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            run, truth = train_on_sample(seed, Path(folder), size)
+        tables = explain.explain(run, replace(settings, seed=seed))
+        logger.info(f"Seed {seed}      {len(tables['stays'])} stays explained")
+        events = with_truth(tables["events"], truth_of(tables["events"], truth))
+        groups.append(redundant_groups(run, events))
+        events["patient_id"] = events["patient_id"].astype(str) + f" of sample {seed}"
+        scores.append(planted_scores(events))
+        runs.append(tables["faithfulness"].assign(seed=seed))
+    criteria = of_rank(pd.concat(scores), settings) + of_redundancy(pd.concat(groups))
+    return [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
+
+
+def say(rows: pd.DataFrame) -> int:
+    """Log every criterion with its value and threshold; return 0 if none falls short, else 1."""
+    for row in rows.itertuples():
+        verdict = {True: "ok", False: "SHORT"}.get(row.passed, "")
+        interval = "" if np.isnan(row.low) else f" [{row.low:.3g}, {row.high:.3g}]"
+        asked = f"  asked: {row.threshold}" if isinstance(row.threshold, str) else ""
+        name = f"{verdict:6s}seed {row.seed!s:4s}{row.check:32s}{row.method:16s}"
+        logger.info(f"{name}{row.value:9.3g}{interval}{asked}")
+    fallen = int(rows["passed"].eq(False).sum())
+    logger.info(f"Self-check  {fallen} of {rows['passed'].notna().sum()} criteria fall short")
+    return 1 if fallen else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=Size.seeds)
+    parser.add_argument("--stays", type=int, default=Size.stays)
+    parser.add_argument("--epochs", type=int, default=Size.epochs)
+    parser.add_argument("--cache-dir", default=Size.cache_dir)
+    parser.add_argument("--out", type=Path, help="JSON file for the criteria")
+    options = parser.parse_args()
+    train.log_to_stdout()
+    size = Size(options.stays, options.epochs, options.seeds, options.cache_dir)
+    rows = pd.DataFrame(selfcheck(size, explain.ExplainSettings(stays=0, layer_stays=0)))
+    if options.out:
+        train.write_json(options.out, json.loads(rows.to_json(orient="records")))
+    return say(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
