@@ -1423,11 +1423,11 @@ UNSEEN_SHARE = 0.2  # of the events; beyond it a stay is read by a model that do
 
 
 class Finding(NamedTuple):
-    """One sentence of the verdict; `holds` is False where a reader should stop, None where nothing is judged."""
+    """One sentence of the verdict; `passed` is False where a reader should stop, None where nothing is judged."""
 
     name: str
     sentence: str
-    holds: bool | None = None
+    passed: bool | None = None
     value: float = math.nan
     low: float = math.nan
     high: float = math.nan
@@ -1539,7 +1539,7 @@ def leaks_of(run: Run) -> dict[str, float]:
 
 
 def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) -> pd.DataFrame:
-    """Return the sentences to read before any explanation: name, sentence, holds, value, low, high."""
+    """Return the sentences to read before any explanation: name, sentence, passed, value, low, high."""
     patients = run.table.stays["patient_id"].to_numpy()
     risks = run.checkpoint.probabilities(run.logits)
     findings = discrimination(run.table.labels, risks, patients, settings.n_bootstrap, settings.seed)
@@ -1547,7 +1547,7 @@ def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) 
     findings += likeness(unseen_events(run), run.held_out)
     findings.append(leaks_in_words(leaks))
     findings.append(baseline_in_words(run))
-    return pd.DataFrame(findings).astype({"holds": object})
+    return pd.DataFrame(findings).astype({"passed": object})
 
 
 def unseen_events(run: Run) -> np.ndarray | None:
@@ -3418,7 +3418,7 @@ def run_explainability_analysis(
     run = load_run(settings.checkpoint, settings.data, *folders)
     tables = explain(run, settings)
     for finding in tables["verdict"].itertuples():
-        logger.log(logging.WARNING if finding.holds is False else logging.INFO, f"Verdict     {finding.sentence}")
+        logger.log(logging.WARNING if finding.passed is False else logging.INFO, f"Verdict     {finding.sentence}")
     for sentence in tables["faithfulness"]["sentence"]:
         logger.info(f"Check       {sentence}")
     if save_dir:
