@@ -2339,8 +2339,9 @@ def download_encoder(name: str, revision: str | None, folder: Path) -> None:
         except Exception as error:
             raise EncoderUnreachable(
                 f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). "
-                "Either copy its files there from a machine with network (or give the folder as --text-encoder PATH), "
-                "or run with --text-encoder hashing, which needs no weights"
+                f"Either copy its files there from a machine with network, where `hf download {name} --local-dir PATH` "
+                "gets them (or give that folder as --text-encoder PATH), or run with --text-encoder hashing, which "
+                "needs no weights"
             ) from error
 
 

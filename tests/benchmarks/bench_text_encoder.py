@@ -13,7 +13,9 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 
-def lab_texts(path, count):
-    """`count` distinct lab texts, drawn with a fixed seed, so that short and long ones come as they are."""
+def lab_texts(path: str | Path, count: int) -> list[str]:
+    """Return `count` distinct lab texts, drawn with a fixed seed, so that short and long ones come as they are."""
     with tempfile.TemporaryDirectory() as cache:
         table, _ = train.read_stays(path, cache)
     is_lab = table.event_type == train.EVENT_TYPES.index("labevent")
@@ -35,8 +37,8 @@ def lab_texts(path, count):
     return texts.sample(min(count, len(texts)), random_state=0).tolist()
 
 
-def save_random_longformer(folder, texts, vocabulary):
-    """A model folder with Clinical-Longformer's configuration, random weights and a vocabulary of its own."""
+def save_random_longformer(folder: Path, texts: list[str], vocabulary: int) -> None:
+    """Write a model folder with Clinical-Longformer's configuration, random weights and a vocabulary of its own."""
     bpe = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special, show_progress=False)
@@ -65,47 +67,48 @@ def save_random_longformer(folder, texts, vocabulary):
 class OneAtATime:
     """The baseline: tokenise, run and keep the CLS vector of one text after another."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder: Path, device: str) -> None:
         self.device = device
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.model = transformers.LongformerModel.from_pretrained(folder).eval().to(device)
         self.vector("warm up")
 
     @torch.inference_mode()
-    def vector(self, text):
+    def vector(self, text: str) -> np.ndarray:
         inputs = self.tokenizer(text, truncation=True, max_length=512, return_tensors="pt").to(self.device)
         return self.model(**inputs).last_hidden_state[0, 0].float().cpu().numpy()
 
 
-def ours(folder, dtype, cache_dir, device):
-    """train.py's encoder with its weights loaded and warmed up (past the cache)."""
+def ours(folder: Path, dtype: str, cache_dir: Path, device: str) -> train.ClinicalTextEncoder:
+    """Return train.py's encoder with its weights loaded and warmed up."""
     encoder = train.ClinicalTextEncoder(folder, cache_dir=cache_dir, dtype=dtype, devices=[device])
     encoder.encode_event_text_batch(["warm up"] * 8)
     return encoder
 
 
-def cpu_name():
-    """The processor's name where Linux tells it."""
+def cpu_name() -> str:
+    """Return the processor's name where Linux tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def timed(work):
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds that `work` took, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
 
 
-def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", default=ROOT / "sample_train.csv", help="anything that train.py --data takes")
-    options.add_argument("--texts", type=int, default=1500, help="distinct texts for our side, over all rounds")
-    options.add_argument("--baseline-texts", type=int, default=30, help="texts for the baseline, over all rounds")
-    options.add_argument("--rounds", type=int, default=3, help="the sides take turns, so that a busy machine hits all")
-    options.add_argument("--vocabulary", type=int, default=700, help="size of the vocabulary trained on the spot")
-    options.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    options = options.parse_args()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=ROOT / "sample_train.csv", help="anything that train.py --data takes")
+    parser.add_argument("--texts", type=int, default=1500, help="distinct texts for our side, over all rounds")
+    parser.add_argument("--baseline-texts", type=int, default=30, help="texts for the baseline, over all rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="the sides take turns, so that a busy machine hits all")
+    parser.add_argument("--vocabulary", type=int, default=700, help="size of the vocabulary trained on the spot")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     texts = lab_texts(options.data, options.texts)
     with tempfile.TemporaryDirectory() as scratch:
