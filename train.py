@@ -1967,7 +1967,7 @@ class HashingTextEncoder(TextEncoder):
 
     def __init__(self, cache_dir: Path = Path("clinical_LF_precomp_emb")) -> None:
         self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v3-768", self.dim)
-        self._projection = None
+        self._projection: list[tuple[HashingVectorizer, np.ndarray, np.float32]] = []
 
     @staticmethod
     def _of_its_item(text: str) -> list[str]:
@@ -1975,7 +1975,7 @@ class HashingTextEncoder(TextEncoder):
         return [item, *(f"{item} {part}" for part in parts), *(f"{item} {re.sub(NUMBER, '#', part)}" for part in parts)]
 
     def _load(self) -> None:
-        if self._projection is None:
+        if not self._projection:
             options = dict(n_features=self.n_features, norm=None, dtype=np.float32)  # norm=None: signed whole counts
             vectorizers = (
                 HashingVectorizer(analyzer=self._of_its_item, **options),

@@ -1,4 +1,4 @@
-"""Nothing lost: killed runs end as if they had not been killed; a full disk, Ctrl-C, a second run and a loss of NaN are clear."""
+"""Killed runs end as if they had not been killed; a full disk, Ctrl-C, a second run and a loss of NaN are clear."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def data(tmp_path):
 
 
 def test_killed_runs_end_with_the_bits_of_the_run_that_was_never_killed():
-    """Three kills at random moments; the checks, of weights, predictions, saved texts and temporary files, are kill_test.py's."""
+    """Three kills at random moments; kill_test.py checks weights, predictions, saved texts and temporary files."""
     done = subprocess.run(
         [sys.executable, KILL_TEST, "--kills", "3", "--seed", "3"], capture_output=True, text=True, env=ENVIRONMENT
     )
@@ -33,7 +34,8 @@ def test_killed_runs_end_with_the_bits_of_the_run_that_was_never_killed():
     assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 60) -> None:
+    """Wait until the condition holds; fail when the process ends before, or the seconds are over."""
     end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
@@ -42,13 +44,14 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.02)
 
 
-def epochs_done(folder):
+def epochs_done(folder: Path) -> int:
+    """Return how many epochs the latest checkpoint has behind it, -1 where there is none."""
     path = folder / "out" / "checkpoints" / "latest_checkpoint.pth"
     return torch.load(path, weights_only=True)["epochs_done"] if path.exists() else -1
 
 
 def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd):
-    """While a run trains, another into its folder is refused; Ctrl-C ends the first with a checkpoint that --resume takes up."""
+    """While a run trains, another into its folder is refused; after Ctrl-C, --resume takes up the last checkpoint."""
     argv = arguments(tmp_path, data, "--max-epochs", 9999, "--patience", 9999)
     process = subprocess.Popen(
         [sys.executable, train.__file__, *argv],

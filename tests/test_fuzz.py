@@ -1,4 +1,4 @@
-"""Any small table either loads with its invariants kept or is refused with the program's own error; so too the cache."""
+"""Any small table loads with its invariants kept or is refused with the program's own error; so too the cache."""
 
 import numpy as np
 import pandas as pd

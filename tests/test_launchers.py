@@ -13,7 +13,7 @@ from small_table import TINY, arguments, leftovers, small_table
 
 import train
 
-# Without MPI, accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts them all, on CPUs too.
+# Without MPI, accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts them all.
 LAUNCHERS = {
     "accelerate launch --cpu": (
         1,
@@ -85,7 +85,7 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(launcher, tmp_path, 
 
 
 def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
-    """On the bundled sample, here a small one beside a copy of the program, with nobody answering at the hub's address."""
+    """On the bundled sample, here a small one beside a copy of the program, with nobody at the hub's address."""
     for name in ("train.py", "query.sql"):
         shutil.copy(Path(train.__file__).parent / name, tmp_path / name)
     small_table().to_csv(tmp_path / "sample_train.csv", index=False)

@@ -547,7 +547,7 @@ def test_hashing_reads_a_number_by_first_digit_and_magnitude(tmp_path):
 
 
 def test_hashing_reads_a_level_together_with_its_item(tmp_path):
-    """What is said of another item is nearly as far away as what is said of nothing alike: below the same item's other value."""
+    """What is said of another item is farther away than the same item's other value."""
     encode = train.HashingTextEncoder(tmp_path).encode_event_text_batch
     lactate, other_value, glucose = encode(
         [

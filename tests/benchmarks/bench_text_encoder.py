@@ -13,9 +13,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,8 +41,6 @@ def save_random_longformer(folder: Path, texts: list[str], vocabulary: int) -> N
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special, show_progress=False)
     bpe.save_model(str(folder))
-    tokenizer = transformers.LongformerTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LongformerConfig(
         vocab_size=50265,
@@ -62,6 +58,7 @@ def save_random_longformer(folder: Path, texts: list[str], vocabulary: int) -> N
         sep_token_id=2,
     )
     transformers.LongformerModel(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 class OneAtATime:
@@ -93,11 +90,20 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds that `work` took, and its result."""
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
+def compare(
+    baseline: OneAtATime, encoders: dict[str, train.ClinicalTextEncoder], texts: list[str], rounds: int, per_round: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """Return seconds of the baseline and of each encoder, taking turns, and the baseline's vectors of its few texts."""
+    seconds, vectors = dict.fromkeys(["baseline", *encoders], 0.0), []
+    for number in range(rounds):
+        start = time.perf_counter()
+        vectors += [baseline.vector(text) for text in texts[number * per_round :][:per_round]]
+        seconds["baseline"] += time.perf_counter() - start
+        for dtype, encoder in encoders.items():  # plan, tokenise, encode, write the cache
+            start = time.perf_counter()
+            encoder.embed(texts[number::rounds], progress=False)
+            seconds[dtype] += time.perf_counter() - start
+    return seconds, np.array(vectors)
 
 
 def main() -> None:
@@ -120,17 +126,9 @@ def main() -> None:
         baseline = OneAtATime(model, options.device)
         kinds, cache = ("float32", "bfloat16"), Path(scratch)
         encoders = {dtype: ours(model, dtype, cache / dtype, options.device) for dtype in kinds}
-        seconds, vectors = dict.fromkeys(["baseline", *encoders], 0.0), []
         per_round = max(1, options.baseline_texts // options.rounds)
-        for number in range(options.rounds):
-            for text in texts[number * per_round :][:per_round]:
-                took, vector = timed(lambda text=text: baseline.vector(text))
-                seconds["baseline"] += took
-                vectors.append(vector)
-            for dtype, encoder in encoders.items():  # plan, tokenise, encode, write the cache
-                took, _ = timed(lambda: encoder.embed(texts[number :: options.rounds], progress=False))  # noqa: B023
-                seconds[dtype] += took
-        vectors, rate = np.array(vectors), len(vectors) / seconds["baseline"]
+        seconds, vectors = compare(baseline, encoders, texts, options.rounds, per_round)
+        rate = len(vectors) / seconds["baseline"]
         print(f"one at a time, LongformerModel, fp32: {rate:7.2f} texts/s ({len(vectors)} texts)")
         for dtype, encoder in encoders.items():
             same = encoder.vectors(texts[: len(vectors)])
