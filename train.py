@@ -59,6 +59,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -90,8 +91,9 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -200,6 +202,9 @@ class Settings:
     batch_size: int = option(32, "Stays per step at most, over all processes.", low=1)
     max_events_per_batch: int = option(
         16384, "Padded events per batch at most (a longer stay is a batch of its own).", low=1
+    )
+    vectors_on: Literal["auto", "device", "host"] = option(
+        "auto", "Where the texts' vectors live: auto is the GPU if they take less than half of its free memory."
     )
     mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "auto is bf16 on CUDA devices that have it.")
     seed: int = option(0, "Seed of the split, the weights, the order of batches and the bootstrap.", low=0, below=2**31)
@@ -2350,28 +2355,97 @@ def download_encoder(name: str, revision: str | None, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Layout(NamedTuple):
+    """Where each of a batch's packed events belongs: the events of a stay stand together, oldest first."""
+
+    lengths: list[int]  # events of each stay, known to the CPU: nobody waits for the device to say it
+    ends: Tensor  # (B + 1) int32: the events of stay i are ends[i]:ends[i + 1]
+    place: Tensor  # (N,) of each event in the flattened (B, L)
+    attention_mask: Tensor  # (B, L)
+
+    @property
+    def position(self) -> Tensor:
+        """(N,) the number of each event within its stay."""
+        return self.place % self.attention_mask.shape[1]
+
+
+def layout_of_lengths(lengths: np.ndarray, device: torch.device) -> Layout:
+    """Return the layout of stays with these numbers of events, without waiting for the device."""
+    counts = torch.from_numpy(lengths).to(device, non_blocking=True)  # (B,)
+    ends = F.pad(counts.cumsum(0), (1, 0))  # (B + 1)
+    n_events, longest = int(lengths.sum()), int(lengths.max())
+    stay = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=n_events)  # (N,)
+    position = torch.arange(n_events, device=device) - ends[stay]  # (N,)
+    attention_mask = torch.arange(longest, device=device) < counts.unsqueeze(1)  # (B, L)
+    return Layout(lengths.tolist(), ends.int(), stay * longest + position, attention_mask)
+
+
+def layout_of_mask(attention_mask: Tensor) -> Layout:
+    """Return the layout of the events that a mask (B, L) of any number type marks in a padded batch."""
+    attention_mask = attention_mask.bool()
+    counts = attention_mask.sum(1)  # (B,)
+    place = attention_mask.flatten().nonzero().squeeze(1)  # (N,)
+    return Layout(counts.tolist(), F.pad(counts.cumsum(0), (1, 0)).int(), place, attention_mask)
+
+
+def pack(padded: Tensor, layout: Layout) -> Tensor:
+    """(B, L, D) -> (N, D): the real events alone."""
+    return padded.flatten(0, 1).index_select(0, layout.place)
+
+
+def unpack(packed: Tensor, layout: Layout) -> Tensor:
+    """(N, D) packed events -> (B, L, D), zeros at padding."""
+    n_stays, longest = layout.attention_mask.shape
+    padded = packed.new_zeros(n_stays * longest, packed.shape[1])
+    return padded.index_copy(0, layout.place, packed).unflatten(0, (n_stays, longest))
+
+
+class PackedStays(NamedTuple):
+    """A batch of stays without padding: what the model is trained on and scores."""
+
+    events: Tensor  # (N, input_dim)
+    static_features: Tensor  # (B, S)
+    labels: Tensor  # (B, 1)
+    layout: Layout
+
+
 class ClinicalSequenceDataset(Dataset):
     """One item per ICU stay, whole: `(sequence (L, 5 + E + 1), static (S,), label (1,))`, oldest event first.
 
     The columns of an event are its type (5), its text vector (E, 768 for Clinical-Longformer), its time (1) and, with the
-    value channel, its value and whether it has one (2).
+    value channel, its value and whether it has one (2). All tensors live where the text vectors live; `packed` gives
+    batches without padding, made there.
     """
 
-    def __init__(self, table: StayTable, preprocessor: ClinicalDataPreprocessor, text_vectors: np.ndarray) -> None:
-        self.table = table
-        self.type_columns = torch.from_numpy(preprocessor.encode_event_type((*EVENT_TYPES, "unknown")))  # (6, 5)
-        vectors = torch.from_numpy(text_vectors)  # (n_texts, E)
-        self.values = torch.from_numpy(preprocessor.encode_values(table.texts)) if preprocessor.value_channel else None
-        self.text_vectors = vectors
-        self.times = torch.from_numpy(preprocessor.encode_relative_time(table.minutes_to_end))  # (n_events, 1)
-        self.static = torch.from_numpy(preprocessor.encode_static_features(table.static_columns))  # (n_stays, S)
-        self.labels = torch.from_numpy(table.labels.astype(np.float32)).unsqueeze(1)  # (n_stays, 1)
-        self.event_type, self.text = torch.from_numpy(table.event_type), torch.from_numpy(table.text)
-        self.lengths = table.lengths
+    def __init__(
+        self, table: StayTable, preprocessor: ClinicalDataPreprocessor, text_vectors: np.ndarray | Tensor
+    ) -> None:
+        self.table, self.lengths = table, table.lengths
+        self.text_vectors = torch.as_tensor(text_vectors)  # (n_texts, E)
+        types = preprocessor.encode_event_type((*EVENT_TYPES, "unknown"))
+        self.type_columns = self._here(types)  # (6, 5)
+        self.event_type, self.text = self._here(table.event_type), self._here(table.text)  # (n_events,) each
+        columns = [preprocessor.encode_relative_time(table.minutes_to_end)]
+        if preprocessor.value_channel:
+            columns.append(preprocessor.encode_values(table.texts)[table.text])
+        self.event_columns = self._here(
+            np.hstack(columns)
+        )  # (n_events, k): time first, then what else is known of each
+        self.offsets = self._here(table.offsets)
+        self.static = self._here(preprocessor.encode_static_features(table.static_columns))  # (n_stays, S)
+        self.labels = self._here(table.labels.astype(np.float32)).unsqueeze(1)  # (n_stays, 1)
+
+    def _here(self, array: np.ndarray) -> Tensor:
+        """The array as a tensor where the text vectors live."""
+        return torch.from_numpy(array).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_vectors.device
 
     @property
     def input_dim(self) -> int:
-        return len(EVENT_TYPES) + self.text_vectors.shape[1] + 1 + (2 if self.values is not None else 0)
+        return len(EVENT_TYPES) + self.text_vectors.shape[1] + self.event_columns.shape[1]
 
     @property
     def is_text(self) -> Tensor:
@@ -2381,24 +2455,29 @@ class ClinicalSequenceDataset(Dataset):
 
     @property
     def share_of_variance(self) -> Tensor:
-        """(input_dim,) How much of an event's variance each column is given: the text's three quarters, all others' one."""
+        """(input_dim,) How much of an event's variance a column is given: the text's three quarters, all others' one."""
         return torch.where(self.is_text, 0.75 / self.is_text.sum(), 0.25 / (~self.is_text).sum())
 
     def __len__(self) -> int:
         return len(self.table.stays)
 
     def __getitem__(self, stay: int) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            self.events(slice(self.table.offsets[stay], self.table.offsets[stay + 1])),
-            self.static[stay],
-            self.labels[stay],
-        )
+        rows = slice(self.table.offsets[stay], self.table.offsets[stay + 1])
+        return self.events(rows), self.static[stay], self.labels[stay]
 
     def events(self, rows: slice | Tensor) -> Tensor:
         """(n, input_dim): the model's inputs for some rows of the flat event arrays."""
-        text = self.text[rows].long()
-        parts = [self.type_columns[self.event_type[rows].long()], self.text_vectors[text], self.times[rows]]
-        return torch.cat(parts + ([self.values[text]] if self.values is not None else []), dim=1)
+        types = self.type_columns[self.event_type[rows].long()]  # (n, 5)
+        texts = self.text_vectors[self.text[rows].long()]  # (n, E)
+        return torch.cat([types, texts, self.event_columns[rows]], dim=1)
+
+    def packed(self, stays: np.ndarray) -> PackedStays:
+        """A batch of these stays; what is sent to the device is the stays' numbers and lengths."""
+        layout = layout_of_lengths(self.lengths[stays], self.device)
+        numbers = torch.from_numpy(stays).to(self.device, non_blocking=True)  # (B,)
+        stay_of_event = layout.place // layout.attention_mask.shape[1]  # (N,)
+        rows = self.offsets[numbers][stay_of_event] + layout.position  # (N,)
+        return PackedStays(self.events(rows), self.static[numbers], self.labels[numbers], layout)
 
 
 def collate_stays(items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -2409,15 +2488,60 @@ def collate_stays(items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, T
         "sequences": nn.utils.rnn.pad_sequence(sequences, batch_first=True),  # (B, L, input_dim)
         "static_features": torch.stack(static),  # (B, S)
         "labels": torch.stack(labels),  # (B, 1)
-        "attention_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(1),
-    }  # (B, L)
+        "attention_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(1),  # (B, L)
+    }
 
 
-def plan_batches(lengths: np.ndarray, batch_size: int, max_events: int, seed: int | None = None) -> list[np.ndarray]:
+def pack_stays(padded: dict[str, Tensor]) -> PackedStays:
+    """Return what `collate_stays` gave, without its padding."""
+    layout = layout_of_mask(padded["attention_mask"])
+    events = pack(padded["sequences"], layout)
+    return PackedStays(events, padded["static_features"], padded["labels"], layout)
+
+
+def place_vectors(text_vectors: np.ndarray, where: str, device: torch.device) -> Tensor:
+    """(n_texts, E) on the device (auto: if they take less than half of its free memory), or left where they are."""
+    vectors = torch.from_numpy(text_vectors)
+    fits = False
+    if where == "auto" and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        fits = vectors.nbytes < free / 2
+    return vectors.to(device) if where == "device" or fits else vectors
+
+
+N_WORKERS = 4  # a thread gathers an event's 3 kB in about a microsecond; four of them keep a GPU busy
+
+
+def packed_batches(
+    dataset: ClinicalSequenceDataset, batches: Sequence[np.ndarray], device: torch.device
+) -> Iterator[PackedStays]:
+    """Yield the batches of stays on the device; where the vectors are not, threads gather ahead in pinned memory."""
+    if dataset.device.type == device.type:
+        yield from map(dataset.packed, batches)
+        return
+
+    def gather(stays: np.ndarray) -> PackedStays:
+        batch = dataset.packed(stays)
+        return batch._replace(events=batch.events.pin_memory())
+
+    waiting: deque[Future[PackedStays]] = deque()
+    with ThreadPoolExecutor(N_WORKERS) as workers:
+        for number, stays in enumerate(batches):
+            waiting.append(workers.submit(gather, stays))
+            if number >= N_WORKERS:
+                yield send_to_device(waiting.popleft().result(), device, non_blocking=True)
+        for gathered in waiting:
+            yield send_to_device(gathered.result(), device, non_blocking=True)
+
+
+def plan_batches(
+    lengths: np.ndarray, batch_size: int, max_events: int, seed: int | None = None, world: int = 1
+) -> list[np.ndarray]:
     """Indices of stays of similar length, each stay once; with a seed, shuffled anew.
 
-    A batch holds at most `batch_size` stays and `max_events` padded events (a longer stay is alone), and its shortest stay has
-    at least 4/5 of its longest, so that little is padding. Sizes are jittered before sorting, so that batches differ by epoch.
+    A batch holds at most `batch_size` stays, and each of `world` processes at most `max_events` padded events of it (a
+    longer stay is alone). Its shortest stay has at least 4/5 of its longest, so that little is padding. Sizes are
+    jittered before sorting, so that batches differ by epoch.
     """
     rng = np.random.default_rng(seed)
     jitter = rng.uniform(0.95, 1.05, len(lengths)) if seed is not None else 1.0
@@ -2425,12 +2549,13 @@ def plan_batches(lengths: np.ndarray, batch_size: int, max_events: int, seed: in
     shortest = longest = 0
     for stay in np.argsort(-lengths * jitter, kind="stable"):
         length = int(lengths[stay])
-        full = not batches or len(batches[-1]) == batch_size
-        shortest, longest = (length, length) if full else (min(shortest, length), max(longest, length))
-        if not full and ((len(batches[-1]) + 1) * longest > max_events or shortest < 0.8 * longest):
-            full, shortest, longest = True, length, length
-        if full:
+        shortest, longest = min(shortest, length), max(longest, length)
+        size = len(batches[-1]) + 1 if batches else 1
+        share = math.ceil(size / world)  # stays of one process
+        is_full = size > batch_size or shortest < 0.8 * longest
+        if not batches or is_full or (share * longest > max_events and size > world):
             batches.append([])
+            shortest = longest = length
         batches[-1].append(int(stay))
     if seed is not None:
         rng.shuffle(batches)
@@ -2455,45 +2580,50 @@ def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
-def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-    """Softmax attention of packed events (N, H, D/H), each within its own stay; memory grows with N, not with its square.
+def full_precision(values: Tensor) -> torch.autocast:
+    """A context in which autocast is off where the values are."""
+    return torch.autocast(values.device.type, enabled=False)
 
-    CUDA in half precision takes one variable-length kernel for the batch, everything else one fused call per run of stays
-    of equal length.
+
+def in_full_precision(layer: nn.Module, values: Tensor) -> Tensor:
+    """Apply a layer in fp32 also under autocast: logits out of bf16 tie, and are up to 0.4 % off."""
+    with full_precision(values):
+        return layer(values.float())
+
+
+def has_variable_length_kernel(query: Tensor) -> bool:
+    """Whether the variable-length kernel takes (N, H, D/H): GPU since Ampere, half precision, width 8, 16, ... 256."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    width = query.shape[2]
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """Softmax attention of packed events (N, H, D/H), each within its own stay; memory grows with N, not its square.
+
+    One variable-length kernel for the batch where there is one, elsewhere a fused call per run of stays of equal length.
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = F.pad(torch.tensor(lengths, device=query.device).cumsum(0), (1, 0)).to(torch.int32)
-        return varlen_attn(query, key, value, ends, ends, max(lengths), max(lengths))
-    runs = [(length, len(list(same))) for length, same in groupby(lengths) if length]
+    if has_variable_length_kernel(query):
+        longest = max(layout.lengths)
+        return varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
+    runs = [(length, len(list(same))) for length, same in groupby(layout.lengths) if length]
+    sizes = [length * stays for length, stays in runs]
     parts = []
-    for (length, stays), *qkv in zip(
-        runs, *(tensor.split([length * stays for length, stays in runs]) for tensor in (query, key, value))
-    ):
+    for (length, stays), *qkv in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes)):
         q, k, v = (tensor.unflatten(0, (stays, length)).transpose(1, 2) for tensor in qkv)  # (stays, H, length, D/H)
         parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts) if parts else query
 
 
-def attention_weights_within_stays(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tensor:
+def attention_weights_within_stays(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
     """(B, H, L, L) weights that `attend_within_stays` used, 0 in rows and columns of padding."""
-    padded_query, padded_key = (
-        unpack(tensor.flatten(1), attention_mask).unflatten(2, tensor.shape[1:]).transpose(1, 2)
-        for tensor in (query.float(), key.float())
-    )
-    scores = padded_query @ padded_key.transpose(2, 3) / math.sqrt(query.shape[2])
-    is_event = attention_mask[:, None, None, :]
-    return (
-        scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event * is_event.transpose(2, 3)
-    )
-
-
-def unpack(packed: Tensor, attention_mask: Tensor) -> Tensor:
-    """(N, D) packed events -> (B, L, D), zeros at padding."""
-    padded = packed.new_zeros(*attention_mask.shape, packed.shape[1])
-    padded[attention_mask] = packed
-    return padded
+    width = query.shape[2]
+    query, key = (unpack(tensor.float().flatten(1), layout).unflatten(2, (-1, width)) for tensor in (query, key))
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) / math.sqrt(width)  # (B, H, L, L)
+    is_event = layout.attention_mask[:, None, None, :]
+    weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights * is_event * is_event.transpose(2, 3)
 
 
 LAYER_SCALE = 0.01
@@ -2516,18 +2646,16 @@ class EncoderLayer(nn.Module):
             nn.Linear(d_model, d_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model)
         )
         self.dropout = nn.Dropout(dropout)
-        self.attention_scale, self.feedforward_scale = (
-            nn.Parameter(torch.full((d_model,), LAYER_SCALE)) for _ in range(2)
-        )
+        self.attention_scale = nn.Parameter(torch.full((d_model,), LAYER_SCALE))
+        self.feedforward_scale = nn.Parameter(torch.full((d_model,), LAYER_SCALE))
 
-    def forward(
-        self, events: Tensor, lengths: list[int], attention_mask: Tensor, maps: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, events: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
+        """(N, D) -> (N, D); `maps` takes the attention weights (B, H, L, L)."""
         qkv = self.query_key_value(self.norm_attention(events)).unflatten(1, (3, self.n_heads, -1))  # (N, 3, H, D/H)
         query, key, value = qkv.unbind(1)
         if maps is not None:
-            maps.append(attention_weights_within_stays(query, key, attention_mask))
-        attended = attend_within_stays(query, key, value, lengths).flatten(1)  # (N, D)
+            maps.append(attention_weights_within_stays(query, key, layout))
+        attended = attend_within_stays(query, key, value, layout).flatten(1)  # (N, D)
         events = events + self.attention_scale * self.dropout(self.attention_output(attended))
         return events + self.feedforward_scale * self.dropout(self.feedforward(self.norm_feedforward(events)))
 
@@ -2541,17 +2669,18 @@ class AttentionPooling(nn.Module):
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(self, query: Tensor, events: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L)."""
-        q, k, v = (
-            tensor.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
-            for tensor in (self.query_projection(query), self.key(events), self.value(events))
-        )
-        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(k.shape[3])  # (B, H, 1, L)
-        is_event = attention_mask[:, None, None, :]
-        weights = (
-            scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1) * is_event
-        )  # a stay without events: all 0
-        return self.output((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)), weights
+        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L); fp32 from the scores on."""
+        keys, values = self.key(events), self.value(events)  # (B, L, D), what costs: under autocast
+        with full_precision(events):
+            q, k, v = (
+                tensor.float().unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, H, 1 or L, D/H)
+                for tensor in (self.query_projection(query), keys, values)
+            )
+            scores = q @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (B, H, 1, L)
+            is_event = attention_mask[:, None, None, :]
+            weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1)
+            weights = weights * is_event  # a stay without events: all 0
+            return self.output((weights @ v).transpose(1, 2).flatten(2)), weights
 
 
 class ClinicalTransformer(nn.Module):
@@ -2644,26 +2773,37 @@ class ClinicalTransformer(nn.Module):
         """Logits (B, 1), and a dict with `transformer_output (B, L, D)` and, on request, the attention weights."""
         if attention_mask is None:
             attention_mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+        layout = layout_of_mask(attention_mask)
+        return self.score_packed(pack(sequences, layout), static_features, layout, return_attention)
+
+    def score_packed(
+        self, events: Tensor, static_features: Tensor, layout: Layout, return_attention: bool = False
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The same for events without padding (N, input_dim)."""
         maps: list[Tensor] | None = [] if return_attention else None
-        events = unpack(self.encode(sequences, attention_mask, maps), attention_mask)  # (B, L, D)
-        query = self.query_vector.expand(len(sequences), -1, -1)  # (B, 1, D)
-        pooled, pooling_weights = self.attention_pooling(query, events, attention_mask)
-        logits = self.classifier(torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1))
-        details: dict[str, Any] = {"transformer_output": events}
+        outputs = unpack(self.encode_packed(events, layout, maps), layout)  # (B, L, D)
+        query = self.query_vector.expand(len(outputs), -1, -1)  # (B, 1, D)
+        pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask)
+        inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1)  # (B, D + S)
+        details: dict[str, Any] = {"transformer_output": outputs}
         if return_attention:
             details |= {"pooling_weights": pooling_weights, "query_vector": query, "layer_attention_weights": maps}
-        return logits, details
+        return in_full_precision(self.classifier, inputs), details
 
     def encode(self, sequences: Tensor, attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """(B, L, input_dim) -> (N, D): the stays' real events, contextualised, without padding."""
-        lengths = attention_mask.sum(1).tolist()
-        positions = torch.arange(sequences.shape[1], device=sequences.device).expand_as(attention_mask)[attention_mask]
-        normalised = (sequences[attention_mask] - self.event_mean) / self.event_scale  # (N, input_dim)
-        events = self.input_norm(self.input_projection(normalised))  # (N, D)
-        events = self.dropout(events + self.position_scale * sinusoidal_positions(positions, events.shape[1]))
+        layout = layout_of_mask(attention_mask)
+        return self.encode_packed(pack(sequences, layout), layout, maps)
+
+    def encode_packed(self, events: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
+        """(N, input_dim) -> (N, D), contextualised; `maps` takes each layer's attention weights (B, H, L, L)."""
+        normalised = (events - self.event_mean) / self.event_scale  # (N, input_dim)
+        outputs = self.input_norm(self.input_projection(normalised))  # (N, D)
+        positions = sinusoidal_positions(layout.position, outputs.shape[1])
+        outputs = self.dropout(outputs + self.position_scale * positions)
         for layer in self.transformer_encoder:
-            events = layer(events, lengths, attention_mask, maps)
-        return self.final_norm(events)
+            outputs = layer(outputs, layout, maps)
+        return self.final_norm(outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2695,7 +2835,7 @@ class TemporalAwareLoss(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").squeeze(1)
         if self.event_head is None:
             return loss
-        event_logits = self.event_head(events).squeeze(2).float()  # (B, L)
+        event_logits = in_full_precision(self.event_head, events).squeeze(2)  # (B, L)
         event_loss = F.binary_cross_entropy_with_logits(event_logits, labels.expand_as(event_logits), reduction="none")
         weights = temporal_weights(hours_to_final_event, attention_mask, self.tau_hours)
         return (1 - self.weight) * loss + self.weight * (weights * event_loss).sum(1)
@@ -2729,16 +2869,18 @@ class TrainingObjective(nn.Module):
         super().__init__()
         self.model, self.loss, self.preprocessor, self.sparsity_weight = model, loss, preprocessor, sparsity_weight
 
-    def forward(self, batch: dict[str, Tensor], time_column: int) -> Tensor:
-        """Loss of each stay of the batch (B,)."""
-        logits, details = self.model.score(batch["sequences"], batch["static_features"], batch["attention_mask"])
-        hours = self.preprocessor.decode_hours(batch["sequences"][..., time_column])
-        losses = self.loss(logits, details["transformer_output"], batch["labels"], hours, batch["attention_mask"])
+    def forward(self, batch: PackedStays | dict[str, Tensor], time_column: int) -> Tensor:
+        """Loss of each stay of the batch (B,), packed or as `collate_stays` pads it."""
+        stays = pack_stays(batch) if isinstance(batch, dict) else batch
+        logits, details = self.model.score_packed(stays.events, stays.static_features, stays.layout)
+        outputs, attention_mask = details["transformer_output"], stays.layout.attention_mask  # (B, L, D), (B, L)
+        hours = self.preprocessor.decode_hours(unpack(stays.events[:, time_column, None], stays.layout).squeeze(2))
+        losses = self.loss(logits, outputs, stays.labels, hours, attention_mask)
         if not self.sparsity_weight:
             return losses
         pooling = self.model.attention_pooling
-        values = pooling.value(details["transformer_output"]).unflatten(2, (pooling.n_heads, -1))  # (B, L, H, D/H)
-        return losses + self.sparsity_weight * evenness(values, batch["attention_mask"])
+        values = pooling.value(outputs).unflatten(2, (pooling.n_heads, -1))  # (B, L, H, D/H)
+        return losses + self.sparsity_weight * evenness(values, attention_mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2826,19 +2968,33 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
 
     Scaling column by column instead would leave the time one voice among 774. A column that never varies keeps its size.
     """
-    total = torch.zeros(dataset.input_dim, dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    n_events = len(dataset.text)
-    for rows in torch.arange(n_events).split(65536):
-        events = dataset.events(rows).double()
-        total += events.sum(0)
-        squares += events.square().sum(0)
-    mean = total / n_events
-    scale = (squares / n_events - mean.square()).clamp(min=0).sqrt()
+    n_events, n_texts = len(dataset.text), len(dataset.text_vectors)
+    parts = [
+        weighted_sums(dataset.type_columns, torch.bincount(dataset.event_type, minlength=len(dataset.type_columns))),
+        weighted_sums(dataset.text_vectors, torch.bincount(dataset.text, minlength=n_texts)),
+        weighted_sums(dataset.event_columns, torch.ones_like(dataset.text)),
+    ]
+    mean, mean_square = torch.cat(parts, dim=1).cpu() / n_events  # (input_dim,) each
+    scale = (mean_square - mean.square()).clamp(min=0).sqrt()
     scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
     return mean.float(), (scale / (dataset.share_of_variance * dataset.input_dim).sqrt()).float()
 
 
+def weighted_sums(rows: Tensor, counts: Tensor) -> Tensor:
+    """(n, C) rows, each of which counts so many times -> (2, C) float64: their sum and the sum of their squares."""
+    sums = torch.zeros(2, rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block, count in zip(rows.split(65536), counts.double().split(65536)):
+        values = block.double()
+        sums += torch.stack([count @ values, count @ values.square()])
+    return sums
+
+
+# What a resumed run must share with the run it goes on from.
+SETTINGS_OF_A_RUN = (
+    *("seed", "static_features", "value_channel", "observation_hours", "gap_hours", "first_stay_only"),
+    *("learning_rate", "batch_size", "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip"),
+    *("temporal_weight", "sparsity_weight", "tau_hours", "dropout", "weight_averaging"),
+)
 # One number among forty flags goes unheard otherwise: with weight 1 a tenth of the sample's true effect of age is learnt.
 NUMBER_WEIGHT = 3.0
 
@@ -2855,19 +3011,43 @@ class Trainer:
         settings: Settings,
         output: Path,
         accelerator: Accelerator,
+        draw_attention: Callable[[Path], Any] | None = None,
     ) -> None:
+        """draw_attention: takes each attention file as it is written."""
         torch.manual_seed(settings.seed)
         self.settings, self.output, self.accelerator, self.text_encoder = settings, output, accelerator, text_encoder
+        self.draw_attention = draw_attention
         train_table = table.take(split.train)
         self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.value_channel).fit(train_table)
-        parts = [table.take(part) for part in split]
-        self.train_set, self.validation_set = (
-            ClinicalSequenceDataset(part, self.preprocessor, text_vectors) for part in parts[:2]
+        vectors = place_vectors(text_vectors, settings.vectors_on, accelerator.device)
+        self.train_set, self.validation_set, self.test_set = (
+            ClinicalSequenceDataset(table.take(part), self.preprocessor, vectors) if len(part) else None
+            for part in split
         )
-        self.test_set = None  # with --no-test
-        if len(split.test):
-            self.test_set = ClinicalSequenceDataset(parts[2], self.preprocessor, text_vectors)
-        self.time_column = len(EVENT_TYPES) + text_vectors.shape[1]
+        self.time_column = len(EVENT_TYPES) + vectors.shape[1]
+        self.training_items = sorted({item_hash(text) for text in table.texts[np.unique(train_table.text)]})
+        self.data_fingerprint = table.fingerprint()
+        patient_ids = table.stays["patient_id"]
+        self.patients = {name: patient_ids.iloc[part].unique().tolist() for name, part in split._asdict().items()}
+        model = self.new_model()
+        loss = TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight)
+        objective = TrainingObjective(model, loss, self.preprocessor, settings.sparsity_weight)
+        optimizer = torch.optim.AdamW(
+            objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        decay = get_ema_multi_avg_fn(settings.weight_averaging)
+        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=decay)
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+        self.writer = ThreadPoolExecutor(1)  # writes and draws attention while training goes on
+        self.writing: Future[None] | None = None
+        self.history: list[dict[str, float]] = []
+        self.step = self.epochs_done = 0
+        self.temperature = 1.0
+
+    def new_model(self) -> ClinicalTransformer:
+        """A model with fresh weights that knows the training events' mean and spread."""
+        settings = self.settings
         model = ClinicalTransformer(
             self.train_set.input_dim,
             self.preprocessor.static_dim,
@@ -2879,33 +3059,11 @@ class Trainer:
             settings.dropout,
         )
         mean, scale = input_statistics(self.train_set)
-        static_weight = torch.tensor(
-            [NUMBER_WEIGHT if category is None else 1.0 for _, category in self.preprocessor.static_names]
-        )
+        is_number = [category is None for _, category in self.preprocessor.static_names]
+        static_weight = torch.where(torch.tensor(is_number), NUMBER_WEIGHT, 1.0)  # (S,)
         model.set_input_statistics(mean, scale, static_weight)
-        self.training_items = sorted({item_hash(text) for text in table.texts[np.unique(train_table.text)]})
-        self.baseline = {"event": mean, "static": self.train_set.static.mean(0)}
-        self.data_fingerprint = table.fingerprint()
-        self.patients = {
-            name: table.stays.patient_id.iloc[part].unique().tolist() for name, part in split._asdict().items()
-        }
-        objective = TrainingObjective(
-            model,
-            TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight),
-            self.preprocessor,
-            settings.sparsity_weight,
-        )
-        optimizer = torch.optim.AdamW(
-            objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        self.average = AveragedModel(
-            model.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(settings.weight_averaging)
-        )
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
-        self.history: list[dict[str, float]] = []
-        self.step = self.epochs_done = 0
-        self.temperature = 1.0
+        self.baseline = {"event": mean, "static": self.train_set.static.mean(0).cpu()}
+        return model
 
     @property
     def model(self) -> ClinicalTransformer:
@@ -2916,47 +3074,48 @@ class Trainer:
         """One pass over the training stays; mean loss of a stay. Depends on the seed and the epoch's number alone."""
         settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(settings.seed + 100_003 * epoch + 17 * rank)
-        batches = plan_batches(
-            self.train_set.lengths, settings.batch_size, settings.max_events_per_batch, settings.seed + epoch
-        )
+        lengths, seed = self.train_set.lengths, settings.seed + epoch
+        batches = plan_batches(lengths, settings.batch_size, settings.max_events_per_batch, seed, world)
         shares = [share_of_batch(batch, rank, world) for batch in batches]
-        loader = DataLoader(self.train_set, batch_sampler=[stays for stays, _ in shares], collate_fn=collate_stays)
+        loader = packed_batches(self.train_set, [stays for stays, _ in shares], self.accelerator.device)
+        is_main = self.accelerator.is_main_process
+        bar = Progress(loader, total=len(batches), desc=f"epoch {epoch}", unit=" batches", active=is_main)
+        attention_every = max(settings.save_attention_every, math.ceil(len(batches) / MOST_ATTENTION_FILES))
         self.objective.train()
+        unread: list[tuple[np.ndarray, Tensor]] = []
         total_loss = n_stays = n_events = 0
         started = time.monotonic()
-        bar = Progress(
-            zip(loader, batches, shares),
-            total=len(batches),
-            desc=f"epoch {epoch}",
-            unit=" batches",
-            active=self.accelerator.is_main_process,
-        )
-        for number, (batch, stays, (share, weights)) in enumerate(bar):
+        for number, batch in enumerate(bar):
+            stays, (share, weights) = batches[number], shares[number]
             self.warm_up()
-            losses = self.objective(send_to_device(batch, self.accelerator.device), self.time_column)  # (B,)
+            losses = self.objective(batch, self.time_column) * float(weights[0])  # (B,)
             # Processes average their gradients: scaled so, the average is the gradient of the whole batch's mean.
-            loss = (losses * losses.new_tensor(weights)).sum() * world / len(stays)
-            self.stop_if_not_finite(losses, self.train_set, share)
+            loss = losses.sum() * (world / len(stays))
             self.optimizer.zero_grad()
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.gradient_clip)
             self.optimizer.step()
             self.step += 1
             self.average.update_parameters(self.accelerator.unwrap_model(self.objective).model)
-            total_loss += loss.item() * len(stays) / world
             n_stays += len(stays)
-            n_events += int(self.train_set.lengths[stays].sum())
-            bar.set_postfix_str(
-                f"loss {total_loss * world / n_stays:.3f}, {n_events / (time.monotonic() - started):,.0f} events/s"
-            )
-            if (
-                settings.save_attention_every
-                and number % settings.save_attention_every == 0
-                and self.accelerator.is_main_process
-            ):
+            n_events += int(lengths[stays].sum())
+            unread.append((share, losses.detach()))
+            if len(unread) == STEPS_PER_READING or number + 1 == len(batches):
+                total_loss += self.read_losses(unread)
+                rate = n_events / (time.monotonic() - started)
+                bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s")
+            if settings.save_attention_every and number % attention_every == 0 and is_main:
                 self.save_attention(epoch, number, stays)
         sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
         return float(sums[0]) / n_stays
+
+    def read_losses(self, unread: list[tuple[np.ndarray, Tensor]]) -> float:
+        """The sum of the losses of the steps since the last reading, checked: the loop waits for the device only here."""
+        losses = torch.cat([losses for _, losses in unread]).cpu()
+        stays = np.concatenate([share for share, _ in unread])
+        unread.clear()
+        self.stop_if_not_finite(losses, self.train_set, stays)
+        return float(losses.sum())
 
     def warm_up(self) -> None:
         """Raise the learning rate linearly over the first steps; afterwards the plateau schedule alone changes it."""
@@ -2964,58 +3123,60 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * (self.step + 1) / self.settings.warmup_steps
 
-    def stop_if_not_finite(self, losses: Tensor, dataset: ClinicalSequenceDataset, share: np.ndarray) -> None:
-        if not torch.isfinite(losses).all():
-            stays = dataset.table.stays.icu_stay_id.iloc[share[~torch.isfinite(losses).cpu().numpy()]].tolist()
+    def stop_if_not_finite(self, losses: Tensor, dataset: ClinicalSequenceDataset, stays: np.ndarray) -> None:
+        """Raise `InputError` that names the first stays whose loss is not finite."""
+        wrong = stays[~torch.isfinite(losses).numpy()][:5]
+        if len(wrong):
+            ids = ", ".join(map(str, dataset.table.stays["icu_stay_id"].iloc[wrong]))
             raise InputError(
-                f"the loss is not finite for icu_stay_id {', '.join(map(str, stays[:5]))}. The best checkpoint so far stays in "
-                f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with --mixed-precision no."
+                f"the loss is not finite for icu_stay_id {ids}. The best checkpoint so far stays in "
+                f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with "
+                "--mixed-precision no."
             )
 
     def fit(self) -> None:
-        """Train until the validation loss has not improved for `patience` epochs; the best weights are kept in best_model.pth."""
-        settings, main = self.settings, self.accelerator.is_main_process
+        """Train until the validation loss has rested for `patience` epochs; the best weights are kept in best_model.pth."""
         if not self.epochs_done:
             self.save("latest_checkpoint.pth")
-        while self.epochs_done < settings.max_epochs and not self.out_of_patience():
-            started, epoch = time.monotonic(), self.epochs_done + 1
-            train_loss = self.train_epoch(epoch)
-            logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
-            self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
-            loss = float(F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels)))
-            seconds = time.monotonic() - started
-            self.history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "validation_loss": loss,
-                    "validation_auroc": float(roc_auc_score(labels, logits)),
-                    "learning_rate": self.optimizer.param_groups[0]["lr"],
-                    "seconds": seconds,
-                }
-            )
+        while self.epochs_done < self.settings.max_epochs and not self.out_of_patience():
+            started = time.monotonic()
+            row: dict[str, float] = {"epoch": self.epochs_done + 1}
+            row["train_loss"] = self.train_epoch(self.epochs_done + 1)
+            row |= self.validate()
+            row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            row["seconds"] = time.monotonic() - started
+            self.history.append(row)
             self.log_epoch()
-            self.epochs_done = epoch
-            self.scheduler.step(loss)
-            best = loss <= min(row["validation_loss"] for row in self.history)
-            if best:
+            self.epochs_done += 1
+            self.scheduler.step(row["validation_loss"])
+            if self.best_epoch == self.epochs_done:
                 self.save("best_model.pth")
             self.save("latest_checkpoint.pth")
-            if main:
-                row, events_per_second = self.history[-1], self.train_set.lengths.sum() / seconds
-                logger.info(
-                    f"epoch {epoch:2d}/{settings.max_epochs}  train loss {train_loss:.4f}  "
-                    f"validation loss {loss:.4f}  AUROC {row['validation_auroc']:.3f}  lr {row['learning_rate']:.1e}  "
-                    f"{events_per_second:7,.0f} events/s  {seconds:5.1f} s{'  best' if best else ''}"
-                )
+        self.finish_writing()
+
+    def validate(self) -> dict[str, float]:
+        """Loss and AUROC of the validation stays."""
+        logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
+        self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
+        loss = F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels))
+        return {"validation_loss": float(loss), "validation_auroc": float(roc_auc_score(labels, logits))}
 
     def log_epoch(self) -> None:
-        """Write history.csv, and the newest row of it to the trackers of --report-to."""
+        """Log the newest epoch, write history.csv, and give the epoch to the trackers of --report-to."""
         row = dict(self.history[-1])
-        self.accelerator.log(row, step=int(row["epoch"]))
-        if self.accelerator.is_main_process:
-            frame = pd.DataFrame(self.history)
-            write_whole(self.output / "history.csv", lambda path: frame.to_csv(path, index=False))
+        epoch, seconds = int(row["epoch"]), row["seconds"]
+        self.accelerator.log(row, step=epoch)
+        if not self.accelerator.is_main_process:
+            return
+        frame = pd.DataFrame(self.history)
+        write_whole(self.output / "history.csv", lambda path: frame.to_csv(path, index=False))
+        best = "  best" if self.best_epoch == epoch else ""
+        logger.info(
+            f"epoch {epoch:2d}/{self.settings.max_epochs}  train loss {row['train_loss']:.4f}  "
+            f"validation loss {row['validation_loss']:.4f}  AUROC {row['validation_auroc']:.3f}  "
+            f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / seconds:7,.0f} events/s  "
+            f"{seconds:5.1f} s{best}"
+        )
 
     def out_of_patience(self) -> bool:
         if not self.history:
@@ -3024,7 +3185,8 @@ class Trainer:
 
     @property
     def best_epoch(self) -> int:
-        return int(min(self.history, key=lambda row: row["validation_loss"])["epoch"])
+        """The epoch with the lowest validation loss; the later of two that are equal."""
+        return int(min(reversed(self.history), key=operator.itemgetter("validation_loss"))["epoch"])
 
     def predict(self, dataset: ClinicalSequenceDataset) -> np.ndarray:
         return predict_logits(self.model, dataset, self.settings, self.accelerator)
@@ -3066,40 +3228,20 @@ class Trainer:
         if not path.exists():  # stopped before the first checkpoint, or in an earlier fold
             logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
             return
-        saved = load_checkpoint(path, self.accelerator.device)
-        changed = [
-            name
-            for name in (
-                "seed",
-                "static_features",
-                "value_channel",
-                "observation_hours",
-                "gap_hours",
-                "first_stay_only",
-                "learning_rate",
-                "batch_size",
-                "temporal_weight",
-                "sparsity_weight",
-                "tau_hours",
-                "dropout",
-                "weight_averaging",
-                "max_events_per_batch",
-                "weight_decay",
-                "warmup_steps",
-                "gradient_clip",
-            )
-            if getattr(saved.settings, name) != getattr(self.settings, name)
-        ]
-        if (
-            changed
-            or saved.state.get("data_fingerprint") != self.data_fingerprint
-            or saved.patients != self.patients
-            or saved.text_encoder != self.text_encoder
-            or saved.model.architecture != self.model.architecture
-        ):
+        saved = load_checkpoint(path)  # on the CPU, where AdamW's step counts stay: read there, they cost no wait
+        before, now = asdict(saved.settings), asdict(self.settings)
+        changed = [name for name in SETTINGS_OF_A_RUN if before[name] != now[name]]
+        same = (
+            saved.state.get("data_fingerprint") == self.data_fingerprint
+            and saved.patients == self.patients
+            and saved.text_encoder == self.text_encoder
+            and saved.model.architecture == self.model.architecture
+        )
+        if changed or not same:
+            differences = ", ".join(changed) or "other data, patients, encoder or model sizes"
             raise InputError(
-                f"{path}: this run differs from the one to resume ({', '.join(changed) or 'other data, patients, encoder or model sizes'}). "
-                "Give the same settings, or train anew without --resume."
+                f"{path}: this run differs from the one to resume ({differences}). Give the same settings, or train anew "
+                "without --resume."
             )
         objective = self.accelerator.unwrap_model(self.objective)
         objective.load_state_dict(saved.state["objective"])
@@ -3107,62 +3249,89 @@ class Trainer:
         self.average.n_averaged.copy_(saved.state["n_averaged"])
         self.optimizer.load_state_dict(saved.state["optimizer"])
         self.scheduler.load_state_dict(saved.state["scheduler"])
-        self.history, self.epochs_done, self.step = (
-            saved.state["history"],
-            saved.state["epochs_done"],
-            saved.state["step"],
-        )
+        self.history, self.step = saved.state["history"], saved.state["step"]
+        self.epochs_done = saved.state["epochs_done"]
         logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
 
     def save_attention(self, epoch: int, batch: int, stays: np.ndarray) -> None:
-        """Attention of one stay of the batch, in a pass of its own without dropout, as .npz and as a heatmap."""
+        """Attention of one stay of the batch, in a pass of its own without dropout; written while training goes on."""
         stay = int(min(stays, key=lambda s: abs(int(self.train_set.lengths[s]) - 512)))
         record = attention_record(self.model, self.train_set, stay, self.accelerator.device)
-        name = f"attention_epoch_{epoch}_batch_{batch}"
-        write_whole(self.output / "attention_weights" / f"{name}.npz", lambda path: _save_npz(path, record))
-        figure = plot_attention_heatmap(
-            record["layer_attention"].astype(np.float32).mean(1),
-            record["pooling_weights"],
-            record["hours_to_final_event"],
-            title=f"Where does the model look in ICU stay {record['icu_stay_id']}? (epoch {epoch}, batch {batch})",
-            caption=f"risk {record['probability']:.2f} · text encoder: {self.text_encoder}",
-            hours_label="hours before the " + ("prediction" if self.settings.prospective else "final event"),
-        )
-        save_figure(self.output / "plots" / f"{name}.png", figure)
-        self.objective.train()
+        self.finish_writing()
+        self.writing = self.writer.submit(self._write_attention, record, batch, epoch)
+
+    def _write_attention(self, record: dict[str, Any], batch: int, epoch: int) -> None:
+        path = save_attention_weights(record, batch, epoch, self.output / "attention_weights")
+        if self.draw_attention:
+            self.draw_attention(path)
+
+    def finish_writing(self) -> None:
+        """Wait for the attention that is being written, if any; what went wrong there is raised here."""
+        if self.writing:
+            self.writing.result()
+        self.writing = None
 
 
-def _save_npz(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **record)
-
-
+STEPS_PER_READING = 10  # of the losses: a device that is asked after each step idles while the next is prepared
+MOST_ATTENTION_FILES = 5  # of an epoch
 MAX_MAP_EVENTS, MAX_MAP_BINS = 1024, 64
 
 
 @torch.no_grad()
 def attention_record(
     model: ClinicalTransformer, dataset: ClinicalSequenceDataset, stay: int, device: torch.device
-) -> dict[str, np.ndarray]:
-    """Attention of one pass over a stay's last 1,024 events: bounded however long the stay.
-
-    `layer_attention (n_layers, H, bins, bins)` are means over at most 64 equal bins of events, `pooling_weights (4, L)` are exact.
-    """
+) -> dict[str, Any]:
+    """What `model(..., return_attention=True)` gives for a stay's last 1,024 events, and which events they are."""
     model.eval()
     sequence, static, _ = dataset[stay]
     sequence = sequence[-MAX_MAP_EVENTS:].to(device)
     probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
-    maps = torch.cat(attention["layer_attention_weights"])  # (n_layers, H, L, L)
-    bins = min(len(sequence), MAX_MAP_BINS)
     events = slice(dataset.table.offsets[stay + 1] - len(sequence), dataset.table.offsets[stay + 1])
-    return {
-        "icu_stay_id": np.array(dataset.table.stays.icu_stay_id[stay]),
-        "probability": probability.cpu().numpy()[0, 0],
-        "layer_attention": F.adaptive_avg_pool2d(maps, bins).cpu().numpy().astype(np.float16),
-        "pooling_weights": attention["pooling_weights"][0, :, 0].cpu().numpy(),
+    attention["layer_attention_weights"] = [binned(weights) for weights in attention["layer_attention_weights"]]
+    return attention | {
+        "icu_stay_id": int(dataset.table.stays["icu_stay_id"].iloc[stay]),
+        "probability": float(probability),
         "hours_to_final_event": dataset.table.minutes_to_end[events] / 60,
         "event_type": dataset.table.event_type[events],
     }
+
+
+def binned(weights: Tensor) -> Tensor:
+    """(B, H, L, L) -> (B, H, bins, bins): means over at most 64 equal bins of events."""
+    return F.adaptive_avg_pool2d(weights, min(weights.shape[-1], MAX_MAP_BINS))
+
+
+def save_attention_weights(
+    attention_weights: dict[str, Any],
+    batch_idx: int,
+    epoch: int,
+    save_dir: str | Path = "trained_models/clinical_LF/attention_weights",
+) -> Path:
+    """Write the attention of a pass (`return_attention=True`) as attention_epoch_{epoch}_batch_{batch_idx}.npz.
+
+    Bounded however long the stays: layers' maps are binned and in half precision, `transformer_output` is left out.
+    """
+    arrays = {name: value for name, value in attention_weights.items() if name != "transformer_output"}
+    maps = [binned(torch.as_tensor(weights).float()) for weights in arrays["layer_attention_weights"]]
+    arrays["layer_attention_weights"] = torch.stack(maps).half()  # (n_layers, B, H, bins, bins)
+    arrays = {name: torch.as_tensor(value).cpu().numpy() for name, value in arrays.items()}
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # savez would add a suffix to a path
+            np.savez_compressed(file, **arrays)
+
+    return write_whole(Path(save_dir) / f"attention_epoch_{epoch}_batch_{batch_idx}.npz", write)
+
+
+def load_attention_weights(path: str | Path) -> dict[str, Any]:
+    """Return what `save_attention_weights` wrote, as the `analyze_*` functions of the explainer take it.
+
+    `pooling_weights (B, 4, 1, L)` are exact, `layer_attention_weights`, a list of (B, 8, bins, bins), are means over bins.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    arrays["layer_attention_weights"] = list(arrays["layer_attention_weights"].astype(np.float32))
+    return arrays
 
 
 @torch.no_grad()
@@ -3173,14 +3342,14 @@ def predict_logits(
     model.eval()
     batches = plan_batches(dataset.lengths, 2 * settings.batch_size, settings.max_events_per_batch)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(dataset, batch_sampler=mine, collate_fn=collate_stays)
-    scored: list[tuple[int, float]] = []
-    bar = Progress(loader, desc="predicting", unit=" batches", active=accelerator.is_main_process, delay=2)
-    for stays, batch in zip(mine, bar):
-        batch = send_to_device(batch, accelerator.device)
+    loader = packed_batches(dataset, mine, accelerator.device)
+    parts = [torch.zeros(0, 1, device=accelerator.device)]  # a process may have no batch
+    is_main = accelerator.is_main_process
+    for batch in Progress(loader, total=len(mine), desc="predicting", unit=" batches", active=is_main, delay=2):
         with accelerator.autocast():
-            logits = model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
-        scored += zip(stays.tolist(), logits.double().squeeze(1).tolist())
+            parts.append(model.score_packed(batch.events, batch.static_features, batch.layout)[0])
+    logits = torch.cat(parts).squeeze(1).cpu().double()
+    scored = list(zip(np.concatenate([[], *mine]).tolist(), logits.tolist()))
     everywhere = gather_object(scored) if accelerator.num_processes > 1 else scored
     return np.array([logit for _, logit in sorted(everywhere)])
 
@@ -4258,10 +4427,27 @@ class Outcome(NamedTuple):
     scored: Scored | None
 
 
+def draw_attention(path: Path, settings: Settings, text_encoder: str) -> Path:
+    """Draw a file of `save_attention_weights` as a heatmap of the same name in plots/."""
+    record = load_attention_weights(path)
+    layer_maps = np.stack(record["layer_attention_weights"])[:, 0].mean(1)  # (n_layers, bins, bins)
+    figure = plot_attention_heatmap(
+        layer_maps,
+        record["pooling_weights"][0, :, 0],  # (heads, L)
+        record["hours_to_final_event"],
+        title=f"Where does the model look in ICU stay {record['icu_stay_id']}? ({path.stem.replace('_', ' ')})",
+        caption=f"risk {record['probability']:.2f} · text encoder: {text_encoder}",
+        hours_label="hours before the " + ("prediction" if settings.prospective else "final event"),
+    )
+    return save_figure(Path(settings.output_dir) / "plots" / f"{path.stem}.png", figure)
+
+
 def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> Outcome:
     """Train on a split, score its test stays once with the best weights, and write everything."""
     output = Path(settings.output_dir)
-    trainer = Trainer(cohort.table, split, cohort.text_vectors, cohort.text_encoder, settings, output, accelerator)
+    draw = partial(draw_attention, settings=settings, text_encoder=cohort.text_encoder)
+    vectors, encoder = cohort.text_vectors, cohort.text_encoder
+    trainer = Trainer(cohort.table, split, vectors, encoder, settings, output, accelerator, draw)
     if settings.resume:
         trainer.resume()
     results, audit = Results(output, settings), list[dict]()

@@ -102,7 +102,7 @@ def test_layer_weights_equal_what_the_fused_pass_used(model, batch):
     _, attention = model(*batch, return_attention=True)
     for hook in hooks:
         hook.remove()
-    value = train.unpack(seen["qkv"], mask).unflatten(2, (3, 4, -1))[:, :, 2].transpose(1, 2)
+    value = train.unpack(seen["qkv"], train.layout_of_mask(mask)).unflatten(2, (3, 4, -1))[:, :, 2].transpose(1, 2)
     by_weights = (attention["layer_attention_weights"][0] @ value).transpose(1, 2).flatten(2)[mask]
     assert torch.allclose(by_weights, seen["attended"], atol=1e-5)
 
