@@ -3314,7 +3314,7 @@ def save_attention_weights(
     arrays = {name: value for name, value in attention_weights.items() if name != "transformer_output"}
     maps = [binned(torch.as_tensor(weights).float()) for weights in arrays["layer_attention_weights"]]
     arrays["layer_attention_weights"] = torch.stack(maps).half()  # (n_layers, B, H, bins, bins)
-    arrays = {name: torch.as_tensor(value).cpu().numpy() for name, value in arrays.items()}
+    arrays = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in arrays.items()}
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # savez would add a suffix to a path
