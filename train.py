@@ -1017,24 +1017,29 @@ def append_stays(first: StayTable, second: StayTable) -> StayTable:
 
 
 def read_stays(
-    data: str | Path,
+    data: str | Path | pd.DataFrame,
     cache_dir: str | Path = "clinical_LF_precomp_emb",
     need_label: bool = True,
     task: MedsTask | None = None,
     memory_limit: str = "33%",
     threads: int = 0,
+    static_features: Sequence[str] = STATIC_COLUMNS,
 ) -> tuple[StayTable, dict[str, int]]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
-    task: what is predicted, where the folder is a MEDS data set. Raises `InputError` for a table that cannot be read
-    as it was meant.
+    data may be a data frame, one row per event. task: what is predicted, where the folder is a MEDS data set. Of the
+    columns that describe a stay, only the static_features must be there. Raises `InputError` for a table that cannot
+    be read as it was meant.
     """
-    path = Path(data)
-    if not path.exists() and not any(c in str(data) for c in "*?["):
+    frame = data if isinstance(data, pd.DataFrame) else None
+    path = Path("the data frame" if frame is not None else data)
+    if "\n" in str(path):
+        raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
+    if frame is None and not path.exists() and not any(c in str(data) for c in "*?["):
         raise InputError(
             f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file."
         )
-    if is_meds(path) != (task is not None):
+    if frame is None and is_meds(path) != (task is not None):
         raise InputError(
             f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h."
         )
@@ -1046,7 +1051,7 @@ def read_stays(
         spill = results / f".spilled{HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with open_duckdb(memory_limit, threads, spill) as con:
-                return _read_tables(con, path, need_label, task)
+                return _read_tables(con, frame if frame is not None else path, need_label, task, static_features)
         except duckdb.OutOfMemoryException as error:
             raise no_room(f"{data}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
@@ -1069,12 +1074,17 @@ def read_stays(
 
 
 def _read_tables(
-    con: duckdb.DuckDBPyConnection, path: Path, need_label: bool, task: MedsTask | None
+    con: duckdb.DuckDBPyConnection,
+    source: Path | pd.DataFrame,
+    need_label: bool,
+    task: MedsTask | None,
+    static_features: Sequence[str],
 ) -> tuple[StayTable, dict[str, int]]:
     """Check and load the stays of a source; DuckDB's own errors for what cannot be read."""
+    path = Path("the data frame") if isinstance(source, pd.DataFrame) else source
     left_out = register_meds(con, path, task) if task else {}
-    kind = "flat" if task else _register_source(con, path)
-    _check_columns(con, path, need_label)
+    kind = "flat" if task else _register_source(con, source)
+    _check_columns(con, path, need_label, static_features)
     _check_values(con, path, need_label)
     table, report = _load_arrays(con, path, kind)
     return table, {reason: count for reason, count in left_out.items() if count} | report
@@ -1138,8 +1148,12 @@ def _reason(error: Exception) -> str:
     )
 
 
-def _register_source(con: duckdb.DuckDBPyConnection, path: Path) -> str:
-    """Views `stay_rows` and `event_rows` over the file, columns as they are; returns 'nested' or 'flat'."""
+def _register_source(con: duckdb.DuckDBPyConnection, path: Path | pd.DataFrame) -> str:
+    """Make views `stay_rows` and `event_rows` over the file or frame, columns as they are; return 'nested' or 'flat'."""
+    if isinstance(path, pd.DataFrame):
+        con.register("stay_rows", path)
+        con.register("event_rows", path)
+        return "flat"
     is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
     if not is_csv and not path.name.lower().endswith(".parquet"):
         raise InputError(f"{path}: --data takes a folder, *.parquet, *.csv or *.csv.gz.")
@@ -1169,10 +1183,13 @@ def _columns(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
     return {name: kind for name, kind, *_ in con.execute(f"DESCRIBE {view}").fetchall()}
 
 
-def _check_columns(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) -> None:
-    """Every column is there, and of a type that holds what it should."""
+def _check_columns(
+    con: duckdb.DuckDBPyConnection, path: Path, need_label: bool, static_features: Sequence[str]
+) -> None:
+    """Refuse a table without a column that is needed, or whose ids lost digits."""
     stay_columns, event_columns = _columns(con, "stay_rows"), _columns(con, "event_rows")
-    missing = [name for name in STAY_COLUMNS if name not in stay_columns and (need_label or name != LABEL)]
+    unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {LABEL})
+    missing = [name for name in STAY_COLUMNS if name not in stay_columns and name not in unneeded]
     missing += [name for name in EVENT_COLUMNS if name not in event_columns]
     if missing:
         raise InputError(
@@ -4204,6 +4221,7 @@ def read_source(data: str, settings: Settings, accelerator: Accelerator, need_la
             settings.meds_task,
             settings.memory_limit,
             settings.threads,
+            settings.static_features,
         )
     table, flow = choose_cohort(whole, settings)
     if not settings.trajectory:  # which scores more of each stay than its cohort has

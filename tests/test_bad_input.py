@@ -379,6 +379,28 @@ def test_files_of_one_glob_may_order_their_columns_differently(tmp_path):
     assert len(train.read_stays(tmp_path / "*.csv")[0].text) == 120
 
 
+def test_column_that_no_chosen_feature_needs_may_be_missing(tmp_path, capfd):
+    table = small_table().drop(columns=["insurance", "discharge_location", "patient_race"])
+    table.to_csv(tmp_path / "data.csv", index=False)
+    few = ["--static-features", "patient_age", "patient_gender"]
+    assert run(*arguments(tmp_path, tmp_path / "data.csv", *few)) == 0
+    result = run(*arguments(tmp_path, tmp_path / "data.csv", "--output-dir", tmp_path / "all"))
+    assert result == 2 and "missing columns patient_race, insurance" in capfd.readouterr().err
+
+
+def test_data_frame_is_read_as_its_file(tmp_path):
+    table = small_table()
+    table.to_csv(tmp_path / "data.csv", index=False)
+    typed = pd.read_csv(tmp_path / "data.csv", parse_dates=["icu_intime", "icu_outtime", "event_time"])
+    expected = train.read_stays(tmp_path / "data.csv")[0]
+    for frame in (table, typed):
+        assert train.read_stays(frame)[0].fingerprint() == expected.fingerprint()
+    with pytest.raises(train.InputError, match="the data frame: missing columns icu_intime"):
+        train.read_stays(table.drop(columns="icu_intime"))
+    with pytest.raises(train.InputError, match="Give a path, or the data frame itself"):
+        train.read_stays(str(table))
+
+
 # ---- options and folders ----
 
 
