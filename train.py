@@ -40,6 +40,7 @@ import copy
 import glob
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
@@ -67,6 +68,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get
 import duckdb
 import numpy as np
 import pandas as pd
+import psutil
 import sqlglot
 import torch
 import transformers
@@ -227,6 +229,10 @@ class Settings:
     trajectory: str = option("", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.")
     temperature_scaling: bool = option(False, "Calibrate by one temperature fitted on the validation split.")
     cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.", low=0)
+    report_to: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "Also send each epoch's figures to this tracker."
+    )
+    dry_run: bool = option(False, "Read the data, say what the run will do, take and need, and stop.")
     audit: bool = option(False, "Only run the leakage audit: write leakage_audit.csv and stop.")
 
     @property
@@ -4152,13 +4158,19 @@ def log_to_stdout() -> None:
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    precision = settings.mixed_precision
+    """Return the process's accelerator: precision, tracker, and the processes of a launcher on CPUs too."""
+    precision, tracker = settings.mixed_precision, settings.report_to
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise InputError(f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}")
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     return Accelerator(
-        mixed_precision=precision, cpu=several_on_cpu
-    )  # unasked, it takes torchrun's processes on CPUs for single ones
+        mixed_precision=precision,
+        cpu=several_on_cpu,  # unasked, it takes torchrun's processes on CPUs for single ones
+        log_with=None if tracker == "none" else tracker,
+        project_dir=settings.output_dir,
+    )
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -4169,6 +4181,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with hold(output, wait=False) if accelerator.is_main_process else contextlib.nullcontext():
         if settings.evaluate:
             return evaluate_checkpoint(settings, accelerator)
+        started = time.monotonic()
         source = read_source(settings.data, settings, accelerator)
         external = read_source(settings.test_data, settings, accelerator) if settings.test_data else None
         # Split first: a table too small for it is refused before hours of encoding.
@@ -4177,6 +4190,10 @@ def run(settings: Settings) -> dict[str, Any]:
             table, splits = with_test_stays(table, splits[0], external.table)
         if settings.audit:
             return {"audit": write_audit(table, splits[0], source.repairs, settings, Results(output, settings))}
+        if accelerator.is_main_process:
+            describe_plan(table, splits, settings, accelerator, time.monotonic() - started)
+        if settings.dry_run:
+            return {}
         cohort = Cohort(table, source.flow, source.repairs, *embed_texts(table.texts, settings, accelerator))
         if settings.cross_validate or settings.seeds > 1:
             return train_repeatedly(cohort, splits, settings, accelerator)
@@ -4316,6 +4333,77 @@ def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tupl
         raise InputError("--test-data: no stays of both outcomes are left. Give stays of patients that --data has not.")
     both = append_stays(table, external.take(np.flatnonzero(is_new)))
     return both, [split._replace(test=np.arange(len(table.stays), len(both.stays)))]
+
+
+def describe_plan(
+    table: StayTable, splits: Sequence[Split], settings: Settings, accelerator: Accelerator, seconds_read: float
+) -> None:
+    """Log what the run will do and about how long it takes, by rates measured here, and what it needs of what is free."""
+    n_new, dim, seconds_per_text = measure_encoding(table.texts, settings, accelerator)
+    n_events = int(table.lengths[splits[0].train].sum())
+    n_scored = int(table.lengths[splits[0].validation].sum())
+    seconds_per_event = measure_training(table.lengths[splits[0].train], dim, settings, accelerator.device)
+    events_per_process = (n_events + n_scored / 3) / accelerator.num_processes  # scoring has no backward pass
+    epoch, n_trainings = seconds_per_event * events_per_process, max(len(splits), settings.seeds)
+    encoding = f"encode {n_new:,} of {len(table.texts):,} texts (about {words_of(n_new * seconds_per_text)})"
+    training = f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {words_of(epoch)}"
+    logger.info(f"Plan        read in {words_of(seconds_read)}; {encoding}; {training}")
+    cache = Path(settings.cache_dir).absolute()
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    disk, free = 4 * dim * n_new, shutil.disk_usage(existing).free
+    memory, available = 4 * dim * len(table.texts) + 40 * len(table.text), psutil.virtual_memory().available
+    logger.info(
+        f"Needs       {disk / 1e9:.1f} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
+        f"about {memory / 1e9:.1f} GB of memory ({available / 1e9:.0f} GB available)"
+    )
+    if disk > free or memory > available:
+        logger.warning("Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.")
+    if settings.dry_run:
+        logger.info("Dry run     nothing was encoded or trained")
+
+
+def words_of(seconds: float) -> str:
+    """Return a time as a person says it: `0.4 s`, `12 min`, `3.5 h`."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def measure_encoding(texts: np.ndarray, settings: Settings, accelerator: Accelerator) -> tuple[int, int, float]:
+    """Return how many texts have no vector yet, a vector's size, and the seconds that a text takes."""
+    try:
+        encoder = make_text_encoder(settings.text_encoder, **encoder_options(settings, accelerator))
+        encoder.cache.refresh()
+        cleaned = list(map(clean_text, texts))
+        missing = np.flatnonzero(encoder.cache.missing(text_keys(cleaned)))
+        some = [cleaned[number] for number in missing[:: max(1, len(missing) // 32)]]
+        if len(missing) < 1000:  # done before it is worth measuring
+            return len(missing), encoder.dim, 0.0
+        encoder._load()
+        started = time.monotonic()
+        encoder._forward(0, encoder._tokenise(some))
+        return len(missing), encoder.dim, (time.monotonic() - started) / len(some) / accelerator.num_processes
+    except EncoderUnreachable:  # `embed_texts` says what to do about it
+        return len(texts), 768, 0.0
+
+
+def measure_training(lengths: np.ndarray, dim: int, settings: Settings, device: torch.device) -> float:
+    """Return the seconds that an event takes in training: a step on made-up events of stays of these lengths."""
+    batches = plan_batches(lengths, settings.batch_size, min(settings.max_events_per_batch, 4096))
+    n_stays, n_events = len(batches[len(batches) // 2]), int(lengths[batches[len(batches) // 2]].max())
+    with torch.random.fork_rng(devices=[]):
+        sequences = torch.randn(n_stays, n_events, len(EVENT_TYPES) + dim + 1, device=device)
+        sizes = (settings.d_model, settings.n_layers, settings.n_heads, settings.d_feedforward)
+        model = ClinicalTransformer(sequences.shape[2], 1, *sizes, settings.n_pooling_heads).to(device)
+    is_event = torch.ones(sequences.shape[:2], dtype=torch.bool, device=device)
+    seconds = math.inf
+    for _ in range(2):  # the first is slower
+        started = time.monotonic()
+        model.logits(sequences, torch.zeros(n_stays, 1, device=device), is_event).sum().backward()
+        float(model.query_vector.grad.sum())  # waits for the device
+        seconds = min(seconds, time.monotonic() - started)
+    return seconds / (n_stays * n_events)
 
 
 class Cohort(NamedTuple):
@@ -4474,7 +4562,12 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
         results.table("split.csv", split_table(trainer.patients))
         audit = write_audit(cohort.table, split, cohort.repairs, settings, results)
     describe_training(trainer, split)
+    if settings.report_to != "none":
+        accelerator.project_configuration.set_directories(str(output))
+        accelerator.init_trackers("clinical_LF", {name: str(value) for name, value in asdict(settings).items()})
     trainer.fit()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
     best = load_checkpoint(output / "checkpoints" / "best_model.pth", accelerator.device)
     trainer.model.load_state_dict(best.model.state_dict())
