@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import copy
 import functools
+import html
 import io
 import logging
 import math
@@ -102,11 +103,9 @@ class ExplainSettings:
     """
 
     checkpoint: str = train.option("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
-    data: str = train.option(
-        "sample_train.csv", "MIMIC-IV folder, nested Parquet or flat table; its held-out stays are used."
-    )
+    data: str = train.option("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
     save_dir: str = train.option(
-        "trained_models/clinical_LF/explainability", "Folder for figures, tables and the report."
+        "", "Folder for figures, tables and the report; default: explainability beside the checkpoint's folder."
     )
     stays: int = train.option(
         4, "Stays shown in full: highest, lowest, most uncertain, most wrong, and so on in turn.", low=0
@@ -172,7 +171,7 @@ class Run(NamedTuple):
 
 def load_run(
     checkpoint_path: str | Path,
-    test_data_path: str | Path = "sample_train.csv",
+    test_data_path: str | Path | pd.DataFrame = "",
     text_encoder: str = "",
     cache_dir: str | Path = "clinical_LF_precomp_emb",
     hf_cache: str | Path = "hf_cache",
@@ -185,12 +184,17 @@ def load_run(
     accelerator = full_precision()
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
     trained = replace(checkpoint.settings, labels=labels or checkpoint.settings.labels)
+    data, shown = data_to_explain(test_data_path, checkpoint)
     table, _ = train.read_stays(
-        train.data_path(str(test_data_path)), cache_dir, need_label=False, task=trained.meds_task
+        data,
+        cache_dir,
+        need_label=False,
+        task=trained.meds_task,
+        static_features=[*checkpoint.preprocessor.categorical, *checkpoint.preprocessor.numeric],
     )
     settings = replace(
         trained,
-        data=str(test_data_path),
+        data=shown,
         cache_dir=str(cache_dir),
         hf_cache=str(hf_cache),
         text_encoder=train.encoder_to_load(checkpoint, text_encoder),
@@ -200,13 +204,26 @@ def load_run(
     seen = patients.isin(checkpoint.patients["train"] + checkpoint.patients["validation"])
     if seen.all():
         raise InputError(
-            f"{test_data_path}: all {len(patients)} stays are of patients that this model was trained or tuned on; "
+            f"{shown}: all {len(patients)} stays are of patients that this model was trained or tuned on; "
             "explaining them would flatter it. Give --data with other patients."
         )
     held_out = bool(patients.isin(checkpoint.patients["test"]).any())
+    if not held_out and not seen.any():
+        logger.warning(f"Data        WARNING: no patient of {shown} was trained or tested on: these are other data")
     table = table.take(np.flatnonzero(~seen)).with_own_texts()
     _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
     return make_run(checkpoint, table, vectors, held_out, accelerator)
+
+
+def data_to_explain(given: str | Path | pd.DataFrame, checkpoint: train.Checkpoint) -> tuple[Path | pd.DataFrame, str]:
+    """Return the data to read, the checkpoint's own where none are given, and what to call them."""
+    if isinstance(given, pd.DataFrame):
+        return given, "the data frame"
+    own = checkpoint.settings.test_data or checkpoint.settings.data
+    path = train.data_path(str(given) or own)
+    if not str(given) and not path.exists() and "*" not in own:
+        raise InputError(f"{own}: the data that the checkpoint was trained on are not there. Give --data.")
+    return path, str(path)
 
 
 def full_precision() -> Accelerator:
@@ -3390,13 +3407,56 @@ TABLE_FILES = {
 }
 
 
+class Explanation(dict[str, Any]):
+    """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures."""
+
+    def __init__(self, tables: dict[str, Any], text_encoder: str, report: Path | None) -> None:
+        super().__init__(tables)
+        self.text_encoder, self.report = text_encoder, report
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"an explanation has no {name}; its tables are {', '.join(self)}")
+
+    def __repr__(self) -> str:
+        sizes = [f"{name} ({len(table):,})" for name, table in self.items() if isinstance(table, pd.DataFrame)]
+        return f"Explanation of {len(self['stays'])} stays; tables: {', '.join(sizes)}; report: {self.report}"
+
+    @functools.cached_property
+    def figures(self) -> dict[str, Figure]:
+        """The pictures by name; each shows itself where a notebook's cell ends with it."""
+        stays = self["stays"]
+        words = f"{len(stays)} held-out stays of {stays['patient_id'].nunique()} patients"
+        drawn = draw_figures(self, f"{words} · text encoder: {self.text_encoder}")
+        for figure in drawn.values():
+            figure._repr_png_ = functools.partial(png_of, figure)  # the name that notebooks look for
+        return drawn
+
+    def _repr_html_(self) -> str:
+        if self.report is None or not self.report.exists():
+            return self["stays"].to_html(index=False)
+        page = html.escape(self.report.read_text("utf-8"), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:50rem;border:1px solid #ddd"></iframe>'
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
 def run_explainability_analysis(
     checkpoint_path: str | Path = ExplainSettings.checkpoint,
-    test_data_path: str | Path = ExplainSettings.data,
+    test_data_path: str | Path | pd.DataFrame = ExplainSettings.data,
     save_dir: str | Path | None = ExplainSettings.save_dir,
     **options: Any,
-) -> dict[str, pd.DataFrame]:
-    """Explain held-out stays with a checkpoint alone; returns the tables and, with a `save_dir`, writes them and the pictures.
+) -> Explanation:
+    """Explain held-out stays with a checkpoint alone; return the tables, and write them and the pictures.
+
+    The data default to the checkpoint's own and may be a data frame; `save_dir` defaults to a folder beside the
+    checkpoint's, None writes nothing.
 
     `options` are fields of `ExplainSettings` (stays, max_stays, text_encoder, cache_dir, seed, ...). Keys of the result: stays,
     events, statics, groups, layers, heads, query_similarity, windows, trajectory, curves, verdict, faithfulness. Raises `InputError` for
@@ -3404,9 +3464,16 @@ def run_explainability_analysis(
 
     >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
     """
+    if not logger.handlers and "ipykernel" in sys.modules:  # a notebook shows no log by itself
+        train.log_to_stdout()
+    is_frame = isinstance(test_data_path, pd.DataFrame)
+    folder = train.run_folder(checkpoint_path) / "explainability" if save_dir == "" else save_dir
     try:
         settings = ExplainSettings(
-            checkpoint=str(checkpoint_path), data=str(test_data_path), save_dir=str(save_dir or ""), **options
+            checkpoint=str(checkpoint_path),
+            data="the data frame" if is_frame else str(test_data_path),
+            save_dir=str(folder or ""),
+            **options,
         )
     except TypeError as error:
         raise InputError(
@@ -3415,16 +3482,20 @@ def run_explainability_analysis(
     train.check_limits(settings)
     settings = in_half_a_minute(settings) if settings.quick else settings
     folders = (settings.text_encoder, settings.cache_dir, settings.hf_cache, settings.labels)
-    run = load_run(settings.checkpoint, settings.data, *folders)
+    run = load_run(settings.checkpoint, test_data_path, *folders)
+    own = run.checkpoint.settings
+    settings = replace(settings, data=settings.data or own.test_data or own.data)
     tables = explain(run, settings)
     for finding in tables["verdict"].itertuples():
         logger.log(logging.WARNING if finding.passed is False else logging.INFO, f"Verdict     {finding.sentence}")
     for sentence in tables["faithfulness"]["sentence"]:
         logger.info(f"Check       {sentence}")
-    if save_dir:
-        written = write_everything(Path(save_dir), run, tables, settings)
+    if folder is not None:
+        written = write_everything(Path(folder), run, tables, settings)
         logger.info("Written     " + "\n            ".join(map(str, written)))
-    return {name: tables[name] for name in (*TABLE_FILES, "faithfulness", "attention")}
+    found = {name: tables[name] for name in (*TABLE_FILES, "faithfulness", "attention")}
+    report_file = None if folder is None else Path(folder) / "report.html"
+    return Explanation(found, run.checkpoint.text_encoder, report_file)
 
 
 def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:

@@ -171,9 +171,34 @@ def test_ctrl_c_in_the_middle_of_an_epoch_loses_that_epoch_alone(finished, tmp_p
 
 def test_log_gets_a_line_of_progress_with_the_time_left_and_no_bar(monkeypatch, caplog, capfd):
     monkeypatch.setattr(train, "SECONDS_BETWEEN_LINES", 0)
-    train.logger.propagate = True
+    monkeypatch.setattr(train.logger, "handlers", [])
+    monkeypatch.setattr(train.logger, "propagate", True)
     with caplog.at_level("INFO", logger="clinical_LF"):
         for _ in train.Progress(range(3), desc="counting", unit=" sheep", mininterval=0):
             pass
     assert "counting" in caplog.text and "of 3 sheep" in caplog.text and " left" in caplog.text
     assert capfd.readouterr().err == ""
+
+
+def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, capfd):
+    assert train.main(arguments(tmp_path, finished / "data.csv", "--dry-run", "--seeds", 3)) == 0
+    shown = capfd.readouterr().out
+    assert "encode 8 of 8 texts" in shown and "train 3 x 1 epochs at most" in shown and "GB free" in shown
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_tracker_that_is_not_installed_is_named(tracker, finished, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert train.main(arguments(tmp_path, finished / "data.csv", "--report-to", tracker)) == 2
+    assert f"pip install {tracker}" in capfd.readouterr().err
+
+
+def test_tensorboard_gets_every_epoch(finished, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--report-to", "tensorboard", "--max-epochs", 2]
+    assert train.main(arguments(tmp_path, finished / "data.csv", *options)) == 0
+    events = EventAccumulator(str(tmp_path / "out" / "clinical_LF")).Reload()
+    assert [event.step for event in events.Scalars("validation_loss")] == [1, 2]
