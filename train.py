@@ -1,7 +1,7 @@
-"""Predict in-hospital mortality from the event texts of an ICU stay, with a frozen text encoder and a small transformer.
+"""Predict in-hospital mortality from the event texts of an ICU stay: a frozen text encoder and a small transformer.
 
     python train.py                                             # the bundled synthetic sample, a few minutes on a CPU
-    python train.py --data PATH/TO/mimic-iv                     # MIMIC-IV or its open demo: a folder with hosp/ and icu/
+    python train.py --data PATH/TO/mimic-iv                     # MIMIC-IV or its open demo: has hosp/ and icu/
     python train.py --data "exported/*.parquet"                 # what query.sql returned in BigQuery
     python train.py --data mimic-iv --observation-hours 24      # predict 24 h after ICU admission, from what was known
     python train.py settings.yaml --max-epochs 20               # settings from a file; options overrule it
@@ -114,7 +114,7 @@ class InputError(ValueError):
 
 
 class Progress(tqdm):
-    """A progress bar where somebody watches, a terminal or a notebook; in a log a line every 30 s, with the time left."""
+    """A bar where somebody watches, a terminal or a notebook; in a log a line every 30 s with the time left."""
 
     def __init__(self, *arguments: Any, active: bool = True, **options: Any) -> None:
         self.is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
@@ -346,9 +346,8 @@ def check_settings(settings: Settings) -> Settings:
     modes = [name for name in ("evaluate", "audit", "cross_validate") if getattr(settings, name)]
     modes += ["seeds"] if settings.seeds > 1 else []
     modes += ["resume"] if settings.resume and {"evaluate", "audit"} & set(modes) else []
-    splitting = [
-        name for name in ("evaluate", "cross_validate", "split", "test_data", "no_test") if getattr(settings, name)
-    ]
+    splitting = [name for name in ("evaluate", "cross_validate", "test_data", "no_test") if getattr(settings, name)]
+    splitting += ["split"] if settings.split and {"evaluate", "cross_validate"} & set(splitting) else []
     rules = (
         (
             unknown,
@@ -3390,7 +3389,7 @@ MIN_PER_OUTCOME = 20  # below this a subgroup's interval spans nearly everything
 def evaluate_predictions(
     labels: ArrayLike, probabilities: ArrayLike, patient_ids: ArrayLike, n_bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """Return figures of held-out predictions with 95 % intervals from resampling patients, each with all of their stays.
+    """Return figures of held-out predictions with 95 % intervals from resampling patients with all of their stays.
 
     labels (n,) 0/1, probabilities (n,) in [0, 1], patient_ids (n,). JSON-ready counts and, per name in METRICS,
     {"value", "low", "high"}; None where a figure does not exist (then with a "reason"). Resamples with one outcome only
@@ -4201,7 +4200,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def output_folder(settings: Settings) -> Path:
-    """Return where a run writes: --output-dir; an evaluation into `evaluation` there, by default beside its checkpoint."""
+    """Return where a run writes: --output-dir; an evaluation into its `evaluation`, or that beside its checkpoint."""
     if not settings.evaluate:
         return Path(settings.output_dir)
     is_chosen = settings.output_dir != Settings.output_dir
@@ -4248,7 +4247,7 @@ def read_source(data: str, settings: Settings, accelerator: Accelerator, need_la
 
 
 def describe(table: StayTable, repairs: dict[str, int], flow: list[CohortStep]) -> None:
-    """Log three lines: size, lengths, what was dropped and why; in between the flow of the cohort, where there is one."""
+    """Log size, lengths, what was dropped and why, and the flow of the cohort, where there is one."""
     quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
     known = table.labels[~np.isnan(table.labels)]
     deaths = f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
@@ -4323,7 +4322,7 @@ def meds_split(table: StayTable, root: Path) -> Split | None:
 
 
 def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tuple[StayTable, list[Split]]:
-    """Return one table of both data sets, and its split: the external stays, of patients not in the first, are the test."""
+    """Return one table of both data sets, and its split: external stays, of patients not in the first, are the test."""
     is_new = ~external.stays["patient_id"].isin(table.stays["patient_id"]).to_numpy()
     if not is_new.all():
         logger.warning(
@@ -4338,7 +4337,7 @@ def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tupl
 def describe_plan(
     table: StayTable, splits: Sequence[Split], settings: Settings, accelerator: Accelerator, seconds_read: float
 ) -> None:
-    """Log what the run will do and about how long it takes, by rates measured here, and what it needs of what is free."""
+    """Log what the run will do, about how long it takes by rates measured here, and what it needs of what is free."""
     n_new, dim, seconds_per_text = measure_encoding(table.texts, settings, accelerator)
     n_events = int(table.lengths[splits[0].train].sum())
     n_scored = int(table.lengths[splits[0].validation].sum())
@@ -4353,8 +4352,8 @@ def describe_plan(
     disk, free = 4 * dim * n_new, shutil.disk_usage(existing).free
     memory, available = 4 * dim * len(table.texts) + 40 * len(table.text), psutil.virtual_memory().available
     logger.info(
-        f"Needs       {disk / 1e9:.1f} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
-        f"about {memory / 1e9:.1f} GB of memory ({available / 1e9:.0f} GB available)"
+        f"Needs       {disk / 1e9:.2g} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
+        f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)"
     )
     if disk > free or memory > available:
         logger.warning("Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.")
@@ -4366,7 +4365,7 @@ def words_of(seconds: float) -> str:
     """Return a time as a person says it: `0.4 s`, `12 min`, `3.5 h`."""
     for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
         if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
+            return f"{seconds / size:.2g} {unit}"
     return f"{seconds:.1f} s"
 
 
@@ -4611,7 +4610,7 @@ def count_parameters(model: nn.Module) -> int:
 def report_training(
     trainer: Trainer, cohort: Cohort, scored: dict[str, Scored], audit: list[dict], results: Results
 ) -> Outcome:
-    """Write metrics, predictions, plots and the model card of the held-out stays; log the summary a person looks for."""
+    """Write metrics, predictions, plots and model card of the held-out stays; log the summary a person looks for."""
     settings, part = trainer.settings, "test" if "test" in scored else "validation"
     caption = f"text encoder: {trainer.text_encoder} · {part} {scored[part].words()}"
     validation = f"text encoder: {trainer.text_encoder} · validation {scored['validation'].words()}"
@@ -4817,7 +4816,7 @@ def limits_of(content: dict[str, Any], part: str) -> list[str]:
     slope = metrics["calibration_slope"]
     limits = [
         "Tested on stays of the same data set: other hospitals may differ.",
-        "Groups with fewer than 20 stays of either outcome are not judged; equal figures across groups were not tested.",
+        "Groups with fewer than 20 stays of either outcome are not judged; nor is whether groups differ.",
     ]
     if settings["test_data"]:
         limits[0] = "Tested on another data set than it was trained on."
@@ -4888,7 +4887,7 @@ def encoder_options(settings: Settings, accelerator: Accelerator) -> dict[str, A
 
 
 def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
-    """The encoder given, if it is not the default, else the checkpoint's; a path inside a checkpoint is not followed (`InputError`)."""
+    """Return the encoder given, if it is not the default, else the checkpoint's; its own paths are not followed."""
     if given and given != CLINICAL_LONGFORMER:
         return given
     if checkpoint.text_encoder == "hashing":  # also where the sample fell back to it
@@ -4896,7 +4895,8 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
     name = checkpoint.settings.text_encoder
     if name != CLINICAL_LONGFORMER and Path(name).exists():
         raise InputError(
-            f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; paths inside a checkpoint are not followed. "
+            f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; "
+            "paths inside a checkpoint are not followed. "
             "Give its folder as --text-encoder PATH."
         )
     return name
@@ -4943,13 +4943,14 @@ def write_audit(
     results.table("leakage_audit.csv", audit)
     if used := sorted(set(audit.name[audit.flagged]) & set(settings.static_features)):
         logger.warning(
-            f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. Leave it out of --static-features."
+            f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. "
+            "Leave it out of --static-features."
         )
     return json.loads(audit.to_json(orient="records"))
 
 
 def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """Score a table with a trained model, refitting nothing; figures where labels are known, trajectories on request."""
+    """Score a table with a trained model, refitting nothing; figures where labels are known, trajectories if asked."""
     checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
     own = settings_of_evaluation(checkpoint.settings, settings, encoder_to_load(checkpoint, settings.text_encoder))
     source = read_source(own.data, own, accelerator, need_label=False)
@@ -4999,7 +5000,7 @@ def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | 
 
 
 def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: str) -> Settings:
-    """Return the settings that a model was trained with, but for where data and results lie and what is asked of them."""
+    """Return the settings that a model was trained with, but for where data and results lie and what is asked."""
     given = ("data", "output_dir", "cache_dir", "hf_cache", "evaluate", "trajectory", "n_bootstrap", "first_stay_only")
     given += ("memory_limit", "threads")
     own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given})
@@ -5021,7 +5022,7 @@ def warn_of_seen_patients(scored: Scored, checkpoint: Checkpoint) -> None:
 
 
 def score_trajectories(table: StayTable, settings: Settings, score: Callable[[StayTable], np.ndarray]) -> pd.DataFrame:
-    """Return each stay's risk at several hours after admission, from what was known by then; a stay leaves at its end."""
+    """Return each stay's risk at several hours after admission, from what was known then; a stay leaves at its end."""
     rows = []
     for hour in trajectory_hours(settings.trajectory):
         present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
@@ -5049,57 +5050,66 @@ def write_trajectories(results: Results, trajectories: pd.DataFrame, trained: Se
 def train_repeatedly(
     cohort: Cohort, splits: Sequence[Split], settings: Settings, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Train once for each fold, or several times with other seeds on one split; write the spread, and pooled figures."""
-    output, unit = Path(settings.output_dir), "fold" if settings.cross_validate else "seed"
-    numbers = range(settings.cross_validate or settings.seeds)
-    rows, parts = [], []
+    """Train once for each fold, or with several seeds on one split; write the spread, and pooled figures."""
+    unit, results = "fold" if settings.cross_validate else "seed", Results(Path(settings.output_dir), settings)
+    if accelerator.is_main_process:
+        results.begin()
+    numbers, outcomes = range(1, 1 + (settings.cross_validate or settings.seeds)), []
     for number in numbers:
-        folder = output / f"{unit}_{number + 1}"
+        logger.info(f"{unit.capitalize():11s} {number} of {len(numbers)}")
+        folder = results.folder / f"{unit}_{number}"
         own = replace(settings, output_dir=str(folder), cross_validate=0, seeds=1, split=str(folder / "split.csv"))
         if unit == "seed":
-            own = replace(own, seed=settings.seed + number)
-        logger.info(f"{unit.capitalize():11s} {number + 1} of {len(numbers)}")
-        outcome = train_and_report(cohort, splits[number % len(splits)], own, accelerator)
-        if outcome.scored is not None:
-            part = "test" if "test" in outcome.content["metrics"] else "validation"
-            figures = outcome.content["metrics"][part]
-            rows.append({unit: number + 1} | {name: figures[name]["value"] for name in METRICS})
-            parts.append(outcome.scored.stays.assign(fold=number + 1, risk=outcome.scored.probabilities))
+            own = replace(own, seed=settings.seed + number - 1, no_test=False)
+        split = splits[number - 1 if len(splits) > 1 else 0]
+        outcomes.append(train_and_report(cohort, split, own, accelerator))
     if not accelerator.is_main_process:
         return {}
-    results, spread = Results(output, settings), pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
-    results.begin()
-    stays = pd.concat(parts, ignore_index=True)
-    if unit == "seed":  # each stay was scored once a seed: its mean risk
-        risk = stays.groupby("icu_stay_id")["risk"].transform("mean")
-        stays = stays.assign(risk=risk).drop_duplicates("icu_stay_id").drop(columns="fold").reset_index(drop=True)
-    scored = Scored(stays.drop(columns="risk"), stays["risk"].to_numpy())
-    what = "all folds' test stays" if unit == "fold" else f"mean risk of {len(numbers)} seeds"
+    return report_spread(cohort, outcomes, unit, results)
+
+
+def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, results: Results) -> dict[str, Any]:
+    """Write and log the figures of each fold or seed, their mean and spread, and those of the pooled predictions."""
+    rows = []
+    for number, outcome in enumerate(outcomes, start=1):
+        metrics = outcome.content["metrics"]
+        figures = metrics.get("test", metrics["validation"])
+        rows.append({unit: number} | {name: figures[name]["value"] for name in METRICS})
+    spread = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
+    moments = spread[list(METRICS)].agg(["mean", "std"])
+    results.table(f"{unit}s.csv", pd.concat([spread, moments.rename_axis(unit).reset_index()], ignore_index=True))
+    scored = pooled_predictions(outcomes, unit)
+    what = "the test stays of all folds" if unit == "fold" else f"mean risk of {len(outcomes)} seeds"
     caption = f"text encoder: {cohort.text_encoder} · {what}, {scored.words()}"
-    pooled, tables = write_evaluation(results, scored, settings, caption)
+    pooled, tables = write_evaluation(results, scored, results.settings, caption)
     summary = {
-        name: {"mean": float(spread[name].mean()), "sd": float(spread[name].std()), f"{unit}s": spread[name].tolist()}
+        name: {"mean": moments[name]["mean"], "sd": moments[name]["std"], f"{unit}s": spread[name].tolist()}
         for name in METRICS
     }
     content = {
         "text_encoder": cohort.text_encoder,
-        f"{unit}s": len(numbers),
+        f"{unit}s": len(outcomes),
         "spread": summary,
         "pooled": pooled,
         "tripod_ai": tripod_block(cohort, {}, tables),
-        "settings": asdict(settings),
+        "settings": asdict(results.settings),
     }
-    moments = spread[list(METRICS)].agg(["mean", "std"]).rename_axis(unit).reset_index()
-    results.table(f"{unit}s.csv", pd.concat([spread, moments], ignore_index=True))
     results.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
-    for name in ("auroc", "auprc"):
-        logger.info(
-            f"{unit.capitalize() + 's':11s} {METRIC_WORDS[name]} {summary[name]['mean']:.3f} (sd {summary[name]['sd']:.3f})"
-        )
+    words = [f"{METRIC_WORDS[name]} {summary[name]['mean']:.3f} (sd {summary[name]['sd']:.3f})" for name in METRICS[:2]]
+    logger.info(f"{unit.capitalize() + 's':11s} {', '.join(words)}")
     log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
     logger.info(f"Encoder     {cohort.text_encoder}")
     results.end()
     return content
+
+
+def pooled_predictions(outcomes: Sequence[Outcome], unit: str) -> Scored:
+    """Return each stay once: with its fold, or with its mean risk over the seeds."""
+    parts = [outcome.scored for outcome in outcomes if outcome.scored is not None]
+    if unit == "seed":
+        return Scored(parts[0].stays, np.mean([part.probabilities for part in parts], axis=0))
+    stays = [part.stays.assign(fold=number) for number, part in enumerate(parts, start=1)]
+    return Scored(pd.concat(stays, ignore_index=True), np.concatenate([part.probabilities for part in parts]))
 
 
 if __name__ == "__main__":

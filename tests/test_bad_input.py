@@ -448,6 +448,11 @@ BAD_OPTIONS = [
     (["--evaluate", "x.pth", "--resume"], "do not go together"),
     (["--audit", "--cross-validate", "3"], "do not go together"),
     (["--evaluate", "none.pth"], "no such checkpoint"),
+    (["--seeds", "0"], "--seeds 0: out of range; it must be at least 1"),
+    (["--seeds", "2", "--cross-validate", "3"], "do not go together"),
+    (["--test-data", "x.csv", "--no-test"], "each says which stays test the model"),
+    (["--split", "x.csv", "--cross-validate", "3"], "each says which stays test the model"),
+    (["--report-to", "nobody"], "--report-to: invalid choice"),
 ]
 
 
