@@ -4399,7 +4399,7 @@ def measure_training(lengths: np.ndarray, dim: int, settings: Settings, device: 
     seconds = math.inf
     for _ in range(2):  # the first is slower
         started = time.monotonic()
-        model.logits(sequences, torch.zeros(n_stays, 1, device=device), is_event).sum().backward()
+        model(sequences, torch.zeros(n_stays, 1, device=device), is_event).sum().backward()
         float(model.query_vector.grad.sum())  # waits for the device
         seconds = min(seconds, time.monotonic() - started)
     return seconds / (n_stays * n_events)
