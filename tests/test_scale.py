@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 import pytest
+from accelerate import Accelerator
 from test_query import TABLES, leftovers, write_folder
 
 import train
@@ -128,3 +129,10 @@ def test_out_of_memory_does_not_blame_the_file(tmp_path):
     with pytest.raises(train.InputError, match="--memory-limit 8MB .*Nothing is wrong with the data") as caught:
         train.read_stays(train.SAMPLE, tmp_path, memory_limit="8MB", threads=1)
     assert "CSV must be" not in str(caught.value)
+
+
+def test_prospective_cohort_has_the_texts_that_it_reads(sample):
+    settings = train.check_settings(train.Settings(data=str(train.SAMPLE), observation_hours=6))
+    table = train.read_source(settings.data, settings, Accelerator()).table
+    known = sample.known_minutes_since_intime <= 6 * 60
+    assert set(table.texts) == set(table.texts[table.text]) == set(sample.texts[sample.text[known]]) < set(sample.texts)
