@@ -57,12 +57,14 @@ from train import (
     EVENT_TYPES,
     GREEN,
     GREY,
+    HISTORY,
     LABEL,
     ORANGE,
     VERMILLION,
     ClinicalTransformer,
     InputError,
     calibration_table,
+    item_of,
     new_figure,
     tidy,
 )
@@ -154,7 +156,7 @@ class Run(NamedTuple):
     @property
     def parts(self) -> dict[str, slice]:
         """Which of an event's inputs are its type, its text, its time, and more."""
-        return event_parts(self.dataset.input_dim, self.checkpoint.preprocessor.value_channel)
+        return event_parts(self.dataset.input_dim, self.checkpoint.preprocessor.item_history)
 
     @property
     def training_items(self) -> frozenset[str] | None:
@@ -452,14 +454,14 @@ def integrated_gradients(
     return events.detach(), statics.detach(), (logit, start, gap, n_steps, is_complete(gap, logit - start))
 
 
-def event_parts(input_dim: int, value_channel: bool = False) -> dict[str, slice]:
-    """Which of an event's inputs are its type, its text, its time and (with the value channel) its value."""
-    n_types, last = len(EVENT_TYPES), input_dim - (2 if value_channel else 0)
+def event_parts(input_dim: int, item_history: bool = False) -> dict[str, slice]:
+    """Which of an event's inputs are its type, its text, its time and (with `--item-history`) its item's history."""
+    n_types, last = len(EVENT_TYPES), input_dim - (len(HISTORY) if item_history else 0)
     return {
         "type": slice(0, n_types),
         "text": slice(n_types, last - 1),
         "time": slice(last - 1, last),
-        "value": slice(last, input_dim),
+        "history": slice(last, input_dim),
     }
 
 
@@ -1146,12 +1148,6 @@ def static_word(column: str) -> str:
     return STATIC_WORDS.get(column, column.replace("_", " "))
 
 
-def item_of(text: str) -> str:
-    """Return what an event is, without its numbers: `Lab: Lactate (Blood, Blood Gas)`, up to the first bar."""
-    first = re.sub(r"(?<![\w.-])\d+(?:\.\d+)?\s*%?(?![\w-])", "", str(text).split(" | ", 1)[0])
-    return re.sub(r"\s+", " ", first).strip()
-
-
 def is_abnormal(text: str) -> bool:
     """Return whether the text itself says so: a flag, or a level outside the reference range."""
     return bool(re.search(r"\| Flag: abnormal|\| Level: (?!within range)", str(text)))
@@ -1184,13 +1180,13 @@ def name_inputs(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 7
     >>> name_inputs(preprocessor)["name"][2]
     'event type: labevent'
     """
-    parts = event_parts(input_dim, preprocessor.value_channel)
+    parts = event_parts(input_dim, preprocessor.item_history)
     n_text = parts["text"].stop - parts["text"].start
     names = [("type", f"event type: {name}") for name in EVENT_TYPES]
     names += [("text", f"event text, number {i + 1} of {n_text} (no meaning alone)") for i in range(n_text)]
     names.append(("time", "time to the final event"))
-    if preprocessor.value_channel:
-        names += [("value", "value among its item's training values"), ("value", "has a value")]
+    if preprocessor.item_history:
+        names += [("history", f"its item until then: {name.replace('_', ' ')}") for name in HISTORY]
     rows = [("event", column, part, name) for column, (part, name) in enumerate(names)]
     for column, (name, category) in enumerate(preprocessor.static_names):
         word = static_word(name)

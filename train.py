@@ -85,6 +85,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 from scipy.stats import binomtest
+from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
@@ -163,7 +164,9 @@ class Settings:
     text_encoder_revision: str = option("main", "Branch, tag or commit of the encoder on the hub.")
     max_text_tokens: int = option(512, "Texts are cut after this many tokens.", low=1)
     text_encoder_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision of the frozen encoder.")
-    value_channel: bool = option(False, "Two more inputs per event: its number as a quantile, and whether it has one.")
+    item_history: bool = option(
+        False, "More inputs per event: what its item was until then in this stay (number, extremes, mean, count, ...)."
+    )
     static_features: list[str] = option([], "Static columns to use; default: all that are known at the prediction.")
 
     observation_hours: float = option(
@@ -195,11 +198,11 @@ class Settings:
         0.2, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.", low=0
     )
     tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.", above=0)
-    learning_rate: float = option(5e-4, "Peak learning rate of AdamW.", above=0)
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", above=0)
     weight_decay: float = option(0.1, "Weight decay of AdamW.", low=0)
     warmup_steps: int = option(50, "Steps over which the learning rate rises to its peak.", low=0)
     gradient_clip: float = option(1.0, "Largest norm of the gradient.", above=0)
-    max_epochs: int = option(50, "Epochs at most.", low=1)
+    max_epochs: int = option(10, "Epochs at most; the learning rate falls to 0 over them.", low=1)
     patience: int = option(8, "Stop after this many epochs without a better validation loss.", low=1)
     batch_size: int = option(32, "Stays per step at most, over all processes.", low=1)
     max_events_per_batch: int = option(
@@ -1472,10 +1475,10 @@ class ClinicalDataPreprocessor:
     The state is plain data (`state_dict`), so that a checkpoint loads without pickle.
     """
 
-    def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, value_channel: bool = False) -> None:
+    def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, item_history: bool = False) -> None:
         self.numeric = [name for name in static_features if name in NUMERIC_STATIC_FEATURES]
         self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
-        self.value_channel = value_channel
+        self.item_history = item_history
 
     def fit(self, table: StayTable) -> ClinicalDataPreprocessor:
         """Learn categories, means and scales from the training stays, and nothing from any other."""
@@ -1489,7 +1492,7 @@ class ClinicalDataPreprocessor:
             "categorical": self.categorical,
             "categories": categories,
             "numeric": self.numeric,
-            "value_channel": self.value_channel,
+            "item_history": self.item_history,
             "means": numbers.mean().fillna(0).tolist(),
             "scales": numbers.std(ddof=0).replace(0, 1).fillna(1).tolist(),
             "smallest": numbers.min().fillna(0).tolist(),
@@ -1497,7 +1500,7 @@ class ClinicalDataPreprocessor:
             "time_mean": float(minutes.mean()),
             "time_scale": float(minutes.std()) or 1.0,
         }
-        if self.value_channel:
+        if self.item_history:
             state["item_quantiles"] = item_quantiles(table)
         return self.load_state_dict(state)
 
@@ -1507,11 +1510,8 @@ class ClinicalDataPreprocessor:
     def load_state_dict(self, state: dict[str, Any]) -> ClinicalDataPreprocessor:
         """Take over what `state_dict` gave. Raises ValueError where its parts do not fit together."""
         self._state = state
-        self.categorical, self.numeric, self.value_channel = (
-            state["categorical"],
-            state["numeric"],
-            state["value_channel"],
-        )
+        self.categorical, self.numeric = state["categorical"], state["numeric"]
+        self.item_history = state["item_history"]
         if wrong := [
             name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)
         ]:
@@ -1582,9 +1582,21 @@ class ClinicalDataPreprocessor:
         numbers = self._numbers_of(stays, [column]).to_numpy().clip(smallest, largest)
         return np.nan_to_num(encoder.transform(numbers))
 
-    def encode_values(self, texts: Sequence[str]) -> np.ndarray:
-        """(n texts) -> (n, 2) float32: the number's quantile among training values of its item, in -1..1, and whether it has one."""
-        return encode_values(texts, self._state["item_quantiles"])
+    def encode_history(self, table: StayTable) -> np.ndarray:
+        """(n_events, len(HISTORY)) float32: `item_history` as the model reads it.
+
+        Numbers are quantiles in -1..1 of the item's values in training, 0 where it has none. Raises KeyError if not fitted.
+        """
+        history, quantiles = item_history(table), self._state["item_quantiles"]
+        encoded = np.zeros((len(history), len(HISTORY)), np.float32)
+        for item, rows in history.groupby("item", sort=False, observed=True).indices.items():
+            if item in quantiles:
+                numbers = history[list(STATISTICS)].to_numpy()[rows]
+                encoded[rows, : len(STATISTICS)] = quantiles_in(quantiles[item], numbers)
+                encoded[rows, HISTORY.index("has_value")] = np.isfinite(numbers[:, 0])
+        encoded[:, HISTORY.index("log_count")] = np.log1p(history["count"])
+        encoded[:, HISTORY.index("is_latest")] = history["is_latest"]
+        return encoded
 
 
 def _one_hot(categories: Sequence[str]) -> OneHotEncoder:
@@ -1604,56 +1616,92 @@ def _scaler(mean: float, scale: float) -> StandardScaler:
 
 
 N_QUANTILES = 65
+NUMBER = r"(?<![\w.])\d+(?:\.\d+)?"  # 4 or 4.1, also before a unit, but not the 2 of PaO2
+VALUE = r"(-?\d+(?:\.\d+)?)(?= |$)([^|]*)"  # a number and its unit
 
 
 def without_numbers(text: str) -> str:
-    return re.sub(r"\d+(\.\d+)?", "#", text)
+    return re.sub(NUMBER, "#", text)
+
+
+def item_of(text: str) -> str:
+    """What an event is, without its numbers: `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 ...` -> up to the bar."""
+    head = re.sub(rf"{NUMBER}(?![\w-])\s*%?", "", text.split(" | ", 1)[0])
+    return " ".join(head.split())
 
 
 def parse_value(text: str) -> tuple[str, float]:
-    """Item (what was measured or given, with its unit) and number of an event's text; NaN where it has no number."""
-    item = without_numbers(text.split(" | ", 1)[0])
-    found = re.search(r"\| (?:Value|Rate|Dose): [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text) or re.search(
-        r"\| Amount: [<>]?(-?\d+(?:\.\d+)?)(?= |$)([^|]*)", text
-    )
+    """Item with its unit, and number of an event's text; NaN where it has no number."""
+    item = item_of(text)
+    found = re.search(rf"\| (?:Value|Rate|Dose): [<>]?{VALUE}", text) or re.search(rf"\| Amount: [<>]?{VALUE}", text)
     if not found:
         return item, math.nan
     return f"{item} {found[2].strip()}".strip(), float(found[1])
 
 
+def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
+    """(n_events) item and number of each event; every distinct text is read once."""
+    used, text_of_event = np.unique(table.text, return_inverse=True)
+    parsed = pd.DataFrame(map(parse_value, table.texts[used]), columns=["item", "value"])
+    items = pd.Categorical(parsed["item"])
+    return items[text_of_event], parsed["value"].to_numpy(float)[text_of_event]
+
+
+def without_value(text: str) -> str:
+    """The text with its number masked, for a model that has the number from the item's history."""
+    return re.sub(rf"(\| (?:Value|Rate|Dose|Amount): [<>]?){VALUE}", r"\1#\3", text)
+
+
 def item_hash(text: str) -> str:
     """Return eight bytes, in hex, that tell whether two texts are of one item and cannot be read back."""
-    item = without_numbers(text.split(" | ", 1)[0])
-    return hashlib.md5(item.encode()).hexdigest()[:16]
+    return hashlib.md5(item_of(text).encode()).hexdigest()[:16]
 
 
 def item_quantiles(table: StayTable) -> dict[str, list[float]]:
-    """Quantiles of each item's values over the training events: item -> (at most 65) sorted numbers."""
-    counts = np.bincount(table.text, minlength=len(table.texts))
-    used = np.flatnonzero(counts)
-    items, values = zip(*(parse_value(table.texts[i]) for i in used))
-    frame = pd.DataFrame({"item": items, "value": values, "count": counts[used]}).dropna()
+    """At most 65 quantiles of each item's values over the training events, sorted."""
+    items, values = items_and_values(table)
     grid = np.linspace(0, 1, N_QUANTILES)
-    return {
-        item: np.quantile(np.repeat(group.value, group["count"]), grid, method="nearest").tolist()
-        for item, group in frame.groupby("item")
-    }
+    groups = pd.Series(values).dropna().groupby(items[np.isfinite(values)], observed=True)
+    return {item: np.quantile(group, grid, method="nearest").tolist() for item, group in groups}
 
 
-def encode_values(texts: Sequence[str], quantiles: dict[str, list[float]]) -> np.ndarray:
-    """(n, 2) float32: quantile in -1..1 (0 is the item's median; values outside the seen range are its ends) and a flag.
+def quantiles_in(sorted_values: Sequence[float], numbers: np.ndarray) -> np.ndarray:
+    """Where numbers of any shape lie among sorted values: -1 below all, 0 at the median, 1 above all; NaN becomes 0."""
+    below = np.searchsorted(sorted_values, numbers, "left")
+    up_to = np.searchsorted(sorted_values, numbers, "right")
+    return np.where(np.isfinite(numbers), (below + up_to) / len(sorted_values) - 1, 0)
 
-    An item that training never saw has no place among its like: both are 0.
+
+# What the model reads of an event's item; see `item_history`.
+STATISTICS = ("value", "minimum", "maximum", "mean", "first", "previous")
+HISTORY = (*STATISTICS, "has_value", "log_count", "is_latest")
+
+
+def item_history(table: StayTable) -> pd.DataFrame:
+    """(n_events) What each event's item was in its stay until then, the event included, in the units of its text.
+
+    `item`, then its STATISTICS (NaN without a number; the first value's previous is itself), `count`,
+    `hours_since_previous` (NaN at the first), and `is_latest`: no event of the item follows.
     """
-    encoded = np.zeros((len(texts), 2), np.float32)
-    for row, (item, value) in enumerate(map(parse_value, texts)):
-        if item in quantiles and math.isfinite(value):
-            below, upto = (
-                np.searchsorted(quantiles[item], value, "left"),
-                np.searchsorted(quantiles[item], value, "right"),
-            )
-            encoded[row] = (below + upto) / len(quantiles[item]) - 1, 1
-    return encoded
+    items, values = items_and_values(table)
+    key = pd.Series(table.stay_of_event.astype(np.int64) * max(len(items.categories), 1) + items.codes)
+    value, hours = pd.Series(values), pd.Series(table.minutes_since_intime.astype(float) / 60)
+    of_item = value.groupby(key, sort=False)
+    n_values = value.notna().groupby(key, sort=False).cumsum()
+    return pd.DataFrame(
+        {
+            "item": items,
+            "value": value,
+            "minimum": of_item.cummin(),
+            "maximum": of_item.cummax(),
+            "mean": of_item.cumsum() / n_values,
+            "first": of_item.transform("first").where(value.notna()),
+            "previous": of_item.shift(1).fillna(value),
+            "count": of_item.cumcount() + 1,
+            "hours_since_previous": hours - hours.groupby(key, sort=False).shift(1),
+            "is_latest": ~key.duplicated(keep="last"),
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1978,49 +2026,70 @@ def split_by_budget(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
         start += size
 
 
-NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?"  # 4, 4.1, or 4e+00
+def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
+    """The two bins of a number's magnitude that lie next to it, and their whole weights, 16 together: near numbers share.
+
+    Magnitude is the logarithm to base 2, straight between powers of 2, which any machine computes exactly.
+    """
+    mantissa, exponent = math.frexp(number + 1 / 64)  # below 1/64 all numbers are near 0
+    place = (exponent + 2 * mantissa) * per_octave
+    upper = round(16 * (place % 1))
+    return [(math.floor(place), 16 - upper), (math.floor(place) + 1, upper)]
 
 
 class HashingTextEncoder(TextEncoder):
-    """An encoder without weights: what a text says of its item, words, word pairs and character n-grams, hashed to 768.
+    """An encoder without weights: what a text says of its item, its numbers, words and character n-grams, hashed to 768.
 
     "Level: far above range" means one thing of lactate and another of glucose, so each part of a text counts together
-    with the item it stands behind, with its number and without; this makes four fifths of a vector's variance.
+    with the item it stands behind. A vector is mostly that, and changes smoothly with the numbers, coarse and fine.
     Counts and the +-1 projection are whole numbers, exact in float32: the same vector on every machine, in any batch.
     A vector's elements have mean 0 and variance about 1 (norm about 28).
     """
 
     id, dim, n_features = "hashing", 768, 2**14
+    bins_per_octave = (1, 4, 16)
 
     def __init__(self, cache_dir: Path = Path("clinical_LF_precomp_emb")) -> None:
-        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v3-768", self.dim)
-        self._projection: list[tuple[HashingVectorizer, np.ndarray, np.float32]] = []
+        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v4-768", self.dim)
+        self._projection: list[tuple[Any, np.ndarray, np.float32]] = []
 
     @staticmethod
-    def _of_its_item(text: str) -> list[str]:
-        item, *parts = text.lower().split(" | ")
-        return [item, *(f"{item} {part}" for part in parts), *(f"{item} {re.sub(NUMBER, '#', part)}" for part in parts)]
+    def _parts_of_item(text: str) -> list[str]:
+        item, *parts = text.split(" | ")
+        return [item, *(f"{item} {part}" for part in parts)]
+
+    def _numbers_of_item(self, text: str) -> Iterator[tuple[str, int]]:
+        """Words for the soft bins of each number behind the item, with their weights."""
+        item, *parts = text.split(" | ")
+        for part in parts:
+            what = f"{item} {without_numbers(part)}"
+            for place, number in enumerate(re.findall(NUMBER, part)):
+                for per_octave in self.bins_per_octave:
+                    for bin_number, weight in soft_bins(float(number), per_octave):
+                        yield f"{what} {place} {per_octave} {bin_number}", weight
 
     def _load(self) -> None:
         if not self._projection:
-            options = dict(n_features=self.n_features, norm=None, dtype=np.float32)  # norm=None: signed whole counts
+            options = {"n_features": self.n_features, "norm": None, "dtype": np.float32}  # signed whole counts
             vectorizers = (
-                HashingVectorizer(analyzer=self._of_its_item, **options),
+                HashingVectorizer(analyzer=self._parts_of_item, **options),
                 HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options),
                 HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options),
+                FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
             )
-            signs = np.random.RandomState(768).randint(0, 2, (3, self.n_features, self.dim), np.int8)  # a frozen stream
-            weights = np.sqrt(np.array([0.8, 0.15, 0.05], np.float32))
+            signs = np.random.RandomState(768).randint(0, 2, (4, self.n_features, self.dim), np.int8)  # a frozen stream
+            weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))
             self._projection = list(zip(vectorizers, signs.astype(np.float32) * 2 - 1, weights))
 
     def _tokenise(self, texts: Sequence[str]) -> list[str]:
-        # A number keeps its first digit and its magnitude: 4.1 and 4.3 are one word, 4e+00, not two unrelated ones.
-        return [re.sub(NUMBER, lambda found: f"{float(found[0]):.0e}", without_surrogates(text)) for text in texts]
+        return [without_surrogates(text).lower() for text in texts]
 
     def _forward(self, device_number: int, texts: list[str]) -> np.ndarray:
         out = np.zeros((len(texts), self.dim), np.float32)
-        for vectorizer, signs, weight in self._projection:
-            counts = vectorizer.transform(texts)  # (n, n_features) sparse
+        plain = [without_numbers(text) for text in texts]
+        numbers = [list(self._numbers_of_item(text)) for text in texts]
+        for (vectorizer, signs, weight), inputs in zip(self._projection, (plain, plain, plain, numbers)):
+            counts = vectorizer.transform(inputs)  # (n, n_features) sparse
             squares = np.asarray(counts.multiply(counts).sum(axis=1)).reshape(-1, 1)
             out += weight * ((counts @ signs) / np.sqrt(np.maximum(squares, 1)))
         return out
@@ -2434,8 +2503,8 @@ class PackedStays(NamedTuple):
 class ClinicalSequenceDataset(Dataset):
     """One item per ICU stay, whole: `(sequence (L, 5 + E + 1), static (S,), label (1,))`, oldest event first.
 
-    The columns of an event are its type (5), its text vector (E, 768 for Clinical-Longformer), its time (1) and, with the
-    value channel, its value and whether it has one (2). All tensors live where the text vectors live; `packed` gives
+    The columns of an event are its type (5), its text vector (E, 768 for Clinical-Longformer), its time (1) and, with
+    `--item-history`, its HISTORY (9). All tensors live where the text vectors live; `packed` gives
     batches without padding, made there.
     """
 
@@ -2448,8 +2517,8 @@ class ClinicalSequenceDataset(Dataset):
         self.type_columns = self._here(types)  # (6, 5)
         self.event_type, self.text = self._here(table.event_type), self._here(table.text)  # (n_events,) each
         columns = [preprocessor.encode_relative_time(table.minutes_to_end)]
-        if preprocessor.value_channel:
-            columns.append(preprocessor.encode_values(table.texts)[table.text])
+        if preprocessor.item_history:
+            columns.append(preprocessor.encode_history(table))
         self.event_columns = self._here(
             np.hstack(columns)
         )  # (n_events, k): time first, then what else is known of each
@@ -2470,14 +2539,18 @@ class ClinicalSequenceDataset(Dataset):
         return len(EVENT_TYPES) + self.text_vectors.shape[1] + self.event_columns.shape[1]
 
     @property
+    def n_history(self) -> int:
+        return self.event_columns.shape[1] - 1  # all but the time
+
+    @property
     def is_text(self) -> Tensor:
-        """(input_dim,) True at the columns of the text vector."""
-        columns = torch.arange(self.input_dim)
+        """(6 + E,) True at the columns of the text vector, among those that are normalised."""
+        columns = torch.arange(self.input_dim - self.n_history)
         return (columns >= len(EVENT_TYPES)) & (columns < len(EVENT_TYPES) + self.text_vectors.shape[1])
 
     @property
     def share_of_variance(self) -> Tensor:
-        """(input_dim,) How much of an event's variance a column is given: the text's three quarters, all others' one."""
+        """(6 + E,) How much of an event's variance each column is given: the text's three quarters, all others' one."""
         return torch.where(self.is_text, 0.75 / self.is_text.sum(), 0.25 / (~self.is_text).sum())
 
     def __len__(self) -> int:
@@ -2648,7 +2721,7 @@ def attention_weights_within_stays(query: Tensor, key: Tensor, layout: Layout) -
     return weights * is_event * is_event.transpose(2, 3)
 
 
-LAYER_SCALE = 0.01
+LAYER_SCALE = 0.1
 
 
 class EncoderLayer(nn.Module):
@@ -2690,8 +2763,13 @@ class AttentionPooling(nn.Module):
         self.n_heads = n_heads
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
-    def forward(self, query: Tensor, events: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L); fp32 from the scores on."""
+    def forward(
+        self, query: Tensor, events: Tensor, attention_mask: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L); fp32 from the scores on.
+
+        `bias (B, H, 1, L)` is added to the scores.
+        """
         keys, values = self.key(events), self.value(events)  # (B, L, D), what costs: under autocast
         with full_precision(events):
             q, k, v = (
@@ -2699,10 +2777,48 @@ class AttentionPooling(nn.Module):
                 for tensor in (self.query_projection(query), keys, values)
             )
             scores = q @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (B, H, 1, L)
+            if bias is not None:
+                scores = scores + bias
             is_event = attention_mask[:, None, None, :]
             weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1)
             weights = weights * is_event  # a stay without events: all 0
             return self.output((weights @ v).transpose(1, 2).flatten(2)), weights
+
+
+LATEST_BIAS = 4.0  # the latest event of each item weighs e^4 = 55 times an earlier one when training begins
+
+
+class ItemHistoryProjection(nn.Module):
+    """Projects events with their history: what their numbers say depends on the text, as a low-rank product of the two.
+
+    Quantiles enter in eight soft steps (piecewise linear encoding, Gorishniy et al. 2022, arXiv 2203.05556): an item's
+    low and high values can then both be bad. The text stands for the item and learns slowly: its 768 numbers move all
+    at once, so that a step of Adam would carry it hundreds of times as far as one number, and learn stays by heart.
+    """
+
+    n_steps, slowness = 8, 100.0
+
+    def __init__(self, n_plain: int, d_model: int) -> None:
+        super().__init__()
+        n_numbers = len(STATISTICS) * self.n_steps + len(HISTORY) - len(STATISTICS) + 1
+        self.parts = (n_plain - 1, 1, len(STATISTICS), len(HISTORY) - len(STATISTICS))
+        self.text, self.numbers = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model, bias=False)
+        self.text_factor, self.number_factor = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model)
+        self.product = nn.Linear(d_model, d_model, bias=False)
+        for linear in (self.text, self.text_factor):
+            linear.weight.data *= self.slowness
+
+    def forward(self, events: Tensor) -> Tensor:
+        """(N, 5 + E + 1 + 9) -> (N, D)."""
+        text, time_to_end, quantiles, others = events.split(self.parts, dim=1)
+        time_to_end = time_to_end / 5
+        edges = torch.arange(self.n_steps, device=events.device)
+        steps = ((quantiles.unsqueeze(2) + 1) * self.n_steps / 2 - edges).clamp(0, 1) - 0.5  # (N, 6, 8)
+        has_value = others[:, :1]
+        numbers = torch.cat([steps.flatten(1) * has_value, others, time_to_end], dim=1)  # (N, 52)
+        text = text / self.slowness
+        product = self.product(self.text_factor(text) * self.number_factor(numbers))
+        return self.text(text) + self.numbers(numbers) + product
 
 
 class ClinicalTransformer(nn.Module):
@@ -2722,6 +2838,7 @@ class ClinicalTransformer(nn.Module):
         d_feedforward: int = 512,
         n_pooling_heads: int = 4,
         dropout: float = 0.2,
+        n_history: int = 0,
     ) -> None:
         super().__init__()
         self.architecture = {
@@ -2733,14 +2850,18 @@ class ClinicalTransformer(nn.Module):
             "d_feedforward": d_feedforward,
             "n_pooling_heads": n_pooling_heads,
             "dropout": dropout,
+            "n_history": n_history,
         }
+        self.n_plain = input_dim - n_history  # columns before those of an event's history
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.register_buffer("static_weight", torch.ones(static_dim))
-        self.input_projection = nn.Linear(input_dim, d_model)
+        self.input_projection = (
+            ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
+        )
         # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up, and a
         # path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
-        nn.init.normal_(self.input_projection.bias)
+        nn.init.normal_((self.input_projection.text if n_history else self.input_projection).bias)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
@@ -2750,6 +2871,7 @@ class ClinicalTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(d_model)
         self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, d_model))
         self.attention_pooling = AttentionPooling(d_model, n_pooling_heads)
+        self.latest_bias = nn.Parameter(torch.full((n_pooling_heads,), LATEST_BIAS)) if n_history else None
         self.classifier = nn.Sequential(
             nn.Linear(d_model + static_dim, 256),
             nn.ReLU(),
@@ -2761,9 +2883,9 @@ class ClinicalTransformer(nn.Module):
         )
 
     def set_input_statistics(self, mean: Tensor, scale: Tensor, static_weight: Tensor) -> None:
-        """Mean and spread of the training events' columns (input_dim each), and what each static column (S) is multiplied by."""
-        self.event_mean.copy_(mean)
-        self.event_scale.copy_(scale)
+        """Mean and spread of the training events' columns before their history, and what each static column (S) is multiplied by."""
+        self.event_mean[: self.n_plain] = mean
+        self.event_scale[: self.n_plain] = scale
         self.static_weight.copy_(static_weight)
 
     def forward(
@@ -2805,7 +2927,11 @@ class ClinicalTransformer(nn.Module):
         maps: list[Tensor] | None = [] if return_attention else None
         outputs = unpack(self.encode_packed(events, layout, maps), layout)  # (B, L, D)
         query = self.query_vector.expand(len(outputs), -1, -1)  # (B, 1, D)
-        pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask)
+        bias = None
+        if self.latest_bias is not None:
+            is_latest = unpack(events[:, self.n_plain + HISTORY.index("is_latest"), None], layout)  # (B, L, 1)
+            bias = (self.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
+        pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask, bias)
         inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1)  # (B, D + S)
         details: dict[str, Any] = {"transformer_output": outputs}
         if return_attention:
@@ -2997,9 +3123,10 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
         weighted_sums(dataset.event_columns, torch.ones_like(dataset.text)),
     ]
     mean, mean_square = torch.cat(parts, dim=1).cpu() / n_events  # (input_dim,) each
+    n_plain = len(dataset.is_text)
     scale = (mean_square - mean.square()).clamp(min=0).sqrt()
     scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
-    return mean.float(), (scale / (dataset.share_of_variance * dataset.input_dim).sqrt()).float()
+    return mean.float(), (scale[:n_plain] / (dataset.share_of_variance * n_plain).sqrt()).float()
 
 
 def weighted_sums(rows: Tensor, counts: Tensor) -> Tensor:
@@ -3013,7 +3140,7 @@ def weighted_sums(rows: Tensor, counts: Tensor) -> Tensor:
 
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
-    *("seed", "static_features", "value_channel", "observation_hours", "gap_hours", "first_stay_only"),
+    *("seed", "static_features", "item_history", "observation_hours", "gap_hours", "first_stay_only"),
     *("learning_rate", "batch_size", "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip"),
     *("temporal_weight", "sparsity_weight", "tau_hours", "dropout", "weight_averaging"),
 )
@@ -3040,7 +3167,7 @@ class Trainer:
         self.settings, self.output, self.accelerator, self.text_encoder = settings, output, accelerator, text_encoder
         self.draw_attention = draw_attention
         train_table = table.take(split.train)
-        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.value_channel).fit(train_table)
+        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(train_table)
         vectors = place_vectors(text_vectors, settings.vectors_on, accelerator.device)
         self.train_set, self.validation_set, self.test_set = (
             ClinicalSequenceDataset(table.take(part), self.preprocessor, vectors) if len(part) else None
@@ -3060,7 +3187,6 @@ class Trainer:
         decay = get_ema_multi_avg_fn(settings.weight_averaging)
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=decay)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
         self.writer = ThreadPoolExecutor(1)  # writes and draws attention while training goes on
         self.writing: Future[None] | None = None
         self.history: list[dict[str, float]] = []
@@ -3079,11 +3205,12 @@ class Trainer:
             settings.d_feedforward,
             settings.n_pooling_heads,
             settings.dropout,
+            self.train_set.n_history,
         )
         mean, scale = input_statistics(self.train_set)
         is_number = [category is None for _, category in self.preprocessor.static_names]
         static_weight = torch.where(torch.tensor(is_number), NUMBER_WEIGHT, 1.0)  # (S,)
-        model.set_input_statistics(mean, scale, static_weight)
+        model.set_input_statistics(mean[: len(scale)], scale, static_weight)
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0).cpu()}
         return model
 
@@ -3109,7 +3236,7 @@ class Trainer:
         started = time.monotonic()
         for number, batch in enumerate(bar):
             stays, (share, weights) = batches[number], shares[number]
-            self.warm_up()
+            self.set_learning_rate((epoch - 1 + number / len(batches)) / settings.max_epochs)
             losses = self.objective(batch, self.time_column) * float(weights[0])  # (B,)
             # Processes average their gradients: scaled so, the average is the gradient of the whole batch's mean.
             loss = losses.sum() * (world / len(stays))
@@ -3139,11 +3266,15 @@ class Trainer:
         self.stop_if_not_finite(losses, self.train_set, stays)
         return float(losses.sum())
 
-    def warm_up(self) -> None:
-        """Raise the learning rate linearly over the first steps; afterwards the plateau schedule alone changes it."""
-        if self.step < self.settings.warmup_steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate * (self.step + 1) / self.settings.warmup_steps
+    def set_learning_rate(self, share_of_training: float) -> None:
+        """Raise it linearly over the first steps, then lower it along half a cosine: no single validation decides.
+
+        Where steps are few, the first tenth of them warms up.
+        """
+        warmth = min(1.0, max((self.step + 1) / max(self.settings.warmup_steps, 1), 10 * share_of_training))
+        cosine = 0.5 * (1 + math.cos(math.pi * share_of_training))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * warmth * cosine
 
     def stop_if_not_finite(self, losses: Tensor, dataset: ClinicalSequenceDataset, stays: np.ndarray) -> None:
         """Raise `InputError` that names the first stays whose loss is not finite."""
@@ -3170,7 +3301,6 @@ class Trainer:
             self.history.append(row)
             self.log_epoch()
             self.epochs_done += 1
-            self.scheduler.step(row["validation_loss"])
             if self.best_epoch == self.epochs_done:
                 self.save("best_model.pth")
             self.save("latest_checkpoint.pth")
@@ -3240,7 +3370,6 @@ class Trainer:
                 "objective": objective.state_dict(),
                 "n_averaged": self.average.n_averaged,
                 "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
             }
         write_whole(self.output / "checkpoints" / name, lambda path: torch.save(state, path))
 
@@ -3270,7 +3399,6 @@ class Trainer:
         self.model.load_state_dict(saved.state["model"])
         self.average.n_averaged.copy_(saved.state["n_averaged"])
         self.optimizer.load_state_dict(saved.state["optimizer"])
-        self.scheduler.load_state_dict(saved.state["scheduler"])
         self.history, self.step = saved.state["history"], saved.state["step"]
         self.epochs_done = saved.state["epochs_done"]
         logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
@@ -4838,10 +4966,14 @@ def embed_texts(
 ) -> tuple[str, np.ndarray]:
     """Return the encoder's identity and the texts' vectors (n_texts, E); only new ones are computed, by all processes.
 
+    With `--item-history` the number comes from there, and the text is encoded without it: far fewer are distinct.
+
     The vectors are memory-mapped. On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on a
     user's data that is an error. A failure of one process is one of all, so that none waits for another in vain.
     """
     started = time.monotonic()
+    if settings.item_history:
+        texts = np.array([without_value(text) for text in texts], dtype=object)
     failure = None
     try:
         encoder = make_text_encoder(settings.text_encoder, **encoder_options(settings, accelerator))
@@ -4866,7 +4998,7 @@ def embed_texts(
         raise failures[0]
     vectors = encoder.cache.mapped(keys)
     logger.info(
-        f"Encoder     {encoder.id}: {len(texts):,} distinct texts, {encoder.n_encoded:,} of them new, "
+        f"Encoder     {encoder.id}: {len(set(texts)):,} distinct texts, {encoder.n_encoded:,} of them new, "
         f"{time.monotonic() - started:.1f} s"
     )
     return encoder.id, vectors

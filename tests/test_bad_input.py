@@ -224,7 +224,7 @@ def test_odd_text_is_read_as_it_is_and_trained_on(name, tmp_path):
 
 def test_all_odd_texts_are_trained_on(tmp_path, capfd):
     put("event_text", [*TEXTS.values()], slice(0, len(TEXTS)))(small_table()).to_csv(tmp_path / "data.csv", index=False)
-    assert run(*arguments(tmp_path, tmp_path / "data.csv", "--value-channel")) == 0
+    assert run(*arguments(tmp_path, tmp_path / "data.csv", "--item-history")) == 0
     assert "Traceback" not in "".join(capfd.readouterr())
 
 

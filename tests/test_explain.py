@@ -107,9 +107,9 @@ def test_retry_takes_more_steps_where_it_does_not_add_up(model, stay):
     )
 
 
-@pytest.mark.parametrize("value_channel, width", [(False, 774), (True, 776)])
-def test_event_parts_cover_every_input_once(value_channel, width):
-    parts = explain.event_parts(width, value_channel)
+@pytest.mark.parametrize("item_history, width", [(False, 774), (True, 783)])
+def test_event_parts_cover_every_input_once(item_history, width):
+    parts = explain.event_parts(width, item_history)
     columns = [column for name in PARTS for column in range(width)[parts[name]]]
     assert columns == list(range(width)) and len(range(width)[parts["text"]]) == 768
 

@@ -134,7 +134,7 @@ def assert_invariants(table):
         assert len(array) == n_events and not np.ma.isMaskedArray(array)
     later = np.diff(table.minutes_since_intime)
     assert (later[np.diff(table.stay_of_event) == 0] >= 0).all()
-    encoded = train.ClinicalDataPreprocessor(list(train.STATIC_COLUMNS), value_channel=True).fit(table)
+    encoded = train.ClinicalDataPreprocessor(list(train.STATIC_COLUMNS), item_history=True).fit(table)
     assert (
         np.isfinite(encoded.encode_static_features(table.static_columns)).all()
         and np.isfinite(encoded.encode_relative_time(table.minutes_to_end)).all()

@@ -4,8 +4,10 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from make_sample import make_sample
+from small_table import small_table
 
 import train
 
@@ -89,13 +91,13 @@ def test_fit_is_not_moved_by_other_stays(table):
 
 
 def test_state_is_plain_data_and_round_trips(table):
-    preprocessor = fitted(table, value_channel=True)
+    preprocessor = fitted(table, item_history=True)
     state = json.loads(json.dumps(preprocessor.state_dict()))
     copy = train.ClinicalDataPreprocessor().load_state_dict(state)
     assert np.array_equal(
         copy.encode_static_features(table.static_columns), preprocessor.encode_static_features(table.static_columns)
     )
-    assert np.array_equal(copy.encode_values(table.texts), preprocessor.encode_values(table.texts))
+    assert np.array_equal(copy.encode_history(table), preprocessor.encode_history(table))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_state_is_plain_data_and_round_trips(table):
         ("Prescription: Heparin | Dose: 5-10 mg", "Prescription: Heparin", math.nan),
         (
             "Ingredient: Dextrose 5% | Amount: 50 ml | Rate: 25 mL/hour | Status: FinishedRunning",
-            "Ingredient: Dextrose #% mL/hour",
+            "Ingredient: Dextrose mL/hour",
             25,
         ),
         ("", "", math.nan),
@@ -126,10 +128,49 @@ def test_parse_value_item_and_number(text, item, value):
     assert found[0] == item and (found[1] == value or math.isnan(found[1]) and math.isnan(value))
 
 
-def test_values_are_quantiles_of_their_item_clipped_and_new_items_are_zero():
-    quantiles = {"Lab: X (Blood, C) mg/dL": [0.0, 1.0, 2.0, 3.0]}
-    texts = [f"Lab: X (Blood, C) | Value: {v} mg/dL" for v in (-5, 1.5, 99)] + [
-        "Lab: Y (Blood, C) | Value: 1 mg/dL",
-        "none",
-    ]
-    assert train.encode_values(texts, quantiles).tolist() == [[-1, 1], [0, 1], [1, 1], [0, 0], [0, 0]]
+def test_quantiles_are_clipped_and_zero_without_a_number():
+    assert train.quantiles_in([0.0, 1.0, 2.0, 3.0], np.array([-5, 1.5, 99, math.nan])).tolist() == [-1, 0, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def lactates(tmp_path_factory):
+    """Two stays: lactates of 2, 6 and 1 with a culture among them, and one lactate of 6."""
+    rows = small_table(n_patients=2, n_events=4).iloc[:5].copy()
+    lactate, culture = "Lab: Lactate (Blood, Blood Gas) | Value: {} mmol/L", "Microbiology: Blood | Test: Culture"
+    rows["event_text"] = [lactate.format(2), culture, lactate.format(6), lactate.format(1), lactate.format(6)]
+    path = tmp_path_factory.mktemp("lactates") / "table.csv"
+    rows.to_csv(path, index=False)
+    return train.read_stays(path)[0]
+
+
+def test_item_history_of_lactates_counts_events_up_to_it(lactates):
+    history = train.item_history(lactates)
+    of_lactate = history[history["item"] == "Lab: Lactate (Blood, Blood Gas) mmol/L"]
+    expected = {
+        "value": [2, 6, 1, 6],
+        "minimum": [2, 2, 1, 6],
+        "maximum": [2, 6, 6, 6],
+        "mean": [2, 4, 3, 6],
+        "first": [2, 2, 2, 6],
+        "previous": [2, 2, 6, 6],
+        "count": [1, 2, 3, 1],
+        "is_latest": [False, False, True, True],
+    }
+    assert of_lactate[list(expected)].to_dict("list") == expected
+    np.testing.assert_allclose(of_lactate["hours_since_previous"], [math.nan, 2, 1, math.nan])
+
+
+def test_item_history_does_not_know_what_follows(lactates):
+    """Only is_latest may change where a stay is cut off after its second lactate."""
+    until_then = lactates.minutes_since_intime <= 3 * 60
+    cut = train.item_history(lactates.take(np.arange(2), keep_event=until_then))
+    known = train.item_history(lactates)[until_then].reset_index(drop=True)
+    pd.testing.assert_frame_equal(cut.drop(columns="is_latest"), known.drop(columns="is_latest"))
+
+
+def test_encoded_history_has_quantiles_of_training_values_and_no_number_for_new_items(lactates):
+    preprocessor = fitted(lactates.take(np.array([0])), item_history=True)
+    encoded = preprocessor.encode_history(lactates)
+    value, log_count = encoded[:, train.HISTORY.index("value")], encoded[:, train.HISTORY.index("log_count")]
+    assert value[[0, 2, 3, 4]] == pytest.approx([0, 2 / 3, -2 / 3, 2 / 3], abs=0.08)
+    assert encoded[1, train.HISTORY.index("has_value")] == 0 and log_count[3] == pytest.approx(math.log(4))

@@ -18,7 +18,7 @@ from conftest import save_longformer
 
 import train
 
-GOLDEN = [1.2079865, 0.1290994, 1.1471283, 0.0221500, 2.4989810, -0.7819800]
+GOLDEN = [0.389928, 0.023462, 2.096205, 0.203758, 1.630365, 1.247953]
 LENGTHS = (5, 60, 257, 258, 400, 512)
 
 
@@ -540,10 +540,17 @@ def test_tokenizer_of_a_larger_vocabulary_is_a_clear_error(make, tmp_path):
 # ---- the encoder without weights ----
 
 
-def test_hashing_reads_a_number_by_first_digit_and_magnitude(tmp_path):
+def test_hashing_puts_near_numbers_of_an_item_near(tmp_path):
     encode = train.HashingTextEncoder(tmp_path).encode_event_text_batch
-    low, near, high = encode([f"Value: {value} mmol/L" for value in ("4.1", "4.3", "41")])
-    assert np.array_equal(low, near) and not np.array_equal(low, high)
+    texts = [f"Lab: pH (Blood) | Value: {value}" for value in ("7.10", "7.12", "7.40", "14.8")]
+    to_first = np.corrcoef(encode([*texts, "Lab: Lactate (Blood) | Value: 7.10"]))[0, 1:]
+    assert (np.diff(to_first) < -0.02).all() and to_first[0] > 0.98 and to_first[2] > 0.5 > to_first[3]
+
+
+def test_soft_bins_share_sixteen_between_neighbours():
+    """1.5 lies halfway between 1 and 2 on the magnitude that is straight between powers of 2."""
+    assert train.soft_bins(1.5 - 1 / 64, 1) == [(2, 8), (3, 8)]
+    assert train.soft_bins(2 - 1 / 64, 4) == [(12, 16), (13, 0)]
 
 
 def test_hashing_reads_a_level_together_with_its_item(tmp_path):
@@ -567,7 +574,7 @@ def test_hashing_of_one_word_is_its_signs(tmp_path):
     vector = train.HashingTextEncoder(tmp_path).encode_event_text_batch(["a"])[
         0
     ]  # one item, one word, one 3-gram (" a ")
-    sizes = [abs(0.8**0.5 + a * 0.15**0.5 + b * 0.05**0.5) for a in (-1, 1) for b in (-1, 1)]
+    sizes = [abs(0.5**0.5 + a * 0.15**0.5 + b * 0.05**0.5) for a in (-1, 1) for b in (-1, 1)]
     np.testing.assert_allclose(np.unique(np.abs(vector)), sorted(sizes), rtol=1e-4)
 
 

@@ -161,8 +161,10 @@ def test_evaluate_trajectory_scores_stays_while_they_last(trained, data, tmp_pat
     assert set(rows.hours_after_admission) == {6, 24} and (rows.hours_after_admission == 24).sum() == len(lasting)
 
 
-def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(trained, data, tmp_path):
-    assert train.main(arguments(tmp_path, data, "--max-epochs", 1)) == 0
+def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(trained, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "out_of_patience", lambda trainer: trainer.epochs_done == 1)
+        assert train.main(arguments(tmp_path, data, "--max-epochs", 3)) == 0
     assert train.main(arguments(tmp_path, data, "--max-epochs", 3, "--resume")) == 0
     straight, resumed = weights(trained, "latest_checkpoint.pth"), weights(tmp_path, "latest_checkpoint.pth")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -190,11 +192,11 @@ def test_cross_validation_holds_out_every_stay_once(data, tmp_path):
     assert (predictions.groupby("patient_id").fold.nunique() == 1).all()
 
 
-def test_value_channel_and_temperature_scaling_train_and_evaluate(data, tmp_path):
-    run = arguments(tmp_path, data, "--max-epochs", 1, "--value-channel", "--temperature-scaling")
+def test_item_history_and_temperature_scaling_train_and_evaluate(data, tmp_path):
+    run = arguments(tmp_path, data, "--max-epochs", 1, "--item-history", "--temperature-scaling")
     assert train.main(run) == 0
     checkpoint = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
-    assert checkpoint.model.architecture["input_dim"] == 776
+    assert checkpoint.model.architecture["input_dim"] == 783
     assert train.main(arguments(tmp_path, data, "--evaluate", tmp_path / "out" / "checkpoints" / "best_model.pth")) == 0
 
 
