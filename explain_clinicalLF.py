@@ -2135,7 +2135,7 @@ LOGIT = "logit (right: towards death)"
 TYPE_WORDS = dict(zip(EVENT_TYPES, ("Prescription", "Procedure", "Lab", "Culture", "IV ingredient")))
 PART_WORDS = {
     "attribution_text": "text",
-    "attribution_value": "value",
+    "attribution_history": "history",
     "attribution_type": "type",
     "attribution_time": "time",
 }

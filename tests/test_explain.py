@@ -17,7 +17,7 @@ import explain_clinicalLF as explain
 import train
 
 N_EVENTS, INPUT_DIM, STATIC_DIM = 7, 14, 4  # an event: 5 type, 8 text, 1 time
-PARTS = ("type", "text", "time", "value")
+PARTS = ("type", "text", "time", "history")
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def mock_events(sample, generator):
             "attribution_text": 0.8 * effect,
             "attribution_type": 0.05 * effect,
             "attribution_time": 0.15 * effect,
-            "attribution_value": 0.0,
+            "attribution_history": 0.0,
             "if_unremarkable": 0.7 * effect + generator.normal(0, 0.05, n),
             "attention": weights.mean(axis=1),
             **{f"attention_head_{head}": weights[head - 1] for head in (1, 2, 3, 4)},

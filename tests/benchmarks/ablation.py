@@ -1,7 +1,7 @@
 """What each part of the recipe is worth: one change at a time, on synthetic stays whose best reachable AUROC is known, or on real ones.
 
     python tests/benchmarks/ablation.py                                    # all variants, 3 seeds: 2 to 3 hours on one core
-    python tests/benchmarks/ablation.py --seeds 0 --variants default "value channel"
+    python tests/benchmarks/ablation.py --seeds 0 --variants default "item history"
     python tests/benchmarks/ablation.py --data PATH/TO/mimic-iv-demo --observation-hours 24 --batch-size 8 --max-epochs 12 --seeds 0
     python tests/benchmarks/ablation.py --list
 
@@ -104,7 +104,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "default": Variant({}),
-    "value channel": Variant({"value_channel": True}),
+    "item history": Variant({"item_history": True}),
     "number of events unseen": Variant({}, number_of_events_unseen),
     "sparsity weight 0": Variant({"sparsity_weight": 0.0}),
     "sparsity weight 0.4": Variant({"sparsity_weight": 0.4}),

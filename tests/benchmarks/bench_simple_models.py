@@ -170,8 +170,8 @@ def with_times_shuffled(data: Data) -> np.ndarray:
     return ours(data._replace(table=replace(table, event_type=table.event_type[order], text=table.text[order])))
 
 
-def with_value_channel(data: Data) -> np.ndarray:
-    return ours(data._replace(settings=replace(data.settings, value_channel=True)))
+def with_item_history(data: Data) -> np.ndarray:
+    return ours(data._replace(settings=replace(data.settings, item_history=True)))
 
 
 MODELS = {
@@ -183,7 +183,7 @@ MODELS = {
     "this model": ours,
     "this model, text zeros": without_text,
     "this model, times shuffled": with_times_shuffled,
-    "this model, value channel": with_value_channel,
+    "this model, item history": with_item_history,
 }
 
 
