@@ -474,6 +474,7 @@ def hold(folder: Path, wait: bool = True) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 QUERY_FILE = HERE / "query.sql"
+ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tables went; no reader of Parquet minds it
 ROWS_PER_SLICE = 2_000_000  # event rows of the tables behind one slice of patients: what has to fit in memory at once
 
 # The tables and columns that query.sql reads, with their types. Types are stated, never sniffed: a column that looks
@@ -491,22 +492,99 @@ MIMIC_TABLES = {
     "dose_val_rx VARCHAR, dose_unit_rx VARCHAR, form_unit_disp VARCHAR, route VARCHAR",
     "icu/procedureevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, value DOUBLE, "
     "valueuom VARCHAR, location VARCHAR, statusdescription VARCHAR",
-    "hosp/labevents": "subject_id BIGINT, hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, value VARCHAR, "
-    "valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
+    "hosp/labevents": "subject_id BIGINT, hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, "
+    "value VARCHAR, valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
     "flag VARCHAR, comments VARCHAR",
-    "hosp/microbiologyevents": "subject_id BIGINT, hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, storedate TIMESTAMP, "
-    "storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
+    "hosp/microbiologyevents": "subject_id BIGINT, hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, "
+    "storedate TIMESTAMP, storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
     "ab_name VARCHAR, interpretation VARCHAR, comments VARCHAR",
     "icu/ingredientevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, amount DOUBLE, "
     "amountuom VARCHAR, rate DOUBLE, rateuom VARCHAR, statusdescription VARCHAR",
 }
+MIMIC_KEYS = {  # a key that stood twice would double whatever is joined to it
+    "icu/icustays": "stay_id",
+    "hosp/patients": "subject_id",
+    "hosp/admissions": "hadm_id",
+    "hosp/d_labitems": "itemid",
+    "icu/d_items": "itemid",
+}
+
+
+class EventTable(NamedTuple):
+    """An event table of MIMIC-IV: of which event type its rows are, when they happen, and why one of them is no event.
+
+    The first fault that holds counts; query.sql leaves out the same rows. What has no fault and is no event lies
+    outside the ICU stays of its patient.
+    """
+
+    event_type: str
+    time: str
+    faults: dict[str, str]
+
+
+NO_START = {"without a start": "starttime IS NULL"}
+EVENT_TABLES = {
+    "hosp/prescriptions": EventTable("prescription", "starttime", NO_START),
+    "icu/procedureevents": EventTable(
+        "procedure_event",
+        "starttime",
+        NO_START
+        | {
+            "rewritten, never done": "trim(statusdescription) = 'Rewritten'",
+            "of a negative duration": "value < 0 OR endtime < starttime",
+        },
+    ),
+    "hosp/labevents": EventTable("labevent", "charttime", {"without a time": "charttime IS NULL"}),
+    "hosp/microbiologyevents": EventTable(
+        "microbiology",
+        "coalesce(charttime, chartdate)",
+        {"without a day": "charttime IS NULL AND chartdate IS NULL"},
+    ),
+    "icu/ingredientevents": EventTable(
+        "ingredient",
+        "starttime",
+        NO_START
+        | {
+            "rewritten, never given": "trim(statusdescription) = 'Rewritten'",
+            "of a negative amount or duration": "amount < 0 OR rate < 0 OR endtime < starttime",
+        },
+    ),
+}
+
+# How programs write a missing value. In capitals NONE is a finding: no bacteria in the urine.
+MISSING = ("", "nan", "NaN", "inf", "-inf", "None", "NULL")
+
+# One CSV file, every column as text; nothing about its form is guessed.
+CSV_ROWS = """
+    read_csv({path}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"', comment = '',
+             max_line_size = 16000000, nullstr = {missing})
+"""
+
+LOST_STAYS = """
+    SELECT CASE WHEN icu.hadm_id IS NULL THEN 'without hadm_id'
+                WHEN adm.hadm_id IS NULL THEN 'whose hadm_id is not in hosp/admissions'
+                WHEN pat.subject_id IS NULL THEN 'whose subject_id is not in hosp/patients'
+           END AS reason, count(*)
+    FROM icustays AS icu
+    LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
+    LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id
+    GROUP BY reason ORDER BY reason
+"""
+
+DAYS_ONLY = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
 
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
-    """The file of every table that query.sql reads, .csv or .csv.gz. InputError names the tables that are missing."""
-    candidates = {table: [folder / f"{table}.csv", folder / f"{table}.csv.gz"] for table in MIMIC_TABLES}
-    found = {table: next((path for path in paths if path.is_file()), None) for table, paths in candidates.items()}
-    missing = [f"{table}.csv[.gz]" for table, path in found.items() if path is None]
+    """Return the file of every table that query.sql reads, .csv or .csv.gz. InputError names what is missing or double."""
+    found, missing = {}, []
+    for table in MIMIC_TABLES:
+        paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
+        if len(paths) == 2:
+            raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
+        if paths:
+            found[table] = paths[0]
+        else:
+            missing.append(f"{table}.csv[.gz]")
     if missing:
         raise InputError(
             f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
@@ -515,13 +593,33 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def sql_quoted(text) -> str:
-    """`text` as an SQL string literal."""
+def sql_quoted(text: str | Path) -> str:
+    """Return `text` as an SQL string literal."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
+def csv_rows(path: Path, missing: Sequence[str] = ("",)) -> str:
+    """Return the SQL that reads a CSV file as text; a value in `missing` is NULL."""
+    return CSV_ROWS.format(path=sql_quoted(path), missing=list(missing))
+
+
+def reason_without_rows(error: Exception) -> str:
+    """Return what went wrong, without the row it went wrong in: rows hold patient data."""
+    text = str(error)
+    reason = re.split(r"[\n:\"']", re.sub(r"^(\w+ )+Error: ", "", text))[0].strip()
+    if "sniffing" in reason:
+        reason = "a row with more or fewer values than the header, or a quote that never closes"
+    reason = f"{type(error).__name__}: {reason}"
+    if line := re.search(r"Line: ?(\d+)", text):
+        reason += f" at line {line[1]}"
+    known = r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote"
+    if cause := re.search(known, text):
+        reason += f", {cause[0]}"
+    return reason
+
+
 def query_for_duckdb(text: str) -> str:
-    """query.sql in DuckDB's dialect, its BigQuery tables replaced by local ones of the same name."""
+    """Return query.sql in DuckDB's dialect, its BigQuery tables replaced by local ones of the same name."""
     tree = sqlglot.parse_one(text, read="bigquery")
     for table in list(tree.find_all(sqlglot.exp.Table)):
         if table.db:  # a common table expression has no data set
@@ -551,56 +649,131 @@ def open_duckdb(
 
 
 # Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read alone.
+# Beside it what is no event for a reason of its own, for the account. Rows are numbered as they pass, those that are not
+# stored too: counting them apart would read the file twice.
 EVENT_TABLE = """
 CREATE TABLE {name} AS
-SELECT r.*, patient
-FROM (SELECT {typed} FROM {source}) AS r
-JOIN (SELECT DISTINCT {key}, subject_id AS patient FROM icustays) AS k ON k.{key} = r.{key}
-WHERE EXISTS (
+SELECT r.* EXCLUDE (number)
+FROM (
+    SELECT r.*, patient, nextval('{name}_of_cohort') AS number
+    FROM (SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0) AS r
+    JOIN (SELECT DISTINCT {key}, subject_id AS patient FROM icustays) AS k ON k.{key} = r.{key}
+) AS r
+WHERE number > 0 AND ({fault} IS NOT NULL OR EXISTS (
     FROM icustays AS i
     WHERE i.{key} = r.{key} AND {time} >= i.intime - INTERVAL 1 DAY
         AND {time} <= coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
-)
+))
 ORDER BY patient
 """
-EVENT_TIMES = {
-    "hosp/prescriptions": "starttime",
-    "icu/procedureevents": "starttime",
-    "hosp/labevents": "charttime",
-    "hosp/microbiologyevents": "coalesce(charttime, chartdate)",
-    "icu/ingredientevents": "starttime",
-}
+OTHER_TABLE = """
+CREATE TABLE {name} AS
+SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0
+"""
+LAST_NUMBER = "SELECT coalesce(max(last_value), 0) FROM duckdb_sequences() WHERE sequence_name = ?"
+
+
+def fault_of_row(table: str) -> str:
+    """Return the SQL for why a row of an event table is no event, NULL where only its time tells."""
+    cases = [f"WHEN {condition} THEN {sql_quoted(reason)}" for reason, condition in EVENT_TABLES[table].faults.items()]
+    return f"CASE {' '.join(cases)} END"
 
 
 def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path) -> None:
-    """Copy one CSV file into `database`, typed; of event tables only the rows about ICU stays. InputError if damaged."""
+    """Copy one CSV file into `database`, typed; of event tables only the rows of ICU patients. InputError if damaged."""
+    name, rows = Path(table).name, csv_rows(path, MISSING)
     columns = dict(column.split() for column in MIMIC_TABLES[table].split(", "))
-    source = f"""read_csv({sql_quoted(path)}, all_varchar=true, header=true, delim=',', quote='"', escape='"')"""
-    typed = ", ".join(f"CAST({name} AS {kind}) AS {name}" for name, kind in columns.items())
-    parts = {"name": Path(table).name, "typed": typed, "source": source, "time": EVENT_TIMES.get(table)}
-    parts["key"] = next(name for name in ("stay_id", "subject_id", "hadm_id", "itemid") if name in columns)
-    statement = EVENT_TABLE if table in EVENT_TIMES else "CREATE TABLE {name} AS SELECT {typed} FROM {source}"
+    typed = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
+    parts = {"name": name, "typed": typed, "rows": rows}
+    statement = OTHER_TABLE
+    if table in EVENT_TABLES:
+        parts |= {"time": EVENT_TABLES[table].time, "fault": fault_of_row(table)}
+        parts["key"] = next(key for key in ("stay_id", "subject_id", "hadm_id") if key in columns)
+        statement = EVENT_TABLE
     try:
-        header = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
-        if absent := [name for name in columns if name not in header]:
+        header = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()]
+        if absent := [column for column in columns if column not in header]:
             raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
-        try:
-            database.execute(statement.format(**parts)).fetchall()
-        except duckdb.ConversionException:
-            bad = ", ".join(
-                f"count(*) FILTER ({name} IS NOT NULL AND TRY_CAST({name} AS {kind}) IS NULL)"
-                for name, kind in columns.items()
-            )
-            counts = zip(columns, database.execute(f"SELECT {bad} FROM {source}").fetchall()[0])
-            wrong = ", ".join(f"{name} ({columns[name]}) in {count} rows" for name, count in counts if count)
-            raise InputError(f"{path} has values that do not fit their column's type: {wrong}.") from None
+        for counted in ("read", "of_cohort"):
+            database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{counted}")
+        database.execute(statement.format(**parts)).fetchall()
+    except duckdb.ConversionException:
+        raise InputError(f"{path} has values that do not fit: {unfit_values(database, columns, rows)}.") from None
     except duckdb.OutOfMemoryException:
         raise
-    except duckdb.Error as error:  # its message quotes rows of patients: only its kind is passed on
+    except duckdb.Error as error:
         raise InputError(
-            f"{path} cannot be read ({type(error).__name__}). Is the download complete? Compare the file "
+            f"{path} cannot be read ({reason_without_rows(error)}). Is the download complete? Compare the file "
             "with SHA256SUMS.txt of the data set and fetch it again."
         ) from None
+    if table in MIMIC_KEYS:
+        check_key(database, table)
+    if table == "icu/icustays":
+        database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
+
+
+def unfit_values(database: duckdb.DuckDBPyConnection, columns: dict[str, str], rows: str) -> str:
+    """Return the columns with values of another type, and in how many rows."""
+    found = []
+    for column, kind in columns.items():
+        unfit = f"SELECT count(*) FROM {rows} WHERE {column} IS NOT NULL AND TRY_CAST({column} AS {kind}) IS NULL"
+        if count := database.execute(unfit).fetchall()[0][0]:
+            found.append(f"{column} ({kind}) in {count} rows")
+    return ", ".join(found)
+
+
+def check_key(database: duckdb.DuckDBPyConnection, table: str) -> None:
+    """Raise InputError if a key of a table stands twice: all that is joined to it would be doubled."""
+    name, key = Path(table).name, MIMIC_KEYS[table]
+    twice = database.execute(
+        f"SELECT {key} FROM {name} WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}"
+    ).fetchall()
+    if twice:
+        first = ", ".join(str(row[0]) for row in twice[:3])
+        raise InputError(
+            f"{table}: {len(twice)} values of {key} stand in more than one row, first {first}. "
+            "Are two releases or two copies mixed? Each may stand once."
+        )
+
+
+class SourceTable(NamedTuple):
+    """Where the rows of a table went: read = of other patients + in_stays + lost; what is not known is None."""
+
+    table: str
+    read: int
+    of_cohort: (
+        int | None
+    )  # of the ICU stays' patients (orders: admissions; procedures, ingredients: the stays themselves)
+    in_stays: int | None
+    lost: dict[str, int]
+    noted: dict[str, int] = {}  # rows of the cohort with something to know, kept or not
+
+
+def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceTable]:
+    """Count the rows of every table: read, of the cohort, lost and why. Those in stays are counted when they are read."""
+    accounts = []
+    for table in MIMIC_TABLES:
+        name = Path(table).name
+        read, of_cohort = (
+            database.execute(LAST_NUMBER, [f"{name}_{counted}"]).fetchall()[0][0] for counted in ("read", "of_cohort")
+        )
+        account = SourceTable(table, read, None, None, {})
+        if table == "icu/icustays":
+            lost = dict(database.execute(LOST_STAYS).fetchall())
+            in_stays = lost.pop(None, 0)
+            lost["without stay_id"] = read - in_stays - sum(lost.values())
+            lost = {reason: count for reason, count in lost.items() if count}
+            account = SourceTable(table, read, read, in_stays, lost)
+        elif table in EVENT_TABLES:
+            faults = f"SELECT {fault_of_row(table)} AS fault, count(*) FROM {name} GROUP BY fault ORDER BY fault"
+            lost = dict(database.execute(faults).fetchall())
+            lost.pop(None, 0)
+            account = SourceTable(table, read, of_cohort, None, lost)
+        if table == "hosp/microbiologyevents":
+            days = database.execute(DAYS_ONLY).fetchall()[0][0]
+            account = account._replace(noted={"about the stays have a day but no time: placed at its end": days})
+        accounts.append(account)
+    return accounts
 
 
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", threads: int = 0) -> Path:
@@ -615,7 +788,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     files, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files.values()]
-    made_of = (query, MIMIC_TABLES, EVENT_TABLE, ROWS_PER_SLICE, stats)
+    made_of = (query, MIMIC_TABLES, EVENT_TABLES, EVENT_TABLE, MISSING, ROWS_PER_SLICE, stats)
     target = results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.parquet"
     working = results / f"unfinished-{target.stem}"
     if target.exists():
@@ -632,6 +805,8 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
                 for table, path in Progress(files.items(), desc="reading MIMIC-IV", unit=" tables"):
                     if Path(table).name not in done:
                         load_mimic_table(database, table, path)
+                accounts = [account._asdict() for account in account_for_rows(database)]
+                write_json(working / target.name / ACCOUNT, accounts)
                 collect_stays(database, query_for_duckdb(query), working / target.name)
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
             raise no_room("query.sql", error, memory_limit, results) from None  # the next run goes on from here
@@ -666,10 +841,12 @@ def no_room(what: str, error: Exception, memory_limit: str, folder: Path) -> Inp
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
     """Run the query for one slice of the patients after the other; each becomes a Parquet file in the folder `result`."""
-    patients = database.execute("SELECT DISTINCT subject_id FROM mimic.icustays ORDER BY subject_id").fetchall()
+    patients = database.execute(
+        "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY 1"
+    ).fetchall()
     if not patients:
         raise InputError("icu/icustays has no rows: nothing to learn from.")
-    names = [Path(table).name for table in EVENT_TIMES]
+    names = [Path(table).name for table in EVENT_TABLES]
     count = " + ".join(f"(SELECT count(*) FROM mimic.{name})" for name in names)
     n_slices = min(len(patients), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
     for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
@@ -1024,6 +1201,42 @@ def append_stays(first: StayTable, second: StayTable) -> StayTable:
     )
 
 
+class Repairs(dict[str, int]):
+    """How many stays and events were dropped or mended, by reason; and what else is to be known of the rows read."""
+
+    def __init__(self, counts: dict[str, int]) -> None:
+        super().__init__({reason: count for reason, count in counts.items() if count})
+        self.sources: list[SourceTable] = []  # of a MIMIC-IV folder: where the rows of each table went
+        self.notes: dict[str, int] = {}  # counts of what is no repair
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return {"counts": self, "notes": self.notes, "sources": [account._asdict() for account in self.sources]}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Repairs:
+        """Return what `state` was of."""
+        repairs = cls(state["counts"])
+        repairs.notes, repairs.sources = state["notes"], [SourceTable(**account) for account in state["sources"]]
+        return repairs
+
+    def log(self) -> None:
+        """Print the account of the source tables as one table, and name those that contribute nothing."""
+        if not self.sources:
+            return
+        logger.info("Rows        table                         read   of the cohort    in its stays   lost")
+        for table, read, of_cohort, in_stays, lost, noted in self.sources:
+            numbers = "".join("" if number is None else f"{number:16,}" for number in (of_cohort, in_stays))
+            reasons = [f"{count:,} {reason}" for reason, count in lost.items()]
+            reasons += [f"({count:,} {reason})" for reason, count in noted.items()]
+            logger.info(f"            {table:22s} {read:11,}{numbers}   {', '.join(reasons)}".rstrip())
+            if in_stays == 0:
+                logger.warning(
+                    f"Rows        WARNING: {table} contributes nothing: {read:,} rows read, {of_cohort:,} of the "
+                    "cohort. Is it of the same release as icu/icustays?"
+                )
+
+
 def read_stays(
     data: str | Path | pd.DataFrame,
     cache_dir: str | Path = "clinical_LF_precomp_emb",
@@ -1032,7 +1245,7 @@ def read_stays(
     memory_limit: str = "33%",
     threads: int = 0,
     static_features: Sequence[str] = STATIC_COLUMNS,
-) -> tuple[StayTable, dict[str, int]]:
+) -> tuple[StayTable, Repairs]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
     data may be a data frame, one row per event. task: what is predicted, where the folder is a MEDS data set. Of the
@@ -1040,7 +1253,8 @@ def read_stays(
     be read as it was meant.
     """
     frame = data if isinstance(data, pd.DataFrame) else None
-    path = Path("the data frame" if frame is not None else data)
+    name = str(data) if frame is None else "the data frame"
+    path = Path(name)
     if "\n" in str(path):
         raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
     if frame is None and not path.exists() and not any(c in str(data) for c in "*?["):
@@ -1055,17 +1269,17 @@ def read_stays(
         path = run_mimic_query(path, Path(cache_dir), memory_limit, threads) / "*.parquet"
     results = Path(cache_dir) / "query_results"
 
-    def read() -> tuple[StayTable, dict[str, int]]:
+    def read() -> tuple[StayTable, Repairs]:
         spill = results / f".spilled{HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with open_duckdb(memory_limit, threads, spill) as con:
-                return _read_tables(con, frame if frame is not None else path, need_label, task, static_features)
+                return _read_tables(con, path if frame is None else frame, name, need_label, task, static_features)
         except duckdb.OutOfMemoryException as error:
-            raise no_room(f"{data}: reading", error, memory_limit, results) from None
+            raise no_room(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
             raise InputError(
-                f"{data}: cannot be read ({_reason(error)}). CSV must be UTF-8 with a header and the columns of the "
-                "README's data table; Parquet files of one glob must share a schema."
+                f"{name}: cannot be read ({reason_without_rows(error)}). CSV must be UTF-8 with a header and the "
+                "columns of the README's data table; Parquet files of one glob must share a schema."
             ) from None
 
     kept = kept_arrays(path, results, need_label, task)
@@ -1083,23 +1297,31 @@ def read_stays(
 
 def _read_tables(
     con: duckdb.DuckDBPyConnection,
-    source: Path | pd.DataFrame,
+    data: Path | pd.DataFrame,
+    source: str,
     need_label: bool,
     task: MedsTask | None,
     static_features: Sequence[str],
-) -> tuple[StayTable, dict[str, int]]:
-    """Check and load the stays of a source; DuckDB's own errors for what cannot be read."""
-    path = Path("the data frame") if isinstance(source, pd.DataFrame) else source
-    left_out = register_meds(con, path, task) if task else {}
-    kind = "flat" if task else _register_source(con, source)
-    _check_columns(con, path, need_label, static_features)
-    _check_values(con, path, need_label)
-    table, report = _load_arrays(con, path, kind)
-    return table, {reason: count for reason, count in left_out.items() if count} | report
+) -> tuple[StayTable, Repairs]:
+    """Check and load the stays of a source; DuckDB's own errors for what cannot be read. Messages name the `source`."""
+    words = [sql_quoted(word) for word in MISSING if "inf" not in word]  # here infinity is an error that names its row
+    con.execute(GIVEN.format(missing=", ".join(words)))
+    left_out: dict[str, int] = {}
+    if task:
+        kind = "meds"
+        left_out = register_meds(con, Path(source), task)
+    else:
+        kind = _register_source(con, data)
+    _check_columns(con, source, need_label, static_features)
+    _check_values(con, source, kind, need_label)
+    table, repairs = _load_arrays(con, source, kind, need_label, left_out)
+    if kind == "nested":
+        repairs.sources = _account_for_events(con, Path(data), table)
+    return table, repairs
 
 
 # What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
-ARRAYS_VERSION = 1  # raise it when what is made of a source changes: arrays that were kept before are then made anew
+ARRAYS_VERSION = 2  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 
 
@@ -1116,17 +1338,17 @@ def kept_arrays(path: Path, results: Path, need_label: bool, task: MedsTask | No
     return results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.arrays"
 
 
-def save_arrays(folder: Path, table: StayTable, report: dict[str, int]) -> None:
+def save_arrays(folder: Path, table: StayTable, repairs: Repairs) -> None:
     """Write a table into a new folder: one .npy for each array, the stays and the texts as Parquet."""
     folder.mkdir()
     for name in ("offsets", *EVENT_ARRAYS):
         np.save(folder / f"{name}.npy", getattr(table, name), allow_pickle=False)
     table.stays.to_parquet(folder / "stays.parquet")
     pd.DataFrame({"text": table.texts}).to_parquet(folder / "texts.parquet")
-    (folder / "report.json").write_text(json.dumps(report), "utf-8")
+    (folder / "repairs.json").write_text(json.dumps(repairs.state()), "utf-8")
 
 
-def load_arrays(folder: Path) -> tuple[StayTable, dict[str, int]]:
+def load_arrays(folder: Path) -> tuple[StayTable, Repairs]:
     """Read what `save_arrays` wrote; events are mapped into memory, not read. OSError, ValueError: it is not there, or damaged."""
     arrays = {name: np.load(folder / f"{name}.npy", "c", allow_pickle=False) for name in ("offsets", *EVENT_ARRAYS)}
     table = StayTable(
@@ -1134,26 +1356,25 @@ def load_arrays(folder: Path) -> tuple[StayTable, dict[str, int]]:
         texts=pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object),
         **{name: np.asarray(array) for name, array in arrays.items()},
     )
-    return table, json.loads((folder / "report.json").read_text("utf-8"))
+    return table, Repairs.of_state(json.loads((folder / "repairs.json").read_text("utf-8")))
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, without the row it went wrong in: rows hold patient data."""
-    line = re.search(r"Line: ?(\d+)", str(error))
-    first = re.split(r"[\n:\"']", re.sub(r"^(\w+ )+Error: ", "", str(error)))[0].strip()
-    first = (
-        "a row with more or fewer values than the header, or a quote that never closes"
-        if "sniffing" in first
-        else first
-    )
-    known = re.search(
-        r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote", str(error)
-    )
-    return (
-        f"{type(error).__name__}: {first}"
-        + (f" at line {line[1]}" if line else "")
-        + (f", {known[0]}" if known else "")
-    )
+# A value as trimmed text, NULL where it only says that it is missing.
+GIVEN = """
+    CREATE TEMP MACRO given(value) AS
+    CASE WHEN trim(CAST(value AS VARCHAR)) NOT IN ({missing}) THEN trim(CAST(value AS VARCHAR)) END
+"""
+
+# BigQuery's exports wrap each element of an array in structs called list and element.
+NESTED_ROWS = """
+    CREATE VIEW stay_rows AS SELECT * EXCLUDE events FROM {rows};
+    CREATE VIEW event_rows AS
+    SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})
+"""
+FLAT_ROWS = """
+    CREATE VIEW stay_rows AS SELECT * FROM {rows};
+    CREATE VIEW event_rows AS SELECT * FROM {rows}
+"""
 
 
 def _register_source(con: duckdb.DuckDBPyConnection, path: Path | pd.DataFrame) -> str:
@@ -1167,23 +1388,13 @@ def _register_source(con: duckdb.DuckDBPyConnection, path: Path | pd.DataFrame) 
         raise InputError(f"{path}: --data takes a folder, *.parquet, *.csv or *.csv.gz.")
     if path.exists() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty. Copy or export it again.")
-    quoted = "'" + str(path).replace("'", "''") + "'"  # a path that the user typed, never a name from inside a file
-    rows = (
-        f"read_csv({quoted}, all_varchar=true, header=true, delim=',', quote='\"', escape='\"', comment='', max_line_size=16000000)"
-        if is_csv
-        else f"read_parquet({quoted})"
-    )
+    rows = csv_rows(path) if is_csv else f"read_parquet({sql_quoted(path)}, filename = 'file_of_row')"
     types = {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()}
     if "events" not in types:
-        con.execute(f"CREATE VIEW stay_rows AS SELECT * FROM {rows}")
-        con.execute(f"CREATE VIEW event_rows AS SELECT * FROM {rows}")
+        con.execute(FLAT_ROWS.format(rows=rows))
         return "flat"
-    # BigQuery's exports wrap each element of an array in structs called list and element.
     events = "events" if types["events"].endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-    con.execute(f"CREATE VIEW stay_rows AS SELECT * EXCLUDE events FROM {rows}")
-    con.execute(
-        f"CREATE VIEW event_rows AS SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})"
-    )
+    con.execute(NESTED_ROWS.format(rows=rows, events=events))
     return "nested"
 
 
@@ -1192,7 +1403,7 @@ def _columns(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
 
 
 def _check_columns(
-    con: duckdb.DuckDBPyConnection, path: Path, need_label: bool, static_features: Sequence[str]
+    con: duckdb.DuckDBPyConnection, source: str, need_label: bool, static_features: Sequence[str]
 ) -> None:
     """Refuse a table without a column that is needed, or whose ids lost digits."""
     stay_columns, event_columns = _columns(con, "stay_rows"), _columns(con, "event_rows")
@@ -1201,121 +1412,195 @@ def _check_columns(
     missing += [name for name in EVENT_COLUMNS if name not in event_columns]
     if missing:
         raise InputError(
-            f"{path}: missing columns {', '.join(missing)}. query.sql yields them all; the README's data table lists them."
+            f"{source}: missing columns {', '.join(missing)}. query.sql yields them all; "
+            "the README's data table lists them."
         )
     for name in ("patient_id", "admission_id", "icu_stay_id"):
-        if stay_columns[name] in ("DOUBLE", "FLOAT"):
-            lost = con.execute(f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992").fetchone()[0]
-            if lost:
-                raise InputError(
-                    f"{path}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids lose digits. "
-                    "Export it as INT64."
-                )
+        if stay_columns[name] not in ("DOUBLE", "FLOAT"):
+            continue
+        lost = con.execute(f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992").fetchall()[0][0]
+        if lost:
+            raise InputError(
+                f"{source}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids "
+                "lose digits. Export it as INT64."
+            )
+
+
+# Values that are no number or time, and those a type takes but a table should not have: DuckDB rounds 1.5 to an
+# integer, and infinity is a number and a time. Per type: the condition, and what the message asks for.
+UNREADABLE = {
+    "BIGINT": (
+        "(TRY_CAST({0} AS BIGINT) IS NULL AND given({0}) IS NOT NULL)"
+        " OR TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)",
+        "an integer",
+    ),
+    "TIMESTAMP": (
+        "(TRY_CAST({0} AS TIMESTAMP) IS NULL AND given({0}) IS NOT NULL) OR NOT isfinite(TRY_CAST({0} AS TIMESTAMP))",
+        "a time like 2150-01-31 23:59:00",
+    ),
+    "DOUBLE": (
+        "(TRY_CAST({0} AS DOUBLE) IS NULL AND given({0}) IS NOT NULL)"
+        " OR abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30",
+        "a finite number",
+    ),
+}
+BAD_ROWS = """
+    SELECT list_sort(list(number))[:3]
+    FROM (SELECT row_number() OVER () AS number, * FROM {view})
+    WHERE {condition}
+"""
+DOUBLE_STAYS = """
+    SELECT icu_stay_id, list_sort(list(DISTINCT file_of_row)) AS files
+    FROM stay_rows GROUP BY icu_stay_id HAVING count(*) > 1 ORDER BY icu_stay_id
+"""
 
 
 def _typed(name: str, kind: str) -> str:
-    """SQL for a column as its type; empty text is NULL."""
-    return f"nullif(trim(CAST({name} AS VARCHAR)), '')" if kind == "VARCHAR" else f"TRY_CAST({name} AS {kind})"
+    """SQL for a column as its type; what stands for a missing value is NULL."""
+    return f"given({name})" if kind == "VARCHAR" else f"TRY_CAST({name} AS {kind})"
 
 
-def _check_values(con: duckdb.DuckDBPyConnection, path: Path, need_label: bool) -> None:
-    """Unreadable values, missing keys and stays that contradict themselves are errors that name the first places."""
-    # What a type takes and a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a time.
-    unfit = {
-        "BIGINT": "TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)",
-        "TIMESTAMP": "NOT isfinite(TRY_CAST({0} AS TIMESTAMP))",
-        "DOUBLE": "abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30",
-    }
+def _check_values(con: duckdb.DuckDBPyConnection, source: str, kind: str, need_label: bool) -> None:
+    """Unreadable values, missing keys and stays that contradict themselves are errors that name the first places.
+
+    A flat table is somebody's own make: a stay without admission time or label is a mistake of making it. In what the
+    query returned it is a fault of the data: `_load_arrays` drops that stay.
+    """
+    needed = ["patient_id", "admission_id", "icu_stay_id"]
+    if kind != "nested":
+        needed += ["icu_intime"]
     for view, columns in (("stay_rows", STAY_COLUMNS), ("event_rows", EVENT_COLUMNS)):
-        present = _columns(con, view)
-        checks = {
-            name: f"{name} IS NOT NULL AND trim(CAST({name} AS VARCHAR)) <> '' "
-            f"AND (TRY_CAST({name} AS {kind}) IS NULL OR {unfit[kind].format(name)})"
-            for name, kind in columns.items()
-            if kind != "VARCHAR" and name in present
-        }
-        checks |= {
-            name: f"{checks.get(name, 'false')} OR {_typed(name, columns[name])} IS NULL"
-            for name in ("patient_id", "admission_id", "icu_stay_id", "icu_intime", "icu_outtime")
-            if name in columns
-        }
-        if LABEL in checks:
-            value = _typed(LABEL, "DOUBLE")
-            checks[LABEL] += f" OR ({value} IS NOT NULL AND {value} NOT IN (0, 1))" + (
-                f" OR {value} IS NULL" if need_label else ""
-            )
-        _raise_first(con, path, view, checks)
-    present, stay_id = _columns(con, "stay_rows"), _typed("icu_stay_id", "BIGINT")
-    conflicts = {
-        name: f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1"
-        for name, kind in STAY_COLUMNS.items()
-        if name != "icu_stay_id" and name in present
-    }
+        present, checks = _columns(con, view), {}
+        for name, column_kind in columns.items():
+            if name in present and column_kind != "VARCHAR":
+                checks[name] = UNREADABLE[column_kind][0].format(name)
+                if name in needed:
+                    checks[name] += f" OR {_typed(name, column_kind)} IS NULL"
+        if LABEL in checks and kind != "nested":
+            value = f"TRY_CAST({LABEL} AS DOUBLE)"
+            checks[LABEL] += f" OR {value} NOT IN (0, 1)" + (f" OR {value} IS NULL" if need_label else "")
+        _raise_first(con, source, view, checks)
+    if kind == "nested":
+        _refuse_double_stays(con, source)
+    else:
+        _refuse_contradictions(con, source)
+
+
+def _raise_first(con: duckdb.DuckDBPyConnection, source: str, view: str, checks: dict[str, str]) -> None:
+    """Raise InputError for the first column whose condition holds anywhere; all are counted in one pass."""
+    counts = [f"count(*) FILTER (WHERE {condition})" for condition in checks.values()]
+    found = con.execute(f"SELECT {', '.join(counts)} FROM {view}").fetchall()[0]
+    for (name, condition), count in zip(checks.items(), found):
+        if not count:
+            continue
+        bad = BAD_ROWS.format(view=view, condition=condition)
+        rows = con.execute(bad).fetchall()[0][0]
+        meaning = "0 or 1" if name == LABEL else UNREADABLE[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]][1]
+        raise InputError(
+            f"{source}: column {name} is not {meaning} in {count} rows, first row {', '.join(map(str, rows))} "
+            "after the header. Mend or remove these rows."
+        )
+
+
+def _refuse_double_stays(con: duckdb.DuckDBPyConnection, source: str) -> None:
+    """One stay in two rows of nested Parquet: most often shards of an earlier export beside those of a later one."""
+    twice = con.execute(DOUBLE_STAYS).fetchall()
+    if twice:
+        stay, files = twice[0]
+        raise InputError(
+            f"{source}: {len(twice)} stays stand in more than one row, first icu_stay_id {stay} in "
+            f"{', '.join(files[:3])}. Are these files of two exports? Keep those of one."
+        )
+
+
+def _refuse_contradictions(con: duckdb.DuckDBPyConnection, source: str) -> None:
+    """In a flat table each row of a stay repeats the stay's columns: they must agree."""
+    present, conflicts = _columns(con, "stay_rows"), {}
+    for name, kind in STAY_COLUMNS.items():
+        if name != "icu_stay_id" and name in present:
+            conflicts[name] = f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1"
     found = con.execute(
-        f"SELECT {stay_id} AS stay, {', '.join(conflicts.values())} FROM stay_rows GROUP BY stay "
-        f"HAVING {' OR '.join(conflicts.values())} ORDER BY 1"
+        f"SELECT TRY_CAST(icu_stay_id AS BIGINT) AS stay, {', '.join(conflicts.values())} FROM stay_rows "
+        f"GROUP BY stay HAVING {' OR '.join(conflicts.values())} ORDER BY stay"
     ).fetchall()
     if found:
         names = [name for name, bad in zip(conflicts, found[0][1:]) if bad]
+        first = ", ".join(str(row[0]) for row in found[:3])
         raise InputError(
-            f"{path}: {len(found)} stays contradict themselves, first icu_stay_id {', '.join(str(row[0]) for row in found[:3])} in "
+            f"{source}: {len(found)} stays contradict themselves, first icu_stay_id {first} in "
             f"{', '.join(names)}. A stay has one value of each stay column on all its rows."
         )
 
 
-def _raise_first(con: duckdb.DuckDBPyConnection, path: Path, view: str, checks: dict[str, str]) -> None:
-    counts = con.execute(
-        f"SELECT {', '.join(f'count(*) FILTER (WHERE {c})' for c in checks.values())} FROM {view}"
-    ).fetchone()
-    for (name, condition), count in zip(checks.items(), counts):
-        if count:
-            rows = con.execute(
-                f"SELECT row FROM (SELECT row_number() OVER () AS row, * FROM {view}) WHERE {condition} ORDER BY row LIMIT 3"
-            ).fetchall()
-            wanted = {
-                "BIGINT": "an integer",
-                "TIMESTAMP": "a time like 2150-01-31 23:59:00",
-                "DOUBLE": "a finite number",
-            }
-            meaning = "0 or 1" if name == LABEL else wanted[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]]
-            raise InputError(
-                f"{path}: column {name} is not {meaning} in {count} rows, first row {', '.join(str(r[0]) for r in rows)} "
-                "after the header. Mend or remove these rows."
-            )
+# Why a stay is left out: the first condition that holds. The columns' names in MIMIC-IV stand beside ours.
+STAY_FAULTS = {
+    "stays without icu_intime (icustays.intime), dropped": "icu_intime IS NULL",
+    "stays without icu_outtime (icustays.outtime) or a death time (admissions.deathtime), dropped": "final_time IS NULL",
+    "stays that begin after the death of their patient (admissions.deathtime), dropped": "patient_death_time < icu_intime",
+    "stays whose icu_outtime (icustays.outtime) is before their icu_intime, dropped": "final_time < icu_intime",
+    f"stays whose {LABEL} (admissions.hospital_expire_flag) is neither 0 nor 1, dropped": f"coalesce({LABEL} NOT IN (0, 1), $need_label)",
+    f"stays that end with a death (admissions.deathtime) though {LABEL} is 0, dropped": f"{LABEL} = 0 AND patient_death_time = final_time",
+}
+
+# The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
+ALL_STAYS = """
+    CREATE TEMP TABLE all_stays AS
+    SELECT *, CASE {faults} END AS fault
+    FROM (
+        SELECT * REPLACE (
+                   CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
+                   AS icu_length_of_stay_in_days
+               ), icu_length_of_stay_in_days AS stated_days
+        FROM (SELECT *, least(icu_outtime, patient_death_time) AS final_time FROM ({stays}))
+    )
+"""
+STAYS = """
+    CREATE TEMP TABLE stays AS
+    SELECT row_number() OVER (ORDER BY icu_stay_id) - 1 AS stay, * EXCLUDE (fault, stated_days)
+    FROM all_stays WHERE fault IS NULL
+"""
+EVENTS = """
+    CREATE TEMP TABLE events AS
+    SELECT stay, event_type, event_text, relative_time_to_final_event AS stated,
+           epoch(event_time - icu_intime) / 60 AS minutes,
+           epoch(event_known_time - icu_intime) / 60 AS known,
+           epoch(final_time - event_time) / 60 AS to_end
+    FROM (
+        SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id,
+               TRY_CAST(event_time AS TIMESTAMP) AS event_time,
+               TRY_CAST(event_known_time AS TIMESTAMP) AS event_known_time,
+               given(event_type) AS event_type,
+               CASE WHEN given(event_text) IS NULL AND trim(event_text) <> '' THEN ''
+                    ELSE coalesce(CAST(event_text AS VARCHAR), '') END AS event_text,
+               TRY_CAST(relative_time_to_final_event AS DOUBLE) AS relative_time_to_final_event
+        FROM event_rows
+    )
+    JOIN stays USING (icu_stay_id)
+"""
+TEXTS = """
+    CREATE TEMP TABLE texts AS
+    SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, event_text FROM (SELECT DISTINCT event_text FROM events)
+"""
+ARRAYS = """
+    SELECT stay::INTEGER AS stay, coalesce(list_position($types, event_type) - 1, len($types))::TINYINT AS event_type,
+           text::INTEGER AS text, minutes::FLOAT AS minutes, known::FLOAT AS known, to_end::FLOAT AS to_end
+    FROM events JOIN texts USING (event_text)
+    ORDER BY stay, minutes, event_type, text
+"""
 
 
-def _load_arrays(con: duckdb.DuckDBPyConnection, path: Path, kind: str) -> tuple[StayTable, dict[str, int]]:
+def _load_arrays(
+    con: duckdb.DuckDBPyConnection, source: str, kind: str, need_label: bool, left_out: dict[str, int]
+) -> tuple[StayTable, Repairs]:
     """Stays, events and distinct texts, sorted; the work is DuckDB's, Python sees only flat arrays."""
-    present = _columns(con, "stay_rows")
-    selected = ", ".join(
-        f"any_value({_typed(name, kind_)}) AS {name}" if name in present else f"NULL::{kind_} AS {name}"
-        for name, kind_ in STAY_COLUMNS.items()
-        if name != "icu_stay_id"
-    )
-    con.execute(f"""CREATE TEMP TABLE stays AS
-        SELECT row_number() OVER (ORDER BY icu_stay_id) - 1 AS stay, *, least(icu_outtime, coalesce(patient_death_time, icu_outtime)) AS final_time
-        FROM (SELECT {_typed("icu_stay_id", "BIGINT")} AS icu_stay_id, {selected} FROM stay_rows GROUP BY 1)""")
-    typed = ", ".join(
-        f"{_typed(name, kind_)} AS {name}" for name, kind_ in EVENT_COLUMNS.items() if name != "event_text"
-    )
-    minutes = "epoch(%s - icu_intime) / 60"
-    con.execute(f"""CREATE TEMP TABLE events AS
-        SELECT stay, event_type, event_text, relative_time_to_final_event AS stated,
-               {minutes % "event_time"} AS minutes, {minutes % "event_known_time"} AS known, epoch(final_time - event_time) / 60 AS to_end
-        FROM (SELECT {_typed("icu_stay_id", "BIGINT")} AS icu_stay_id, {typed}, coalesce(CAST(event_text AS VARCHAR), '') AS event_text FROM event_rows)
-        JOIN stays USING (icu_stay_id)""")
-    report = _repair_events(con, path)
-    con.execute(
-        "CREATE TEMP TABLE texts AS SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, event_text FROM (SELECT DISTINCT event_text FROM events)"
-    )
-    codes = " ".join(f"WHEN '{name}' THEN {code}" for code, name in enumerate(EVENT_TYPES))
-    columns = con.execute(f"""
-        SELECT stay::INTEGER AS stay, (CASE event_type {codes} ELSE {len(EVENT_TYPES)} END)::TINYINT AS event_type, text::INTEGER AS text,
-               minutes::FLOAT AS minutes, known::FLOAT AS known, to_end::FLOAT AS to_end
-        FROM events JOIN texts USING (event_text) ORDER BY stay, minutes, event_type, text""").fetchnumpy()
+    report, notes = _load_stays(con, kind, need_label)
+    con.execute(EVENTS)
+    report = left_out | report | _repair_events(con, source)
+    con.execute(TEXTS)
+    columns = con.execute(ARRAYS, {"types": list(EVENT_TYPES)}).fetchnumpy()
     stays = con.execute("SELECT * EXCLUDE (stay, final_time) FROM stays ORDER BY stay").df()
-    if stays.empty:
-        raise InputError(f"{path}: the table has a header but no rows.")
+    if stays.empty and not any(report.values()):
+        raise InputError(f"{source}: the table has a header but no rows.")
     lengths = np.bincount(columns["stay"], minlength=len(stays))
     table = StayTable(
         stays,
@@ -1329,40 +1614,100 @@ def _load_arrays(con: duckdb.DuckDBPyConnection, path: Path, kind: str) -> tuple
     )
     report["stays without events, dropped"] = int((lengths == 0).sum())
     report["events of unknown type, kept (their type is all zeros)"] = int((table.event_type == len(EVENT_TYPES)).sum())
+    repairs = Repairs(report)
+    repairs.notes = notes
     if not lengths.any():
-        raise InputError(f"{path}: no stay has an event between icu_intime and the final event (dropped: {report}).")
-    return table.take(np.flatnonzero(lengths)), {reason: count for reason, count in report.items() if count}
-
-
-def _repair_events(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, int]:
-    """Drop events that belong to no stay's time, and duplicates; say how many. Times that contradict each other are an error."""
-    usable = "stated IS NOT NULL AND isfinite(stated) AND to_end IS NOT NULL"
-    compared, hours, differ = con.execute(f"""SELECT count(*) FILTER (WHERE abs(to_end) > 60),
-        count(*) FILTER (WHERE abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2), count(*) FILTER (WHERE abs(stated - to_end) > 2)
-        FROM events WHERE {usable}""").fetchone()
-    if differ and hours > 0.5 * compared:
         raise InputError(
-            f"{path}: relative_time_to_final_event is in hours in {hours} of {compared} events. It must be minutes: multiply by 60."
+            f"{source}: no stay has an event between icu_intime and the final event (dropped: {dict(repairs)})."
+        )
+    return table.take(np.flatnonzero(lengths)), repairs
+
+
+def _load_stays(con: duckdb.DuckDBPyConnection, kind: str, need_label: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Make the table `stays`; return how many were left out, and what to note of the others."""
+    present, columns = _columns(con, "stay_rows"), ["TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id"]
+    for name, column_kind in STAY_COLUMNS.items():
+        if name != "icu_stay_id":
+            value = f"any_value({_typed(name, column_kind)})" if name in present else f"NULL::{column_kind}"
+            columns.append(f"{value} AS {name}")
+    grouped = f"SELECT {', '.join(columns)} FROM stay_rows GROUP BY 1"
+    faults = " ".join(f"WHEN {condition} THEN {sql_quoted(reason)}" for reason, condition in STAY_FAULTS.items())
+    con.execute(ALL_STAYS.format(faults=faults, stays=grouped), {"is_meds": kind == "meds", "need_label": need_label})
+    report = {}
+    left_out = (
+        "SELECT fault, count(*), list_sort(list(icu_stay_id))[:3] FROM all_stays WHERE fault IS NOT NULL GROUP BY fault"
+    )
+    for reason, count, first in con.execute(f"{left_out} ORDER BY fault").fetchall():
+        report[reason] = count
+        logger.warning(
+            f"Dropped     {count:,} {reason}: icu_stay_id {', '.join(map(str, first))}{', ...' * (count > 3)}"
+        )
+    con.execute(STAYS)
+    differ = (
+        "SELECT count(*) FROM all_stays WHERE fault IS NULL AND abs(stated_days - icu_length_of_stay_in_days) > 0.01"
+    )
+    return report, {LENGTH_DIFFERS: con.execute(differ).fetchall()[0][0]}
+
+
+LENGTH_DIFFERS = "stays whose icu_length_of_stay_in_days was not the record's, recomputed"
+
+COMPARED_TIMES = """
+    SELECT count(*) FILTER (WHERE abs(to_end) > 60) AS compared,
+           count(*) FILTER (WHERE abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2) AS in_hours,
+           count(*) FILTER (WHERE abs(stated - to_end) > 2) AS differ
+    FROM events WHERE isfinite(stated) AND to_end IS NOT NULL
+"""
+DIFFERING_STAYS = """
+    SELECT DISTINCT icu_stay_id FROM events JOIN stays USING (stay)
+    WHERE isfinite(stated) AND abs(stated - to_end) > 2 ORDER BY icu_stay_id LIMIT 3
+"""
+EVENT_FAULTS = {
+    "events without a time, dropped": "minutes IS NULL OR to_end IS NULL",
+    "events before ICU admission, dropped": "minutes < 0",
+    "events after the final event, dropped (they leak the label)": "to_end < 0",
+}
+
+
+def _repair_events(con: duckdb.DuckDBPyConnection, source: str) -> dict[str, int]:
+    """Drop events that belong to no stay's time, and duplicates; say how many. Contradicting times are an error."""
+    compared, in_hours, differ = con.execute(COMPARED_TIMES).fetchall()[0]
+    if differ and in_hours > 0.5 * compared:
+        raise InputError(
+            f"{source}: relative_time_to_final_event is in hours in {in_hours} of {compared} events. "
+            "It must be minutes: multiply by 60."
         )
     if differ:
-        stays = con.execute(
-            f"SELECT DISTINCT icu_stay_id FROM events JOIN stays USING (stay) WHERE {usable} AND abs(stated - to_end) > 2 ORDER BY 1 LIMIT 3"
-        ).fetchall()
+        first = ", ".join(str(row[0]) for row in con.execute(DIFFERING_STAYS).fetchall())
         raise InputError(
-            f"{path}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, patient_death_time) - event_time "
-            f"in {differ} events, first icu_stay_id {', '.join(str(s[0]) for s in stays)}. Recompute it in minutes."
+            f"{source}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, "
+            f"patient_death_time) - event_time in {differ} events, first icu_stay_id {first}. Recompute it in minutes."
         )
     report = {}
-    for reason, condition in (
-        ("events without a time, dropped", "minutes IS NULL OR to_end IS NULL"),
-        ("events before ICU admission, dropped", "minutes < 0"),
-        ("events after the final event, dropped (they leak the label)", "to_end < 0"),
-    ):
-        report[reason] = con.execute(f"DELETE FROM events WHERE {condition}").fetchone()[0]
-    before = con.execute("SELECT count(*) FROM events").fetchone()[0]
+    for reason, condition in EVENT_FAULTS.items():
+        report[reason] = con.execute(f"DELETE FROM events WHERE {condition}").fetchall()[0][0]
+    before = con.execute("SELECT count(*) FROM events").fetchall()[0][0]
     con.execute("CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events")
-    report["duplicate events, dropped"] = before - con.execute("SELECT count(*) FROM events").fetchone()[0]
+    report["duplicate events, dropped"] = before - con.execute("SELECT count(*) FROM events").fetchall()[0][0]
     return report
+
+
+def _account_for_events(con: duckdb.DuckDBPyConnection, path: Path, table: StayTable) -> list[SourceTable]:
+    """Return the account of the MIMIC-IV tables, completed by the events that were read: every row is in it once."""
+    if not (path.parent / ACCOUNT).is_file():
+        return []
+    accounts = [SourceTable(**account) for account in json.loads((path.parent / ACCOUNT).read_text(encoding="utf-8"))]
+    found = dict(con.execute("SELECT event_type, count(*) FROM event_rows GROUP BY event_type").fetchall())
+    used = dict(zip(EVENT_TYPES, np.bincount(table.event_type, minlength=len(EVENT_TYPES)).tolist()))
+    for number, account in enumerate(accounts):
+        if account.table not in EVENT_TABLES:
+            continue
+        event_type = EVENT_TABLES[account.table].event_type
+        in_stays, lost = found.get(event_type, 0), dict(account.lost)
+        lost["outside the ICU stays"] = account.of_cohort - sum(lost.values()) - in_stays
+        lost["repeated, or of a stay that is dropped"] = in_stays - used[event_type]
+        lost = {reason: count for reason, count in lost.items() if count}
+        accounts[number] = account._replace(in_stays=used[event_type], lost=lost)
+    return accounts
 
 
 class CohortStep(NamedTuple):
@@ -4351,7 +4696,7 @@ class Source(NamedTuple):
 
     table: StayTable
     flow: list[CohortStep]
-    repairs: dict[str, int]
+    repairs: Repairs
     whole: StayTable  # before the cohort was chosen
 
 
@@ -4374,8 +4719,9 @@ def read_source(data: str, settings: Settings, accelerator: Accelerator, need_la
     return Source(table, flow, repairs, whole)
 
 
-def describe(table: StayTable, repairs: dict[str, int], flow: list[CohortStep]) -> None:
+def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None:
     """Log size, lengths, what was dropped and why, and the flow of the cohort, where there is one."""
+    repairs.log()
     quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
     known = table.labels[~np.isnan(table.labels)]
     deaths = f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
@@ -4538,7 +4884,7 @@ class Cohort(NamedTuple):
 
     table: StayTable
     flow: list[CohortStep]
-    repairs: dict[str, int]
+    repairs: Repairs
     text_encoder: str
     text_vectors: np.ndarray  # (n_texts, E)
 
@@ -4757,6 +5103,7 @@ def report_training(
         "training": training,
         "cohort": [step._asdict() for step in cohort.flow],
         "dropped_or_repaired": cohort.repairs,
+        "source_tables": [account._asdict() for account in cohort.repairs.sources],
         "leakage_audit": audit,
         "tripod_ai": tripod_block(cohort, trainer.patients, tables),
         "settings": asdict(settings),
@@ -5034,9 +5381,7 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
     return name
 
 
-def write_audit(
-    table: StayTable, split: Split, repairs: dict[str, int], settings: Settings, results: Results
-) -> list[dict]:
+def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Settings, results: Results) -> list[dict]:
     """Leakage audit of the table and the split: a line in the log, leakage_audit.csv, and its rows."""
     stays = table.stays
     part = np.empty(len(stays), dtype=object)
@@ -5112,6 +5457,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         "checkpoint": settings.evaluate,
         "cohort": [step._asdict() for step in source.flow],
         "dropped_or_repaired": source.repairs,
+        "source_tables": [account._asdict() for account in source.repairs.sources],
         "metrics": metrics or None,
         "metrics_after_recalibration": after,
     }

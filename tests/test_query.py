@@ -1,6 +1,9 @@
 """query.sql through sqlglot and DuckDB on a made-up MIMIC-IV folder: no row here comes from a patient."""
 
 import gzip
+import os
+import subprocess
+import sys
 from datetime import datetime
 
 import pyarrow.parquet
@@ -394,3 +397,132 @@ def test_query_has_no_table_but_those_that_are_read():
     tree = train.sqlglot.parse_one(train.QUERY_FILE.read_text(encoding="utf-8"), read="bigquery")
     used = [table for table in tree.find_all(train.sqlglot.exp.Table) if table.db]
     assert {f"{table.db.rsplit('_', 1)[1]}/{table.name}" for table in used} == set(train.MIMIC_TABLES)
+
+
+# ---- what the folder path counts, leaves out and refuses ----
+
+
+def read(tmp_path, **changed):
+    return train.read_stays(write_folder(tmp_path / "mimic", **changed), tmp_path)
+
+
+def account(repairs, table):
+    return next(account for account in repairs.sources if account.table == table)
+
+
+ADMISSIONS, STAYS, LABS = TABLES["hosp/admissions"], TABLES["icu/icustays"], TABLES["hosp/labevents"]
+STAY_201 = f"2,21,201,MICU,MICU,{IN},{OUT},2"
+BAD_STAYS = {
+    "no discharge and no death": (
+        {"icustays": STAYS.replace(f"101,MICU,SICU,{IN},{OUT}", f"101,MICU,SICU,{IN},")},
+        101,
+    ),
+    "no admission time": ({"icustays": STAYS.replace(STAY_201, f"2,21,201,MICU,MICU,,{OUT},2")}, 201),
+    "no flag": ({"admissions": ADMISSIONS.replace("ASIAN,1", "ASIAN,")}, 201),
+    "a flag of 2": ({"admissions": ADMISSIONS.replace("ASIAN,1", "ASIAN,2")}, 201),
+    "a death in the stay and flag 0": ({"admissions": ADMISSIONS.replace("ASIAN,1", "ASIAN,0")}, 201),
+    "dead before the stay": ({"admissions": ADMISSIONS.replace("2150-01-02 09:30", "2149-12-31 09:30")}, 201),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STAYS)
+def test_one_bad_stay_is_left_out_counted_and_named(name, tmp_path, caplog):
+    changed, stay = BAD_STAYS[name]
+    table, repairs = read(tmp_path, **changed)
+    assert stay not in table.stays.icu_stay_id.tolist() and len(table.stays) == 2
+    (reason,) = [reason for reason in repairs if "without events" not in reason and "duplicate" not in reason]
+    assert repairs[reason] == 1 and f"{reason}: icu_stay_id {stay}" in caplog.text and ".parquet" not in caplog.text
+
+
+def test_stay_without_discharge_ends_at_its_death(tmp_path):
+    table, repairs = read(tmp_path, icustays=STAYS.replace(STAY_201, f"2,21,201,MICU,MICU,{IN},,"))
+    assert table.stays.icu_stay_id.tolist() == [101, 102, 201]
+    assert train.stay_hours(table)[2] == 23.5 and table.minutes_to_end.min() == 0
+
+
+def test_every_row_of_every_table_is_accounted_for(tmp_path):
+    foreign = "\n7,71,1,2150-01-01 12:00:00,,1,1,,,,,,\n7,71,1,2150-01-01 12:00:00,,1,1,,,,,,"
+    _, repairs = read(tmp_path, labevents=LABS + foreign + "\n1,11,1,,,1,1,,,,,,")
+    assert account(repairs, "hosp/labevents") == train.SourceTable(
+        "hosp/labevents", 14, 12, 8, {"without a time": 1, "outside the ICU stays": 3}
+    )
+    assert account(repairs, "icu/procedureevents").lost == {"rewritten, never done": 1, "of a negative duration": 1}
+    assert account(repairs, "icu/ingredientevents")[1:4] == (4, 4, 2)
+    assert account(repairs, "hosp/microbiologyevents").noted == {
+        "about the stays have a day but no time: placed at its end": 1
+    }
+    assert account(repairs, "icu/icustays")[1:4] == (4, 4, 4)
+
+
+def test_stays_whose_admission_or_patient_is_missing_are_counted(tmp_path):
+    stays = STAYS + f"\n4,41,401,MICU,MICU,{IN},{OUT},2\n1,,402,MICU,MICU,{IN},{OUT},2"
+    _, repairs = read(tmp_path, icustays=stays, patients=TABLES["hosp/patients"].replace("\n3,M", "\n33,M"))
+    assert account(repairs, "icu/icustays").lost == {
+        "whose hadm_id is not in hosp/admissions": 1,
+        "whose subject_id is not in hosp/patients": 1,
+        "without hadm_id": 1,
+    }
+
+
+def test_table_of_another_release_is_a_warning_that_names_it(tmp_path, caplog):
+    _, repairs = read(tmp_path, ingredientevents=TABLES["icu/ingredientevents"].replace("\n201,", "\n999,"))
+    repairs.log()
+    assert "icu/ingredientevents contributes nothing: 4 rows read, 0 of the cohort" in caplog.text
+
+
+@pytest.mark.parametrize("table", train.MIMIC_KEYS)
+def test_key_that_stands_twice_is_an_error(table, tmp_path):
+    text = TABLES[table]
+    with pytest.raises(train.InputError, match=f"{table}: 1 values of {train.MIMIC_KEYS[table]} stand in more"):
+        read(tmp_path, **{table.split("/")[1]: text + "\n" + text.splitlines()[1]})
+
+
+def test_a_table_in_both_forms_is_an_error_that_names_both(tmp_path):
+    folder = write_folder(tmp_path / "mimic")
+    (folder / "hosp" / "patients.csv").write_text(TABLES["hosp/patients"])
+    with pytest.raises(train.InputError, match=r"patients\.csv and .*patients\.csv\.gz are the same table"):
+        train.read_stays(folder, tmp_path)
+
+
+def test_stale_shards_of_an_earlier_export_are_refused(tmp_path):
+    (result,) = train.run_mimic_query(write_folder(tmp_path / "mimic"), tmp_path).glob("*.parquet")
+    for name in ("new-000.parquet", "old-000.parquet"):
+        (tmp_path / name).write_bytes(result.read_bytes())
+    with pytest.raises(train.InputError, match=r"4 stays .*first icu_stay_id 101 in .*new-000.*old-000"):
+        train.read_stays(tmp_path / "*.parquet")
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "inf", "None", "NULL"])
+def test_words_for_a_missing_value_are_no_value(word, tmp_path):
+    row = f"1,11,1,2150-01-10 11:00:00,,{word},{word},{word},0.5,1.2,{word},,{word}"
+    table, _ = read(tmp_path, labevents=f"{LAB}\n{row}")
+    assert "Lab: Creatinine (Blood, Chemistry) | Reference: 0.5-1.2" in table.texts.tolist()
+
+
+def test_none_in_capitals_is_a_finding(tmp_path):
+    table, _ = read(tmp_path, labevents=f"{LAB}\n1,11,3,2150-01-10 11:00:00,,NONE,,,,,,,")
+    assert "Lab: Glucose (Urine, Hematology) | Value: NONE" in table.texts.tolist()
+
+
+def test_rows_that_begin_with_a_hash_and_long_comments_are_read(tmp_path):
+    items = TABLES["hosp/d_labitems"].replace("1,Creatinine,", '1,"#Creatinine",') + "\n#5,x,Blood,x"
+    with pytest.raises(train.InputError, match=r"d_labitems.*itemid \(BIGINT\) in 1 rows"):
+        read(tmp_path, d_labitems=items)
+    long = f"{LAB}\n1,11,1,2150-01-10 11:00:00,,1,1,,,,,,{'x' * 3_000_000}"
+    assert max(map(len, read(tmp_path, labevents=long)[0].texts)) > 3_000_000
+
+
+def test_stay_across_a_clock_change_is_the_same_in_every_time_zone(tmp_path):
+    stays = STAYS.replace(f"{IN},{OUT}", "2150-03-08 00:30:00,2150-03-08 04:30:00")
+    folder = write_folder(tmp_path / "mimic", icustays=stays)
+    program = (
+        "import sys, train; table, _ = train.read_stays(sys.argv[1], sys.argv[2]);"
+        "print(table.stays.icu_length_of_stay_in_days.tolist(), table.minutes_to_end.tolist())"
+    )
+    answers = []
+    for zone in ("UTC", "America/New_York"):
+        cache = tmp_path / zone.replace("/", "_")
+        command = [sys.executable, "-c", program, str(folder), str(cache)]
+        environment = os.environ | {"TZ": zone, "PYTHONPATH": str(train.HERE)}
+        answers.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert answers[0] == answers[1] and answers[0]
