@@ -2057,6 +2057,9 @@ PLAN_CHUNK = 2_048  # texts tokenised at a time: bounds memory, and several proc
 KEY = np.dtype("V16")  # an MD5 as one value; numpy's strings would lose the zero bytes at its end
 
 
+Batch = tuple[np.ndarray, list]  # numbers of texts and their tokens
+
+
 class EncoderUnreachable(InputError):
     """The text encoder's weights are neither on this machine nor can they be downloaded."""
 
@@ -2125,7 +2128,8 @@ class EmbeddingCache:
         self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
         order = np.argsort(self._keys, kind="stable")  # of two rows with one key, the later part's comes last
         ordered = self._keys[order]
-        is_last = np.append(ordered[1:] != ordered[:-1], True)[: len(order)]
+        is_last = np.ones(len(order), bool)
+        is_last[:-1] = ordered[1:] != ordered[:-1]
         self._sorted_keys, self._sorted_rows = ordered[is_last], order[is_last]
 
     def _open_part(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -2141,10 +2145,12 @@ class EmbeddingCache:
         """Return the row number of each key, -1 where there is none: (n,) int64."""
         if self._is_stale:
             self.refresh()
-        if not len(self._sorted_keys):
+        n_keys = len(self._sorted_keys)
+        if n_keys == 0:
             return np.full(len(keys), -1)
-        place = np.searchsorted(self._sorted_keys, keys).clip(max=len(self._sorted_keys) - 1)
-        return np.where(self._sorted_keys[place] == keys, self._sorted_rows[place], -1)
+        place = np.searchsorted(self._sorted_keys, keys).clip(max=n_keys - 1)
+        is_found = self._sorted_keys[place] == keys
+        return np.where(is_found, self._sorted_rows[place], -1)
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Return (n,) True where a key has no vector."""
@@ -2193,7 +2199,7 @@ class EmbeddingCache:
 
     def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
         """Add (n,) keys and their (n, dim) float32 vectors as one part. Raises InputError for NaN or a full disk."""
-        if keys.shape != (len(vectors),) or vectors.shape != (len(keys), self.dim):
+        if vectors.shape != (len(keys), self.dim):
             raise ValueError(f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}")
         if not np.isfinite(vectors).all():
             raise InputError("the text encoder gave NaN or infinity: its weights are damaged, or try float32")
@@ -2286,13 +2292,8 @@ class TextEncoder:
         """
         texts = [clean_text(text) for text in texts]
         keys = text_keys(texts)
-        distinct = np.unique(keys, return_index=True)[1]
-        longest_first = distinct[np.argsort([-len(texts[i]) for i in distinct], kind="stable")]
-        size = int(np.clip(len(distinct) // 16, 64, PLAN_CHUNK))
-        chunks = [longest_first[start : start + size] for start in range(0, len(distinct), size)][rank::world]
-        if not chunks:
-            return keys
-        own = np.concatenate(chunks)
+        chunks = self._chunks(texts, keys)[rank::world]
+        own = np.concatenate([np.zeros(0, int), *chunks])
         self.cache.refresh()
         self.cache.adopt_legacy(keys[own])
         is_missing = np.zeros(len(texts), bool)
@@ -2303,7 +2304,15 @@ class TextEncoder:
                 self._fill_cache(keys, self._batches(texts, chunks, is_missing, batch_size), bar)
         return keys
 
-    def _fill_cache(self, keys: np.ndarray, batches: Iterable[tuple[np.ndarray, list]], bar: tqdm) -> None:
+    def _chunks(self, texts: list[str], keys: np.ndarray) -> list[np.ndarray]:
+        """Return the numbers of the distinct texts, longest first, in chunks that are tokenised together."""
+        _, distinct = np.unique(keys, return_index=True)
+        lengths = np.array([len(texts[number]) for number in distinct])
+        longest_first = distinct[np.argsort(-lengths, kind="stable")]
+        n_chunks = math.ceil(len(distinct) / min(PLAN_CHUNK, max(64, len(distinct) // 16)))
+        return np.array_split(longest_first, n_chunks) if n_chunks else []
+
+    def _fill_cache(self, keys: np.ndarray, batches: Iterable[Batch], bar: tqdm) -> None:
         """Encode the batches, and write what is done as a part of the cache every `flush_seconds`."""
         done: list[tuple[np.ndarray, np.ndarray]] = []  # keys and vectors of a batch
         flushed = time.monotonic()
@@ -2327,7 +2336,7 @@ class TextEncoder:
 
     def _batches(
         self, texts: list[str], chunks: list[np.ndarray], is_missing: np.ndarray, batch_size: int
-    ) -> Iterator[tuple[np.ndarray, list]]:
+    ) -> Iterator[Batch]:
         """Yield numbers of missing texts and their tokens, longest first, so that memory peaks at once."""
         budget = min(self.budget, batch_size * self.max_tokens)
         for chunk in chunks:
@@ -2340,7 +2349,7 @@ class TextEncoder:
                 if missing:
                     yield chunk[missing], [tokens[place] for place in missing]
 
-    def _encoded(self, batches: Iterable[tuple[np.ndarray, list]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _encoded(self, batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield numbers and vectors in the order of the batches; one thread per device, two batches ahead."""
         pools = [ThreadPoolExecutor(1) for _ in range(self.n_devices)]
         waiting: deque[tuple[np.ndarray, Future]] = deque()
@@ -2526,7 +2535,8 @@ class ClinicalTextEncoder(TextEncoder):
         if self._window is not None:
             model = longformer_as_roberta(model)
         model = model.to(self._dtype).eval().requires_grad_(False)
-        if self._devices[0].type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        is_fp32_on_cpu = self._devices[0].type == "cpu" and self._dtype == torch.float32
+        if is_fp32_on_cpu and torch.backends.mkldnn.is_available():
             use_one_dnn(model)
         # the last device takes the model itself, the others copies of it
         others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]
@@ -2677,7 +2687,8 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
     roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
     not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
     weights = longformer.state_dict()
-    roberta.load_state_dict({name: weights[name] for name in weights if not not_there.search(name)}, strict=True)
+    kept = {name: weights[name] for name in weights if not not_there.search(name)}
+    roberta.load_state_dict(kept, strict=True)
     return roberta
 
 
@@ -2709,13 +2720,11 @@ def as_file_name(encoder: str) -> str:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Return what a cache folder's encoder.json says, or nothing where it is missing, damaged or of another program."""
+    """Return what a cache folder's encoder.json says; nothing where it is missing or damaged."""
     try:
-        description = json.loads(path.read_text("utf-8"))
-        is_whole = description["dim"] > 0 and {"encoder", "pooling", "weights"} <= set(description)
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return description if is_whole else {}
 
 
 def folder_fingerprint(folder: Path) -> str:
