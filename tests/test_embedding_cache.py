@@ -275,8 +275,11 @@ def test_two_processes_write_at_once(tmp_path):
 def test_killed_writer_leaves_nothing_half_written(tmp_path, caplog):
     pause = random.Random(0)
     for _ in range(8):
+        n_parts = len(parts(tmp_path))
         writer = start(write_many, tmp_path, 0, 100_000)
-        time.sleep(0.05 + 0.1 * pause.random())
+        while len(parts(tmp_path)) == n_parts and writer.is_alive():
+            time.sleep(0.005)
+        time.sleep(0.05 * pause.random())
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
     cache = train.EmbeddingCache(tmp_path, DIM)
