@@ -230,7 +230,7 @@ def data_to_explain(given: str | Path | pd.DataFrame, checkpoint: train.Checkpoi
 
 def full_precision() -> Accelerator:
     """Return the process's accelerator, also one that trained in bf16, without autocast: differences of logits need all digits."""
-    return Accelerator(kwargs_handlers=[AutocastKwargs(enabled=False)])
+    return Accelerator(cpu=train.only_cpu(), kwargs_handlers=[AutocastKwargs(enabled=False)])
 
 
 def make_run(

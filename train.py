@@ -59,7 +59,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -74,7 +74,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, send_to_device
 from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -204,9 +204,14 @@ class Settings:
     gradient_clip: float = option(1.0, "Largest norm of the gradient.", above=0)
     max_epochs: int = option(10, "Epochs at most; the learning rate falls to 0 over them.", low=1)
     patience: int = option(8, "Stop after this many epochs without a better validation loss.", low=1)
-    batch_size: int = option(32, "Stays per step at most, over all processes.", low=1)
+    batch_size: int = option(
+        32,
+        "Stays per step at most, of all processes together: a step is the same however many share it, so the learning "
+        "rate is not scaled with them. With many GPUs raise it, and the rate by the square root of the factor.",
+        low=1,
+    )
     max_events_per_batch: int = option(
-        16384, "Padded events per batch at most (a longer stay is a batch of its own).", low=1
+        16384, "Padded events per step and process at most (a longer stay is alone): bounds a GPU's memory.", low=1
     )
     vectors_on: Literal["auto", "device", "host"] = option(
         "auto", "Where the texts' vectors live: auto is the GPU if they take less than half of its free memory."
@@ -3573,12 +3578,17 @@ class Trainer:
         """The averaged weights: what is validated, kept and explained."""
         return self.average.module
 
+    def plan_epoch(self, epoch: int) -> list[np.ndarray]:
+        """The stays of each step of an epoch, of all processes together."""
+        settings, world = self.settings, self.accelerator.num_processes
+        most = settings.max_events_per_batch
+        return plan_batches(self.train_set.lengths, settings.batch_size, most, settings.seed + epoch, world)
+
     def train_epoch(self, epoch: int) -> float:
         """One pass over the training stays; mean loss of a stay. Depends on the seed and the epoch's number alone."""
         settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(settings.seed + 100_003 * epoch + 17 * rank)
-        lengths, seed = self.train_set.lengths, settings.seed + epoch
-        batches = plan_batches(lengths, settings.batch_size, settings.max_events_per_batch, seed, world)
+        lengths, batches = self.train_set.lengths, self.plan_epoch(epoch)
         shares = [share_of_batch(batch, rank, world) for batch in batches]
         loader = packed_batches(self.train_set, [stays for stays, _ in shares], self.accelerator.device)
         is_main = self.accelerator.is_main_process
@@ -4638,20 +4648,33 @@ def log_to_stdout() -> None:
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Return the process's accelerator: precision, tracker, and the processes of a launcher on CPUs too."""
+def make_accelerator(settings: Settings, timeout: timedelta = timedelta(days=7)) -> Accelerator:
+    """Return where to compute, and what it reports to: bf16 on GPUs that have it themselves, not by emulation.
+
+    timeout: how long processes wait for one another. The first runs the query and encodes for hours; others wait then.
+    """
     precision, tracker = settings.mixed_precision, settings.report_to
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise InputError(f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}")
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    if precision == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "no"
+    handlers = [InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(broadcast_buffers=False)]
     return Accelerator(
         mixed_precision=precision,
-        cpu=several_on_cpu,  # unasked, it takes torchrun's processes on CPUs for single ones
+        cpu=only_cpu(),
         log_with=None if tracker == "none" else tracker,
         project_dir=settings.output_dir,
+        kwargs_handlers=handlers,
     )
+
+
+def only_cpu() -> bool:
+    """Return whether Accelerate must be told to take the CPU: for torchrun's processes there, and on Apple's GPUs."""
+    if torch.backends.mps.is_available():
+        logger.info("Device      the CPU: Apple's GPUs know no float64, which scores and explanations need")
+        return True
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -5015,6 +5038,21 @@ class Outcome(NamedTuple):
     scored: Scored | None
 
 
+def train_model(settings: Settings, accelerator: Accelerator | None = None) -> tuple[Trainer, Checkpoint]:
+    """Train on the data that the settings name, and write no report: for a notebook, tests and benchmarks.
+
+    Return the trainer, whose datasets are the parts of the split, and the checkpoint with the best weights.
+    """
+    settings, accelerator = check_settings(settings), accelerator or make_accelerator(settings)
+    source, output = read_source(settings.data, settings, accelerator), Path(settings.output_dir)
+    encoder, vectors = embed_texts(source.table.texts, settings, accelerator)
+    split = choose_splits(source.table, settings)[0]
+    trainer = Trainer(source.table, split, vectors, encoder, settings, output, accelerator)
+    trainer.fit()
+    accelerator.wait_for_everyone()
+    return trainer, load_checkpoint(output / "checkpoints" / "best_model.pth", accelerator.device)
+
+
 def draw_attention(path: Path, settings: Settings, text_encoder: str) -> Path:
     """Draw a file of `save_attention_weights` as a heatmap of the same name in plots/."""
     record = load_attention_weights(path)
@@ -5073,6 +5111,9 @@ def split_table(patients: dict[str, list[int]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["patient_id", "part"]).sort_values("patient_id")
 
 
+FEW_EVENTS = 4096  # of a step on one GPU: it has computed them before the next step's kernels are launched
+
+
 def describe_training(trainer: Trainer, split: Split) -> None:
     """Log the sizes of the parts and of the model, and what it runs on."""
     accelerator, n_parameters = trainer.accelerator, count_parameters(trainer.model)
@@ -5083,6 +5124,12 @@ def describe_training(trainer: Trainer, split: Split) -> None:
         f"{trainer.preprocessor.static_dim} static, on {accelerator.num_processes} x {accelerator.device.type}, "
         f"precision {accelerator.mixed_precision}"
     )
+    n_steps, world = len(trainer.plan_epoch(1)), accelerator.num_processes
+    events = trainer.train_set.lengths.sum() / n_steps / world
+    each = " in each process" if world > 1 else ""
+    logger.info(f"Steps       {n_steps:,} an epoch, of {events:,.0f} events on average{each}")
+    if world > 1 and events < FEW_EVENTS and accelerator.device.type != "cpu":
+        logger.warning(f"Steps       WARNING: below {FEW_EVENTS:,} events a GPU mostly waits: raise --batch-size")
 
 
 def count_parameters(model: nn.Module) -> int:

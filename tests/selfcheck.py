@@ -48,24 +48,19 @@ def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, p
     """Return a model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
     sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
     make_sample.write_csv(sample, folder / "sample.csv")
-    settings = train.check_settings(
-        train.Settings(
-            data=str(folder / "sample.csv"),
-            text_encoder="hashing",
-            output_dir=str(folder),
-            cache_dir=size.cache_dir,
-            seed=seed,
-            max_epochs=size.epochs,
-            save_attention_every=0,
-        )
+    settings = train.Settings(
+        data=str(folder / "sample.csv"),
+        text_encoder="hashing",
+        output_dir=str(folder),
+        cache_dir=size.cache_dir,
+        seed=seed,
+        max_epochs=size.epochs,
+        save_attention_every=0,
     )
     accelerator = explain.full_precision()
-    table, _ = train.read_stays(folder / "sample.csv", size.cache_dir)
-    text_encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
-    split = train.split_by_patient(table, seed)
-    train.Trainer(table, split, vectors, text_encoder, settings, folder, accelerator).fit()
-    checkpoint = train.load_checkpoint(folder / "checkpoints" / "best_model.pth", accelerator.device)
-    run = explain.make_run(checkpoint, table.take(split.test), vectors, True, accelerator)
+    trainer, checkpoint = train.train_model(settings, accelerator)
+    test = trainer.test_set
+    run = explain.make_run(checkpoint, test.table, test.text_vectors.cpu().numpy(), True, accelerator)
     return run, sample.events.assign(event_text=sample.table["event_text"])
 
 

@@ -228,6 +228,96 @@ def test_sparsity_weight_adds_each_stays_evenness_to_its_loss(dataset):
     assert torch.allclose(sparse - plain, 0.5 * train.evenness(values, batch["attention_mask"]), atol=1e-6)
 
 
+def small_model(dataset, **sizes):
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_feedforward": 48} | sizes
+    torch.manual_seed(0)
+    return train.ClinicalTransformer(dataset.input_dim, dataset.static.shape[1], **sizes).eval()
+
+
+def padded_logits(model, dataset, stays):
+    batch = train.collate_stays([dataset[stay] for stay in stays])
+    return model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
+
+
+@torch.no_grad()
+def test_packed_stays_have_the_logits_of_padded_ones(dataset):
+    model, stays = small_model(dataset), np.array([4, 0, 9, 1])
+    batch = dataset.packed(stays)
+    assert batch.layout.lengths == dataset.lengths[stays].tolist() and len(batch.events) == dataset.lengths[stays].sum()
+    logits, _ = model.score_packed(batch.events, batch.static_features, batch.layout)
+    assert torch.allclose(logits, padded_logits(model, dataset, stays), atol=1e-6)
+    assert torch.equal(batch.labels, dataset.labels[stays])
+
+
+def test_packed_and_padded_batch_have_the_same_loss(dataset):
+    preprocessor = train.ClinicalDataPreprocessor().fit(dataset.table)
+    objective = train.TrainingObjective(small_model(dataset), train.TemporalAwareLoss(32), preprocessor)
+    stays = np.array([2, 7, 5])
+    padded = train.collate_stays([dataset[stay] for stay in stays])
+    assert torch.allclose(objective(dataset.packed(stays), 773), objective(padded, 773), atol=1e-6)
+
+
+def test_layouts_of_lengths_and_of_a_mask_agree():
+    lengths = np.array([3, 1, 2])
+    attention_mask = torch.arange(3) < torch.from_numpy(lengths).unsqueeze(1)
+    by_lengths, by_mask = train.layout_of_lengths(lengths, torch.device("cpu")), train.layout_of_mask(attention_mask)
+    assert by_lengths.lengths == by_mask.lengths == [3, 1, 2] and by_lengths.ends.tolist() == [0, 3, 4, 6]
+    assert by_lengths.position.tolist() == [0, 1, 2, 0, 0, 1] and by_mask.place.tolist() == [0, 1, 2, 3, 6, 7]
+    assert all(torch.equal(a, b) for a, b in zip(by_lengths[1:], by_mask[1:]))
+
+
+def test_batches_gathered_ahead_are_those_gathered_in_turn(dataset, monkeypatch):
+    """On a device without the vectors, threads gather; here the device is the CPU under another name."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(train, "send_to_device", lambda batch, device, non_blocking: batch)
+    batches = [np.array([stay, stay + 1]) for stay in range(0, 20, 2)]
+    in_turn = train.packed_batches(dataset, batches, torch.device("cpu"))
+    ahead = list(train.packed_batches(dataset, batches, torch.device("cuda")))
+    assert len(ahead) == 10 and all(torch.equal(a.events, b.events) for a, b in zip(ahead, in_turn))
+
+
+@torch.no_grad()
+def test_logits_leave_bf16_autocast_in_fp32(dataset):
+    """No ties: only the events' representations are rounded, not the sums that make the logit."""
+    model = small_model(dataset)
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = dataset.packed(np.arange(30))
+        logits, details = model.score_packed(batch.events, batch.static_features, batch.layout)
+        event_logits = train.in_full_precision(torch.nn.Linear(32, 1), details["transformer_output"].bfloat16())
+    assert logits.dtype == event_logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    exact = padded_logits(model, dataset, range(30))
+    assert len(logits.unique()) == 30 and (logits - exact).abs().max() < 0.02
+
+
+def test_processes_share_the_event_budget_of_a_step():
+    lengths = np.random.default_rng(0).integers(1, 500, 300)
+    batches = train.plan_batches(lengths, batch_size=64, max_events=1000, seed=1, world=4)
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    for batch in batches:
+        shares = [train.share_of_batch(batch, rank, 4)[0] for rank in range(4)]
+        assert all(len(share) == 1 or len(share) * lengths[share].max() <= 1000 for share in shares)
+    assert len(batches) < len(train.plan_batches(lengths, batch_size=64, max_events=1000, seed=1))
+
+
+@torch.no_grad()
+def test_attention_of_a_pass_is_written_and_read_again(model, batch, tmp_path):
+    _, attention = model(*batch, return_attention=True)
+    path = train.save_attention_weights(attention, 50, 2, save_dir=tmp_path)
+    assert path.name == "attention_epoch_2_batch_50.npz"
+    read = train.load_attention_weights(path)
+    assert np.allclose(read["pooling_weights"], attention["pooling_weights"])
+    for found, weights in zip(read["layer_attention_weights"], attention["layer_attention_weights"], strict=True):
+        assert np.allclose(found, weights, atol=1e-3)
+
+
+@torch.no_grad()
+def test_attention_file_is_bounded_however_long_the_stay(model, tmp_path):
+    _, attention = model(torch.randn(1, 500, INPUT), torch.randn(1, S), return_attention=True)
+    read = train.load_attention_weights(train.save_attention_weights(attention, 0, 1, tmp_path))
+    assert read["layer_attention_weights"][0].shape == (1, 4, 64, 64) and "transformer_output" not in read
+
+
 def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_three_quarters(dataset):
     mean, scale = train.input_statistics(dataset)
     events = torch.cat([dataset[i][0] for i in range(len(dataset))])

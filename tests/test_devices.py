@@ -1,0 +1,190 @@
+"""The paths of a GPU box, on a pretended cuda device (a file beside the checkout, whose scenarios these add to) and in
+several processes. `python tests/test_devices.py packed_input` runs one scenario."""
+
+import ctypes
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PRETENDED = ROOT.parent / "shared" / "pretended_cuda" / "test_pretended_cuda.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "REPO": str(ROOT), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+def make_machine():
+    """The pretended machine; its library must be loaded before torch."""
+    spec = importlib.util.spec_from_file_location("pretended", PRETENDED)
+    pretended = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pretended)
+    pretended.LIBRARY = ctypes.CDLL(pretended.build())
+    import torch
+
+    pretended.torch = torch
+    torch.set_num_threads(1)
+    return pretended.Machine()
+
+
+def small_settings(**changes):
+    """Settings of a training that takes seconds, on a small sample written to the working folder."""
+    from make_sample import make_sample
+
+    import train
+
+    if not Path("data.csv").exists():
+        make_sample(70, seed=1).table.to_csv("data.csv", index=False)
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_pooling_heads": 2, "d_feedforward": 32, "max_epochs": 1}
+    options = {"data": "data.csv", "text_encoder": "hashing", "cache_dir": "cache", "output_dir": "out"}
+    return train.Settings(**sizes, **options, **({"save_attention_every": 0, "batch_size": 4} | changes))
+
+
+def packed_input(machine):
+    """At most two waits a step, wherever the vectors live; the same logits as the padded path on the CPU."""
+    import numpy as np
+    import torch
+
+    import train
+
+    logits = {}
+    for where in ("device", "host"):
+        trainer, checkpoint = train.train_model(small_settings(vectors_on=where, mixed_precision="no"))
+        assert trainer.train_set.device.type == ("cuda" if where == "device" else "cpu")
+        n_steps = len(trainer.plan_epoch(1))
+        machine.reset()
+        trainer.train_epoch(1)
+        counts = machine.counts()
+        waits = sum(count for name, count in counts.items() if name.startswith("SYNC"))
+        print(where, n_steps, "steps", waits, "waits", counts.get("COPY host to device"), "copies to the device")
+        assert waits <= 2 * n_steps, waits / n_steps
+        logits[where] = train.predict_logits(
+            checkpoint.model, trainer.test_set, checkpoint.settings, trainer.accelerator
+        )
+        on_cpu = train.load_checkpoint("out/checkpoints/best_model.pth")
+        vectors = trainer.test_set.text_vectors.cpu()
+        dataset = train.ClinicalSequenceDataset(trainer.test_set.table, on_cpu.preprocessor, vectors)
+        batch = train.collate_stays([dataset[stay] for stay in range(len(dataset))])
+        with torch.no_grad():
+            padded = on_cpu.model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
+        assert np.allclose(logits[where], padded[:, 0].numpy(), atol=1e-4)
+
+
+def another_encoder(machine):
+    """An encoder that is no Longformer (here RoBERTa's architecture), on the device in fp32 and bf16, against the CPU."""
+    import numpy as np
+    import torch
+    from conftest import save_tokenizer
+    from transformers import RobertaConfig, RobertaModel
+
+    import train
+
+    folder = Path("roberta")
+    folder.mkdir()
+    save_tokenizer(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = RobertaConfig(**sizes, intermediate_size=64, max_position_embeddings=514, initializer_range=0.2)
+    RobertaModel(config).save_pretrained(folder)
+    texts = [f"Lab: Lactate | Value: {i} mmol/L" + " and so on" * (i % 40) for i in range(40)] + [""]
+    ways = {"cpu": {"devices": ["cpu"], "dtype": "float32"}, "cuda": {"dtype": "float32"}, "bf16": {}}
+    found = {}
+    for name, options in ways.items():
+        found[name] = train.ClinicalTextEncoder(folder, cache_dir=Path(name), **options).encode_event_text_batch(texts)
+    assert abs(found["cuda"] - found["cpu"]).max() < 1e-4
+    norms = np.linalg.norm(found["bf16"], axis=1) * np.linalg.norm(found["cpu"], axis=1)
+    assert ((found["bf16"] * found["cpu"]).sum(1) / norms).min() > 0.99
+
+
+SCENARIOS = [packed_input, another_encoder]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PRETENDED.exists(), reason="no pretended device beside the checkout")
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_pretended_device(scenario):
+    done = subprocess.run(
+        [sys.executable, __file__, scenario.__name__], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-2500:]
+
+
+WAITING_SCRIPT = """
+import sys, time
+from datetime import timedelta
+import train
+accelerator = train.make_accelerator(train.Settings(), timedelta(seconds=float(sys.argv[1])))
+with accelerator.main_process_first():
+    if accelerator.is_main_process:
+        time.sleep(float(sys.argv[2]))
+accelerator.wait_for_everyone()
+"""
+
+
+def wait_in_two_processes(timeout_s: float, work_s: float, folder: Path) -> subprocess.CompletedProcess:
+    """Two processes, of which the first works while the second waits."""
+    script = folder / "waiting.py"
+    script.write_text(WAITING_SCRIPT)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command = [sys.executable, *launcher, str(script), str(timeout_s), str(work_s)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+@pytest.mark.slow
+def test_processes_wait_for_the_first_as_long_as_the_timeout_says(tmp_path):
+    assert wait_in_two_processes(600, 5, tmp_path).returncode == 0
+    assert wait_in_two_processes(2, 60, tmp_path).returncode != 0
+
+
+def test_default_timeout_outlasts_days_of_encoding(monkeypatch):
+    import train
+
+    handlers = {}
+    monkeypatch.setattr(train, "Accelerator", lambda **options: handlers.update(options))
+    train.make_accelerator(train.Settings())
+    timeouts = [handler.timeout for handler in handlers["kwargs_handlers"] if hasattr(handler, "timeout")]
+    assert timeouts == [timedelta(days=7)]
+
+
+def test_apple_gpus_are_left_alone_with_a_sentence(monkeypatch, caplog):
+    import torch
+
+    import train
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with caplog.at_level("INFO", logger="clinical_LF"):
+        assert train.only_cpu()
+    assert "float64" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "capability, width, dtype, expected",
+    [((8, 0), 32, "bfloat16", True), ((7, 5), 32, "float16", False), ((9, 0), 12, "bfloat16", False)]
+    + [((9, 0), 264, "bfloat16", False), ((9, 0), 32, "float32", False)],
+)
+def test_variable_length_kernel_is_taken_where_it_runs(capability, width, dtype, expected, monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    import train
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    query = SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype), shape=(9, 4, width), device="cuda")
+    assert train.has_variable_length_kernel(query) == expected
+
+
+if __name__ == "__main__":
+    MACHINE = make_machine()
+    SCENARIO = next(scenario for scenario in SCENARIOS if scenario.__name__ == sys.argv[1])
+    with tempfile.TemporaryDirectory() as SCRATCH:
+        os.chdir(SCRATCH)
+        SCENARIO(MACHINE)
+        os.chdir("/")
