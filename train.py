@@ -2087,6 +2087,11 @@ def text_keys(texts: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(hashlib.md5(text, usedforsecurity=False).digest() for text in encoded), KEY)
 
 
+def text_numbers(texts: Iterable[str]) -> np.ndarray:
+    """Return the first half of each text's MD5 as a number, (n,) int64: enough to tell which texts were seen before."""
+    return text_keys(texts).view("<i8").reshape(-1, 2)[:, 0].copy()
+
+
 def single_file_name(key: np.void) -> str:
     """Return the name of a vector's file in the earlier layout."""
     return f"{key.tobytes().hex()}.npy"
@@ -3533,7 +3538,9 @@ class Trainer:
             for part in split
         )
         self.time_column = len(EVENT_TYPES) + vectors.shape[1]
-        self.training_items = sorted({item_hash(text) for text in table.texts[np.unique(train_table.text)]})
+        texts = table.texts[np.unique(train_table.text)]
+        self.training_items = sorted({item_hash(text) for text in texts})
+        self.training_texts = torch.from_numpy(np.sort(text_numbers(texts)))
         self.data_fingerprint = table.fingerprint()
         patient_ids = table.stays["patient_id"]
         self.patients = {name: patient_ids.iloc[part].unique().tolist() for name, part in split._asdict().items()}
@@ -3724,6 +3731,7 @@ class Trainer:
             "data_fingerprint": self.data_fingerprint,
             "baseline": self.baseline,
             "training_items": self.training_items,
+            "training_texts": self.training_texts,
             "temperature": self.temperature,
             "history": self.history,
             "epochs_done": self.epochs_done,
@@ -5506,6 +5514,8 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     if metrics:
         log_metrics(metrics, f"Evaluation  of known outcome {scored.known.words()}")
     after = after_recalibration(scored.known, own) if metrics else None
+    unseen = unseen_in_training(checkpoint, table)
+    results.table("unseen_in_training.csv", unseen)
     if trajectories is not None:
         write_trajectories(results, trajectories, checkpoint.settings, text_encoder)
     content = {
@@ -5516,11 +5526,33 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         "source_tables": [account._asdict() for account in source.repairs.sources],
         "metrics": metrics or None,
         "metrics_after_recalibration": after,
+        "unseen_in_training": shares_unseen(unseen),
     }
     results.json("metrics.json", content)
     logger.info(f"Encoder     {text_encoder}")
     results.end()
     return content
+
+
+def unseen_in_training(checkpoint: Checkpoint, table: StayTable) -> pd.DataFrame:
+    """Return one row per item: its events, and those whose item, or whose very text, training never saw."""
+    events = np.bincount(table.text, minlength=len(table.texts))
+    known_items = set(checkpoint.state["training_items"])
+    is_new_item = np.array([item_hash(text) not in known_items for text in table.texts])
+    is_new_text = ~np.isin(text_numbers(table.texts), checkpoint.state["training_texts"].numpy())
+    frame = pd.DataFrame({"item": list(map(item_of, table.texts)), "events": events})
+    frame = frame.assign(of_new_item=events * is_new_item, of_new_text=events * is_new_text)
+    return frame.groupby("item", as_index=False).sum().sort_values("of_new_text", ascending=False, kind="stable")
+
+
+def shares_unseen(unseen: pd.DataFrame) -> dict[str, float]:
+    """Return the shares of all events whose item, and whose text, training never saw; log them."""
+    shares = (unseen[["of_new_item", "of_new_text"]].sum() / unseen["events"].sum()).round(4).to_dict()
+    logger.info(
+        f"Unseen      {shares['of_new_item']:.1%} of the events are of items that training never saw, "
+        f"{shares['of_new_text']:.1%} of texts that it never saw"
+    )
+    return shares
 
 
 def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ import datetime
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import train
 
@@ -218,3 +219,16 @@ def test_split_of_the_data_set_is_left_where_a_part_lacks_an_outcome(hospital, t
     assert train.meds_split(table, tmp_path) is None
     split = train.meds_split(table, hospital)
     assert [len(part) for part in split] == [36, 12, 12]
+
+
+def test_evaluation_says_which_items_training_never_saw(hospital, tmp_path):
+    table, _ = read(hospital)
+    texts = table.texts
+    state = {"training_items": [train.item_hash("Lab: glucose")], "training_texts": torch.tensor([0])}
+    checkpoint = train.Checkpoint(*[None] * 7, state=state)
+    unseen = train.unseen_in_training(checkpoint, table)
+    assert unseen.to_numpy().tolist() == [["Lab: lactate", 240, 240, 240]]
+    state["training_items"] = [train.item_hash(texts[0])]
+    state["training_texts"] = torch.from_numpy(train.text_numbers(texts[:1]))
+    shares = train.shares_unseen(train.unseen_in_training(checkpoint, table))
+    assert shares == {"of_new_item": 0, "of_new_text": pytest.approx(1 - (table.text == 0).mean(), abs=1e-4)}
