@@ -95,7 +95,7 @@ from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -185,7 +185,7 @@ class Settings:
     d_feedforward: int = option(512, "Width of the feed-forward part of each layer.", low=1)
     n_pooling_heads: int = option(4, "Attention heads that pool the events.", low=1)
     dropout: float = option(
-        0.2, "Dropout everywhere but inside attention (fused kernels take none there).", low=0, below=1
+        0.1, "Dropout everywhere but inside attention (fused kernels take none there).", low=0, below=1
     )
 
     weight_averaging: float = option(
@@ -3201,7 +3201,7 @@ class ClinicalTransformer(nn.Module):
         n_heads: int = 8,
         d_feedforward: int = 512,
         n_pooling_heads: int = 4,
-        dropout: float = 0.2,
+        dropout: float = 0.1,
         n_history: int = 0,
     ) -> None:
         super().__init__()
@@ -3550,8 +3550,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        decay = get_ema_multi_avg_fn(settings.weight_averaging)
-        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=decay)
+        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=self.average_weights)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.writer = ThreadPoolExecutor(1)  # writes and draws attention while training goes on
         self.writing: Future[None] | None = None
@@ -3636,6 +3635,12 @@ class Trainer:
         unread.clear()
         self.stop_if_not_finite(losses, self.train_set, stays)
         return float(losses.sum())
+
+    @torch.no_grad()
+    def average_weights(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
+        """Move the running mean of the weights; its memory grows with the steps, so that it does not keep the beginning."""
+        decay = min(self.settings.weight_averaging, self.step / (self.step + 10))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def set_learning_rate(self, share_of_training: float) -> None:
         """Raise it linearly over the first steps, then lower it along half a cosine: no single validation decides.
