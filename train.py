@@ -3980,15 +3980,19 @@ def with_interval(value: float, draws: np.ndarray) -> dict[str, Any]:
 def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Return the figures in METRICS per row of stay weights (R, n), as (R, 5); NaN where a row lacks an outcome."""
     figures = np.full((len(weights), len(METRICS)), np.nan)
-    figures[:, 2] = weights @ (probabilities - labels) ** 2 / weights.sum(1)
-    both = (weights @ labels > 0) & (weights @ (1 - labels) > 0)
+    errors = (probabilities - labels) ** 2
+    figures[:, 2] = weights @ errors / weights.sum(1)
+    has_deaths = weights @ labels > 0
+    has_survivors = weights @ (1 - labels) > 0
+    both = has_deaths & has_survivors
     if not both.any():
         return figures
     weights = weights[both]
     clipped = probabilities.clip(1e-7, 1 - 1e-7)
-    logits = np.log(clipped / (1 - clipped))
+    logits = np.log(clipped) - np.log1p(-clipped)
+    constant = np.ones((len(labels), 1))
     figures[both, :2] = weighted_ranking(weights, labels, probabilities)
-    figures[both, 3] = logistic_fits(weights, labels, np.ones((len(labels), 1)), offset=logits)[:, 0]
+    figures[both, 3:4] = logistic_fits(weights, labels, constant, offset=logits)
     figures[both, 4] = calibration_slopes(weights, labels, logits)
     return figures
 
@@ -3996,35 +4000,53 @@ def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.
 def weighted_ranking(weights: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Return AUROC and average precision (R, 2) for rows of stay weights (R, n) that hold both outcomes."""
     order = np.argsort(probabilities, kind="stable")
-    is_new = np.diff(probabilities[order], prepend=-1.0) > 0
-    first_of_tie = np.flatnonzero(is_new)
-    weights, labels = weights[:, order], labels[order]
-    deaths = np.add.reduceat(weights * labels, first_of_tie, axis=1)  # (R, G), rising risk
-    survivors = np.add.reduceat(weights * (1 - labels), first_of_tie, axis=1)  # (R, G)
-    n_deaths, n_survivors = deaths.sum(1), survivors.sum(1)
+    steps = np.diff(probabilities[order], prepend=-1.0)
+    first_of_tie = np.flatnonzero(steps > 0)
+    weights, died = weights[:, order], labels[order]
+    # (R, G), rising risk
+    deaths = np.add.reduceat(weights * died, first_of_tie, axis=1)
+    stays = np.add.reduceat(weights, first_of_tie, axis=1)
+    survivors = stays - deaths
+    n_deaths = deaths.sum(1)
+    n_survivors = survivors.sum(1)
     below = survivors.cumsum(1) - survivors / 2  # a tie counts a half
-    auroc = (deaths * below).sum(1) / (n_deaths * n_survivors)
-    found = deaths[:, ::-1].cumsum(1)[:, ::-1]  # deaths at or above
-    alarms = found + survivors[:, ::-1].cumsum(1)[:, ::-1]
-    average_precision = (deaths * found / np.maximum(alarms, 1)).sum(1) / n_deaths
+    pairs = (deaths * below).sum(1)
+    auroc = pairs / (n_deaths * n_survivors)
+    # of the stays at or above each risk
+    found = n_deaths[:, None] - deaths.cumsum(1) + deaths
+    alarms = stays.sum(1, keepdims=True) - stays.cumsum(1) + stays
+    precision = found / np.maximum(alarms, 1)
+    average_precision = (deaths * precision).sum(1) / n_deaths
     return np.column_stack([auroc, average_precision])
 
 
 def calibration_slopes(weights: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """Return the slope of death on logits (n,) per row of weights (R, n); infinite where they separate outcomes."""
-    died, survived = (weights > 0) & (labels == 1), (weights > 0) & (labels == 0)  # (R, n)
-    lowest_death, lowest_survivor = (np.where(group, logits, np.inf).min(1) for group in (died, survived))
-    highest_death, highest_survivor = (np.where(group, logits, -np.inf).max(1) for group in (died, survived))
-    deaths_above, deaths_below = highest_survivor <= lowest_death, highest_death <= lowest_survivor
+    is_drawn = weights > 0
+    died = is_drawn & (labels == 1)  # (R, n)
+    survived = is_drawn & (labels == 0)
+    lowest_death, highest_death = range_within(logits, died)
+    lowest_survivor, highest_survivor = range_within(logits, survived)
+    deaths_above = highest_survivor <= lowest_death
+    deaths_below = highest_death <= lowest_survivor
     slopes = np.full(len(weights), np.nan)  # stays so where all are tied: no slope at all
     slopes[deaths_above & ~deaths_below] = np.inf
     slopes[deaths_below & ~deaths_above] = -np.inf
     finite = ~(deaths_above | deaths_below)
     if finite.any():
         scale = logits.std()
-        standardised = np.column_stack([np.ones(len(logits)), (logits - logits.mean()) / scale])
-        slopes[finite] = logistic_fits(weights[finite], labels, standardised)[:, 1] / scale
+        standardised = (logits - logits.mean()) / scale
+        features = np.column_stack([np.ones(len(logits)), standardised])
+        fits = logistic_fits(weights[finite], labels, features)
+        slopes[finite] = fits[:, 1] / scale
     return slopes
+
+
+def range_within(values: np.ndarray, is_member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least and the greatest of values (n,) among the members of each row (R, n)."""
+    lowest = np.where(is_member, values, np.inf).min(1)
+    highest = np.where(is_member, values, -np.inf).max(1)
+    return lowest, highest
 
 
 def logistic_fits(
@@ -4032,18 +4054,23 @@ def logistic_fits(
 ) -> np.ndarray:
     """Return weighted logistic regressions by Newton, one per row of weights (R, n) at once: coefficients (R, k)."""
     n_features = features.shape[1]
-    products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)  # (n, k * k)
+    products = features[:, :, None] * features[:, None, :]
+    products = products.reshape(len(features), -1)  # (n, k * k)
+    ridge = 1e-9 * np.eye(n_features)  # where every risk is near 0 or 1, the curvature is flat
     coefficients = np.zeros((len(weights), n_features))
     for _ in range(100):
         risks = expit(coefficients @ features.T + offset)  # (R, n)
-        gradient = (weights * (labels - risks)) @ features
-        curvature = ((weights * risks * (1 - risks)) @ products).reshape(-1, n_features, n_features)
-        curvature = curvature + 1e-9 * np.eye(n_features)  # flat where every risk is near 0 or 1
-        step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0].clip(-2, 2)  # longer steps can oscillate
+        residuals = weights * (labels - risks)
+        gradient = (residuals @ features)[:, :, None]
+        variances = weights * risks * (1 - risks)
+        curvature = (variances @ products).reshape(-1, n_features, n_features)
+        step = np.linalg.solve(curvature + ridge, gradient)[:, :, 0]
+        step = step.clip(-2, 2)  # longer steps can oscillate
         coefficients += step
         if np.abs(step).max() < 1e-7:
             break
-    return np.where(np.abs(step).max(1, keepdims=True) < 1e-4, coefficients, np.nan)
+    last_step = np.abs(step).max(1, keepdims=True)
+    return np.where(last_step < 1e-4, coefficients, np.nan)
 
 
 def race_group(race: Any) -> str:
@@ -4222,7 +4249,13 @@ def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int =
     """
     died, risks = checked_predictions(labels, probabilities)
     bins = pd.qcut(pd.Series(risks), n_bins, labels=False, duplicates="drop").fillna(0)
-    stays = pd.DataFrame({"bin": bins, "risk": risks, "died": died})
+    stays = pd.DataFrame(
+        {
+            "bin": bins,
+            "risk": risks,
+            "died": died,
+        }
+    )
     table = stays.groupby("bin").agg(
         n=("died", "size"), deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=("died", "mean")
     )
@@ -4247,7 +4280,12 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     def log_loss(inverse: float) -> float:
         return float(np.logaddexp(0, -inverse * margins).sum())
 
-    inverse = minimize_scalar(log_loss, bounds=(0.02, 50), method="bounded", options={"xatol": 1e-7}).x
+    inverse = minimize_scalar(
+        log_loss,
+        bounds=(0.02, 50),
+        method="bounded",
+        options={"xatol": 1e-7},
+    ).x
     if not 0.021 < inverse < 49 or not 0 < died.sum() < len(died):
         logger.warning(
             f"Temperature scaling left out: {len(died)} validation stays ({died.sum():.0f} deaths) "
@@ -4282,7 +4320,14 @@ def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: Array
     logits = np.log(clipped / (1 - clipped))[:, None]
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     model = LogisticRegression(C=np.inf)
-    return cross_val_predict(model, logits, labels, groups=patients, cv=folds, method="predict_proba")[:, 1]
+    return cross_val_predict(
+        model,
+        logits,
+        labels,
+        groups=patients,
+        cv=folds,
+        method="predict_proba",
+    )[:, 1]
 
 
 def split_counts(patient_ids, admission_ids, split) -> dict:
@@ -4318,7 +4363,13 @@ def leakage_audit(stays, per_stay, labels, patient_ids, split, counts, prospecti
             reason = "Expected: the retrospective mode reads the whole stay. A bedside model could not have read them."
         rows.append((name, "count", np.nan, int(count), count > 0 and not excused, reason))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
-    return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
+    return audit.astype(
+        {
+            "auroc": float,
+            "count": "Int64",
+            "flagged": bool,
+        }
+    )
 
 
 def patient_folds(labels, patient_ids, n_folds=5):
@@ -4343,7 +4394,11 @@ def single_column_auroc(column: pd.Series, labels, folds) -> float:
     if is_time or pd.api.types.is_numeric_dtype(column):
         numbers = (column - column.min()).dt.total_seconds() if is_time else column
         values = numbers.to_numpy(dtype=float, na_value=np.nan)[:, None]
-        model = DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=max(5, len(values) // 50), random_state=0)
+        model = DecisionTreeRegressor(
+            max_leaf_nodes=16,
+            min_samples_leaf=max(5, len(values) // 50),
+            random_state=0,
+        )
         score = model.predict
     else:
         values = column.astype(object).where(column.notna(), "Unknown").astype(str).to_numpy(dtype=object)[:, None]
@@ -4391,7 +4446,11 @@ METRIC_WORDS = {
 
 def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> Figure:
     """Return a page-wide figure: the question on top, a caption line below; constrained layout keeps both clear."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(width, height),
+        dpi=150,
+        layout="constrained",
+    )
     figure.suptitle(textwrap.fill(title, 88), fontsize=11)
     if caption:
         figure.supxlabel(textwrap.fill(caption, int(16 * width)), fontsize=7.5, color="#444444")
@@ -4426,10 +4485,24 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     """Draw history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
     figure = new_figure("Does training still help on patients it does not see?", caption, height=2.9)
     loss, auroc, rate = figure.subplots(1, 3)
-    style = {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
-    held_out = {"color": VERMILLION, "linestyle": "--", **style}
+    style = {
+        "marker": "o",
+        "markersize": 3 if len(history) < 30 else 0,
+        "linewidth": 1.4,
+    }
+    held_out = {
+        "color": VERMILLION,
+        "linestyle": "--",
+        **style,
+    }
     epochs, validation = history["epoch"], history["validation_loss"]
-    loss.plot(epochs, history["train_loss"], color=BLUE, label="training, all terms", **style)
+    loss.plot(
+        epochs,
+        history["train_loss"],
+        color=BLUE,
+        label="training, all terms",
+        **style,
+    )
     loss.plot(epochs, validation, label="validation, BCE", **held_out)
     auroc.plot(epochs, history["validation_auroc"], **held_out)
     rate.plot(epochs, history["learning_rate"], color=GREY, **style)
@@ -4438,9 +4511,19 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
         best = int(epochs[validation.idxmin()])
         loss_title = f"Loss (validation lowest in epoch {best})"
         for axes in (loss, auroc):
-            axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
+            axes.axvline(
+                best,
+                color="black",
+                linewidth=0.8,
+                linestyle=":",
+            )
     loss.legend(fontsize=7, frameon=False)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    rate.ticklabel_format(
+        axis="y",
+        style="sci",
+        scilimits=(-2, 2),
+        useMathText=True,
+    )
     rate.yaxis.get_offset_text().set_fontsize(8)
     rate.set_ylim(bottom=0)
     tidy(loss, "epoch", "loss", loss_title)
@@ -4460,18 +4543,36 @@ def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[s
         false_alarms, found, _ = roc_curve(died, risks)
         roc.plot(false_alarms, found, color=BLUE, label="model")
         precision, recall, _ = precision_recall_curve(died, risks)
-        pr.step(recall, precision, where="post", color=BLUE, label="model")
+        pr.step(
+            recall,
+            precision,
+            where="post",
+            color=BLUE,
+            label="model",
+        )
     else:
         roc.text(0.5, 0.6, "only one outcome: no curve", ha="center", fontsize=8)
-    chance = {"color": GREY, "linestyle": "--", "linewidth": 1}
+    chance = {
+        "color": GREY,
+        "linestyle": "--",
+        "linewidth": 1,
+    }
     prevalence = died.mean() if len(died) else 0.0
     roc.plot([0, 1], [0, 1], label="no better than chance", **chance)
     pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **chance)
     tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", metric_text(metrics, "auroc"))
     tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
     for axes, corner in ((roc, "lower right"), (pr, "best")):
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
-        axes.legend(fontsize=8, frameon=False, loc=corner)
+        axes.set(
+            xlim=(-0.02, 1.02),
+            ylim=(-0.02, 1.02),
+            box_aspect=1,
+        )
+        axes.legend(
+            fontsize=8,
+            frameon=False,
+            loc=corner,
+        )
     return figure
 
 
@@ -4485,7 +4586,14 @@ def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[
     below, above = table["observed_rate"] - table["low"], table["high"] - table["observed_rate"]
     smallest, largest = int(table["n"].min()), int(table["n"].max())
     size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-    curve.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1, label="perfect agreement")
+    curve.plot(
+        [0, top],
+        [0, top],
+        color=GREY,
+        linestyle="--",
+        linewidth=1,
+        label="perfect agreement",
+    )
     curve.errorbar(
         table["mean_risk"],
         table["observed_rate"],
@@ -4502,7 +4610,13 @@ def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[
     words += [metrics["note"]] if metrics["note"] else []
     tidy(curve, "", "observed death rate", "\n".join(words))
     # Below the axes: inside, the legend would lie on the points of some model or other.
-    curve.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)
+    curve.legend(
+        fontsize=8,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.02),
+        ncols=2,
+    )
     histogram.hist(
         [risks[died == 0], risks[died == 1]],
         bins=np.linspace(0, top, 31),
@@ -4520,8 +4634,20 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     """Draw a curve as `decision_curve` returns it; what treating all would lose beyond the axes is not shown."""
     figure = new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
     axes, thresholds = figure.subplots(), curve["threshold"]
-    axes.plot(thresholds, curve["treat_all"], color=ORANGE, linestyle="--", label="treat all")
-    axes.plot(thresholds, curve["treat_none"], color=GREY, linestyle=":", label="treat none")
+    axes.plot(
+        thresholds,
+        curve["treat_all"],
+        color=ORANGE,
+        linestyle="--",
+        label="treat all",
+    )
+    axes.plot(
+        thresholds,
+        curve["treat_none"],
+        color=GREY,
+        linestyle=":",
+        label="treat none",
+    )
     axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
     lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
     if "low" in curve:
@@ -4557,7 +4683,14 @@ def plot_attention_heatmap(
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
     top = max(cells.max(), 2.0)  # even attention, 1, is never drawn as the most
-    image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
+    image = axes.imshow(
+        cells,
+        aspect="auto",
+        cmap="cividis",
+        vmin=0,
+        vmax=top,
+        interpolation="nearest",
+    )
     label_colors(lower, image, axes)
     shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
     decimals = 0 if np.ptp(times) >= 20 else 1
@@ -4574,14 +4707,25 @@ def draw_layer_maps(figure: SubFigure, shares: np.ndarray) -> None:
     # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
     norm = PowerNorm(0.5, vmin=0, vmax=max(float(np.quantile(shares, 0.995)), 2.0))
     for layer, (axes, layer_shares) in enumerate(zip(panels, shares), start=1):
-        image = axes.imshow(layer_shares, norm=norm, cmap="cividis", extent=(0, 100, 100, 0), interpolation="nearest")
+        image = axes.imshow(
+            layer_shares,
+            norm=norm,
+            cmap="cividis",
+            extent=(0, 100, 100, 0),
+            interpolation="nearest",
+        )
         tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
     label_colors(figure, image, panels, extend="max", shrink=0.8)
 
 
 def label_colors(figure: SubFigure, image: AxesImage, axes: Any, **options: Any) -> None:
     """Add the scale of colours to the axes of an image of attention."""
-    bar = figure.colorbar(image, ax=axes, pad=0.01, **options)
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        pad=0.01,
+        **options,
+    )
     bar.set_label("weight, times 1/L", fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -4596,22 +4740,53 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
     times = np.sort(trajectories["hours_after_admission"].unique())
     for label, color, line, word in ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived")):
         group = trajectories[trajectories["label"] == label].sort_values("hours_after_admission")
-        style = {"color": color, "linestyle": line, "marker": "o"}
+        style = {
+            "color": color,
+            "linestyle": line,
+            "marker": "o",
+        }
         followed = group.groupby("icu_stay_id").size().sort_index().sort_values(ascending=False, kind="stable")
         for rank, icu_stay_id in enumerate(followed.index[:n_individual]):
             one = group[group["icu_stay_id"] == icu_stay_id]
             name = word if rank == 0 else None
             hours = one["hours_after_admission"]
-            single.plot(hours, one["probability"], label=name, markersize=3, linewidth=1, **style)
+            single.plot(
+                hours,
+                one["probability"],
+                label=name,
+                markersize=3,
+                linewidth=1,
+                **style,
+            )
         if group.empty:
             continue
         by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
-        mean.plot(by_hour.index, by_hour["mean"], label=word, markersize=4, **style)
-        mean.fill_between(by_hour.index, by_hour["25%"], by_hour["75%"], color=color, alpha=0.15, linewidth=0)
+        mean.plot(
+            by_hour.index,
+            by_hour["mean"],
+            label=word,
+            markersize=4,
+            **style,
+        )
+        mean.fill_between(
+            by_hour.index,
+            by_hour["25%"],
+            by_hour["75%"],
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
         for hour, n_stays in by_hour["count"].reindex(times, fill_value=0).items():
             place = (hour, 1.07 if label else 1.02)
             where = ("data", "axes fraction")
-            mean.annotate(f"n={n_stays:.0f}", place, xycoords=where, color=color, fontsize=7, ha="center")
+            mean.annotate(
+                f"n={n_stays:.0f}",
+                place,
+                xycoords=where,
+                color=color,
+                fontsize=7,
+                ha="center",
+            )
     titles = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the stays still there")
     for axes, title in zip((single, mean), titles):
         tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
@@ -4767,21 +4942,24 @@ def read_source(data: str, settings: Settings, accelerator: Accelerator, need_la
 def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None:
     """Log size, lengths, what was dropped and why, and the flow of the cohort, where there is one."""
     repairs.log()
-    quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
+    n_patients, n_texts = table.stays["patient_id"].nunique(), len(np.unique(table.text))
     known = table.labels[~np.isnan(table.labels)]
     deaths = f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
     logger.info(
-        f"Data        {len(table.stays):,} ICU stays of {table.stays['patient_id'].nunique():,} patients, "
-        f"{len(table.text):,} events, {len(np.unique(table.text)):,} distinct texts, {deaths}"
+        f"Data        {len(table.stays):,} ICU stays of {n_patients:,} patients, {len(table.text):,} events, "
+        f"{n_texts:,} distinct texts, {deaths}"
     )
-    lengths = " / ".join(f"{quantile:,}" for quantile in quantiles)
+    quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1])
+    lengths = " / ".join(f"{int(quantile):,}" for quantile in quantiles)
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
     dropped = "; ".join(f"{count:,} {reason}" for reason, count in repairs.items())
     logger.info(f"Dropped     {dropped or 'nothing'}")
-    for step in flow if len(flow) > 1 else ():
+    if len(flow) == 1:
+        return
+    for step in flow:
         logger.info(
-            f"Cohort      {step.stays:7,} stays {step.patients:7,} patients {step.events:11,} events "
-            f"{step.deaths:6,} deaths  {step.name}"
+            f"Cohort      {step.stays:7,} stays {step.patients:7,} patients "
+            f"{step.events:11,} events {step.deaths:6,} deaths  {step.name}"
         )
 
 
@@ -4823,7 +5001,11 @@ def split_of_parts(table: StayTable, part_of_patient: pd.Series) -> tuple[np.nda
     return parts, Split(*(np.flatnonzero(parts == name) for name in Split._fields))
 
 
-MEDS_PARTS = {"train": "train", "tuning": "validation", "held_out": "test"}
+MEDS_PARTS = {
+    "train": "train",
+    "tuning": "validation",
+    "held_out": "test",
+}
 
 
 def meds_split(table: StayTable, root: Path) -> Split | None:
@@ -4858,26 +5040,33 @@ def describe_plan(
 ) -> None:
     """Log what the run will do, about how long it takes by rates measured here, and what it needs of what is free."""
     n_new, dim, seconds_per_text = measure_encoding(table.texts, settings, accelerator)
-    n_events = int(table.lengths[splits[0].train].sum())
-    n_scored = int(table.lengths[splits[0].validation].sum())
-    seconds_per_event = measure_training(table.lengths[splits[0].train], dim, settings, accelerator.device)
-    events_per_process = (n_events + n_scored / 3) / accelerator.num_processes  # scoring has no backward pass
-    epoch, n_trainings = seconds_per_event * events_per_process, max(len(splits), settings.seeds)
-    encoding = f"encode {n_new:,} of {len(table.texts):,} texts (about {words_of(n_new * seconds_per_text)})"
-    training = f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {words_of(epoch)}"
-    logger.info(f"Plan        read in {words_of(seconds_read)}; {encoding}; {training}")
+    lengths, split = table.lengths, splits[0]
+    seconds_per_event = measure_training(lengths[split.train], dim, settings, accelerator.device)
+    n_events = lengths[split.train].sum() + lengths[split.validation].sum() / 3  # scoring has no backward pass
+    epoch = words_of(seconds_per_event * n_events / accelerator.num_processes)
+    encoding = words_of(n_new * seconds_per_text)
+    n_trainings = max(len(splits), settings.seeds)
+    logger.info(
+        f"Plan        read in {words_of(seconds_read)}; "
+        f"encode {n_new:,} of {len(table.texts):,} texts (about {encoding}); "
+        f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {epoch}"
+    )
+    describe_needs(4 * dim * n_new, 4 * dim * len(table.texts) + 40 * len(table.text), settings)
+    if settings.dry_run:
+        logger.info("Dry run     nothing was encoded or trained")
+
+
+def describe_needs(disk: int, memory: int, settings: Settings) -> None:
+    """Log how many bytes of disk and memory a run needs and how many are free; warn where that is too little."""
     cache = Path(settings.cache_dir).absolute()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    disk, free = 4 * dim * n_new, shutil.disk_usage(existing).free
-    memory, available = 4 * dim * len(table.texts) + 40 * len(table.text), psutil.virtual_memory().available
+    free, available = shutil.disk_usage(existing).free, psutil.virtual_memory().available
     logger.info(
         f"Needs       {disk / 1e9:.2g} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
         f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)"
     )
     if disk > free or memory > available:
         logger.warning("Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.")
-    if settings.dry_run:
-        logger.info("Dry run     nothing was encoded or trained")
 
 
 def words_of(seconds: float) -> str:
@@ -4909,16 +5098,19 @@ def measure_encoding(texts: np.ndarray, settings: Settings, accelerator: Acceler
 def measure_training(lengths: np.ndarray, dim: int, settings: Settings, device: torch.device) -> float:
     """Return the seconds that an event takes in training: a step on made-up events of stays of these lengths."""
     batches = plan_batches(lengths, settings.batch_size, min(settings.max_events_per_batch, 4096))
-    n_stays, n_events = len(batches[len(batches) // 2]), int(lengths[batches[len(batches) // 2]].max())
+    batch = batches[len(batches) // 2]
+    n_stays, n_events = len(batch), int(lengths[batch].max())
+    input_dim = len(EVENT_TYPES) + dim + 1
+    sizes = (settings.d_model, settings.n_layers, settings.n_heads, settings.d_feedforward)
     with torch.random.fork_rng(devices=[]):
-        sequences = torch.randn(n_stays, n_events, len(EVENT_TYPES) + dim + 1, device=device)
-        sizes = (settings.d_model, settings.n_layers, settings.n_heads, settings.d_feedforward)
-        model = ClinicalTransformer(sequences.shape[2], 1, *sizes, settings.n_pooling_heads).to(device)
-    is_event = torch.ones(sequences.shape[:2], dtype=torch.bool, device=device)
+        model = ClinicalTransformer(input_dim, 1, *sizes, settings.n_pooling_heads).to(device)
+    sequences = torch.ones(n_stays, n_events, input_dim, device=device)
+    static = torch.zeros(n_stays, 1, device=device)
+    is_event = torch.ones(n_stays, n_events, dtype=torch.bool, device=device)
     seconds = math.inf
     for _ in range(2):  # the first is slower
         started = time.monotonic()
-        model(sequences, torch.zeros(n_stays, 1, device=device), is_event).sum().backward()
+        model(sequences, static, is_event).sum().backward()
         float(model.query_vector.grad.sum())  # waits for the device
         seconds = min(seconds, time.monotonic() - started)
     return seconds / (n_stays * n_events)
@@ -4953,10 +5145,12 @@ class Scored(NamedTuple):
             self.stays[LABEL].astype(float), self.probabilities, patients, settings.n_bootstrap, settings.seed
         )
 
-    def words(self) -> str:
-        """Return how many stays, patients and deaths these are."""
-        n_patients, n_deaths = self.stays["patient_id"].nunique(), int(self.stays[LABEL].sum())
-        return f"{len(self.stays)} stays of {n_patients} patients, {n_deaths} deaths"
+    def words(self, kind: str = "") -> str:
+        """Return how many stays, patients and deaths these are: `62 test stays of 44 patients, 13 deaths`."""
+        stays = f"{kind} stays".strip()
+        n_patients = self.stays["patient_id"].nunique()
+        n_deaths = int(self.stays[LABEL].sum())
+        return f"{len(self.stays)} {stays} of {n_patients} patients, {n_deaths} deaths"
 
 
 class Results:
@@ -4979,7 +5173,12 @@ class Results:
     def record(self) -> dict[str, Any]:
         """Return how the run came about: command, date, commit, versions."""
         date = datetime.fromtimestamp(self.started, tz=UTC).isoformat(timespec="seconds")
-        return {"command": shlex.join(sys.argv), "date": date, "commit": commit_of_program(), "versions": versions()}
+        return {
+            "command": shlex.join(sys.argv),
+            "date": date,
+            "commit": commit_of_program(),
+            "versions": versions(),
+        }
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         self.keep(name, lambda path: frame.to_csv(path, index=False, float_format="%.6g"))
@@ -5039,7 +5238,13 @@ def commit_of_program() -> str | None:
     """Return the commit of this file's repository, with a plus where files differ from it; None outside one."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -5155,8 +5360,8 @@ def report_training(
 ) -> Outcome:
     """Write metrics, predictions, plots and model card of the held-out stays; log the summary a person looks for."""
     settings, part = trainer.settings, "test" if "test" in scored else "validation"
-    caption = f"text encoder: {trainer.text_encoder} · {part} {scored[part].words()}"
-    validation = f"text encoder: {trainer.text_encoder} · validation {scored['validation'].words()}"
+    caption = f"text encoder: {trainer.text_encoder} · {scored[part].words(part)}"
+    validation = f"text encoder: {trainer.text_encoder} · {scored['validation'].words('validation')}"
     metrics, tables = write_evaluation(results, scored[part], settings, caption)
     results.figure("training_curves.png", plot_training_curves(pd.DataFrame(trainer.history), validation))
     training = {
@@ -5240,14 +5445,17 @@ def meds_predictions(scored: Scored) -> pd.DataFrame:
 
 def log_metrics(metrics: dict[str, Any], title: str) -> None:
     """Log each figure with its interval."""
-    logger.info(title + (f"; {metrics['note']}" if metrics["note"] else ""))
+    note = metrics["note"]
+    logger.info(f"{title}; {note}" if note else title)
     for name, label in METRIC_WORDS.items():
         figure = metrics[name]
+        value, low, high = figure["value"], figure["low"], figure["high"]
         text = f"not defined ({figure.get('reason', '')})"
-        if None not in (figure["value"], figure["low"], figure["high"]):
-            text = f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
-        prevalence = f"  at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""
-        logger.info(f"            {label:22s} {text}{prevalence}")
+        if None not in (value, low, high):
+            text = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        if name == "auprc":
+            text += f"  at prevalence {metrics['prevalence']:.3f}"
+        logger.info(f"            {label:22s} {text}")
 
 
 def tripod_block(cohort: Cohort, patients: dict[str, list[int]], tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
@@ -5348,9 +5556,17 @@ def group_line(row: dict[str, Any], points: dict[tuple[str, str], dict[str, Any]
     """Return one group's row of the model card."""
     point = points[row["group"], row["value"]]
     alarms = point["alarms_per_true_death"]
-    auroc = row["note"] or f"{row['auroc']:.2f} ({row['auroc_low']:.2f} to {row['auroc_high']:.2f})"
-    alarms_text = f"{alarms:.1f}" if math.isfinite(alarms) else "none found"
-    return f"| {row['group']}: {row['value']} | {row['stays']} | {row['deaths']} | {auroc} | {alarms_text} |"
+    auroc = row["note"]
+    if not auroc:
+        auroc = f"{row['auroc']:.2f} ({row['auroc_low']:.2f} to {row['auroc_high']:.2f})"
+    cells = [
+        f"{row['group']}: {row['value']}",
+        str(row["stays"]),
+        str(row["deaths"]),
+        auroc,
+        f"{alarms:.1f}" if math.isfinite(alarms) else "none found",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def limits_of(content: dict[str, Any], part: str) -> list[str]:
@@ -5575,11 +5791,22 @@ def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: 
     given = ("data", "output_dir", "cache_dir", "hf_cache", "evaluate", "trajectory", "n_bootstrap", "first_stay_only")
     given += ("memory_limit", "threads")
     own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given})
-    own = replace(own, test_data="", no_test=False, split="", resume=False)
+    own = replace(
+        own,
+        test_data="",
+        no_test=False,
+        split="",
+        resume=False,
+    )
     if not settings.labels:
         return replace(own, labels="", history_hours=settings.history_hours)
     hours = settings.history_hours or trained.history_hours
-    return replace(own, labels=settings.labels, history_hours=hours, observation_hours=0.0)  # a label has its own time
+    return replace(
+        own,
+        labels=settings.labels,
+        history_hours=hours,
+        observation_hours=0.0,
+    )  # a label has its own time
 
 
 def warn_of_seen_patients(scored: Scored, checkpoint: Checkpoint) -> None:
@@ -5599,7 +5826,13 @@ def score_trajectories(table: StayTable, settings: Settings, score: Callable[[St
         present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
         if len(present.stays):
             frame = present.stays[["icu_stay_id", "patient_id"]]
-            rows.append(frame.assign(hours_after_admission=hour, probability=score(present), label=present.labels))
+            rows.append(
+                frame.assign(
+                    hours_after_admission=hour,
+                    probability=score(present),
+                    label=present.labels,
+                )
+            )
     if not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
     return pd.concat(rows, ignore_index=True)
@@ -5629,7 +5862,13 @@ def train_repeatedly(
     for number in numbers:
         logger.info(f"{unit.capitalize():11s} {number} of {len(numbers)}")
         folder = results.folder / f"{unit}_{number}"
-        own = replace(settings, output_dir=str(folder), cross_validate=0, seeds=1, split=str(folder / "split.csv"))
+        own = replace(
+            settings,
+            output_dir=str(folder),
+            cross_validate=0,
+            seeds=1,
+            split=str(folder / "split.csv"),
+        )
         if unit == "seed":
             own = replace(own, seed=settings.seed + number - 1, no_test=False)
         split = splits[number - 1 if len(splits) > 1 else 0]
@@ -5654,7 +5893,11 @@ def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, result
     caption = f"text encoder: {cohort.text_encoder} · {what}, {scored.words()}"
     pooled, tables = write_evaluation(results, scored, results.settings, caption)
     summary = {
-        name: {"mean": moments[name]["mean"], "sd": moments[name]["std"], f"{unit}s": spread[name].tolist()}
+        name: {
+            "mean": moments[name]["mean"],
+            "sd": moments[name]["std"],
+            f"{unit}s": spread[name].tolist(),
+        }
         for name in METRICS
     }
     content = {
@@ -5677,10 +5920,13 @@ def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, result
 def pooled_predictions(outcomes: Sequence[Outcome], unit: str) -> Scored:
     """Return each stay once: with its fold, or with its mean risk over the seeds."""
     parts = [outcome.scored for outcome in outcomes if outcome.scored is not None]
+    risks = [part.probabilities for part in parts]
     if unit == "seed":
-        return Scored(parts[0].stays, np.mean([part.probabilities for part in parts], axis=0))
-    stays = [part.stays.assign(fold=number) for number, part in enumerate(parts, start=1)]
-    return Scored(pd.concat(stays, ignore_index=True), np.concatenate([part.probabilities for part in parts]))
+        return Scored(parts[0].stays, np.mean(risks, axis=0))
+    stays = []
+    for number, part in enumerate(parts, start=1):
+        stays.append(part.stays.assign(fold=number))
+    return Scored(pd.concat(stays, ignore_index=True), np.concatenate(risks))
 
 
 if __name__ == "__main__":
