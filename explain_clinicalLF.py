@@ -6,9 +6,9 @@
     python explain_clinicalLF.py --quick                             # the same in half a minute, on a dozen stays
 
 Four views of one model, on the logit (log-odds of death) and never on the probability, which saturates:
-Integrated Gradients (what moves the logit from the average stay to this one), replacement (the logit if one event were unremarkable),
-attention (where the model looks), and the layers between. They differ; `faithfulness.json` says how much each is worth, after `verdict.csv` has said whether the
-model is worth explaining.
+Integrated Gradients (what moves the logit from a stay whose events say nothing to this one), replacement (how far the
+logit falls if one event were unremarkable), attention (where the model looks), and the layers between. They differ.
+`verdict.csv` says whether the model is worth explaining, `faithfulness.json` how much each view is worth.
 
 Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, H heads. Masks are True at real events.
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
@@ -179,7 +179,7 @@ def load_run(
     hf_cache: str | Path = "hf_cache",
     labels: str = "",
 ) -> Run:
-    """Checkpoint and the stays of the data whose patients it was neither trained nor tuned on, in its own cohort settings.
+    """Return the checkpoint with the stays of patients it was neither trained nor tuned on, in its own cohort settings.
 
     Raises `InputError` where a file cannot be read, the encoder is another one, or no such stay exists.
     """
@@ -229,7 +229,7 @@ def data_to_explain(given: str | Path | pd.DataFrame, checkpoint: train.Checkpoi
 
 
 def full_precision() -> Accelerator:
-    """Return the process's accelerator, also one that trained in bf16, without autocast: differences of logits need all digits."""
+    """Return the process's accelerator, also after training in bf16, without autocast: differences need all digits."""
     return Accelerator(cpu=train.only_cpu(), kwargs_handlers=[AutocastKwargs(enabled=False)])
 
 
@@ -288,7 +288,7 @@ class _ReducedMaps(list):
 
 @torch.no_grad()
 def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Attention:
-    """Attention of the pass over one stay, (1, L, C) and (1, S); the layers' of its last 3,000 events where it is longer."""
+    """Return the attention of the pass over one stay, (1, L, C) and (1, S); the layers' of its last 3,000 events."""
     is_event = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
     layers = _ReducedMaps()
     recent = max(0, sequence.shape[1] - MAX_MAP_EVENTS)
@@ -344,7 +344,7 @@ def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer
 
 
 class Attribution(NamedTuple):
-    """Integrated Gradients of the logit; events and statics of a stay sum to logit - baseline_logit, up to gap_error."""
+    """Integrated Gradients of the logit; events and statics of a stay sum to logit - baseline_logit + gap_error."""
 
     events: Tensor  # (B, L, C), exactly 0 at padding
     statics: Tensor  # (B, S)
@@ -369,11 +369,11 @@ def captum_analysis(
     n_steps: int = 50,
     retry: bool = True,
 ) -> Attribution:
-    """Integrated Gradients of (B, L, C) events and (B, S) statics on the logit, from a baseline event and baseline statics.
+    """Return the Integrated Gradients of (B, L, C) events and (B, S) statics on the logit, from a baseline.
 
     `baseline` is the checkpoint's: the mean training event at every position and the mean statics; None is zeros. Stays
-    are done one by one, without padding. Where the sum misses the difference of logits it is done again with 4 and with 16
-    times the steps. Raises ValueError for NaN or infinite inputs of real events.
+    are done one by one, without padding, and again with 4 and 16 times the steps where the sum misses the difference of
+    the logits. Raises ValueError for NaN or infinite inputs of real events.
 
     >>> found = captum_analysis(model, sequences, static_features, attention_mask)
     >>> found.events.shape == sequences.shape and bool(found.complete.all())
@@ -516,7 +516,7 @@ def layer_attribution(
     baseline: dict[str, Tensor] | None,
     n_steps: int,
 ) -> tuple[np.ndarray, float, bool]:
-    """Return (L,) attributions of one stay's real events, (1, L, C), to one layer, the gap error, and whether it is complete.
+    """Return (L,) attributions of one stay's events, (1, L, C), to one layer, the gap error, whether it is complete.
 
     The outputs of a stay's layer are packed, (L, D), so that Captum sees L rows per step.
     """
@@ -550,9 +550,9 @@ def replaced_logits(
 ) -> np.ndarray:
     """Return the float64 logits (n,) of n variants of one stay, (1, L, C) and (1, S).
 
-    `keep` (n, L) and `keep_static` (n, S; None: all) say what stays as it is; the rest is as in the baseline. A replaced
-    event holds its place, and the number of events is what it was: nothing is masked, for a softmax would hand the weight
-    of a masked event to the others, and harmless events would seem to matter.
+    `keep` (n, L) and `keep_static` (n, S; None: all) say what stays as it is; the rest is as the baseline. A replaced
+    event holds its place; the number of events, and what other events tell of it (their items' history), are held.
+    Nothing is masked: a softmax would hand the weight of a masked event to the others: harmless events would matter.
     """
     event, mean_static = baselines_like(sequence, static, baseline)
     keep = torch.as_tensor(keep, dtype=torch.bool, device=sequence.device)
@@ -608,12 +608,13 @@ def ablation_analysis(
     seed: int = 0,
     which: np.ndarray | None = None,
 ) -> Ablation:
-    """Measure by how much the logits of (B, L, C) events and (B, S) statics fall if each event, or group, were unremarkable.
+    """Measure by how much the logits of (B, L, C) events and (B, S) statics fall if an event, or a group, says nothing.
 
-    To be unremarkable is to be as in the baseline: single events (at the positions `which`, else all), then the events of
-    one value of each entry of `event_groups` (kind -> L labels), and the static inputs of one name (S names, a one-hot
-    group repeats its name). The number of events is held. Shapley values (sampled orders) are over the groups of the first kind and the statics
-    together. No gradient is computed. Masked events are left out: a stay is its real events, in their order.
+    To say nothing, to be unremarkable, is to be as in the baseline: single events (at the positions `which`, else all),
+    the events of one value of each entry of `event_groups` (kind -> L labels), the static inputs of one name (S names,
+    a one-hot group repeats its name). The number of events is held. Shapley values (sampled orders) are over the groups
+    of the first kind and the statics together. No gradient is computed. Masked events are left out: a stay is its real
+    events, in their order.
 
     >>> found = ablation_analysis(model, sequences, static_features, attention_mask)
     >>> found.if_unremarkable.shape == sequences.shape[:2]
@@ -677,7 +678,7 @@ def ablate_groups(
 def shapley_values(
     logits_with: Callable[[np.ndarray], np.ndarray], n_groups: int, n_orders: int, seed: int
 ) -> np.ndarray:
-    """Return (groups,): what each group adds to the logit as groups arrive, mean of random orders (Castro et al. 2009)."""
+    """Return (groups,): what each group adds to the logit as groups arrive, mean of random orders."""
     generator = torch.Generator().manual_seed(seed)
     orders = np.stack([torch.randperm(n_groups, generator=generator).numpy() for _ in range(n_orders)])
     place = np.argsort(orders, axis=1)  # when each group arrives
@@ -757,8 +758,8 @@ def deletion_insertion(
 ) -> pd.DataFrame:
     """Return how the logit of one stay changes as events become unremarkable (deletion) or stop being so (insertion).
 
-    The highest scores of `scores` (order -> (L,)) come first. Columns direction, order, fraction, change: the logit minus
-    that of the whole stay (deletion) or of a stay whose events say nothing (insertion).
+    The highest of `scores` (order -> (L,)) come first. Columns direction, order, fraction, change: the logit minus that
+    of the whole stay (deletion) or of a stay whose events say nothing (insertion).
     """
     n_events = sequence.shape[1]
     fractions = np.array([0.0, *FRACTIONS])
@@ -825,7 +826,7 @@ def stay_infidelity(
     baseline: dict[str, Tensor] | None,
     seed: int,
 ) -> dict[str, float]:
-    """Return the infidelity (Yeh et al. 2019) of (L,) scores by name, relative to the same values dealt at random (= 1).
+    """Return the infidelity (Yeh et al. 2019) of (L,) scores, relative to the same values dealt at random.
 
     How well their sums predict by how much the logit falls when a random tenth of the events becomes unremarkable.
     """
@@ -868,7 +869,7 @@ def event_totals(
 
 
 def reset_down_to(part: str, model: ClinicalTransformer, untrained: ClinicalTransformer) -> ClinicalTransformer:
-    """Return a copy of the model whose weights are the untrained one's from the classifier down to a part of `CASCADE`."""
+    """Return a copy of the model with the untrained one's weights from the classifier down to a part of `CASCADE`."""
     parts = list(CASCADE)
     kept = {}
     for name, weights in model.state_dict().items():
@@ -887,7 +888,7 @@ def stay_randomisation(
     baseline: dict[str, Tensor] | None,
     own: np.ndarray,
 ) -> dict[str, float]:
-    """Return the squared rank correlation of the model's own attributions with random models' and of theirs with each other.
+    """Return squared rank correlations: the model's own attributions with random models', and theirs with each other.
 
     Chance alone gives sqrt(2 / (pi (L - 1))), and similar texts look alike to any model: what counts is the excess.
     """
@@ -905,7 +906,7 @@ def check_stay(
     untrained: Sequence[ClinicalTransformer],
     settings: ExplainSettings,
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Return what the quick checks measure on one stay, scores by the names of `ORDERS`, and its deletion and insertion."""
+    """Return what the quick checks measure on one stay, scores by `ORDERS`, and its deletion and insertion."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     sequence, static = run.inputs(stay)
     orders = scores | random_orders(sequence.shape[1], settings.seed + stay)
@@ -923,7 +924,7 @@ def check_stay(
 def check_stay_slowly(
     run: Run, stay: int, own: np.ndarray, untrained: ClinicalTransformer, spread: Tensor, settings: ExplainSettings
 ) -> dict[str, float]:
-    """Return how much noise changes the scores of one stay, and how much of its attributions (L,) a cascade of resets leaves."""
+    """Return how much noise changes a stay's scores, and what a cascade of resets leaves of its attributions (L,)."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     sequence, static = run.inputs(stay)
     strongest = np.argsort(-np.abs(own))[:N_NOISY_EVENTS]
@@ -985,18 +986,20 @@ class Measure(NamedTuple):
     limit: str = "value"  # what must hold the threshold
 
 
+# Formats with which an interval is written into a sentence.
+TWO, THREE = (f"{{value:.{digits}f}} [{{low:.{digits}f}}, {{high:.{digits}f}}]" for digits in (2, 3))
 MEASURES = {
     "infidelity attribution": Measure(
         "infidelity",
         "attribution",
-        "Integrated Gradients predict what making events unremarkable does with {value:.2f} [{low:.2f}, {high:.2f}] of the "
+        f"Integrated Gradients predict what making events unremarkable does with {TWO} of the "
         "error that the same values dealt out at random have",
         ("<=", 0.5),
     ),
     "infidelity replacement": Measure(
         "infidelity",
         "if_unremarkable",
-        "single replacements predict what replacing several events does with {value:.2f} [{low:.2f}, {high:.2f}] of the "
+        f"single replacements predict what replacing several events does with {TWO} of the "
         "error that the same values dealt out at random have",
         ("<=", 0.2),
     ),
@@ -1023,41 +1026,41 @@ MEASURES = {
     "model and reset": Measure(
         "randomisation, model and reset",
         "attribution",
-        "with all weights reset, attributions keep a squared rank correlation of {value:.3f} [{low:.3f}, {high:.3f}] with "
+        f"with all weights reset, attributions keep a squared rank correlation of {THREE} with "
         f"the model's own (mean of {N_RESETS} random models for each of {{n}} stays)",
     ),
     "reset and reset": Measure(
         "randomisation, reset and reset",
         "attribution",
-        "two random models agree by a squared rank correlation of {value:.3f} [{low:.3f}, {high:.3f}]: stays are short, and "
+        f"two random models agree by a squared rank correlation of {THREE}: stays are short, and "
         "similar texts look alike to any model",
     ),
     "reset to classifier": Measure(
         "cascade, classifier",
         "attribution",
-        "with the classifier reset, attributions keep a squared rank correlation of {value:.2f} [{low:.2f}, {high:.2f}] with "
+        f"with the classifier reset, attributions keep a squared rank correlation of {TWO} with "
         "the model's own: so much of the order of events is settled before the classifier",
     ),
     "reset to pooling": Measure(
         "cascade, pooling",
         "attribution",
-        "with the pooling reset as well, {value:.2f} [{low:.2f}, {high:.2f}]",
+        f"with the pooling reset as well, {TWO}",
     ),
     "reset to layers": Measure(
         "cascade, layers",
         "attribution",
-        "with the layers reset as well, {value:.2f} [{low:.2f}, {high:.2f}]; what then remains is the projection's",
+        f"with the layers reset as well, {TWO}; what then remains is the projection's",
     ),
     "attention agreement": Measure(
         "agreement",
         "attention",
-        "pooling attention agrees with |attribution| by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]: "
+        f"pooling attention agrees with |attribution| by a rank correlation of {TWO}: "
         "where the model looks is not the same as what moves its prediction",
     ),
     "replacement agreement": Measure(
         "agreement",
         "if_unremarkable",
-        "replacement agrees with Integrated Gradients by a rank correlation of {value:.2f} [{low:.2f}, {high:.2f}]",
+        f"replacement agrees with Integrated Gradients by a rank correlation of {TWO}",
     ),
 }
 
@@ -1095,7 +1098,7 @@ class LinearStay(nn.Module):
 
 
 def check_linear_model(seed: int = 0) -> dict[str, Any]:
-    """On a linear model Integrated Gradients are w * (x - baseline): the largest difference, which should be rounding."""
+    """Return the largest difference from w * (x - baseline), the exact answer on a linear model: rounding."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((1, 12, 20), (1, 7), (20,), (7,))
     events, statics, event, static = (torch.randn(*shape, generator=generator) for shape in shapes)
@@ -1455,7 +1458,7 @@ def figure_in_words(found: dict[str, Any], digits: int = 2) -> str:
 def discrimination(
     labels: np.ndarray, probabilities: np.ndarray, patients: np.ndarray, n_bootstrap: int, seed: int
 ) -> list[Finding]:
-    """Say whether (n,) risks rank deaths above survivors, and whether as many died as predicted; NaN labels are unknown."""
+    """Say whether (n,) risks rank deaths above survivors, and whether as many died as predicted; NaN: unknown."""
     known = ~np.isnan(labels)
     died, n_known = int(np.nansum(labels)), int(known.sum())
     if not 0 < died < n_known:
@@ -1750,7 +1753,7 @@ def head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def head_correlations(attention: Attention, properties: dict[str, np.ndarray]) -> np.ndarray:
-    """Return (all heads, properties) rank correlations over a stay's events; layers' heads first, pooling heads last."""
+    """Return (all heads, properties) rank correlations over a stay's events; the pooling heads come last."""
     of_layers = attention.received.reshape(-1, attention.received.shape[2])
     weights = np.concatenate([of_layers, attention.pooling])
     seen = ~np.isnan(weights).any(0)
@@ -1758,7 +1761,7 @@ def head_correlations(attention: Attention, properties: dict[str, np.ndarray]) -
 
 
 def untrained_correlations(run: Run, explained: dict[int, Explained], settings: ExplainSettings) -> np.ndarray:
-    """Return (models, heads, properties): mean correlations of untrained models on these stays, with their attributions."""
+    """Return (models, heads, properties): mean correlations of untrained models, with their own attributions."""
     means, baseline = [], run.checkpoint.baseline
     for number in range(settings.untrained_models):
         model = untrained_like(run.checkpoint.model, settings.seed + 1000 + number)
@@ -1801,7 +1804,7 @@ def logits_without(run: Run, stays: Sequence[int], switched: Sequence[tuple[nn.L
 
 
 def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return by how much the logits of stays move when each head, (heads, stays), or the layers' attention, (stays,), is off."""
+    """Return how far logits move without each head, (heads, stays), and without all attention of layers, (stays,)."""
     model, switches = run.checkpoint.model, []
     layers = [layer.attention_output for layer in model.transformer_encoder]
     kinds = [(linear, model.architecture["n_heads"]) for linear in layers]
@@ -1819,7 +1822,7 @@ def head_table(
 ) -> pd.DataFrame:
     """Return what each head's weights go with, measured against untrained models; effects (heads,) of switching it off.
 
-    A head has a role where the correlation lies beyond the untrained models', and the head moves the logit beyond FLOOR.
+    A head has a role where the correlation lies beyond the untrained models' and the head moves the logit beyond FLOOR.
     """
     usable = {stay: found for stay, found in explained.items() if len(found.events) >= MIN_EVENTS}
     if not usable:
@@ -1846,7 +1849,7 @@ def head_table(
 
 
 def query_similarity_table(explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
-    """Return how near the query vector is to the keys of each event type, against the mean of the stay; per pooling head."""
+    """Return how near each pooling head's query is to the keys of each event type, against the mean of the stay."""
     parts = []
     for found in explained.values():
         scores = found.attention.scores - found.attention.scores.mean(1, keepdims=True)  # (Hp, L)
@@ -1861,7 +1864,7 @@ def query_similarity_table(explained: dict[int, Explained], settings: ExplainSet
 
 
 def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFrame:
-    """Return the share of each clock window in a stay's |attribution|, mean over stays, and the sentence that says so."""
+    """Return each clock window's share in a stay's |attribution|, mean over stays, and the sentence that says so."""
     windows = pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), window_names(), ordered=True)
     part = events.assign(window=windows, absolute=events["attribution"].abs(), one=1.0)
     stay = ["icu_stay_id", "patient_id"]
@@ -1917,8 +1920,8 @@ def use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> Finding:
     """Say how far the model's logits are from those of a model that does not know when things happened."""
     moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
     found = bootstrap(moved, stays["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed)
-    words = "With its events dealt anew to its times, a stay's logit moves by {value:.2f} [{low:.2f}, {high:.2f}] on average"
-    words = words.format(**found).replace(" [nan, nan]", "")
+    words = f"With its events dealt anew to its times, a stay's logit moves by {TWO} on average".format(**found)
+    words = words.replace(" [nan, nan]", "")
     uses = found["value"] > FLOOR
     words += ": the model uses when things happened." if uses else ": this model hardly uses when things happened."
     return Finding("time", words, None, found["value"], found["low"], found["high"])
@@ -3454,9 +3457,8 @@ def run_explainability_analysis(
     The data default to the checkpoint's own and may be a data frame; `save_dir` defaults to a folder beside the
     checkpoint's, None writes nothing.
 
-    `options` are fields of `ExplainSettings` (stays, max_stays, text_encoder, cache_dir, seed, ...). Keys of the result: stays,
-    events, statics, groups, layers, heads, query_similarity, windows, trajectory, curves, verdict, faithfulness. Raises `InputError` for
-    anything that the caller can mend.
+    `options` are fields of `ExplainSettings` (stays, max_stays, text_encoder, cache_dir, seed, ...). The keys of the
+    result are those of `TABLE_FILES`, faithfulness and attention. Raises `InputError` for what the caller can mend.
 
     >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
     """
@@ -3472,9 +3474,9 @@ def run_explainability_analysis(
             **options,
         )
     except TypeError as error:
-        raise InputError(
-            f"run_explainability_analysis: {str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
-        ) from None
+        reason = str(error).split("() ")[-1]
+        words = f"run_explainability_analysis: {reason}; the options are the fields of ExplainSettings."
+        raise InputError(words) from None
     train.check_limits(settings)
     settings = in_half_a_minute(settings) if settings.quick else settings
     folders = (settings.text_encoder, settings.cache_dir, settings.hf_cache, settings.labels)

@@ -1,4 +1,4 @@
-"""Does the method find planted causes? Train on samples whose truth is known, explain, compare; exit 1 if it falls short.
+"""Does the method find planted causes? Train on samples of known truth, explain, compare; exit 1 if short of it.
 
     python tests/selfcheck.py                         # five samples, a model for each; about an hour of one core
     python tests/selfcheck.py --seeds 1 --stays 500   # a quick look
@@ -107,7 +107,7 @@ def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
 
 
 def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
-    """Return each group of redundant events: its size, IG sum, the model's effect of replacing it, and the true effect."""
+    """Return each group of redundant events: size, IG sum, the model's effect of replacing it, and the true effect."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     ids, rows = run.table.stays["icu_stay_id"].tolist(), []
     for (stay, _), part in events[events["role"] == "redundant"].groupby(["icu_stay_id", "group"]):
@@ -146,7 +146,7 @@ def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dic
 
 
 def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the explanation's error (IG sum against the model's effect) and the model's (against the truth), by size."""
+    """Return the explanation's error (IG against the model's effect) and the model's (against the truth), by size."""
     rows = []
     for size, part in groups.groupby("size"):
         joint = part["joint"].mean()
