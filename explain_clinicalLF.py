@@ -213,6 +213,7 @@ def load_run(
     if not held_out and not seen.any():
         logger.warning(f"Data        WARNING: no patient of {shown} was trained or tested on: these are other data")
     table = table.take(np.flatnonzero(~seen)).with_own_texts()
+    train.log_unknown_categories(checkpoint.preprocessor, table.static_columns)
     _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
     return make_run(checkpoint, table, vectors, held_out, accelerator)
 

@@ -234,6 +234,9 @@ class Settings:
 
     resume: bool = option(False, "Go on from latest_checkpoint.pth in the output folder.")
     evaluate: str = option("", "Checkpoint with which to score --data, without training.")
+    include_seen: bool = option(
+        False, "With --evaluate: judge also by patients that the model was trained or tuned on."
+    )
     trajectory: str = option("", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.")
     temperature_scaling: bool = option(False, "Calibrate by one temperature fitted on the validation split.")
     cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.", low=0)
@@ -1748,10 +1751,11 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
             f"still in the ICU and alive {settings.observation_hours + settings.gap_hours:g} h after admission",
             table.take(np.flatnonzero(stay_hours(table) > settings.observation_hours + settings.gap_hours)),
         )
-        table = note(
-            f"with an event known {settings.observation_hours:g} h after admission",
-            known_at(table, settings.observation_hours),
-        )
+        whole, table = table, known_at(table, settings.observation_hours)
+        rows = pd.Index(whole.stays["icu_stay_id"]).get_indexer(table.stays["icu_stay_id"])
+        later = whole.stays.loc[rows, list(KNOWN_ONLY_LATER)].reset_index(drop=True)  # described, never a feature
+        table = replace(table, stays=table.stays.assign(**later))
+        table = note(f"with an event known {settings.observation_hours:g} h after admission", table)
     return table, flow
 
 
@@ -1762,12 +1766,16 @@ def stay_hours(table: StayTable) -> np.ndarray:
 
 
 def known_at(table: StayTable, hours: float) -> StayTable:
-    """What the ward knew `hours` after ICU admission, times counted to that moment; stays of which nothing was known go."""
+    """Return what the ward knew `hours` after ICU admission; stays of which nothing was known go.
+
+    Times count to that moment, and columns known only later are missing, as where a model is trained to predict then.
+    """
     minutes = hours * 60
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     seen = np.flatnonzero(np.bincount(table.stay_of_event[known], minlength=len(table.stays)))
     part = table.take(seen, keep_event=known)
-    return replace(part, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
+    stays = part.stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
+    return replace(part, stays=stays, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
 
 
 class Split(NamedTuple):
@@ -1908,6 +1916,14 @@ class ClinicalDataPreprocessor:
             .astype(float)
             .apply(lambda column: np.log1p(column) if column.name == "number_of_events" else column)
         )
+
+    def unknown_categories(self, stays: pd.DataFrame) -> dict[str, int]:
+        """Return, by column, how many of the stays have a value that training never saw; columns without one are left out."""
+        counts = {}
+        for column in self.categorical:
+            words = stays[column].dropna().astype(str)
+            counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
+        return {column: count for column, count in counts.items() if count}
 
     def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
         """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers, or the columns named.
@@ -5395,11 +5411,14 @@ def report_training(
 
 
 def write_evaluation(
-    results: Results, scored: Scored, settings: Settings, caption: str
+    results: Results, scored: Scored, settings: Settings, caption: str, judged: Scored | None = None
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
-    """Write predictions and, where outcomes are known, figures, tables and plots; return the figures and the tables."""
+    """Write predictions and, where outcomes are known, figures, tables and plots; return the figures and the tables.
+
+    judged: those of the scored stays that figures and plots are of; all, if not given.
+    """
     write_predictions(results, scored, settings)
-    known = scored.known
+    known = (judged or scored).known
     if known.stays.empty:
         return {}, {}
     metrics, groups = known.evaluate(settings), subgroups_of_stays(known.stays)
@@ -5729,22 +5748,27 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         return {}
     results = Results(Path(own.output_dir), own)
     results.begin()
-    warn_of_seen_patients(scored.known, checkpoint)
-    caption = f"text encoder: {text_encoder} · {scored.known.words()}"
-    metrics, _ = write_evaluation(results, scored, own, caption)
+    unknown = log_unknown_categories(checkpoint.preprocessor, table.static_columns)
+    seen = seen_patients(table.stays, checkpoint)
+    judged, overlap = choose_unseen(scored, seen, own.include_seen)
+    caption = f"text encoder: {text_encoder} · {judged.known.words()} · {overlap}"
+    metrics, _ = write_evaluation(results, scored, own, caption, judged)
     if metrics:
-        log_metrics(metrics, f"Evaluation  of known outcome {scored.known.words()}")
-    after = after_recalibration(scored.known, own) if metrics else None
+        log_metrics(metrics, f"Evaluation  of known outcome {judged.known.words()}")
+    after = after_recalibration(judged.known, own) if metrics else None
     unseen = unseen_in_training(checkpoint, table)
     results.table("unseen_in_training.csv", unseen)
     if trajectories is not None:
-        write_trajectories(results, trajectories, checkpoint.settings, text_encoder)
+        hidden = set() if own.include_seen else set(table.stays["patient_id"][seen])
+        write_trajectories(results, trajectories, hidden, checkpoint.settings, f"{text_encoder} · {overlap}")
     content = {
         "text_encoder": text_encoder,
         "checkpoint": settings.evaluate,
         "cohort": [step._asdict() for step in source.flow],
         "dropped_or_repaired": source.repairs,
         "source_tables": [account._asdict() for account in source.repairs.sources],
+        "seen_patients": {"stays": int(seen.sum()), "of": len(seen), "included": own.include_seen, "note": overlap},
+        "unknown_categories": unknown,
         "metrics": metrics or None,
         "metrics_after_recalibration": after,
         "unseen_in_training": shares_unseen(unseen),
@@ -5789,6 +5813,7 @@ def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | 
 def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: str) -> Settings:
     """Return the settings that a model was trained with, but for where data and results lie and what is asked."""
     given = ("data", "output_dir", "cache_dir", "hf_cache", "evaluate", "trajectory", "n_bootstrap", "first_stay_only")
+    given += ("include_seen",)
     given += ("memory_limit", "threads")
     own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given})
     own = replace(
@@ -5809,14 +5834,34 @@ def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: 
     )  # a label has its own time
 
 
-def warn_of_seen_patients(scored: Scored, checkpoint: Checkpoint) -> None:
-    """Say how many scored stays are of patients that the model knows."""
-    seen = scored.stays["patient_id"].isin(checkpoint.patients["train"] + checkpoint.patients["validation"]).sum()
-    if seen:
-        logger.warning(
-            f"Evaluation  WARNING: {seen} of {len(scored.stays)} stays are of patients that this model was trained or "
-            "tuned on; the figures flatter it."
+def seen_patients(stays: pd.DataFrame, checkpoint: Checkpoint) -> np.ndarray:
+    """Return whether each of n stays is of a patient that the model was trained or tuned on: (n,) bool."""
+    return stays["patient_id"].isin(checkpoint.patients["train"] + checkpoint.patients["validation"]).to_numpy()
+
+
+def choose_unseen(scored: Scored, seen: np.ndarray, include: bool) -> tuple[Scored, str]:
+    """Return the stays to judge the model by, and what to say of those of patients that it knows."""
+    if not seen.any():
+        return scored, "no patient was trained or tuned on"
+    if include:
+        words = f"{seen.sum()} stays of patients that the model was trained or tuned on are included and flatter it"
+        logger.warning(f"Evaluation  WARNING: {words}")
+        return scored, words
+    words = f"{seen.sum()} stays of patients that the model was trained or tuned on are left out"
+    logger.warning(f"Evaluation  {words} of figures and pictures; --include-seen judges by them, too")
+    return Scored(scored.stays[~seen].reset_index(drop=True), scored.probabilities[~seen]), words
+
+
+def log_unknown_categories(preprocessor: ClinicalDataPreprocessor, stays: pd.DataFrame) -> dict[str, int]:
+    """Return how many stays have a value that training never saw, by column; log it, as a warning above a fifth."""
+    unknown = preprocessor.unknown_categories(stays)
+    for column, count in unknown.items():
+        level = logging.WARNING if count > 0.2 * len(stays) else logging.INFO
+        warning = "WARNING: " if level == logging.WARNING else ""
+        logger.log(
+            level, f"Data        {warning}{column}: {count} of {len(stays)} stays have values unknown to the model"
         )
+    return unknown
 
 
 def score_trajectories(table: StayTable, settings: Settings, score: Callable[[StayTable], np.ndarray]) -> pd.DataFrame:
@@ -5838,8 +5883,10 @@ def score_trajectories(table: StayTable, settings: Settings, score: Callable[[St
     return pd.concat(rows, ignore_index=True)
 
 
-def write_trajectories(results: Results, trajectories: pd.DataFrame, trained: Settings, text_encoder: str) -> None:
-    """Write the risks and their picture; warn where the model never learnt from the first hours alone."""
+def write_trajectories(
+    results: Results, trajectories: pd.DataFrame, hidden: set[int], trained: Settings, text_encoder: str
+) -> None:
+    """Write the risks, and their picture without the hidden patients; warn of a model that never saw first hours alone."""
     mode = f"predicts at {trained.observation_hours:g} h" if trained.observation_hours else "read whole stays"
     if not trained.observation_hours:
         logger.warning(
@@ -5848,7 +5895,9 @@ def write_trajectories(results: Results, trajectories: pd.DataFrame, trained: Se
         )
     caption = f"the model was trained to: {mode} · text encoder: {text_encoder}"
     results.table("risk_trajectories.csv", trajectories)
-    results.figure("risk_trajectories.png", plot_risk_trajectories(trajectories, caption))
+    shown = trajectories[~trajectories["patient_id"].isin(hidden)].reset_index(drop=True)
+    if len(shown):
+        results.figure("risk_trajectories.png", plot_risk_trajectories(shown, caption))
 
 
 def train_repeatedly(
