@@ -4756,53 +4756,10 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
     times = np.sort(trajectories["hours_after_admission"].unique())
     for label, color, line, word in ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived")):
         group = trajectories[trajectories["label"] == label].sort_values("hours_after_admission")
-        style = {
-            "color": color,
-            "linestyle": line,
-            "marker": "o",
-        }
-        followed = group.groupby("icu_stay_id").size().sort_index().sort_values(ascending=False, kind="stable")
-        for rank, icu_stay_id in enumerate(followed.index[:n_individual]):
-            one = group[group["icu_stay_id"] == icu_stay_id]
-            name = word if rank == 0 else None
-            hours = one["hours_after_admission"]
-            single.plot(
-                hours,
-                one["probability"],
-                label=name,
-                markersize=3,
-                linewidth=1,
-                **style,
-            )
-        if group.empty:
-            continue
-        by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
-        mean.plot(
-            by_hour.index,
-            by_hour["mean"],
-            label=word,
-            markersize=4,
-            **style,
-        )
-        mean.fill_between(
-            by_hour.index,
-            by_hour["25%"],
-            by_hour["75%"],
-            color=color,
-            alpha=0.15,
-            linewidth=0,
-        )
-        for hour, n_stays in by_hour["count"].reindex(times, fill_value=0).items():
-            place = (hour, 1.07 if label else 1.02)
-            where = ("data", "axes fraction")
-            mean.annotate(
-                f"n={n_stays:.0f}",
-                place,
-                xycoords=where,
-                color=color,
-                fontsize=7,
-                ha="center",
-            )
+        style = {"color": color, "linestyle": line, "marker": "o"}
+        if len(group):
+            draw_single_stays(single, group, n_individual, word, style)
+            draw_mean_risk(mean, group, times, word, style, height=1.07 if label else 1.02)
     titles = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the stays still there")
     for axes, title in zip((single, mean), titles):
         tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
@@ -4812,6 +4769,31 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
         axes.set_ylim(0, 1)
         axes.legend(fontsize=8, frameon=False)
     return figure
+
+
+def draw_single_stays(axes: Axes, group: pd.DataFrame, n_stays: int, word: str, style: dict[str, Any]) -> None:
+    """Draw the longest followed stays of a group, the first of them named in the legend."""
+    followed = group.groupby("icu_stay_id").size().sort_index()
+    followed = followed.sort_values(ascending=False, kind="stable")
+    label: str | None = word
+    for icu_stay_id in followed.index[:n_stays]:
+        one = group[group["icu_stay_id"] == icu_stay_id]
+        hours = one["hours_after_admission"]
+        axes.plot(hours, one["probability"], label=label, markersize=3, linewidth=1, **style)
+        label = None
+
+
+def draw_mean_risk(
+    axes: Axes, group: pd.DataFrame, times: np.ndarray, word: str, style: dict[str, Any], height: float
+) -> None:
+    """Draw a group's mean risk and the middle half of its stays; above the axes, at `height`, how many are there."""
+    by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
+    color, where = style["color"], ("data", "axes fraction")
+    axes.plot(by_hour.index, by_hour["mean"], label=word, markersize=4, **style)
+    axes.fill_between(by_hour.index, by_hour["25%"], by_hour["75%"], color=color, alpha=0.15, linewidth=0)
+    for hour, n_stays in by_hour["count"].reindex(times, fill_value=0).items():
+        place = (hour, height)
+        axes.annotate(f"n={n_stays:.0f}", place, xycoords=where, color=color, fontsize=7, ha="center")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
