@@ -2407,7 +2407,7 @@ def split_by_budget(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
 
 
 def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
-    """The two bins of a number's magnitude that lie next to it, and their whole weights, 16 together: near numbers share.
+    """Return the two bins nearest to a number's magnitude and their whole weights, 16 together: near numbers share.
 
     Magnitude is the logarithm to base 2, straight between powers of 2, which any machine computes exactly.
     """
@@ -2418,7 +2418,7 @@ def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
 
 
 class HashingTextEncoder(TextEncoder):
-    """An encoder without weights: what a text says of its item, its numbers, words and character n-grams, hashed to 768.
+    """An encoder without weights: what a text says of its item, its numbers, words and character n-grams, hashed.
 
     "Level: far above range" means one thing of lactate and another of glucose, so each part of a text counts together
     with the item it stands behind. A vector is mostly that, and changes smoothly with the numbers, coarse and fine.
