@@ -1659,6 +1659,9 @@ def _load_stays(con: duckdb.DuckDBPyConnection, kind: str, need_label: bool) -> 
 
 LENGTH_DIFFERS = "stays whose icu_length_of_stay_in_days was not the record's, recomputed"
 
+# What is left out or mended, but belongs into the leakage audit.
+REPAIRED = (*(reason for reason in STAY_FAULTS if "death" in reason), LENGTH_DIFFERS)
+
 COMPARED_TIMES = """
     SELECT count(*) FILTER (WHERE abs(to_end) > 60) AS compared,
            count(*) FILTER (WHERE abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2) AS in_hours,
@@ -4311,6 +4314,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(1 / inverse)
 
 
+MIN_STAYS_OF_ITEM = 20  # fewer stays say little of an item
+PURE = 0.98  # share of the stays with an item that end alike, above which it knows the outcome
 LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; a column that does knows the outcome
 KNOWN_LATER = "events known only after the moment of prediction"
 IMPOSSIBLE = {
@@ -4373,9 +4378,12 @@ def leakage_audit(stays, per_stay, labels, patient_ids, split, counts, prospecti
                 reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
             rows.append((name, kind, auroc, pd.NA, bool(flagged), reason))
     for name, count in counts.items():
-        excused = name == KNOWN_LATER and not prospective
+        left_out = name in REPAIRED
+        excused = left_out or (name == KNOWN_LATER and not prospective)
         reason = IMPOSSIBLE.get(name, "This should not occur.") if count else ""
-        if excused and count:
+        if left_out and count:
+            reason = "Left out or mended while reading."
+        elif excused and count:
             reason = "Expected: the retrospective mode reads the whole stay. A bedside model could not have read them."
         rows.append((name, "count", np.nan, int(count), count > 0 and not excused, reason))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
@@ -4429,6 +4437,33 @@ def single_column_auroc(column: pd.Series, labels, folds) -> float:
             pairs += fold_pairs
             total += fold_pairs * roc_auc_score(labels[held_out], score(values[held_out]).ravel())
     return float(total / pairs) if pairs else float("nan")
+
+
+def audit_texts(table: StayTable) -> pd.DataFrame:
+    """Return how each item, a text without its numbers, tells the outcome of n stays by its presence alone.
+
+    One row per item: stays with it, deaths among them, purity (share of the more frequent outcome), AUROC of its
+    presence, median hours to the end of what is read. Flagged where at least MIN_STAYS_OF_ITEM stays have it and the
+    AUROC passes LEAK_AUROC either way, or the purity PURE, and that not by chance among so many items.
+    """
+    codes, items = pd.factorize(np.array([without_numbers(text) for text in table.texts], dtype=object))
+    events = pd.DataFrame(
+        {"item": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60}
+    )
+    hours = events.groupby("item")["hours_to_end"].median()
+    present = events[["item", "stay"]].drop_duplicates()
+    outcomes = present.assign(died=table.labels[present["stay"]]).groupby("item")["died"].agg(["size", "sum"])
+    stays, deaths = outcomes["size"].to_numpy(), outcomes["sum"].to_numpy()
+    n_deaths, n_survivors = table.labels.sum(), (1 - table.labels).sum()
+    auroc = 0.5 + (deaths / max(n_deaths, 1) - (stays - deaths) / max(n_survivors, 1)) / 2
+    died_more = deaths > stays / 2
+    purity = np.where(died_more, deaths, stays - deaths) / stays
+    rate = np.where(died_more, n_deaths, n_survivors) / len(table.stays)
+    is_pure = (purity > PURE) & (len(stays) * rate**stays < 0.05)  # all alike by chance, times the items looked at
+    flagged = (stays >= MIN_STAYS_OF_ITEM) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC))
+    found = pd.DataFrame({"item": items[outcomes.index], "stays": stays, "deaths": deaths.astype(int), "auroc": auroc})
+    found = found.assign(purity=purity, median_hours_to_end=hours.to_numpy(), flagged=flagged)
+    return found.sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
 
 def audit_summary(audit: pd.DataFrame) -> str:
@@ -5674,6 +5709,7 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
     for name, members in split._asdict().items():
         part[members] = name
     first, last = table.offsets[:-1], table.offsets[1:] - 1
+    days = stays["icu_length_of_stay_in_days"].astype(float)
     end_minutes = (
         settings.observation_hours * 60 if settings.observation_hours else 60 * stay_hours(table)[table.stay_of_event]
     )
@@ -5681,6 +5717,9 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
         {
             "first event, hours after ICU admission": table.minutes_since_intime[first] / 60,
             "last event, hours after ICU admission": table.minutes_since_intime[last] / 60,
+            # What two columns tell together: a length that ran past the record would know who died before it.
+            "length of stay less the record's span, hours": 24 * days - stay_hours(table),
+            "length of stay less the last event, hours": 24 * days - table.minutes_since_intime[last] / 60,
         }
     )
     late = int((table.known_minutes_since_intime > end_minutes).sum())
@@ -5692,6 +5731,7 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
         KNOWN_LATER: late,
         "stays with conflicting labels": conflicting,
         **split_counts(stays.patient_id.to_numpy(), stays.admission_id.to_numpy(), part),
+        **{reason: (repairs | repairs.notes)[reason] for reason in REPAIRED if reason in repairs | repairs.notes},
     }
     audit = leakage_audit(
         table.static_columns,
@@ -5704,10 +5744,21 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
     )
     logger.info(f"Audit       {audit_summary(audit)}")
     results.table("leakage_audit.csv", audit)
-    if used := sorted(set(audit.name[audit.flagged]) & set(settings.static_features)):
+    flagged = set(audit.loc[audit["flagged"] & (audit["kind"] == "column"), "name"])
+    if used := sorted(flagged & set(settings.static_features)):
         logger.warning(
             f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. "
             "Leave it out of --static-features."
+        )
+    if unused := sorted(flagged - set(settings.static_features)):
+        logger.info(f"Audit       flagged, but not used by the model: {', '.join(unused)}")
+    texts = audit_texts(table.take(np.flatnonzero(part == "train")))
+    results.table("leakage_audit_texts.csv", texts)
+    if found := texts["item"][texts["flagged"]].tolist():
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        named = "; ".join(item[:80] for item in found[:5])
+        logger.warning(
+            f"Audit       WARNING: the presence of {named}{more} tells the outcome: see leakage_audit_texts.csv"
         )
     return json.loads(audit.to_json(orient="records"))
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+from small_table import small_table
 
 import train
 
@@ -309,3 +310,18 @@ def test_recalibration_undoes_a_wrong_intercept_and_slope():
 
 def test_recalibration_on_too_few_deaths_is_left_out():
     assert train.recalibrated([1.0] * 9 + [0.0] * 90, np.linspace(0.1, 0.9, 99), np.arange(99)) is None
+
+
+def test_audit_of_texts_flags_an_item_that_only_the_dead_have_and_no_other(tmp_path):
+    table = small_table(120)
+    died = table[train.LABEL] == "1"
+    first = table.index % 3 == 0
+    table.loc[died & first, "event_text"] = "Discharge: expired"
+    table.loc[first & ~died, "event_text"] = [f"Lab: Sodium | Value: {i}" for i in range(60)]
+    table.loc[table.index % 3 == 1, "event_text"] = "Prescription: Heparin | Dose: 5000 UNIT"
+    table.to_csv(tmp_path / "data.csv", index=False)
+    texts = train.audit_texts(train.read_stays(tmp_path / "data.csv")[0]).set_index("item")
+    assert texts.index[texts.flagged].tolist() == ["Discharge: expired", "Lab: Sodium | Value: #"]
+    assert texts.loc["Discharge: expired", ["stays", "deaths", "auroc", "purity"]].tolist() == [60, 60, 1.0, 1.0]
+    assert texts.loc["Discharge: expired", "median_hours_to_end"] == 46
+    assert texts.loc["Prescription: Heparin | Dose: # UNIT", "auroc"] == 0.5
