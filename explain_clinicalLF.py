@@ -2087,15 +2087,7 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
         keep = np.ones((len(sets), len(events)), bool)
         for row, taken in zip(keep, sets):
             row[taken] = False
-        return run.checkpoint.probabilities(
-            replaced_logits(
-                model,
-                sequence,
-                static,
-                keep,
-                baseline,
-            )
-        )
+        return run.checkpoint.probabilities(replaced_logits(model, sequence, static, keep, baseline))
 
     risk = risk_without([np.array([], int)])[0]
     side = 1 if risk >= threshold else -1
@@ -2145,6 +2137,12 @@ PART_WORDS = {
 }
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
 SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below and above an even share
+MEASURES = {
+    "attention": "pooling attention",
+    "rollout": "attention rollout",
+    "attribution": "push",
+    "if_unremarkable": "if unremarkable",
+}
 HEAD_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, "#CC79A7", "#56B4E9", "#000000", GREY)
 MARKERS = "osD^vPX*"
 LESS_SAID = ("Reference", "Flag", "Priority", "Comment", "Status", "Form", "Strength", "Test", "Location")
@@ -2181,6 +2179,14 @@ def _signed(value: float) -> str:
 def _count(number: int, word: str) -> str:
     """Return `1 stay`, `2 stays`."""
     return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def _plain_number(value: object) -> str:
+    """Return a number without needless digits, anything else as it is."""
+    try:
+        return f"{float(str(value)):.3g}"
+    except ValueError:
+        return str(value)
 
 
 def _short_text(text: str, width: int = 46) -> str:
@@ -2318,13 +2324,16 @@ def _small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None
 
 def _largest_in_words(values: np.ndarray, hours: np.ndarray, texts: Sequence[str], is_push: bool) -> list[str]:
     """Name the three largest of a stay's pushes (logit) or weights (1: an even share), or say that none stands out."""
-    top = np.argsort(-np.nan_to_num(np.abs(values)), kind="stable")[:3]
-    if is_push and np.nanmax(np.abs(values)) < FLOOR:
+    sizes = np.nan_to_num(np.abs(values))
+    if is_push and sizes.max() < FLOOR:
         return [f"no event mattered: none moves the logit by {FLOOR}"]
-    if not is_push and np.nanmax(values) < 1.5:
-        return [f"no event stands out: {np.nanmin(values):.2f} to {np.nanmax(values):.2f} of an even share"]
-    amounts = [_signed(values[event]) if is_push else f"{values[event]:.1f} ×" for event in top]
-    return [f"{amount} at {hours[event]:.1f} h: {_for_plot(texts[event], 40)}" for amount, event in zip(amounts, top)]
+    if not is_push and sizes.max() < 1.5:
+        return [f"no event stands out: {np.nanmin(values):.2f} to {sizes.max():.2f} of an even share"]
+    words = []
+    for event in np.argsort(-sizes, kind="stable")[:3]:
+        amount = _signed(values[event]) if is_push else f"{values[event]:.1f} ×"
+        words.append(f"{amount} at {hours[event]:.1f} h: {_for_plot(texts[event], 44)}")
+    return words
 
 
 def _stems(subfigure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]) -> None:
@@ -2413,56 +2422,49 @@ def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     grid[-1, n_heads // 2].set_xlabel(f"event looked at: {TO_END}; event that looks: downwards, same scale", fontsize=8)
     steps = np.linspace(-reach, reach, 5)
     words = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
-    _small_bar(
-        figure,
-        image,
-        grid,
-        "attention, times an even share",
-        steps,
-        words,
-    )
+    _small_bar(figure, image, grid, "attention, times an even share", steps, words)
     return figure
+
+
+def _of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
+    """Return the rows of one stay."""
+    return table[table["icu_stay_id"] == icu_stay_id]
 
 
 def _draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays a head looks."""
-    events, attention = tables["events"], tables["attention"]
-    pooling, hours = np.asarray(attention["pooling"], dtype=float), np.asarray(attention["hours"], dtype=float)
+    attention = tables["attention"]
+    pooling = np.asarray(attention["pooling"], dtype=float)
+    hours = np.asarray(attention["hours"], dtype=float)
     question = "Which events, and which part of the stay, does each pooling head weigh?"
-    figure = _page(question, caption, 1.0 * len(pooling) + 3.4)
+    figure = _page(question, caption, len(pooling) + 3.4)
     upper, lower = _bands(figure, [len(pooling), 2.0])
     title = "weight of every event, times an even share; its three heaviest named"
     upper.suptitle(f"Stay {attention['icu_stay_id']}: {title}", fontsize=9)
     rows = [(f"head {head}", weights * len(hours), False) for head, weights in enumerate(pooling, 1)]
     _stems(upper, rows, hours, attention["texts"])
-    length = (events["hours_since_admission"] + events["hours_to_end"]).clip(lower=1e-9)
-    tenths = range(1, 11)
-    place = events["hours_since_admission"] / length
+    _draw_tenths(lower, tables["events"], len(pooling))
+    return figure
+
+
+def _draw_tenths(subfigure: Any, events: pd.DataFrame, n_heads: int) -> None:
+    """Draw how much more weight than an even share a pooling head gives to each tenth of the stays."""
+    length = events["hours_since_admission"] + events["hours_to_end"]
+    place = events["hours_since_admission"] / length.clip(lower=1e-9)
+    tenths = np.arange(1, 11)
     decile = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=tenths)
     even = _stay_shares(events.assign(one=1.0), decile, "one")
-    panels = lower.subplots(
-        1,
-        len(pooling),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )[0]
+    panels = subfigure.subplots(1, n_heads, sharex=True, sharey=True, squeeze=False)[0]
     for head, axes in enumerate(panels, 1):
         more = _stay_shares(events, decile, f"attention_head_{head}") - even
-        _vertical_errors(
-            axes,
-            np.array(tenths),
-            _column_means(more),
-            "black",
-            "o",
-        )
+        _vertical_errors(axes, tenths, _column_means(more), "black", "o")
         axes.axhline(0, color="black", linewidth=0.5)
         axes.set_xticks([1, 4, 7, 10])
-        tidy(axes, "", "points more than\nan even share, %" if head == 1 else "", f"head {head}")
-    lower.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
+        tidy(axes, "", "", f"head {head}")
+    panels[0].set_ylabel("points more than\nan even share, %", fontsize=8)
+    subfigure.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
     n_stays = _count(events["icu_stay_id"].nunique(), "stay")
-    lower.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
-    return figure
+    subfigure.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
 
 
 def _draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
@@ -2470,106 +2472,83 @@ def _draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     events, windows = tables["events"], tables.get("windows")
     figure = _page("When in the stay lies the evidence: by attention, and by what moves the prediction?", caption, 7.2)
     upper, lower = _bands(figure, [1.25, 1])
-    icu_stay_id = tables["attention"].get("icu_stay_id", events["icu_stay_id"].iloc[0])
-    own = events[events["icu_stay_id"] == icu_stay_id].sort_values("event")
+    icu_stay_id = tables["attention"]["icu_stay_id"]
+    own = _of_stay(events, icu_stay_id).sort_values("event")
     upper.suptitle(f"Stay {icu_stay_id}: every event; attention in times an even share, pushes in logit", fontsize=9)
-    rows = [
-        ("pooling\nattention", own["attention"].to_numpy(float) * len(own), False),
-        ("attention\nrollout", own["rollout"].to_numpy(float) * len(own), False),
-        ("push", own["attribution"].to_numpy(float), True),
-        ("if\nunremarkable", own["if_unremarkable"].to_numpy(float), True),
-    ]
+    rows = []
+    for column, word in MEASURES.items():
+        is_push = column not in ("attention", "rollout")
+        values = own[column].to_numpy(float)
+        rows.append((word.replace(" ", "\n"), values if is_push else values * len(own), is_push))
     _stems(upper, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
+    _draw_windows(lower, events)
+    if windows is not None and len(windows):
+        words = " ".join(windows["sentence"].astype(str)[:2])
+        lower.supxlabel(textwrap.fill(words, 115), fontsize=7.5)
+    return figure
+
+
+def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
+    """Draw which share of each measure lies in each window before the end that has events."""
     names = window_names()
-    bins = pd.Series(pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), names, ordered=True))
-    used = [name for name in names if (bins == name).any()]
+    windows = clock_window(events["hours_to_end"].to_numpy())
+    bins = pd.Series(pd.Categorical(windows, names, ordered=True))
+    used = [name for name in names if name in windows]
     position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
-    axes = lower.subplots()
+    axes = subfigure.subplots()
     even = _column_means(_stay_shares(events.assign(one=1.0), bins, "one")[used])
-    axes.bar(
-        position,
-        100 * even["mean"],
-        width=0.8,
-        color="#e3e3e3",
-        label="share of the events",
-        zorder=0,
-    )
-    measures = {
-        "attention": "pooling attention",
-        "rollout": "rollout",
-        "attribution": "|push|",
-        "if_unremarkable": "|if unremarkable|",
-    }
-    for at, (column, word) in enumerate(measures.items()):
+    axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
+    for at, (column, word) in enumerate(MEASURES.items()):
         shares = _column_means(_stay_shares(events, bins, column)[used])
-        _vertical_errors(
-            axes,
-            position + 0.1 * (at - 1.5),
-            shares,
-            HEAD_COLOURS[at],
-            MARKERS[at],
-            word,
-        )
+        style = HEAD_COLOURS[at], MARKERS[at], word
+        _vertical_errors(axes, position + 0.1 * (at - 1.5), shares, *style)
     reach = events.groupby("icu_stay_id")["hours_to_end"].max()
-    starts = dict(zip(names, CLOCK_WINDOWS_HOURS))
-    axes.set_xticks(position, [f"{name}\n{_count((reach >= starts[name]).sum(), 'stay')}" for name in used])
+    words = []
+    for name, start in zip(names, CLOCK_WINDOWS_HOURS):
+        if name in used:
+            words.append(f"{name}\n{_count((reach >= start).sum(), 'stay')}")
+    axes.set_xticks(position, words)
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
-    title = f"Mean of {_count(len(reach), 'stay')}, 95 % interval over patients"
+    title = f"Mean of {_count(len(reach), 'stay')}, 95 % interval over patients; sizes of pushes"
     tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
-    if windows is not None and len(windows):
-        lower.supxlabel(textwrap.fill(" ".join(windows["sentence"].astype(str)[:2]), 115), fontsize=7.5)
-    return figure
 
 
 def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
     """Draw `heads`, one row per layer, head and property: correlation, has_role."""
     heads = tables["heads"]
+    question = "What does a head follow more than untrained heads do?"
     if heads.empty:
-        figure = _page("What does a head follow more than untrained heads do?", caption, 1.5)
+        figure = _page(question, caption, 1.5)
         figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
         return figure
     properties = heads["property"].unique()
     names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
-    values = heads.pivot(index="property", columns=["layer", "head"], values="correlation").loc[properties, names]
-    has_role = heads.pivot(index="property", columns=["layer", "head"], values="has_role").loc[properties, names]
-    has_role = has_role.to_numpy(bool)
-    question = (
-        f"What does a head follow more than untrained heads do? {has_role.any(0).sum()} of {len(names)} have a role"
-    )
-    figure = _page(question, caption, 0.28 * len(properties) + 1.9)
+    grid = heads.pivot(index="property", columns=["layer", "head"]).loc[properties]
+    values = grid["correlation"][names].to_numpy(float)
+    has_role = grid["has_role"][names].to_numpy(bool)
+    n_roles = has_role.any(0).sum()
+    figure = _page(f"{question} {n_roles} of {len(names)} have a role", caption, 0.28 * len(properties) + 1.9)
     axes = figure.subplots()
-    image = axes.imshow(
-        values,
-        cmap=SIGNED,
-        vmin=-1,
-        vmax=1,
-        aspect="auto",
-        alpha=np.where(has_role, 1.0, 0.35),
-    )
+    strength = np.where(has_role, 1.0, 0.35)
+    image = axes.imshow(values, cmap=SIGNED, vmin=-1, vmax=1, aspect="auto", alpha=strength)
     for row, column in np.argwhere(has_role):
-        axes.add_patch(
-            Rectangle(
-                (column - 0.5, row - 0.5),
-                1,
-                1,
-                fill=False,
-                linewidth=1.2,
-            )
-        )
-    kinds = [name.removeprefix("event type: ") for name in properties]
-    axes.set_yticks(
-        range(len(kinds)), [f"event is: {TYPE_WORDS[kind]}" if kind in TYPE_WORDS else kind for kind in kinds]
-    )
-    axes.set_xticks(range(len(names)), [head for _, head in names])
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=1.2))
     for at, (layer, head) in enumerate(names):
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
             axes.axvline(at - 0.5, color="black", linewidth=1)
-    tidy(axes, "head; framed: beyond 99 % of untrained heads with its whole interval, and it moves the prediction", "")
-    axes.tick_params(labelsize=7.5)
+    tidy(axes, "head; framed: has a role, as head_roles.csv says", "")
+    axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
+    axes.set_yticks(range(len(properties)), [_property_word(name) for name in properties], fontsize=7.5)
     _small_bar(figure, image, axes, "rank correlation within the stay")
     return figure
+
+
+def _property_word(name: str) -> str:
+    """Return what a head may follow, in a reader's words: `event type: labevent` -> `event is: Lab`."""
+    kind = name.removeprefix("event type: ")
+    return f"event is: {TYPE_WORDS[kind]}" if kind in TYPE_WORDS else name
 
 
 def _importance_rows(panels: tuple[Axes, Axes], title: str, table: pd.DataFrame, unit: str) -> None:
@@ -2659,14 +2638,7 @@ def _draw_item_importance(tables: Tables, caption: str) -> Figure:
     axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
     colors = ScalarMappable(norm, "viridis")
     words = ["lowest", "middle", "highest"]
-    _small_bar(
-        figure,
-        colors,
-        axes,
-        "value among those of its item",
-        [0, 0.5, 1],
-        words,
-    )
+    _small_bar(figure, colors, axes, "value among those of its item", [0, 0.5, 1], words)
     return figure
 
 
@@ -2717,45 +2689,60 @@ def _signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
         )
 
 
-def _draw_captum_attributions(tables: Tables, caption: str, n: int = 7) -> Figure:
+def _draw_captum_attributions(tables: Tables, caption: str) -> Figure:
     """Draw the pushes of the stay with the highest risk: timeline, strongest events, statics; parts in all stays."""
-    events, stays = tables["events"], tables["stays"]
-    row = stays[stays["icu_stay_id"] == _shown_stay(stays)].iloc[0]
-    own, statics = (table[table["icu_stay_id"] == row["icu_stay_id"]] for table in (events, tables["statics"]))
-    own = own.sort_values("attribution", ascending=False)
-    question = f"Which events push the prediction of stay {row['icu_stay_id']}? Risk {_percent(row['probability'])}, "
-    figure = _page(question + _outcome(row["label"]), caption, 8.0)
+    stays = tables["stays"]
+    icu_stay_id = _shown_stay(stays)
+    row = _of_stay(stays, icu_stay_id).iloc[0]
+    events = _of_stay(tables["events"], icu_stay_id)
+    statics = _of_stay(tables["statics"], icu_stay_id)
+    question = f"Which events push the prediction of stay {icu_stay_id}?"
+    figure = _page(f"{question} Risk {_percent(row['probability'])}, {_outcome(row['label'])}", caption, 8.0)
     line, bars, below = _bands(figure, [1, 2.2, 1.3])
-    axes = line.subplots()
-    colors = np.where(own["attribution"] >= 0, VERMILLION, BLUE)
-    axes.vlines(
-        own["hours_to_end"],
-        0,
-        own["attribution"],
-        color=colors,
-        linewidth=1.1,
-    )
-    axes.axhline(0, color="black", linewidth=0.5)
-    axes.invert_xaxis()
-    sums = [_signed(part["attribution"].sum()) for part in (own, statics)]
-    title = f"All {len(own)} events: sum {sums[0]}; patient and admission {sums[1]}; starting from logit "
-    title += f"{_signed(row['baseline_logit'])} gives {_signed(row['logit'])}"
-    if not row["complete"]:
-        title += f" (gap {_signed(row['gap_error'])}: not complete)"
-    tidy(axes, TO_END, "logit\n(up: towards death)", title)
-    named = pd.concat([own[own["attribution"] > 0].head(n), own[own["attribution"] < 0].tail(n)])
-    named = named[named["attribution"].abs() >= 0.0005]
-    texts = [_for_plot(text, 58) for text in named["event_text"]]
-    words = [f"{text}  {hours:.1f} h" for text, hours in zip(texts, named["hours_to_end"])]
-    _signed_bars(bars.subplots(), named["attribution"].to_numpy(), words)
+    _draw_pushes(line.subplots(), events, _sums_in_words(row, events, statics))
     bars.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
+    _draw_strongest(bars.subplots(), events)
     left, right = below.subplots(1, 2, width_ratios=[1.5, 1])
     top = statics.sort_values("attribution", key=abs, ascending=False).head(8)
-    words = [_for_plot(f"{name}: {value}", 38) for name, value in zip(top["feature"], top["value"])]
+    words = []
+    for feature, value in zip(top["feature"], top["value"]):
+        words.append(_for_plot(f"{feature}: {_plain_number(value)}", 38))
     _signed_bars(left, top["attribution"].to_numpy(), words)
     left.set_title("Patient and admission", fontsize=9)
-    _parts_of_events(right, events)
+    _parts_of_events(right, tables["events"])
     return figure
+
+
+def _sums_in_words(row: pd.Series, events: pd.DataFrame, statics: pd.DataFrame) -> str:
+    """Say how a stay's parts add up to its logit, and whether they do."""
+    of_events = _signed(events["attribution"].sum())
+    of_statics = _signed(statics["attribution"].sum())
+    words = f"All {_count(len(events), 'event')}: sum {of_events}; patient and admission {of_statics}; "
+    words += f"starting from logit {_signed(row['baseline_logit'])} gives {_signed(row['logit'])}"
+    if not row["complete"]:
+        words += f" (gap {_signed(row['gap_error'])}: not complete)"
+    return words
+
+
+def _draw_pushes(axes: Axes, events: pd.DataFrame, title: str) -> None:
+    """Draw the push of every event of a stay over the hours to the end."""
+    push = events["attribution"]
+    colors = np.where(push >= 0, VERMILLION, BLUE)
+    axes.vlines(events["hours_to_end"], 0, push, color=colors, linewidth=1.1)
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.invert_xaxis()
+    tidy(axes, TO_END, "logit\n(up: towards death)", title)
+
+
+def _draw_strongest(axes: Axes, events: pd.DataFrame, n: int = 7) -> None:
+    """Draw the n events of a stay that push most towards death and the n that push most away, if they push at all."""
+    towards = events[events["attribution"] >= 0.0005].nlargest(n, "attribution")
+    away = events[events["attribution"] <= -0.0005].nsmallest(n, "attribution")
+    named = pd.concat([towards, away[::-1]])
+    words = []
+    for text, hours in zip(named["event_text"], named["hours_to_end"]):
+        words.append(f"{_for_plot(text, 58)}  {hours:.1f} h")
+    _signed_bars(axes, named["attribution"].to_numpy(), words)
 
 
 def _parts_of_events(axes: Axes, events: pd.DataFrame) -> None:
@@ -2788,10 +2775,9 @@ def _draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     question = "Does the evidence stay with its events on the way through the layers?"
     figure = _page(f"{question} (Statics held fixed: another question than captum_attributions)", caption, 5.4)
     upper, lower = _bands(figure, [1.2, 1])
-    own = layers[layers["icu_stay_id"] == stay]
+    own = _of_stay(layers, stay)
     wide = own.pivot(index="layer", columns="event", values="attribution").loc[names]
-    events = tables["events"]
-    hours = events[events["icu_stay_id"] == stay].sort_values("event")["hours_to_end"].to_numpy()
+    hours = _of_stay(tables["events"], stay).sort_values("event")["hours_to_end"].to_numpy()
     axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
     image = axes.imshow(
         wide,
@@ -2842,14 +2828,7 @@ def _draw_groups(axes: Axes, rows: pd.DataFrame, kind: str) -> None:
     at = np.arange(len(names))
     measures = (("attribution", "push, summed", BLUE, "o"), ("ablation", "if unremarkable", VERMILLION, "s"))
     for shift, (value, word, color, marker) in zip((-0.14, 0.14), measures):
-        _error_dots(
-            axes,
-            _means_by(rows, "group", value).reindex(names),
-            at + shift,
-            color,
-            marker,
-            word,
-        )
+        _error_dots(axes, _means_by(rows, "group", value).reindex(names), at + shift, color, marker, word)
     axes.axvline(0, color="black", linewidth=0.7)
     tidy(axes, "", "")
     stays = rows.groupby("group")["icu_stay_id"].nunique()
@@ -3173,14 +3152,6 @@ def _odds(logit: float, temperature: float = 1.0) -> str:
     return f"{'×' if logit > 0 else '÷'} {number}"
 
 
-def _plain_number(value: object) -> str:
-    """Return a number without needless digits, anything else as it is."""
-    try:
-        return f"{float(str(value)):.3g}"
-    except ValueError:
-        return str(value)
-
-
 def _event_rows(events: pd.DataFrame, temperature: float) -> list[list[str]]:
     """Return the cells of the strongest events, as `EVENT_COLUMNS` names them."""
     rows = []
@@ -3241,7 +3212,7 @@ def _stay_context(stay: Any, tables: Tables, calibration: pd.DataFrame | None, t
     parts = {}
     for name in ("events", "statics", "trajectory", "systems", "decisive"):
         table = tables.get(name, pd.DataFrame(columns=["icu_stay_id"]))
-        parts[name] = table[table["icu_stay_id"] == stay.icu_stay_id]
+        parts[name] = _of_stay(table, stay.icu_stay_id)
     events, statics = parts["events"], parts["statics"].sort_values("attribution", key=abs, ascending=False)
     towards = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
     away = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
