@@ -2040,8 +2040,17 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
         if len(known) >= 10 and known["value"].nunique() > 2:
             rho = float(rank_correlation(known["value"].to_numpy(), known["attribution"].to_numpy())[0, 0])
         push = part["attribution"]
-        row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique(), "push": push.mean()}
-        row |= {"size": push.abs().mean(), "rho": rho, "n_values": len(known)}
+        row = {
+            "item": item,
+            "n_events": len(part),
+            "n_patients": part["patient_id"].nunique(),
+            "push": push.mean(),
+        }
+        row |= {
+            "size": push.abs().mean(),
+            "rho": rho,
+            "n_values": len(known),
+        }
         rows.append(row | {"sentence": _item_in_words(row)})
     columns = ["item", "n_events", "n_patients", "push", "size", "rho", "n_values", "sentence"]
     return pd.DataFrame(rows, columns=columns)
@@ -2061,7 +2070,11 @@ def level_table(events: pd.DataFrame, items: Sequence[str]) -> pd.DataFrame:
     """Return the mean push of each item at each level that its texts name: item, level, push, n_events, n_patients."""
     levels = events["event_text"].str.extract(r"\| Level: ([^|]+)", expand=False).str.strip()
     known = events.assign(level=levels)[levels.notna() & events["item"].isin(list(items))]
-    columns = {"push": ("attribution", "mean"), "n_events": ("event", "size"), "n_patients": ("patient_id", "nunique")}
+    columns = {
+        "push": ("attribution", "mean"),
+        "n_events": ("event", "size"),
+        "n_patients": ("patient_id", "nunique"),
+    }
     return known.groupby(["item", "level"]).agg(**columns).reset_index()
 
 
@@ -2240,7 +2253,14 @@ def _page(question: str, caption: str, height: float) -> Figure:
 
 def _bands(figure: Any, heights: Sequence[float]) -> list[Any]:
     """Return subfigures one below the other."""
-    return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    return list(
+        figure.subfigures(
+            len(heights),
+            1,
+            height_ratios=heights,
+            squeeze=False,
+        )[:, 0]
+    )
 
 
 def _error_dots(
@@ -2452,9 +2472,20 @@ def _draw_tenths(subfigure: Any, events: pd.DataFrame, n_heads: int) -> None:
     length = events["hours_since_admission"] + events["hours_to_end"]
     place = events["hours_since_admission"] / length.clip(lower=1e-9)
     tenths = np.arange(1, 11)
-    decile = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=tenths)
+    decile = pd.cut(
+        place,
+        np.linspace(0, 1, 11),
+        include_lowest=True,
+        labels=tenths,
+    )
     even = _stay_shares(events.assign(one=1.0), decile, "one")
-    panels = subfigure.subplots(1, n_heads, sharex=True, sharey=True, squeeze=False)[0]
+    panels = subfigure.subplots(
+        1,
+        n_heads,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )[0]
     for head, axes in enumerate(panels, 1):
         more = _stay_shares(events, decile, f"attention_head_{head}") - even
         _vertical_errors(axes, tenths, _column_means(more), "black", "o")
@@ -2497,7 +2528,13 @@ def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
     position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
     axes = subfigure.subplots()
     even = _column_means(_stay_shares(events.assign(one=1.0), bins, "one")[used])
-    axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
+    axes.bar(
+        position,
+        100 * even["mean"],
+        color="#e3e3e3",
+        label="share of the events",
+        zorder=0,
+    )
     for at, (column, word) in enumerate(MEASURES.items()):
         shares = _column_means(_stay_shares(events, bins, column)[used])
         style = HEAD_COLOURS[at], MARKERS[at], word
@@ -2509,7 +2546,12 @@ def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
             words.append(f"{name}\n{_count((reach >= start).sum(), 'stay')}")
     axes.set_xticks(position, words)
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
-    axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
+    axes.legend(
+        fontsize=7,
+        frameon=False,
+        ncols=5,
+        loc="upper center",
+    )
     title = f"Mean of {_count(len(reach), 'stay')}, 95 % interval over patients; sizes of pushes"
     tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
 
@@ -2531,9 +2573,24 @@ def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
     figure = _page(f"{question} {n_roles} of {len(names)} have a role", caption, 0.28 * len(properties) + 1.9)
     axes = figure.subplots()
     strength = np.where(has_role, 1.0, 0.35)
-    image = axes.imshow(values, cmap=SIGNED, vmin=-1, vmax=1, aspect="auto", alpha=strength)
+    image = axes.imshow(
+        values,
+        cmap=SIGNED,
+        vmin=-1,
+        vmax=1,
+        aspect="auto",
+        alpha=strength,
+    )
     for row, column in np.argwhere(has_role):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=1.2))
+        axes.add_patch(
+            Rectangle(
+                (column - 0.5, row - 0.5),
+                1,
+                1,
+                fill=False,
+                linewidth=1.2,
+            )
+        )
     for at, (layer, head) in enumerate(names):
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
@@ -2591,7 +2648,12 @@ def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
     figure = _page("What moves this model's prediction, in which direction and how far?", caption, 0.2 * n_rows + 3.6)
     halves = _bands(figure, [sum(part) + 4 for part in heights])
     for half, blocks, ratios, unit in zip(halves, (per_event, per_stay), heights, ("events", "stays")):
-        grid = half.subplots(2, 2, sharex="col", height_ratios=ratios)
+        grid = half.subplots(
+            2,
+            2,
+            sharex="col",
+            height_ratios=ratios,
+        )
         for (title, table), panels in zip(blocks.items(), grid):
             _importance_rows(tuple(panels), title, table, unit)
         grid[1, 1].set_xlim(left=0)
@@ -2672,7 +2734,12 @@ def _draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
 def _signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
     """Draw horizontal bars, first on top, with their values; colours by sign."""
     at = np.arange(len(values))
-    axes.barh(at, values, color=[VERMILLION if value >= 0 else BLUE for value in values], height=0.7)
+    axes.barh(
+        at,
+        values,
+        color=[VERMILLION if value >= 0 else BLUE for value in values],
+        height=0.7,
+    )
     axes.axvline(0, color="black", linewidth=0.7)
     axes.margins(x=0.27)
     tidy(axes, LOGIT, "")
@@ -2728,7 +2795,13 @@ def _draw_pushes(axes: Axes, events: pd.DataFrame, title: str) -> None:
     """Draw the push of every event of a stay over the hours to the end."""
     push = events["attribution"]
     colors = np.where(push >= 0, VERMILLION, BLUE)
-    axes.vlines(events["hours_to_end"], 0, push, color=colors, linewidth=1.1)
+    axes.vlines(
+        events["hours_to_end"],
+        0,
+        push,
+        color=colors,
+        linewidth=1.1,
+    )
     axes.axhline(0, color="black", linewidth=0.5)
     axes.invert_xaxis()
     tidy(axes, TO_END, "logit\n(up: towards death)", title)
@@ -2805,7 +2878,12 @@ def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
     found = _rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
     axes, at = subfigure.subplots(), np.arange(len(names))
     heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
-    axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
+    axes.scatter(
+        found["correlation"],
+        heights,
+        s=5,
+        color="#b5b5b5",
+    )
     _error_dots(axes, _means_by(found, "layer", "correlation").reindex(names), at, "black")
     n_stays = _count(layers["icu_stay_id"].nunique(), "stay")
     gap = layers["gap_error"].abs().max()
@@ -2846,7 +2924,12 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     question = "What would the prediction be if a group of events, or one event, were unremarkable?"
     figure = _page(question, caption, 0.23 * sum(sizes) + 5.2)
     upper, lower = _bands(figure, [0.23 * sum(sizes) + 1.6, 2.6])
-    panels = upper.subplots(len(kinds), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    panels = upper.subplots(
+        len(kinds),
+        1,
+        height_ratios=sizes,
+        squeeze=False,
+    )[:, 0]
     for axes, kind in zip(panels, kinds):
         _draw_groups(axes, groups[groups["kind"] == kind], kind)
     panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
@@ -2885,9 +2968,21 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
 
 ORDER_STYLES: dict[str, dict[str, Any]] = {
     "attribution": {"color": "#9ecae1", "linewidth": 4},
-    "if_unremarkable": {"color": "black", "linestyle": "--", "linewidth": 1.2},
-    "attention": {"color": ORANGE, "linestyle": "-.", "linewidth": 1.4},
-    "random": {"color": "0.5", "linestyle": ":", "linewidth": 1.4},
+    "if_unremarkable": {
+        "color": "black",
+        "linestyle": "--",
+        "linewidth": 1.2,
+    },
+    "attention": {
+        "color": ORANGE,
+        "linestyle": "-.",
+        "linewidth": 1.4,
+    },
+    "random": {
+        "color": "0.5",
+        "linestyle": ":",
+        "linewidth": 1.4,
+    },
 }
 
 
@@ -2903,7 +2998,12 @@ def _draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     for axes, (direction, verb) in zip(body.subplots(1, 2), verbs.items()):
         for order, style in ORDER_STYLES.items():
             line = means[direction, order]
-            axes.plot(100 * line.index, line, label=ORDERS.get(order, "random order"), **style)
+            axes.plot(
+                100 * line.index,
+                line,
+                label=ORDERS.get(order, "random order"),
+                **style,
+            )
         axes.axhline(0, color="black", linewidth=0.5)
         tidy(axes, "% of the events, highest first", "change of the logit", f"Events {verb}")
         _ticks(axes, 5, 5)
@@ -3183,7 +3283,13 @@ def _timeline(events: pd.DataFrame, trajectory: pd.DataFrame) -> dict[str, Any]:
         stems.append((across(row.hours_since_admission), tip, color, words))
     ticks = [(across(hours), f"{hours:g}") for hours in MaxNLocator(9).tick_values(0, last) if 0 <= hours <= last]
     note = "" if len(drawn) == len(events) else f"The {len(drawn):,} strongest of {len(events):,} events are drawn. "
-    return {"ticks": ticks, "reach": f"+{reach:.2g}", "risks": " ".join(risks), "events": stems, "note": note}
+    return {
+        "ticks": ticks,
+        "reach": f"+{reach:.2g}",
+        "risks": " ".join(risks),
+        "events": stems,
+        "note": note,
+    }
 
 
 def _calibration_sentence(table: pd.DataFrame | None, probability: float) -> str:
@@ -3304,6 +3410,15 @@ def _stay_links(shown: pd.DataFrame) -> list[list[Any]]:
     return rows
 
 
+def _calibration_of_shown(stays: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the calibration of the explained stays of known outcome, from 20."""
+    known = stays[stays["label"].notna()]
+    if len(known) < 20:
+        return None
+    n_bins = int(np.clip(len(known) // 10, 2, 10))
+    return calibration_table(known["label"], known["probability"], n_bins=n_bins)
+
+
 def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, Any]) -> str:
     """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, the technical appendix.
 
@@ -3313,13 +3428,13 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
     (as `calibration_table` gives it, of all test stays; else of the explained stays, from 20).
     """
     stays, temperature = tables["stays"], info.get("temperature", 1.0)
-    calibration = info.get("calibration")
-    known = stays[stays["label"].notna()]
-    if calibration is None and len(known) >= 20:
-        n_bins = int(np.clip(len(known) // 10, 2, 10))
-        calibration = calibration_table(known["label"], known["probability"], n_bins=n_bins)
+    calibration = info.get("calibration", _calibration_of_shown(stays))
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
-    words = {"data": "data", "checkpoint": "checkpoint", "text_encoder": "text encoder"}
+    words = {
+        "data": "data",
+        "checkpoint": "checkpoint",
+        "text_encoder": "text encoder",
+    }
     facts = [f"{word}: {info[key]}" for key, word in words.items() if info.get(key)]
     items, levels = tables.get("items"), tables.get("levels")
     level_names, level_rows = ([], []) if items is None or levels is None else _level_cells(levels, items)
@@ -3327,7 +3442,12 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
     verdict_holds = verdict is None or bool(verdict["passed"].ne(False).all())
     summary, checks = _check_rows(tables.get("faithfulness"), verdict_holds)
     windows = tables.get("windows")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     environment.filters |= {"signed": _signed, "percent_of": lambda share: f"{100 * share:.0f} %"}
     return environment.from_string(REPORT).render(
         appendix=APPENDIX,
