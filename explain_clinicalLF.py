@@ -2045,14 +2045,23 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
             "n_events": len(part),
             "n_patients": part["patient_id"].nunique(),
             "push": push.mean(),
-        }
-        row |= {
             "size": push.abs().mean(),
             "rho": rho,
             "n_values": len(known),
+            "tells_outcome": bool(part.get("tells_outcome", pd.Series(False)).any()),
         }
         rows.append(row | {"sentence": _item_in_words(row)})
-    columns = ["item", "n_events", "n_patients", "push", "size", "rho", "n_values", "sentence"]
+    columns = [
+        "item",
+        "n_events",
+        "n_patients",
+        "push",
+        "size",
+        "rho",
+        "n_values",
+        "tells_outcome",
+        "sentence",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -2150,7 +2159,7 @@ PART_WORDS = {
 }
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
 SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below and above an even share
-MEASURES = {
+OVER_TIME = {
     "attention": "pooling attention",
     "rollout": "attention rollout",
     "attribution": "push",
@@ -2413,6 +2422,7 @@ def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     question = (
         f"Which events does each head of each layer look at? Stay {attention['icu_stay_id']}, {len(hours)} events"
     )
+    caption = f"{_verdict_on(tables, 'layer attention')} {caption}".strip()
     figure = _page(question, caption, 0.85 * n_layers + 1.4)
     grid = figure.subplots(
         n_layers,
@@ -2444,6 +2454,14 @@ def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     words = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
     _small_bar(figure, image, grid, "attention, times an even share", steps, words)
     return figure
+
+
+def _verdict_on(tables: Tables, name: str) -> str:
+    """Return the sentence of the verdict of this name, or nothing."""
+    verdict = tables.get("verdict")
+    if verdict is None:
+        return ""
+    return " ".join(verdict["sentence"][verdict["name"] == name])
 
 
 def _of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
@@ -2507,7 +2525,7 @@ def _draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     own = _of_stay(events, icu_stay_id).sort_values("event")
     upper.suptitle(f"Stay {icu_stay_id}: every event; attention in times an even share, pushes in logit", fontsize=9)
     rows = []
-    for column, word in MEASURES.items():
+    for column, word in OVER_TIME.items():
         is_push = column not in ("attention", "rollout")
         values = own[column].to_numpy(float)
         rows.append((word.replace(" ", "\n"), values if is_push else values * len(own), is_push))
@@ -2535,7 +2553,7 @@ def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
         label="share of the events",
         zorder=0,
     )
-    for at, (column, word) in enumerate(MEASURES.items()):
+    for at, (column, word) in enumerate(OVER_TIME.items()):
         shares = _column_means(_stay_shares(events, bins, column)[used])
         style = HEAD_COLOURS[at], MARKERS[at], word
         _vertical_errors(axes, position + 0.1 * (at - 1.5), shares, *style)
@@ -2595,7 +2613,7 @@ def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
             axes.axvline(at - 0.5, color="black", linewidth=1)
-    tidy(axes, "head; framed: has a role, as head_roles.csv says", "")
+    tidy(axes, f"head; framed: follows beyond 99 % of untrained heads, and moves the logit by over {FLOOR}", "")
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
     axes.set_yticks(range(len(properties)), [_property_word(name) for name in properties], fontsize=7.5)
     _small_bar(figure, image, axes, "rank correlation within the stay")
@@ -2694,9 +2712,10 @@ def _draw_item_importance(tables: Tables, caption: str) -> Figure:
             linewidths=0,
         )
     axes.axvline(0, color="black", linewidth=0.7)
-    tidy(axes, f"push, {LOGIT}; one dot an event, at most 400 an item; grey: no value", "")
+    tidy(axes, f"push, {LOGIT}; a dot an event, at most 400 an item; grey: no value; (!): alone tells the outcome", "")
     rho = [f"{rho:+.2f} ({n})" if rho == rho else "" for rho, n in zip(items["rho"], items["n_values"])]
-    _rows(axes, [_for_plot(item, 42, _cut) for item in items["item"]], rho)
+    marks = ["(!) " if tells else "" for tells in items["tells_outcome"]]
+    _rows(axes, [f"{mark}{_for_plot(item, 40, _cut)}" for mark, item in zip(marks, items["item"])], rho)
     axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
     colors = ScalarMappable(norm, "viridis")
     words = ["lowest", "middle", "highest"]
@@ -2813,8 +2832,9 @@ def _draw_strongest(axes: Axes, events: pd.DataFrame, n: int = 7) -> None:
     away = events[events["attribution"] <= -0.0005].nsmallest(n, "attribution")
     named = pd.concat([towards, away[::-1]])
     words = []
-    for text, hours in zip(named["event_text"], named["hours_to_end"]):
-        words.append(f"{_for_plot(text, 58)}  {hours:.1f} h")
+    tells = named.get("tells_outcome", pd.Series(False, named.index))
+    for text, hours, mark in zip(named["event_text"], named["hours_to_end"], tells):
+        words.append(f"{'(!) ' if mark else ''}{_for_plot(text, 56)}  {hours:.1f} h")
     _signed_bars(axes, named["attribution"].to_numpy(), words)
 
 
@@ -2846,6 +2866,7 @@ def _draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     names = layers["layer"].unique()
     stay = _shown_stay(stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])])
     question = "Does the evidence stay with its events on the way through the layers?"
+    caption = f"{_verdict_on(tables, 'layer attention')} {caption}".strip()
     figure = _page(f"{question} (Statics held fixed: another question than captum_attributions)", caption, 5.4)
     upper, lower = _bands(figure, [1.2, 1])
     own = _of_stay(layers, stay)
@@ -3235,6 +3256,7 @@ EVENT_COLUMNS = [
     "#push, logit",
     "#odds through it",
 ]
+TELLS = " [this text alone tells the outcome]"
 EVENTS_LISTED, EVENTS_DRAWN = 10, 600  # of a stay
 
 
@@ -3258,7 +3280,8 @@ def _event_rows(events: pd.DataFrame, temperature: float) -> list[list[str]]:
     for row in events.itertuples():
         clock = "" if pd.isna(row.event_time) else f"{pd.Timestamp(row.event_time):%Y-%m-%d %H:%M}"
         hours = [f"{row.hours_since_admission:.1f}", f"{row.hours_to_end:.1f}"]
-        rows.append([row.event_text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)])
+        text = row.event_text + (TELLS if getattr(row, "tells_outcome", False) else "")
+        rows.append([text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)])
     return rows
 
 
