@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETENDED = ROOT.parent / "shared" / "pretended_cuda" / "test_pretended_cuda.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "REPO": str(ROOT), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+PATHS = [str(ROOT), str(ROOT / "tests")]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "REPO": str(ROOT), "PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 def make_machine():
@@ -60,7 +61,8 @@ def packed_input(machine):
         trainer.train_epoch(1)
         counts = machine.counts()
         waits = sum(count for name, count in counts.items() if name.startswith("SYNC"))
-        print(where, n_steps, "steps", waits, "waits", counts.get("COPY host to device"), "copies to the device")
+        copies = counts.get("COPY host to device", 0)
+        print(f"vectors on the {where}: {n_steps} steps, {waits} waits, {copies} copies to the device")
         assert waits <= 2 * n_steps, waits / n_steps
         logits[where] = train.predict_logits(
             checkpoint.model, trainer.test_set, checkpoint.settings, trainer.accelerator
@@ -182,6 +184,7 @@ def test_variable_length_kernel_is_taken_where_it_runs(capability, width, dtype,
 
 
 if __name__ == "__main__":
+    sys.path[:0] = PATHS
     MACHINE = make_machine()
     SCENARIO = next(scenario for scenario in SCENARIOS if scenario.__name__ == sys.argv[1])
     with tempfile.TemporaryDirectory() as SCRATCH:
