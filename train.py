@@ -3080,7 +3080,7 @@ def has_variable_length_kernel(query: Tensor) -> bool:
 def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """Softmax attention of packed events (N, H, D/H), each within its own stay; memory grows with N, not its square.
 
-    One variable-length kernel for the batch where there is one, elsewhere a fused call per run of stays of equal length.
+    One variable-length kernel for the batch where there is one, else a fused call per run of stays of equal length.
     """
     if has_variable_length_kernel(query):
         longest = max(layout.lengths)
@@ -3207,8 +3207,8 @@ class ItemHistoryProjection(nn.Module):
 class ClinicalTransformer(nn.Module):
     """Probability of death in hospital, from a stay's events and its static features.
 
-    Pre-norm layers, inputs normalised by the training events' mean and spread and again after the projection, positions at
-    a learnable small scale, a small query vector: tests/benchmarks/ablation.py measures what each is worth.
+    Pre-norm layers, inputs normalised by the training events' mean and spread and again after the projection, positions
+    at a learnable small scale, a small query vector: tests/benchmarks/ablation.py measures what each is worth.
     """
 
     def __init__(
@@ -3242,8 +3242,8 @@ class ClinicalTransformer(nn.Module):
         self.input_projection = (
             ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
         )
-        # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up, and a
-        # path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
+        # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up, and
+        # a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
         nn.init.normal_((self.input_projection.text if n_history else self.input_projection).bias)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
@@ -3266,7 +3266,7 @@ class ClinicalTransformer(nn.Module):
         )
 
     def set_input_statistics(self, mean: Tensor, scale: Tensor, static_weight: Tensor) -> None:
-        """Mean and spread of the training events' columns before their history, and what each static column (S) is multiplied by."""
+        """Set mean and spread of the events' columns before their history, and the factor of each static column (S)."""
         self.event_mean[: self.n_plain] = mean
         self.event_scale[: self.n_plain] = scale
         self.static_weight.copy_(static_weight)
@@ -3281,7 +3281,7 @@ class ClinicalTransformer(nn.Module):
         """(B, L, input_dim), (B, S), (B, L) -> probability (B, 1); on request also the attention of this very pass.
 
         The dict holds `transformer_output (B, L, D)`, `pooling_weights (B, 4, 1, L)`, `query_vector (B, 1, D)` and
-        `layer_attention_weights`, a list with (B, 8, L, L) per layer. The weights cost memory that grows with the square of L.
+        `layer_attention_weights`, a list with (B, 8, L, L) per layer. The weights cost memory like the square of L.
         """
         logits, attention = self.score(sequences, static_features, attention_mask, return_attention)
         return (torch.sigmoid(logits.float()), attention) if return_attention else torch.sigmoid(logits.float())
@@ -3343,8 +3343,9 @@ class ClinicalTransformer(nn.Module):
 
 
 def temporal_weights(hours_to_final_event: Tensor, attention_mask: Tensor, tau_hours: float) -> Tensor:
-    """(B, L) -> (B, L): exp(-hours / tau), summing to 1 over each stay's events; a softmax does just that, without underflow."""
-    return (-hours_to_final_event / tau_hours).masked_fill(~attention_mask, torch.finfo(torch.float32).min).softmax(1)
+    """(B, L) -> (B, L): exp(-hours / tau), summing to 1 over a stay's events, by a softmax, which cannot underflow."""
+    ages = hours_to_final_event / tau_hours
+    return (-ages).masked_fill(~attention_mask, torch.finfo(torch.float32).min).softmax(1)
 
 
 class TemporalAwareLoss(nn.Module):
@@ -3373,11 +3374,12 @@ class TemporalAwareLoss(nn.Module):
 
 
 def evenness(values: Tensor, attention_mask: Tensor) -> Tensor:
-    """How evenly a stay's events speak, 0..1 (B,): L1 / L2 (Hoyer 2004) of what they hand to the pooling heads, values (B, L, H, D/H).
+    """How evenly a stay's events speak, 0..1 (B,): L1 / L2 (Hoyer 2004) of what they hand to the pooling heads.
 
-    Of the events' distances from their mean: 1 where all lie equally far from it, 2 sqrt(k - 1) / k where one of k says something
-    and the others say the same. Few events of a stay matter to its outcome. A plain norm would say so too, but can push all to
-    nothing before the first has been learnt; this one knows no scale.
+    values (B, L, H, D/H). Of the events' distances from their mean: 1 where all lie equally far from it,
+    2 sqrt(k - 1) / k where one of k says something and the others say the same. Few events of a stay matter to its
+    outcome. A plain norm would say so too, but can push all to nothing before the first has been learnt; this one knows
+    no scale.
     """
     values, is_event = values.float(), attention_mask.unsqueeze(2).float()  # (B, L, 1)
     n_events = is_event.sum(1).clamp(min=1)  # (B, 1)
@@ -3440,7 +3442,7 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a checkpoint without executing anything in it; the model is in eval mode. Raises `InputError` for any other file."""
+    """Load a checkpoint, executing nothing in it; the model is in eval mode. Raises `InputError` for any other file."""
     device = torch.device(device)
     try:
         state = torch.load(
@@ -3450,13 +3452,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
     except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
         raise InputError(
-            f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another file."
+            f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another "
+            "file."
         ) from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
         raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
     if state["format"] != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train anew, or explain it with the train.py that wrote it."
+            f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train "
+            "anew, or explain it with the train.py that wrote it."
         )
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
@@ -3495,9 +3499,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 
 def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
-    """Mean and scale (input_dim,) of the dataset's events. Scaled so, the text makes three quarters of an event's variance.
+    """Mean and scale (input_dim,) of the dataset's events. Scaled so, the text makes 3/4 of an event's variance.
 
-    Scaling column by column instead would leave the time one voice among 774. A column that never varies keeps its size.
+    Scaling column by column would leave the time one voice among 774. A column that never varies keeps its size.
     """
     n_events, n_texts = len(dataset.text), len(dataset.text_vectors)
     parts = [
@@ -3527,7 +3531,7 @@ SETTINGS_OF_A_RUN = (
     *("learning_rate", "batch_size", "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip"),
     *("temporal_weight", "sparsity_weight", "tau_hours", "dropout", "weight_averaging"),
 )
-# One number among forty flags goes unheard otherwise: with weight 1 a tenth of the sample's true effect of age is learnt.
+# One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
 NUMBER_WEIGHT = 3.0
 
 
@@ -3648,7 +3652,7 @@ class Trainer:
         return float(sums[0]) / n_stays
 
     def read_losses(self, unread: list[tuple[np.ndarray, Tensor]]) -> float:
-        """The sum of the losses of the steps since the last reading, checked: the loop waits for the device only here."""
+        """The sum of the losses since the last reading, checked: the loop waits for the device only here."""
         losses = torch.cat([losses for _, losses in unread]).cpu()
         stays = np.concatenate([share for share, _ in unread])
         unread.clear()
@@ -3657,7 +3661,7 @@ class Trainer:
 
     @torch.no_grad()
     def average_weights(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
-        """Move the running mean of the weights; its memory grows with the steps, so that it does not keep the beginning."""
+        """Move the running mean of the weights; its memory grows with the steps, so that the beginning is forgotten."""
         decay = min(self.settings.weight_averaging, self.step / (self.step + 10))
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
@@ -3683,7 +3687,7 @@ class Trainer:
             )
 
     def fit(self) -> None:
-        """Train until the validation loss has rested for `patience` epochs; the best weights are kept in best_model.pth."""
+        """Train until the validation loss has rested for `patience` epochs; best_model.pth has the best weights."""
         if not self.epochs_done:
             self.save("latest_checkpoint.pth")
         while self.epochs_done < self.settings.max_epochs and not self.out_of_patience():
@@ -3787,8 +3791,8 @@ class Trainer:
         if changed or not same:
             differences = ", ".join(changed) or "other data, patients, encoder or model sizes"
             raise InputError(
-                f"{path}: this run differs from the one to resume ({differences}). Give the same settings, or train anew "
-                "without --resume."
+                f"{path}: this run differs from the one to resume ({differences}). Give the same settings, or train "
+                "anew without --resume."
             )
         objective = self.accelerator.unwrap_model(self.objective)
         objective.load_state_dict(saved.state["objective"])
@@ -3872,7 +3876,7 @@ def save_attention_weights(
 def load_attention_weights(path: str | Path) -> dict[str, Any]:
     """Return what `save_attention_weights` wrote, as the `analyze_*` functions of the explainer take it.
 
-    `pooling_weights (B, 4, 1, L)` are exact, `layer_attention_weights`, a list of (B, 8, bins, bins), are means over bins.
+    `pooling_weights (B, 4, 1, L)` are exact; `layer_attention_weights`, (B, 8, bins, bins) a layer, are means.
     """
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
