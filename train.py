@@ -1329,7 +1329,7 @@ def _read_tables(
 
 
 # What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
-ARRAYS_VERSION = 2  # raise it when what is made of a source changes: arrays that were kept before are then made anew
+ARRAYS_VERSION = 3  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 
 
@@ -1370,7 +1370,9 @@ def load_arrays(folder: Path) -> tuple[StayTable, Repairs]:
 # A value as trimmed text, NULL where it only says that it is missing.
 GIVEN = """
     CREATE TEMP MACRO given(value) AS
-    CASE WHEN trim(CAST(value AS VARCHAR)) NOT IN ({missing}) THEN trim(CAST(value AS VARCHAR)) END
+    CASE WHEN trim(CAST(value AS VARCHAR)) NOT IN ({missing}) THEN trim(CAST(value AS VARCHAR)) END;
+    CREATE TEMP MACRO text_of(value) AS
+    CASE WHEN given(value) IS NULL AND trim(value) <> '' THEN '' ELSE coalesce(CAST(value AS VARCHAR), '') END
 """
 
 # BigQuery's exports wrap each element of an array in structs called list and element.
@@ -1567,68 +1569,76 @@ STAYS = """
     SELECT row_number() OVER (ORDER BY icu_stay_id) - 1 AS stay, * EXCLUDE (fault, stated_days)
     FROM all_stays WHERE fault IS NULL
 """
+# Texts are numbered first: what is compared, sorted and counted of events are numbers, which are small and of one size.
+ALL_TEXTS = """
+    CREATE TEMP TABLE all_texts AS
+    SELECT row_number() OVER () AS code, event_text
+    FROM (SELECT DISTINCT text_of(event_text) AS event_text FROM event_rows)
+"""
 EVENTS = """
     CREATE TEMP TABLE events AS
-    SELECT stay, event_type, event_text, relative_time_to_final_event AS stated,
+    SELECT stay, event_type, code, stated,
            epoch(event_time - icu_intime) / 60 AS minutes,
-           epoch(event_known_time - icu_intime) / 60 AS known,
+           epoch(known_time - icu_intime) / 60 AS known,
            epoch(final_time - event_time) / 60 AS to_end
     FROM (
         SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id,
                TRY_CAST(event_time AS TIMESTAMP) AS event_time,
-               TRY_CAST(event_known_time AS TIMESTAMP) AS event_known_time,
-               given(event_type) AS event_type,
-               CASE WHEN given(event_text) IS NULL AND trim(event_text) <> '' THEN ''
-                    ELSE coalesce(CAST(event_text AS VARCHAR), '') END AS event_text,
-               TRY_CAST(relative_time_to_final_event AS DOUBLE) AS relative_time_to_final_event
+               TRY_CAST(event_known_time AS TIMESTAMP) AS known_time,
+               coalesce(list_position($types, given(event_type)) - 1, len($types))::TINYINT AS event_type,
+               text_of(event_text) AS event_text,
+               TRY_CAST(relative_time_to_final_event AS DOUBLE) AS stated
         FROM event_rows
     )
     JOIN stays USING (icu_stay_id)
+    JOIN all_texts USING (event_text)
 """
 TEXTS = """
     CREATE TEMP TABLE texts AS
-    SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, event_text FROM (SELECT DISTINCT event_text FROM events)
+    SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, code, event_text
+    FROM all_texts SEMI JOIN events USING (code)
 """
 ARRAYS = """
-    SELECT stay::INTEGER AS stay, coalesce(list_position($types, event_type) - 1, len($types))::TINYINT AS event_type,
-           text::INTEGER AS text, minutes::FLOAT AS minutes, known::FLOAT AS known, to_end::FLOAT AS to_end
-    FROM events JOIN texts USING (event_text)
-    ORDER BY stay, minutes, event_type, text
+    SELECT event_type, text::INTEGER AS text, minutes::FLOAT AS minutes_since_intime,
+           known::FLOAT AS known_minutes_since_intime, to_end::FLOAT AS minutes_to_end
+    FROM events JOIN texts USING (code)
+    ORDER BY stay, minutes_since_intime, event_type, text, known
 """
 
 
 def _load_arrays(
     con: duckdb.DuckDBPyConnection, source: str, kind: str, need_label: bool, left_out: dict[str, int]
 ) -> tuple[StayTable, Repairs]:
-    """Stays, events and distinct texts, sorted; the work is DuckDB's, Python sees only flat arrays."""
+    """Load stays, events and distinct texts, sorted; the work is DuckDB's, Python sees only flat arrays."""
     report, notes = _load_stays(con, kind, need_label)
-    con.execute(EVENTS)
+    con.execute(ALL_TEXTS)
+    con.execute(EVENTS, {"types": list(EVENT_TYPES)})
     report = left_out | report | _repair_events(con, source)
     con.execute(TEXTS)
-    columns = con.execute(ARRAYS, {"types": list(EVENT_TYPES)}).fetchnumpy()
     stays = con.execute("SELECT * EXCLUDE (stay, final_time) FROM stays ORDER BY stay").df()
     if stays.empty and not any(report.values()):
         raise InputError(f"{source}: the table has a header but no rows.")
-    lengths = np.bincount(columns["stay"], minlength=len(stays))
-    table = StayTable(
-        stays,
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        columns["event_type"],
-        columns["text"],
-        columns["minutes"],
-        np.ma.filled(columns["known"], np.nan),
-        columns["to_end"],
-        con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"],
+    counted = con.execute("SELECT stay, count(*) AS events FROM events GROUP BY stay ORDER BY stay").fetchnumpy()
+    report["stays without events, dropped"] = len(stays) - len(counted["stay"])
+    offsets = np.concatenate([[0], np.cumsum(counted["events"])])
+    arrays = {name: np.empty(offsets[-1], kind) for name, kind in EVENT_ARRAYS.items()}
+    filled = 0
+    for batch in con.sql(ARRAYS).to_arrow_reader(2**20):  # never all of them twice in memory
+        for name, array in arrays.items():
+            array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
+        filled += len(batch)
+    report["events of unknown type, kept (their type is all zeros)"] = int(
+        (arrays["event_type"] == len(EVENT_TYPES)).sum()
     )
-    report["stays without events, dropped"] = int((lengths == 0).sum())
-    report["events of unknown type, kept (their type is all zeros)"] = int((table.event_type == len(EVENT_TYPES)).sum())
     repairs = Repairs(report)
     repairs.notes = notes
-    if not lengths.any():
+    if not filled:
         raise InputError(
             f"{source}: no stay has an event between icu_intime and the final event (dropped: {dict(repairs)})."
         )
-    return table.take(np.flatnonzero(lengths)), repairs
+    stays = stays.iloc[counted["stay"]].reset_index(drop=True)
+    texts = con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"]
+    return StayTable(stays, offsets, texts=texts, **arrays), repairs
 
 
 def _load_stays(con: duckdb.DuckDBPyConnection, kind: str, need_label: bool) -> tuple[dict[str, int], dict[str, int]]:

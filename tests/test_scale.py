@@ -40,8 +40,8 @@ def test_every_connection_has_the_limits(tmp_path, monkeypatch):
         return con
 
     monkeypatch.setattr(train, "open_duckdb", watched)
-    train.read_stays(write_folder(tmp_path / "mimic"), tmp_path, memory_limit="300MiB", threads=1)
-    assert len(limits) >= 2 and set(limits) == {("300.0 MiB", 1, "UTC")}
+    train.read_stays(write_folder(tmp_path / "mimic"), tmp_path, memory_limit="900MiB", threads=1)
+    assert len(limits) >= 2 and set(limits) == {("900.0 MiB", 1, "UTC")}
 
 
 @pytest.mark.parametrize("limit", ["much", "GB", ""])
