@@ -121,6 +121,9 @@ class ExplainSettings:
         500, "Events of a stay replaced one by one at most, the most attributed first; 0: every event.", low=0
     )
     layer_stays: int = train.option(20, "Stays attributed to layers at most (those shown in full always are).", low=0)
+    shapley_orders: int = train.option(
+        25, "Random orders behind the Shapley values of stays shown in full; 0 leaves them out.", low=0
+    )
     ig_steps: int = train.option(
         12, "Steps of Integrated Gradients; where it is not complete, tried again with 4 and 16 times as many.", low=2
     )
@@ -1579,8 +1582,7 @@ def unseen_events(run: Run) -> np.ndarray | None:
 # Tables: the same for the pictures, the report and the files
 # ---------------------------------------------------------------------------------------------------------------------
 
-SHAPLEY_ORDERS = 25
-HEAD_STAYS, OFF_STAYS = 30, 10  # whose attention is compared with untrained models', and is switched off
+HEAD_STAYS, OFF_STAYS = 15, 10  # whose attention is compared with untrained models', and is switched off
 TIME_SHUFFLES = 5
 
 
@@ -1637,7 +1639,7 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
         baseline=baseline,
         event_groups=event_groups(events),
         static_names=[column for column, _ in run.checkpoint.preprocessor.static_names],
-        shapley_samples=SHAPLEY_ORDERS if shown else 0,
+        shapley_samples=settings.shapley_orders if shown else 0,
         seed=settings.seed,
         which=np.sort(strongest),
     )
@@ -1885,7 +1887,7 @@ def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFram
     return pd.DataFrame(rows, columns=["window", "share", "low", "high", "share_of_events", "n_stays", "sentence"])
 
 
-def trajectory_table(run: Run, stay: int, most: int = 30) -> pd.DataFrame:
+def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
     """Return the risk of one stay at up to `most` hours, each from nothing but what was known by then.
 
     As in `--trajectory` of train.py; besides, the length of stay is the hours so far.
@@ -3613,7 +3615,8 @@ def run_explainability_analysis(
 
 def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
     """Return the settings of --quick: fewer stays, checks and resamples of each, never more than was asked for."""
-    most = {"max_stays": 12, "checked_stays": 4, "layer_stays": 0, "max_replacements": 50, "n_bootstrap": 200}
+    most = {"max_stays": 12, "checked_stays": 4, "layer_stays": 0, "shapley_orders": 0}
+    most |= {"max_replacements": 50, "n_bootstrap": 200}
     fewer = {name: min(getattr(settings, name) or limit, limit) for name, limit in most.items()}
     return replace(settings, **fewer, stays=min(settings.stays, 2))
 
