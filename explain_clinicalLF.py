@@ -559,15 +559,16 @@ def replaced_logits(
     Nothing is masked: a softmax would hand the weight of a masked event to the others: harmless events would matter.
     """
     event, mean_static = baselines_like(sequence, static, baseline)
-    keep = torch.as_tensor(keep, dtype=torch.bool, device=sequence.device)
-    keep_static = np.ones((len(keep), static.shape[1]), bool) if keep_static is None else keep_static
-    keep_static = torch.as_tensor(keep_static, device=sequence.device)
+    is_kept = torch.as_tensor(keep, dtype=torch.bool, device=sequence.device)
+    is_kept_static = torch.ones(len(keep), static.shape[1], dtype=torch.bool, device=sequence.device)
+    if keep_static is not None:
+        is_kept_static &= torch.as_tensor(keep_static, device=sequence.device)
     logits = np.zeros(len(keep))
     per_pass = max(1, FORWARD_EVENTS // max(1, sequence.shape[1]))
     for first in range(0, len(keep), per_pass):
         part = slice(first, first + per_pass)
-        events = torch.where(keep[part, :, None], sequence, event)  # (n, L, C)
-        statics = torch.where(keep_static[part], static, mean_static)  # (n, S)
+        events = torch.where(is_kept[part, :, None], sequence, event)  # (n, L, C)
+        statics = torch.where(is_kept_static[part], static, mean_static)  # (n, S)
         logits[part] = model.logits(events, statics).squeeze(1).double().cpu().numpy()
     return logits
 
@@ -1733,7 +1734,7 @@ def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) 
 
 def group_table(events: pd.DataFrame, statics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
     """Return the ablated groups with the attribution that they sum to."""
-    sums = {}
+    sums: dict[tuple[str, str], float] = {}
     for kind, names in event_groups(events).items():
         for name, value in events["attribution"].groupby(names).sum().items():
             sums[kind, name] = value
@@ -1808,8 +1809,9 @@ def logits_without(run: Run, stays: Sequence[int], switched: Sequence[tuple[nn.L
 
 def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return how far logits move without each head, (heads, stays), and without all attention of layers, (stays,)."""
-    model, switches = run.checkpoint.model, []
-    layers = [layer.attention_output for layer in model.transformer_encoder]
+    model = run.checkpoint.model
+    switches: list[tuple[nn.Linear, slice]] = []
+    layers: list[Any] = [layer.attention_output for layer in model.transformer_encoder]
     kinds = [(linear, model.architecture["n_heads"]) for linear in layers]
     for linear, n_heads in [*kinds, (model.attention_pooling.output, model.architecture["n_pooling_heads"])]:
         width = linear.in_features // n_heads

@@ -1,4 +1,4 @@
-"""How long it takes to explain one stay, and in how much memory: everything that explain_clinicalLF.py does but the pictures.
+"""How long it takes to explain one stay, and in how much memory: all that explain_clinicalLF.py does but pictures.
 
     python tests/benchmarks/bench_explain.py --events 500 3000
 
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import selfcheck  # noqa: E402
 from common import machine, markdown, peak_memory_gb, run_alone, train
 
 import explain_clinicalLF as explain
@@ -34,7 +33,7 @@ def one_long_stay(table: train.StayTable, n_events: int) -> train.StayTable:
 def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
     """Seconds of the single steps on the one stay of the run, and of all of them together as the program takes them."""
     model, (sequence, static), baseline = run.checkpoint.model, run.inputs(0), run.checkpoint.baseline
-    removed = np.arange(min((settings.max_replacements or sequence.shape[1]), sequence.shape[1]))
+    removed = np.arange(min(settings.max_replacements, sequence.shape[1]))
     for name, step in (
         (
             f"Integrated Gradients, {settings.ig_steps} steps",
@@ -54,6 +53,8 @@ def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple
 
 def measure(n_events: int) -> None:
     """One length: prints a row of the table as soon as its step is done."""
+    import selfcheck  # found where `common` put tests/ on the path
+
     settings = explain.ExplainSettings(stays=1)
     with tempfile.TemporaryDirectory() as folder:
         size = selfcheck.Size(max(100, n_events // 4), 1, cache_dir=folder)  # twice the events needed
