@@ -1890,10 +1890,7 @@ def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFram
 
 
 def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
-    """Return the risk of one stay at up to `most` hours, each from nothing but what was known by then.
-
-    As in `--trajectory` of train.py; besides, the length of stay is the hours so far.
-    """
+    """Return the risk of one stay at up to `most` hours, each from nothing but what was known by then (`train.known_at`)."""
     table = run.table.take(np.array([stay]))
     last = float(table.minutes_since_intime.max()) / 60
     rows = []
@@ -1901,7 +1898,6 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
         known = train.known_at(table, float(hours))
         if not len(known.stays):
             continue
-        known.stays["icu_length_of_stay_in_days"] = hours / 24
         dataset = train.ClinicalSequenceDataset(known, run.checkpoint.preprocessor, run.vectors)
         now = run._replace(table=known, dataset=dataset)
         logits = logits_without(now, [0])

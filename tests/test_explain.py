@@ -547,7 +547,6 @@ def test_risk_as_events_arrive_is_that_of_what_was_known_by_then(run):
     table = explain.trajectory_table(run, 0, most=3)
     for row in table.itertuples():
         known = train.known_at(run.table.take(np.array([0])), row.hours_since_admission)
-        known.stays["icu_length_of_stay_in_days"] = row.hours_since_admission / 24
         dataset = train.ClinicalSequenceDataset(known, run.checkpoint.preprocessor, run.vectors)
         logits = train.predict_logits(run.checkpoint.model, dataset, run.checkpoint.settings, explain.full_precision())
         assert row.probability == pytest.approx(run.checkpoint.probabilities(logits)[0], abs=1e-5)
