@@ -1890,7 +1890,7 @@ def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFram
 
 
 def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
-    """Return the risk of one stay at up to `most` hours, each from nothing but what was known by then (`train.known_at`)."""
+    """Return the risk of one stay at up to `most` hours, each from what was known by then (`train.known_at`)."""
     table = run.table.take(np.array([stay]))
     last = float(table.minutes_since_intime.max()) / 60
     rows = []
