@@ -82,7 +82,7 @@ def count_features(data: Data) -> np.ndarray:
 
 
 def item_features(data: Data) -> np.ndarray:
-    """(n_stays, S + 6 + ...): static features, event counts per type, and per item min, max, mean, last and count.
+    """(n_stays, S + 6 + ...): static features, event counts per type, and per item min, max, mean, last, first, sd and count.
 
     Of items that occur in at least 1 % (and 3) of the training stays. Missing numbers stay NaN, trees split on that.
     """
@@ -95,7 +95,9 @@ def item_features(data: Data) -> np.ndarray:
     in_training = events[events.stay.isin(data.split.train)].drop_duplicates(["stay", "item"]).item.value_counts()
     kept = in_training.index[in_training >= max(3, 0.01 * len(data.split.train))]
     groups = events[events.item.isin(kept)].groupby(["stay", "item"]).value  # oldest first, so that last is last
-    wide = groups.agg(["min", "max", "mean", "last"]).dropna(how="all").unstack("item").reindex(range(n))
+    wide = (
+        groups.agg(["min", "max", "mean", "last", "first", "std"]).dropna(how="all").unstack("item").reindex(range(n))
+    )
     counts = groups.size().unstack("item").reindex(range(n)).fillna(0)
     return np.hstack([static_features(data), pd.crosstab(events.stay, table.event_type), wide, counts])
 
@@ -171,7 +173,10 @@ def with_times_shuffled(data: Data) -> np.ndarray:
 
 
 def with_item_history(data: Data) -> np.ndarray:
-    return ours(data._replace(settings=replace(data.settings, item_history=True)))
+    """The flag as train.py has it: texts are encoded without the number that the history holds."""
+    masked = np.array([train.without_value(text) for text in data.table.texts], dtype=object)
+    vectors = hashing_vectors(replace(data.table, texts=masked))
+    return ours(data._replace(vectors=vectors, settings=replace(data.settings, item_history=True)))
 
 
 MODELS = {
@@ -270,6 +275,8 @@ def read_data(options) -> tuple[Data, np.ndarray | None, str]:
             n_bootstrap=options.bootstrap,
             max_epochs=options.max_epochs,
             batch_size=options.batch_size,
+            d_model=options.d_model,
+            n_layers=options.n_layers,
         )
     )
     table, true_risk = (
@@ -301,6 +308,8 @@ def main():
     parser.add_argument(
         "--batch-size", type=int, default=train.Settings().batch_size, help="smaller where stays are few"
     )
+    parser.add_argument("--d-model", type=int, default=train.Settings().d_model, help="64 is quick, and decides alike")
+    parser.add_argument("--n-layers", type=int, default=train.Settings().n_layers)
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind every interval")
     parser.add_argument("--cache-dir", default="clinical_LF_precomp_emb", help="where query.sql's result is kept")
     parser.add_argument("--out", type=Path, help="file for the tables, in markdown")
