@@ -1968,11 +1968,11 @@ class ClinicalDataPreprocessor:
         """
         history, quantiles = item_history(table), self._state["item_quantiles"]
         encoded = np.zeros((len(history), len(HISTORY)), np.float32)
+        numbers = history[list(STATISTICS)].to_numpy()  # (n_events, 6)
         for item, rows in history.groupby("item", sort=False, observed=True).indices.items():
             if item in quantiles:
-                numbers = history[list(STATISTICS)].to_numpy()[rows]
-                encoded[rows, : len(STATISTICS)] = quantiles_in(quantiles[item], numbers)
-                encoded[rows, HISTORY.index("has_value")] = np.isfinite(numbers[:, 0])
+                encoded[rows, : len(STATISTICS)] = quantiles_in(quantiles[item], numbers[rows])
+                encoded[rows, HISTORY.index("has_value")] = np.isfinite(numbers[rows, 0])
         encoded[:, HISTORY.index("log_count")] = np.log1p(history["count"])
         encoded[:, HISTORY.index("is_latest")] = history["is_latest"]
         return encoded
