@@ -192,10 +192,10 @@ class Settings:
         0.98, "Decay per step of the running mean of the weights that is validated and kept.", low=0, below=1
     )
     temporal_weight: float = option(
-        0.3, "Share of the loss given to the events' own predictions; 0 is plain BCE.", low=0, high=1
+        0.0, "Share of the loss given to the events' own predictions; 0 is plain BCE.", low=0, high=1
     )
     sparsity_weight: float = option(
-        0.2, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.", low=0
+        0.0, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.", low=0
     )
     tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.", above=0)
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", above=0)
