@@ -38,7 +38,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from captum.attr import IntegratedGradients, LayerIntegratedGradients
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -3442,6 +3442,13 @@ def _calibration_of_shown(stays: pd.DataFrame) -> pd.DataFrame | None:
     return calibration_table(known["label"], known["probability"], n_bins=n_bins)
 
 
+def _template() -> Template:
+    """Return the report's template; every text that goes into it is escaped."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"signed": _signed, "percent_of": lambda share: f"{100 * share:.0f} %"}
+    return environment.from_string(REPORT)
+
+
 def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, Any]) -> str:
     """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, the technical appendix.
 
@@ -3465,14 +3472,7 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
     verdict_holds = verdict is None or bool(verdict["passed"].ne(False).all())
     summary, checks = _check_rows(tables.get("faithfulness"), verdict_holds)
     windows = tables.get("windows")
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"signed": _signed, "percent_of": lambda share: f"{100 * share:.0f} %"}
-    return environment.from_string(REPORT).render(
+    return _template().render(
         appendix=APPENDIX,
         blue=BLUE,
         calibration=calibration,

@@ -130,6 +130,16 @@ def test_layer_attention_patterns_of_binned_maps_leave_out_bins_of_padding():
     assert row["head_local_share"].tolist() == pytest.approx([7 / 9, 7 / 9])
 
 
+def test_attention_that_training_saves_serves_every_analysis(attention_weights, tmp_path):
+    path = train.save_attention_weights(attention_weights, 50, 3, save_dir=tmp_path)
+    assert path.name == "attention_epoch_3_batch_50.npz"
+    loaded = train.load_attention_weights(path)
+    for analyse in (explain.analyze_critical_time_periods, explain.analyze_feature_importance_over_time):
+        assert analyse(loaded) == analyse(attention_weights)
+    for mine, theirs in zip(*map(explain.analyze_layer_attention_patterns, (loaded, attention_weights))):
+        np.testing.assert_allclose(mine["attention_matrix"], theirs["attention_matrix"], atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "call",
     [
