@@ -3252,8 +3252,8 @@ class ClinicalTransformer(nn.Module):
         self.input_projection = (
             ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
         )
-        # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up, and
-        # a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
+        # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up,
+        # and a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
         nn.init.normal_((self.input_projection.text if n_history else self.input_projection).bias)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
@@ -3462,8 +3462,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
     except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
         raise InputError(
-            f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use another "
-            "file."
+            f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use "
+            "another file."
         ) from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
         raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
