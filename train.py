@@ -583,7 +583,7 @@ DAYS_ONLY = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND
 
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
-    """Return the file of every table that query.sql reads, .csv or .csv.gz. InputError names what is missing or double."""
+    """Return the file of every table that query.sql reads; InputError names what is missing or double."""
     found, missing = {}, []
     for table in MIMIC_TABLES:
         paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
@@ -656,9 +656,9 @@ def open_duckdb(
     return con
 
 
-# Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read alone.
-# Beside it what is no event for a reason of its own, for the account. Rows are numbered as they pass, those that are not
-# stored too: counting them apart would read the file twice.
+# Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
+# alone. Beside it what is no event for a reason of its own, for the account. Rows are numbered as they pass, those that
+# are not stored too: counting them apart would read the file twice.
 EVENT_TABLE = """
 CREATE TABLE {name} AS
 SELECT r.* EXCLUDE (number)
@@ -688,7 +688,7 @@ def fault_of_row(table: str) -> str:
 
 
 def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path) -> None:
-    """Copy one CSV file into `database`, typed; of event tables only the rows of ICU patients. InputError if damaged."""
+    """Copy one CSV file into `database`, typed; of event tables the rows about ICU stays. InputError if damaged."""
     name, rows = Path(table).name, csv_rows(path, MISSING)
     columns = dict(column.split() for column in MIMIC_TABLES[table].split(", "))
     typed = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
@@ -758,7 +758,7 @@ class SourceTable(NamedTuple):
 
 
 def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceTable]:
-    """Count the rows of every table: read, of the cohort, lost and why. Those in stays are counted when they are read."""
+    """Count the rows of every table: read, of the cohort, lost and why. Those in stays are counted later."""
     accounts = []
     for table in MIMIC_TABLES:
         name = Path(table).name
@@ -1931,7 +1931,7 @@ class ClinicalDataPreprocessor:
         )
 
     def unknown_categories(self, stays: pd.DataFrame) -> dict[str, int]:
-        """Return, by column, how many of the stays have a value that training never saw; columns without one are left out."""
+        """Return, by column with any, how many of the stays have a value that training never saw."""
         counts = {}
         for column in self.categorical:
             words = stays[column].dropna().astype(str)
