@@ -298,7 +298,7 @@ class SettingsParser(HfArgumentParser):
         return content
 
 
-def settings_from(argv: Sequence[str] | None, kind: type, description: str | None) -> Any:
+def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None) -> Any:
     """Settings of a command line (default: the program's own); a first argument *.yaml holds some, options overrule it.
 
     Ends the program with code 2, as argparse does, where the line makes no sense.
@@ -5158,7 +5158,7 @@ def measure_training(lengths: np.ndarray, dim: int, settings: Settings, device: 
     for _ in range(2):  # the first is slower
         started = time.monotonic()
         model(sequences, static, is_event).sum().backward()
-        float(model.query_vector.grad.sum())  # waits for the device
+        float(model.query_vector.sum())  # waits for the device
         seconds = min(seconds, time.monotonic() - started)
     return seconds / (n_stays * n_events)
 
@@ -5859,7 +5859,16 @@ def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | 
 
 def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: str) -> Settings:
     """Return the settings that a model was trained with, but for where data and results lie and what is asked."""
-    given = ("data", "output_dir", "cache_dir", "hf_cache", "evaluate", "trajectory", "n_bootstrap", "first_stay_only")
+    given: tuple[str, ...] = (
+        "data",
+        "output_dir",
+        "cache_dir",
+        "hf_cache",
+        "evaluate",
+        "trajectory",
+        "n_bootstrap",
+        "first_stay_only",
+    )
     given += ("include_seen",)
     given += ("memory_limit", "threads")
     own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given})
