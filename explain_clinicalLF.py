@@ -2678,7 +2678,7 @@ def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
         grid[1, 0].set_xlabel(f"mean push, {LOGIT}", fontsize=8)
         grid[1, 1].set_xlabel("mean size, logit", fontsize=8)
         for axes in grid[1]:
-            _ticks(axes, 4)
+            _ticks(axes, 3)
     return figure
 
 
@@ -2712,7 +2712,7 @@ def _draw_item_importance(tables: Tables, caption: str) -> Figure:
             linewidths=0,
         )
     axes.axvline(0, color="black", linewidth=0.7)
-    tidy(axes, f"push, {LOGIT}; a dot an event, at most 400 an item; grey: no value; (!): alone tells the outcome", "")
+    tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
     rho = [f"{rho:+.2f} ({n})" if rho == rho else "" for rho, n in zip(items["rho"], items["n_values"])]
     marks = ["(!) " if tells else "" for tells in items["tells_outcome"]]
     _rows(axes, [f"{mark}{_for_plot(item, 40, _cut)}" for mark, item in zip(marks, items["item"])], rho)
