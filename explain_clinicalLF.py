@@ -27,7 +27,7 @@ import operator
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -365,7 +365,7 @@ def is_complete(gap_error: float, difference: float) -> bool:
 
 
 def captum_analysis(
-    model: ClinicalTransformer,
+    model: ClinicalTransformer | LinearStay,
     sequences: Tensor,
     static_features: Tensor,
     attention_mask: Tensor | None = None,
@@ -432,7 +432,7 @@ def baselines_like(sequence: Tensor, static: Tensor, baseline: dict[str, Tensor]
 
 
 def integrated_gradients(
-    model: ClinicalTransformer,
+    model: ClinicalTransformer | LinearStay,
     sequence: Tensor,
     static: Tensor,
     is_event: Tensor,
@@ -607,7 +607,7 @@ def ablation_analysis(
     static_features: Tensor,
     attention_mask: Tensor | None = None,
     baseline: dict[str, Tensor] | None = None,
-    event_groups: dict[str, Sequence[str]] | None = None,
+    event_groups: Mapping[str, Sequence[str] | np.ndarray] | None = None,
     static_names: Sequence[str] | None = None,
     shapley_samples: int = 0,
     seed: int = 0,
@@ -958,7 +958,8 @@ def check_stays(
     done: Callable[[int], Any] = lambda stay: None,
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """Measure the explanations of some stays -> criteria, curves. Calls `done` with each stay."""
-    rows, curves, spread = [], [], input_spread(run.dataset)
+    rows: list[dict[str, Any]] = []
+    curves, spread = [], input_spread(run.dataset)
     by_stay = dict(tuple(events.groupby("icu_stay_id")))
     for stay in stays:
         ids = run.table.stays.loc[stay, ["icu_stay_id", "patient_id"]].to_dict()
@@ -1662,7 +1663,8 @@ def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = ""
     }
     events["complete"] = row["complete"]
     groups = group_table(events, statics, ablation.groups)
-    return Explained(row, events, *(table.assign(**ids) for table in (statics, groups, by_layer)), attention)
+    statics, groups, by_layer = (table.assign(**ids) for table in (statics, groups, by_layer))
+    return Explained(row, events, statics, groups, by_layer, attention)
 
 
 def event_groups(events: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -3544,7 +3546,7 @@ class Explanation(dict[str, Any]):
         words = f"{len(stays)} held-out stays of {stays['patient_id'].nunique()} patients"
         drawn = draw_figures(self, f"{words} · text encoder: {self.text_encoder}")
         for figure in drawn.values():
-            figure._repr_png_ = functools.partial(png_of, figure)  # the name that notebooks look for
+            setattr(figure, "_repr_png_", functools.partial(png_of, figure))  # noqa: B010 (what notebooks look for)
         return drawn
 
     def _repr_html_(self) -> str:
@@ -3615,7 +3617,7 @@ def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
     """Return the settings of --quick: fewer stays, checks and resamples of each, never more than was asked for."""
     most = {"max_stays": 12, "checked_stays": 4, "layer_stays": 0, "shapley_orders": 0}
     most |= {"max_replacements": 50, "n_bootstrap": 200}
-    fewer = {name: min(getattr(settings, name) or limit, limit) for name, limit in most.items()}
+    fewer: dict[str, Any] = {name: min(getattr(settings, name) or limit, limit) for name, limit in most.items()}
     return replace(settings, **fewer, stays=min(settings.stays, 2))
 
 

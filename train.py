@@ -3234,7 +3234,7 @@ class ClinicalTransformer(nn.Module):
         n_history: int = 0,
     ) -> None:
         super().__init__()
-        self.architecture = {
+        self.architecture: dict[str, Any] = {
             "input_dim": input_dim,
             "static_dim": static_dim,
             "d_model": d_model,
