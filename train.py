@@ -63,7 +63,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, cast, get_args, get_origin, get_type_hints
 
 import duckdb
 import numpy as np
@@ -848,7 +848,7 @@ def no_room(what: str, error: Exception, memory_limit: str, folder: Path) -> Inp
 
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
-    """Run the query for one slice of the patients after the other; each becomes a Parquet file in the folder `result`."""
+    """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
     patients = database.execute(
         "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY 1"
     ).fetchall()
@@ -1151,7 +1151,10 @@ class StayTable:
 
     @property
     def static_columns(self) -> pd.DataFrame:
-        """(n_stays): STATIC_COLUMNS. Attention sees shares of events; with their number a model can tell two from one in ten."""
+        """(n_stays): STATIC_COLUMNS.
+
+        Attention sees shares of events; with their number a model can tell two from one in ten.
+        """
         return self.stays.assign(number_of_events=self.lengths)[list(STATIC_COLUMNS)]
 
     @property
@@ -1164,17 +1167,17 @@ class StayTable:
         return np.repeat(np.arange(len(self.stays)), self.lengths)
 
     def fingerprint(self) -> str:
-        """Return 32 hex digits of the stays and their events: the same wherever the data lie, others once they change."""
+        """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
         digest = hashlib.md5(usedforsecurity=False)
         for array in (self.stays["icu_stay_id"].to_numpy(), self.offsets, self.labels, self.event_type):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         for array in (self.text, self.minutes_to_end, self.known_minutes_since_intime):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         digest.update(pd.util.hash_array(np.asarray(self.texts, dtype=object)))
         return digest.hexdigest()
 
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> StayTable:
-        """Return the table of these stays (indices, in this order) and of those of their events that `keep_event` marks."""
+        """Return the table of these stays (indices, in this order) and of their events that `keep_event` marks."""
         lengths = self.lengths[stays]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         events = np.arange(offsets[-1])
@@ -1357,7 +1360,10 @@ def save_arrays(folder: Path, table: StayTable, repairs: Repairs) -> None:
 
 
 def load_arrays(folder: Path) -> tuple[StayTable, Repairs]:
-    """Read what `save_arrays` wrote; events are mapped into memory, not read. OSError, ValueError: it is not there, or damaged."""
+    """Read what `save_arrays` wrote; events are mapped into memory, not read.
+
+    Raises OSError where it is not there, ValueError where it is damaged.
+    """
     arrays = {name: np.load(folder / f"{name}.npy", "c", allow_pickle=False) for name in ("offsets", *EVENT_ARRAYS)}
     table = StayTable(
         stays=pd.read_parquet(folder / "stays.parquet"),
@@ -1388,7 +1394,7 @@ FLAT_ROWS = """
 
 
 def _register_source(con: duckdb.DuckDBPyConnection, path: Path | pd.DataFrame) -> str:
-    """Make views `stay_rows` and `event_rows` over the file or frame, columns as they are; return 'nested' or 'flat'."""
+    """Make views `stay_rows` and `event_rows` over the file or frame, columns as is; return 'nested' or 'flat'."""
     if isinstance(path, pd.DataFrame):
         con.register("stay_rows", path)
         con.register("event_rows", path)
@@ -1545,11 +1551,19 @@ def _refuse_contradictions(con: duckdb.DuckDBPyConnection, source: str) -> None:
 # Why a stay is left out: the first condition that holds. The columns' names in MIMIC-IV stand beside ours.
 STAY_FAULTS = {
     "stays without icu_intime (icustays.intime), dropped": "icu_intime IS NULL",
-    "stays without icu_outtime (icustays.outtime) or a death time (admissions.deathtime), dropped": "final_time IS NULL",
-    "stays that begin after the death of their patient (admissions.deathtime), dropped": "patient_death_time < icu_intime",
+    "stays without icu_outtime (icustays.outtime) or a death time (admissions.deathtime), dropped": (
+        "final_time IS NULL"
+    ),
+    "stays that begin after the death of their patient (admissions.deathtime), dropped": (
+        "patient_death_time < icu_intime"
+    ),
     "stays whose icu_outtime (icustays.outtime) is before their icu_intime, dropped": "final_time < icu_intime",
-    f"stays whose {LABEL} (admissions.hospital_expire_flag) is neither 0 nor 1, dropped": f"coalesce({LABEL} NOT IN (0, 1), $need_label)",
-    f"stays that end with a death (admissions.deathtime) though {LABEL} is 0, dropped": f"{LABEL} = 0 AND patient_death_time = final_time",
+    f"stays whose {LABEL} (admissions.hospital_expire_flag) is neither 0 nor 1, dropped": (
+        f"coalesce({LABEL} NOT IN (0, 1), $need_label)"
+    ),
+    f"stays that end with a death (admissions.deathtime) though {LABEL} is 0, dropped": (
+        f"{LABEL} = 0 AND patient_death_time = final_time"
+    ),
 }
 
 # The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
@@ -1720,7 +1734,7 @@ def _account_for_events(con: duckdb.DuckDBPyConnection, path: Path, table: StayT
     found = dict(con.execute("SELECT event_type, count(*) FROM event_rows GROUP BY event_type").fetchall())
     used = dict(zip(EVENT_TYPES, np.bincount(table.event_type, minlength=len(EVENT_TYPES)).tolist()))
     for number, account in enumerate(accounts):
-        if account.table not in EVENT_TABLES:
+        if account.table not in EVENT_TABLES or account.of_cohort is None:
             continue
         event_type = EVENT_TABLES[account.table].event_type
         in_stays, lost = found.get(event_type, 0), dict(account.lost)
@@ -1810,8 +1824,8 @@ def split_by_patient(table: StayTable, seed: int, test_share: float = 0.2) -> Sp
         train, validation = train_test_split(rest, test_size=0.2, stratify=outcome[rest], random_state=seed)
     except ValueError:
         raise InputError(
-            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split by patient with both outcomes "
-            "in each part. It takes some 10 patients of either outcome."
+            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split by patient with both "
+            "outcomes in each part. It takes some 10 patients of either outcome."
         ) from None
     parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
     if any(len(np.unique(table.labels[part])) < 2 for part in parts if len(part)):
@@ -1923,7 +1937,7 @@ class ClinicalDataPreprocessor:
         return (encoded * float(self.time_scaler.scale_[0]) + float(self.time_scaler.mean_[0])) / 60
 
     def _numbers_of(self, stays: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-        """Numeric columns as they are scaled: the number of events, which spans three powers of ten, by its logarithm."""
+        """Return numeric columns as they are scaled: the number of events, which spans powers of ten, as logarithm."""
         return (
             stays[columns]
             .astype(float)
@@ -1939,10 +1953,10 @@ class ClinicalDataPreprocessor:
         return {column: count for column, count in counts.items() if count}
 
     def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
-        """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers, or the columns named.
+        """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers.
 
-        A missing number is the training mean. One beyond what training saw counts as the nearest seen: six hours into a stay
-        few events have happened yet.
+        `static_columns` names other columns. A missing number is the training mean. One beyond what training saw counts
+        as the nearest seen: six hours into a stay few events have happened yet.
         """
         columns = [*self.categorical, *self.numeric] if static_columns is None else list(static_columns)
         if unknown := [column for column in columns if column not in self.static_encoders]:
@@ -1964,7 +1978,8 @@ class ClinicalDataPreprocessor:
     def encode_history(self, table: StayTable) -> np.ndarray:
         """(n_events, len(HISTORY)) float32: `item_history` as the model reads it.
 
-        Numbers are quantiles in -1..1 of the item's values in training, 0 where it has none. Raises KeyError if not fitted.
+        Numbers are quantiles in -1..1 of the item's values in training, 0 where it has none.
+        Raises KeyError if not fitted.
         """
         history, quantiles = item_history(table), self._state["item_quantiles"]
         encoded = np.zeros((len(history), len(HISTORY)), np.float32)
@@ -2973,7 +2988,7 @@ def collate_stays(items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, T
     sequences, static, labels = zip(*items)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return {
-        "sequences": nn.utils.rnn.pad_sequence(sequences, batch_first=True),  # (B, L, input_dim)
+        "sequences": nn.utils.rnn.pad_sequence(list(sequences), batch_first=True),  # (B, L, input_dim)
         "static_features": torch.stack(static),  # (B, S)
         "labels": torch.stack(labels),  # (B, 1)
         "attention_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(1),  # (B, L)
@@ -3094,7 +3109,8 @@ def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, layout: Layou
     """
     if has_variable_length_kernel(query):
         longest = max(layout.lengths)
-        return varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
+        attended = varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
+        return cast(Tensor, attended)  # without the auxiliary output, which nobody asked for
     runs = [(length, len(list(same))) for length, same in groupby(layout.lengths) if length]
     sizes = [length * stays for length, stays in runs]
     parts = []
@@ -3221,6 +3237,10 @@ class ClinicalTransformer(nn.Module):
     at a learnable small scale, a small query vector: tests/benchmarks/ablation.py measures what each is worth.
     """
 
+    event_mean: Tensor  # (input_dim,)
+    event_scale: Tensor  # (input_dim,)
+    static_weight: Tensor  # (S,)
+
     def __init__(
         self,
         input_dim: int,
@@ -3249,12 +3269,16 @@ class ClinicalTransformer(nn.Module):
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.register_buffer("static_weight", torch.ones(static_dim))
-        self.input_projection = (
-            ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
-        )
+        self.input_projection: ItemHistoryProjection | nn.Linear
+        if n_history:
+            self.input_projection = ItemHistoryProjection(self.n_plain, d_model)
+            bias = self.input_projection.text.bias
+        else:
+            self.input_projection = nn.Linear(input_dim, d_model)
+            bias = self.input_projection.bias
         # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up,
         # and a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
-        nn.init.normal_((self.input_projection.text if n_history else self.input_projection).bias)
+        nn.init.normal_(bias)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
@@ -3566,10 +3590,10 @@ class Trainer:
         train_table = table.take(split.train)
         self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(train_table)
         vectors = place_vectors(text_vectors, settings.vectors_on, accelerator.device)
-        self.train_set, self.validation_set, self.test_set = (
-            ClinicalSequenceDataset(table.take(part), self.preprocessor, vectors) if len(part) else None
-            for part in split
-        )
+        dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
+        self.train_set = dataset_of(train_table)
+        self.validation_set = dataset_of(table.take(split.validation))
+        self.test_set = dataset_of(table.take(split.test)) if len(split.test) else None
         self.time_column = len(EVENT_TYPES) + vectors.shape[1]
         texts = table.texts[np.unique(train_table.text)]
         self.training_items = sorted({item_hash(text) for text in texts})
@@ -3615,7 +3639,7 @@ class Trainer:
     @property
     def model(self) -> ClinicalTransformer:
         """The averaged weights: what is validated, kept and explained."""
-        return self.average.module
+        return cast(ClinicalTransformer, self.average.module)
 
     def plan_epoch(self, epoch: int) -> list[np.ndarray]:
         """The stays of each step of an epoch, of all processes together."""
@@ -3635,7 +3659,7 @@ class Trainer:
         attention_every = max(settings.save_attention_every, math.ceil(len(batches) / MOST_ATTENTION_FILES))
         self.objective.train()
         unread: list[tuple[np.ndarray, Tensor]] = []
-        total_loss = n_stays = n_events = 0
+        total_loss, n_stays, n_events = 0.0, 0, 0
         started = time.monotonic()
         for number, batch in enumerate(bar):
             stays, (share, weights) = batches[number], shares[number]
@@ -3670,7 +3694,12 @@ class Trainer:
         return float(losses.sum())
 
     @torch.no_grad()
-    def average_weights(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
+    def average_weights(
+        self,
+        averaged: tuple[Tensor, ...] | list[Tensor],
+        current: tuple[Tensor, ...] | list[Tensor],
+        n_averaged: Tensor | int,
+    ) -> None:
         """Move the running mean of the weights; its memory grows with the steps, so that the beginning is forgotten."""
         decay = min(self.settings.weight_averaging, self.step / (self.step + 10))
         torch._foreach_lerp_(averaged, current, 1 - decay)
@@ -4342,7 +4371,7 @@ IMPOSSIBLE = {
 
 
 def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: ArrayLike) -> np.ndarray | None:
-    """Return the risks (n,) with intercept and slope of their logits fitted anew, each on four fifths of the other patients.
+    """Return the risks (n,) with intercept and slope of their logits fitted anew, on four fifths of other patients.
 
     What a model would say after the least adaptation to another hospital (Cox 1958; Steyerberg 2019, chapter 20).
     None where fewer than ten patients have either outcome.
@@ -4742,7 +4771,7 @@ def plot_attention_heatmap(
     weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
     n_events = weights.shape[1]
     figure = new_figure(title, caption, height=4.6)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.2, 1])
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.2, 1])[:, 0]
     draw_layer_maps(upper, n_events * np.asarray(layer_maps, dtype=float))
     per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
@@ -5356,8 +5385,10 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
     accelerator.wait_for_everyone()
     best = load_checkpoint(output / "checkpoints" / "best_model.pth", accelerator.device)
     trainer.model.load_state_dict(best.model.state_dict())
-    datasets = {"validation": trainer.validation_set, "test": trainer.test_set}
-    logits = {name: trainer.predict(dataset) for name, dataset in datasets.items() if dataset is not None}
+    datasets = {"validation": trainer.validation_set}
+    if trainer.test_set is not None:
+        datasets["test"] = trainer.test_set
+    logits = {name: trainer.predict(dataset) for name, dataset in datasets.items()}
     if not accelerator.is_main_process:
         return Outcome({}, None)
     if settings.temperature_scaling:
@@ -5650,8 +5681,8 @@ def embed_texts(
 
     With `--item-history` the number comes from there, and the text is encoded without it: far fewer are distinct.
 
-    The vectors are memory-mapped. On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on a
-    user's data that is an error. A failure of one process is one of all, so that none waits for another in vain.
+    The vectors are memory-mapped. On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on
+    a user's data that is an error. A failure of one process is one of all, so that none waits for another in vain.
     """
     started = time.monotonic()
     if settings.item_history:
@@ -5942,7 +5973,7 @@ def score_trajectories(table: StayTable, settings: Settings, score: Callable[[St
 def write_trajectories(
     results: Results, trajectories: pd.DataFrame, hidden: set[int], trained: Settings, text_encoder: str
 ) -> None:
-    """Write the risks, and their picture without the hidden patients; warn of a model that never saw first hours alone."""
+    """Write the risks, and their picture without the hidden patients; warn of a model that only saw whole stays."""
     mode = f"predicts at {trained.observation_hours:g} h" if trained.observation_hours else "read whole stays"
     if not trained.observation_hours:
         logger.warning(

@@ -671,8 +671,8 @@ def clock(minutes):
 def make_sample(n_stays=300, seed=0, effect_scale=1.0):
     """A table of `n_stays` synthetic ICU stays (20 to 200 events each) with its truth, the same for the same arguments.
 
-    `effect_scale` multiplies the intercept and every effect: risks near 0 and 1 are easy to tell apart, but a model has no
-    reason to learn how far beyond 4 a logit lies, so that sizes of effects are better compared with a scale below 1.
+    `effect_scale` multiplies the intercept and every effect: risks near 0 and 1 are easy to tell apart, but a model has
+    no reason to learn how far beyond 4 a logit lies, so that sizes of effects are better compared with a scale below 1.
     Two seeds share ids, so tables of two seeds should not be put into one. Raises ValueError below 10 stays.
     """
     if n_stays < 10:

@@ -60,6 +60,7 @@ def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, p
     accelerator = explain.full_precision()
     trainer, checkpoint = train.train_model(settings, accelerator)
     test = trainer.test_set
+    assert test is not None
     run = explain.make_run(checkpoint, test.table, test.text_vectors.cpu().numpy(), True, accelerator)
     return run, sample.events.assign(event_text=sample.table["event_text"])
 

@@ -5,6 +5,7 @@ import pandas as pd
 
 import train
 
+LACTATE = "Lab: Lactate (Blood, Blood Gas)"
 MARK = "Zebedee"  # stands for patient text: it must never reach the log
 TINY = [
     "--d-model",
@@ -60,7 +61,7 @@ def small_table(n_patients=40, n_events=3, first_id=10_000_000):
                     "event_known_time": time + pd.Timedelta(minutes=30),
                     "event_type": train.EVENT_TYPES[hour % 5],
                     "relative_time_to_final_event": minutes_to_end,
-                    "event_text": f"Lab: Lactate (Blood, Blood Gas) | Value: {rng.integers(1, 9)} mmol/L | Comment: {MARK}",
+                    "event_text": f"{LACTATE} | Value: {rng.integers(1, 9)} mmol/L | Comment: {MARK}",
                 }
             )
     columns = [*train.STAY_COLUMNS, *train.EVENT_COLUMNS]

@@ -1,4 +1,4 @@
-"""What users do to it: each case gives one clear message and exit code 2, or a repair that is counted; never a traceback."""
+"""What users do to it: each case gives one clear message and exit code 2, or a counted repair; never a traceback."""
 
 import gzip
 import pickle

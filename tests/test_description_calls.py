@@ -2,6 +2,7 @@
 
 import doctest
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import explain_clinicalLF as explain
 import train
 
 N_EVENTS, INPUT_DIM, STATIC_DIM = (6, 3), 14, 4  # real events of two stays, padded to 8
+NAMES_OF_COLUMNS: Any = {0: "heart rate"}  # what the description's calls give, though no column has one name
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +145,9 @@ def test_attention_that_training_saves_serves_every_analysis(attention_weights, 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda weights, batch: explain.analyze_temporal_feature_attribution(weights, {0: "heart rate"}),
+        lambda weights, batch: explain.analyze_temporal_feature_attribution(weights, NAMES_OF_COLUMNS),
         lambda weights, batch: explain.analyze_static_feature_attribution(weights, batch.static),
-        lambda weights, batch: explain.map_features_to_clinical(weights["transformer_output"][0], {0: "heart rate"}, 2),
+        lambda weights, batch: explain.map_features_to_clinical(weights["transformer_output"][0], NAMES_OF_COLUMNS, 2),
     ],
     ids=["temporal", "static", "map"],
 )

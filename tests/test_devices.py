@@ -77,7 +77,7 @@ def packed_input(machine):
 
 
 def another_encoder(machine):
-    """An encoder that is no Longformer (here RoBERTa's architecture), on the device in fp32 and bf16, against the CPU."""
+    """An encoder that is no Longformer (here RoBERTa), on the device in fp32 and bf16, against the CPU."""
     import numpy as np
     import torch
     from conftest import save_tokenizer

@@ -57,8 +57,8 @@ AT 10:30 PM, titer 1:40"
 1,,1,2150-01-10 14:00:00,2150-01-10 14:00:00,7,7,mg/dL,0.5,1.2,,,
 2,21,1,2150-01-02 09:30:00,2150-01-02 09:40:00,3,3,mg/dL,0.5,1.2,,STAT,
 2,21,1,2150-01-02 09:31:00,2150-01-02 09:40:00,4,4,mg/dL,0.5,1.2,,STAT,""",
-    "hosp/microbiologyevents": """subject_id,hadm_id,chartdate,charttime,storedate,storetime,spec_type_desc,test_name,org_name,\
-ab_name,interpretation,comments
+    "hosp/microbiologyevents": """subject_id,hadm_id,chartdate,charttime,storedate,storetime,\
+spec_type_desc,test_name,org_name,ab_name,interpretation,comments
 2,21,2150-01-02 00:00:00,,2150-01-04 00:00:00,,BLOOD CULTURE,"Blood Culture, Routine",ESCHERICHIA COLI,CEFEPIME,R,unused
 2,,2150-01-01 00:00:00,2150-01-01 12:00:00,,,URINE,URINE CULTURE,,,,NO  GROWTH.""",
     "hosp/prescriptions": f"""hadm_id,starttime,stoptime,drug,prod_strength,dose_val_rx,\

@@ -1,4 +1,4 @@
-"""What a run reads besides its data and leaves in its folder: splits, other test data, seeds, a settings file, a card."""
+"""What a run reads besides its data and leaves in its folder: splits, other test data, seeds, settings, a card."""
 
 import json
 

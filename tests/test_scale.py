@@ -1,4 +1,4 @@
-"""What lets the whole of MIMIC-IV be read: limits of memory, work that is kept, arrays that are mapped, own texts only."""
+"""What lets the whole of MIMIC-IV be read: limits of memory, kept work, mapped arrays, own texts only."""
 
 import shutil
 

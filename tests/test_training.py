@@ -227,7 +227,8 @@ def test_shuffled_labels_score_near_one_half(tmp_path):
 def test_import_does_no_work(tmp_path, tmp_path_factory):
     """Importing makes no file, prints nothing, reads no arguments and leaves matplotlib and warnings alone."""
     code = (
-        "import sys, warnings; sys.argv = ['x', '--nonsense']; before = list(warnings.filters); import train; import sys;"
+        "import sys, warnings; sys.argv = ['x', '--nonsense']; before = list(warnings.filters); "
+        "import train; import sys;"
         "assert 'captum' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     done = subprocess.run(
@@ -249,12 +250,26 @@ import sys, torch, numpy as np
 from pathlib import Path
 import train
 from accelerate import Accelerator
-settings = train.check_settings(train.Settings(data=sys.argv[1], cache_dir=sys.argv[2], text_encoder='hashing', d_model=32, n_layers=1, n_heads=2,
-    d_feedforward=32, dropout=0.0, gradient_clip=1e9, max_events_per_batch=65536, batch_size=12, save_attention_every=0))
+settings = train.Settings(
+    data=sys.argv[1],
+    cache_dir=sys.argv[2],
+    text_encoder='hashing',
+    d_model=32,
+    n_layers=1,
+    n_heads=2,
+    d_feedforward=32,
+    dropout=0.0,
+    gradient_clip=1e9,
+    max_events_per_batch=65536,
+    batch_size=12,
+    save_attention_every=0,
+)
+settings = train.check_settings(settings)
 accelerator = Accelerator(cpu=True)
 table, _ = train.read_stays(settings.data, settings.cache_dir)
 encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
-trainer = train.Trainer(table, train.split_by_patient(table, 0), vectors, encoder, settings, Path(sys.argv[3]), accelerator)
+split = train.split_by_patient(table, 0)
+trainer = train.Trainer(table, split, vectors, encoder, settings, Path(sys.argv[3]), accelerator)
 loss = trainer.train_epoch(1)
 gradients = [p.grad for p in accelerator.unwrap_model(trainer.objective).parameters()]
 logits = trainer.predict(trainer.test_set)

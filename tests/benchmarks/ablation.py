@@ -1,16 +1,17 @@
-"""What each part of the recipe is worth: one change at a time, on synthetic stays whose best reachable AUROC is known, or on real ones.
+"""What each part of the recipe is worth: one change at a time, on synthetic stays of known best AUROC, or on real ones.
 
-    python tests/benchmarks/ablation.py                                    # all variants, 3 seeds: 2 to 3 hours on one core
+    python tests/benchmarks/ablation.py                           # all variants, 3 seeds: 2 to 3 hours on one core
     python tests/benchmarks/ablation.py --seeds 0 --variants default "temporal loss weight 0"
-    python tests/benchmarks/ablation.py --data PATH/TO/mimic-iv-demo --observation-hours 24 --batch-size 8 --max-epochs 12 --seeds 0
+    python tests/benchmarks/ablation.py --data PATH/TO/mimic-iv-demo --observation-hours 24 --batch-size 8 \
+        --max-epochs 12 --seeds 0
     python tests/benchmarks/ablation.py --list
 
 Every run is added to tests/benchmarks/ablation.md as soon as it is done, and a run that stands there is not made again:
 the script may be stopped at any time and started anew. Seed by seed, so that an early stop leaves a fair comparison.
 A seed sets the split, the weights and the order of batches. Of synthetic stays, training and validation have as many as
-train.py takes of 2,000; test stays are all the others of 5,000, since 400 would leave an AUROC uncertain by 0.02. Real stays
-are held out once each, in 5 folds by patient. Test AUROC is that of the weights with the lowest validation loss; "of the way"
-is (AUROC - 0.5) / (AUROC of the true risk of the test stays - 0.5).
+train.py takes of 2,000; test stays are all the others of 5,000, since 400 would leave an AUROC uncertain by 0.02. Real
+stays are held out once each, in 5 folds by patient. Test AUROC is that of the weights with the lowest validation loss;
+"of the way" is (AUROC - 0.5) / (AUROC of the true risk of the test stays - 0.5).
 """
 
 import argparse
@@ -218,13 +219,14 @@ def stays_and_splits(options) -> tuple[train.StayTable, np.ndarray | None, str, 
     settings = train.Settings(observation_hours=options.observation_hours)
     table, _ = train.choose_cohort(train.read_stays(options.data, options.cache_dir)[0], settings)
     when = f", {options.observation_hours:g} h after admission" if options.observation_hours else ""
-    name = f"{len(table.stays)} stays of {Path(options.data).name}{when}, 5 folds, batches of {options.batch_size}, {options.max_epochs} epochs at most"
+    name = f"{len(table.stays)} stays of {Path(options.data).name}{when}, 5 folds"
+    name += f", batches of {options.batch_size}, {options.max_epochs} epochs at most"
     name += f", width {options.d_model}, {options.n_layers} layers"
     return table, None, name, lambda seed: list(train.cross_validation_splits(table, 5, seed))
 
 
 def score_variant(variant: Variant, table, splits, vectors, true_risk, settings) -> list[str]:
-    """AUROC, of the way, validation loss, epochs and seconds: of one run, or of one run per fold with pooled predictions."""
+    """AUROC, of the way, validation loss, epochs and seconds: of one run, or pooled over one run per fold."""
     runs = [
         train_and_test(table, split, vectors, replace(settings, **variant.settings), variant.change) for split in splits
     ]

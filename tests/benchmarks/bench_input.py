@@ -14,7 +14,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def fastest(work: Callable[[], object], rounds: int) -> float:
-    """Return the least CPU seconds of some rounds after one to warm up; unlike the clock, others' load hardly moves them."""
+    """Return the least CPU seconds of some rounds after one to warm up; unlike clock time, others hardly move them."""
     work()
     seconds = []
     for _ in range(rounds):
@@ -35,7 +35,7 @@ def fastest(work: Callable[[], object], rounds: int) -> float:
     return min(seconds)
 
 
-def take_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def take_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the least CPU seconds of each way; they take turns, so that a busy machine hits all."""
     found = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
@@ -57,7 +57,7 @@ def step(objective: train.TrainingObjective, batches: list) -> None:
 
 
 def sent_bytes(dataset: train.ClinicalSequenceDataset, stays: np.ndarray) -> dict[str, float]:
-    """Return the bytes an event that a batch sends: its stays' numbers and lengths, the gathered events, the padded ones."""
+    """Return the bytes an event that a batch sends: stays' numbers and lengths, gathered events, padded ones."""
     n_events = dataset.lengths[stays].sum()
     padded = padded_batches(dataset, [stays])[0]
     return {

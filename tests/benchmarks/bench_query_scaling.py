@@ -12,7 +12,6 @@ in MIMIC-IV's own layout: 670 copies are 93,800 stays, 158 million lab rows, 5 G
 import argparse
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -46,7 +45,7 @@ def make_folder(source: Path, target: Path, copies: int) -> None:
         columns = [row[0] for row in duckdb.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()]
         changed = [part.split(":", 1) for part in JITTERED.get(table, "").split(";") if part]
         changed += [
-            (name, f"CAST({name} AS BIGINT) + copy * {ID_STEP}")
+            [name, f"CAST({name} AS BIGINT) + copy * {ID_STEP}"]
             for name in ("subject_id", "hadm_id", "stay_id")
             if name in columns
         ]
@@ -113,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -71,8 +71,9 @@ def item_of_text(text: str) -> tuple[str, float]:
 
 
 def count_features(data: Data) -> np.ndarray:
-    """(n_stays, S + K): static features and how often each text occurs, numbers masked, of those in 1 % of the training stays.
+    """(n_stays, S + K): static features and how often each text occurs, numbers masked.
 
+    Counted are texts that occur in at least 1 % of the training stays.
     A text still has its level word and its priority, so that "Lactate, far above range" is a column of its own.
     """
     table = data.table
@@ -83,9 +84,10 @@ def count_features(data: Data) -> np.ndarray:
 
 
 def item_features(data: Data) -> np.ndarray:
-    """(n_stays, S + 6 + ...): static features, event counts per type, and per item min, max, mean, last, first, sd and count.
+    """(n_stays, S + 6 + ...): static features, event counts per type, and statistics of the numbers per item.
 
-    Of items that occur in at least 1 % (and 3) of the training stays. Missing numbers stay NaN, trees split on that.
+    The statistics are min, max, mean, last, first, sd and count,
+    of items that occur in at least 1 % (and 3) of the training stays. Missing numbers stay NaN, trees split on that.
     """
     table, n = data.table, len(data.table.stays)
     items, values = zip(*map(item_of_text, table.texts), strict=True)
@@ -303,7 +305,8 @@ def read_data(options) -> tuple[Data, np.ndarray | None, str]:
         f"{len(table.stays):,} stays of {table.stays.patient_id.nunique():,} patients, "
         f"{len(table.text):,} events, {table.labels.mean():.1%} died; hashing encoder"
     )
-    return Data(table, hashing_vectors(table), None, settings), true_risk, title
+    undivided = train.Split(*np.split(np.arange(len(table.stays)), [0, 0]))  # `held_out` sets the splits of a seed
+    return Data(table, hashing_vectors(table), undivided, settings), true_risk, title
 
 
 def main():

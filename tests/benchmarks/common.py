@@ -85,6 +85,7 @@ def train_and_test(table, split, vectors, settings, change=None) -> TrainingRun:
         trainer.fit()
         best = torch.load(Path(folder) / "checkpoints" / "best_model.pth", weights_only=True)["model"]
         trainer.model.load_state_dict(best)
+        assert trainer.test_set is not None
         logits = trainer.predict(trainer.test_set)
         accelerator.free_memory()  # it would keep every model of the process
     loss = min(row["validation_loss"] for row in trainer.history)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/kill_test.py --kills 20
 
-A run reads a small table, encodes 1,200 texts with a tiny random Longformer and trains eight epochs on the CPU. After each
-kill every cache part and checkpoint must load. When a run has ended, its weights and predictions must equal those of the
-uninterrupted run bit for bit, no text may be saved twice, and no temporary file may be left.
+A run reads a small table, encodes 1,200 texts with a tiny random Longformer and trains eight epochs on the CPU. After
+each kill every cache part and checkpoint must load. When a run has ended, its weights and predictions must equal those
+of the uninterrupted run bit for bit, no text may be saved twice, and no temporary file may be left.
 """
 
 import argparse
