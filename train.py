@@ -5187,7 +5187,7 @@ def measure_training(lengths: np.ndarray, dim: int, settings: Settings, device: 
     for _ in range(2):  # the first is slower
         started = time.monotonic()
         model(sequences, static, is_event).sum().backward()
-        float(model.query_vector.sum())  # waits for the device
+        model.query_vector.detach().sum().item()  # waits for the device
         seconds = min(seconds, time.monotonic() - started)
     return seconds / (n_stays * n_events)
 

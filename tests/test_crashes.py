@@ -25,6 +25,7 @@ def data(tmp_path):
     return tmp_path / "data.csv"
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_bits_of_the_run_that_was_never_killed():
     """Three kills at random moments; kill_test.py checks weights, predictions, saved texts and temporary files."""
     done = subprocess.run(
@@ -50,6 +51,7 @@ def epochs_done(folder: Path) -> int:
     return torch.load(path, weights_only=True)["epochs_done"] if path.exists() else -1
 
 
+@pytest.mark.slow
 def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd):
     """While a run trains, another into its folder is refused; after Ctrl-C, --resume takes up the last checkpoint."""
     argv = arguments(tmp_path, data, "--max-epochs", 9999, "--patience", 9999)
@@ -78,6 +80,7 @@ def test_resume_without_a_checkpoint_starts_at_the_first_epoch_and_says_so(data,
     assert "training starts at epoch 1" in capfd.readouterr().out and epochs_done(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_cross_validation_goes_on_with_the_fold_it_was_stopped_in(data, tmp_path):
     argv = arguments(tmp_path, data, "--cross-validate", 2)
     assert train.main(argv) == 0
@@ -88,6 +91,7 @@ def test_cross_validation_goes_on_with_the_fold_it_was_stopped_in(data, tmp_path
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_half_written_is_removed_by_the_next(data, tmp_path):
     folder = tmp_path / "out" / "checkpoints"
     folder.mkdir(parents=True)

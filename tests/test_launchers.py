@@ -53,6 +53,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launcher_trains_with_one_writer_and_each_stay_once(launcher, tmp_path, tiny_longformer):
     n_processes, command = LAUNCHERS[launcher]

@@ -150,16 +150,16 @@ def test_new_run_removes_what_an_earlier_one_left_and_nothing_else(finished, tmp
 
 
 def test_ctrl_c_in_the_middle_of_an_epoch_loses_that_epoch_alone(finished, tmp_path, monkeypatch, capfd):
-    warm_up, steps = train.Trainer.warm_up, []
+    set_learning_rate, steps = train.Trainer.set_learning_rate, []
 
-    def interrupted(trainer):
+    def interrupted(trainer, share_of_training):
         steps.append(trainer.epochs_done)
         if steps.count(1) == 2:
             raise KeyboardInterrupt
-        warm_up(trainer)
+        set_learning_rate(trainer, share_of_training)
 
     options = ["--batch-size", 8, "--max-epochs", 2]
-    monkeypatch.setattr(train.Trainer, "warm_up", interrupted)
+    monkeypatch.setattr(train.Trainer, "set_learning_rate", interrupted)
     assert train.main(arguments(tmp_path / "stopped", finished / "data.csv", *options)) == 130
     assert "go on with the same command and --resume" in capfd.readouterr().err
     monkeypatch.undo()
