@@ -4394,14 +4394,22 @@ def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: Array
     )[:, 1]
 
 
-def split_counts(patient_ids, admission_ids, split) -> dict:
-    """How many patients and admissions occur in more than one split: both must be 0."""
+def split_counts(patient_ids: ArrayLike, admission_ids: ArrayLike, split: ArrayLike) -> dict[str, int]:
+    """Return how many patients and admissions occur in more than one split: both must be 0."""
     table = pd.DataFrame({"patients in two splits": patient_ids, "admissions in two splits": admission_ids})
     return {name: int((pd.Series(split).groupby(table[name].to_numpy()).nunique() > 1).sum()) for name in table}
 
 
-def leakage_audit(stays, per_stay, labels, patient_ids, split, counts, prospective=False) -> pd.DataFrame:
-    """What, alone, tells the outcome, and what cannot be: one row per column of stays and per_stay, and per count.
+def leakage_audit(
+    stays: pd.DataFrame,
+    per_stay: pd.DataFrame,
+    labels: ArrayLike,
+    patient_ids: ArrayLike,
+    split: ArrayLike,
+    counts: dict[str, int],
+    prospective: bool = False,
+) -> pd.DataFrame:
+    """Return what, alone, tells the outcome, and what cannot be: a row per column of stays and per_stay, and per count.
 
     stays (n rows): candidate columns. per_stay (n rows): numbers such as how many events, or hours from admission to
     the first. Each gets the AUROC of its own small model, cross-validated on the patients of the split "train" only.
@@ -4439,8 +4447,8 @@ def leakage_audit(stays, per_stay, labels, patient_ids, split, counts, prospecti
     )
 
 
-def patient_folds(labels, patient_ids, n_folds=5):
-    """The fold (n,) of each stay, patients whole, deaths spread evenly; None where an outcome has one patient only."""
+def patient_folds(labels: ArrayLike, patient_ids: ArrayLike, n_folds: int = 5) -> np.ndarray | None:
+    """Return the fold (n,) of each stay, patients whole, deaths spread; None where an outcome has one patient only."""
     died = pd.Series(labels).groupby(np.asarray(patient_ids)).max()  # by patient, sorted
     n_folds = int(min(n_folds, died.sum(), (1 - died).sum()))
     if n_folds < 2:
@@ -4451,8 +4459,8 @@ def patient_folds(labels, patient_ids, n_folds=5):
     return fold_of_patient[died.index.get_indexer(np.asarray(patient_ids))]
 
 
-def single_column_auroc(column: pd.Series, labels, folds) -> float:
-    """Cross-validated AUROC of one column (n,) alone, for 0/1 labels (n,) and folds (n,); NaN where no fold can tell.
+def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: np.ndarray) -> float:
+    """Return the cross-validated AUROC of one column (n,) alone, labels and folds (n,); NaN where no fold can tell.
 
     Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
     AUROC is taken within folds and averaged by pairs: pooled, the folds' own death rates would bias it below 0.5.
