@@ -92,7 +92,10 @@ logger = logging.getLogger("clinical_LF")
 
 CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
 MAX_MAP_EVENTS, MAX_MAP_BINS = 3000, 64  # layer maps grow with the square of the events
-GRADIENT_EVENTS, FORWARD_EVENTS = 2048, 8192  # events per pass: some 100 kB each with, 30 kB without gradients
+GRADIENT_EVENTS, FORWARD_EVENTS = (
+    2048,
+    8192,
+)  # events per pass: some 100 kB each with, 30 kB without gradients
 FLOOR = 0.05  # logit; what moves it by less does not matter
 
 
@@ -104,41 +107,80 @@ class ExplainSettings:
     100
     """
 
-    checkpoint: str = train.option("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
-    data: str = train.option("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
+    checkpoint: str = train.option(
+        "trained_models/clinical_LF/checkpoints/best_model.pth",
+        "Checkpoint to explain.",
+    )
+    data: str = train.option(
+        "",
+        "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.",
+    )
     save_dir: str = train.option(
-        "", "Folder for figures, tables and the report; default: explainability beside the checkpoint's folder."
+        "",
+        "Folder for figures, tables and the report; default: explainability beside the checkpoint's folder.",
     )
     stays: int = train.option(
-        4, "Stays shown in full: highest, lowest, most uncertain, most wrong, and so on in turn.", low=0
+        4,
+        "Stays shown in full: highest, lowest, most uncertain, most wrong, and so on in turn.",
+        low=0,
     )
-    max_stays: int = train.option(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
-    text_encoder: str = train.option("", "Encoder of the checkpoint, if it was a local folder; else it is known.")
+    max_stays: int = train.option(
+        100,
+        "Held-out stays analysed at most, drawn at random; 0 takes all.",
+        low=0,
+    )
+    text_encoder: str = train.option(
+        "",
+        "Encoder of the checkpoint, if it was a local folder; else it is known.",
+    )
     labels: str = train.option("", "Labels of a MEDS data set, if other than the checkpoint's own.")
     cache_dir: str = train.option("clinical_LF_precomp_emb", "Folder of the embedding cache.")
     hf_cache: str = train.option("hf_cache", "Folder of downloaded encoder weights.")
     max_replacements: int = train.option(
-        500, "Events of a stay replaced one by one at most, the most attributed first; 0: every event.", low=0
+        500,
+        "Events of a stay replaced one by one at most, the most attributed first; 0: every event.",
+        low=0,
     )
-    layer_stays: int = train.option(20, "Stays attributed to layers at most (those shown in full always are).", low=0)
+    layer_stays: int = train.option(
+        20,
+        "Stays attributed to layers at most (those shown in full always are).",
+        low=0,
+    )
     shapley_orders: int = train.option(
-        25, "Random orders behind the Shapley values of stays shown in full; 0 leaves them out.", low=0
+        25,
+        "Random orders behind the Shapley values of stays shown in full; 0 leaves them out.",
+        low=0,
     )
     ig_steps: int = train.option(
-        12, "Steps of Integrated Gradients; where it is not complete, tried again with 4 and 16 times as many.", low=2
+        12,
+        "Steps of Integrated Gradients; where it is not complete, tried again with 4 and 16 times as many.",
+        low=2,
     )
     untrained_models: int = train.option(
-        4, "Untrained models that show what heads do without any training (at least 4).", low=4
+        4,
+        "Untrained models that show what heads do without any training (at least 4).",
+        low=4,
     )
     decision_threshold: float = train.option(
-        0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
+        0.5,
+        "Risk at which a decision would change: without which events would it?",
+        above=0,
+        below=1,
     )
     checked_stays: int = train.option(
-        40, "Stays on which deletion, infidelity and randomisation are measured at most.", low=0
+        40,
+        "Stays on which deletion, infidelity and randomisation are measured at most.",
+        low=0,
     )
     n_bootstrap: int = train.option(1000, "Bootstrap samples behind every 95 % interval.", low=1)
-    seed: int = train.option(0, "Seed of the choice of stays, random orders, untrained models and the bootstrap.")
-    quick: bool = train.option(False, "Show what matters in half a minute: 12 stays, few checks, no layers.")
+    seed: int = train.option(
+        0,
+        "Seed of the choice of stays, random orders, untrained models and the bootstrap.",
+    )
+    quick: bool = train.option(
+        False,
+        "Show what matters in half a minute: 12 stays, few checks, no layers.",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,18 +252,23 @@ def load_run(
     if seen.all():
         raise InputError(
             f"{shown}: all {len(patients)} stays are of patients that this model was trained or tuned on; "
-            "explaining them would flatter it. Give --data with other patients."
+            "explaining them would flatter it. Give --data with other patients.",
         )
     held_out = bool(patients.isin(checkpoint.patients["test"]).any())
     if not held_out and not seen.any():
-        logger.warning(f"Data        WARNING: no patient of {shown} was trained or tested on: these are other data")
+        logger.warning(
+            f"Data        WARNING: no patient of {shown} was trained or tested on: these are other data",
+        )
     table = table.take(np.flatnonzero(~seen)).with_own_texts()
     train.log_unknown_categories(checkpoint.preprocessor, table.static_columns)
     _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
     return make_run(checkpoint, table, vectors, held_out, accelerator)
 
 
-def data_to_explain(given: str | Path | pd.DataFrame, checkpoint: train.Checkpoint) -> tuple[Path | pd.DataFrame, str]:
+def data_to_explain(
+    given: str | Path | pd.DataFrame,
+    checkpoint: train.Checkpoint,
+) -> tuple[Path | pd.DataFrame, str]:
     """Return the data to read, the checkpoint's own where none are given, and what to call them."""
     if isinstance(given, pd.DataFrame):
         return given, "the data frame"
@@ -238,7 +285,11 @@ def full_precision() -> Accelerator:
 
 
 def make_run(
-    checkpoint: train.Checkpoint, table: train.StayTable, vectors: np.ndarray, held_out: bool, accelerator: Accelerator
+    checkpoint: train.Checkpoint,
+    table: train.StayTable,
+    vectors: np.ndarray,
+    held_out: bool,
+    accelerator: Accelerator,
 ) -> Run:
     """Score the stays and keep all that an explanation needs."""
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
@@ -327,7 +378,10 @@ def attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
 def query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
     """(Hp, L): the pooling query's scaled similarity with the key of each event (L, D), before the softmax."""
     pooling = model.attention_pooling
-    query = pooling.query_projection(model.query_vector)[0, 0].unflatten(0, (pooling.n_heads, -1))  # (Hp, D/Hp)
+    query = pooling.query_projection(model.query_vector)[0, 0].unflatten(
+        0,
+        (pooling.n_heads, -1),
+    )  # (Hp, D/Hp)
     keys = pooling.key(events).unflatten(1, (pooling.n_heads, -1))  # (L, Hp, D/Hp)
     return torch.einsum("hd,lhd->hl", query, keys) / math.sqrt(query.shape[1])
 
@@ -411,7 +465,7 @@ def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) ->
     mask = torch.as_tensor(attention_mask, device=sequences.device).bool()
     if mask.shape != sequences.shape[:2]:
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}; it must be {tuple(sequences.shape[:2])}, as the events."
+            f"attention_mask is {tuple(mask.shape)}; it must be {tuple(sequences.shape[:2])}, as the events.",
         )
     return mask
 
@@ -420,15 +474,21 @@ def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
     if not (torch.isfinite(sequence[is_event]).all() and torch.isfinite(static).all()):
         raise ValueError(
             "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it. "
-            "Look for missing text vectors, or for times that were not encoded."
+            "Look for missing text vectors, or for times that were not encoded.",
         )
 
 
-def baselines_like(sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+def baselines_like(
+    sequence: Tensor,
+    static: Tensor,
+    baseline: dict[str, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     """(1, L, C) and (1, S): the baseline event at every position, and the baseline statics."""
     if baseline is None:
         return torch.zeros_like(sequence), torch.zeros_like(static)
-    return baseline["event"].to(sequence).expand_as(sequence), baseline["static"].to(static).expand_as(static)
+    return baseline["event"].to(sequence).expand_as(sequence), baseline["static"].to(static).expand_as(
+        static,
+    )
 
 
 def integrated_gradients(
@@ -588,7 +648,10 @@ def replace_each_event(
     which = np.arange(n_events) if which is None else np.asarray(which)
     scores = np.full(n_events, math.nan)
     everything = replaced_logits(model, sequence, static, np.ones((1, n_events), bool), baseline)[0]
-    rows_per_part = max(1, 64 * FORWARD_EVENTS // max(1, n_events))  # the mask itself, (L, L), is made in parts
+    rows_per_part = max(
+        1,
+        64 * FORWARD_EVENTS // max(1, n_events),
+    )  # the mask itself, (L, L), is made in parts
     for first in range(0, len(which), rows_per_part):
         part = which[first : first + rows_per_part]
         without = replaced_logits(model, sequence, static, part[:, None] != np.arange(n_events), baseline)
@@ -637,7 +700,11 @@ def ablation_analysis(
         chosen = None if which is None else np.flatnonzero(np.isin(positions, which))
         scores[stay, positions] = replace_each_event(model, sequence, static, baseline, chosen)
         for number, (kind, labels) in enumerate(kinds.items()):
-            groups = feature_groups(kind, np.asarray(labels, dtype=object)[positions], [] if number else names)
+            groups = feature_groups(
+                kind,
+                np.asarray(labels, dtype=object)[positions],
+                [] if number else names,
+            )
             samples = 0 if number else shapley_samples
             found = ablate_groups(model, sequence, static, baseline, groups, samples, seed)
             tables.append(found.assign(stay=stay))
@@ -670,18 +737,31 @@ def ablate_groups(
     def logits_with(present: np.ndarray) -> np.ndarray:
         """Return the logits (n,) of a stay that has only the groups present, (n, groups)."""
         absent = 1.0 - present
-        return replaced_logits(model, sequence, static, absent @ of_events == 0, baseline, absent @ of_statics == 0)
+        return replaced_logits(
+            model,
+            sequence,
+            static,
+            absent @ of_events == 0,
+            baseline,
+            absent @ of_statics == 0,
+        )
 
     alone = np.eye(len(groups), dtype=bool)
     whole = logits_with(np.ones((1, len(groups))))[0]
-    result = groups[["kind", "group", "n_events"]].assign(ablation=whole - logits_with(~alone), shapley=np.nan)
+    result = groups[["kind", "group", "n_events"]].assign(
+        ablation=whole - logits_with(~alone),
+        shapley=np.nan,
+    )
     if shapley_samples:
         result["shapley"] = shapley_values(logits_with, len(groups), shapley_samples, seed)
     return result
 
 
 def shapley_values(
-    logits_with: Callable[[np.ndarray], np.ndarray], n_groups: int, n_orders: int, seed: int
+    logits_with: Callable[[np.ndarray], np.ndarray],
+    n_groups: int,
+    n_orders: int,
+    seed: int,
 ) -> np.ndarray:
     """Return (groups,): what each group adds to the logit as groups arrive, mean of random orders."""
     generator = torch.Generator().manual_seed(seed)
@@ -704,7 +784,10 @@ N_RESETS, STAYS_PER_RESET = 4, 4  # random models that a stay is explained with,
 FEW_STEPS = 8  # of Integrated Gradients, where only the order of the events counts
 N_PERTURBATIONS, SHARE_PERTURBED = 60, 0.1  # random sets of events that infidelity asks about
 N_SLOW = 10  # stays on which the slow checks, noise and cascade, are measured
-NOISE, N_NOISY_EVENTS = 0.02, 50  # of each input's spread; the strongest events that are replaced again under noise
+NOISE, N_NOISY_EVENTS = (
+    0.02,
+    50,
+)  # of each input's spread; the strongest events that are replaced again under noise
 ORDERS = {
     "attribution": "Integrated Gradients",
     "if_unremarkable": "replacement",
@@ -719,7 +802,12 @@ CASCADE = {  # the model from its output down, by the beginnings of its paramete
 COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
 
 
-def bootstrap(values: np.ndarray, patients: np.ndarray, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float]:
+def bootstrap(
+    values: np.ndarray,
+    patients: np.ndarray,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
     """Return the mean of (n,) values and its 95 % interval over resampled patients; NaN values are left out.
 
     The interval is NaN with fewer than three patients: resampling them says nothing.
@@ -768,10 +856,14 @@ def deletion_insertion(
     """
     n_events = sequence.shape[1]
     fractions = np.array([0.0, *FRACTIONS])
-    place = np.stack([np.argsort(np.argsort(-score, kind="stable")) for score in scores.values()])  # (orders, L)
+    place = np.stack(
+        [np.argsort(np.argsort(-score, kind="stable")) for score in scores.values()],
+    )  # (orders, L)
     first = place[:, None] < np.ceil(fractions * n_events)[:, None]  # (orders, fractions, L)
     keep = np.stack([~first, first])  # (2, orders, fractions, L)
-    logits = replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(keep.shape[:3])
+    logits = replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(
+        keep.shape[:3],
+    )
     change = logits - logits[:, :, :1]
     names = pd.MultiIndex.from_product([["deletion", "insertion"], scores, fractions])
     return pd.Series(change.ravel(), names.set_names(["direction", "order", "fraction"])).rename("change").reset_index()
@@ -786,7 +878,10 @@ def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[d
     """Return how much further an order moves the logit than random orders, mean over the fractions; paired by stay."""
     part = with_one_random_order(curves[curves["fraction"] > 0])
     means = part.groupby(["icu_stay_id", "patient_id", "direction", "order"])["change"].mean().unstack("order")
-    verbs = {"deletion": "making events unremarkable", "insertion": "giving events to a stay whose events say nothing"}
+    verbs = {
+        "deletion": "making events unremarkable",
+        "insertion": "giving events to a stay whose events say nothing",
+    }
     rows = []
     for direction, verb in verbs.items():
         table = means.xs(direction, level="direction")
@@ -796,7 +891,9 @@ def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[d
             found = bootstrap(gain, patients, settings.n_bootstrap, settings.seed)
             words = f"{verb} in order of {title} moves the logit {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] further "
             asked = None if order == "attention" else (">", 0.0)
-            rows.append(criterion(direction, order, found, asked, words + "than in random order", limit="low"))
+            rows.append(
+                criterion(direction, order, found, asked, words + "than in random order", limit="low"),
+            )
     return rows
 
 
@@ -854,7 +951,11 @@ def input_spread(dataset: train.ClinicalSequenceDataset, most: int = 20_000) -> 
 
 
 def stay_sensitivity(
-    sequence: Tensor, scores_of: Callable[[Tensor], np.ndarray], spread: Tensor, seed: int, n_samples: int = 3
+    sequence: Tensor,
+    scores_of: Callable[[Tensor], np.ndarray],
+    spread: Tensor,
+    seed: int,
+    n_samples: int = 3,
 ) -> float:
     """Return the largest relative change of (L,) scores under noise of 2 % of each input's spread (Yeh et al. 2019)."""
     generator = torch.Generator().manual_seed(seed)
@@ -866,14 +967,22 @@ def stay_sensitivity(
 
 
 def event_totals(
-    model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None, n_steps: int
+    model: ClinicalTransformer,
+    sequence: Tensor,
+    static: Tensor,
+    baseline: dict[str, Tensor] | None,
+    n_steps: int,
 ) -> np.ndarray:
     """Return the Integrated Gradients of each event of one stay, (L,), without a second try."""
     found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=n_steps, retry=False)
     return found.events[0].double().sum(1).cpu().numpy()
 
 
-def reset_down_to(part: str, model: ClinicalTransformer, untrained: ClinicalTransformer) -> ClinicalTransformer:
+def reset_down_to(
+    part: str,
+    model: ClinicalTransformer,
+    untrained: ClinicalTransformer,
+) -> ClinicalTransformer:
     """Return a copy of the model with the untrained one's weights from the classifier down to a part of `CASCADE`."""
     parts = list(CASCADE)
     kept = {}
@@ -927,7 +1036,12 @@ def check_stay(
 
 
 def check_stay_slowly(
-    run: Run, stay: int, own: np.ndarray, untrained: ClinicalTransformer, spread: Tensor, settings: ExplainSettings
+    run: Run,
+    stay: int,
+    own: np.ndarray,
+    untrained: ClinicalTransformer,
+    spread: Tensor,
+    settings: ExplainSettings,
 ) -> dict[str, float]:
     """Return how much noise changes a stay's scores, and what a cascade of resets leaves of its attributions (L,)."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
@@ -977,9 +1091,14 @@ def check_stays(
         rows.append(row | ids)
         curves.append(curve.assign(**ids))
     if not rows:
-        return [], pd.DataFrame(columns=["icu_stay_id", "patient_id", "direction", "order", "fraction", "change"])
+        return [], pd.DataFrame(
+            columns=["icu_stay_id", "patient_id", "direction", "order", "fraction", "change"],
+        )
     all_curves = pd.concat(curves, ignore_index=True)
-    return gains_over_random(all_curves, settings) + measured_criteria(pd.DataFrame(rows), settings), all_curves
+    return gains_over_random(all_curves, settings) + measured_criteria(
+        pd.DataFrame(rows),
+        settings,
+    ), all_curves
 
 
 class Measure(NamedTuple):
@@ -1077,7 +1196,14 @@ def measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dic
     for column, measure in MEASURES.items():
         found = bootstrap(rows[column].to_numpy(float), patients, settings.n_bootstrap, settings.seed)
         criteria.append(
-            criterion(measure.check, measure.method, found, measure.threshold, measure.sentence, measure.limit)
+            criterion(
+                measure.check,
+                measure.method,
+                found,
+                measure.threshold,
+                measure.sentence,
+                measure.limit,
+            ),
         )
     return criteria
 
@@ -1098,7 +1224,12 @@ class LinearStay(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.w, self.v = (nn.Parameter(torch.randn(n, generator=generator)) for n in (input_dim, static_dim))
 
-    def logits(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        sequences: Tensor,
+        static_features: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         is_event = torch.ones(sequences.shape[:2]) if attention_mask is None else attention_mask
         return ((sequences @ self.w * is_event).sum(1) + static_features @ self.v + 0.5).unsqueeze(1)
 
@@ -1204,7 +1335,9 @@ def name_inputs(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 7
 
 
 def map_features_to_clinical(
-    position_features: Tensor | np.ndarray, feature_mapping: pd.DataFrame, pos: int
+    position_features: Tensor | np.ndarray,
+    feature_mapping: pd.DataFrame,
+    pos: int,
 ) -> pd.DataFrame:
     """Sum (L, C) attributions of one stay's inputs at position `pos` by what the inputs mean -> part, attribution.
 
@@ -1223,7 +1356,7 @@ def map_features_to_clinical(
         raise InputError(
             "hidden units have no clinical meaning: attribute the inputs, found = captum_analysis(model, sequences, "
             "static_features, attention_mask), and call map_features_to_clinical(found.events[0], "
-            "name_inputs(preprocessor), pos)."
+            "name_inputs(preprocessor), pos).",
         )
     table = pd.DataFrame({"part": inputs["part"].to_numpy(), "attribution": values[pos]})
     return table.groupby("part", sort=False)["attribution"].sum().reset_index()
@@ -1287,7 +1420,10 @@ def _described(record: Stay | None, position: int) -> dict[str, Any]:
 
 
 def analyze_critical_time_periods(
-    attention_weights: dict[str, Any], threshold: float = 0.1, record: Stay | None = None, relative: bool = False
+    attention_weights: dict[str, Any],
+    threshold: float = 0.1,
+    record: Stay | None = None,
+    relative: bool = False,
 ) -> list[dict[str, Any]]:
     """List the events that a pooling head gives more than `threshold` of its weight, largest first.
 
@@ -1321,7 +1457,10 @@ def _weight_in_words(row: dict[str, Any], n_events: int) -> str:
 
 
 def analyze_feature_importance_over_time(
-    attention_weights: dict[str, Any], record: Stay | None = None, n_windows: int = 10, top: int = 3
+    attention_weights: dict[str, Any],
+    record: Stay | None = None,
+    n_windows: int = 10,
+    top: int = 3,
 ) -> list[dict[str, Any]]:
     """List the events with the largest pooling weight of each head in each part of each stay.
 
@@ -1341,12 +1480,23 @@ def analyze_feature_importance_over_time(
             inside = events[parts == part]
             for head, values in enumerate(weights[:, inside], start=1):
                 for rank, place in enumerate(np.argsort(-values, kind="stable")[:top], start=1):
-                    row = {"stay": stay, "window": part, "head": head, "rank": rank, "position": int(inside[place])}
-                    rows.append(row | {"importance": float(values[place])} | _described(record, inside[place]))
+                    row = {
+                        "stay": stay,
+                        "window": part,
+                        "head": head,
+                        "rank": rank,
+                        "position": int(inside[place]),
+                    }
+                    rows.append(
+                        row | {"importance": float(values[place])} | _described(record, inside[place]),
+                    )
     return rows
 
 
-def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: int = 5) -> list[dict[str, Any]]:
+def analyze_layer_attention_patterns(
+    attention_weights: dict[str, Any],
+    near: int = 5,
+) -> list[dict[str, Any]]:
     """Measure, per stay and layer, how much events look at others within `near` positions and beyond.
 
     Return dicts of stay, layer (1-based), `attention_matrix` (L, L), the mean over heads without padding, and the mean
@@ -1385,7 +1535,10 @@ def _local_and_global(matrices: np.ndarray, place: np.ndarray, near: int) -> dic
     }
 
 
-def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feature_mapping: Stay) -> pd.DataFrame:
+def analyze_temporal_feature_attribution(
+    attention_weights: dict[str, Any],
+    feature_mapping: Stay,
+) -> pd.DataFrame:
     """Return, per clock window of one stay, n_events, the share of each head's pooling weight and, where the stay is
     attributed, the signed sum of its attributions and the window's share of their absolute values.
 
@@ -1399,11 +1552,14 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
     if not isinstance(feature_mapping, Stay):
         raise InputError(
             "attention weighs whole events, not features: give the stay that was read, as in "
-            "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
+            "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id)).",
         )
     events = feature_mapping.events
     weights = _pooling_weights(attention_weights)[0][:, real_events(attention_weights)[0]].T  # (L, Hp)
-    table = pd.DataFrame(weights, columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)])
+    table = pd.DataFrame(
+        weights,
+        columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)],
+    )
     windows = clock_window(events["hours_to_end"].to_numpy())
     table.insert(0, "window", pd.Categorical(windows, window_names(), ordered=True))
     table.insert(1, "n_events", 1)
@@ -1414,7 +1570,10 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
     return table.groupby("window", observed=True).sum().reset_index()
 
 
-def analyze_static_feature_attribution(attention_weights: dict[str, Any], static_features: Stay) -> pd.DataFrame:
+def analyze_static_feature_attribution(
+    attention_weights: dict[str, Any],
+    static_features: Stay,
+) -> pd.DataFrame:
     """Return the statics of one stay, largest first: feature, value, attribution, share of the stay's |attribution|.
 
     Static features pass by the attention, so no weight can speak of them: `static_features` is the attributed stay,
@@ -1427,7 +1586,7 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], static
     if statics is None or "attribution" not in static_features.events:
         raise InputError(
             "attention never reaches the static features: give the stay with its attributions, as in "
-            "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
+            "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id)).",
         )
     table = statics[["feature", "value", "attribution"]]
     size = table["attribution"].abs()
@@ -1462,7 +1621,11 @@ def figure_in_words(found: dict[str, Any], digits: int = 2) -> str:
 
 
 def discrimination(
-    labels: np.ndarray, probabilities: np.ndarray, patients: np.ndarray, n_bootstrap: int, seed: int
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    patients: np.ndarray,
+    n_bootstrap: int,
+    seed: int,
 ) -> list[Finding]:
     """Say whether (n,) risks rank deaths above survivors, and whether as many died as predicted; NaN: unknown."""
     known = ~np.isnan(labels)
@@ -1470,7 +1633,13 @@ def discrimination(
     if not 0 < died < n_known:
         words = f"Outcomes known: {n_known} stays, {died} deaths. Whether the model discriminates here cannot be said."
         return [Finding("discrimination", words)]
-    metrics = train.evaluate_predictions(labels[known], probabilities[known], patients[known], n_bootstrap, seed)
+    metrics = train.evaluate_predictions(
+        labels[known],
+        probabilities[known],
+        patients[known],
+        n_bootstrap,
+        seed,
+    )
     auroc, slope = metrics["auroc"], metrics["calibration_slope"]
     low = auroc["value"] if auroc["low"] is None else auroc["low"]
     found = f"AUROC {figure_in_words(auroc)} on {n_known} stays, {died} deaths"
@@ -1503,7 +1672,10 @@ def likeness(unseen: np.ndarray | None, held_out: bool) -> list[Finding]:
         whose = "None of these patients is in the data that the model was made from: what follows holds for them only."
     findings = [Finding("patients", whose)]
     if unseen is None:
-        return [*findings, Finding("likeness", "The checkpoint does not say which items it was trained on.")]
+        return [
+            *findings,
+            Finding("likeness", "The checkpoint does not say which items it was trained on."),
+        ]
     share = float(np.mean(unseen))
     words = f"{share:.0%} of their events are of items that training never saw."
     holds = share <= UNSEEN_SHARE
@@ -1537,7 +1709,12 @@ def leaks_in_words(leaks: dict[str, float]) -> Finding:
     worst = max(leaks, key=lambda item: leaks[item])
     words = f"One text alone tells the outcome: {worst} (AUROC {leaks[worst]:.2f} by its presence)"
     more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-    return Finding("single items", f"{words}{more}. It may be written because of the outcome.", False, leaks[worst])
+    return Finding(
+        "single items",
+        f"{words}{more}. It may be written because of the outcome.",
+        False,
+        leaks[worst],
+    )
 
 
 def baseline_in_words(run: Run) -> Finding:
@@ -1576,7 +1753,10 @@ def unseen_events(run: Run) -> np.ndarray | None:
     """Return (n_events,) True where training never saw the item; None where the checkpoint does not say."""
     if run.training_items is None:
         return None
-    is_new = np.array([train.item_hash(text) not in run.training_items for text in run.table.texts], dtype=bool)
+    is_new = np.array(
+        [train.item_hash(text) not in run.training_items for text in run.table.texts],
+        dtype=bool,
+    )
     return is_new[run.table.text]
 
 
@@ -1610,7 +1790,7 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "value": [train.parse_value(text)[1] for text in texts],
             "is_abnormal": [is_abnormal(text) for text in texts],
             "is_new_item": [known_items is not None and train.item_hash(text) not in known_items for text in texts],
-        }
+        },
     )
 
 
@@ -1625,7 +1805,13 @@ class Explained(NamedTuple):
     attention: Attention
 
 
-def explain_stay(run: Run, stay: int, settings: ExplainSettings, shown: str = "", layers: bool = True) -> Explained:
+def explain_stay(
+    run: Run,
+    stay: int,
+    settings: ExplainSettings,
+    shown: str = "",
+    layers: bool = True,
+) -> Explained:
     """Return every view of one stay; `shown` is why it is shown in full (then also Shapley values), or ""."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     sequence, static = run.inputs(stay)
@@ -1680,7 +1866,9 @@ def logit_without_time(run: Run, stay: int, seed: int) -> float:
     """Return the mean logit of a stay whose events are dealt at random to its places and times."""
     sequence, static = run.inputs(stay)
     generator = torch.Generator().manual_seed(seed)
-    orders = torch.stack([torch.randperm(sequence.shape[1], generator=generator) for _ in range(TIME_SHUFFLES)])
+    orders = torch.stack(
+        [torch.randperm(sequence.shape[1], generator=generator) for _ in range(TIME_SHUFFLES)],
+    )
     dealt = sequence[0, orders.to(sequence.device)]  # (TIME_SHUFFLES, L, C)
     dealt[:, :, run.parts["time"]] = sequence[:, :, run.parts["time"]]
     logits = [float(run.checkpoint.model.logits(one[None], static)) for one in dealt]
@@ -1691,11 +1879,16 @@ def layer_table(run: Run, stay: int, settings: ExplainSettings) -> pd.DataFrame:
     """Return layer, event, attribution, gap_error and complete of one stay."""
     parts = []
     for row in layer_analysis(
-        run.checkpoint.model, *run.inputs(stay), baseline=run.checkpoint.baseline, n_steps=settings.ig_steps
+        run.checkpoint.model,
+        *run.inputs(stay),
+        baseline=run.checkpoint.baseline,
+        n_steps=settings.ig_steps,
     ):
         attribution = row["attribution"][0]
         table = pd.DataFrame({"event": np.arange(len(attribution)), "attribution": attribution})
-        parts.append(table.assign(layer=row["layer"], gap_error=row["gap_error"][0], complete=row["complete"][0]))
+        parts.append(
+            table.assign(layer=row["layer"], gap_error=row["gap_error"][0], complete=row["complete"][0]),
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -1721,7 +1914,10 @@ def add_scores(
 
 def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) -> pd.DataFrame:
     """Return feature, value, attribution, ablation: one row per static column."""
-    sums = sum_over_columns(found.statics[0].double().cpu().numpy(), run.checkpoint.preprocessor.static_names)
+    sums = sum_over_columns(
+        found.statics[0].double().cpu().numpy(),
+        run.checkpoint.preprocessor.static_names,
+    )
     ablation = groups[groups["kind"] == "static"].set_index("group")["ablation"]
     values = run.table.take(np.array([stay])).static_columns.loc[0, list(sums)]
     return pd.DataFrame(
@@ -1730,7 +1926,7 @@ def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) 
             "value": ["Unknown" if pd.isna(value) else str(value) for value in values],
             "attribution": list(sums.values()),
             "ablation": ablation[list(sums)].to_numpy(),
-        }
+        },
     )
 
 
@@ -1766,7 +1962,11 @@ def head_correlations(attention: Attention, properties: dict[str, np.ndarray]) -
     return rank_correlation(weights[:, seen], np.stack(list(properties.values()))[:, seen])
 
 
-def untrained_correlations(run: Run, explained: dict[int, Explained], settings: ExplainSettings) -> np.ndarray:
+def untrained_correlations(
+    run: Run,
+    explained: dict[int, Explained],
+    settings: ExplainSettings,
+) -> np.ndarray:
     """Return (models, heads, properties): mean correlations of untrained models, with their own attributions."""
     means, baseline = [], run.checkpoint.baseline
     for number in range(settings.untrained_models):
@@ -1787,7 +1987,18 @@ def nan_mean(values: np.ndarray) -> np.ndarray:
     return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
 
 
-HEAD_COLUMNS = ("layer", "head", "property", "correlation", "low", "high", "null_99", "effect", "has_role", "n_stays")
+HEAD_COLUMNS = (
+    "layer",
+    "head",
+    "property",
+    "correlation",
+    "low",
+    "high",
+    "null_99",
+    "effect",
+    "has_role",
+    "n_stays",
+)
 
 
 def head_names(model: ClinicalTransformer) -> list[tuple[str, int]]:
@@ -1798,7 +2009,11 @@ def head_names(model: ClinicalTransformer) -> list[tuple[str, int]]:
 
 
 @torch.no_grad()
-def logits_without(run: Run, stays: Sequence[int], switched: Sequence[tuple[nn.Linear, slice]] = ()) -> np.ndarray:
+def logits_without(
+    run: Run,
+    stays: Sequence[int],
+    switched: Sequence[tuple[nn.Linear, slice]] = (),
+) -> np.ndarray:
     """Return the logits of stays while these inputs of these layers count as 0; the weights are put back."""
     saved = [linear.weight[:, columns].clone() for linear, columns in switched]
     for linear, columns in switched:
@@ -1815,7 +2030,10 @@ def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray
     switches: list[tuple[nn.Linear, slice]] = []
     layers: list[Any] = [layer.attention_output for layer in model.transformer_encoder]
     kinds = [(linear, model.architecture["n_heads"]) for linear in layers]
-    for linear, n_heads in [*kinds, (model.attention_pooling.output, model.architecture["n_pooling_heads"])]:
+    for linear, n_heads in [
+        *kinds,
+        (model.attention_pooling.output, model.architecture["n_pooling_heads"]),
+    ]:
         width = linear.in_features // n_heads
         switches += [(linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)]
     whole = logits_without(run, stays)
@@ -1825,7 +2043,10 @@ def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray
 
 
 def head_table(
-    run: Run, explained: dict[int, Explained], effects: np.ndarray, settings: ExplainSettings
+    run: Run,
+    explained: dict[int, Explained],
+    effects: np.ndarray,
+    settings: ExplainSettings,
 ) -> pd.DataFrame:
     """Return what each head's weights go with, measured against untrained models; effects (heads,) of switching it off.
 
@@ -1886,9 +2107,20 @@ def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFram
         sentence = f"Events {where} carry {100 * found['value']:.0f} %{interval} of the attribution; "
         sentence += f"they are {100 * of_events.mean():.0f} % of the events."
         n_stays = int((sums["one"][window] > 0).sum())
-        row = (window, found["value"], found["low"], found["high"], float(of_events.mean()), n_stays, sentence)
+        row = (
+            window,
+            found["value"],
+            found["low"],
+            found["high"],
+            float(of_events.mean()),
+            n_stays,
+            sentence,
+        )
         rows.append(row)
-    return pd.DataFrame(rows, columns=["window", "share", "low", "high", "share_of_events", "n_stays", "sentence"])
+    return pd.DataFrame(
+        rows,
+        columns=["window", "share", "low", "high", "share_of_events", "n_stays", "sentence"],
+    )
 
 
 def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
@@ -1923,7 +2155,9 @@ def use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> Finding:
     """Say how far the model's logits are from those of a model that does not know when things happened."""
     moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
     found = bootstrap(moved, stays["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed)
-    words = f"With its events dealt anew to its times, a stay's logit moves by {TWO} on average".format(**found)
+    words = f"With its events dealt anew to its times, a stay's logit moves by {TWO} on average".format(
+        **found,
+    )
     words = words.replace(" [nan, nan]", "")
     uses = found["value"] > FLOOR
     words += ": the model uses when things happened." if uses else ": this model hardly uses when things happened."
@@ -1941,7 +2175,13 @@ def use_of_layer_attention(moved: np.ndarray) -> Finding:
 class Work:
     """A progress bar of the whole run, with the time left; what a stay costs grows with its length."""
 
-    def __init__(self, run: Run, chosen: Sequence[int], checked: Sequence[int], settings: ExplainSettings) -> None:
+    def __init__(
+        self,
+        run: Run,
+        chosen: Sequence[int],
+        checked: Sequence[int],
+        settings: ExplainSettings,
+    ) -> None:
         lengths = run.table.lengths
         self.explaining = lengths * (50 + np.minimum(lengths, settings.max_replacements or lengths.max()))
         self.checking = lengths * 250  # passes over an event, about
@@ -1986,7 +2226,10 @@ def explain(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     completeness = completeness_criterion(tables["stays"], settings)
     tables["faithfulness"] = pd.DataFrame([completeness, *criteria, check_linear_model(settings.seed)])
     more = [use_of_time(tables["stays"], settings), use_of_layer_attention(of_layers)]
-    tables["verdict"] = pd.concat([verdict_table(run, leaks, settings), pd.DataFrame(more)], ignore_index=True)
+    tables["verdict"] = pd.concat(
+        [verdict_table(run, leaks, settings), pd.DataFrame(more)],
+        ignore_index=True,
+    )
     tables["attentions"] = {found.stay["icu_stay_id"]: attention_of(found) for found in of_interest(explained, why)}
     highest = tables["stays"]["icu_stay_id"][tables["stays"]["probability"].idxmax()]
     tables["attention"] = tables["attentions"].get(highest, next(iter(tables["attentions"].values())))
@@ -2023,7 +2266,10 @@ def _important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int
     """Return the items of the largest mean |push| among those that enough patients have, and how many that is."""
     sizes = events.assign(size=events["attribution"].abs()).groupby("item")
     table = sizes.agg(size=("size", "mean"), n_patients=("patient_id", "nunique"))
-    least = min(max(3, 0.05 * events["patient_id"].nunique()), table["n_patients"].max())  # one patient is no finding
+    least = min(
+        max(3, 0.05 * events["patient_id"].nunique()),
+        table["n_patients"].max(),
+    )  # one patient is no finding
     common = table[table["n_patients"] >= least]
     return common["size"].nlargest(n_items).index.tolist(), math.ceil(least)
 
@@ -2131,7 +2377,10 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
 
 
 def findings(
-    run: Run, shown: dict[int, pd.DataFrame], events: pd.DataFrame, settings: ExplainSettings
+    run: Run,
+    shown: dict[int, pd.DataFrame],
+    events: pd.DataFrame,
+    settings: ExplainSettings,
 ) -> dict[str, pd.DataFrame]:
     """Return the tables items, levels, systems and decisive; `shown` are the events of the stays shown in full."""
     items = item_table(events)
@@ -2160,7 +2409,10 @@ PART_WORDS = {
     "attribution_time": "time",
 }
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
-SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below and above an even share
+SHARES = LinearSegmentedColormap.from_list(
+    "shares",
+    ["#003f38", "#ffffff", "#5b3000"],
+)  # below and above an even share
 OVER_TIME = {
     "attention": "pooling attention",
     "rollout": "attention rollout",
@@ -2234,7 +2486,9 @@ def _means_by(table: pd.DataFrame, group: str, value: str) -> pd.DataFrame:
     for name, part in table.groupby(group, observed=True):
         found[name] = bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy())
     columns = ["value", "low", "high", "n", "n_patients"]
-    return pd.DataFrame(list(found.values()), index=list(found), columns=columns).rename(columns={"value": "mean"})
+    return pd.DataFrame(list(found.values()), index=list(found), columns=columns).rename(
+        columns={"value": "mean"},
+    )
 
 
 def _stay_shares(events: pd.DataFrame, bins: pd.Series, column: str) -> pd.DataFrame:
@@ -2270,12 +2524,17 @@ def _bands(figure: Any, heights: Sequence[float]) -> list[Any]:
             1,
             height_ratios=heights,
             squeeze=False,
-        )[:, 0]
+        )[:, 0],
     )
 
 
 def _error_dots(
-    axes: Axes, table: pd.DataFrame, at: np.ndarray, color: Any, marker: str = "o", label: str = ""
+    axes: Axes,
+    table: pd.DataFrame,
+    at: np.ndarray,
+    color: Any,
+    marker: str = "o",
+    label: str = "",
 ) -> None:
     """Draw means with their intervals as horizontal bars at the heights `at`; `color` one or one per row."""
     axes.hlines(
@@ -2296,7 +2555,14 @@ def _error_dots(
     )
 
 
-def _vertical_errors(axes: Axes, x: np.ndarray, table: pd.DataFrame, color: str, marker: str, label: str = "") -> None:
+def _vertical_errors(
+    axes: Axes,
+    x: np.ndarray,
+    table: pd.DataFrame,
+    color: str,
+    marker: str,
+    label: str = "",
+) -> None:
     """Draw means with their intervals as vertical bars, in percent."""
     axes.vlines(
         x,
@@ -2338,7 +2604,14 @@ def _ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
     axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
 
 
-def _small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, words: Any = None) -> None:
+def _small_bar(
+    figure: Any,
+    image: Any,
+    axes: Any,
+    label: str,
+    ticks: Any = None,
+    words: Any = None,
+) -> None:
     """Draw the bar of a picture's colours."""
     bar = figure.colorbar(
         image,
@@ -2353,7 +2626,12 @@ def _small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None
     bar.ax.tick_params(labelsize=7)
 
 
-def _largest_in_words(values: np.ndarray, hours: np.ndarray, texts: Sequence[str], is_push: bool) -> list[str]:
+def _largest_in_words(
+    values: np.ndarray,
+    hours: np.ndarray,
+    texts: Sequence[str],
+    is_push: bool,
+) -> list[str]:
     """Name the three largest of a stay's pushes (logit) or weights (1: an even share), or say that none stands out."""
     sizes = np.nan_to_num(np.abs(values))
     if is_push and sizes.max() < FLOOR:
@@ -2367,7 +2645,12 @@ def _largest_in_words(values: np.ndarray, hours: np.ndarray, texts: Sequence[str
     return words
 
 
-def _stems(subfigure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]) -> None:
+def _stems(
+    subfigure: Any,
+    rows: list[tuple[str, np.ndarray, bool]],
+    hours: np.ndarray,
+    texts: Sequence[str],
+) -> None:
     """Draw a panel per (name, values (L,), is it a push) over hours to the end; the largest are dark, and named."""
     grid = subfigure.subplots(
         len(rows),
@@ -2451,7 +2734,10 @@ def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
             axes.set_title(f"head {head + 1}" if head < n_heads else "mean", fontsize=8)
         if head == 0:
             axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
-    grid[-1, n_heads // 2].set_xlabel(f"event looked at: {TO_END}; event that looks: downwards, same scale", fontsize=8)
+    grid[-1, n_heads // 2].set_xlabel(
+        f"event looked at: {TO_END}; event that looks: downwards, same scale",
+        fontsize=8,
+    )
     steps = np.linspace(-reach, reach, 5)
     words = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
     _small_bar(figure, image, grid, "attention, times an even share", steps, words)
@@ -2521,11 +2807,18 @@ def _draw_tenths(subfigure: Any, events: pd.DataFrame, n_heads: int) -> None:
 def _draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time, and their shares in the windows before the end of all."""
     events, windows = tables["events"], tables.get("windows")
-    figure = _page("When in the stay lies the evidence: by attention, and by what moves the prediction?", caption, 7.2)
+    figure = _page(
+        "When in the stay lies the evidence: by attention, and by what moves the prediction?",
+        caption,
+        7.2,
+    )
     upper, lower = _bands(figure, [1.25, 1])
     icu_stay_id = tables["attention"]["icu_stay_id"]
     own = _of_stay(events, icu_stay_id).sort_values("event")
-    upper.suptitle(f"Stay {icu_stay_id}: every event; attention in times an even share, pushes in logit", fontsize=9)
+    upper.suptitle(
+        f"Stay {icu_stay_id}: every event; attention in times an even share, pushes in logit",
+        fontsize=9,
+    )
     rows = []
     for column, word in OVER_TIME.items():
         is_push = column not in ("attention", "rollout")
@@ -2590,7 +2883,11 @@ def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
     values = grid["correlation"][names].to_numpy(float)
     has_role = grid["has_role"][names].to_numpy(bool)
     n_roles = has_role.any(0).sum()
-    figure = _page(f"{question} {n_roles} of {len(names)} have a role", caption, 0.28 * len(properties) + 1.9)
+    figure = _page(
+        f"{question} {n_roles} of {len(names)} have a role",
+        caption,
+        0.28 * len(properties) + 1.9,
+    )
     axes = figure.subplots()
     strength = np.where(has_role, 1.0, 0.35)
     image = axes.imshow(
@@ -2609,13 +2906,17 @@ def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
                 1,
                 fill=False,
                 linewidth=1.2,
-            )
+            ),
         )
     for at, (layer, head) in enumerate(names):
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
             axes.axvline(at - 0.5, color="black", linewidth=1)
-    tidy(axes, f"head; framed: follows beyond 99 % of untrained heads, and moves the logit by over {FLOOR}", "")
+    tidy(
+        axes,
+        f"head; framed: follows beyond 99 % of untrained heads, and moves the logit by over {FLOOR}",
+        "",
+    )
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
     axes.set_yticks(range(len(properties)), [_property_word(name) for name in properties], fontsize=7.5)
     _small_bar(figure, image, axes, "rank correlation within the stay")
@@ -2632,7 +2933,8 @@ def _importance_rows(panels: tuple[Axes, Axes], title: str, table: pd.DataFrame,
     """Draw mean signed and mean absolute push of each `group` of a table, with the numbers of rows and patients."""
     left, right = panels
     size = _means_by(table.assign(size=table["attribution"].abs()), "group", "size").sort_values(
-        "mean", ascending=False
+        "mean",
+        ascending=False,
     )
     mean = _means_by(table, "group", "attribution").loc[size.index]
     at = np.arange(len(size))
@@ -2665,7 +2967,11 @@ def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
     }
     heights = [[table["group"].nunique() for table in part.values()] for part in (per_event, per_stay)]
     n_rows = sum(heights[0]) + sum(heights[1])
-    figure = _page("What moves this model's prediction, in which direction and how far?", caption, 0.2 * n_rows + 3.6)
+    figure = _page(
+        "What moves this model's prediction, in which direction and how far?",
+        caption,
+        0.2 * n_rows + 3.6,
+    )
     halves = _bands(figure, [sum(part) + 4 for part in heights])
     for half, blocks, ratios, unit in zip(halves, (per_event, per_stay), heights, ("events", "stays")):
         grid = half.subplots(
@@ -2687,7 +2993,11 @@ def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
 def _draw_item_importance(tables: Tables, caption: str) -> Figure:
     """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place in the item."""
     events, items = tables["events"], tables["items"]
-    figure = _page("Which items push, and is it their high or their low values?", caption, 0.26 * len(items) + 1.7)
+    figure = _page(
+        "Which items push, and is it their high or their low values?",
+        caption,
+        0.26 * len(items) + 1.7,
+    )
     axes = figure.subplots()
     draw = np.random.default_rng(0)
     norm = Normalize(0, 1)
@@ -2785,7 +3095,11 @@ def _draw_captum_attributions(tables: Tables, caption: str) -> Figure:
     events = _of_stay(tables["events"], icu_stay_id)
     statics = _of_stay(tables["statics"], icu_stay_id)
     question = f"Which events push the prediction of stay {icu_stay_id}?"
-    figure = _page(f"{question} Risk {_percent(row['probability'])}, {_outcome(row['label'])}", caption, 8.0)
+    figure = _page(
+        f"{question} Risk {_percent(row['probability'])}, {_outcome(row['label'])}",
+        caption,
+        8.0,
+    )
     line, bars, below = _bands(figure, [1, 2.2, 1.3])
     _draw_pushes(line.subplots(), events, _sums_in_words(row, events, statics))
     bars.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
@@ -2844,7 +3158,10 @@ def _parts_of_events(axes: Axes, events: pd.DataFrame) -> None:
     """Draw how much of an event's push is due to its text, type, time and value."""
     used = [column for column in PART_WORDS if column in events and events[column].any()]
     parts = events.melt("patient_id", used, "part", "size").replace({"part": PART_WORDS})
-    table = _means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values("mean", ascending=False)
+    table = _means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values(
+        "mean",
+        ascending=False,
+    )
     _error_dots(axes, table, np.arange(len(table)), "black")
     _rows(axes, table.index)
     axes.set_xlim(left=0)
@@ -2869,7 +3186,11 @@ def _draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     stay = _shown_stay(stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])])
     question = "Does the evidence stay with its events on the way through the layers?"
     caption = f"{_verdict_on(tables, 'layer attention')} {caption}".strip()
-    figure = _page(f"{question} (Statics held fixed: another question than captum_attributions)", caption, 5.4)
+    figure = _page(
+        f"{question} (Statics held fixed: another question than captum_attributions)",
+        caption,
+        5.4,
+    )
     upper, lower = _bands(figure, [1.2, 1])
     own = _of_stay(layers, stay)
     wide = own.pivot(index="layer", columns="event", values="attribution").loc[names]
@@ -2898,9 +3219,18 @@ def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
     names = layers["layer"].unique()
     first = layers[layers["layer"] == names[0]][["icu_stay_id", "event", "attribution"]]
     both = layers.merge(first, on=["icu_stay_id", "event"], suffixes=("", "_first"))
-    found = _rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
+    found = _rank_agreement(
+        both,
+        ["layer", "icu_stay_id", "patient_id"],
+        "attribution",
+        "attribution_first",
+    )
     axes, at = subfigure.subplots(), np.arange(len(names))
-    heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
+    heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(
+        -0.2,
+        0.2,
+        len(found),
+    )
     axes.scatter(
         found["correlation"],
         heights,
@@ -2927,7 +3257,10 @@ def _draw_groups(axes: Axes, rows: pd.DataFrame, kind: str) -> None:
     """Draw attribution and ablation of the groups of one kind, mean per stay that has the group."""
     names = sorted(rows["group"].unique(), key=_group_order)
     at = np.arange(len(names))
-    measures = (("attribution", "push, summed", BLUE, "o"), ("ablation", "if unremarkable", VERMILLION, "s"))
+    measures = (
+        ("attribution", "push, summed", BLUE, "o"),
+        ("ablation", "if unremarkable", VERMILLION, "s"),
+    )
     for shift, (value, word, color, marker) in zip((-0.14, 0.14), measures):
         _error_dots(axes, _means_by(rows, "group", value).reindex(names), at + shift, color, marker, word)
     axes.axvline(0, color="black", linewidth=0.7)
@@ -2955,7 +3288,10 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     )[:, 0]
     for axes, kind in zip(panels, kinds):
         _draw_groups(axes, groups[groups["kind"] == kind], kind)
-    panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
+    panels[-1].set_xlabel(
+        f"mean per stay that has the group, {LOGIT}; each panel has its own scale",
+        fontsize=8,
+    )
     handles = panels[0].get_legend_handles_labels()
     upper.legend(
         *handles,
@@ -3283,7 +3619,9 @@ def _event_rows(events: pd.DataFrame, temperature: float) -> list[list[str]]:
         clock = "" if pd.isna(row.event_time) else f"{pd.Timestamp(row.event_time):%Y-%m-%d %H:%M}"
         hours = [f"{row.hours_since_admission:.1f}", f"{row.hours_to_end:.1f}"]
         text = row.event_text + (TELLS if getattr(row, "tells_outcome", False) else "")
-        rows.append([text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)])
+        rows.append(
+            [text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)],
+        )
     return rows
 
 
@@ -3338,7 +3676,12 @@ def _decisive_sentence(decisive: pd.DataFrame, stay: Any) -> str:
     return f"Without {which} the risk would be {without}, on the other side of {_percent(row['threshold'])}: {texts}."
 
 
-def _stay_context(stay: Any, tables: Tables, calibration: pd.DataFrame | None, temperature: float) -> dict[str, Any]:
+def _stay_context(
+    stay: Any,
+    tables: Tables,
+    calibration: pd.DataFrame | None,
+    temperature: float,
+) -> dict[str, Any]:
     """Return what the template says of one stay, a row of `stays`."""
     parts = {}
     for name in ("events", "statics", "trajectory", "systems", "decisive"):
@@ -3354,7 +3697,9 @@ def _stay_context(stay: Any, tables: Tables, calibration: pd.DataFrame | None, t
     place = f"Percentile {stay.risk_percentile:.0f} of the risks of all held-out stays. "
     static_rows = []
     for row in statics.itertuples():
-        static_rows.append([row.feature, _plain_number(row.value), _signed(row.attribution), _signed(row.ablation)])
+        static_rows.append(
+            [row.feature, _plain_number(row.value), _signed(row.attribution), _signed(row.ablation)],
+        )
     system_rows = []
     for row in parts["systems"].itertuples():
         system_rows.append([row.system, f"{row.n_events:,}", _signed(row.push)])
@@ -3410,7 +3755,10 @@ def _check_rows(faithfulness: pd.DataFrame | None, verdict_holds: bool) -> tuple
     for row in faithfulness.itertuples():
         rows.append([f"{row.check}: {row.method}", row.sentence, words.get(row.passed, "not judged")])
     if not verdict_holds:
-        return "The model fails the verdict above: how right its explanations are says nothing about patients.", rows
+        return (
+            "The model fails the verdict above: how right its explanations are says nothing about patients.",
+            rows,
+        )
     results = [row[2] for row in rows]
     fallen = results.count("falls short")
     judged = fallen + results.count("passed")
@@ -3446,7 +3794,12 @@ def _calibration_of_shown(stays: pd.DataFrame) -> pd.DataFrame | None:
 
 def _template() -> Template:
     """Return the report's template; every text that goes into it is escaped."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     environment.filters |= {"signed": _signed, "percent_of": lambda share: f"{100 * share:.0f} %"}
     return environment.from_string(REPORT)
 
@@ -3602,7 +3955,10 @@ def run_explainability_analysis(
     settings = replace(settings, data=settings.data or own.test_data or own.data)
     tables = explain(run, settings)
     for finding in tables["verdict"].itertuples():
-        logger.log(logging.WARNING if finding.passed is False else logging.INFO, f"Verdict     {finding.sentence}")
+        logger.log(
+            logging.WARNING if finding.passed is False else logging.INFO,
+            f"Verdict     {finding.sentence}",
+        )
     for sentence in tables["faithfulness"]["sentence"]:
         logger.info(f"Check       {sentence}")
     if folder is not None:
@@ -3621,7 +3977,12 @@ def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
     return replace(settings, **fewer, stays=min(settings.stays, 2))
 
 
-def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: ExplainSettings) -> list[Path]:
+def write_everything(
+    folder: Path,
+    run: Run,
+    tables: dict[str, Any],
+    settings: ExplainSettings,
+) -> list[Path]:
     """Tables, faithfulness.json, the nine pictures and the report; the one place that writes."""
     written = []
     for name, file in TABLE_FILES.items():
@@ -3640,7 +4001,10 @@ def write_everything(folder: Path, run: Run, tables: dict[str, Any], settings: E
         "calibration": calibration_of(run),
     }
     page_text = render_report(tables, figures, info)
-    return [*written, train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8"))]
+    return [
+        *written,
+        train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8")),
+    ]
 
 
 def write_table(table: pd.DataFrame, file: str, path: Path) -> None:

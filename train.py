@@ -74,7 +74,12 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+    send_to_device,
+)
 from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -141,7 +146,10 @@ class Progress(tqdm):
 
 def option(default: Any, help_text: str, **limits: Any) -> Any:
     """A settings field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
-    metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # argparse takes a percent sign for a format
+    metadata = {
+        "help": help_text.replace("%", "%%"),
+        "limits": limits,
+    }  # argparse takes a percent sign for a format
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -152,31 +160,62 @@ class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
     data: str = option(
-        "sample_train.csv", "MIMIC-IV or MEDS folder, nested Parquet (or a glob), or a flat CSV/Parquet file."
+        "sample_train.csv",
+        "MIMIC-IV or MEDS folder, nested Parquet (or a glob), or a flat CSV/Parquet file.",
     )
-    output_dir: str = option("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
-    cache_dir: str = option("clinical_LF_precomp_emb", "Folder for the embedding cache and the query's result.")
+    output_dir: str = option(
+        "trained_models/clinical_LF",
+        "Folder for checkpoints, plots, metrics and predictions.",
+    )
+    cache_dir: str = option(
+        "clinical_LF_precomp_emb",
+        "Folder for the embedding cache and the query's result.",
+    )
     hf_cache: str = option("hf_cache", "Folder for downloaded encoder weights.")
-    memory_limit: str = option("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
+    memory_limit: str = option(
+        "33%",
+        "Memory for reading the data: a share of the machine's, or a size like 16GB.",
+    )
     threads: int = option(0, "Threads that read the data; 0 takes all cores.", low=0)
 
-    text_encoder: str = option(CLINICAL_LONGFORMER, "Hugging Face id or local path of an encoder, or 'hashing'.")
+    text_encoder: str = option(
+        CLINICAL_LONGFORMER,
+        "Hugging Face id or local path of an encoder, or 'hashing'.",
+    )
     text_encoder_revision: str = option("main", "Branch, tag or commit of the encoder on the hub.")
     max_text_tokens: int = option(512, "Texts are cut after this many tokens.", low=1)
-    text_encoder_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision of the frozen encoder.")
-    item_history: bool = option(
-        False, "More inputs per event: what its item was until then in this stay (number, extremes, mean, count, ...)."
+    text_encoder_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "Precision of the frozen encoder.",
     )
-    static_features: list[str] = option([], "Static columns to use; default: all that are known at the prediction.")
+    item_history: bool = option(
+        False,
+        "More inputs per event: what its item was until then in this stay (number, extremes, mean, count, ...).",
+    )
+    static_features: list[str] = option(
+        [],
+        "Static columns to use; default: all that are known at the prediction.",
+    )
 
     observation_hours: float = option(
-        0.0, "Predict this many hours after ICU admission; 0 reads the whole stay.", low=0
+        0.0,
+        "Predict this many hours after ICU admission; 0 reads the whole stay.",
+        low=0,
     )
-    gap_hours: float = option(0.0, "Leave out stays that end within this many hours after the prediction.", low=0)
+    gap_hours: float = option(
+        0.0,
+        "Leave out stays that end within this many hours after the prediction.",
+        low=0,
+    )
     labels: str = option(
-        "", "With a MEDS data set: file or folder of its labels, or mortality-in-icu@24h to make them."
+        "",
+        "With a MEDS data set: file or folder of its labels, or mortality-in-icu@24h to make them.",
     )
-    history_hours: float = option(0.0, "With a MEDS data set: hours before the prediction to read; 0 reads all.", low=0)
+    history_hours: float = option(
+        0.0,
+        "With a MEDS data set: hours before the prediction to read; 0 reads all.",
+        low=0,
+    )
     first_stay_only: bool = option(False, "Keep only the first ICU stay of each patient.")
 
     d_model: int = option(256, "Width of the transformer.", low=1)
@@ -185,19 +224,34 @@ class Settings:
     d_feedforward: int = option(512, "Width of the feed-forward part of each layer.", low=1)
     n_pooling_heads: int = option(4, "Attention heads that pool the events.", low=1)
     dropout: float = option(
-        0.1, "Dropout everywhere but inside attention (fused kernels take none there).", low=0, below=1
+        0.1,
+        "Dropout everywhere but inside attention (fused kernels take none there).",
+        low=0,
+        below=1,
     )
 
     weight_averaging: float = option(
-        0.98, "Decay per step of the running mean of the weights that is validated and kept.", low=0, below=1
+        0.98,
+        "Decay per step of the running mean of the weights that is validated and kept.",
+        low=0,
+        below=1,
     )
     temporal_weight: float = option(
-        0.0, "Share of the loss given to the events' own predictions; 0 is plain BCE.", low=0, high=1
+        0.0,
+        "Share of the loss given to the events' own predictions; 0 is plain BCE.",
+        low=0,
+        high=1,
     )
     sparsity_weight: float = option(
-        0.0, "Weight of the penalty on how evenly events speak to the pooling; 0 is none.", low=0
+        0.0,
+        "Weight of the penalty on how evenly events speak to the pooling; 0 is none.",
+        low=0,
     )
-    tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.", above=0)
+    tau_hours: float = option(
+        24.0,
+        "An event that lies tau hours earlier weighs 1/e in the temporal loss.",
+        above=0,
+    )
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", above=0)
     weight_decay: float = option(0.1, "Weight decay of AdamW.", low=0)
     warmup_steps: int = option(50, "Steps over which the learning rate rises to its peak.", low=0)
@@ -211,37 +265,68 @@ class Settings:
         low=1,
     )
     max_events_per_batch: int = option(
-        16384, "Padded events per step and process at most (a longer stay is alone): bounds a GPU's memory.", low=1
+        16384,
+        "Padded events per step and process at most (a longer stay is alone): bounds a GPU's memory.",
+        low=1,
     )
     vectors_on: Literal["auto", "device", "host"] = option(
-        "auto", "Where the texts' vectors live: auto is the GPU if they take less than half of its free memory."
+        "auto",
+        "Where the texts' vectors live: auto is the GPU if they take less than half of its free memory.",
     )
-    mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "auto is bf16 on CUDA devices that have it.")
-    seed: int = option(0, "Seed of the split, the weights, the order of batches and the bootstrap.", low=0, below=2**31)
+    mixed_precision: Literal["auto", "no", "bf16"] = option(
+        "auto",
+        "auto is bf16 on CUDA devices that have it.",
+    )
+    seed: int = option(
+        0,
+        "Seed of the split, the weights, the order of batches and the bootstrap.",
+        low=0,
+        below=2**31,
+    )
     n_bootstrap: int = option(1000, "Bootstrap samples of patients behind every 95 % interval.", low=0)
-    save_attention_every: int = option(50, "Save the attention of every so many batches; 0 saves none.", low=0)
+    save_attention_every: int = option(
+        50,
+        "Save the attention of every so many batches; 0 saves none.",
+        low=0,
+    )
 
-    test_data: str = option("", "Test on the stays of this data set; --data is then split 80/20 to train and validate.")
+    test_data: str = option(
+        "",
+        "Test on the stays of this data set; --data is then split 80/20 to train and validate.",
+    )
     no_test: bool = option(
-        False, "Keep no test stays: split 80/20 to train and validate. For a model that is tested elsewhere."
+        False,
+        "Keep no test stays: split 80/20 to train and validate. For a model that is tested elsewhere.",
     )
     split: str = option(
-        "", "CSV file of patient_id and part (train, validation, test), as each run writes its split.csv."
+        "",
+        "CSV file of patient_id and part (train, validation, test), as each run writes its split.csv.",
     )
     seeds: int = option(
-        1, "Train this many times on one split, with seeds from --seed on, and report the spread.", low=1
+        1,
+        "Train this many times on one split, with seeds from --seed on, and report the spread.",
+        low=1,
     )
 
     resume: bool = option(False, "Go on from latest_checkpoint.pth in the output folder.")
     evaluate: str = option("", "Checkpoint with which to score --data, without training.")
     include_seen: bool = option(
-        False, "With --evaluate: judge also by patients that the model was trained or tuned on."
+        False,
+        "With --evaluate: judge also by patients that the model was trained or tuned on.",
     )
-    trajectory: str = option("", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.")
+    trajectory: str = option(
+        "",
+        "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.",
+    )
     temperature_scaling: bool = option(False, "Calibrate by one temperature fitted on the validation split.")
-    cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.", low=0)
+    cross_validate: int = option(
+        0,
+        "Repeat training over this many patient-level folds and report the spread.",
+        low=0,
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = option(
-        "none", "Also send each epoch's figures to this tracker."
+        "none",
+        "Also send each epoch's figures to this tracker.",
     )
     dry_run: bool = option(False, "Read the data, say what the run will do, take and need, and stop.")
     audit: bool = option(False, "Only run the leakage audit: write leakage_audit.csv and stop.")
@@ -308,7 +393,9 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
     if words and words[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**parser.read_file(Path(words.pop(0))))
     settings, unknown = parser.parse_args_into_dataclasses(
-        args=words, return_remaining_strings=True, look_for_args_file=False
+        args=words,
+        return_remaining_strings=True,
+        look_for_args_file=False,
     )
     if unknown:
         parser.error(f"unknown option {' '.join(unknown)}")
@@ -382,7 +469,10 @@ def check_settings(settings: Settings) -> Settings:
             settings.labels and settings.observation_hours,
             "--observation-hours and --labels: a MEDS label has its own time of prediction. Give one of the two.",
         ),
-        (settings.history_hours and not settings.labels, "--history-hours needs a MEDS data set and its --labels."),
+        (
+            settings.history_hours and not settings.labels,
+            "--history-hours needs a MEDS data set and its --labels.",
+        ),
         (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
         (
             len(modes) > 1,
@@ -431,7 +521,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written ({reason}). Free space, or {CHOOSE_ANOTHER_FOLDER}.") from None
+        raise InputError(
+            f"{path}: cannot be written ({reason}). Free space, or {CHOOSE_ANOTHER_FOLDER}.",
+        ) from None
     finally:
         remove(temporary)
     return path
@@ -459,12 +551,16 @@ def hold(folder: Path, wait: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.") from None
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.",
+        ) from None
     lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)  # falls with the process that has it
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(f"{folder}: another run writes here. Wait for it, or {CHOOSE_ANOTHER_FOLDER}.") from None
+        raise InputError(
+            f"{folder}: another run writes here. Wait for it, or {CHOOSE_ANOTHER_FOLDER}.",
+        ) from None
     except OSError:  # some network disks cannot lock: then nothing is removed
         logger.debug(f"{folder}: this disk has no locks")
     else:
@@ -588,7 +684,9 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     for table in MIMIC_TABLES:
         paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
         if len(paths) == 2:
-            raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
+            raise InputError(
+                f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.",
+            )
         if paths:
             found[table] = paths[0]
         else:
@@ -596,7 +694,7 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     if missing:
         raise InputError(
             f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
-            "folder that holds hosp/ and icu/, as downloaded from PhysioNet."
+            "folder that holds hosp/ and icu/, as downloaded from PhysioNet.",
         )
     return found
 
@@ -636,7 +734,10 @@ def query_for_duckdb(text: str) -> str:
 
 
 def open_duckdb(
-    memory_limit: str, threads: int, spill: Path, database: str | Path = ":memory:"
+    memory_limit: str,
+    threads: int,
+    spill: Path,
+    database: str | Path = ":memory:",
 ) -> duckdb.DuckDBPyConnection:
     """Connect to DuckDB within the limits that all its work here has; what passes them spills into a folder.
 
@@ -652,7 +753,9 @@ def open_duckdb(
         con.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
     except duckdb.Error:
         con.close()
-        raise InputError(f"--memory-limit {memory_limit}: give a size like 16GB, or a share like 33%.") from None
+        raise InputError(
+            f"--memory-limit {memory_limit}: give a size like 16GB, or a share like 33%.",
+        ) from None
     return con
 
 
@@ -701,18 +804,22 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     try:
         header = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()]
         if absent := [column for column in columns if column not in header]:
-            raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
+            raise InputError(
+                f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.",
+            )
         for counted in ("read", "of_cohort"):
             database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{counted}")
         database.execute(statement.format(**parts)).fetchall()
     except duckdb.ConversionException:
-        raise InputError(f"{path} has values that do not fit: {unfit_values(database, columns, rows)}.") from None
+        raise InputError(
+            f"{path} has values that do not fit: {unfit_values(database, columns, rows)}.",
+        ) from None
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
         raise InputError(
             f"{path} cannot be read ({reason_without_rows(error)}). Is the download complete? Compare the file "
-            "with SHA256SUMS.txt of the data set and fetch it again."
+            "with SHA256SUMS.txt of the data set and fetch it again.",
         ) from None
     if table in MIMIC_KEYS:
         check_key(database, table)
@@ -734,13 +841,13 @@ def check_key(database: duckdb.DuckDBPyConnection, table: str) -> None:
     """Raise InputError if a key of a table stands twice: all that is joined to it would be doubled."""
     name, key = Path(table).name, MIMIC_KEYS[table]
     twice = database.execute(
-        f"SELECT {key} FROM {name} WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}"
+        f"SELECT {key} FROM {name} WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}",
     ).fetchall()
     if twice:
         first = ", ".join(str(row[0]) for row in twice[:3])
         raise InputError(
             f"{table}: {len(twice)} values of {key} stand in more than one row, first {first}. "
-            "Are two releases or two copies mixed? Each may stand once."
+            "Are two releases or two copies mixed? Each may stand once.",
         )
 
 
@@ -779,7 +886,9 @@ def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceTable]:
             account = SourceTable(table, read, of_cohort, None, lost)
         if table == "hosp/microbiologyevents":
             days = database.execute(DAYS_ONLY).fetchall()[0][0]
-            account = account._replace(noted={"about the stays have a day but no time: placed at its end": days})
+            account = account._replace(
+                noted={"about the stays have a day but no time: placed at its end": days},
+            )
         accounts.append(account)
     return accounts
 
@@ -817,7 +926,12 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
                 write_json(working / target.name / ACCOUNT, accounts)
                 collect_stays(database, query_for_duckdb(query), working / target.name)
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-            raise no_room("query.sql", error, memory_limit, results) from None  # the next run goes on from here
+            raise no_room(
+                "query.sql",
+                error,
+                memory_limit,
+                results,
+            ) from None  # the next run goes on from here
         except InputError:  # the folder has to be mended first
             remove(working)
             raise
@@ -840,35 +954,42 @@ def _working_database(working: Path, memory_limit: str, threads: int) -> duckdb.
 
 def no_room(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:
     """Return the error that says that memory or disk ran out, which no file is to blame for."""
-    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    free = shutil.disk_usage(
+        next(place for place in (folder, *folder.absolute().parents) if place.exists()),
+    ).free
     return InputError(
         f"{what} stopped ({type(error).__name__}) with --memory-limit {memory_limit} and {free / 1e9:.0f} GB left on "
-        f"the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data."
+        f"the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data.",
     )
 
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
     """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
     patients = database.execute(
-        "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY 1"
+        "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY 1",
     ).fetchall()
     if not patients:
         raise InputError("icu/icustays has no rows: nothing to learn from.")
     names = [Path(table).name for table in EVENT_TABLES]
     count = " + ".join(f"(SELECT count(*) FROM mimic.{name})" for name in names)
     n_slices = min(len(patients), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
-    for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
+    for number, part in enumerate(
+        Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices"),
+    ):
         path = result / f"part_{number:04d}.parquet"
         if path.exists():
             continue
         for name, patient in [("icustays", "subject_id"), *((name, "patient") for name in names)]:
             database.execute(
                 f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM mimic.{name} "
-                f"WHERE {patient} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
+                f"WHERE {patient} BETWEEN {part[0, 0]} AND {part[-1, 0]}",
             )
         rows = f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id"
         options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048"
-        write_whole(path, lambda name: database.execute(f"COPY ({rows}) TO {sql_quoted(name)} ({options})").fetchall())
+        write_whole(
+            path,
+            lambda name: database.execute(f"COPY ({rows}) TO {sql_quoted(name)} ({options})").fetchall(),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1062,9 +1183,11 @@ def _make_mortality_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> di
     if not con.execute("SELECT count(*) FROM label_rows").fetchall()[0][0]:
         raise InputError(
             f"--labels {task.labels}: no ICU stay lasts {hours + task.gap_hours:g} h, "
-            "or no code begins with ICU_ADMISSION."
+            "or no code begins with ICU_ADMISSION.",
         )
-    return {f"ICU stays that ended or whose patient died within {hours + task.gap_hours:g} h, without a label": short}
+    return {
+        f"ICU stays that ended or whose patient died within {hours + task.gap_hours:g} h, without a label": short,
+    }
 
 
 def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, int]:
@@ -1072,7 +1195,7 @@ def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, in
     path = Path(task.labels)
     if not path.exists():
         raise InputError(
-            f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself."
+            f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself.",
         )
     files = sql_quoted(path / "**" / "*.parquet" if path.is_dir() else path)
     con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
@@ -1081,7 +1204,9 @@ def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, in
         raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
     conflicts = con.execute(MEDS_LABEL_CONFLICTS).fetchall()[0][0]
     if conflicts:
-        raise InputError(f"--labels {path}: {conflicts} subjects and times have labels that contradict each other.")
+        raise InputError(
+            f"--labels {path}: {conflicts} subjects and times have labels that contradict each other.",
+        )
     late = con.execute(MEDS_LATE_LABELS).fetchall()[0][0]
     return {"labels at or after the patient's death, left out": late}
 
@@ -1222,13 +1347,20 @@ class Repairs(dict[str, int]):
 
     def state(self) -> dict[str, Any]:
         """Return all of it as plain data."""
-        return {"counts": self, "notes": self.notes, "sources": [account._asdict() for account in self.sources]}
+        return {
+            "counts": self,
+            "notes": self.notes,
+            "sources": [account._asdict() for account in self.sources],
+        }
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Repairs:
         """Return what `state` was of."""
         repairs = cls(state["counts"])
-        repairs.notes, repairs.sources = state["notes"], [SourceTable(**account) for account in state["sources"]]
+        repairs.notes, repairs.sources = (
+            state["notes"],
+            [SourceTable(**account) for account in state["sources"]],
+        )
         return repairs
 
     def log(self) -> None:
@@ -1244,7 +1376,7 @@ class Repairs(dict[str, int]):
             if in_stays == 0:
                 logger.warning(
                     f"Rows        WARNING: {table} contributes nothing: {read:,} rows read, {of_cohort:,} of the "
-                    "cohort. Is it of the same release as icu/icustays?"
+                    "cohort. Is it of the same release as icu/icustays?",
                 )
 
 
@@ -1270,11 +1402,11 @@ def read_stays(
         raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
     if frame is None and not path.exists() and not any(c in str(data) for c in "*?["):
         raise InputError(
-            f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file."
+            f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file.",
         )
     if frame is None and is_meds(path) != (task is not None):
         raise InputError(
-            f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h."
+            f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h.",
         )
     if path.is_dir() and task is None:
         path = run_mimic_query(path, Path(cache_dir), memory_limit, threads) / "*.parquet"
@@ -1284,13 +1416,20 @@ def read_stays(
         spill = results / f".spilled{HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with open_duckdb(memory_limit, threads, spill) as con:
-                return _read_tables(con, path if frame is None else frame, name, need_label, task, static_features)
+                return _read_tables(
+                    con,
+                    path if frame is None else frame,
+                    name,
+                    need_label,
+                    task,
+                    static_features,
+                )
         except duckdb.OutOfMemoryException as error:
             raise no_room(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
             raise InputError(
                 f"{name}: cannot be read ({reason_without_rows(error)}). CSV must be UTF-8 with a header and the "
-                "columns of the README's data table; Parquet files of one glob must share a schema."
+                "columns of the README's data table; Parquet files of one glob must share a schema.",
             ) from None
 
     kept = kept_arrays(path, results, need_label, task)
@@ -1419,7 +1558,10 @@ def _columns(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
 
 
 def _check_columns(
-    con: duckdb.DuckDBPyConnection, source: str, need_label: bool, static_features: Sequence[str]
+    con: duckdb.DuckDBPyConnection,
+    source: str,
+    need_label: bool,
+    static_features: Sequence[str],
 ) -> None:
     """Refuse a table without a column that is needed, or whose ids lost digits."""
     stay_columns, event_columns = _columns(con, "stay_rows"), _columns(con, "event_rows")
@@ -1429,7 +1571,7 @@ def _check_columns(
     if missing:
         raise InputError(
             f"{source}: missing columns {', '.join(missing)}. query.sql yields them all; "
-            "the README's data table lists them."
+            "the README's data table lists them.",
         )
     for name in ("patient_id", "admission_id", "icu_stay_id"):
         if stay_columns[name] not in ("DOUBLE", "FLOAT"):
@@ -1438,7 +1580,7 @@ def _check_columns(
         if lost:
             raise InputError(
                 f"{source}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids "
-                "lose digits. Export it as INT64."
+                "lose digits. Export it as INT64.",
             )
 
 
@@ -1514,7 +1656,7 @@ def _raise_first(con: duckdb.DuckDBPyConnection, source: str, view: str, checks:
         meaning = "0 or 1" if name == LABEL else UNREADABLE[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]][1]
         raise InputError(
             f"{source}: column {name} is not {meaning} in {count} rows, first row {', '.join(map(str, rows))} "
-            "after the header. Mend or remove these rows."
+            "after the header. Mend or remove these rows.",
         )
 
 
@@ -1525,7 +1667,7 @@ def _refuse_double_stays(con: duckdb.DuckDBPyConnection, source: str) -> None:
         stay, files = twice[0]
         raise InputError(
             f"{source}: {len(twice)} stays stand in more than one row, first icu_stay_id {stay} in "
-            f"{', '.join(files[:3])}. Are these files of two exports? Keep those of one."
+            f"{', '.join(files[:3])}. Are these files of two exports? Keep those of one.",
         )
 
 
@@ -1537,14 +1679,14 @@ def _refuse_contradictions(con: duckdb.DuckDBPyConnection, source: str) -> None:
             conflicts[name] = f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1"
     found = con.execute(
         f"SELECT TRY_CAST(icu_stay_id AS BIGINT) AS stay, {', '.join(conflicts.values())} FROM stay_rows "
-        f"GROUP BY stay HAVING {' OR '.join(conflicts.values())} ORDER BY stay"
+        f"GROUP BY stay HAVING {' OR '.join(conflicts.values())} ORDER BY stay",
     ).fetchall()
     if found:
         names = [name for name, bad in zip(conflicts, found[0][1:]) if bad]
         first = ", ".join(str(row[0]) for row in found[:3])
         raise InputError(
             f"{source}: {len(found)} stays contradict themselves, first icu_stay_id {first} in "
-            f"{', '.join(names)}. A stay has one value of each stay column on all its rows."
+            f"{', '.join(names)}. A stay has one value of each stay column on all its rows.",
         )
 
 
@@ -1621,7 +1763,11 @@ ARRAYS = """
 
 
 def _load_arrays(
-    con: duckdb.DuckDBPyConnection, source: str, kind: str, need_label: bool, left_out: dict[str, int]
+    con: duckdb.DuckDBPyConnection,
+    source: str,
+    kind: str,
+    need_label: bool,
+    left_out: dict[str, int],
 ) -> tuple[StayTable, Repairs]:
     """Load stays, events and distinct texts, sorted; the work is DuckDB's, Python sees only flat arrays."""
     report, notes = _load_stays(con, kind, need_label)
@@ -1632,30 +1778,38 @@ def _load_arrays(
     stays = con.execute("SELECT * EXCLUDE (stay, final_time) FROM stays ORDER BY stay").df()
     if stays.empty and not any(report.values()):
         raise InputError(f"{source}: the table has a header but no rows.")
-    counted = con.execute("SELECT stay, count(*) AS events FROM events GROUP BY stay ORDER BY stay").fetchnumpy()
+    counted = con.execute(
+        "SELECT stay, count(*) AS events FROM events GROUP BY stay ORDER BY stay",
+    ).fetchnumpy()
     report["stays without events, dropped"] = len(stays) - len(counted["stay"])
     offsets = np.concatenate([[0], np.cumsum(counted["events"])])
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in EVENT_ARRAYS.items()}
     filled = 0
     for batch in con.sql(ARRAYS).to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():
-            array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
+            array[filled : filled + len(batch)] = batch[name].to_numpy(
+                zero_copy_only=False,
+            )  # NULL becomes NaN
         filled += len(batch)
     report["events of unknown type, kept (their type is all zeros)"] = int(
-        (arrays["event_type"] == len(EVENT_TYPES)).sum()
+        (arrays["event_type"] == len(EVENT_TYPES)).sum(),
     )
     repairs = Repairs(report)
     repairs.notes = notes
     if not filled:
         raise InputError(
-            f"{source}: no stay has an event between icu_intime and the final event (dropped: {dict(repairs)})."
+            f"{source}: no stay has an event between icu_intime and the final event (dropped: {dict(repairs)}).",
         )
     stays = stays.iloc[counted["stay"]].reset_index(drop=True)
     texts = con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"]
     return StayTable(stays, offsets, texts=texts, **arrays), repairs
 
 
-def _load_stays(con: duckdb.DuckDBPyConnection, kind: str, need_label: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _load_stays(
+    con: duckdb.DuckDBPyConnection,
+    kind: str,
+    need_label: bool,
+) -> tuple[dict[str, int], dict[str, int]]:
     """Make the table `stays`; return how many were left out, and what to note of the others."""
     present, columns = _columns(con, "stay_rows"), ["TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id"]
     for name, column_kind in STAY_COLUMNS.items():
@@ -1664,7 +1818,10 @@ def _load_stays(con: duckdb.DuckDBPyConnection, kind: str, need_label: bool) -> 
             columns.append(f"{value} AS {name}")
     grouped = f"SELECT {', '.join(columns)} FROM stay_rows GROUP BY 1"
     faults = " ".join(f"WHEN {condition} THEN {sql_quoted(reason)}" for reason, condition in STAY_FAULTS.items())
-    con.execute(ALL_STAYS.format(faults=faults, stays=grouped), {"is_meds": kind == "meds", "need_label": need_label})
+    con.execute(
+        ALL_STAYS.format(faults=faults, stays=grouped),
+        {"is_meds": kind == "meds", "need_label": need_label},
+    )
     report = {}
     left_out = (
         "SELECT fault, count(*), list_sort(list(icu_stay_id))[:3] FROM all_stays WHERE fault IS NOT NULL GROUP BY fault"
@@ -1672,7 +1829,7 @@ def _load_stays(con: duckdb.DuckDBPyConnection, kind: str, need_label: bool) -> 
     for reason, count, first in con.execute(f"{left_out} ORDER BY fault").fetchall():
         report[reason] = count
         logger.warning(
-            f"Dropped     {count:,} {reason}: icu_stay_id {', '.join(map(str, first))}{', ...' * (count > 3)}"
+            f"Dropped     {count:,} {reason}: icu_stay_id {', '.join(map(str, first))}{', ...' * (count > 3)}",
         )
     con.execute(STAYS)
     differ = (
@@ -1709,13 +1866,13 @@ def _repair_events(con: duckdb.DuckDBPyConnection, source: str) -> dict[str, int
     if differ and in_hours > 0.5 * compared:
         raise InputError(
             f"{source}: relative_time_to_final_event is in hours in {in_hours} of {compared} events. "
-            "It must be minutes: multiply by 60."
+            "It must be minutes: multiply by 60.",
         )
     if differ:
         first = ", ".join(str(row[0]) for row in con.execute(DIFFERING_STAYS).fetchall())
         raise InputError(
             f"{source}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, "
-            f"patient_death_time) - event_time in {differ} events, first icu_stay_id {first}. Recompute it in minutes."
+            f"patient_death_time) - event_time in {differ} events, first icu_stay_id {first}. Recompute it in minutes.",
         )
     report = {}
     for reason, condition in EVENT_FAULTS.items():
@@ -1760,7 +1917,13 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
     def note(name: str, current: StayTable) -> StayTable:
         deaths = int(np.nansum(current.labels))
         flow.append(
-            CohortStep(name, len(current.stays), current.stays.patient_id.nunique(), int(current.lengths.sum()), deaths)
+            CohortStep(
+                name,
+                len(current.stays),
+                current.stays.patient_id.nunique(),
+                int(current.lengths.sum()),
+                deaths,
+            ),
         )
         if not len(current.stays):
             steps = "; ".join(f"{step.name}: {step.stays}" for step in flow)
@@ -1771,7 +1934,8 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
     if settings.first_stay_only:
         order = table.stays.sort_values(["icu_intime", "icu_stay_id"], kind="stable")
         table = note(
-            "first ICU stay of each patient", table.take(np.sort(order.drop_duplicates("patient_id").index.to_numpy()))
+            "first ICU stay of each patient",
+            table.take(np.sort(order.drop_duplicates("patient_id").index.to_numpy())),
         )
     if settings.observation_hours > 0:
         table = note(
@@ -1780,7 +1944,9 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
         )
         whole, table = table, known_at(table, settings.observation_hours)
         rows = pd.Index(whole.stays["icu_stay_id"]).get_indexer(table.stays["icu_stay_id"])
-        later = whole.stays.loc[rows, list(KNOWN_ONLY_LATER)].reset_index(drop=True)  # described, never a feature
+        later = whole.stays.loc[rows, list(KNOWN_ONLY_LATER)].reset_index(
+            drop=True,
+        )  # described, never a feature
         table = replace(table, stays=table.stays.assign(**later))
         table = note(f"with an event known {settings.observation_hours:g} h after admission", table)
     return table, flow
@@ -1801,7 +1967,11 @@ def known_at(table: StayTable, hours: float) -> StayTable:
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     seen = np.flatnonzero(np.bincount(table.stay_of_event[known], minlength=len(table.stays)))
     part = table.take(seen, keep_event=known)
-    stays = part.stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
+    stays = part.stays.assign(
+        icu_length_of_stay_in_days=np.nan,
+        last_icu_careunit=None,
+        discharge_location=None,
+    )
     return replace(part, stays=stays, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
 
 
@@ -1825,13 +1995,13 @@ def split_by_patient(table: StayTable, seed: int, test_share: float = 0.2) -> Sp
     except ValueError:
         raise InputError(
             f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split by patient with both "
-            "outcomes in each part. It takes some 10 patients of either outcome."
+            "outcomes in each part. It takes some 10 patients of either outcome.",
         ) from None
     parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
     if any(len(np.unique(table.labels[part])) < 2 for part in parts if len(part)):
         raise InputError(
             f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. "
-            "Use more patients."
+            "Use more patients.",
         )
     return Split(*parts)
 
@@ -1860,7 +2030,11 @@ class ClinicalDataPreprocessor:
     The state is plain data (`state_dict`), so that a checkpoint loads without pickle.
     """
 
-    def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, item_history: bool = False) -> None:
+    def __init__(
+        self,
+        static_features: Sequence[str] = DEFAULT_STATIC_FEATURES,
+        item_history: bool = False,
+    ) -> None:
         self.numeric = [name for name in static_features if name in NUMERIC_STATIC_FEATURES]
         self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
         self.item_history = item_history
@@ -1900,7 +2074,9 @@ class ClinicalDataPreprocessor:
         if wrong := [
             name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)
         ]:
-            raise ValueError(f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}")
+            raise ValueError(
+                f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}",
+            )
         self.event_type_encoder = _one_hot(list(EVENT_TYPES))
         self.time_scaler = _scaler(state["time_mean"], state["time_scale"])
         self.static_encoders = {
@@ -1952,7 +2128,11 @@ class ClinicalDataPreprocessor:
             counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
         return {column: count for column, count in counts.items() if count}
 
-    def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
+    def encode_static_features(
+        self,
+        stays: pd.DataFrame,
+        static_columns: Sequence[str] | None = None,
+    ) -> np.ndarray:
         """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers.
 
         `static_columns` names other columns. A missing number is the training mean. One beyond what training saw counts
@@ -1960,7 +2140,9 @@ class ClinicalDataPreprocessor:
         """
         columns = [*self.categorical, *self.numeric] if static_columns is None else list(static_columns)
         if unknown := [column for column in columns if column not in self.static_encoders]:
-            raise InputError(f"not among the static columns that the preprocessor was fitted on: {', '.join(unknown)}.")
+            raise InputError(
+                f"not among the static columns that the preprocessor was fitted on: {', '.join(unknown)}.",
+            )
         parts = [np.zeros((len(stays), 0)), *(self._encode_static(stays, column) for column in columns)]
         return np.hstack(parts).astype(np.float32)
 
@@ -1996,7 +2178,9 @@ class ClinicalDataPreprocessor:
 def _one_hot(categories: Sequence[str]) -> OneHotEncoder:
     """Return a fitted encoder of these categories; an unknown one is all zeros."""
     encoder = OneHotEncoder(
-        categories=[np.array(categories, dtype=object)], sparse_output=False, handle_unknown="ignore"
+        categories=[np.array(categories, dtype=object)],
+        sparse_output=False,
+        handle_unknown="ignore",
     )
     return encoder.fit(np.array([[categories[0]]], dtype=object))
 
@@ -2027,7 +2211,10 @@ def item_of(text: str) -> str:
 def parse_value(text: str) -> tuple[str, float]:
     """Item with its unit, and number of an event's text; NaN where it has no number."""
     item = item_of(text)
-    found = re.search(rf"\| (?:Value|Rate|Dose): [<>]?{VALUE}", text) or re.search(rf"\| Amount: [<>]?{VALUE}", text)
+    found = re.search(rf"\| (?:Value|Rate|Dose): [<>]?{VALUE}", text) or re.search(
+        rf"\| Amount: [<>]?{VALUE}",
+        text,
+    )
     if not found:
         return item, math.nan
     return f"{item} {found[2].strip()}".strip(), float(found[1])
@@ -2094,7 +2281,7 @@ def item_history(table: StayTable) -> pd.DataFrame:
             "count": of_item.cumcount() + 1,
             "hours_since_previous": hours - hours.groupby(key, sort=False).shift(1),
             "is_latest": ~key.duplicated(keep="last"),
-        }
+        },
     )
 
 
@@ -2176,7 +2363,7 @@ class EmbeddingCache:
         if damaged:
             logger.warning(
                 f"{len(damaged)} damaged parts of the embedding cache are ignored, their texts are encoded anew: "
-                + ", ".join(damaged[:3])
+                + ", ".join(damaged[:3]),
             )
         self._keys = np.concatenate(keys)
         self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
@@ -2254,7 +2441,9 @@ class EmbeddingCache:
     def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
         """Add (n,) keys and their (n, dim) float32 vectors as one part. Raises InputError for NaN or a full disk."""
         if vectors.shape != (len(keys), self.dim):
-            raise ValueError(f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}")
+            raise ValueError(
+                f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}",
+            )
         if not np.isfinite(vectors).all():
             raise InputError("the text encoder gave NaN or infinity: its weights are damaged, or try float32")
 
@@ -2282,7 +2471,7 @@ class EmbeddingCache:
                     self.append(block[is_good], np.stack([vector for vector in vectors if len(vector)]))
         if n_damaged:
             logger.warning(
-                f"{n_damaged} single .npy files are damaged or of another dimension, their texts are encoded"
+                f"{n_damaged} single .npy files are damaged or of another dimension, their texts are encoded",
             )
 
     def _read_single(self, path: Path) -> np.ndarray:
@@ -2336,7 +2525,12 @@ class TextEncoder:
         return self.cache.gather(text_keys(map(clean_text, texts)))
 
     def embed(
-        self, texts: Iterable[Any], rank: int = 0, world: int = 1, progress: bool = True, batch_size: int = 64
+        self,
+        texts: Iterable[Any],
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        batch_size: int = 64,
     ) -> np.ndarray:
         """See to it that every text is in the cache; return the texts' keys (n,).
 
@@ -2354,7 +2548,12 @@ class TextEncoder:
         is_missing[own] = self.cache.missing(keys[own])
         if is_missing.any():
             self._load()
-            with Progress(total=int(is_missing.sum()), desc="encoding", unit=" texts", active=progress) as bar:
+            with Progress(
+                total=int(is_missing.sum()),
+                desc="encoding",
+                unit=" texts",
+                active=progress,
+            ) as bar:
                 self._fill_cache(keys, self._batches(texts, chunks, is_missing, batch_size), bar)
         return keys
 
@@ -2389,7 +2588,11 @@ class TextEncoder:
             done.clear()
 
     def _batches(
-        self, texts: list[str], chunks: list[np.ndarray], is_missing: np.ndarray, batch_size: int
+        self,
+        texts: list[str],
+        chunks: list[np.ndarray],
+        is_missing: np.ndarray,
+        batch_size: int,
     ) -> Iterator[Batch]:
         """Yield numbers of missing texts and their tokens, longest first, so that memory peaks at once."""
         budget = min(self.budget, batch_size * self.max_tokens)
@@ -2478,14 +2681,23 @@ class HashingTextEncoder(TextEncoder):
 
     def _load(self) -> None:
         if not self._projection:
-            options = {"n_features": self.n_features, "norm": None, "dtype": np.float32}  # signed whole counts
+            options = {
+                "n_features": self.n_features,
+                "norm": None,
+                "dtype": np.float32,
+            }  # signed whole counts
             vectorizers = (
                 HashingVectorizer(analyzer=self._parts_of_item, **options),
                 HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options),
                 HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options),
                 FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
             )
-            signs = np.random.RandomState(768).randint(0, 2, (4, self.n_features, self.dim), np.int8)  # a frozen stream
+            signs = np.random.RandomState(768).randint(
+                0,
+                2,
+                (4, self.n_features, self.dim),
+                np.int8,
+            )  # a frozen stream
             weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))
             self._projection = list(zip(vectorizers, signs.astype(np.float32) * 2 - 1, weights))
 
@@ -2560,7 +2772,7 @@ class ClinicalTextEncoder(TextEncoder):
         if self._is_local and not (self._folder / "config.json").is_file():
             raise InputError(
                 f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer is needed, "
-                "as save_pretrained writes it"
+                "as save_pretrained writes it",
             )
         if not self._is_local:
             download_encoder(self.name, self.revision, self._folder)
@@ -2574,14 +2786,26 @@ class ClinicalTextEncoder(TextEncoder):
         with usable_encoder(self._folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
             model, info = transformers.AutoModel.from_pretrained(
-                self._folder, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True
+                self._folder,
+                trust_remote_code=False,
+                weights_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
-            self._length_limit = min(self.max_tokens, position_limit(config), folder_token_limit(self._folder))
+            self._length_limit = min(
+                self.max_tokens,
+                position_limit(config),
+                folder_token_limit(self._folder),
+            )
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
-            raise InputError(f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source")
+            raise InputError(
+                f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source",
+            )
         lost = [key for key in info["missing_keys"] if "pooler" not in key]
         if lost or config.is_encoder_decoder:
-            raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
+            raise InputError(
+                f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing",
+            )
         self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
         self._n_tokens_known = model.get_input_embeddings().num_embeddings
         self._check_weights(model)
@@ -2604,7 +2828,7 @@ class ClinicalTextEncoder(TextEncoder):
         if described.get("weights", weights) != weights:
             raise InputError(
                 f"{self.cache.folder} holds vectors of other weights than {self._folder}: "
-                "give the old weights, or move that cache folder away"
+                "give the old weights, or move that cache folder away",
             )
         description = {
             "encoder": self.id,
@@ -2634,7 +2858,7 @@ class ClinicalTextEncoder(TextEncoder):
         if highest >= self._n_tokens_known:
             raise InputError(
                 f"{self._folder}: its tokenizer gives token number {highest}, its model knows {self._n_tokens_known}. "
-                "They are of two models: copy both from one source."
+                "They are of two models: copy both from one source.",
             )
         mask = is_token.long() if self._window is None else band_mask(is_token, self._window)
         mask = mask if mask is None else mask.to(device)
@@ -2649,7 +2873,11 @@ def make_text_encoder(name: str = CLINICAL_LONGFORMER, **options: Any) -> TextEn
     return ClinicalTextEncoder(name, **options)
 
 
-POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
 
 
 def folder_pooling(folder: Path) -> str:
@@ -2663,11 +2891,15 @@ def folder_pooling(folder: Path) -> str:
     wishes = json.loads(path.read_text("utf-8"))
     modes = [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
     if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise InputError(f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.")
+        raise InputError(
+            f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.",
+        )
     modules = folder / "modules.json"
     listed = modules.read_text("utf-8") if modules.is_file() else ""
     if ".Dense" in listed:
-        raise InputError(f"{modules} has a Dense layer behind the pooling, which is not run here: give another encoder")
+        raise InputError(
+            f"{modules} has a Dense layer behind the pooling, which is not run here: give another encoder",
+        )
     return POOLINGS[modes[0]] + ("-unit" if ".Normalize" in listed else "")
 
 
@@ -2738,7 +2970,11 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
         "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
     ).split()
     config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names})
-    roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+    roberta = transformers.RobertaModel._from_config(
+        config,
+        attn_implementation="sdpa",
+        add_pooling_layer=False,
+    )
     not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
     weights = longformer.state_dict()
     kept = {name: weights[name] for name in weights if not not_there.search(name)}
@@ -2749,7 +2985,15 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
 def position_limit(config: transformers.PretrainedConfig) -> int:
     """Return the most tokens the model has positions for; RoBERTa's kin count them from behind the padding token."""
     limit = getattr(config, "max_position_embeddings", None) or 1_000_000
-    kin = ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
+    kin = (
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "longformer",
+        "roberta-prelayernorm",
+        "xlm-roberta-xl",
+        "mpnet",
+    )
     return limit - (config.pad_token_id + 1 if config.model_type in kin else 0)
 
 
@@ -2815,7 +3059,9 @@ def usable_encoder(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise InputError(f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})") from error
+        raise InputError(
+            f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})",
+        ) from error
     finally:
         transformers.utils.logging.enable_progress_bar()
         transformers.utils.logging.set_verbosity(verbosity)
@@ -2845,7 +3091,7 @@ def download_encoder(name: str, revision: str | None, folder: Path) -> None:
                 f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). "
                 f"Either copy its files there from a machine with network, where `hf download {name} --local-dir PATH` "
                 "gets them (or give that folder as --text-encoder PATH), or run with --text-encoder hashing, which "
-                "needs no weights"
+                "needs no weights",
             ) from error
 
 
@@ -2917,7 +3163,10 @@ class ClinicalSequenceDataset(Dataset):
     """
 
     def __init__(
-        self, table: StayTable, preprocessor: ClinicalDataPreprocessor, text_vectors: np.ndarray | Tensor
+        self,
+        table: StayTable,
+        preprocessor: ClinicalDataPreprocessor,
+        text_vectors: np.ndarray | Tensor,
     ) -> None:
         self.table, self.lengths = table, table.lengths
         self.text_vectors = torch.as_tensor(text_vectors)  # (n_texts, E)
@@ -2928,7 +3177,7 @@ class ClinicalSequenceDataset(Dataset):
         if preprocessor.item_history:
             columns.append(preprocessor.encode_history(table))
         self.event_columns = self._here(
-            np.hstack(columns)
+            np.hstack(columns),
         )  # (n_events, k): time first, then what else is known of each
         self.offsets = self._here(table.offsets)
         self.static = self._here(preprocessor.encode_static_features(table.static_columns))  # (n_stays, S)
@@ -3016,7 +3265,9 @@ N_WORKERS = 4  # a thread gathers an event's 3 kB in about a microsecond; four o
 
 
 def packed_batches(
-    dataset: ClinicalSequenceDataset, batches: Sequence[np.ndarray], device: torch.device
+    dataset: ClinicalSequenceDataset,
+    batches: Sequence[np.ndarray],
+    device: torch.device,
 ) -> Iterator[PackedStays]:
     """Yield the batches of stays on the device; where the vectors are not, threads gather ahead in pinned memory."""
     if dataset.device.type == device.type:
@@ -3038,7 +3289,11 @@ def packed_batches(
 
 
 def plan_batches(
-    lengths: np.ndarray, batch_size: int, max_events: int, seed: int | None = None, world: int = 1
+    lengths: np.ndarray,
+    batch_size: int,
+    max_events: int,
+    seed: int | None = None,
+    world: int = 1,
 ) -> list[np.ndarray]:
     """Indices of stays of similar length, each stay once; with a seed, shuffled anew.
 
@@ -3147,7 +3402,10 @@ class EncoderLayer(nn.Module):
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.attention_output = nn.Linear(d_model, d_model)
         self.feedforward = nn.Sequential(
-            nn.Linear(d_model, d_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model)
+            nn.Linear(d_model, d_feedforward),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(d_feedforward, d_model),
         )
         self.dropout = nn.Dropout(dropout)
         self.attention_scale = nn.Parameter(torch.full((d_model,), LAYER_SCALE))
@@ -3155,7 +3413,10 @@ class EncoderLayer(nn.Module):
 
     def forward(self, events: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
         """(N, D) -> (N, D); `maps` takes the attention weights (B, H, L, L)."""
-        qkv = self.query_key_value(self.norm_attention(events)).unflatten(1, (3, self.n_heads, -1))  # (N, 3, H, D/H)
+        qkv = self.query_key_value(self.norm_attention(events)).unflatten(
+            1,
+            (3, self.n_heads, -1),
+        )  # (N, 3, H, D/H)
         query, key, value = qkv.unbind(1)
         if maps is not None:
             maps.append(attention_weights_within_stays(query, key, layout))
@@ -3173,7 +3434,11 @@ class AttentionPooling(nn.Module):
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(
-        self, query: Tensor, events: Tensor, attention_mask: Tensor, bias: Tensor | None = None
+        self,
+        query: Tensor,
+        events: Tensor,
+        attention_mask: Tensor,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L); fp32 from the scores on.
 
@@ -3320,7 +3585,12 @@ class ClinicalTransformer(nn.Module):
         logits, attention = self.score(sequences, static_features, attention_mask, return_attention)
         return (torch.sigmoid(logits.float()), attention) if return_attention else torch.sigmoid(logits.float())
 
-    def logits(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        sequences: Tensor,
+        static_features: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """(B, 1): log-odds of death, what losses and attributions are computed on."""
         return self.score(sequences, static_features, attention_mask)[0]
 
@@ -3338,7 +3608,11 @@ class ClinicalTransformer(nn.Module):
         return self.score_packed(pack(sequences, layout), static_features, layout, return_attention)
 
     def score_packed(
-        self, events: Tensor, static_features: Tensor, layout: Layout, return_attention: bool = False
+        self,
+        events: Tensor,
+        static_features: Tensor,
+        layout: Layout,
+        return_attention: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The same for events without padding (N, input_dim)."""
         maps: list[Tensor] | None = [] if return_attention else None
@@ -3346,13 +3620,20 @@ class ClinicalTransformer(nn.Module):
         query = self.query_vector.expand(len(outputs), -1, -1)  # (B, 1, D)
         bias = None
         if self.latest_bias is not None:
-            is_latest = unpack(events[:, self.n_plain + HISTORY.index("is_latest"), None], layout)  # (B, L, 1)
+            is_latest = unpack(
+                events[:, self.n_plain + HISTORY.index("is_latest"), None],
+                layout,
+            )  # (B, L, 1)
             bias = (self.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
         pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask, bias)
         inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1)  # (B, D + S)
         details: dict[str, Any] = {"transformer_output": outputs}
         if return_attention:
-            details |= {"pooling_weights": pooling_weights, "query_vector": query, "layer_attention_weights": maps}
+            details |= {
+                "pooling_weights": pooling_weights,
+                "query_vector": query,
+                "layer_attention_weights": maps,
+            }
         return in_full_precision(self.classifier, inputs), details
 
     def encode(self, sequences: Tensor, attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
@@ -3395,14 +3676,23 @@ class TemporalAwareLoss(nn.Module):
         self.event_head = nn.Linear(d_model, 1) if weight else None
 
     def forward(
-        self, logits: Tensor, events: Tensor, labels: Tensor, hours_to_final_event: Tensor, attention_mask: Tensor
+        self,
+        logits: Tensor,
+        events: Tensor,
+        labels: Tensor,
+        hours_to_final_event: Tensor,
+        attention_mask: Tensor,
     ) -> Tensor:
         """(B, 1), (B, L, D), (B, 1), (B, L), (B, L) -> loss of each stay (B,)."""
         loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").squeeze(1)
         if self.event_head is None:
             return loss
         event_logits = in_full_precision(self.event_head, events).squeeze(2)  # (B, L)
-        event_loss = F.binary_cross_entropy_with_logits(event_logits, labels.expand_as(event_logits), reduction="none")
+        event_loss = F.binary_cross_entropy_with_logits(
+            event_logits,
+            labels.expand_as(event_logits),
+            reduction="none",
+        )
         weights = temporal_weights(hours_to_final_event, attention_mask, self.tau_hours)
         return (1 - self.weight) * loss + self.weight * (weights * event_loss).sum(1)
 
@@ -3434,14 +3724,24 @@ class TrainingObjective(nn.Module):
         sparsity_weight: float = 0.2,
     ) -> None:
         super().__init__()
-        self.model, self.loss, self.preprocessor, self.sparsity_weight = model, loss, preprocessor, sparsity_weight
+        self.model, self.loss, self.preprocessor, self.sparsity_weight = (
+            model,
+            loss,
+            preprocessor,
+            sparsity_weight,
+        )
 
     def forward(self, batch: PackedStays | dict[str, Tensor], time_column: int) -> Tensor:
         """Loss of each stay of the batch (B,), packed or as `collate_stays` pads it."""
         stays = pack_stays(batch) if isinstance(batch, dict) else batch
         logits, details = self.model.score_packed(stays.events, stays.static_features, stays.layout)
-        outputs, attention_mask = details["transformer_output"], stays.layout.attention_mask  # (B, L, D), (B, L)
-        hours = self.preprocessor.decode_hours(unpack(stays.events[:, time_column, None], stays.layout).squeeze(2))
+        outputs, attention_mask = (
+            details["transformer_output"],
+            stays.layout.attention_mask,
+        )  # (B, L, D), (B, L)
+        hours = self.preprocessor.decode_hours(
+            unpack(stays.events[:, time_column, None], stays.layout).squeeze(2),
+        )
         losses = self.loss(logits, outputs, stays.labels, hours, attention_mask)
         if not self.sparsity_weight:
             return losses
@@ -3480,28 +3780,34 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     device = torch.device(device)
     try:
         state = torch.load(
-            path, map_location="cpu" if device.type == "cpu" else device, weights_only=True
+            path,
+            map_location="cpu" if device.type == "cpu" else device,
+            weights_only=True,
         )  # Accelerate's cpu:1 is no place to it
     except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
+        raise InputError(
+            f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.",
+        ) from None
     except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
         raise InputError(
             f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use "
-            "another file."
+            "another file.",
         ) from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
-        raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
+        raise InputError(
+            f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.",
+        )
     if state["format"] != CHECKPOINT_FORMAT:
         raise InputError(
             f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train "
-            "anew, or explain it with the train.py that wrote it."
+            "anew, or explain it with the train.py that wrote it.",
         )
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
         model.load_state_dict(state["model"])
         known = {entry.name for entry in fields(Settings)}
         settings = check_settings(
-            Settings(**{name: value for name, value in state["settings"].items() if name in known})
+            Settings(**{name: value for name, value in state["settings"].items() if name in known}),
         )
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
         if not (
@@ -3523,7 +3829,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again."
+            f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again.",
         ) from None
 
 
@@ -3539,7 +3845,10 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
     """
     n_events, n_texts = len(dataset.text), len(dataset.text_vectors)
     parts = [
-        weighted_sums(dataset.type_columns, torch.bincount(dataset.event_type, minlength=len(dataset.type_columns))),
+        weighted_sums(
+            dataset.type_columns,
+            torch.bincount(dataset.event_type, minlength=len(dataset.type_columns)),
+        ),
         weighted_sums(dataset.text_vectors, torch.bincount(dataset.text, minlength=n_texts)),
         weighted_sums(dataset.event_columns, torch.ones_like(dataset.text)),
     ]
@@ -3585,10 +3894,17 @@ class Trainer:
     ) -> None:
         """draw_attention: takes each attention file as it is written."""
         torch.manual_seed(settings.seed)
-        self.settings, self.output, self.accelerator, self.text_encoder = settings, output, accelerator, text_encoder
+        self.settings, self.output, self.accelerator, self.text_encoder = (
+            settings,
+            output,
+            accelerator,
+            text_encoder,
+        )
         self.draw_attention = draw_attention
         train_table = table.take(split.train)
-        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(train_table)
+        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(
+            train_table,
+        )
         vectors = place_vectors(text_vectors, settings.vectors_on, accelerator.device)
         dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
         self.train_set = dataset_of(train_table)
@@ -3605,7 +3921,9 @@ class Trainer:
         loss = TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight)
         objective = TrainingObjective(model, loss, self.preprocessor, settings.sparsity_weight)
         optimizer = torch.optim.AdamW(
-            objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            objective.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=self.average_weights)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
@@ -3722,7 +4040,7 @@ class Trainer:
             raise InputError(
                 f"the loss is not finite for icu_stay_id {ids}. The best checkpoint so far stays in "
                 f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with "
-                "--mixed-precision no."
+                "--mixed-precision no.",
             )
 
     def fit(self) -> None:
@@ -3765,7 +4083,7 @@ class Trainer:
             f"epoch {epoch:2d}/{self.settings.max_epochs}  train loss {row['train_loss']:.4f}  "
             f"validation loss {row['validation_loss']:.4f}  AUROC {row['validation_auroc']:.3f}  "
             f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / seconds:7,.0f} events/s  "
-            f"{seconds:5.1f} s{best}"
+            f"{seconds:5.1f} s{best}",
         )
 
     def out_of_patience(self) -> bool:
@@ -3818,7 +4136,9 @@ class Trainer:
         if not path.exists():  # stopped before the first checkpoint, or in an earlier fold
             logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
             return
-        saved = load_checkpoint(path)  # on the CPU, where AdamW's step counts stay: read there, they cost no wait
+        saved = load_checkpoint(
+            path,
+        )  # on the CPU, where AdamW's step counts stay: read there, they cost no wait
         before, now = asdict(saved.settings), asdict(self.settings)
         changed = [name for name in SETTINGS_OF_A_RUN if before[name] != now[name]]
         same = (
@@ -3831,7 +4151,7 @@ class Trainer:
             differences = ", ".join(changed) or "other data, patients, encoder or model sizes"
             raise InputError(
                 f"{path}: this run differs from the one to resume ({differences}). Give the same settings, or train "
-                "anew without --resume."
+                "anew without --resume.",
             )
         objective = self.accelerator.unwrap_model(self.objective)
         objective.load_state_dict(saved.state["objective"])
@@ -3868,13 +4188,20 @@ MAX_MAP_EVENTS, MAX_MAP_BINS = 1024, 64
 
 @torch.no_grad()
 def attention_record(
-    model: ClinicalTransformer, dataset: ClinicalSequenceDataset, stay: int, device: torch.device
+    model: ClinicalTransformer,
+    dataset: ClinicalSequenceDataset,
+    stay: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What `model(..., return_attention=True)` gives for a stay's last 1,024 events, and which events they are."""
     model.eval()
     sequence, static, _ = dataset[stay]
     sequence = sequence[-MAX_MAP_EVENTS:].to(device)
-    probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
+    probability, attention = model(
+        sequence.unsqueeze(0),
+        static.unsqueeze(0).to(device),
+        return_attention=True,
+    )
     events = slice(dataset.table.offsets[stay + 1] - len(sequence), dataset.table.offsets[stay + 1])
     attention["layer_attention_weights"] = [binned(weights) for weights in attention["layer_attention_weights"]]
     return attention | {
@@ -3925,7 +4252,10 @@ def load_attention_weights(path: str | Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def predict_logits(
-    model: ClinicalTransformer, dataset: ClinicalSequenceDataset, settings: Settings, accelerator: Accelerator
+    model: ClinicalTransformer,
+    dataset: ClinicalSequenceDataset,
+    settings: Settings,
+    accelerator: Accelerator,
 ) -> np.ndarray:
     """(n_stays) float64 logits, each stay once however many processes there are."""
     model.eval()
@@ -3934,7 +4264,14 @@ def predict_logits(
     loader = packed_batches(dataset, mine, accelerator.device)
     parts = [torch.zeros(0, 1, device=accelerator.device)]  # a process may have no batch
     is_main = accelerator.is_main_process
-    for batch in Progress(loader, total=len(mine), desc="predicting", unit=" batches", active=is_main, delay=2):
+    for batch in Progress(
+        loader,
+        total=len(mine),
+        desc="predicting",
+        unit=" batches",
+        active=is_main,
+        delay=2,
+    ):
         with accelerator.autocast():
             parts.append(model.score_packed(batch.events, batch.static_features, batch.layout)[0])
     logits = torch.cat(parts).squeeze(1).cpu().double()
@@ -3954,7 +4291,11 @@ MIN_PER_OUTCOME = 20  # below this a subgroup's interval spans nearly everything
 
 
 def evaluate_predictions(
-    labels: ArrayLike, probabilities: ArrayLike, patient_ids: ArrayLike, n_bootstrap: int = 1000, seed: int = 0
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    patient_ids: ArrayLike,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Return figures of held-out predictions with 95 % intervals from resampling patients with all of their stays.
 
@@ -4002,7 +4343,12 @@ def too_few_to_read(died: np.ndarray) -> str:
     return f"too few to read: {fewest} stays of one outcome" if fewest < TOO_FEW else ""
 
 
-def patient_resamples(patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
+def patient_resamples(
+    patient_ids: ArrayLike,
+    n_stays: int,
+    n_bootstrap: int,
+    seed: int,
+) -> Iterator[np.ndarray]:
     """Yield weights of stays (R, n): how often each patient, with all of their stays, was drawn; 16 MB at a time."""
     patient_of_stay, patients = pd.factorize(np.asarray(patient_ids))
     if len(patient_of_stay) != n_stays:
@@ -4112,7 +4458,10 @@ def range_within(values: np.ndarray, is_member: np.ndarray) -> tuple[np.ndarray,
 
 
 def logistic_fits(
-    weights: np.ndarray, labels: np.ndarray, features: np.ndarray, offset: np.ndarray | float = 0.0
+    weights: np.ndarray,
+    labels: np.ndarray,
+    features: np.ndarray,
+    offset: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """Return weighted logistic regressions by Newton, one per row of weights (R, n) at once: coefficients (R, k)."""
     n_features = features.shape[1]
@@ -4157,7 +4506,9 @@ def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
         "race": stays["patient_race"].map(race_group),
         "care unit": stays["first_icu_careunit"],
     }
-    return pd.DataFrame({name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()})
+    return pd.DataFrame(
+        {name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()},
+    )
 
 
 def members_of_groups(groups: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -4188,7 +4539,13 @@ def subgroup_table(
         deaths, survivors = int(died[is_member].sum()), int((1 - died[is_member]).sum())
         enough = min(deaths, survivors) >= MIN_PER_OUTCOME
         resamples = n_bootstrap if enough else 0
-        figures = evaluate_predictions(died[is_member], risks[is_member], patients[is_member], resamples, seed)
+        figures = evaluate_predictions(
+            died[is_member],
+            risks[is_member],
+            patients[is_member],
+            resamples,
+            seed,
+        )
         row = {
             "group": name,
             "value": value,
@@ -4295,7 +4652,7 @@ def decision_curve(
             "treat_all": prevalence - (1 - prevalence) * odds,
             "treat_none": 0.0,
             "share_treated": is_treated.mean(1),
-        }
+        },
     )
     resamples = patient_resamples(patient_ids, len(died), n_bootstrap, seed) if n_bootstrap else ()
     draws = [weights @ gains.T / weights.sum(1, keepdims=True) for weights in resamples]
@@ -4316,10 +4673,13 @@ def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int =
             "bin": bins,
             "risk": risks,
             "died": died,
-        }
+        },
     )
     table = stays.groupby("bin").agg(
-        n=("died", "size"), deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=("died", "mean")
+        n=("died", "size"),
+        deaths=("died", "sum"),
+        mean_risk=("risk", "mean"),
+        observed_rate=("died", "mean"),
     )
     table = table.reset_index(drop=True).astype({"deaths": int})
     intervals = [binomtest(deaths, n).proportion_ci(method="wilson") for deaths, n in zip(table["deaths"], table["n"])]
@@ -4351,7 +4711,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     if not 0.021 < inverse < 49 or not 0 < died.sum() < len(died):
         logger.warning(
             f"Temperature scaling left out: {len(died)} validation stays ({died.sum():.0f} deaths) "
-            "do not determine a temperature"
+            "do not determine a temperature",
         )
         return 1.0
     return float(1 / inverse)
@@ -4443,7 +4803,7 @@ def leakage_audit(
             "auroc": float,
             "count": "Int64",
             "flagged": bool,
-        }
+        },
     )
 
 
@@ -4454,7 +4814,9 @@ def patient_folds(labels: ArrayLike, patient_ids: ArrayLike, n_folds: int = 5) -
     if n_folds < 2:
         return None
     fold_of_patient = np.zeros(len(died), dtype=int)
-    for fold, (_, held_out) in enumerate(StratifiedKFold(n_folds, shuffle=True, random_state=0).split(died, died)):
+    for fold, (_, held_out) in enumerate(
+        StratifiedKFold(n_folds, shuffle=True, random_state=0).split(died, died),
+    ):
         fold_of_patient[held_out] = fold
     return fold_of_patient[died.index.get_indexer(np.asarray(patient_ids))]
 
@@ -4499,7 +4861,7 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     """
     codes, items = pd.factorize(np.array([without_numbers(text) for text in table.texts], dtype=object))
     events = pd.DataFrame(
-        {"item": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60}
+        {"item": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60},
     )
     hours = events.groupby("item")["hours_to_end"].median()
     present = events[["item", "stay"]].drop_duplicates()
@@ -4512,7 +4874,9 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     rate = np.where(died_more, n_deaths, n_survivors) / len(table.stays)
     is_pure = (purity > PURE) & (len(stays) * rate**stays < 0.05)  # all alike by chance, times the items looked at
     flagged = (stays >= MIN_STAYS_OF_ITEM) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC))
-    found = pd.DataFrame({"item": items[outcomes.index], "stays": stays, "deaths": deaths.astype(int), "auroc": auroc})
+    found = pd.DataFrame(
+        {"item": items[outcomes.index], "stays": stays, "deaths": deaths.astype(int), "auroc": auroc},
+    )
     found = found.assign(purity=purity, median_hours_to_end=hours.to_numpy(), flagged=flagged)
     return found.sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
@@ -4522,9 +4886,10 @@ def audit_summary(audit: pd.DataFrame) -> str:
     aurocs = audit[audit.kind != "count"].set_index("name").auroc
     found = [
         f"{name} (AUROC {auroc:.2f} alone)" if kind != "count" else f"{count} {name}"
-        for name, kind, auroc, count in audit.loc[audit.flagged, ["name", "kind", "auroc", "count"]].itertuples(
-            index=False
-        )
+        for name, kind, auroc, count in audit.loc[
+            audit.flagged,
+            ["name", "kind", "auroc", "count"],
+        ].itertuples(index=False)
     ]
     verdict = f"FLAGGED: {', '.join(found)}" if found else "nothing flagged"
     if not found and aurocs.notna().any():
@@ -4536,7 +4901,13 @@ def audit_summary(audit: pd.DataFrame) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: each returns a matplotlib Figure, drawn without pyplot so that no global state changes
 # ---------------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"  # Okabe-Ito, and a grey
+BLUE, ORANGE, GREEN, VERMILLION, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#767676",
+)  # Okabe-Ito, and a grey
 METRIC_WORDS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
@@ -4636,7 +5007,12 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[str, Any], caption: str = "") -> Figure:
+def plot_roc_and_pr(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    metrics: dict[str, Any],
+    caption: str = "",
+) -> Figure:
     """Draw ROC and precision-recall curves of held-out stays; metrics as `evaluate_predictions` returns them."""
     died, risks = checked_predictions(labels, probabilities)
     figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
@@ -4662,7 +5038,12 @@ def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[s
     prevalence = died.mean() if len(died) else 0.0
     roc.plot([0, 1], [0, 1], label="no better than chance", **chance)
     pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **chance)
-    tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", metric_text(metrics, "auroc"))
+    tidy(
+        roc,
+        "1 - specificity (survivors called deaths)",
+        "sensitivity (deaths found)",
+        metric_text(metrics, "auroc"),
+    )
     tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
     for axes, corner in ((roc, "lower right"), (pr, "best")):
         axes.set(
@@ -4678,7 +5059,12 @@ def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[s
     return figure
 
 
-def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[str, Any], caption: str = "") -> Figure:
+def plot_calibration(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    metrics: dict[str, Any],
+    caption: str = "",
+) -> Figure:
     """Draw observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
     died, risks = checked_predictions(labels, probabilities)
     table = calibration_table(died, risks, calibration_bins(len(died)))
@@ -4734,7 +5120,11 @@ def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[
 
 def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     """Draw a curve as `decision_curve` returns it; what treating all would lose beyond the axes is not shown."""
-    figure = new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
+    figure = new_figure(
+        "At which risk thresholds does acting on the model beat treating all or none?",
+        caption,
+        3.8,
+    )
     axes, thresholds = figure.subplots(), curve["threshold"]
     axes.plot(
         thresholds,
@@ -4754,7 +5144,13 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
     if "low" in curve:
         axes.fill_between(
-            thresholds, curve["low"], curve["high"], color=BLUE, alpha=0.15, linewidth=0, label="95 % interval"
+            thresholds,
+            curve["low"],
+            curve["high"],
+            color=BLUE,
+            alpha=0.15,
+            linewidth=0,
+            label="95 % interval",
         )
         lowest, highest = min(lowest, curve["low"].min()), max(highest, curve["high"].max())
     axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
@@ -4816,7 +5212,12 @@ def draw_layer_maps(figure: SubFigure, shares: np.ndarray) -> None:
             extent=(0, 100, 100, 0),
             interpolation="nearest",
         )
-        tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
+        tidy(
+            axes,
+            "event looked at, %",
+            "event that looks, % of stay" if layer == 1 else "",
+            f"layer {layer}",
+        )
     label_colors(figure, image, panels, extend="max", shrink=0.8)
 
 
@@ -4848,7 +5249,11 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
             draw_mean_risk(mean, group, times, word, style, height=1.07 if label else 1.02)
     titles = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the stays still there")
     for axes, title in zip((single, mean), titles):
-        tidy(axes, "hours after ICU admission (log scale)", "predicted risk of death" if axes is single else "")
+        tidy(
+            axes,
+            "hours after ICU admission (log scale)",
+            "predicted risk of death" if axes is single else "",
+        )
         axes.set_title(title, fontsize=9, pad=24)
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
@@ -4857,7 +5262,13 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
     return figure
 
 
-def draw_single_stays(axes: Axes, group: pd.DataFrame, n_stays: int, word: str, style: dict[str, Any]) -> None:
+def draw_single_stays(
+    axes: Axes,
+    group: pd.DataFrame,
+    n_stays: int,
+    word: str,
+    style: dict[str, Any],
+) -> None:
     """Draw the longest followed stays of a group, the first of them named in the legend."""
     followed = group.groupby("icu_stay_id").size().sort_index()
     followed = followed.sort_values(ascending=False, kind="stable")
@@ -4870,7 +5281,12 @@ def draw_single_stays(axes: Axes, group: pd.DataFrame, n_stays: int, word: str, 
 
 
 def draw_mean_risk(
-    axes: Axes, group: pd.DataFrame, times: np.ndarray, word: str, style: dict[str, Any], height: float
+    axes: Axes,
+    group: pd.DataFrame,
+    times: np.ndarray,
+    word: str,
+    style: dict[str, Any],
+    height: float,
 ) -> None:
     """Draw a group's mean risk and the middle half of its stays; above the axes, at `height`, how many are there."""
     by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
@@ -4927,11 +5343,16 @@ def make_accelerator(settings: Settings, timeout: timedelta = timedelta(days=7))
     """
     precision, tracker = settings.mixed_precision, settings.report_to
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise InputError(f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}")
+        raise InputError(
+            f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}",
+        )
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "no"
-    handlers = [InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(broadcast_buffers=False)]
+    handlers = [
+        InitProcessGroupKwargs(timeout=timeout),
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+    ]
     return Accelerator(
         mixed_precision=precision,
         cpu=only_cpu(),
@@ -4965,7 +5386,9 @@ def run(settings: Settings) -> dict[str, Any]:
         if external is not None:
             table, splits = with_test_stays(table, splits[0], external.table)
         if settings.audit:
-            return {"audit": write_audit(table, splits[0], source.repairs, settings, Results(output, settings))}
+            return {
+                "audit": write_audit(table, splits[0], source.repairs, settings, Results(output, settings)),
+            }
         if accelerator.is_main_process:
             describe_plan(table, splits, settings, accelerator, time.monotonic() - started)
         if settings.dry_run:
@@ -5031,7 +5454,7 @@ def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None
     deaths = f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
     logger.info(
         f"Data        {len(table.stays):,} ICU stays of {n_patients:,} patients, {len(table.text):,} events, "
-        f"{n_texts:,} distinct texts, {deaths}"
+        f"{n_texts:,} distinct texts, {deaths}",
     )
     quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1])
     lengths = " / ".join(f"{int(quantile):,}" for quantile in quantiles)
@@ -5043,7 +5466,7 @@ def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None
     for step in flow:
         logger.info(
             f"Cohort      {step.stays:7,} stays {step.patients:7,} patients "
-            f"{step.events:11,} events {step.deaths:6,} deaths  {step.name}"
+            f"{step.events:11,} events {step.deaths:6,} deaths  {step.name}",
         )
 
 
@@ -5066,13 +5489,17 @@ def split_from_file(table: StayTable, path: Path) -> Split:
         rows = pd.read_csv(path)
         part_of_patient = rows.drop_duplicates().set_index("patient_id")["part"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
+        raise InputError(
+            f"--split {path}: cannot be read as CSV with patient_id and part ({error}).",
+        ) from None
     if part_of_patient.index.has_duplicates:
         raise InputError(f"--split {path}: a patient is in two parts. Give each patient one.")
     parts, split = split_of_parts(table, part_of_patient)
     left_out = len(parts) - sum(map(len, split))
     if left_out:
-        logger.warning(f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out")
+        logger.warning(
+            f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out",
+        )
     for name, stays in zip(Split._fields, split):
         if len(np.unique(table.labels[stays])) < 2 and not (name == "test" and not len(stays)):
             raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")
@@ -5102,7 +5529,9 @@ def meds_split(table: StayTable, root: Path) -> Split | None:
     if all(len(np.unique(table.labels[stays])) == 2 for stays in split):
         logger.info(f"Split       the data set's own, {path.name}")
         return split
-    logger.warning(f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew")
+    logger.warning(
+        f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew",
+    )
     return None
 
 
@@ -5111,16 +5540,22 @@ def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tupl
     is_new = ~external.stays["patient_id"].isin(table.stays["patient_id"]).to_numpy()
     if not is_new.all():
         logger.warning(
-            f"Test data   WARNING: {(~is_new).sum()} stays are of patients that --data has too; they are left out"
+            f"Test data   WARNING: {(~is_new).sum()} stays are of patients that --data has too; they are left out",
         )
     if len(np.unique(external.labels[is_new])) < 2:
-        raise InputError("--test-data: no stays of both outcomes are left. Give stays of patients that --data has not.")
+        raise InputError(
+            "--test-data: no stays of both outcomes are left. Give stays of patients that --data has not.",
+        )
     both = append_stays(table, external.take(np.flatnonzero(is_new)))
     return both, [split._replace(test=np.arange(len(table.stays), len(both.stays)))]
 
 
 def describe_plan(
-    table: StayTable, splits: Sequence[Split], settings: Settings, accelerator: Accelerator, seconds_read: float
+    table: StayTable,
+    splits: Sequence[Split],
+    settings: Settings,
+    accelerator: Accelerator,
+    seconds_read: float,
 ) -> None:
     """Log what the run will do, about how long it takes by rates measured here, and what it needs of what is free."""
     n_new, dim, seconds_per_text = measure_encoding(table.texts, settings, accelerator)
@@ -5133,7 +5568,7 @@ def describe_plan(
     logger.info(
         f"Plan        read in {words_of(seconds_read)}; "
         f"encode {n_new:,} of {len(table.texts):,} texts (about {encoding}); "
-        f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {epoch}"
+        f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {epoch}",
     )
     describe_needs(4 * dim * n_new, 4 * dim * len(table.texts) + 40 * len(table.text), settings)
     if settings.dry_run:
@@ -5147,10 +5582,12 @@ def describe_needs(disk: int, memory: int, settings: Settings) -> None:
     free, available = shutil.disk_usage(existing).free, psutil.virtual_memory().available
     logger.info(
         f"Needs       {disk / 1e9:.2g} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
-        f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)"
+        f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)",
     )
     if disk > free or memory > available:
-        logger.warning("Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.")
+        logger.warning(
+            "Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.",
+        )
 
 
 def words_of(seconds: float) -> str:
@@ -5161,7 +5598,11 @@ def words_of(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def measure_encoding(texts: np.ndarray, settings: Settings, accelerator: Accelerator) -> tuple[int, int, float]:
+def measure_encoding(
+    texts: np.ndarray,
+    settings: Settings,
+    accelerator: Accelerator,
+) -> tuple[int, int, float]:
     """Return how many texts have no vector yet, a vector's size, and the seconds that a text takes."""
     try:
         encoder = make_text_encoder(settings.text_encoder, **encoder_options(settings, accelerator))
@@ -5226,7 +5667,11 @@ class Scored(NamedTuple):
         """Return the figures of `evaluate_predictions`."""
         patients = self.stays["patient_id"].to_numpy()
         return evaluate_predictions(
-            self.stays[LABEL].astype(float), self.probabilities, patients, settings.n_bootstrap, settings.seed
+            self.stays[LABEL].astype(float),
+            self.probabilities,
+            patients,
+            settings.n_bootstrap,
+            settings.seed,
         )
 
     def words(self, kind: str = "") -> str:
@@ -5386,7 +5831,10 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
     describe_training(trainer, split)
     if settings.report_to != "none":
         accelerator.project_configuration.set_directories(str(output))
-        accelerator.init_trackers("clinical_LF", {name: str(value) for name, value in asdict(settings).items()})
+        accelerator.init_trackers(
+            "clinical_LF",
+            {name: str(value) for name, value in asdict(settings).items()},
+        )
     trainer.fit()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -5426,14 +5874,16 @@ def describe_training(trainer: Trainer, split: Split) -> None:
     logger.info(
         f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, "
         f"{trainer.preprocessor.static_dim} static, on {accelerator.num_processes} x {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}"
+        f"precision {accelerator.mixed_precision}",
     )
     n_steps, world = len(trainer.plan_epoch(1)), accelerator.num_processes
     events = trainer.train_set.lengths.sum() / n_steps / world
     each = " in each process" if world > 1 else ""
     logger.info(f"Steps       {n_steps:,} an epoch, of {events:,.0f} events on average{each}")
     if world > 1 and events < FEW_EVENTS and accelerator.device.type != "cpu":
-        logger.warning(f"Steps       WARNING: below {FEW_EVENTS:,} events a GPU mostly waits: raise --batch-size")
+        logger.warning(
+            f"Steps       WARNING: below {FEW_EVENTS:,} events a GPU mostly waits: raise --batch-size",
+        )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -5442,7 +5892,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def report_training(
-    trainer: Trainer, cohort: Cohort, scored: dict[str, Scored], audit: list[dict], results: Results
+    trainer: Trainer,
+    cohort: Cohort,
+    scored: dict[str, Scored],
+    audit: list[dict],
+    results: Results,
 ) -> Outcome:
     """Write metrics, predictions, plots and model card of the held-out stays; log the summary a person looks for."""
     settings, part = trainer.settings, "test" if "test" in scored else "validation"
@@ -5453,7 +5907,10 @@ def report_training(
     training = {
         "epochs": trainer.epochs_done,
         "best_epoch": trainer.best_epoch,
-        "seconds": round(sum(row["seconds"] for row in trainer.history), 1),  # of all parts, where it was resumed
+        "seconds": round(
+            sum(row["seconds"] for row in trainer.history),
+            1,
+        ),  # of all parts, where it was resumed
         "parameters": count_parameters(trainer.model),
         "temperature": trainer.temperature,
     }
@@ -5481,7 +5938,11 @@ def report_training(
 
 
 def write_evaluation(
-    results: Results, scored: Scored, settings: Settings, caption: str, judged: Scored | None = None
+    results: Results,
+    scored: Scored,
+    settings: Settings,
+    caption: str,
+    judged: Scored | None = None,
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """Write predictions and, where outcomes are known, figures, tables and plots; return the figures and the tables.
 
@@ -5492,7 +5953,11 @@ def write_evaluation(
     if known.stays.empty:
         return {}, {}
     metrics, groups = known.evaluate(settings), subgroups_of_stays(known.stays)
-    labels, risks, patients = known.stays[LABEL].to_numpy(float), known.probabilities, known.stays["patient_id"]
+    labels, risks, patients = (
+        known.stays[LABEL].to_numpy(float),
+        known.probabilities,
+        known.stays["patient_id"],
+    )
     resampling = {"n_bootstrap": settings.n_bootstrap, "seed": settings.seed}
     tables = {
         "subgroups": subgroup_table(labels, risks, patients, groups, **resampling),
@@ -5516,7 +5981,10 @@ def write_predictions(results: Results, scored: Scored, settings: Settings) -> N
     frame = frame.assign(probability=scored.probabilities, **scored.stays[more])
     results.table("predictions.csv", frame)
     if settings.labels:
-        results.keep("predictions.parquet", lambda path: meds_predictions(scored).to_parquet(path, index=False))
+        results.keep(
+            "predictions.parquet",
+            lambda path: meds_predictions(scored).to_parquet(path, index=False),
+        )
 
 
 def meds_predictions(scored: Scored) -> pd.DataFrame:
@@ -5528,7 +5996,7 @@ def meds_predictions(scored: Scored) -> pd.DataFrame:
             "boolean_value": scored.stays[LABEL].astype("boolean"),
             "predicted_boolean_value": scored.probabilities >= 0.5,
             "predicted_boolean_probability": scored.probabilities.astype(np.float32),
-        }
+        },
     )
 
 
@@ -5547,7 +6015,11 @@ def log_metrics(metrics: dict[str, Any], title: str) -> None:
         logger.info(f"            {label:22s} {text}")
 
 
-def tripod_block(cohort: Cohort, patients: dict[str, list[int]], tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def tripod_block(
+    cohort: Cohort,
+    patients: dict[str, list[int]],
+    tables: dict[str, pd.DataFrame],
+) -> dict[str, Any]:
     """Return what a TRIPOD+AI report asks for: flow, missing values, events, calibration, groups, operating point."""
     table = cohort.table
     counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1)
@@ -5674,16 +6146,23 @@ def limits_of(content: dict[str, Any], part: str) -> list[str]:
     if not settings["observation_hours"] and not settings["labels"]:
         limits.append(RETROSPECTIVE)
     if content["text_encoder"] == "hashing":
-        limits.append("Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.")
+        limits.append(
+            "Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.",
+        )
     if None in (slope["low"], slope["high"]) or not slope["low"] <= 1 <= slope["high"]:
-        limits.append(f"Its probabilities are not shown to be calibrated: {metric_text(metrics, 'calibration_slope')}.")
+        limits.append(
+            f"Its probabilities are not shown to be calibrated: {metric_text(metrics, 'calibration_slope')}.",
+        )
     if flagged:
         limits.append(f"The leakage audit flags {', '.join(flagged)}.")
     return limits
 
 
 def embed_texts(
-    texts: np.ndarray, settings: Settings, accelerator: Accelerator, expected: str | None = None
+    texts: np.ndarray,
+    settings: Settings,
+    accelerator: Accelerator,
+    expected: str | None = None,
 ) -> tuple[str, np.ndarray]:
     """Return the encoder's identity and the texts' vectors (n_texts, E); only new ones are computed, by all processes.
 
@@ -5701,9 +6180,14 @@ def embed_texts(
         if expected is not None and encoder.id != expected:
             raise InputError(
                 f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. "
-                "Give the same encoder."
+                "Give the same encoder.",
             )
-        keys = encoder.embed(texts, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process)
+        keys = encoder.embed(
+            texts,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.is_main_process,
+        )
     except InputError as error:
         failure = error
     of_all = gather_object([failure])  # waits until all have done their share
@@ -5713,14 +6197,14 @@ def embed_texts(
         if may_fall_back and expected is None and data_path(settings.data).resolve() == SAMPLE.resolve():
             logger.warning(
                 "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing "
-                "encoder instead. Results say nothing about Clinical-Longformer."
+                "encoder instead. Results say nothing about Clinical-Longformer.",
             )
             return embed_texts(texts, replace(settings, text_encoder="hashing"), accelerator)
         raise failures[0]
     vectors = encoder.cache.mapped(keys)
     logger.info(
         f"Encoder     {encoder.id}: {len(set(texts)):,} distinct texts, {encoder.n_encoded:,} of them new, "
-        f"{time.monotonic() - started:.1f} s"
+        f"{time.monotonic() - started:.1f} s",
     )
     return encoder.id, vectors
 
@@ -5750,12 +6234,18 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
         raise InputError(
             f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; "
             "paths inside a checkpoint are not followed. "
-            "Give its folder as --text-encoder PATH."
+            "Give its folder as --text-encoder PATH.",
         )
     return name
 
 
-def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Settings, results: Results) -> list[dict]:
+def write_audit(
+    table: StayTable,
+    split: Split,
+    repairs: Repairs,
+    settings: Settings,
+    results: Results,
+) -> list[dict]:
     """Leakage audit of the table and the split: a line in the log, leakage_audit.csv, and its rows."""
     stays = table.stays
     part = np.empty(len(stays), dtype=object)
@@ -5773,13 +6263,14 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
             # What two columns tell together: a length that ran past the record would know who died before it.
             "length of stay less the record's span, hours": 24 * days - stay_hours(table),
             "length of stay less the last event, hours": 24 * days - table.minutes_since_intime[last] / 60,
-        }
+        },
     )
     late = int((table.known_minutes_since_intime > end_minutes).sum())
     conflicting = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     counts = {
         "events after the final event": next(
-            (count for reason, count in repairs.items() if "after the final event" in reason), 0
+            (count for reason, count in repairs.items() if "after the final event" in reason),
+            0,
         ),
         KNOWN_LATER: late,
         "stays with conflicting labels": conflicting,
@@ -5801,7 +6292,7 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
     if used := sorted(flagged & set(settings.static_features)):
         logger.warning(
             f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. "
-            "Leave it out of --static-features."
+            "Leave it out of --static-features.",
         )
     if unused := sorted(flagged - set(settings.static_features)):
         logger.info(f"Audit       flagged, but not used by the model: {', '.join(unused)}")
@@ -5811,7 +6302,7 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         named = "; ".join(item[:80] for item in found[:5])
         logger.warning(
-            f"Audit       WARNING: the presence of {named}{more} tells the outcome: see leakage_audit_texts.csv"
+            f"Audit       WARNING: the presence of {named}{more} tells the outcome: see leakage_audit_texts.csv",
         )
     return json.loads(audit.to_json(orient="records"))
 
@@ -5819,7 +6310,11 @@ def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Sett
 def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """Score a table with a trained model, refitting nothing; figures where labels are known, trajectories if asked."""
     checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
-    own = settings_of_evaluation(checkpoint.settings, settings, encoder_to_load(checkpoint, settings.text_encoder))
+    own = settings_of_evaluation(
+        checkpoint.settings,
+        settings,
+        encoder_to_load(checkpoint, settings.text_encoder),
+    )
     source = read_source(own.data, own, accelerator, need_label=False)
     table = source.table
     text_encoder, vectors = embed_texts(table.texts, own, accelerator, expected=checkpoint.text_encoder)
@@ -5853,7 +6348,12 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         "cohort": [step._asdict() for step in source.flow],
         "dropped_or_repaired": source.repairs,
         "source_tables": [account._asdict() for account in source.repairs.sources],
-        "seen_patients": {"stays": int(seen.sum()), "of": len(seen), "included": own.include_seen, "note": overlap},
+        "seen_patients": {
+            "stays": int(seen.sum()),
+            "of": len(seen),
+            "included": own.include_seen,
+            "note": overlap,
+        },
         "unknown_categories": unknown,
         "metrics": metrics or None,
         "metrics_after_recalibration": after,
@@ -5881,7 +6381,7 @@ def shares_unseen(unseen: pd.DataFrame) -> dict[str, float]:
     shares = (unseen[["of_new_item", "of_new_text"]].sum() / unseen["events"].sum()).round(4).to_dict()
     logger.info(
         f"Unseen      {shares['of_new_item']:.1%} of the events are of items that training never saw, "
-        f"{shares['of_new_text']:.1%} of texts that it never saw"
+        f"{shares['of_new_text']:.1%} of texts that it never saw",
     )
     return shares
 
@@ -5954,12 +6454,17 @@ def log_unknown_categories(preprocessor: ClinicalDataPreprocessor, stays: pd.Dat
         level = logging.WARNING if count > 0.2 * len(stays) else logging.INFO
         warning = "WARNING: " if level == logging.WARNING else ""
         logger.log(
-            level, f"Data        {warning}{column}: {count} of {len(stays)} stays have values unknown to the model"
+            level,
+            f"Data        {warning}{column}: {count} of {len(stays)} stays have values unknown to the model",
         )
     return unknown
 
 
-def score_trajectories(table: StayTable, settings: Settings, score: Callable[[StayTable], np.ndarray]) -> pd.DataFrame:
+def score_trajectories(
+    table: StayTable,
+    settings: Settings,
+    score: Callable[[StayTable], np.ndarray],
+) -> pd.DataFrame:
     """Return each stay's risk at several hours after admission, from what was known then; a stay leaves at its end."""
     rows = []
     for hour in trajectory_hours(settings.trajectory):
@@ -5971,7 +6476,7 @@ def score_trajectories(table: StayTable, settings: Settings, score: Callable[[St
                     hours_after_admission=hour,
                     probability=score(present),
                     label=present.labels,
-                )
+                ),
             )
     if not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
@@ -5979,14 +6484,18 @@ def score_trajectories(table: StayTable, settings: Settings, score: Callable[[St
 
 
 def write_trajectories(
-    results: Results, trajectories: pd.DataFrame, hidden: set[int], trained: Settings, text_encoder: str
+    results: Results,
+    trajectories: pd.DataFrame,
+    hidden: set[int],
+    trained: Settings,
+    text_encoder: str,
 ) -> None:
     """Write the risks, and their picture without the hidden patients; warn of a model that only saw whole stays."""
     mode = f"predicts at {trained.observation_hours:g} h" if trained.observation_hours else "read whole stays"
     if not trained.observation_hours:
         logger.warning(
             "Trajectory  WARNING: the model was trained on whole stays (no --observation-hours), "
-            "so early risks are extrapolations."
+            "so early risks are extrapolations.",
         )
     caption = f"the model was trained to: {mode} · text encoder: {text_encoder}"
     results.table("risk_trajectories.csv", trajectories)
@@ -5996,10 +6505,16 @@ def write_trajectories(
 
 
 def train_repeatedly(
-    cohort: Cohort, splits: Sequence[Split], settings: Settings, accelerator: Accelerator
+    cohort: Cohort,
+    splits: Sequence[Split],
+    settings: Settings,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Train once for each fold, or with several seeds on one split; write the spread, and pooled figures."""
-    unit, results = "fold" if settings.cross_validate else "seed", Results(Path(settings.output_dir), settings)
+    unit, results = (
+        "fold" if settings.cross_validate else "seed",
+        Results(Path(settings.output_dir), settings),
+    )
     if accelerator.is_main_process:
         results.begin()
     numbers, outcomes = range(1, 1 + (settings.cross_validate or settings.seeds)), []
@@ -6031,7 +6546,10 @@ def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, result
         rows.append({unit: number} | {name: figures[name]["value"] for name in METRICS})
     spread = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
     moments = spread[list(METRICS)].agg(["mean", "std"])
-    results.table(f"{unit}s.csv", pd.concat([spread, moments.rename_axis(unit).reset_index()], ignore_index=True))
+    results.table(
+        f"{unit}s.csv",
+        pd.concat([spread, moments.rename_axis(unit).reset_index()], ignore_index=True),
+    )
     scored = pooled_predictions(outcomes, unit)
     what = "the test stays of all folds" if unit == "fold" else f"mean risk of {len(outcomes)} seeds"
     caption = f"text encoder: {cohort.text_encoder} · {what}, {scored.words()}"
