@@ -6370,7 +6370,7 @@ def unseen_in_training(checkpoint: Checkpoint, table: StayTable) -> pd.DataFrame
     events = np.bincount(table.text, minlength=len(table.texts))
     known_items = set(checkpoint.state["training_items"])
     is_new_item = np.array([item_hash(text) not in known_items for text in table.texts])
-    is_new_text = ~np.isin(text_numbers(table.texts), checkpoint.state["training_texts"].numpy())
+    is_new_text = ~np.isin(text_numbers(table.texts), checkpoint.state["training_texts"].cpu().numpy())
     frame = pd.DataFrame({"item": list(map(item_of, table.texts)), "events": events})
     frame = frame.assign(of_new_item=events * is_new_item, of_new_text=events * is_new_text)
     return frame.groupby("item", as_index=False).sum().sort_values("of_new_text", ascending=False, kind="stable")

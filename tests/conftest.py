@@ -43,7 +43,7 @@ def save_longformer(folder, seed=0, attention_window=(512, 512)):
         sep_token_id=2,
         initializer_range=0.2,
     )  # wide, so that attention matters
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LongformerModel(config).save_pretrained(folder)
     return folder
