@@ -2298,7 +2298,7 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
             "n_values": len(known),
             "tells_outcome": bool(part.get("tells_outcome", pd.Series(False)).any()),
         }
-        rows.append(row | {"sentence": _item_in_words(row)})
+        rows.append(row | {"sentence": _item_in_words(row, push.max() > 0)})
     columns = [
         "item",
         "n_events",
@@ -2313,14 +2313,17 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _item_in_words(row: dict[str, Any]) -> str:
+def _item_in_words(row: dict[str, Any], towards_death: bool) -> str:
     """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87, n 40).`"""
     if math.isnan(row["rho"]):
         return f"{row['item']}: too few values to say which of them push (n {row['n_values']})."
     where = f"(rho {row['rho']:.2f}, n {row['n_values']})"
     if abs(row["rho"]) < 0.3:
         return f"{row['item']}: value and push are hardly related {where}."
-    return f"{row['item']} pushes towards death when {'high' if row['rho'] > 0 else 'low'} {where}."
+    end = "high" if row["rho"] > 0 else "low"
+    if not towards_death:  # all of its events push away
+        return f"{row['item']} pushes away from death, least when {end} {where}."
+    return f"{row['item']} pushes towards death when {end} {where}."
 
 
 def level_table(events: pd.DataFrame, items: Sequence[str]) -> pd.DataFrame:

@@ -5459,7 +5459,7 @@ def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None
     quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1])
     lengths = " / ".join(f"{int(quantile):,}" for quantile in quantiles)
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
-    dropped = "; ".join(f"{count:,} {reason}" for reason, count in repairs.items())
+    dropped = "; ".join(f"{count:,} {reason.removesuffix(', dropped')}" for reason, count in repairs.items())
     logger.info(f"Dropped     {dropped or 'nothing'}")
     if len(flow) == 1:
         return
@@ -5616,7 +5616,9 @@ def measure_encoding(
         started = time.monotonic()
         encoder._forward(0, encoder._tokenise(some))
         return len(missing), encoder.dim, (time.monotonic() - started) / len(some) / accelerator.num_processes
-    except EncoderUnreachable:  # `embed_texts` says what to do about it
+    except EncoderUnreachable as error:  # `embed_texts` then falls back on the sample, and stops on any other data
+        if settings.dry_run:
+            logger.warning(f"Encoder     WARNING: {error}")
         return len(texts), 768, 0.0
 
 
@@ -6154,7 +6156,10 @@ def limits_of(content: dict[str, Any], part: str) -> list[str]:
             f"Its probabilities are not shown to be calibrated: {metric_text(metrics, 'calibration_slope')}.",
         )
     if flagged:
-        limits.append(f"The leakage audit flags {', '.join(flagged)}.")
+        used = sorted(set(flagged) & set(settings["static_features"]))
+        limits.append(
+            f"The leakage audit flags {', '.join(flagged)}; the model uses {', '.join(used) or 'none of it'}."
+        )
     return limits
 
 

@@ -445,6 +445,11 @@ def test_items_say_which_values_push_towards_death(sign, word):
     assert table["size"][0] == pytest.approx((values**3).mean() if sign else values.mean())
 
 
+def test_item_whose_events_all_push_away_is_said_to_push_away():
+    values = np.arange(12.0)
+    assert "pushes away from death, least when high" in explain.item_table(events_of(values, values - 20))["sentence"][0]
+
+
 def test_items_by_level_are_means_of_the_push():
     levels = explain.level_table(events_of([1.0, 2, 3], [1.0, 0, 5]), ["Lab: Lactate (Blood, Blood Gas)"])
     assert levels[["level", "push", "n_events"]].values.tolist() == [["above range", 2.0, 3]]
