@@ -447,7 +447,9 @@ def test_items_say_which_values_push_towards_death(sign, word):
 
 def test_item_whose_events_all_push_away_is_said_to_push_away():
     values = np.arange(12.0)
-    assert "pushes away from death, least when high" in explain.item_table(events_of(values, values - 20))["sentence"][0]
+    assert (
+        "pushes away from death, least when high" in explain.item_table(events_of(values, values - 20))["sentence"][0]
+    )
 
 
 def test_items_by_level_are_means_of_the_push():
