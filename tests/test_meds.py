@@ -232,3 +232,16 @@ def test_evaluation_says_which_items_training_never_saw(hospital, tmp_path):
     state["training_texts"] = torch.from_numpy(train.text_numbers(texts[:1]))
     shares = train.shares_unseen(train.unseen_in_training(checkpoint, table))
     assert shares == {"of_new_item": 0, "of_new_text": pytest.approx(1 - (table.text == 0).mean(), abs=1e-4)}
+
+
+@pytest.mark.parametrize("labels", [[(7, 4, True)], [(1, 0.5, True)]], ids=["other subjects", "before any event"])
+def test_labels_that_fit_no_event_are_refused_in_a_sentence(tmp_path, labels):
+    with pytest.raises(train.InputError, match="no stay has an event"):
+        read(write_meds(tmp_path, [lab(1, 1, 2.4)], labels=labels))
+
+
+def test_empty_label_file_is_refused_in_a_sentence(tmp_path):
+    root = write_meds(tmp_path, [lab(1, 1, 2.4)], labels=[(1, 4, True)])
+    pd.read_parquet(root / "labels.parquet").head(0).to_parquet(root / "labels.parquet")
+    with pytest.raises(train.InputError, match="no rows"):
+        read(root)
