@@ -3526,7 +3526,8 @@ It is made for research, not for the care of a patient. {{ setting }}</p>
 The push of an event is its share of the prediction on the logit scale, found by Integrated Gradients between a stay
 whose events say nothing and this one: {{ doubling | signed }} doubles the odds of death, {{ -doubling | signed }}
 halves them. “Odds through it” compares the odds of death with those if this event alone were unremarkable,
-that is, replaced by the mean event of training; the number of events stays what it is.</p>
+that is, replaced by the mean event of training; the number of events stays what it is. The two need not agree: where
+several events say the same, each has its share of the push, and without one of them the others still say it.</p>
 <h2>All explained stays</h2>
 <p>{{ cohort }}</p>
 {{ table("Stays shown below", ["stay", "shown because", "#predicted risk", "outcome"], shown) }}

@@ -5394,6 +5394,8 @@ def run(settings: Settings) -> dict[str, Any]:
         if settings.dry_run:
             return {}
         cohort = Cohort(table, source.flow, source.repairs, *embed_texts(table.texts, settings, accelerator))
+        if cohort.text_encoder == HashingTextEncoder.id:  # also where the sample fell back to it: settings.yaml says so
+            settings = replace(settings, text_encoder=cohort.text_encoder)
         if settings.cross_validate or settings.seeds > 1:
             return train_repeatedly(cohort, splits, settings, accelerator)
         return train_and_report(cohort, splits[0], settings, accelerator).content
