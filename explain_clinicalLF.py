@@ -4000,7 +4000,9 @@ def write_everything(
         "data": Path(settings.data).name,
         "checkpoint": Path(settings.checkpoint).name,
         "text_encoder": encoder,
-        "setting": what_the_model_sees(run.checkpoint.settings),
+        "setting": train.moment_of_prediction(
+            run.checkpoint.settings.observation_hours, run.checkpoint.settings.labels
+        ),
         "temperature": run.checkpoint.temperature,
         "calibration": calibration_of(run),
     }
@@ -4016,13 +4018,6 @@ def write_table(table: pd.DataFrame, file: str, path: Path) -> None:
         table.to_parquet(path, index=False)
     else:
         table.to_csv(path, index=False, float_format="%.6g")
-
-
-def what_the_model_sees(trained: train.Settings) -> str:
-    if trained.observation_hours:
-        return f"The model predicts {trained.observation_hours:g} h after ICU admission from what was known then."
-    words = "The model reads the whole stay up to discharge or death, so it describes a stay that has ended "
-    return words + "and does not foresee."
 
 
 def faithfulness_record(run: Run, tables: dict[str, Any]) -> dict[str, Any]:

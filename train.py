@@ -6082,8 +6082,7 @@ At the threshold that finds {sensitivity:.0%} of the deaths: {operating}.
 def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> str:
     """Return the model card of a run, from what metrics.json holds and how the run came about."""
     metrics, settings, block = content["metrics"][part], content["settings"], content["tripod_ai"]
-    hours = settings["observation_hours"]
-    moment = f"It predicts {hours:g} h after ICU admission, from what was known then." if hours else RETROSPECTIVE
+    moment = moment_of_prediction(settings["observation_hours"], settings["labels"])
     missing = [f"{name} {share_:.0%}" for name, share_ in block["missing_per_column"].items() if share_]
     events = [f"{count:,} {name}" for name, count in block["events_per_type"].items() if count]
     flow = [f"{step['stays']:,} stays, {step['deaths']:,} deaths: {step['name']}" for step in block["flow"]]
@@ -6110,6 +6109,15 @@ def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> st
         groups="\n".join(group_line(row, points) for row in block["subgroups"]),
         limits="\n".join(f"- {limit}" for limit in limits_of(content, part)),
     )
+
+
+def moment_of_prediction(observation_hours: float, labels: str) -> str:
+    """Return when a model predicts, and from what."""
+    if labels:
+        return "It predicts at the time of each MEDS label, from the events up to it."
+    if observation_hours:
+        return f"It predicts {observation_hours:g} h after ICU admission, from what was known then."
+    return RETROSPECTIVE
 
 
 RETROSPECTIVE = (

@@ -245,3 +245,9 @@ def test_empty_label_file_is_refused_in_a_sentence(tmp_path):
     pd.read_parquet(root / "labels.parquet").head(0).to_parquet(root / "labels.parquet")
     with pytest.raises(train.InputError, match="no rows"):
         read(root)
+
+
+def test_model_of_meds_labels_is_not_said_to_read_whole_stays():
+    assert "MEDS label" in train.moment_of_prediction(0.0, "labels.parquet")
+    assert "24 h after" in train.moment_of_prediction(24.0, "")
+    assert train.moment_of_prediction(0.0, "") == train.RETROSPECTIVE
