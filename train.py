@@ -3927,7 +3927,7 @@ class Trainer:
         )
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=self.average_weights)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.writer = ThreadPoolExecutor(1)  # writes and draws attention while training goes on
+        self.threads = ThreadPoolExecutor(2)  # write attention and read losses while training goes on
         self.writing: Future[None] | None = None
         self.history: list[dict[str, float]] = []
         self.step = self.epochs_done = 0
@@ -3976,7 +3976,7 @@ class Trainer:
         bar = Progress(loader, total=len(batches), desc=f"epoch {epoch}", unit=" batches", active=is_main)
         attention_every = max(settings.save_attention_every, math.ceil(len(batches) / MOST_ATTENTION_FILES))
         self.objective.train()
-        unread: list[tuple[np.ndarray, Tensor]] = []
+        unread: deque[tuple[np.ndarray, Future[Tensor]]] = deque()
         total_loss, n_stays, n_events = 0.0, 0, 0
         started = time.monotonic()
         for number, batch in enumerate(bar):
@@ -3991,23 +3991,22 @@ class Trainer:
             self.optimizer.step()
             self.step += 1
             self.average.update_parameters(self.accelerator.unwrap_model(self.objective).model)
+            unread.append((share, self.threads.submit(losses.detach().cpu)))
+            if len(unread) > 1:  # the step before; to ask for this one now would leave the device without work
+                total_loss += self.read_losses(*unread.popleft())
+                rate = n_events / (time.monotonic() - started)
+                bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s", refresh=False)
             n_stays += len(stays)
             n_events += int(lengths[stays].sum())
-            unread.append((share, losses.detach()))
-            if len(unread) == STEPS_PER_READING or number + 1 == len(batches):
-                total_loss += self.read_losses(unread)
-                rate = n_events / (time.monotonic() - started)
-                bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s")
             if settings.save_attention_every and number % attention_every == 0 and is_main:
                 self.save_attention(epoch, number, stays)
+        total_loss += self.read_losses(*unread.popleft())
         sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
         return float(sums[0]) / n_stays
 
-    def read_losses(self, unread: list[tuple[np.ndarray, Tensor]]) -> float:
-        """The sum of the losses since the last reading, checked: the loop waits for the device only here."""
-        losses = torch.cat([losses for _, losses in unread]).cpu()
-        stays = np.concatenate([share for share, _ in unread])
-        unread.clear()
+    def read_losses(self, stays: np.ndarray, reading: Future[Tensor]) -> float:
+        """The sum of the losses of a step, checked: the loop waits for the device only here."""
+        losses = reading.result()
         self.stop_if_not_finite(losses, self.train_set, stays)
         return float(losses.sum())
 
@@ -4167,7 +4166,7 @@ class Trainer:
         stay = int(min(stays, key=lambda s: abs(int(self.train_set.lengths[s]) - 512)))
         record = attention_record(self.model, self.train_set, stay, self.accelerator.device)
         self.finish_writing()
-        self.writing = self.writer.submit(self._write_attention, record, batch, epoch)
+        self.writing = self.threads.submit(self._write_attention, record, batch, epoch)
 
     def _write_attention(self, record: dict[str, Any], batch: int, epoch: int) -> None:
         path = save_attention_weights(record, batch, epoch, self.output / "attention_weights")
@@ -4181,7 +4180,6 @@ class Trainer:
         self.writing = None
 
 
-STEPS_PER_READING = 10  # of the losses: a device that is asked after each step idles while the next is prepared
 MOST_ATTENTION_FILES = 5  # of an epoch
 MAX_MAP_EVENTS, MAX_MAP_BINS = 1024, 64
 

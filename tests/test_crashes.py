@@ -111,18 +111,20 @@ def test_same_seed_gives_the_same_bits(data, tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_loss_of_nan_stops_with_the_stays_named_and_keeps_the_best_checkpoint(data, tmp_path, capfd, monkeypatch):
-    assert train.main(arguments(tmp_path, data)) == 0
+def test_loss_of_nan_stops_at_most_a_step_later_and_keeps_the_best_checkpoint(data, tmp_path, capfd, monkeypatch):
+    assert train.main(arguments(tmp_path, data, "--batch-size", 3)) == 0
     best = (tmp_path / "out" / "checkpoints" / "best_model.pth").read_bytes()
-    forward = train.TrainingObjective.forward
+    forward, steps = train.TrainingObjective.forward, []
 
     def spoiled(self, batch, time_column):
+        steps.append(len(batch.labels))
         losses = forward(self, batch, time_column)
-        return losses + torch.where(torch.arange(len(losses)) == 2, torch.nan, 0.0)
+        return losses + torch.where((torch.arange(len(losses)) == 2) & (len(steps) == 3), torch.nan, 0.0)
 
     monkeypatch.setattr(train.TrainingObjective, "forward", spoiled)
     capfd.readouterr()
-    assert train.main(arguments(tmp_path, data, "--max-epochs", 2, "--resume")) == 2
+    assert train.main(arguments(tmp_path, data, "--batch-size", 3, "--max-epochs", 2, "--resume")) == 2
+    assert steps == [3, 3, 3, 3]  # of nine; the third has the stay without a loss
     message = capfd.readouterr().err
     assert (
         "the loss is not finite for icu_stay_id 300000" in message

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from make_sample import make_sample
+from small_table import small_table
 
 import explain_clinicalLF
 import train
@@ -126,6 +127,17 @@ def test_saved_attention_is_bounded_and_sums_to_one(trained):
     saved = train.load_attention_weights(trained / "out" / "attention_weights" / "attention_epoch_1_batch_0.npz")
     assert saved["pooling_weights"][0, :, 0].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
     assert max(saved["layer_attention_weights"][0].shape[2:]) <= train.MAX_MAP_BINS
+
+
+def test_attention_is_saved_at_most_five_times_an_epoch_spread_evenly(tmp_path):
+    small_table().to_csv(tmp_path / "data.csv", index=False)
+    sizes = {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_feedforward": 32, "max_epochs": 1, "batch_size": 3}
+    folders = {"cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "out")}
+    options = {"text_encoder": "hashing", "save_attention_every": 1}
+    trainer, _ = train.train_model(train.Settings(str(tmp_path / "data.csv"), **options, **folders, **sizes))
+    names = {path.stem for path in (tmp_path / "out" / "attention_weights").iterdir()}
+    assert len(trainer.plan_epoch(1)) == 9
+    assert names == {f"attention_epoch_1_batch_{number}" for number in (0, 2, 4, 6, 8)}
 
 
 def test_no_patient_is_in_two_splits(trained):
