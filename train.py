@@ -3878,34 +3878,35 @@ SETTINGS_OF_A_RUN = (
 NUMBER_WEIGHT = 3.0
 
 
+class TrainingData(NamedTuple):
+    """What a model is trained on."""
+
+    table: StayTable
+    split: Split
+    text_vectors: np.ndarray  # (n_texts, E)
+    text_encoder: str  # identity of the encoder of the vectors
+
+
 class Trainer:
     """One training run: what the loop needs, so that an epoch reads as the algorithm."""
 
     def __init__(
         self,
-        table: StayTable,
-        split: Split,
-        text_vectors: np.ndarray,
-        text_encoder: str,
         settings: Settings,
-        output: Path,
+        data: TrainingData,
         accelerator: Accelerator,
         draw_attention: Callable[[Path], Any] | None = None,
     ) -> None:
         """draw_attention: takes each attention file as it is written."""
         torch.manual_seed(settings.seed)
-        self.settings, self.output, self.accelerator, self.text_encoder = (
-            settings,
-            output,
-            accelerator,
-            text_encoder,
-        )
-        self.draw_attention = draw_attention
+        self.settings, self.accelerator, self.draw_attention = settings, accelerator, draw_attention
+        self.output, self.text_encoder = Path(settings.output_dir), data.text_encoder
+        table, split = data.table, data.split
         train_table = table.take(split.train)
         self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(
             train_table,
         )
-        vectors = place_vectors(text_vectors, settings.vectors_on, accelerator.device)
+        vectors = place_vectors(data.text_vectors, settings.vectors_on, accelerator.device)
         dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
         self.train_set = dataset_of(train_table)
         self.validation_set = dataset_of(table.take(split.validation))
@@ -5787,21 +5788,6 @@ class Outcome(NamedTuple):
     scored: Scored | None
 
 
-def train_model(settings: Settings, accelerator: Accelerator | None = None) -> tuple[Trainer, Checkpoint]:
-    """Train on the data that the settings name, and write no report: for a notebook, tests and benchmarks.
-
-    Return the trainer, whose datasets are the parts of the split, and the checkpoint with the best weights.
-    """
-    settings, accelerator = check_settings(settings), accelerator or make_accelerator(settings)
-    source, output = read_source(settings.data, settings, accelerator), Path(settings.output_dir)
-    encoder, vectors = embed_texts(source.table.texts, settings, accelerator)
-    split = choose_splits(source.table, settings)[0]
-    trainer = Trainer(source.table, split, vectors, encoder, settings, output, accelerator)
-    trainer.fit()
-    accelerator.wait_for_everyone()
-    return trainer, load_checkpoint(output / "checkpoints" / "best_model.pth", accelerator.device)
-
-
 def draw_attention(path: Path, settings: Settings, text_encoder: str) -> Path:
     """Draw a file of `save_attention_weights` as a heatmap of the same name in plots/."""
     record = load_attention_weights(path)
@@ -5817,32 +5803,58 @@ def draw_attention(path: Path, settings: Settings, text_encoder: str) -> Path:
     return save_figure(Path(settings.output_dir) / "plots" / f"{path.stem}.png", figure)
 
 
-def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> Outcome:
-    """Train on a split, score its test stays once with the best weights, and write everything."""
-    output = Path(settings.output_dir)
-    draw = partial(draw_attention, settings=settings, text_encoder=cohort.text_encoder)
-    vectors, encoder = cohort.text_vectors, cohort.text_encoder
-    trainer = Trainer(cohort.table, split, vectors, encoder, settings, output, accelerator, draw)
+def train_model(
+    settings: Settings,
+    data: TrainingData | None = None,
+    accelerator: Accelerator | None = None,
+    at_start: Callable[[Trainer], Any] | None = None,
+) -> tuple[Trainer, Checkpoint]:
+    """Train on the data, by default those that the settings name, and write no report.
+
+    Return the trainer, whose datasets are the parts of the split, and the checkpoint of the best weights, which the
+    trainer then has, too. `at_start` is given the trainer before its first epoch.
+    """
+    settings, accelerator = check_settings(settings), accelerator or make_accelerator(settings)
+    data = data or read_training_data(settings, accelerator)
+    draw = partial(draw_attention, settings=settings, text_encoder=data.text_encoder)
+    trainer = Trainer(settings, data, accelerator, draw)
     if settings.resume:
         trainer.resume()
-    results, audit = Results(output, settings), list[dict]()
-    if accelerator.is_main_process:
-        results.begin()
-        results.table("split.csv", split_table(trainer.patients))
-        audit = write_audit(cohort.table, split, cohort.repairs, settings, results)
-    describe_training(trainer, split)
-    if settings.report_to != "none":
-        accelerator.project_configuration.set_directories(str(output))
-        accelerator.init_trackers(
-            "clinical_LF",
-            {name: str(value) for name, value in asdict(settings).items()},
-        )
+    if at_start:
+        at_start(trainer)
     trainer.fit()
+    accelerator.wait_for_everyone()
+    best = load_checkpoint(trainer.output / "checkpoints" / "best_model.pth", accelerator.device)
+    trainer.model.load_state_dict(best.model.state_dict())
+    return trainer, best
+
+
+def read_training_data(settings: Settings, accelerator: Accelerator) -> TrainingData:
+    """Return the data that the settings name, split and encoded."""
+    table = read_source(settings.data, settings, accelerator).table
+    split = choose_splits(table, settings)[0]
+    encoder, vectors = embed_texts(table.texts, settings, accelerator)
+    return TrainingData(table, split, vectors, encoder)
+
+
+def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> Outcome:
+    """Train on a split, score its test stays once with the best weights, and write everything."""
+    results, audit = Results(Path(settings.output_dir), settings), list[dict]()
+
+    def begin(trainer: Trainer) -> None:
+        if accelerator.is_main_process:
+            results.begin()
+            results.table("split.csv", split_table(trainer.patients))
+            audit.extend(write_audit(cohort.table, split, cohort.repairs, settings, results))
+        describe_training(trainer, split)
+        if settings.report_to != "none":
+            accelerator.project_configuration.set_directories(settings.output_dir)
+            accelerator.init_trackers("clinical_LF", {name: str(value) for name, value in asdict(settings).items()})
+
+    data = TrainingData(cohort.table, split, cohort.text_vectors, cohort.text_encoder)
+    trainer, best = train_model(settings, data, accelerator, begin)
     for tracker in accelerator.trackers:
         tracker.finish()
-    accelerator.wait_for_everyone()
-    best = load_checkpoint(output / "checkpoints" / "best_model.pth", accelerator.device)
-    trainer.model.load_state_dict(best.model.state_dict())
     datasets = {"validation": trainer.validation_set}
     if trainer.test_set is not None:
         datasets["test"] = trainer.test_set
@@ -5852,7 +5864,7 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
     if settings.temperature_scaling:
         trainer.temperature = fit_temperature(logits["validation"], trainer.validation_set.table.labels)
         state = best.state | {"temperature": trainer.temperature}
-        write_whole(output / "checkpoints" / "best_model.pth", lambda path: torch.save(state, path))
+        write_whole(trainer.output / "checkpoints" / "best_model.pth", lambda path: torch.save(state, path))
     scored = {
         name: Scored(datasets[name].table.stays, expit(values / trainer.temperature)) for name, values in logits.items()
     }

@@ -58,7 +58,7 @@ def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, p
         save_attention_every=0,
     )
     accelerator = explain.full_precision()
-    trainer, checkpoint = train.train_model(settings, accelerator)
+    trainer, checkpoint = train.train_model(settings, accelerator=accelerator)
     test = trainer.test_set
     assert test is not None
     run = explain.make_run(checkpoint, test.table, test.text_vectors.cpu().numpy(), True, accelerator)

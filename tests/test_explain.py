@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import Accelerator
 from captum.attr import ShapleyValueSampling
 from scipy.stats import spearmanr
 
@@ -400,24 +399,19 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explain")
     sample = make_sample.make_sample(80, seed=3)
     make_sample.write_csv(sample, folder / "sample.csv")
-    settings = train.check_settings(
-        train.Settings(
-            data=str(folder / "sample.csv"),
-            text_encoder="hashing",
-            cache_dir=str(folder / "cache"),
-            d_model=16,
-            n_layers=2,
-            n_heads=2,
-            d_feedforward=16,
-            max_epochs=1,
-            save_attention_every=0,
-        )
+    settings = train.Settings(
+        data=str(folder / "sample.csv"),
+        output_dir=str(folder),
+        text_encoder="hashing",
+        cache_dir=str(folder / "cache"),
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        d_feedforward=16,
+        max_epochs=1,
+        save_attention_every=0,
     )
-    table, _ = train.read_stays(settings.data, settings.cache_dir)
-    accelerator = Accelerator(mixed_precision="no")
-    encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
-    trainer = train.Trainer(table, train.split_by_patient(table, 0), vectors, encoder, settings, folder, accelerator)
-    trainer.fit()
+    trainer, _ = train.train_model(settings)
     return SimpleNamespace(
         folder=folder,
         checkpoint=folder / "checkpoints" / "best_model.pth",

@@ -258,13 +258,13 @@ def test_import_does_no_work(tmp_path, tmp_path_factory):
 
 
 GRADIENT_SCRIPT = """
-import sys, torch, numpy as np
-from pathlib import Path
+import sys, torch
 import train
 from accelerate import Accelerator
 settings = train.Settings(
     data=sys.argv[1],
     cache_dir=sys.argv[2],
+    output_dir=sys.argv[3],
     text_encoder='hashing',
     d_model=32,
     n_layers=1,
@@ -278,10 +278,7 @@ settings = train.Settings(
 )
 settings = train.check_settings(settings)
 accelerator = Accelerator(cpu=True)
-table, _ = train.read_stays(settings.data, settings.cache_dir)
-encoder, vectors = train.embed_texts(table.texts, settings, accelerator)
-split = train.split_by_patient(table, 0)
-trainer = train.Trainer(table, split, vectors, encoder, settings, Path(sys.argv[3]), accelerator)
+trainer = train.Trainer(settings, train.read_training_data(settings, accelerator), accelerator)
 loss = trainer.train_epoch(1)
 gradients = [p.grad for p in accelerator.unwrap_model(trainer.objective).parameters()]
 logits = trainer.predict(trainer.test_set)

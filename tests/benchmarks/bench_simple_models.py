@@ -5,9 +5,9 @@
     python tests/benchmarks/bench_simple_models.py --sample 400 --only "label rate" "logistic regression"
 
 Every model sees the same training stays and tunes itself on the same validation stays (by log loss, as ours stops).
-A seed makes a split (--cross-validate: folds, whose held-out predictions are pooled). Intervals resample patients;
-"against the trees" is the AUROC less that of the trees on item summaries, on the same resamples. On the sample, "of the
-way" is (AUROC - 0.5) / (AUROC of the true risk of the same test stays - 0.5).
+A seed makes a split (--cross-validate: folds, whose held-out predictions are pooled). Intervals resample patients,
+the same for the trees on item summaries and for what is compared with them. On the sample, "of the way"
+is (AUROC - 0.5) / (AUROC of the true risk of the same test stays - 0.5).
 """
 
 import argparse
@@ -15,12 +15,13 @@ import math
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from common import hashing_vectors, log_epochs, machine, markdown, synthetic_stays, train, train_and_test
+from common import hashing_vectors, log_epochs, machine, markdown, ranking, synthetic_stays, train, train_and_test
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -170,7 +171,8 @@ def boosted_trees(features: np.ndarray, data: Data) -> np.ndarray:
 
 
 def ours(data: Data) -> np.ndarray:
-    return train_and_test(data.table, data.split, data.vectors, data.settings).probabilities
+    inputs = train.TrainingData(data.table, data.split, data.vectors, "hashing")
+    return train_and_test(inputs, data.settings).probabilities
 
 
 def without_text(data: Data) -> np.ndarray:
@@ -186,8 +188,7 @@ def with_times_shuffled(data: Data) -> np.ndarray:
 
 def with_item_history(data: Data) -> np.ndarray:
     """The flag as train.py has it: texts are encoded without the number that the history holds."""
-    masked = np.array([train.without_value(text) for text in data.table.texts], dtype=object)
-    vectors = hashing_vectors(replace(data.table, texts=masked))
+    vectors = hashing_vectors(data.table, item_history=True)
     return ours(data._replace(vectors=vectors, settings=replace(data.settings, item_history=True)))
 
 
@@ -217,22 +218,6 @@ def held_out(name: str, data: Data, splits: list[train.Split]) -> tuple[np.ndarr
     return np.concatenate([split.test for split in splits]), np.concatenate(risks), time.monotonic() - started
 
 
-def difference_interval(labels, risks, other_risks, patients, n_bootstrap) -> str:
-    """AUROC less that of the other model, with the 95 % interval of the same resampled patients."""
-    groups = [np.flatnonzero(patients == patient) for patient in np.unique(patients)]
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(n_bootstrap):
-        stays = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-        if 0 < labels[stays].sum() < len(stays):
-            draws.append(roc_auc_score(labels[stays], risks[stays]) - roc_auc_score(labels[stays], other_risks[stays]))
-    low, high = np.quantile(draws, [0.025, 0.975]) if draws else (math.nan, math.nan)
-    return f"{roc_auc_score(labels, risks) - roc_auc_score(labels, other_risks):+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def with_interval(metric: dict) -> str:
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]" if metric["value"] is not None else "-"
-
-
 def compare(data: Data, splits, names, true_risk) -> tuple[list[list[str]], dict[str, tuple[float, float]]]:
     """A row per model, and each model's (AUROC, share of the way to the best reachable one)."""
     stays = np.concatenate([split.test for split in splits])
@@ -243,25 +228,15 @@ def compare(data: Data, splits, names, true_risk) -> tuple[list[list[str]], dict
         best = roc_auc_score(labels, true_risk[stays])
         results["the true risk (best reachable)"] = (true_risk[stays], 0.0)
     rows, figures = [], {}
+    of_risks = partial(ranking, labels, patients=patients, n_bootstrap=data.settings.n_bootstrap)
     for name, (risks, seconds) in results.items():
-        metrics = train.evaluate_predictions(labels, risks, patients, data.settings.n_bootstrap)
-        auroc = metrics["auroc"]["value"]
-        figures[name] = auroc, (auroc - 0.5) / (best - 0.5)
-        against = (
-            difference_interval(labels, risks, results[TREES][0], patients, data.settings.n_bootstrap)
-            if TREES in results and name != TREES
-            else "-"
-        )
-        rows.append(
-            [
-                name,
-                with_interval(metrics["auroc"]),
-                with_interval(metrics["auprc"]),
-                against,
-                f"{figures[name][1]:.1%}" if true_risk is not None else "-",
-                f"{seconds:.0f}",
-            ]
-        )
+        found = of_risks(risks=risks)
+        figures[name] = found.value[0], (found.value[0] - 0.5) / (best - 0.5)
+        against = ["-", "-"]
+        if TREES in results and name != TREES:
+            against = found.less(of_risks(risks=results[TREES][0])).words(signed=True)
+        way = f"{figures[name][1]:.1%}" if true_risk is not None else "-"
+        rows.append([name, *found.words(), *against, way, f"{seconds:.0f}"])
     return rows, figures
 
 
@@ -345,7 +320,7 @@ def main():
         how = " / ".join(str(len(part)) for part in splits[0]) + " stays to train, validate and test"
         if options.cross_validate:
             how = f"{options.cross_validate} folds by patient, held-out predictions pooled"
-        header = ["model", "AUROC [95 %]", "AUPRC [95 %]", "AUROC against the trees", "of the way", "seconds"]
+        header = ["model", "AUROC", "AUPRC", "AUROC less the trees'", "AUPRC less the trees'", "of the way", "seconds"]
         parts.append(f"Seed {seed}: {how}\n\n{markdown(header, rows)}")
         figures.append(figure)
         print(("\n\n".join(parts) if len(figures) == 1 else "\n" + parts[-1]), flush=True)

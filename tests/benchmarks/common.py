@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -58,10 +59,12 @@ def synthetic_stays(n_stays: int, seed: int = 0) -> tuple[train.StayTable, np.nd
     return table, risks[table.stays.icu_stay_id].to_numpy()
 
 
-def hashing_vectors(table: train.StayTable) -> np.ndarray:
-    """(n_texts, 768) vectors of the hashing encoder, which needs no weights."""
+def hashing_vectors(table: train.StayTable, item_history: bool = False) -> np.ndarray:
+    """Return vectors (n_texts, 768) of the hashing encoder; with item_history of texts without their number."""
     with tempfile.TemporaryDirectory() as cache:
-        return train.HashingTextEncoder(Path(cache)).encode_event_text_batch(table.texts, batch_size=2048)
+        settings = train.Settings(text_encoder="hashing", cache_dir=cache, item_history=item_history)
+        _, vectors = train.embed_texts(table.texts, settings, train.make_accelerator(settings))
+        return np.array(vectors)  # in memory: the folder goes
 
 
 class TrainingRun(NamedTuple):
@@ -71,25 +74,51 @@ class TrainingRun(NamedTuple):
     seconds: float
 
 
-def train_and_test(table, split, vectors, settings, change=None) -> TrainingRun:
-    """Train on a split as train.py does and score its test stays; `change(model, dataset)` alters the fresh model."""
+def train_and_test(
+    data: train.TrainingData,
+    settings: train.Settings,
+    at_start: Callable[[train.Trainer], None] | None = None,
+) -> TrainingRun:
+    """Train on a split as train.py does and score its test stays; `at_start` is given the trainer to change it."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no bars
         AcceleratorState._reset_state()  # it would keep the precision of the run before
-        accelerator = train.make_accelerator(settings)
         settings = replace(settings, output_dir=folder, save_attention_every=0)
-        trainer = train.Trainer(table, split, vectors, "hashing", settings, Path(folder), accelerator)
-        if change:
-            for model in (accelerator.unwrap_model(trainer.objective).model, trainer.model):
-                change(model, trainer.train_set)
-        trainer.fit()
-        best = torch.load(Path(folder) / "checkpoints" / "best_model.pth", weights_only=True)["model"]
-        trainer.model.load_state_dict(best)
+        trainer, checkpoint = train.train_model(settings, data, at_start=at_start)
         assert trainer.test_set is not None
-        logits = trainer.predict(trainer.test_set)
-        accelerator.free_memory()  # it would keep every model of the process
+        probabilities = checkpoint.probabilities(trainer.predict(trainer.test_set))
+        trainer.accelerator.free_memory()  # it would keep every model of the process
     loss = min(row["validation_loss"] for row in trainer.history)
-    return TrainingRun(1 / (1 + np.exp(-logits)), loss, trainer.epochs_done, time.monotonic() - started)
+    return TrainingRun(probabilities, loss, trainer.epochs_done, time.monotonic() - started)
+
+
+class Ranking(NamedTuple):
+    """AUROC and AUPRC, of some stays (2,) and of resampled patients (R, 2): the same resamples whatever the risks."""
+
+    value: np.ndarray
+    draws: np.ndarray
+
+    def less(self, other: "Ranking") -> "Ranking":
+        return Ranking(self.value - other.value, self.draws - other.draws)
+
+    def words(self, signed: bool = False) -> list[str]:
+        """Return both with their 95 % intervals."""
+        sign = "+" if signed else ""
+        intervals = [train.interval_of(draws) for draws in self.draws.T]
+        return [
+            f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+            for value, (low, high) in zip(self.value, intervals, strict=True)
+        ]
+
+
+def ranking(died: np.ndarray, risks: np.ndarray, patients: np.ndarray, n_bootstrap: int) -> Ranking:
+    """Return how well the risks (n,) rank those who died; resamples without both outcomes are skipped."""
+    draws = [np.empty((0, 2))]
+    for weights in train.patient_resamples(patients, len(died), n_bootstrap, seed=0):
+        deaths = weights @ died
+        both = (deaths > 0) & (deaths < weights.sum(1))
+        draws.append(train.weighted_ranking(weights[both], died, risks))
+    return Ranking(train.weighted_ranking(np.ones((1, len(died))), died, risks)[0], np.concatenate(draws))
 
 
 def log_epochs() -> None:
