@@ -216,7 +216,9 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", choices=range(N_FOLDS), default=list(range(N_FOLDS)))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=Path("trained_models/ablation"), help="folder for the runs and their table")
+    parser.add_argument(
+        "--out", type=Path, default=Path("trained_models/ablation"), help="folder for the runs and their table"
+    )
     parser.add_argument("--verbose", action="store_true", help="show every epoch")
     parser.add_argument("--list", action="store_true", help="name the variants and stop")
     options, of_train = parser.parse_known_args()
