@@ -203,12 +203,6 @@ class Run(NamedTuple):
         """Which of an event's inputs are its type, its text, its time, and more."""
         return event_parts(self.dataset.input_dim, self.checkpoint.preprocessor.item_history)
 
-    @property
-    def training_items(self) -> frozenset[str] | None:
-        """Hashes of the items that training saw; None where the checkpoint does not say."""
-        items = self.checkpoint.state.get("training_items")
-        return None if items is None else frozenset(items)
-
     def inputs(self, stay: int) -> tuple[Tensor, Tensor]:
         """(1, L, C) events and (1, S) static inputs of a stay, where the model is."""
         sequence, static, _ = self.dataset[stay]
@@ -1665,23 +1659,17 @@ def spread_of(logits: np.ndarray) -> Finding:
     return Finding("spread", f"The logits' standard deviation over stays is {spread:.2f}.", True, spread)
 
 
-def likeness(unseen: np.ndarray | None, held_out: bool) -> list[Finding]:
+def likeness(unseen: np.ndarray, held_out: bool) -> list[Finding]:
     """Say whose stays these are, and whether the model knows what happens in them; `unseen` (n_events,) bool."""
     whose = "These patients are the model's own held-out test patients."
     if not held_out:
         whose = "None of these patients is in the data that the model was made from: what follows holds for them only."
-    findings = [Finding("patients", whose)]
-    if unseen is None:
-        return [
-            *findings,
-            Finding("likeness", "The checkpoint does not say which items it was trained on."),
-        ]
     share = float(np.mean(unseen))
     words = f"{share:.0%} of their events are of items that training never saw."
     holds = share <= UNSEEN_SHARE
     if not holds:
         words = f"These stays are not like those it was trained on: {words}"
-    return [*findings, Finding("likeness", words, holds, share)]
+    return [Finding("patients", whose), Finding("likeness", words, holds, share)]
 
 
 def leaking_items(items: np.ndarray, stay_of_event: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -1743,21 +1731,10 @@ def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) 
     risks = run.checkpoint.probabilities(run.logits)
     findings = discrimination(run.table.labels, risks, patients, settings.n_bootstrap, settings.seed)
     findings.append(spread_of(run.logits))
-    findings += likeness(unseen_events(run), run.held_out)
+    findings += likeness(run.checkpoint.is_new_item(run.table.texts)[run.table.text], run.held_out)
     findings.append(leaks_in_words(leaks))
     findings.append(baseline_in_words(run))
     return pd.DataFrame(findings).astype({"passed": object})
-
-
-def unseen_events(run: Run) -> np.ndarray | None:
-    """Return (n_events,) True where training never saw the item; None where the checkpoint does not say."""
-    if run.training_items is None:
-        return None
-    is_new = np.array(
-        [train.item_hash(text) not in run.training_items for text in run.table.texts],
-        dtype=bool,
-    )
-    return is_new[run.table.text]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1774,7 +1751,6 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
     person = table.stays.loc[stay]
     texts = table.texts[table.text[rows]]
     minutes = table.minutes_since_intime[rows].astype(float)
-    known_items = run.training_items
     return pd.DataFrame(
         {
             "icu_stay_id": person["icu_stay_id"],
@@ -1789,7 +1765,7 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "item": [item_of(text) for text in texts],
             "value": [train.parse_value(text)[1] for text in texts],
             "is_abnormal": [is_abnormal(text) for text in texts],
-            "is_new_item": [known_items is not None and train.item_hash(text) not in known_items for text in texts],
+            "is_new_item": run.checkpoint.is_new_item(texts),
         },
     )
 

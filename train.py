@@ -388,7 +388,13 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
 
     Ends the program with code 2, as argparse does, where the line makes no sense.
     """
-    parser = SettingsParser(kind, description=str(description).split("\n\n")[0], allow_abbrev=False)
+    parser = SettingsParser(
+        kind,
+        usage="%(prog)s [settings.yaml] [options]",
+        description=str(description).split("\n\n")[0],
+        epilog="A first argument *.yaml names a file of settings, such as a run's settings.yaml; options overrule it.",
+        allow_abbrev=False,
+    )
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**parser.read_file(Path(words.pop(0))))
@@ -886,9 +892,7 @@ def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceTable]:
             account = SourceTable(table, read, of_cohort, None, lost)
         if table == "hosp/microbiologyevents":
             days = database.execute(DAYS_ONLY).fetchall()[0][0]
-            account = account._replace(
-                noted={"about the stays have a day but no time: placed at its end": days},
-            )
+            account = account._replace(noted={"(used or not) have a day without a time: its end is taken": days})
         accounts.append(account)
     return accounts
 
@@ -1367,12 +1371,13 @@ class Repairs(dict[str, int]):
         """Print the account of the source tables as one table, and name those that contribute nothing."""
         if not self.sources:
             return
-        logger.info("Rows        table                         read   of the cohort    in its stays   lost")
+        logger.info("Rows        table                         read        used   not used, and why")
         for table, read, of_cohort, in_stays, lost, noted in self.sources:
-            numbers = "".join("" if number is None else f"{number:16,}" for number in (of_cohort, in_stays))
-            reasons = [f"{count:,} {reason}" for reason, count in lost.items()]
-            reasons += [f"({count:,} {reason})" for reason, count in noted.items()]
-            logger.info(f"            {table:22s} {read:11,}{numbers}   {', '.join(reasons)}".rstrip())
+            used = "" if in_stays is None else f"{in_stays:12,}"
+            elsewhere = 0 if of_cohort is None else read - of_cohort
+            reasons = {"of patients or admissions without an ICU stay": elsewhere} | lost | noted
+            words = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            logger.info(f"            {table:22s} {read:11,}{used}   {words}".rstrip())
             if in_stays == 0:
                 logger.warning(
                     f"Rows        WARNING: {table} contributes nothing: {read:,} rows read, {of_cohort:,} of the "
@@ -1896,7 +1901,7 @@ def _account_for_events(con: duckdb.DuckDBPyConnection, path: Path, table: StayT
         event_type = EVENT_TABLES[account.table].event_type
         in_stays, lost = found.get(event_type, 0), dict(account.lost)
         lost["outside the ICU stays"] = account.of_cohort - sum(lost.values()) - in_stays
-        lost["repeated, or of a stay that is dropped"] = in_stays - used[event_type]
+        lost["repeated, or of a stay that was dropped"] = in_stays - used[event_type]
         lost = {reason: count for reason, count in lost.items() if count}
         accounts[number] = account._replace(in_stays=used[event_type], lost=lost)
     return accounts
@@ -3774,6 +3779,11 @@ class Checkpoint(NamedTuple):
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         return expit(logits / self.temperature)
 
+    def is_new_item(self, texts: Iterable[str]) -> np.ndarray:
+        """Return whether training never saw the item of each text: (n,) bool."""
+        known = frozenset(self.state["training_items"])
+        return np.array([item_hash(text) not in known for text in texts], dtype=bool)
+
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint, executing nothing in it; the model is in eval mode. Raises `InputError` for any other file."""
@@ -3815,6 +3825,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
             and state["temperature"] > 0
             and model.architecture["static_dim"] == preprocessor.static_dim
             and {"train", "validation", "test"} <= set(state["patients"])
+            and {"training_items", "training_texts"} <= set(state)
         ):
             raise ValueError
         return Checkpoint(
@@ -4336,10 +4347,10 @@ def checked_predictions(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np
     return died, risks
 
 
-def too_few_to_read(died: np.ndarray) -> str:
+def too_few_to_read(died: np.ndarray, enough: int = TOO_FEW) -> str:
     """Return a warning for figures of so few stays that they are luck, else an empty text."""
     fewest = min(int(died.sum()), len(died) - int(died.sum()))
-    return f"too few to read: {fewest} stays of one outcome" if fewest < TOO_FEW else ""
+    return f"too few to read: {fewest} stays of one outcome, below {enough}" if fewest < enough else ""
 
 
 def patient_resamples(
@@ -4528,16 +4539,15 @@ def subgroup_table(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return `evaluate_predictions` per group, sizes first; a plain "too few" below MIN_PER_OUTCOME of either outcome.
+    """Return `evaluate_predictions` per group, sizes first; a plain note below MIN_PER_OUTCOME of either outcome.
 
     groups has one row per stay, in the order of labels, and one column per grouping.
     """
     died, risks = checked_predictions(labels, probabilities)
     patients, rows = np.asarray(patient_ids), []
     for name, value, is_member in members_of_groups(groups):
-        deaths, survivors = int(died[is_member].sum()), int((1 - died[is_member]).sum())
-        enough = min(deaths, survivors) >= MIN_PER_OUTCOME
-        resamples = n_bootstrap if enough else 0
+        note = too_few_to_read(died[is_member], MIN_PER_OUTCOME)
+        resamples = 0 if note else n_bootstrap
         figures = evaluate_predictions(
             died[is_member],
             risks[is_member],
@@ -4552,11 +4562,11 @@ def subgroup_table(
             "patients": figures["n_patients"],
             "deaths": figures["n_deaths"],
             "prevalence": figures["prevalence"],
-            "note": "" if enough else "too few",
+            "note": note,
         }
         for metric in METRICS:
             for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-                row[metric + suffix] = figures[metric][part] if enough else None
+                row[metric + suffix] = None if note else figures[metric][part]
         rows.append(row)
     columns = [metric + suffix for metric in METRICS for suffix in ("", "_low", "_high")]
     return pd.DataFrame(rows).astype(dict.fromkeys(columns, float))
@@ -4944,13 +4954,13 @@ def metric_text(metrics: dict[str, Any], name: str) -> str:
     return f"{METRIC_WORDS[name]} {figure_text(metrics[name])}"
 
 
-def figure_text(figure: dict[str, Any]) -> str:
-    """Return a figure with its interval."""
+def figure_text(figure: dict[str, Any], digits: int = 2) -> str:
+    """Return a figure with its interval, `0.81 (95 % interval 0.70 to 0.90)`."""
     if figure["value"] is None:
         return "not defined"
-    low, high = ("unbounded" if figure[side] is None else f"{figure[side]:.2f}" for side in ("low", "high"))
+    low, high = ("unbounded" if figure[side] is None else f"{figure[side]:.{digits}f}" for side in ("low", "high"))
     interval = f" (95 % interval {low} to {high})" if (low, high) != ("unbounded", "unbounded") else ""
-    return f"{figure['value']:.2f}{interval}"
+    return f"{figure['value']:.{digits}f}{interval}"
 
 
 def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
@@ -5020,6 +5030,7 @@ def plot_roc_and_pr(
         false_alarms, found, _ = roc_curve(died, risks)
         roc.plot(false_alarms, found, color=BLUE, label="model")
         precision, recall, _ = precision_recall_curve(died, risks)
+        precision[-1] = precision[-2]  # scikit-learn ends at 1, also where the highest risk survived
         pr.step(
             recall,
             precision,
@@ -5090,11 +5101,10 @@ def plot_calibration(
         capsize=2,
         markersize=4,
         linewidth=1,
-        label=f"{len(table)} bins of {size} stays, 95 % interval",
+        label=f"{len(table)} bins of {size} stays, 95 % interval (Wilson, by stay)",
     )
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
     words = [metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")]
-    words += [metrics["note"]] if metrics["note"] else []
     tidy(curve, "", "observed death rate", "\n".join(words))
     # Below the axes: inside, the legend would lie on the points of some model or other.
     curve.legend(
@@ -5461,7 +5471,8 @@ def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None
     lengths = " / ".join(f"{int(quantile):,}" for quantile in quantiles)
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
     dropped = "; ".join(f"{count:,} {reason.removesuffix(', dropped')}" for reason, count in repairs.items())
-    logger.info(f"Dropped     {dropped or 'nothing'}")
+    counted = " (counted by table above, too)" if dropped and repairs.sources else ""
+    logger.info(f"Dropped     {dropped or 'nothing'}{counted}")
     if len(flow) == 1:
         return
     for step in flow:
@@ -5678,26 +5689,30 @@ class Scored(NamedTuple):
         )
 
     def words(self, kind: str = "") -> str:
-        """Return how many stays, patients and deaths these are: `62 test stays of 44 patients, 13 deaths`."""
+        """Return what these of known outcome are: `62 test stays of 44 patients, 13 deaths`, and whether too few."""
         stays = f"{kind} stays".strip()
         n_patients = self.stays["patient_id"].nunique()
         n_deaths = int(self.stays[LABEL].sum())
-        return f"{len(self.stays)} {stays} of {n_patients} patients, {n_deaths} deaths"
+        warning = too_few_to_read(self.stays[LABEL].to_numpy(float))
+        return f"{len(self.stays)} {stays} of {n_patients} patients, {n_deaths} deaths{warning and f' ({warning})'}"
 
 
 class Results:
     """The folder of a run, and the one place that writes into it what a person reads: tables, JSON, figures, pages."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder, self.settings = folder, settings
-        self.started, self.written = time.time(), list[Path]()
+        self.folder, self.settings, self.started = folder, settings, time.time()
 
     def begin(self) -> None:
         """Remove what an earlier run left, unless this one resumes it; write what repeats the run."""
         if not self.settings.resume:
             for pattern in LEFT_BY_A_RUN:
                 for path in self.folder.glob(pattern):
-                    path.unlink()
+                    remove(path)
+            for marker in FOLDERS_LEFT:
+                for path in self.folder.glob(marker):
+                    remove(path.parent)
+                    logger.info(f"Removed     {path.parent}, of the model that was here before")
         repeated = {name: value for name, value in asdict(self.settings).items() if name not in ("resume", "dry_run")}
         self.text("settings.yaml", yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True))
         self.json("run.json", self.record())
@@ -5713,29 +5728,23 @@ class Results:
         }
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
-        self.keep(name, lambda path: frame.to_csv(path, index=False, float_format="%.6g"))
+        write_whole(self.folder / name, lambda path: frame.to_csv(path, index=False, float_format="%.6g"))
 
     def text(self, name: str, content: str) -> None:
-        self.keep(name, lambda path: path.write_text(content, "utf-8"))
+        write_whole(self.folder / name, lambda path: path.write_text(content, "utf-8"))
 
     def json(self, name: str, content: Any) -> None:
-        self.note(write_json(self.folder / name, without_nan(content)))
+        write_json(self.folder / name, without_nan(content))
 
     def figure(self, name: str, figure: Figure) -> None:
-        self.note(save_figure(self.folder / "plots" / name, figure))
-
-    def keep(self, name: str, write: Callable[[Path], Any]) -> None:
-        self.note(write_whole(self.folder / name, write))
-
-    def note(self, path: Path) -> None:
-        """Remember a file for the last line of the log."""
-        if path not in self.written:
-            self.written.append(path)
+        save_figure(self.folder / "plots" / name, figure)
 
     def end(self) -> None:
-        """Write how long the run took, and log what it wrote."""
+        """Write how long the run took, and log what its folder holds."""
         self.json("run.json", self.record() | {"seconds": round(time.time() - self.started, 1)})
-        logger.info("Written     " + "\n            ".join(map(str, self.written)))
+        names = [f"{path.name}{'/' * path.is_dir()}" for path in self.folder.glob("[!.]*")]
+        words = textwrap.wrap(", ".join(sorted(names)), 108)
+        logger.info("\n            ".join([f"Written     {self.folder}", *words]))
 
 
 # What a run writes and a shorter or other one would not write again; models are replaced after the first epoch.
@@ -5748,7 +5757,13 @@ LEFT_BY_A_RUN = (
     "plots/risk_trajectories.png",
     "plots/attention_epoch_*_batch_*.png",
     "attention_weights/attention_epoch_*_batch_*.npz",
+    "folds.csv",
+    "seeds.csv",
+    "seeds.json",
+    "cross_validation.json",
 )
+# A folder that holds this file is the program's own, and of an earlier model.
+FOLDERS_LEFT = ("evaluation/run.json", "explainability/report.html", "fold_*/run.json", "seed_*/run.json")
 
 
 def without_nan(content: Any) -> Any:
@@ -5946,7 +5961,6 @@ def report_training(
     log_metrics(metrics, f"{title}{training['seconds']:.0f} s")
     if part == "validation":
         logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
-    logger.info(f"Encoder     {trainer.text_encoder}")
     results.end()
     return Outcome(content, scored[part])
 
@@ -5995,10 +6009,8 @@ def write_predictions(results: Results, scored: Scored, settings: Settings) -> N
     frame = frame.assign(probability=scored.probabilities, **scored.stays[more])
     results.table("predictions.csv", frame)
     if settings.labels:
-        results.keep(
-            "predictions.parquet",
-            lambda path: meds_predictions(scored).to_parquet(path, index=False),
-        )
+        frame = meds_predictions(scored)
+        write_whole(results.folder / "predictions.parquet", lambda path: frame.to_parquet(path, index=False))
 
 
 def meds_predictions(scored: Scored) -> pd.DataFrame:
@@ -6016,17 +6028,10 @@ def meds_predictions(scored: Scored) -> pd.DataFrame:
 
 def log_metrics(metrics: dict[str, Any], title: str) -> None:
     """Log each figure with its interval."""
-    note = metrics["note"]
-    logger.info(f"{title}; {note}" if note else title)
+    logger.info(title)
     for name, label in METRIC_WORDS.items():
-        figure = metrics[name]
-        value, low, high = figure["value"], figure["low"], figure["high"]
-        text = f"not defined ({figure.get('reason', '')})"
-        if None not in (value, low, high):
-            text = f"{value:.3f} [{low:.3f}, {high:.3f}]"
-        if name == "auprc":
-            text += f"  at prevalence {metrics['prevalence']:.3f}"
-        logger.info(f"            {label:22s} {text}")
+        prevalence = f" at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""
+        logger.info(f"            {label:22s} {figure_text(metrics[name], 3)}{prevalence}")
 
 
 def tripod_block(
@@ -6138,16 +6143,14 @@ RETROSPECTIVE = (
 def group_line(row: dict[str, Any], points: dict[tuple[str, str], dict[str, Any]]) -> str:
     """Return one group's row of the model card."""
     point = points[row["group"], row["value"]]
-    alarms = point["alarms_per_true_death"]
-    auroc = row["note"]
-    if not auroc:
-        auroc = f"{row['auroc']:.2f} ({row['auroc_low']:.2f} to {row['auroc_high']:.2f})"
+    auroc = f"{row['auroc']:.2f} ({row['auroc_low']:.2f} to {row['auroc_high']:.2f})"
+    alarms = f"{point['alarms_per_true_death']:.1f}"
     cells = [
         f"{row['group']}: {row['value']}",
         str(row["stays"]),
         str(row["deaths"]),
-        auroc,
-        f"{alarms:.1f}" if math.isfinite(alarms) else "none found",
+        f"too few (below {MIN_PER_OUTCOME})" if row["note"] else auroc,
+        f"too few (below {TOO_FEW})" if point["note"] else alarms,
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -6159,7 +6162,7 @@ def limits_of(content: dict[str, Any], part: str) -> list[str]:
     slope = metrics["calibration_slope"]
     limits = [
         "Tested on stays of the same data set: other hospitals may differ.",
-        "Groups with fewer than 20 stays of either outcome are not judged; nor is whether groups differ.",
+        f"Groups with fewer than {MIN_PER_OUTCOME} stays of either outcome are not judged; nor is whether groups differ.",
     ]
     if settings["test_data"]:
         limits[0] = "Tested on another data set than it was trained on."
@@ -6362,7 +6365,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     if metrics:
         log_metrics(metrics, f"Evaluation  of known outcome {judged.known.words()}")
     after = after_recalibration(judged.known, own) if metrics else None
-    unseen = unseen_in_training(checkpoint, table)
+    unseen = unseen_in_training(checkpoint, table.take(np.flatnonzero(~seen | own.include_seen)))
     results.table("unseen_in_training.csv", unseen)
     if trajectories is not None:
         hidden = set() if own.include_seen else set(table.stays["patient_id"][seen])
@@ -6385,7 +6388,6 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         "unseen_in_training": shares_unseen(unseen),
     }
     results.json("metrics.json", content)
-    logger.info(f"Encoder     {text_encoder}")
     results.end()
     return content
 
@@ -6393,19 +6395,22 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
 def unseen_in_training(checkpoint: Checkpoint, table: StayTable) -> pd.DataFrame:
     """Return one row per item: its events, and those whose item, or whose very text, training never saw."""
     events = np.bincount(table.text, minlength=len(table.texts))
-    known_items = set(checkpoint.state["training_items"])
-    is_new_item = np.array([item_hash(text) not in known_items for text in table.texts])
     is_new_text = ~np.isin(text_numbers(table.texts), checkpoint.state["training_texts"].cpu().numpy())
     frame = pd.DataFrame({"item": list(map(item_of, table.texts)), "events": events})
-    frame = frame.assign(of_new_item=events * is_new_item, of_new_text=events * is_new_text)
+    frame = frame.assign(
+        of_new_item=events * checkpoint.is_new_item(table.texts),
+        of_new_text=events * is_new_text,
+    )
     return frame.groupby("item", as_index=False).sum().sort_values("of_new_text", ascending=False, kind="stable")
 
 
 def shares_unseen(unseen: pd.DataFrame) -> dict[str, float]:
     """Return the shares of all events whose item, and whose text, training never saw; log them."""
+    if unseen.empty:
+        return {}
     shares = (unseen[["of_new_item", "of_new_text"]].sum() / unseen["events"].sum()).round(4).to_dict()
     logger.info(
-        f"Unseen      {shares['of_new_item']:.1%} of the events are of items that training never saw, "
+        f"Unseen      {shares['of_new_item']:.1%} of these stays' events are of items that training never saw, "
         f"{shares['of_new_text']:.1%} of texts that it never saw",
     )
     return shares
@@ -6599,7 +6604,6 @@ def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, result
     words = [f"{METRIC_WORDS[name]} {summary[name]['mean']:.3f} (sd {summary[name]['sd']:.3f})" for name in METRICS[:2]]
     logger.info(f"{unit.capitalize() + 's':11s} {', '.join(words)}")
     log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
-    logger.info(f"Encoder     {cohort.text_encoder}")
     results.end()
     return content
 

@@ -449,7 +449,7 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path):
     assert account(repairs, "icu/procedureevents").lost == {"rewritten, never done": 1, "of a negative duration": 1}
     assert account(repairs, "icu/ingredientevents")[1:4] == (4, 4, 2)
     assert account(repairs, "hosp/microbiologyevents").noted == {
-        "about the stays have a day but no time: placed at its end": 1
+        "(used or not) have a day without a time: its end is taken": 1
     }
     assert account(repairs, "icu/icustays")[1:4] == (4, 4, 4)
 
