@@ -3175,15 +3175,12 @@ class ClinicalSequenceDataset(Dataset):
     ) -> None:
         self.table, self.lengths = table, table.lengths
         self.text_vectors = torch.as_tensor(text_vectors)  # (n_texts, E)
-        types = preprocessor.encode_event_type((*EVENT_TYPES, "unknown"))
-        self.type_columns = self._here(types)  # (6, 5)
+        self.type_columns = self._here(preprocessor.encode_event_type((*EVENT_TYPES, "unknown")))  # (6, 5)
         self.event_type, self.text = self._here(table.event_type), self._here(table.text)  # (n_events,) each
         columns = [preprocessor.encode_relative_time(table.minutes_to_end)]
         if preprocessor.item_history:
             columns.append(preprocessor.encode_history(table))
-        self.event_columns = self._here(
-            np.hstack(columns),
-        )  # (n_events, k): time first, then what else is known of each
+        self.event_columns = self._here(np.hstack(columns))  # (n_events, 1 or 10), time first
         self.offsets = self._here(table.offsets)
         self.static = self._here(preprocessor.encode_static_features(table.static_columns))  # (n_stays, S)
         self.labels = self._here(table.labels.astype(np.float32)).unsqueeze(1)  # (n_stays, 1)
@@ -3205,15 +3202,12 @@ class ClinicalSequenceDataset(Dataset):
         return self.event_columns.shape[1] - 1  # all but the time
 
     @property
-    def is_text(self) -> Tensor:
-        """(6 + E,) True at the columns of the text vector, among those that are normalised."""
-        columns = torch.arange(self.input_dim - self.n_history)
-        return (columns >= len(EVENT_TYPES)) & (columns < len(EVENT_TYPES) + self.text_vectors.shape[1])
-
-    @property
     def share_of_variance(self) -> Tensor:
-        """(6 + E,) How much of an event's variance each column is given: the text's three quarters, all others' one."""
-        return torch.where(self.is_text, 0.75 / self.is_text.sum(), 0.25 / (~self.is_text).sum())
+        """(6 + E,) How much of an event's variance each normalised column is given: the text's have three quarters."""
+        n_types, n_text = len(EVENT_TYPES), self.text_vectors.shape[1]
+        share = torch.full((n_types + n_text + 1,), 0.25 / (n_types + 1))
+        share[n_types:-1] = 0.75 / n_text
+        return share
 
     def __len__(self) -> int:
         return len(self.table.stays)
@@ -3418,11 +3412,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, events: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
         """(N, D) -> (N, D); `maps` takes the attention weights (B, H, L, L)."""
-        qkv = self.query_key_value(self.norm_attention(events)).unflatten(
-            1,
-            (3, self.n_heads, -1),
-        )  # (N, 3, H, D/H)
-        query, key, value = qkv.unbind(1)
+        qkv = self.query_key_value(self.norm_attention(events))  # (N, 3 D)
+        query, key, value = qkv.unflatten(1, (3, self.n_heads, -1)).unbind(1)  # (N, H, D/H) each
         if maps is not None:
             maps.append(attention_weights_within_stays(query, key, layout))
         attended = attend_within_stays(query, key, value, layout).flatten(1)  # (N, D)
@@ -3487,6 +3478,10 @@ class ItemHistoryProjection(nn.Module):
         for linear in (self.text, self.text_factor):
             linear.weight.data *= self.slowness
 
+    @property
+    def bias(self) -> nn.Parameter:
+        return self.text.bias
+
     def forward(self, events: Tensor) -> Tensor:
         """(N, 5 + E + 1 + 9) -> (N, D)."""
         text, time_to_end, quantiles, others = events.split(self.parts, dim=1)
@@ -3539,16 +3534,12 @@ class ClinicalTransformer(nn.Module):
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.register_buffer("static_weight", torch.ones(static_dim))
-        self.input_projection: ItemHistoryProjection | nn.Linear
-        if n_history:
-            self.input_projection = ItemHistoryProjection(self.n_plain, d_model)
-            bias = self.input_projection.text.bias
-        else:
-            self.input_projection = nn.Linear(input_dim, d_model)
-            bias = self.input_projection.bias
+        self.input_projection: ItemHistoryProjection | nn.Linear = (
+            ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
+        )
         # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up,
         # and a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
-        nn.init.normal_(bias)
+        nn.init.normal_(self.input_projection.bias)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
@@ -3588,14 +3579,9 @@ class ClinicalTransformer(nn.Module):
         `layer_attention_weights`, a list with (B, 8, L, L) per layer. The weights cost memory like the square of L.
         """
         logits, attention = self.score(sequences, static_features, attention_mask, return_attention)
-        return (torch.sigmoid(logits.float()), attention) if return_attention else torch.sigmoid(logits.float())
+        return (logits.sigmoid(), attention) if return_attention else logits.sigmoid()
 
-    def logits(
-        self,
-        sequences: Tensor,
-        static_features: Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, 1): log-odds of death, what losses and attributions are computed on."""
         return self.score(sequences, static_features, attention_mask)[0]
 
@@ -3606,7 +3592,7 @@ class ClinicalTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits (B, 1), and a dict with `transformer_output (B, L, D)` and, on request, the attention weights."""
+        """Logits (B, 1), and the dict that `forward` describes; the layers' weights are there on request alone."""
         if attention_mask is None:
             attention_mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
         layout = layout_of_mask(attention_mask)
@@ -3625,21 +3611,17 @@ class ClinicalTransformer(nn.Module):
         query = self.query_vector.expand(len(outputs), -1, -1)  # (B, 1, D)
         bias = None
         if self.latest_bias is not None:
-            is_latest = unpack(
-                events[:, self.n_plain + HISTORY.index("is_latest"), None],
-                layout,
-            )  # (B, L, 1)
+            is_latest = unpack(events[:, self.n_plain + HISTORY.index("is_latest"), None], layout)  # (B, L, 1)
             bias = (self.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
         pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask, bias)
         inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1)  # (B, D + S)
-        details: dict[str, Any] = {"transformer_output": outputs}
-        if return_attention:
-            details |= {
-                "pooling_weights": pooling_weights,
-                "query_vector": query,
-                "layer_attention_weights": maps,
-            }
-        return in_full_precision(self.classifier, inputs), details
+        attention = {
+            "transformer_output": outputs,
+            "pooling_weights": pooling_weights,
+            "query_vector": query,
+            "layer_attention_weights": maps,
+        }
+        return in_full_precision(self.classifier, inputs), attention
 
     def encode(self, sequences: Tensor, attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """(B, L, input_dim) -> (N, D): the stays' real events, contextualised, without padding."""
@@ -3693,11 +3675,8 @@ class TemporalAwareLoss(nn.Module):
         if self.event_head is None:
             return loss
         event_logits = in_full_precision(self.event_head, events).squeeze(2)  # (B, L)
-        event_loss = F.binary_cross_entropy_with_logits(
-            event_logits,
-            labels.expand_as(event_logits),
-            reduction="none",
-        )
+        outcomes = labels.expand_as(event_logits)
+        event_loss = F.binary_cross_entropy_with_logits(event_logits, outcomes, reduction="none")
         weights = temporal_weights(hours_to_final_event, attention_mask, self.tau_hours)
         return (1 - self.weight) * loss + self.weight * (weights * event_loss).sum(1)
 
@@ -3729,24 +3708,16 @@ class TrainingObjective(nn.Module):
         sparsity_weight: float = 0.2,
     ) -> None:
         super().__init__()
-        self.model, self.loss, self.preprocessor, self.sparsity_weight = (
-            model,
-            loss,
-            preprocessor,
-            sparsity_weight,
-        )
+        self.model, self.loss = model, loss
+        self.preprocessor, self.sparsity_weight = preprocessor, sparsity_weight
 
     def forward(self, batch: PackedStays | dict[str, Tensor], time_column: int) -> Tensor:
         """Loss of each stay of the batch (B,), packed or as `collate_stays` pads it."""
         stays = pack_stays(batch) if isinstance(batch, dict) else batch
-        logits, details = self.model.score_packed(stays.events, stays.static_features, stays.layout)
-        outputs, attention_mask = (
-            details["transformer_output"],
-            stays.layout.attention_mask,
-        )  # (B, L, D), (B, L)
-        hours = self.preprocessor.decode_hours(
-            unpack(stays.events[:, time_column, None], stays.layout).squeeze(2),
-        )
+        logits, attention = self.model.score_packed(stays.events, stays.static_features, stays.layout)
+        outputs, attention_mask = attention["transformer_output"], stays.layout.attention_mask  # (B, L, D), (B, L)
+        times = unpack(stays.events[:, time_column, None], stays.layout).squeeze(2)  # (B, L)
+        hours = self.preprocessor.decode_hours(times)
         losses = self.loss(logits, outputs, stays.labels, hours, attention_mask)
         if not self.sparsity_weight:
             return losses
@@ -3787,26 +3758,17 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint, executing nothing in it; the model is in eval mode. Raises `InputError` for any other file."""
-    device = torch.device(device)
     try:
-        state = torch.load(
-            path,
-            map_location="cpu" if device.type == "cpu" else device,
-            weights_only=True,
-        )  # Accelerate's cpu:1 is no place to it
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.",
-        ) from None
+        raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
     except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
         raise InputError(
             f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use "
             "another file.",
         ) from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
-        raise InputError(
-            f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.",
-        )
+        raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
     if state["format"] != CHECKPOINT_FORMAT:
         raise InputError(
             f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train "
@@ -3816,9 +3778,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         model = ClinicalTransformer(**state["architecture"]).to(device)
         model.load_state_dict(state["model"])
         known = {entry.name for entry in fields(Settings)}
-        settings = check_settings(
-            Settings(**{name: value for name, value in state["settings"].items() if name in known}),
-        )
+        settings = Settings(**{name: value for name, value in state["settings"].items() if name in known})
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
         if not (
             set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric}
@@ -3831,10 +3791,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         return Checkpoint(
             model.eval(),
             preprocessor,
-            settings,
+            check_settings(settings),
             state["text_encoder"],
             state["patients"],
-            state["baseline"],
+            {name: mean.to(device) for name, mean in state["baseline"].items()},
             state["temperature"],
             state,
         )
@@ -3855,19 +3815,17 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
     Scaling column by column would leave the time one voice among 774. A column that never varies keeps its size.
     """
     n_events, n_texts = len(dataset.text), len(dataset.text_vectors)
+    n_of_type = torch.bincount(dataset.event_type, minlength=len(dataset.type_columns))
     parts = [
-        weighted_sums(
-            dataset.type_columns,
-            torch.bincount(dataset.event_type, minlength=len(dataset.type_columns)),
-        ),
+        weighted_sums(dataset.type_columns, n_of_type),
         weighted_sums(dataset.text_vectors, torch.bincount(dataset.text, minlength=n_texts)),
         weighted_sums(dataset.event_columns, torch.ones_like(dataset.text)),
     ]
     mean, mean_square = torch.cat(parts, dim=1).cpu() / n_events  # (input_dim,) each
-    n_plain = len(dataset.is_text)
     scale = (mean_square - mean.square()).clamp(min=0).sqrt()
     scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
-    return mean.float(), (scale[:n_plain] / (dataset.share_of_variance * n_plain).sqrt()).float()
+    share = dataset.share_of_variance
+    return mean.float(), (scale[: len(share)] / (share * len(share)).sqrt()).float()
 
 
 def weighted_sums(rows: Tensor, counts: Tensor) -> Tensor:
@@ -3914,9 +3872,8 @@ class Trainer:
         self.output, self.text_encoder = Path(settings.output_dir), data.text_encoder
         table, split = data.table, data.split
         train_table = table.take(split.train)
-        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(
-            train_table,
-        )
+        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history)
+        self.preprocessor.fit(train_table)
         vectors = place_vectors(data.text_vectors, settings.vectors_on, accelerator.device)
         dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
         self.train_set = dataset_of(train_table)
@@ -3932,11 +3889,8 @@ class Trainer:
         model = self.new_model()
         loss = TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight)
         objective = TrainingObjective(model, loss, self.preprocessor, settings.sparsity_weight)
-        optimizer = torch.optim.AdamW(
-            objective.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-        )
+        rate, decay = settings.learning_rate, settings.weight_decay
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=rate, weight_decay=decay)
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=self.average_weights)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.threads = ThreadPoolExecutor(2)  # write attention and read losses while training goes on
@@ -4147,9 +4101,7 @@ class Trainer:
         if not path.exists():  # stopped before the first checkpoint, or in an earlier fold
             logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
             return
-        saved = load_checkpoint(
-            path,
-        )  # on the CPU, where AdamW's step counts stay: read there, they cost no wait
+        saved = load_checkpoint(path)  # on the CPU, where AdamW's step counts stay: read there, they cost no wait
         before, now = asdict(saved.settings), asdict(self.settings)
         changed = [name for name in SETTINGS_OF_A_RUN if before[name] != now[name]]
         same = (
@@ -4207,11 +4159,7 @@ def attention_record(
     model.eval()
     sequence, static, _ = dataset[stay]
     sequence = sequence[-MAX_MAP_EVENTS:].to(device)
-    probability, attention = model(
-        sequence.unsqueeze(0),
-        static.unsqueeze(0).to(device),
-        return_attention=True,
-    )
+    probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
     events = slice(dataset.table.offsets[stay + 1] - len(sequence), dataset.table.offsets[stay + 1])
     attention["layer_attention_weights"] = [binned(weights) for weights in attention["layer_attention_weights"]]
     return attention | {
@@ -4273,15 +4221,8 @@ def predict_logits(
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     loader = packed_batches(dataset, mine, accelerator.device)
     parts = [torch.zeros(0, 1, device=accelerator.device)]  # a process may have no batch
-    is_main = accelerator.is_main_process
-    for batch in Progress(
-        loader,
-        total=len(mine),
-        desc="predicting",
-        unit=" batches",
-        active=is_main,
-        delay=2,
-    ):
+    options = {"active": accelerator.is_main_process, "delay": 2}
+    for batch in Progress(loader, total=len(mine), desc="predicting", unit=" batches", **options):
         with accelerator.autocast():
             parts.append(model.score_packed(batch.events, batch.static_features, batch.layout)[0])
     logits = torch.cat(parts).squeeze(1).cpu().double()
