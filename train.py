@@ -82,9 +82,8 @@ from accelerate.utils import (
 )
 from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
@@ -4851,13 +4850,8 @@ def audit_summary(audit: pd.DataFrame) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: each returns a matplotlib Figure, drawn without pyplot so that no global state changes
 # ---------------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE, GREEN, VERMILLION, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#767676",
-)  # Okabe-Ito, and a grey
+BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"  # Okabe-Ito, and a grey
+REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
 METRIC_WORDS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
@@ -4869,25 +4863,22 @@ METRIC_WORDS = {
 
 def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> Figure:
     """Return a page-wide figure: the question on top, a caption line below; constrained layout keeps both clear."""
-    figure = Figure(
-        figsize=(width, height),
-        dpi=150,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(textwrap.fill(title, 88), fontsize=11)
     if caption:
         figure.supxlabel(textwrap.fill(caption, int(16 * width)), fontsize=7.5, color="#444444")
     return figure
 
 
-def tidy(axes: Axes, xlabel: str, ylabel: str, title: str | None = None) -> None:
-    """Label the axes, and take off the frame's upper and right side."""
+def tidy(axes: Axes, xlabel: str, ylabel: str, title: str = "", legend: str = "") -> None:
+    """Label the axes, take off the frame's upper and right side, and put the legend, if any, into its corner."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    if title:
-        axes.set_title(title, fontsize=9)
+    if legend:
+        axes.legend(fontsize=8, frameon=False, loc=legend)
 
 
 def metric_text(metrics: dict[str, Any], name: str) -> str:
@@ -4895,12 +4886,12 @@ def metric_text(metrics: dict[str, Any], name: str) -> str:
     return f"{METRIC_WORDS[name]} {figure_text(metrics[name])}"
 
 
-def figure_text(figure: dict[str, Any], digits: int = 2) -> str:
+def figure_text(figure: dict[str, Any], digits: int = 2, words: str = "95 % interval ") -> str:
     """Return a figure with its interval, `0.81 (95 % interval 0.70 to 0.90)`."""
     if figure["value"] is None:
         return "not defined"
     low, high = ("unbounded" if figure[side] is None else f"{figure[side]:.{digits}f}" for side in ("low", "high"))
-    interval = f" (95 % interval {low} to {high})" if (low, high) != ("unbounded", "unbounded") else ""
+    interval = f" ({words}{low} to {high})" if (low, high) != ("unbounded", "unbounded") else ""
     return f"{figure['value']:.{digits}f}{interval}"
 
 
@@ -4908,24 +4899,10 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     """Draw history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
     figure = new_figure("Does training still help on patients it does not see?", caption, height=2.9)
     loss, auroc, rate = figure.subplots(1, 3)
-    style = {
-        "marker": "o",
-        "markersize": 3 if len(history) < 30 else 0,
-        "linewidth": 1.4,
-    }
-    held_out = {
-        "color": VERMILLION,
-        "linestyle": "--",
-        **style,
-    }
+    style = {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
+    held_out = {"color": VERMILLION, "linestyle": "--", **style}
     epochs, validation = history["epoch"], history["validation_loss"]
-    loss.plot(
-        epochs,
-        history["train_loss"],
-        color=BLUE,
-        label="training, all terms",
-        **style,
-    )
+    loss.plot(epochs, history["train_loss"], color=BLUE, label="training, all terms", **style)
     loss.plot(epochs, validation, label="validation, BCE", **held_out)
     auroc.plot(epochs, history["validation_auroc"], **held_out)
     rate.plot(epochs, history["learning_rate"], color=GREY, **style)
@@ -4934,22 +4911,11 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
         best = int(epochs[validation.idxmin()])
         loss_title = f"Loss (validation lowest in epoch {best})"
         for axes in (loss, auroc):
-            axes.axvline(
-                best,
-                color="black",
-                linewidth=0.8,
-                linestyle=":",
-            )
-    loss.legend(fontsize=7, frameon=False)
-    rate.ticklabel_format(
-        axis="y",
-        style="sci",
-        scilimits=(-2, 2),
-        useMathText=True,
-    )
+            axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     rate.yaxis.get_offset_text().set_fontsize(8)
     rate.set_ylim(bottom=0)
-    tidy(loss, "epoch", "loss", loss_title)
+    tidy(loss, "epoch", "loss", loss_title, legend="best")
     tidy(auroc, "epoch", "AUROC", "Validation AUROC")
     tidy(rate, "epoch", "learning rate", "Learning rate")
     for axes in (loss, auroc, rate):
@@ -4969,44 +4935,21 @@ def plot_roc_and_pr(
     roc, pr = figure.subplots(1, 2)
     if 0 < died.sum() < len(died):
         false_alarms, found, _ = roc_curve(died, risks)
-        roc.plot(false_alarms, found, color=BLUE, label="model")
         precision, recall, _ = precision_recall_curve(died, risks)
         precision[-1] = precision[-2]  # scikit-learn ends at 1, also where the highest risk survived
-        pr.step(
-            recall,
-            precision,
-            where="post",
-            color=BLUE,
-            label="model",
-        )
+        roc.plot(false_alarms, found, color=BLUE, label="model")
+        pr.step(recall, precision, where="post", color=BLUE, label="model")
     else:
         roc.text(0.5, 0.6, "only one outcome: no curve", ha="center", fontsize=8)
-    chance = {
-        "color": GREY,
-        "linestyle": "--",
-        "linewidth": 1,
-    }
     prevalence = died.mean() if len(died) else 0.0
-    roc.plot([0, 1], [0, 1], label="no better than chance", **chance)
-    pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **chance)
-    tidy(
-        roc,
-        "1 - specificity (survivors called deaths)",
-        "sensitivity (deaths found)",
-        metric_text(metrics, "auroc"),
-    )
-    tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", metric_text(metrics, "auprc"))
-    for axes, corner in ((roc, "lower right"), (pr, "best")):
-        axes.set(
-            xlim=(-0.02, 1.02),
-            ylim=(-0.02, 1.02),
-            box_aspect=1,
-        )
-        axes.legend(
-            fontsize=8,
-            frameon=False,
-            loc=corner,
-        )
+    roc.plot([0, 1], [0, 1], label="no better than chance", **REFERENCE)
+    pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **REFERENCE)
+    alarms, deaths = "1 - specificity (survivors called deaths)", "sensitivity (deaths found)"
+    tidy(roc, alarms, deaths, metric_text(metrics, "auroc"), legend="lower right")
+    alarms, deaths = "precision (alarms that were deaths)", "recall (deaths found)"
+    tidy(pr, deaths, alarms, metric_text(metrics, "auprc"), legend="best")
+    for axes in (roc, pr):
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     return figure
 
 
@@ -5025,14 +4968,7 @@ def plot_calibration(
     below, above = table["observed_rate"] - table["low"], table["high"] - table["observed_rate"]
     smallest, largest = int(table["n"].min()), int(table["n"].max())
     size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-    curve.plot(
-        [0, top],
-        [0, top],
-        color=GREY,
-        linestyle="--",
-        linewidth=1,
-        label="perfect agreement",
-    )
+    curve.plot([0, top], [0, top], label="perfect agreement", **REFERENCE)
     curve.errorbar(
         table["mean_risk"],
         table["observed_rate"],
@@ -5046,15 +4982,9 @@ def plot_calibration(
     )
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
     words = [metric_text(metrics, name) for name in ("calibration_intercept", "calibration_slope", "brier")]
-    tidy(curve, "", "observed death rate", "\n".join(words))
+    tidy(curve, "", "observed death rate", "\n".join(words), legend="upper center")
     # Below the axes: inside, the legend would lie on the points of some model or other.
-    curve.legend(
-        fontsize=8,
-        frameon=False,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.02),
-        ncols=2,
-    )
+    curve.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)
     histogram.hist(
         [risks[died == 0], risks[died == 1]],
         bins=np.linspace(0, top, 31),
@@ -5062,50 +4992,26 @@ def plot_calibration(
         color=[BLUE, VERMILLION],
         label=["survived", "died"],
     )
-    histogram.legend(fontsize=8, frameon=False)
     histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    tidy(histogram, "predicted risk of death in hospital", "stays")
+    tidy(histogram, "predicted risk of death in hospital", "stays", legend="best")
     return figure
 
 
 def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     """Draw a curve as `decision_curve` returns it; what treating all would lose beyond the axes is not shown."""
-    figure = new_figure(
-        "At which risk thresholds does acting on the model beat treating all or none?",
-        caption,
-        3.8,
-    )
+    question = "At which risk thresholds does acting on the model beat treating all or none?"
+    figure = new_figure(question, caption, height=3.8)
     axes, thresholds = figure.subplots(), curve["threshold"]
-    axes.plot(
-        thresholds,
-        curve["treat_all"],
-        color=ORANGE,
-        linestyle="--",
-        label="treat all",
-    )
-    axes.plot(
-        thresholds,
-        curve["treat_none"],
-        color=GREY,
-        linestyle=":",
-        label="treat none",
-    )
+    axes.plot(thresholds, curve["treat_all"], color=ORANGE, linestyle="--", label="treat all")
+    axes.plot(thresholds, curve["treat_none"], color=GREY, linestyle=":", label="treat none")
     axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
     lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
     if "low" in curve:
-        axes.fill_between(
-            thresholds,
-            curve["low"],
-            curve["high"],
-            color=BLUE,
-            alpha=0.15,
-            linewidth=0,
-            label="95 % interval",
-        )
+        area = {"color": BLUE, "alpha": 0.15, "linewidth": 0, "label": "95 % interval"}
+        axes.fill_between(thresholds, curve["low"], curve["high"], **area)
         lowest, highest = min(lowest, curve["low"].min()), max(highest, curve["high"].max())
     axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
-    axes.legend(fontsize=8, frameon=False)
-    tidy(axes, "risk threshold at which one would treat", "net benefit per stay")
+    tidy(axes, "risk threshold at which one would treat", "net benefit per stay", legend="best")
     return figure
 
 
@@ -5124,22 +5030,18 @@ def plot_attention_heatmap(
     """
     weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
     n_events = weights.shape[1]
+    shares = n_events * np.asarray(layer_maps, dtype=float)
     figure = new_figure(title, caption, height=4.6)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.2, 1])[:, 0]
-    draw_layer_maps(upper, n_events * np.asarray(layer_maps, dtype=float))
+    panels = np.atleast_1d(upper.subplots(1, len(shares), sharey=True))
+    draw_shares(upper, panels, shares, extent=(0, 100, 100, 0))
+    for layer, axes in enumerate(panels, start=1):
+        looks = "event that looks, % of stay" if layer == 1 else ""
+        tidy(axes, "event looked at, %", looks, f"layer {layer}")
     per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
-    top = max(cells.max(), 2.0)  # even attention, 1, is never drawn as the most
-    image = axes.imshow(
-        cells,
-        aspect="auto",
-        cmap="cividis",
-        vmin=0,
-        vmax=top,
-        interpolation="nearest",
-    )
-    label_colors(lower, image, axes)
+    draw_shares(lower, [axes], cells[None])
     shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
     decimals = 0 if np.ptp(times) >= 20 else 1
     axes.set_xticks(shown, [f"{times[cell * per_cell]:.{decimals}f}" for cell in shown])
@@ -5149,36 +5051,16 @@ def plot_attention_heatmap(
     return figure
 
 
-def draw_layer_maps(figure: SubFigure, shares: np.ndarray) -> None:
-    """Draw one panel for each layer of shares (layers, bins, bins), on one scale of colours."""
-    panels = np.atleast_1d(figure.subplots(1, len(shares), sharey=True))
-    # A few pairs take most of the weight: the root and a cap at the 99.5th percentile keep the rest visible.
-    norm = PowerNorm(0.5, vmin=0, vmax=max(float(np.quantile(shares, 0.995)), 2.0))
-    for layer, (axes, layer_shares) in enumerate(zip(panels, shares), start=1):
-        image = axes.imshow(
-            layer_shares,
-            norm=norm,
-            cmap="cividis",
-            extent=(0, 100, 100, 0),
-            interpolation="nearest",
-        )
-        tidy(
-            axes,
-            "event looked at, %",
-            "event that looks, % of stay" if layer == 1 else "",
-            f"layer {layer}",
-        )
-    label_colors(figure, image, panels, extend="max", shrink=0.8)
-
-
-def label_colors(figure: SubFigure, image: AxesImage, axes: Any, **options: Any) -> None:
-    """Add the scale of colours to the axes of an image of attention."""
-    bar = figure.colorbar(
-        image,
-        ax=axes,
-        pad=0.01,
-        **options,
-    )
+def draw_shares(figure: SubFigure, panels: Sequence[Axes], shares: np.ndarray, **options: Any) -> None:
+    """Draw multiples of even attention (panels, rows, columns) on one scale: 1 is white, less purple, more orange."""
+    # A few pairs take most of the weight: a cap at the 99.5th percentile keeps the rest visible.
+    top = max(float(np.quantile(shares, 0.995)), 2.0)
+    options |= {"norm": LogNorm(1 / top, top), "cmap": "PuOr_r", "aspect": "auto", "interpolation": "nearest"}
+    for axes, panel_shares in zip(panels, shares):
+        image = axes.imshow(np.clip(panel_shares, 1 / top, top), **options)
+    bar = figure.colorbar(image, ax=panels, pad=0.01, extend="both")
+    bar.set_ticks([1 / top, 1, top], labels=[f"1/{top:.2g}", "1", f"{top:.2g}"])
+    bar.minorticks_off()
     bar.set_label("weight, times 1/L", fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -5197,28 +5079,19 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
         if len(group):
             draw_single_stays(single, group, n_individual, word, style)
             draw_mean_risk(mean, group, times, word, style, height=1.07 if label else 1.02)
+    tidy(single, "", "predicted risk of death", legend="best")
+    tidy(mean, "", "", legend="best")
     titles = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the stays still there")
     for axes, title in zip((single, mean), titles):
-        tidy(
-            axes,
-            "hours after ICU admission (log scale)",
-            "predicted risk of death" if axes is single else "",
-        )
+        axes.set_xlabel("hours after ICU admission (log scale)", fontsize=9)
         axes.set_title(title, fontsize=9, pad=24)
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
         axes.set_ylim(0, 1)
-        axes.legend(fontsize=8, frameon=False)
     return figure
 
 
-def draw_single_stays(
-    axes: Axes,
-    group: pd.DataFrame,
-    n_stays: int,
-    word: str,
-    style: dict[str, Any],
-) -> None:
+def draw_single_stays(axes: Axes, group: pd.DataFrame, n_stays: int, word: str, style: dict[str, Any]) -> None:
     """Draw the longest followed stays of a group, the first of them named in the legend."""
     followed = group.groupby("icu_stay_id").size().sort_index()
     followed = followed.sort_values(ascending=False, kind="stable")
@@ -5511,28 +5384,31 @@ def describe_plan(
     seconds_read: float,
 ) -> None:
     """Log what the run will do, about how long it takes by rates measured here, and what it needs of what is free."""
-    n_new, dim, seconds_per_text = measure_encoding(table.texts, settings, accelerator)
-    lengths, split = table.lengths, splits[0]
-    seconds_per_event = measure_training(lengths[split.train], dim, settings, accelerator.device)
-    n_events = lengths[split.train].sum() + lengths[split.validation].sum() / 3  # scoring has no backward pass
-    epoch = words_of(seconds_per_event * n_events / accelerator.num_processes)
-    encoding = words_of(n_new * seconds_per_text)
-    n_trainings = max(len(splits), settings.seeds)
+    n_new, dim, encoding = measure_encoding(table.texts, settings, accelerator)
+    lengths, split, n_trainings = table.lengths, splits[0], max(len(splits), settings.seeds)
+    scored = lengths[split.validation].sum() / lengths[split.train].sum() / 3  # without a backward pass
+    epoch = (1 + scored) * measure_epoch(lengths[split.train], dim, settings, accelerator)
+    total = encoding + n_trainings * settings.max_epochs * epoch
     logger.info(
         f"Plan        read in {words_of(seconds_read)}; "
-        f"encode {n_new:,} of {len(table.texts):,} texts (about {encoding}); "
-        f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {epoch}",
+        f"encode {n_new:,} of {len(table.texts):,} texts{f' (about {words_of(encoding)})' if n_new else ''}; "
+        f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {words_of(epoch)}; "
+        f"in all about {words_of(total)}",
     )
-    describe_needs(4 * dim * n_new, 4 * dim * len(table.texts) + 40 * len(table.text), settings)
+    memory = psutil.Process().memory_info().rss + 4 * dim * len(table.texts) + WORKSPACE
+    if accelerator.device.type == "cpu":
+        memory += bytes_of_step(lengths[split.train], dim, settings)
+    describe_needs(4 * dim * n_new, memory, settings)
     if settings.dry_run:
         logger.info("Dry run     nothing was encoded or trained")
 
 
-def describe_needs(disk: int, memory: int, settings: Settings) -> None:
-    """Log how many bytes of disk and memory a run needs and how many are free; warn where that is too little."""
+def describe_needs(disk: float, memory: float, settings: Settings) -> None:
+    """Log how many bytes of disk and memory a run needs and how many there are; warn where that is too little."""
     cache = Path(settings.cache_dir).absolute()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    free, available = shutil.disk_usage(existing).free, psutil.virtual_memory().available
+    free, own = shutil.disk_usage(existing).free, psutil.Process().memory_info().rss
+    available = psutil.virtual_memory().available + own  # what the program holds already is of what it needs
     logger.info(
         f"Needs       {disk / 1e9:.2g} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
         f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)",
@@ -5541,6 +5417,9 @@ def describe_needs(disk: int, memory: int, settings: Settings) -> None:
         logger.warning(
             "Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.",
         )
+
+
+WORKSPACE = 3e8  # bytes that torch and the drawing take besides, as measured on the sample and on the demo
 
 
 def words_of(seconds: float) -> str:
@@ -5556,44 +5435,51 @@ def measure_encoding(
     settings: Settings,
     accelerator: Accelerator,
 ) -> tuple[int, int, float]:
-    """Return how many texts have no vector yet, a vector's size, and the seconds that a text takes."""
+    """Return how many texts have no vector yet, a vector's size, and the seconds that encoding them takes."""
     try:
         encoder = make_text_encoder(settings.text_encoder, **encoder_options(settings, accelerator))
         encoder.cache.refresh()
         cleaned = list(map(clean_text, texts))
         missing = np.flatnonzero(encoder.cache.missing(text_keys(cleaned)))
-        some = [cleaned[number] for number in missing[:: max(1, len(missing) // 32)]]
-        if len(missing) < 1000:  # done before it is worth measuring
-            return len(missing), encoder.dim, 0.0
+        if not len(missing):
+            return 0, encoder.dim, 0.0
+        some = [cleaned[number] for number in missing[:: max(10, len(missing) // 32)]]  # a tenth at most
         encoder._load()
         started = time.monotonic()
         encoder._forward(0, encoder._tokenise(some))
-        return len(missing), encoder.dim, (time.monotonic() - started) / len(some) / accelerator.num_processes
+        seconds_per_text = (time.monotonic() - started) / len(some)
+        return len(missing), encoder.dim, len(missing) * seconds_per_text / accelerator.num_processes
     except EncoderUnreachable as error:  # `embed_texts` then falls back on the sample, and stops on any other data
         if settings.dry_run:
             logger.warning(f"Encoder     WARNING: {error}")
         return len(texts), 768, 0.0
 
 
-def measure_training(lengths: np.ndarray, dim: int, settings: Settings, device: torch.device) -> float:
-    """Return the seconds that an event takes in training: a step on made-up events of stays of these lengths."""
-    batches = plan_batches(lengths, settings.batch_size, min(settings.max_events_per_batch, 4096))
-    batch = batches[len(batches) // 2]
-    n_stays, n_events = len(batch), int(lengths[batch].max())
-    input_dim = len(EVENT_TYPES) + dim + 1
+def measure_epoch(lengths: np.ndarray, dim: int, settings: Settings, accelerator: Accelerator) -> float:
+    """Return the seconds of training on stays of these lengths: three batches of made-up events stand for all."""
+    batches = plan_batches(lengths, settings.batch_size, min(settings.max_events_per_batch, 4096))  # the longest first
+    device, input_dim = accelerator.device, len(EVENT_TYPES) + dim + 1
     sizes = (settings.d_model, settings.n_layers, settings.n_heads, settings.d_feedforward)
     with torch.random.fork_rng(devices=[]):
         model = ClinicalTransformer(input_dim, 1, *sizes, settings.n_pooling_heads).to(device)
-    sequences = torch.ones(n_stays, n_events, input_dim, device=device)
-    static = torch.zeros(n_stays, 1, device=device)
-    is_event = torch.ones(n_stays, n_events, dtype=torch.bool, device=device)
-    seconds = math.inf
-    for _ in range(2):  # the first is slower
+
+    def seconds_of(batch: np.ndarray) -> float:
+        sequences = torch.ones(len(batch), int(lengths[batch].max()), input_dim, device=device)
         started = time.monotonic()
-        model(sequences, static, is_event).sum().backward()
+        model(sequences, torch.zeros(len(batch), 1, device=device)).sum().backward()
         model.query_vector.detach().sum().item()  # waits for the device
-        seconds = min(seconds, time.monotonic() - started)
-    return seconds / (n_stays * n_events)
+        return time.monotonic() - started
+
+    chosen = [batches[int(share * len(batches))] for share in (1 / 6, 1 / 2, 5 / 6)]
+    seconds_of(chosen[-1])  # the first pass is slower
+    return float(np.mean(list(map(seconds_of, chosen)))) * len(batches) / accelerator.num_processes
+
+
+def bytes_of_step(lengths: np.ndarray, dim: int, settings: Settings) -> int:
+    """Return about how many bytes a training step takes: an event's inputs, and what layers keep for the way back."""
+    batches = plan_batches(lengths, settings.batch_size, settings.max_events_per_batch)
+    n_events = max(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 4 * n_events * (3 * dim + settings.n_layers * (10 * settings.d_model + 2 * settings.d_feedforward))
 
 
 class Cohort(NamedTuple):
@@ -5752,8 +5638,9 @@ def draw_attention(path: Path, settings: Settings, text_encoder: str) -> Path:
         layer_maps,
         record["pooling_weights"][0, :, 0],  # (heads, L)
         record["hours_to_final_event"],
-        title=f"Where does the model look in ICU stay {record['icu_stay_id']}? ({path.stem.replace('_', ' ')})",
-        caption=f"risk {record['probability']:.2f} · text encoder: {text_encoder}",
+        title=f"Where does the model look in ICU stay {record['icu_stay_id']}?",
+        caption=f"{path.stem.replace('_', ' ')}, a training stay · risk {record['probability']:.2f} "
+        f"· text encoder: {text_encoder}",
         hours_label="hours before the " + ("prediction" if settings.prospective else "final event"),
     )
     return save_figure(Path(settings.output_dir) / "plots" / f"{path.stem}.png", figure)
@@ -5805,7 +5692,8 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
         describe_training(trainer, split)
         if settings.report_to != "none":
             accelerator.project_configuration.set_directories(settings.output_dir)
-            accelerator.init_trackers("clinical_LF", {name: str(value) for name, value in asdict(settings).items()})
+            said = {name: str(value) for name, value in asdict(settings).items()}
+            accelerator.init_trackers("clinical_LF", said, {"wandb": {"dir": settings.output_dir}})
 
     data = TrainingData(cohort.table, split, cohort.text_vectors, cohort.text_encoder)
     trainer, best = train_model(settings, data, accelerator, begin)
@@ -5969,10 +5857,10 @@ def meds_predictions(scored: Scored) -> pd.DataFrame:
 
 def log_metrics(metrics: dict[str, Any], title: str) -> None:
     """Log each figure with its interval."""
-    logger.info(title)
+    logger.info(f"{title}; in brackets 95 % intervals")
     for name, label in METRIC_WORDS.items():
         prevalence = f" at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""
-        logger.info(f"            {label:22s} {figure_text(metrics[name], 3)}{prevalence}")
+        logger.info(f"            {label:22s} {figure_text(metrics[name], 3, '')}{prevalence}")
 
 
 def tripod_block(
@@ -6462,13 +6350,10 @@ def write_trajectories(
     text_encoder: str,
 ) -> None:
     """Write the risks, and their picture without the hidden patients; warn of a model that only saw whole stays."""
-    mode = f"predicts at {trained.observation_hours:g} h" if trained.observation_hours else "read whole stays"
-    if not trained.observation_hours:
-        logger.warning(
-            "Trajectory  WARNING: the model was trained on whole stays (no --observation-hours), "
-            "so early risks are extrapolations.",
-        )
-    caption = f"the model was trained to: {mode} · text encoder: {text_encoder}"
+    if not trained.prospective:
+        logger.warning("Trajectory  WARNING: the model was trained on whole stays: early risks are extrapolations")
+    mode = moment_of_prediction(trained.observation_hours, trained.labels)
+    caption = f"{mode} · text encoder: {text_encoder}"
     results.table("risk_trajectories.csv", trajectories)
     shown = trajectories[~trajectories["patient_id"].isin(hidden)].reset_index(drop=True)
     if len(shown):
