@@ -1745,12 +1745,23 @@ HEAD_STAYS, OFF_STAYS = 15, 10  # whose attention is compared with untrained mod
 TIME_SHUFFLES = 5
 
 
+def _history_in_words(history: pd.DataFrame) -> list[str]:
+    """Return how each number of `train.item_history` stood among its item's until then: `highest of 7`, or ""."""
+    words = []
+    for row in history[["value", "minimum", "maximum", "count"]].itertuples():
+        extreme = {row.maximum: "highest", row.minimum: "lowest"}.get(row.value, "")
+        words.append(f"{extreme} of {row.count}" if extreme and row.minimum < row.maximum else "")
+    return words
+
+
 def describe_events(run: Run, stay: int) -> pd.DataFrame:
     """Return a stay's events, one row each, in the order of the model's input."""
     table, rows = run.table, slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     person = table.stays.loc[stay]
     texts = table.texts[table.text[rows]]
     minutes = table.minutes_since_intime[rows].astype(float)
+    uses_history = run.checkpoint.preprocessor.item_history
+    history = _history_in_words(train.item_history(table.take(np.array([stay])))) if uses_history else ""
     return pd.DataFrame(
         {
             "icu_stay_id": person["icu_stay_id"],
@@ -1764,6 +1775,7 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "event_text": texts,
             "item": [item_of(text) for text in texts],
             "value": [train.parse_value(text)[1] for text in texts],
+            "in_history": history,
             "is_abnormal": [is_abnormal(text) for text in texts],
             "is_new_item": run.checkpoint.is_new_item(texts),
         },
@@ -3128,8 +3140,8 @@ def _draw_strongest(axes: Axes, events: pd.DataFrame, n: int = 7) -> None:
     named = pd.concat([towards, away[::-1]])
     words = []
     tells = named.get("tells_outcome", pd.Series(False, named.index))
-    for text, hours, mark in zip(named["event_text"], named["hours_to_end"], tells):
-        words.append(f"{'(!) ' if mark else ''}{_for_plot(text, 56)}  {hours:.1f} h")
+    for text, history, hours, mark in zip(named["event_text"], named["in_history"], named["hours_to_end"], tells):
+        words.append(f"{'(!) ' if mark else ''}{_for_plot(text, 56)}  {history} {hours:.1f} h".replace("   ", "  "))
     _signed_bars(axes, named["attribution"].to_numpy(), words)
 
 
@@ -3598,7 +3610,8 @@ def _event_rows(events: pd.DataFrame, temperature: float) -> list[list[str]]:
     for row in events.itertuples():
         clock = "" if pd.isna(row.event_time) else f"{pd.Timestamp(row.event_time):%Y-%m-%d %H:%M}"
         hours = [f"{row.hours_since_admission:.1f}", f"{row.hours_to_end:.1f}"]
-        text = row.event_text + (TELLS if getattr(row, "tells_outcome", False) else "")
+        history = f" ({row.in_history})" if row.in_history else ""
+        text = row.event_text + history + (TELLS if getattr(row, "tells_outcome", False) else "")
         rows.append(
             [text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)],
         )

@@ -297,6 +297,12 @@ def test_item_drops_numbers_but_keeps_names():
     assert explain.item_of("Lab: Vitamin B12 (Blood)") == "Lab: Vitamin B12 (Blood)"
 
 
+def test_history_names_the_extremes_of_an_item_until_then():
+    rows = [(2.1, 2.1, 2.1, 1), (4.0, 2.1, 4.0, 2), (3.0, 2.1, 4.0, 3), (2.1, 2.1, 4.0, 4), (math.nan,) * 3 + (5,)]
+    history = pd.DataFrame(rows, columns=["value", "minimum", "maximum", "count"])
+    assert explain._history_in_words(history) == ["", "highest of 2", "", "lowest of 4", ""]
+
+
 def test_abnormal_is_what_the_text_says():
     texts = [
         "Lab: A | Flag: abnormal",
