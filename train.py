@@ -60,7 +60,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, cast, get_args, get_origin, get_type_hints
@@ -93,7 +93,7 @@ from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict, train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict, train_test_split
 from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor, nn
@@ -1170,7 +1170,8 @@ def register_meds(con: duckdb.DuckDBPyConnection, root: Path, task: MedsTask) ->
     """
     con.execute(MEDS_ROWS.format(data=sql_quoted(root / "data" / "**" / "*.parquet")))
     con.execute(MEDS_CODES.format(codes=sql_quoted(root / "metadata" / "codes.parquet")))
-    left_out = _make_mortality_labels(con, task) if MADE_LABELS.fullmatch(task.labels) else _read_labels(con, task)
+    made = MADE_LABELS.fullmatch(task.labels)
+    left_out = _make_mortality_labels(con, task, float(made[1])) if made else _read_labels(con, task)
     history = {"history_hours": task.history_hours}
     con.execute(MEDS_SAMPLES, history)
     con.execute(MEDS_FACTS)
@@ -1179,8 +1180,7 @@ def register_meds(con: duckdb.DuckDBPyConnection, root: Path, task: MedsTask) ->
     return left_out
 
 
-def _make_mortality_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, int]:
-    hours = float(task.labels.removeprefix("mortality-in-icu@").removesuffix("h"))
+def _make_mortality_labels(con: duckdb.DuckDBPyConnection, task: MedsTask, hours: float) -> dict[str, int]:
     con.execute(MEDS_MORTALITY_LABELS, {"hours": hours, "gap": task.gap_hours})
     short = con.execute("DELETE FROM label_rows WHERE lasts IS NOT TRUE").fetchall()[0][0]
     if not con.execute("SELECT count(*) FROM label_rows").fetchall()[0][0]:
@@ -2199,7 +2199,7 @@ def _scaler(mean: float, scale: float) -> StandardScaler:
 
 N_QUANTILES = 65
 NUMBER = r"(?<![\w.])\d+(?:\.\d+)?"  # 4 or 4.1, also before a unit, but not the 2 of PaO2
-VALUE = r"(-?\d+(?:\.\d+)?)(?= |$)([^|]*)"  # a number and its unit
+MEASUREMENT = re.compile(r"(\| (Value|Rate|Dose|Amount): [<>]?)(-?\d+(?:\.\d+)?)(?= |$)([^|]*)")  # number and unit
 
 
 def without_numbers(text: str) -> str:
@@ -2213,15 +2213,17 @@ def item_of(text: str) -> str:
 
 
 def parse_value(text: str) -> tuple[str, float]:
-    """Item with its unit, and number of an event's text; NaN where it has no number."""
-    item = item_of(text)
-    found = re.search(rf"\| (?:Value|Rate|Dose): [<>]?{VALUE}", text) or re.search(
-        rf"\| Amount: [<>]?{VALUE}",
-        text,
-    )
+    """Item with its unit, and number of an event's text; NaN where it has no number. An amount counts last."""
+    item, found = item_of(text), MEASUREMENT.findall(text)
     if not found:
         return item, math.nan
-    return f"{item} {found[2].strip()}".strip(), float(found[1])
+    _, _, number, unit = min(found, key=lambda parts: parts[1] == "Amount")
+    return f"{item} {unit.strip()}".strip(), float(number)
+
+
+def without_value(text: str) -> str:
+    """The text with its numbers masked, for a model that has them from the item's history."""
+    return MEASUREMENT.sub(r"\1#\4", text)
 
 
 def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
@@ -2230,11 +2232,6 @@ def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
     parsed = pd.DataFrame(map(parse_value, table.texts[used]), columns=["item", "value"])
     items = pd.Categorical(parsed["item"])
     return items[text_of_event], parsed["value"].to_numpy(float)[text_of_event]
-
-
-def without_value(text: str) -> str:
-    """The text with its number masked, for a model that has the number from the item's history."""
-    return re.sub(rf"(\| (?:Value|Rate|Dose|Amount): [<>]?){VALUE}", r"\1#\3", text)
 
 
 def item_hash(text: str) -> str:
@@ -2371,11 +2368,8 @@ class EmbeddingCache:
             )
         self._keys = np.concatenate(keys)
         self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
-        order = np.argsort(self._keys, kind="stable")  # of two rows with one key, the later part's comes last
-        ordered = self._keys[order]
-        is_last = np.ones(len(order), bool)
-        is_last[:-1] = ordered[1:] != ordered[:-1]
-        self._sorted_keys, self._sorted_rows = ordered[is_last], order[is_last]
+        self._sorted_keys, from_end = np.unique(self._keys[::-1], return_index=True)  # of equal keys the later part's
+        self._sorted_rows = len(self._keys) - 1 - from_end
 
     def _open_part(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return a part's keys (n,) and memory-mapped vectors (n, dim); raises anything where it is damaged."""
@@ -2663,10 +2657,10 @@ class HashingTextEncoder(TextEncoder):
 
     id, dim, n_features = "hashing", 768, 2**14
     bins_per_octave = (1, 4, 16)
+    weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))  # of items, words, characters, numbers
 
     def __init__(self, cache_dir: Path = Path("clinical_LF_precomp_emb")) -> None:
         self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v4-768", self.dim)
-        self._projection: list[tuple[Any, np.ndarray, np.float32]] = []
 
     @staticmethod
     def _parts_of_item(text: str) -> list[str]:
@@ -2684,26 +2678,13 @@ class HashingTextEncoder(TextEncoder):
                         yield f"{what} {place} {per_octave} {bin_number}", weight
 
     def _load(self) -> None:
-        if not self._projection:
-            options = {
-                "n_features": self.n_features,
-                "norm": None,
-                "dtype": np.float32,
-            }  # signed whole counts
-            vectorizers = (
-                HashingVectorizer(analyzer=self._parts_of_item, **options),
-                HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **options),
-                HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **options),
-                FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
-            )
-            signs = np.random.RandomState(768).randint(
-                0,
-                2,
-                (4, self.n_features, self.dim),
-                np.int8,
-            )  # a frozen stream
-            weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))
-            self._projection = list(zip(vectorizers, signs.astype(np.float32) * 2 - 1, weights))
+        counts = {"n_features": self.n_features, "norm": None, "dtype": np.float32}  # signed whole counts
+        self._vectorizers = (
+            HashingVectorizer(analyzer=self._parts_of_item, **counts),
+            HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **counts),
+            HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **counts),
+            FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
+        )
 
     def _tokenise(self, texts: Sequence[str]) -> list[str]:
         return [without_surrogates(text).lower() for text in texts]
@@ -2712,11 +2693,20 @@ class HashingTextEncoder(TextEncoder):
         out = np.zeros((len(texts), self.dim), np.float32)
         plain = [without_numbers(text) for text in texts]
         numbers = [list(self._numbers_of_item(text)) for text in texts]
-        for (vectorizer, signs, weight), inputs in zip(self._projection, (plain, plain, plain, numbers)):
+        bits = hashing_bits(len(self.weights), self.n_features, self.dim)
+        for part, (vectorizer, inputs) in enumerate(zip(self._vectorizers, (plain, plain, plain, numbers))):
             counts = vectorizer.transform(inputs)  # (n, n_features) sparse
+            used = np.unique(counts.indices)
+            signs = bits[part, used].astype(np.float32) * 2 - 1
             squares = np.asarray(counts.multiply(counts).sum(axis=1)).reshape(-1, 1)
-            out += weight * ((counts @ signs) / np.sqrt(np.maximum(squares, 1)))
+            out += self.weights[part] * ((counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1)))
         return out
+
+
+@cache
+def hashing_bits(*shape: int) -> np.ndarray:
+    """Return random 0 and 1, int8: numpy promises that no version changes what RandomState gives."""
+    return np.random.RandomState(768).randint(0, 2, shape, np.int8)
 
 
 class ClinicalTextEncoder(TextEncoder):
@@ -4756,18 +4746,16 @@ def leakage_audit(
     )
 
 
-def patient_folds(labels: ArrayLike, patient_ids: ArrayLike, n_folds: int = 5) -> np.ndarray | None:
+def patient_folds(labels: np.ndarray, patient_ids: np.ndarray, n_folds: int = 5) -> np.ndarray | None:
     """Return the fold (n,) of each stay, patients whole, deaths spread; None where an outcome has one patient only."""
-    died = pd.Series(labels).groupby(np.asarray(patient_ids)).max()  # by patient, sorted
+    died = pd.Series(labels).groupby(patient_ids).max()
     n_folds = int(min(n_folds, died.sum(), (1 - died).sum()))
     if n_folds < 2:
         return None
-    fold_of_patient = np.zeros(len(died), dtype=int)
-    for fold, (_, held_out) in enumerate(
-        StratifiedKFold(n_folds, shuffle=True, random_state=0).split(died, died),
-    ):
-        fold_of_patient[held_out] = fold
-    return fold_of_patient[died.index.get_indexer(np.asarray(patient_ids))]
+    splitter, folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0), np.zeros(len(patient_ids), int)
+    for fold, (_, held_out) in enumerate(splitter.split(folds, labels, patient_ids)):
+        folds[held_out] = fold
+    return folds
 
 
 def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: np.ndarray) -> float:

@@ -192,22 +192,13 @@ def test_any_bytes_in_a_csv_load_or_are_refused(tmp_path_factory, splices):
 
 
 TEXTS = [f"text {i}" for i in range(6)]
-SHARED = train.HashingTextEncoder()
-
-
-def hashing_encoder(folder):
-    """An encoder with a cache of its own; the projection, slow to draw, is shared."""
-    SHARED._load()
-    encoder = train.HashingTextEncoder(folder)
-    encoder._projection = SHARED._projection
-    return encoder
 
 
 @QUICK
 @given(st.data())
 def test_any_damage_to_a_cache_part_leaves_right_vectors_or_none(tmp_path_factory, data):
     """Bytes of the header, the keys or the vectors change: never an exception, never a vector of another length."""
-    encoder = hashing_encoder(tmp_path_factory.mktemp("fuzz"))
+    encoder = train.HashingTextEncoder(tmp_path_factory.mktemp("fuzz"))
     encoder.embed(TEXTS, progress=False)
     good = encoder.vectors(TEXTS)
     (part,) = encoder.cache.folder.glob("part-*")
@@ -217,7 +208,7 @@ def test_any_damage_to_a_cache_part_leaves_right_vectors_or_none(tmp_path_factor
     for place in data.draw(st.lists(st.integers(0, reach - 1), min_size=1, max_size=4)):
         content[place] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.sampled_from([len(content), reach // 2]))])
-    again = hashing_encoder(encoder.cache.folder.parent)
+    again = train.HashingTextEncoder(encoder.cache.folder.parent)
     again.embed(TEXTS, progress=False)
     vectors = again.vectors(TEXTS)
     assert vectors.shape == good.shape
