@@ -2034,11 +2034,7 @@ class ClinicalDataPreprocessor:
     The state is plain data (`state_dict`), so that a checkpoint loads without pickle.
     """
 
-    def __init__(
-        self,
-        static_features: Sequence[str] = DEFAULT_STATIC_FEATURES,
-        item_history: bool = False,
-    ) -> None:
+    def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, item_history: bool = False) -> None:
         self.numeric = [name for name in static_features if name in NUMERIC_STATIC_FEATURES]
         self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
         self.item_history = item_history
@@ -2078,9 +2074,7 @@ class ClinicalDataPreprocessor:
         if wrong := [
             name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)
         ]:
-            raise ValueError(
-                f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}",
-            )
+            raise ValueError(f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}")
         self.event_type_encoder = _one_hot(list(EVENT_TYPES))
         self.time_scaler = _scaler(state["time_mean"], state["time_scale"])
         self.static_encoders = {
@@ -2118,11 +2112,8 @@ class ClinicalDataPreprocessor:
 
     def _numbers_of(self, stays: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         """Return numeric columns as they are scaled: the number of events, which spans powers of ten, as logarithm."""
-        return (
-            stays[columns]
-            .astype(float)
-            .apply(lambda column: np.log1p(column) if column.name == "number_of_events" else column)
-        )
+        numbers = stays[columns].astype(float)
+        return numbers.assign(**{name: np.log1p(numbers[name]) for name in columns if name == "number_of_events"})
 
     def unknown_categories(self, stays: pd.DataFrame) -> dict[str, int]:
         """Return, by column with any, how many of the stays have a value that training never saw."""
@@ -2132,11 +2123,7 @@ class ClinicalDataPreprocessor:
             counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
         return {column: count for column, count in counts.items() if count}
 
-    def encode_static_features(
-        self,
-        stays: pd.DataFrame,
-        static_columns: Sequence[str] | None = None,
-    ) -> np.ndarray:
+    def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
         """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers.
 
         `static_columns` names other columns. A missing number is the training mean. One beyond what training saw counts
@@ -2144,9 +2131,7 @@ class ClinicalDataPreprocessor:
         """
         columns = [*self.categorical, *self.numeric] if static_columns is None else list(static_columns)
         if unknown := [column for column in columns if column not in self.static_encoders]:
-            raise InputError(
-                f"not among the static columns that the preprocessor was fitted on: {', '.join(unknown)}.",
-            )
+            raise InputError(f"not among the static columns that the preprocessor was fitted on: {', '.join(unknown)}.")
         parts = [np.zeros((len(stays), 0)), *(self._encode_static(stays, column) for column in columns)]
         return np.hstack(parts).astype(np.float32)
 
@@ -2182,9 +2167,7 @@ class ClinicalDataPreprocessor:
 def _one_hot(categories: Sequence[str]) -> OneHotEncoder:
     """Return a fitted encoder of these categories; an unknown one is all zeros."""
     encoder = OneHotEncoder(
-        categories=[np.array(categories, dtype=object)],
-        sparse_output=False,
-        handle_unknown="ignore",
+        categories=[np.array(categories, dtype=object)], sparse_output=False, handle_unknown="ignore"
     )
     return encoder.fit(np.array([[categories[0]]], dtype=object))
 
@@ -2282,7 +2265,7 @@ def item_history(table: StayTable) -> pd.DataFrame:
             "count": of_item.cumcount() + 1,
             "hours_since_previous": hours - hours.groupby(key, sort=False).shift(1),
             "is_latest": ~key.duplicated(keep="last"),
-        },
+        }
     )
 
 
@@ -2364,7 +2347,7 @@ class EmbeddingCache:
         if damaged:
             logger.warning(
                 f"{len(damaged)} damaged parts of the embedding cache are ignored, their texts are encoded anew: "
-                + ", ".join(damaged[:3]),
+                + ", ".join(damaged[:3])
             )
         self._keys = np.concatenate(keys)
         self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
@@ -2439,9 +2422,7 @@ class EmbeddingCache:
     def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
         """Add (n,) keys and their (n, dim) float32 vectors as one part. Raises InputError for NaN or a full disk."""
         if vectors.shape != (len(keys), self.dim):
-            raise ValueError(
-                f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}",
-            )
+            raise ValueError(f"keys {keys.shape}, vectors {vectors.shape} do not fit a cache of dimension {self.dim}")
         if not np.isfinite(vectors).all():
             raise InputError("the text encoder gave NaN or infinity: its weights are damaged, or try float32")
 
@@ -2462,23 +2443,22 @@ class EmbeddingCache:
             found = [key for key in keys[self.missing(keys)] if single_file_name(key) in files]
             for start in range(0, len(found), 50_000):  # bounds memory
                 block = np.array(found[start : start + 50_000], KEY)
-                vectors = [self._read_single(folder / single_file_name(key)) for key in block]
-                is_good = np.array([len(vector) > 0 for vector in vectors])
+                vectors = np.stack([self._read_single(folder / single_file_name(key)) for key in block])
+                is_good = np.isfinite(vectors).all(axis=1)
                 n_damaged += (~is_good).sum()
                 if is_good.any():
-                    self.append(block[is_good], np.stack([vector for vector in vectors if len(vector)]))
+                    self.append(block[is_good], vectors[is_good])
         if n_damaged:
             logger.warning(
-                f"{n_damaged} single .npy files are damaged or of another dimension, their texts are encoded",
+                f"{n_damaged} single .npy files are damaged or of another dimension, their texts are encoded"
             )
 
     def _read_single(self, path: Path) -> np.ndarray:
-        """Return the (dim,) vector of a file of the earlier layout, or (0,) whatever is wrong with it."""
+        """Return the (dim,) vector of a file of the earlier layout; NaN whatever is wrong with it."""
         try:
-            vector = np.load(path, allow_pickle=False).astype(np.float32).reshape(self.dim)
+            return np.load(path, allow_pickle=False).astype(np.float32).reshape(self.dim)
         except Exception:
-            return np.zeros(0, np.float32)
-        return vector if np.isfinite(vector).all() else np.zeros(0, np.float32)
+            return np.full(self.dim, np.nan, np.float32)
 
 
 class TextEncoder:
@@ -2523,12 +2503,7 @@ class TextEncoder:
         return self.cache.gather(text_keys(map(clean_text, texts)))
 
     def embed(
-        self,
-        texts: Iterable[Any],
-        rank: int = 0,
-        world: int = 1,
-        progress: bool = True,
-        batch_size: int = 64,
+        self, texts: Iterable[Any], rank: int = 0, world: int = 1, progress: bool = True, batch_size: int = 64
     ) -> np.ndarray:
         """See to it that every text is in the cache; return the texts' keys (n,).
 
@@ -2586,11 +2561,7 @@ class TextEncoder:
             done.clear()
 
     def _batches(
-        self,
-        texts: list[str],
-        chunks: list[np.ndarray],
-        is_missing: np.ndarray,
-        batch_size: int,
+        self, texts: list[str], chunks: list[np.ndarray], is_missing: np.ndarray, batch_size: int
     ) -> Iterator[Batch]:
         """Yield numbers of missing texts and their tokens, longest first, so that memory peaks at once."""
         budget = min(self.budget, batch_size * self.max_tokens)
@@ -2766,7 +2737,7 @@ class ClinicalTextEncoder(TextEncoder):
         if self._is_local and not (self._folder / "config.json").is_file():
             raise InputError(
                 f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer is needed, "
-                "as save_pretrained writes it",
+                "as save_pretrained writes it"
             )
         if not self._is_local:
             download_encoder(self.name, self.revision, self._folder)
@@ -2786,20 +2757,12 @@ class ClinicalTextEncoder(TextEncoder):
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-            self._length_limit = min(
-                self.max_tokens,
-                position_limit(config),
-                folder_token_limit(self._folder),
-            )
+            self._length_limit = min(self.max_tokens, token_limit(config, self._folder))
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
-            raise InputError(
-                f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source",
-            )
+            raise InputError(f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source")
         lost = [key for key in info["missing_keys"] if "pooler" not in key]
         if lost or config.is_encoder_decoder:
-            raise InputError(
-                f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing",
-            )
+            raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
         self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
         self._n_tokens_known = model.get_input_embeddings().num_embeddings
         self._check_weights(model)
@@ -2822,7 +2785,7 @@ class ClinicalTextEncoder(TextEncoder):
         if described.get("weights", weights) != weights:
             raise InputError(
                 f"{self.cache.folder} holds vectors of other weights than {self._folder}: "
-                "give the old weights, or move that cache folder away",
+                "give the old weights, or move that cache folder away"
             )
         description = {
             "encoder": self.id,
@@ -2852,7 +2815,7 @@ class ClinicalTextEncoder(TextEncoder):
         if highest >= self._n_tokens_known:
             raise InputError(
                 f"{self._folder}: its tokenizer gives token number {highest}, its model knows {self._n_tokens_known}. "
-                "They are of two models: copy both from one source.",
+                "They are of two models: copy both from one source."
             )
         mask = is_token.long() if self._window is None else band_mask(is_token, self._window)
         mask = mask if mask is None else mask.to(device)
@@ -2860,18 +2823,23 @@ class ClinicalTextEncoder(TextEncoder):
         return pool_tokens(hidden.float(), is_token.to(device), self.pooling).cpu().numpy()
 
 
-def make_text_encoder(name: str = CLINICAL_LONGFORMER, **options: Any) -> TextEncoder:
-    """Return the encoder of `--text-encoder`: "hashing", a hub id or a folder. For options see ClinicalTextEncoder."""
-    if name == "hashing":
-        return HashingTextEncoder(options.get("cache_dir", Path("clinical_LF_precomp_emb")))
-    return ClinicalTextEncoder(name, **options)
+def make_text_encoder(settings: Settings, accelerator: Accelerator) -> TextEncoder:
+    """Return the encoder of `--text-encoder`; of several processes each encodes on its own device."""
+    cache_dir = Path(settings.cache_dir)
+    if settings.text_encoder == HashingTextEncoder.id:
+        return HashingTextEncoder(cache_dir)
+    return ClinicalTextEncoder(
+        settings.text_encoder,
+        None if settings.text_encoder_revision == "main" else settings.text_encoder_revision,
+        settings.max_text_tokens,
+        cache_dir,
+        weights_dir=Path(settings.hf_cache),
+        devices=[accelerator.device] if accelerator.num_processes > 1 else None,
+        dtype=settings.text_encoder_dtype,
+    )
 
 
-POOLINGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-}
+POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
 
 
 def folder_pooling(folder: Path) -> str:
@@ -2885,23 +2853,12 @@ def folder_pooling(folder: Path) -> str:
     wishes = json.loads(path.read_text("utf-8"))
     modes = [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
     if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise InputError(
-            f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.",
-        )
+        raise InputError(f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.")
     modules = folder / "modules.json"
     listed = modules.read_text("utf-8") if modules.is_file() else ""
     if ".Dense" in listed:
-        raise InputError(
-            f"{modules} has a Dense layer behind the pooling, which is not run here: give another encoder",
-        )
+        raise InputError(f"{modules} has a Dense layer behind the pooling, which is not run here: give another encoder")
     return POOLINGS[modes[0]] + ("-unit" if ".Normalize" in listed else "")
-
-
-def folder_token_limit(folder: Path) -> int:
-    """Return after how many tokens a sentence-transformers folder wants its texts cut."""
-    path = folder / "sentence_bert_config.json"
-    wishes = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return wishes.get("max_seq_length") or 1_000_000
 
 
 def pool_tokens(hidden: Tensor, is_token: Tensor, pooling: str) -> Tensor:
@@ -2964,11 +2921,7 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
         "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
     ).split()
     config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names})
-    roberta = transformers.RobertaModel._from_config(
-        config,
-        attn_implementation="sdpa",
-        add_pooling_layer=False,
-    )
+    roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
     not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
     weights = longformer.state_dict()
     kept = {name: weights[name] for name in weights if not not_there.search(name)}
@@ -2976,19 +2929,20 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
     return roberta
 
 
-def position_limit(config: transformers.PretrainedConfig) -> int:
-    """Return the most tokens the model has positions for; RoBERTa's kin count them from behind the padding token."""
-    limit = getattr(config, "max_position_embeddings", None) or 1_000_000
-    kin = (
-        "roberta",
-        "xlm-roberta",
-        "camembert",
-        "longformer",
-        "roberta-prelayernorm",
-        "xlm-roberta-xl",
-        "mpnet",
-    )
-    return limit - (config.pad_token_id + 1 if config.model_type in kin else 0)
+KIN_OF_ROBERTA = "roberta xlm-roberta camembert longformer roberta-prelayernorm xlm-roberta-xl mpnet".split()
+
+
+def token_limit(config: transformers.PretrainedConfig, folder: Path) -> int:
+    """Return after how many tokens a text is cut: where the model's positions end, or where its folder wants it.
+
+    RoBERTa's kin count positions from behind the padding token; a sentence-transformers folder has a wish of its own.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or 1_000_000
+    if config.model_type in KIN_OF_ROBERTA:
+        positions -= config.pad_token_id + 1
+    path = folder / "sentence_bert_config.json"
+    wishes = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return min(positions, wishes.get("max_seq_length") or positions)
 
 
 def encoder_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -3053,9 +3007,7 @@ def usable_encoder(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise InputError(
-            f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})",
-        ) from error
+        raise InputError(f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})") from error
     finally:
         transformers.utils.logging.enable_progress_bar()
         transformers.utils.logging.set_verbosity(verbosity)
@@ -3085,7 +3037,7 @@ def download_encoder(name: str, revision: str | None, folder: Path) -> None:
                 f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). "
                 f"Either copy its files there from a machine with network, where `hf download {name} --local-dir PATH` "
                 "gets them (or give that folder as --text-encoder PATH), or run with --text-encoder hashing, which "
-                "needs no weights",
+                "needs no weights"
             ) from error
 
 
@@ -5425,7 +5377,7 @@ def measure_encoding(
 ) -> tuple[int, int, float]:
     """Return how many texts have no vector yet, a vector's size, and the seconds that encoding them takes."""
     try:
-        encoder = make_text_encoder(settings.text_encoder, **encoder_options(settings, accelerator))
+        encoder = make_text_encoder(settings, accelerator)
         encoder.cache.refresh()
         cleaned = list(map(clean_text, texts))
         missing = np.flatnonzero(encoder.cache.missing(text_keys(cleaned)))
@@ -6021,7 +5973,7 @@ def embed_texts(
         texts = np.array([without_value(text) for text in texts], dtype=object)
     failure = None
     try:
-        encoder = make_text_encoder(settings.text_encoder, **encoder_options(settings, accelerator))
+        encoder = make_text_encoder(settings, accelerator)
         if expected is not None and encoder.id != expected:
             raise InputError(
                 f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. "
@@ -6052,20 +6004,6 @@ def embed_texts(
         f"{time.monotonic() - started:.1f} s",
     )
     return encoder.id, vectors
-
-
-def encoder_options(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the settings that `make_text_encoder` takes; of several processes each encodes on its own device."""
-    options: dict[str, Any] = {
-        "revision": None if settings.text_encoder_revision == "main" else settings.text_encoder_revision,
-        "max_tokens": settings.max_text_tokens,
-        "cache_dir": Path(settings.cache_dir),
-        "weights_dir": Path(settings.hf_cache),
-        "dtype": settings.text_encoder_dtype,
-    }
-    if accelerator.num_processes > 1:
-        options["devices"] = [accelerator.device]
-    return options
 
 
 def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:

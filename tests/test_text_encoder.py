@@ -579,7 +579,7 @@ def test_hashing_of_one_word_is_its_signs(tmp_path):
 
 
 def test_hashing_does_not_depend_on_batch(tmp_path):
-    encoder, texts = train.make_text_encoder("hashing", cache_dir=tmp_path), events(50)
+    encoder, texts = train.HashingTextEncoder(tmp_path), events(50)
     encoder.embed(texts, progress=False)
     alone = np.concatenate([encoder.encode_event_text_batch([text]) for text in texts])
     np.testing.assert_array_equal(encoder.vectors(texts), alone)
@@ -587,7 +587,7 @@ def test_hashing_does_not_depend_on_batch(tmp_path):
 
 def test_hashing_is_cached_and_of_even_length(tmp_path):
     for expected in (40, 0):
-        encoder = train.make_text_encoder("hashing", cache_dir=tmp_path)
+        encoder = train.HashingTextEncoder(tmp_path)
         encoder.embed([*events(40), *events(40)], progress=False)
         assert encoder.n_encoded == expected
     norms = np.linalg.norm(encoder.vectors(events(40)), axis=1)
