@@ -24,6 +24,7 @@ import io
 import logging
 import math
 import operator
+import os
 import re
 import sys
 import textwrap
@@ -134,8 +135,8 @@ class ExplainSettings:
         "Encoder of the checkpoint, if it was a local folder; else it is known.",
     )
     labels: str = train.option("", "Labels of a MEDS data set, if other than the checkpoint's own.")
-    cache_dir: str = train.option("clinical_LF_precomp_emb", "Folder of the embedding cache.")
-    hf_cache: str = train.option("hf_cache", "Folder of downloaded encoder weights.")
+    cache_dir: str = train.option("", "Folder of the embedding cache; default: the checkpoint's own.")
+    hf_cache: str = train.option("", "Folder of downloaded encoder weights; default: the checkpoint's own.")
     max_replacements: int = train.option(
         500,
         "Events of a stay replaced one by one at most, the most attributed first; 0: every event.",
@@ -214,8 +215,8 @@ def load_run(
     checkpoint_path: str | Path,
     test_data_path: str | Path | pd.DataFrame = "",
     text_encoder: str = "",
-    cache_dir: str | Path = "clinical_LF_precomp_emb",
-    hf_cache: str | Path = "hf_cache",
+    cache_dir: str | Path = "",
+    hf_cache: str | Path = "",
     labels: str = "",
 ) -> Run:
     """Return the checkpoint with the stays of patients it was neither trained nor tuned on, in its own cohort settings.
@@ -224,22 +225,22 @@ def load_run(
     """
     accelerator = full_precision()
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
-    trained = replace(checkpoint.settings, labels=labels or checkpoint.settings.labels)
+    trained = replace(
+        checkpoint.settings,
+        labels=labels or checkpoint.settings.labels,
+        cache_dir=folder_to_use(cache_dir, checkpoint, "cache_dir"),
+        hf_cache=folder_to_use(hf_cache, checkpoint, "hf_cache"),
+    )
     data, shown = data_to_explain(test_data_path, checkpoint)
+    logger.info(f"Reading     {shown}, for {checkpoint_path}")
     table, _ = train.read_stays(
         data,
-        cache_dir,
+        trained.cache_dir,
         need_label=False,
         task=trained.meds_task,
         static_features=[*checkpoint.preprocessor.categorical, *checkpoint.preprocessor.numeric],
     )
-    settings = replace(
-        trained,
-        data=shown,
-        cache_dir=str(cache_dir),
-        hf_cache=str(hf_cache),
-        text_encoder=train.encoder_to_load(checkpoint, text_encoder),
-    )
+    settings = replace(trained, data=shown, text_encoder=train.encoder_to_load(checkpoint, text_encoder))
     table, _ = train.choose_cohort(table, settings)
     patients = table.stays.patient_id
     seen = patients.isin(checkpoint.patients["train"] + checkpoint.patients["validation"])
@@ -257,6 +258,12 @@ def load_run(
     train.log_unknown_categories(checkpoint.preprocessor, table.static_columns)
     _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
     return make_run(checkpoint, table, vectors, held_out, accelerator)
+
+
+def folder_to_use(given: str | Path, checkpoint: train.Checkpoint, name: str) -> str:
+    """Return the folder given, else the one that training used, where this machine has it, else train.py's default."""
+    own = getattr(checkpoint.settings, name)
+    return str(given) or (own if os.access(own, os.W_OK) else getattr(train.Settings, name))
 
 
 def data_to_explain(
@@ -1276,6 +1283,23 @@ ORGAN_SYSTEMS = {
     "metabolism and nutrition": r"glucose|insulin|dextrose|d5w|glucagon|thyro|cort|predniso|calor|nutrition|protein"
     r"|carbohydrate|triglyceride|thiamine|folic|multivitamin",
 }
+LESS_SAID = ("Reference", "Flag", "Priority", "Comment", "Status", "Form", "Strength", "Test", "Location")
+METHOD_WORDS = {"attribution": "push", "if_unremarkable": "replacement", "attention": "pooling attention"}
+CHECK_WORDS = {  # what each check of faithfulness.json asks of a method
+    "completeness": "{method} adds up to the prediction",
+    "deletion": "{method} ranks first what counts (events made unremarkable)",
+    "insertion": "{method} ranks first what counts (events given back)",
+    "infidelity": "{method} foretells what replacing several events does",
+    "sensitivity": "{method} hardly changes under small noise",
+    "randomisation": "{method} is this model's own, not any model's",
+    "randomisation, model and reset": "likeness to the push in random models",
+    "randomisation, reset and reset": "likeness of random models to each other",
+    "cascade, classifier": "likeness once the classifier is random",
+    "cascade, pooling": "likeness once the pooling is random, too",
+    "cascade, layers": "likeness once the layers are random, too",
+    "agreement": "{method} ranks a stay's events as the push does",
+    "linear model": "{method} is exact where the answer is known",
+}
 
 
 def static_word(column: str) -> str:
@@ -1304,6 +1328,57 @@ def clock_window(hours_to_end: np.ndarray) -> np.ndarray:
     """Return the names of the windows before the end that (n,) hours lie in."""
     place = np.searchsorted(CLOCK_WINDOWS_HOURS, hours_to_end, "right") - 1
     return window_names()[np.clip(place, 0, len(CLOCK_WINDOWS_HOURS) - 2)]
+
+
+def _cut(text: object, width: int) -> str:
+    """Return the text on one line of at most `width` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= width else line[: width - 1].rstrip(" ·,(") + "…"
+
+
+def _percent(probability: float) -> str:
+    """Return `42 %`; never 0 or 100, which no prediction is."""
+    if probability < 0.01:
+        return "under 1 %"
+    return "over 99 %" if probability > 0.99 else f"{100 * probability:.0f} %"
+
+
+def _outcome(label: float) -> str:
+    if pd.isna(label):
+        return "outcome unknown"
+    return "died" if label else "survived"
+
+
+def _signed(value: float) -> str:
+    """Return `+0.31`, `−0.31` or, where it is small, `+0.004`; a dash where there is no number."""
+    if pd.isna(value):
+        return "–"
+    if abs(value) < 0.0005:
+        return "0"
+    return f"{value:+.{2 if abs(value) >= 0.1 else 3}f}".replace("-", "−")
+
+
+def _count(number: int, word: str) -> str:
+    """Return `1 stay`, `2 stays`."""
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def _plain_number(value: object) -> str:
+    """Return a number without needless digits, anything else as it is."""
+    try:
+        return f"{float(str(value)):.3g}"
+    except ValueError:
+        return str(value)
+
+
+def _short_text(text: str, width: int = 46) -> str:
+    """Return an event's text for one line: what, value, level; `Lactate · 5.2 mmol/L · far above range`."""
+    first, *parts = str(text).split(" | ")
+    kept = [part for part in parts if part.split(":")[0] not in LESS_SAID]
+    kept = kept or [part for part in parts if part.startswith(("Test", "Comment"))][:1]
+    said = [re.sub(r"^Lab: | \((Blood, |\d-)[^)]*\)", "", first)]
+    said += [re.sub(r"^[A-Z]\w+: ", "", part) for part in kept]
+    return _cut(" · ".join(said), width)
 
 
 def name_inputs(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 774) -> pd.DataFrame:
@@ -1608,12 +1683,6 @@ class Finding(NamedTuple):
     high: float = math.nan
 
 
-def figure_in_words(found: dict[str, Any], digits: int = 2) -> str:
-    """Return `0.88 [0.77, 0.97]`; a dash for what does not exist."""
-    value, low, high = ("–" if found[key] is None else f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
 def discrimination(
     labels: np.ndarray,
     probabilities: np.ndarray,
@@ -1636,17 +1705,16 @@ def discrimination(
     )
     auroc, slope = metrics["auroc"], metrics["calibration_slope"]
     low = auroc["value"] if auroc["low"] is None else auroc["low"]
-    found = f"AUROC {figure_in_words(auroc)} on {n_known} stays, {died} deaths"
+    found = f"AUROC {train.figure_text(auroc)} on {n_known} stays, {died} deaths"
     words = f"This model discriminates: {found}."
     if low <= 0.5:
-        words = f"This model does not discriminate ({found}); what follows explains noise."
-    mean_risk = probabilities[known].mean()
-    calibration = f"Calibration: {mean_risk:.0%} predicted on average, {died / n_known:.0%} died"
-    calibration += f"; slope {figure_in_words(slope)} (1 is right, below it risks are too extreme)."
-    high = math.nan if auroc["high"] is None else auroc["high"]
+        words = f"This model does not discriminate: {found}. What follows explains noise."
+    risk, rate = _percent(probabilities[known].mean()), _percent(died / n_known)
+    calibration = f"Calibration: {risk} predicted on average, {rate} died; slope {train.figure_text(slope)}; "
+    calibration += "1 is right, below it risks are too extreme."
     return [
-        Finding("discrimination", words, low > 0.5, auroc["value"], low, high),
-        Finding("calibration", calibration, None, math.nan if slope["value"] is None else slope["value"]),
+        Finding("discrimination", words, low > 0.5, auroc["value"], low, auroc["high"]),
+        Finding("calibration", calibration, None, slope["value"]),
     ]
 
 
@@ -1656,7 +1724,8 @@ def spread_of(logits: np.ndarray) -> Finding:
     if spread < SPREAD_FLOOR and len(logits) > 2:
         words = f"Its predictions hardly differ between stays (standard deviation of the logits {spread:.3f})"
         return Finding("spread", f"{words}: there is nothing to explain.", False, spread)
-    return Finding("spread", f"The logits' standard deviation over stays is {spread:.2f}.", True, spread)
+    words = f"Its predictions differ between stays (standard deviation of the logits {spread:.2f})."
+    return Finding("spread", words, True, spread)
 
 
 def likeness(unseen: np.ndarray, held_out: bool) -> list[Finding]:
@@ -1713,9 +1782,12 @@ def baseline_in_words(run: Run) -> Finding:
     device = next(checkpoint.model.parameters()).device
     with torch.no_grad():
         logit = float(checkpoint.model.logits(sequence.to(device), static[None].to(device)))
-    risks, rate = checkpoint.probabilities(run.logits), np.nanmean([*run.table.labels, math.nan])
-    words = f"A stay whose events say nothing has a risk of {float(checkpoint.probabilities(np.array(logit))):.2%}; "
-    words += f"the mean prediction is {risks.mean():.1%}" + ("." if np.isnan(rate) else f", and {rate:.1%} died.")
+    risk, risks = float(checkpoint.probabilities(np.array(logit))), checkpoint.probabilities(run.logits)
+    known = run.table.labels[~np.isnan(run.table.labels)]
+    died = f", and {_percent(known.mean())} died" if len(known) else ""
+    words = f"Pushes are counted from a stay whose events say nothing: risk {100 * risk:.2g} %, while these stays have "
+    words += f"{_percent(risks.mean())} on average{died}. It is no patient: each of its events is the mean of all "
+    words += f"training events, so that none stands out; {(risks > risk).sum()} of {len(risks)} stays lie above it."
     return Finding("baseline", words, None, logit)
 
 
@@ -1729,7 +1801,8 @@ def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) 
     """Return the sentences to read before any explanation: name, sentence, passed, value, low, high."""
     patients = run.table.stays["patient_id"].to_numpy()
     risks = run.checkpoint.probabilities(run.logits)
-    findings = discrimination(run.table.labels, risks, patients, settings.n_bootstrap, settings.seed)
+    trained = run.checkpoint.settings  # its resamples give the interval that train.py says
+    findings = discrimination(run.table.labels, risks, patients, trained.n_bootstrap, trained.seed)
     findings.append(spread_of(run.logits))
     findings += likeness(run.checkpoint.is_new_item(run.table.texts)[run.table.text], run.held_out)
     findings.append(leaks_in_words(leaks))
@@ -2092,7 +2165,7 @@ def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFram
         found = bootstrap(share.to_numpy(), patients, settings.n_bootstrap, settings.seed)
         interval = "" if math.isnan(found["low"]) else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
         where = f"in the {window}" if window.startswith("last") else f"{window} before the end"
-        sentence = f"Events {where} carry {100 * found['value']:.0f} %{interval} of the attribution; "
+        sentence = f"Events {where} carry {100 * found['value']:.0f} %{interval} of all push; "
         sentence += f"they are {100 * of_events.mean():.0f} % of the events."
         n_stays = int((sums["one"][window] > 0).sum())
         row = (
@@ -2143,9 +2216,7 @@ def use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> Finding:
     """Say how far the model's logits are from those of a model that does not know when things happened."""
     moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
     found = bootstrap(moved, stays["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed)
-    words = f"With its events dealt anew to its times, a stay's logit moves by {TWO} on average".format(
-        **found,
-    )
+    words = f"With its events shuffled over its times, a stay's logit moves by {TWO} on average".format(**found)
     words = words.replace(" [nan, nan]", "")
     uses = found["value"] > FLOOR
     words += ": the model uses when things happened." if uses else ": this model hardly uses when things happened."
@@ -2155,7 +2226,7 @@ def use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> Finding:
 def use_of_layer_attention(moved: np.ndarray) -> Finding:
     """Say what the layers' attention is worth, from (stays,) moves of the logit without it."""
     mean = float(moved.mean())
-    words = f"Layer attention moves the logit by {mean:.2f} on average"
+    words = f"Without the layers' attention, a stay's logit moves by {mean:.2f} on average"
     words += "." if mean > FLOOR else ": its maps say next to nothing about the predictions."
     return Finding("layer attention", words, None, mean)
 
@@ -2303,11 +2374,13 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
 
 def _item_in_words(row: dict[str, Any], towards_death: bool) -> str:
     """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87, n 40).`"""
+    direction = "towards" if row["push"] > 0 else "away from"
     if math.isnan(row["rho"]):
-        return f"{row['item']}: too few values to say which of them push (n {row['n_values']})."
+        few = f"; too few values to say which of them (n {row['n_values']})" if row["n_values"] else ""
+        return f"{row['item']} pushes {direction} death, {_signed(row['push'])} on average{few}."
     where = f"(rho {row['rho']:.2f}, n {row['n_values']})"
     if abs(row["rho"]) < 0.3:
-        return f"{row['item']}: value and push are hardly related {where}."
+        return f"{row['item']} pushes {direction} death, hardly depending on its value {where}."
     end = "high" if row["rho"] > 0 else "low"
     if not towards_death:  # all of its events push away
         return f"{row['item']} pushes away from death, least when {end} {where}."
@@ -2412,58 +2485,6 @@ OVER_TIME = {
 }
 HEAD_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, "#CC79A7", "#56B4E9", "#000000", GREY)
 MARKERS = "osD^vPX*"
-LESS_SAID = ("Reference", "Flag", "Priority", "Comment", "Status", "Form", "Strength", "Test", "Location")
-
-
-def _cut(text: object, width: int) -> str:
-    """Return the text on one line of at most `width` characters."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= width else line[: width - 1].rstrip(" ·,(") + "…"
-
-
-def _percent(probability: float) -> str:
-    """Return `42 %`; never 0 or 100, which no prediction is."""
-    if probability < 0.01:
-        return "under 1 %"
-    return "over 99 %" if probability > 0.99 else f"{100 * probability:.0f} %"
-
-
-def _outcome(label: float) -> str:
-    if pd.isna(label):
-        return "outcome unknown"
-    return "died" if label else "survived"
-
-
-def _signed(value: float) -> str:
-    """Return `+0.31`, `−0.31` or, where it is small, `+0.004`; a dash where there is no number."""
-    if pd.isna(value):
-        return "–"
-    if abs(value) < 0.0005:
-        return "0"
-    return f"{value:+.{2 if abs(value) >= 0.1 else 3}f}".replace("-", "−")
-
-
-def _count(number: int, word: str) -> str:
-    """Return `1 stay`, `2 stays`."""
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
-
-
-def _plain_number(value: object) -> str:
-    """Return a number without needless digits, anything else as it is."""
-    try:
-        return f"{float(str(value)):.3g}"
-    except ValueError:
-        return str(value)
-
-
-def _short_text(text: str, width: int = 46) -> str:
-    """Return an event's text for one line: what, value, level; `Lactate · 5.2 mmol/L · far above range`."""
-    first, *parts = str(text).split(" | ")
-    kept = [part for part in parts if part.split(":")[0] not in LESS_SAID]
-    kept = kept or [part for part in parts if part.startswith(("Test", "Comment"))][:1]
-    said = [re.sub(r"^Lab: | \((Blood, |\d-)[^)]*\)", "", first)]
-    said += [re.sub(r"^[A-Z]\w+: ", "", part) for part in kept]
-    return _cut(" · ".join(said), width)
 
 
 def _for_plot(text: object, width: int = 46, shorten: Callable[[Any, int], str] = _short_text) -> str:
@@ -3176,12 +3197,8 @@ def _draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     names = layers["layer"].unique()
     stay = _shown_stay(stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])])
     question = "Does the evidence stay with its events on the way through the layers?"
-    caption = f"{_verdict_on(tables, 'layer attention')} {caption}".strip()
-    figure = _page(
-        f"{question} (Statics held fixed: another question than captum_attributions)",
-        caption,
-        5.4,
-    )
+    caption = f"{_verdict_on(tables, 'layer attention')} Patient and admission: held fixed. {caption}".strip()
+    figure = _page(question, caption, 5.4)
     upper, lower = _bands(figure, [1.2, 1])
     own = _of_stay(layers, stay)
     wide = own.pivot(index="layer", columns="event", values="attribution").loc[names]
@@ -3511,24 +3528,24 @@ figcaption { font-size: .85rem; color: #4a4a4a } svg text { font: 12px system-ui
 <p class="note warn">This page <strong>{{ disclaimer }}</strong>.
 It is made for research, not for the care of a patient. {{ setting }}</p>
 <p class="note"><strong>How to read the numbers.</strong>
-The push of an event is its share of the prediction on the logit scale, found by Integrated Gradients between a stay
-whose events say nothing and this one: {{ doubling | signed }} doubles the odds of death, {{ -doubling | signed }}
-halves them. “Odds through it” compares the odds of death with those if this event alone were unremarkable,
-that is, replaced by the mean event of training; the number of events stays what it is. The two need not agree: where
-several events say the same, each has its share of the push, and without one of them the others still say it.</p>
+The push of an event is its share of the way from a stay whose events say nothing to this one, found by Integrated
+Gradients on the logit scale: a stay’s pushes sum to that whole way, {{ doubling | signed }} doubles the odds of death,
+{{ -doubling | signed }} halves them. “Odds through it” asks another question: what if this event alone were
+unremarkable, that is, replaced by the mean event of training, and all others stayed? So a push of +2.6 can stand beside
+× 1.9: where several events say the same, each has its share of the push, and without one the others still say it.</p>
 <h2>All explained stays</h2>
 <p>{{ cohort }}</p>
 {{ table("Stays shown below", ["stay", "shown because", "#predicted risk", "outcome"], shown) }}
 {% if calibration is not none %}
 {{ calibration_chart() }}
 {% endif %}
-<p>{{ windows | join(" ") }}</p>
+{{ table("When the evidence comes: share of all push, mean over stays", window_columns, windows) }}
 {{ figure("feature_importance") }}
 {% if items %}
 <h3>Items</h3>
 <p>{{ items | join(" ") }}</p>
 {{ figure("item_importance") }}
-{{ table("Mean push of an item at each level of its texts, logit (events)", ["item"] + level_names, levels) }}
+{{ table("Mean push of an item and of each level in its texts, logit (events)", ["item"] + level_names, levels) }}
 {% endif %}
 {{ figure("captum_ablation_attributions") }}
 {{ figure("sequence_importance_combined") }}
@@ -3556,12 +3573,8 @@ read its numbers with care.</p>
 </section>
 {% endfor %}
 <h2 id="scores">How right are these explanations?</h2>
-{% if checks %}
 <p>{{ summary }}</p>
 {{ table("Checks of the explanations against the model itself", ["check", "what was found", "result"], checks) }}
-{% else %}
-<p>They were not checked in this run.</p>
-{% endif %}
 <h2 class="appendix">Technical appendix: layers and heads</h2>
 <p>Attention says where the model looks, not what moves its prediction; the two often differ.</p>
 {% for name in appendix %}
@@ -3586,6 +3599,7 @@ EVENT_COLUMNS = [
     "#push, logit",
     "#odds through it",
 ]
+WINDOW_COLUMNS = ["before the end", "#share of push", "#95 % interval", "#share of events", "#stays"]
 TELLS = " [this text alone tells the outcome]"
 EVENTS_LISTED, EVENTS_DRAWN = 10, 600  # of a stay
 
@@ -3658,7 +3672,7 @@ def _calibration_sentence(table: pd.DataFrame | None, probability: float) -> str
     return f"Of the {row['n']:.0f} stays with the most similar risks (mean {_percent(row['mean_risk'])}), {died}"
 
 
-def _decisive_sentence(decisive: pd.DataFrame, stay: Any) -> str:
+def _decisive_sentence(decisive: pd.DataFrame) -> str:
     """Say without which events the decision would be another one."""
     if "threshold" not in decisive or not len(decisive):
         return ""
@@ -3704,7 +3718,7 @@ def _stay_context(
         "place": place + _calibration_sentence(calibration, stay.probability),
         "sums": sums,
         "gap": "" if stay.complete else _signed(stay.gap_error),
-        "decisive": _decisive_sentence(parts["decisive"], stay),
+        "decisive": _decisive_sentence(parts["decisive"]),
         "timeline": _timeline(events, parts["trajectory"]),
         "towards": _event_rows(towards, temperature),
         "away": _event_rows(away, temperature),
@@ -3727,7 +3741,7 @@ def _cohort_sentence(stays: pd.DataFrame, n_events: int) -> str:
 
 
 def _level_cells(levels: pd.DataFrame, items: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the levels, far below to far above, and for each item its mean push (events) at each."""
+    """Return the names of the columns, far below to far above, and for each item its mean push (events) in each."""
     order = ["far below range", "slightly below range", "below range", "within range"]
     order += ["slightly above range", "above range", "far above range"]
     found = levels["level"].unique()
@@ -3735,35 +3749,54 @@ def _level_cells(levels: pd.DataFrame, items: pd.DataFrame) -> tuple[list[str], 
     cells = {}
     for row in levels.itertuples():
         cells[row.item, row.level] = f"{_signed(row.push)} ({row.n_events})"
-    known = [item for item in items["item"] if item in set(levels["item"])]
-    return names, [[item, *(cells.get((item, name), "") for name in names)] for item in known]
+    rows = []
+    for item in items.itertuples():
+        of_levels = [cells.get((item.item, name), "") for name in names]
+        rows.append([item.item, f"{_signed(item.push)} ({item.n_events})", *of_levels])
+    return ["all", *names], rows
 
 
-def _check_rows(faithfulness: pd.DataFrame | None, verdict_holds: bool) -> tuple[str, list[list[str]]]:
-    """Return how many checks are passed, in a sentence (none is counted under a bad verdict), and the cells of each."""
-    if faithfulness is None or not len(faithfulness):
-        return "", []
-    words = {True: "passed", False: "falls short"}
+def _window_cells(windows: pd.DataFrame) -> list[list[str]]:
+    """Return the cells of the windows before the end, as `WINDOW_COLUMNS` names them."""
+    rows = []
+    for row in windows.itertuples():
+        shares = [_percent(row.share), f"{100 * row.low:.0f} to {100 * row.high:.0f} %", _percent(row.share_of_events)]
+        rows.append([row.window, *shares, f"{row.n_stays}"])
+    return rows
+
+
+def _check_rows(faithfulness: pd.DataFrame) -> list[list[str]]:
+    """Return the cells of each check: what is asked, what was found, the result."""
+    results = {True: "passed", False: "falls short"}
     rows = []
     for row in faithfulness.itertuples():
-        rows.append([f"{row.check}: {row.method}", row.sentence, words.get(row.passed, "not judged")])
-    if not verdict_holds:
-        return (
-            "The model fails the verdict above: how right its explanations are says nothing about patients.",
-            rows,
-        )
-    results = [row[2] for row in rows]
-    fallen = results.count("falls short")
-    judged = fallen + results.count("passed")
-    warning = " Where one falls short, trust the explanations less." if fallen else ""
-    return f"{judged - fallen} of {judged} checks with a threshold are passed.{warning}", rows
+        asked = CHECK_WORDS[row.check].format(method=METHOD_WORDS[row.method])
+        rows.append([asked[0].upper() + asked[1:], row.sentence, results.get(row.passed, "not judged")])
+    return rows
+
+
+def _checks_in_words(checks: list[list[str]], verdict: pd.DataFrame | None) -> str:
+    """Say how many checks are passed, and which are not; none is counted where the verdict warns."""
+    if verdict is not None and verdict["passed"].eq(False).any():
+        return "The verdict warns: how right the explanations are says nothing about patients."
+    fallen = [asked for asked, _, result in checks if result == "falls short"]
+    n_judged = len(fallen) + sum(result == "passed" for _, _, result in checks)
+    words = f"{n_judged - len(fallen)} of {n_judged} checks with a threshold are passed."
+    if fallen:
+        words += f" Trust the explanations less, since this falls short: {'; '.join(fallen)}."
+    return words
+
+
+def png_of(figure: Figure, dpi: int = 100) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def _picture(figure: Figure) -> dict[str, str]:
     """Return a figure as the base64 of its PNG, with its question for those who cannot see it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    data = base64.b64encode(png_of(figure, 150)).decode("ascii")
     return {"data": data, "question": " ".join(figure.get_suptitle().split())}
 
 
@@ -3776,13 +3809,12 @@ def _stay_links(shown: pd.DataFrame) -> list[list[Any]]:
     return rows
 
 
-def _calibration_of_shown(stays: pd.DataFrame) -> pd.DataFrame | None:
-    """Return the calibration of the explained stays of known outcome, from 20."""
-    known = stays[stays["label"].notna()]
-    if len(known) < 20:
+def _calibration_of(labels: np.ndarray, risks: np.ndarray) -> pd.DataFrame | None:
+    """Return the calibration of (n,) stays of known outcome; None where they are too few, below 20."""
+    known = ~np.isnan(labels)
+    if known.sum() < 20:
         return None
-    n_bins = int(np.clip(len(known) // 10, 2, 10))
-    return calibration_table(known["label"], known["probability"], n_bins=n_bins)
+    return calibration_table(labels[known], risks[known], n_bins=int(np.clip(known.sum() // 10, 2, 10)))
 
 
 def _template() -> Template:
@@ -3806,7 +3838,8 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
     (as `calibration_table` gives it, of all test stays; else of the explained stays, from 20).
     """
     stays, temperature = tables["stays"], info.get("temperature", 1.0)
-    calibration = info.get("calibration", _calibration_of_shown(stays))
+    of_explained = _calibration_of(stays["label"].to_numpy(float), stays["probability"].to_numpy())
+    calibration = info.get("calibration", of_explained)
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
     words = {
         "data": "data",
@@ -3817,9 +3850,7 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
     items, levels = tables.get("items"), tables.get("levels")
     level_names, level_rows = ([], []) if items is None or levels is None else _level_cells(levels, items)
     verdict = tables.get("verdict")
-    verdict_holds = verdict is None or bool(verdict["passed"].ne(False).all())
-    summary, checks = _check_rows(tables.get("faithfulness"), verdict_holds)
-    windows = tables.get("windows")
+    checks, windows = _check_rows(tables["faithfulness"]), tables.get("windows")
     return _template().render(
         appendix=APPENDIX,
         blue=BLUE,
@@ -3839,10 +3870,11 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
         setting=info.get("setting", ""),
         shown=_stay_links(shown),
         stays=[_stay_context(row, tables, calibration, temperature) for row in shown.itertuples()],
-        summary=summary,
+        summary=_checks_in_words(checks, verdict),
         verdict=[] if verdict is None else verdict["sentence"].tolist(),
-        verdict_holds=verdict_holds,
-        windows=[] if windows is None else windows["sentence"].tolist(),
+        verdict_holds=verdict is None or bool(verdict["passed"].ne(False).all()),
+        window_columns=WINDOW_COLUMNS,
+        windows=[] if windows is None else _window_cells(windows),
     )
 
 
@@ -3869,6 +3901,10 @@ TABLE_FILES = {
 }
 
 
+LOGGED_FINDINGS = ("discrimination", "calibration", "patients", "time")  # of the verdict, beside what warns
+ITEMS_LOGGED = 5
+
+
 class Explanation(dict[str, Any]):
     """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures."""
 
@@ -3888,9 +3924,7 @@ class Explanation(dict[str, Any]):
     @functools.cached_property
     def figures(self) -> dict[str, Figure]:
         """The pictures by name; each shows itself where a notebook's cell ends with it."""
-        stays = self["stays"]
-        words = f"{len(stays)} held-out stays of {stays['patient_id'].nunique()} patients"
-        drawn = draw_figures(self, f"{words} · text encoder: {self.text_encoder}")
+        drawn = draw_figures(self, caption_of(self, self.text_encoder))
         for figure in drawn.values():
             setattr(figure, "_repr_png_", functools.partial(png_of, figure))  # noqa: B010 (what notebooks look for)
         return drawn
@@ -3902,11 +3936,11 @@ class Explanation(dict[str, Any]):
         return f'<iframe srcdoc="{page}" style="width:100%;height:50rem;border:1px solid #ddd"></iframe>'
 
 
-def png_of(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+def caption_of(tables: Tables, text_encoder: str) -> str:
+    """Return what stands below every picture: whose stays these are, and what read their texts."""
+    stays = tables["stays"]
+    n_patients = stays["patient_id"].nunique()
+    return f"{_count(len(stays), 'held-out stay')} of {_count(n_patients, 'patient')} · text encoder: {text_encoder}"
 
 
 def run_explainability_analysis(
@@ -3925,7 +3959,7 @@ def run_explainability_analysis(
 
     >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
     """
-    if not logger.handlers and "ipykernel" in sys.modules:  # a notebook shows no log by itself
+    if not logger.handlers and ("ipykernel" in sys.modules or not logging.root.handlers):  # nobody would see the log
         train.log_to_stdout()
     is_frame = isinstance(test_data_path, pd.DataFrame)
     folder = train.run_folder(checkpoint_path) / "explainability" if save_dir == "" else save_dir
@@ -3947,19 +3981,29 @@ def run_explainability_analysis(
     own = run.checkpoint.settings
     settings = replace(settings, data=settings.data or own.test_data or own.data)
     tables = explain(run, settings)
-    for finding in tables["verdict"].itertuples():
-        logger.log(
-            logging.WARNING if finding.passed is False else logging.INFO,
-            f"Verdict     {finding.sentence}",
-        )
-    for sentence in tables["faithfulness"]["sentence"]:
-        logger.info(f"Check       {sentence}")
-    if folder is not None:
-        written = write_everything(Path(folder), run, tables, settings)
-        logger.info("Written     " + "\n            ".join(map(str, written)))
+    log_what_was_found(tables)
     found = {name: tables[name] for name in (*TABLE_FILES, "faithfulness", "attention")}
-    report_file = None if folder is None else Path(folder) / "report.html"
-    return Explanation(found, run.checkpoint.text_encoder, report_file)
+    if folder is None:
+        return Explanation(found, run.checkpoint.text_encoder, None)
+    write_everything(Path(folder), run, tables, settings)
+    logger.info(f"Written     {Path(folder) / 'report.html'}, and its tables and pictures beside it")
+    return Explanation(found, run.checkpoint.text_encoder, Path(folder) / "report.html")
+
+
+def log_what_was_found(tables: Tables) -> None:
+    """Log what a person needs: the verdict, whether the explanations hold, and what matters most."""
+    verdict, items, stays = tables["verdict"], tables["items"], tables["stays"]
+    said = verdict[verdict["name"].isin(LOGGED_FINDINGS) | verdict["passed"].eq(False)]
+    for finding in said.itertuples():
+        level = logging.WARNING if finding.passed is False else logging.INFO
+        logger.log(level, f"Verdict     {finding.sentence}")
+    logger.info(f"Checks      {_checks_in_words(_check_rows(tables['faithfulness']), verdict)}")
+    for sentence in items["sentence"][:ITEMS_LOGGED]:
+        logger.info(f"Findings    {sentence}")
+    stay = _shown_stay(stays)
+    sentence = _decisive_sentence(_of_stay(tables["decisive"], stay))
+    if sentence:
+        logger.info(f"Stay        {stay}, of the highest risk: {sentence}")
 
 
 def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
@@ -3975,31 +4019,26 @@ def write_everything(
     run: Run,
     tables: dict[str, Any],
     settings: ExplainSettings,
-) -> list[Path]:
-    """Tables, faithfulness.json, the nine pictures and the report; the one place that writes."""
-    written = []
+) -> None:
+    """Write tables, faithfulness.json, the pictures and the report; the one place that writes."""
     for name, file in TABLE_FILES.items():
-        written.append(train.write_whole(folder / file, functools.partial(write_table, tables[name], file)))
-    written.append(train.write_json(folder / "faithfulness.json", faithfulness_record(run, tables)))
-    stays, encoder = tables["stays"], run.checkpoint.text_encoder
-    caption = f"{len(stays)} held-out stays of {stays['patient_id'].nunique()} patients · text encoder: {encoder}"
-    figures = draw_figures(tables, caption)
-    written += [train.save_figure(folder / f"{name}.png", figure) for name, figure in figures.items()]
+        train.write_whole(folder / file, functools.partial(write_table, tables[name], file))
+    train.write_json(folder / "faithfulness.json", faithfulness_record(run, tables))
+    figures = draw_figures(tables, caption_of(tables, run.checkpoint.text_encoder))
+    for name, figure in figures.items():
+        train.save_figure(folder / f"{name}.png", figure)
     info = {
         "data": Path(settings.data).name,
         "checkpoint": Path(settings.checkpoint).name,
-        "text_encoder": encoder,
+        "text_encoder": run.checkpoint.text_encoder,
         "setting": train.moment_of_prediction(
             run.checkpoint.settings.observation_hours, run.checkpoint.settings.labels
         ),
         "temperature": run.checkpoint.temperature,
-        "calibration": calibration_of(run),
+        "calibration": _calibration_of(run.table.labels, run.checkpoint.probabilities(run.logits)),
     }
     page_text = render_report(tables, figures, info)
-    return [
-        *written,
-        train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8")),
-    ]
+    train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8"))
 
 
 def write_table(table: pd.DataFrame, file: str, path: Path) -> None:
@@ -4029,18 +4068,6 @@ def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     for row in table.astype(object).to_dict("records"):
         rows.append({name: None if pd.isna(value) else value for name, value in row.items()})
     return rows
-
-
-def calibration_of(run: Run) -> pd.DataFrame | None:
-    """Calibration of all held-out stays of known outcome; None where they are too few to say anything."""
-    known = ~np.isnan(run.table.labels)
-    if known.sum() < 20:
-        return None
-    return train.calibration_table(
-        run.table.labels[known],
-        run.checkpoint.probabilities(run.logits[known]),
-        n_bins=int(np.clip(known.sum() // 10, 2, 10)),
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

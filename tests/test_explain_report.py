@@ -207,9 +207,10 @@ def mock_tables(n_stays=60):
             "share": [0.41, 0.1],
             "low": [0.35, 0.05],
             "high": [0.47, 0.2],
+            "share_of_events": [0.3, 0.12],
             "n_stays": n_stays,
             "sentence": [
-                "Events in the last 6 h carry 41 % of the attribution [35, 47].",
+                "Events in the last 6 h carry 41 % of all push [35, 47].",
                 "Events 6 to 12 h before the end carry 10 % [5, 20].",
             ],
         }
@@ -285,7 +286,8 @@ def words_of(figure):
 def test_figure_asks_a_question_and_says_what_it_explains_and_of_whom(name):
     figure = figures()[name]
     assert isinstance(figure, Figure) and figure.get_figwidth() == 7.2 and "?" in figure.get_suptitle()
-    assert "explains this model, not causes of death" in figure.get_supxlabel() and CAPTION in figure.get_supxlabel()
+    caption = " ".join(figure.get_supxlabel().split())
+    assert "explains this model, not causes of death" in caption and CAPTION in caption
     assert any(axes.get_xlabel() for axes in figure.axes)
 
 
@@ -394,6 +396,8 @@ def test_report_tells_risk_outcome_scores_and_gap_of_every_shown_stay():
         "falls short",
         "Misses more than it should.",
         "1 of 2 checks",
+        "falls short: Replacement foretells what replacing several events does.",
+        "35 to 47 %",
         "do not add up",
         INFO["setting"],
     ):

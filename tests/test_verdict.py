@@ -40,7 +40,7 @@ def test_shuffled_labels_leave_nothing_but_noise_to_explain():
 def test_calibration_says_what_was_predicted_and_what_happened():
     risks = np.where(LABELS == 1, 0.6, 0.2)
     found = of(explain.discrimination(LABELS, risks, PATIENTS, 50, 0), "calibration")
-    assert found.passed is None and "30% predicted on average, 25% died" in found.sentence
+    assert found.passed is None and "30 % predicted on average, 25 % died" in found.sentence
 
 
 @pytest.mark.parametrize("labels", [np.full(N_STAYS, np.nan), np.zeros(N_STAYS)], ids=["unknown", "one outcome"])
