@@ -1734,7 +1734,7 @@ def likeness(unseen: np.ndarray, held_out: bool) -> list[Finding]:
     if not held_out:
         whose = "None of these patients is in the data that the model was made from: what follows holds for them only."
     share = float(np.mean(unseen))
-    words = f"{share:.0%} of their events are of items that training never saw."
+    words = f"{100 * share:.0f} % of their events are of items that training never saw."
     holds = share <= UNSEEN_SHARE
     if not holds:
         words = f"These stays are not like those it was trained on: {words}"

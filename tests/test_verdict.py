@@ -66,7 +66,7 @@ def test_foreign_stays_are_said_to_be_foreign():
     assert (
         found.passed is False
         and found.sentence.startswith("These stays are not like those")
-        and "40%" in found.sentence
+        and "40 %" in found.sentence
     )
     assert of(explain.likeness(unseen & False, held_out=True), "likeness").passed is True
 
