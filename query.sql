@@ -151,6 +151,14 @@ lab_values AS (
   FROM lab_rows
 ),
 
+lab_items AS (
+  SELECT
+    itemid,
+    COALESCE(TRIM(REGEXP_REPLACE(label, r'\s+', ' ')), 'item ' || CAST(itemid AS STRING))
+      || IFNULL(' (' || TRIM(fluid) || ', ' || TRIM(category) || ')', '') AS name
+  FROM `physionet-data.mimiciv_3_1_hosp.d_labitems`
+),
+
 lab_events AS (
   -- event_time is when the blood was drawn; its result is known only at storetime (NULL: unknown, never assumed).
   -- The level says in words how far a value lies from its reference range, for text encoders read numbers badly. The
@@ -163,8 +171,7 @@ lab_events AS (
     v.charttime AS event_time,
     v.storetime AS event_known_time,
     'labevent' AS event_type,
-    'Lab: ' || COALESCE(TRIM(REGEXP_REPLACE(d.label, r'\s+', ' ')), 'item ' || CAST(v.itemid AS STRING))
-      || IFNULL(' (' || TRIM(d.fluid) || ', ' || TRIM(d.category) || ')', '')
+    'Lab: ' || COALESCE(d.name, 'item ' || CAST(v.itemid AS STRING))
       || IFNULL(' | Value: ' || v.value || IFNULL(' ' || v.unit, ''), '')
       || COALESCE(
         ' | Reference: ' || v.lo_text || '-' || v.hi_text,
@@ -189,7 +196,7 @@ lab_events AS (
       || IFNULL(' | Flag: ' || v.flag, '')
       || IFNULL(' | Comment: ' || v.comment, '') AS event_text
   FROM lab_values AS v
-  LEFT JOIN `physionet-data.mimiciv_3_1_hosp.d_labitems` AS d ON d.itemid = v.itemid
+  LEFT JOIN lab_items AS d ON d.itemid = v.itemid
 ),
 
 microbiology_rows AS (

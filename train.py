@@ -663,10 +663,11 @@ EVENT_TABLES = {
 # How programs write a missing value. In capitals NONE is a finding: no bacteria in the urine.
 MISSING = ("", "nan", "NaN", "inf", "-inf", "None", "NULL")
 
-# One CSV file, every column as text; nothing about its form is guessed.
+# One CSV file, every column as text; nothing about its form is guessed. A buffer of one longest line: DuckDB's own, of
+# sixteen, costs a quarter more CPU time.
 CSV_ROWS = """
     read_csv({path}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"', comment = '',
-             max_line_size = 16000000, nullstr = {missing})
+             max_line_size = 16000000, buffer_size = 16000000, nullstr = {missing})
 """
 
 LOST_STAYS = """
