@@ -1441,12 +1441,13 @@ def read_stays(
     if kept is None:
         return read()
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-        return load_arrays(kept)
+        return load_arrays(kept, static_features)
     with hold(results):
         with contextlib.suppress(OSError, ValueError):  # another run made them while this one waited
-            return load_arrays(kept)
+            return load_arrays(kept, static_features)
+        content = read()
         remove(kept)
-        write_whole(kept, lambda folder: save_arrays(folder, *read()))
+        write_whole(kept, lambda folder: save_arrays(folder, *content))
     return load_arrays(kept)
 
 
@@ -1503,10 +1504,11 @@ def save_arrays(folder: Path, table: StayTable, repairs: Repairs) -> None:
     (folder / "repairs.json").write_text(json.dumps(repairs.state()), "utf-8")
 
 
-def load_arrays(folder: Path) -> tuple[StayTable, Repairs]:
+def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, Repairs]:
     """Read what `save_arrays` wrote; events are mapped into memory, not read.
 
-    Raises OSError where it is not there, ValueError where it is damaged.
+    Raises OSError where it is not there, ValueError where it is damaged, or has none of a feature: its source, read for
+    others, may lack the column.
     """
     arrays = {name: np.load(folder / f"{name}.npy", "c", allow_pickle=False) for name in ("offsets", *EVENT_ARRAYS)}
     table = StayTable(
@@ -1514,6 +1516,8 @@ def load_arrays(folder: Path) -> tuple[StayTable, Repairs]:
         texts=pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object),
         **{name: np.asarray(array) for name, array in arrays.items()},
     )
+    if any(table.stays[name].isna().all() for name in static_features if name in table.stays):
+        raise ValueError
     return table, Repairs.of_state(json.loads((folder / "repairs.json").read_text("utf-8")))
 
 
@@ -4811,7 +4815,10 @@ def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> F
     return figure
 
 
-def tidy(axes: Axes, xlabel: str, ylabel: str, title: str = "", legend: str = "") -> None:
+Corner = Literal["", "best", "lower right", "upper center"]
+
+
+def tidy(axes: Axes, xlabel: str, ylabel: str, title: str = "", legend: Corner = "") -> None:
     """Label the axes, take off the frame's upper and right side, and put the legend, if any, into its corner."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -4948,8 +4955,15 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
     lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
     if "low" in curve:
-        area = {"color": BLUE, "alpha": 0.15, "linewidth": 0, "label": "95 % interval"}
-        axes.fill_between(thresholds, curve["low"], curve["high"], **area)
+        axes.fill_between(
+            thresholds,
+            curve["low"],
+            curve["high"],
+            color=BLUE,
+            alpha=0.15,
+            linewidth=0,
+            label="95 % interval",
+        )
         lowest, highest = min(lowest, curve["low"].min()), max(highest, curve["high"].max())
     axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
     tidy(axes, "risk threshold at which one would treat", "net benefit per stay", legend="best")
@@ -4982,7 +4996,7 @@ def plot_attention_heatmap(
     per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
-    draw_shares(lower, [axes], cells[None])
+    draw_shares(lower, np.array([axes]), cells[None])
     shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
     decimals = 0 if np.ptp(times) >= 20 else 1
     axes.set_xticks(shown, [f"{times[cell * per_cell]:.{decimals}f}" for cell in shown])
@@ -4992,7 +5006,7 @@ def plot_attention_heatmap(
     return figure
 
 
-def draw_shares(figure: SubFigure, panels: Sequence[Axes], shares: np.ndarray, **options: Any) -> None:
+def draw_shares(figure: SubFigure, panels: np.ndarray, shares: np.ndarray, **options: Any) -> None:
     """Draw multiples of even attention (panels, rows, columns) on one scale: 1 is white, less purple, more orange."""
     # A few pairs take most of the weight: a cap at the 99.5th percentile keeps the rest visible.
     top = max(float(np.quantile(shares, 0.995)), 2.0)
@@ -5445,16 +5459,14 @@ class Scored(NamedTuple):
         is_known = self.stays[LABEL].notna().to_numpy()
         return Scored(self.stays[is_known].reset_index(drop=True), self.probabilities[is_known])
 
+    @property
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labels, probabilities and patients (n), as the functions of "Evaluation" take them."""
+        return self.stays[LABEL].to_numpy(float), self.probabilities, self.stays["patient_id"].to_numpy()
+
     def evaluate(self, settings: Settings) -> dict[str, Any]:
         """Return the figures of `evaluate_predictions`."""
-        patients = self.stays["patient_id"].to_numpy()
-        return evaluate_predictions(
-            self.stays[LABEL].astype(float),
-            self.probabilities,
-            patients,
-            settings.n_bootstrap,
-            settings.seed,
-        )
+        return evaluate_predictions(*self.columns, settings.n_bootstrap, settings.seed)
 
     def words(self, kind: str = "") -> str:
         """Return what these of known outcome are: `62 test stays of 44 patients, 13 deaths`, and whether too few."""
@@ -5751,15 +5763,11 @@ def write_evaluation(
     if known.stays.empty:
         return {}, {}
     metrics, groups = known.evaluate(settings), subgroups_of_stays(known.stays)
-    labels, risks, patients = (
-        known.stays[LABEL].to_numpy(float),
-        known.probabilities,
-        known.stays["patient_id"],
-    )
+    labels, risks, patients = known.columns
     resampling = {"n_bootstrap": settings.n_bootstrap, "seed": settings.seed}
     tables = {
-        "subgroups": subgroup_table(labels, risks, patients, groups, **resampling),
-        "operating_points": operating_points(labels, risks, patients, groups, **resampling),
+        "subgroups": subgroup_table(*known.columns, groups, **resampling),
+        "operating_points": operating_points(*known.columns, groups, **resampling),
         "decision_curve": decision_curve(labels, risks, patient_ids=patients, **resampling),
         "calibration": calibration_table(labels, risks, calibration_bins(len(labels))),
     }
@@ -5846,7 +5854,7 @@ Missing values: {missing}. Events: {events}.
 
 ## Figures of the {part} stays, with 95 % intervals from resampling patients
 
-{n_stays} stays of {n_patients} patients, {n_deaths} deaths. {note}
+{metrics[n_stays]} stays of {metrics[n_patients]} patients, {metrics[n_deaths]} deaths. {note}
 
 | figure | value |
 |---|---|
@@ -5884,9 +5892,7 @@ def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> st
         missing=", ".join(missing) or "none",
         events=", ".join(events),
         part=part,
-        n_stays=metrics["n_stays"],
-        n_patients=metrics["n_patients"],
-        n_deaths=metrics["n_deaths"],
+        metrics=metrics,
         note=metrics["note"].capitalize(),
         figures="\n".join(f"| {METRIC_WORDS[name]} | {figure_text(metrics[name])} |" for name in METRICS),
         sensitivity=SENSITIVITY,
@@ -6174,7 +6180,7 @@ def shares_unseen(unseen: pd.DataFrame) -> dict[str, float]:
 
 def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | None:
     """Return the figures after recalibration of intercept and slope, and log them; None where outcomes are too few."""
-    risks = recalibrated(scored.stays[LABEL].astype(float), scored.probabilities, scored.stays["patient_id"])
+    risks = recalibrated(*scored.columns)
     if risks is None:
         return None
     metrics = scored._replace(probabilities=risks).evaluate(settings)
@@ -6184,26 +6190,11 @@ def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | 
 
 def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: str) -> Settings:
     """Return the settings that a model was trained with, but for where data and results lie and what is asked."""
-    given: tuple[str, ...] = (
-        "data",
-        "output_dir",
-        "cache_dir",
-        "hf_cache",
-        "evaluate",
-        "trajectory",
-        "n_bootstrap",
-        "first_stay_only",
+    given = (
+        "data output_dir cache_dir hf_cache evaluate include_seen trajectory n_bootstrap first_stay_only "
+        "memory_limit threads test_data no_test split resume"
     )
-    given += ("include_seen",)
-    given += ("memory_limit", "threads")
-    own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given})
-    own = replace(
-        own,
-        test_data="",
-        no_test=False,
-        split="",
-        resume=False,
-    )
+    own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given.split()})
     if not settings.labels:
         return replace(own, labels="", history_hours=settings.history_hours)
     hours = settings.history_hours or trained.history_hours

@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow.parquet
 import pytest
 from accelerate import Accelerator
+from small_table import small_table
 from test_query import TABLES, leftovers, write_folder
 
 import train
@@ -118,6 +119,14 @@ def test_damaged_arrays_are_made_anew(sample, tmp_path, monkeypatch):
     array = next(tmp_path.rglob("minutes_to_end.npy"))
     array.write_bytes(array.read_bytes()[:-100])
     assert_same_table(train.read_stays(train.SAMPLE, tmp_path)[0], sample)
+
+
+def test_kept_arrays_do_not_hide_that_the_source_lacks_a_feature(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "KEEP_ARRAYS_FROM", 0)
+    small_table(4).drop(columns="marital_status").to_csv(tmp_path / "data.csv", index=False)
+    train.read_stays(tmp_path / "data.csv", tmp_path, static_features=["patient_age"])
+    with pytest.raises(train.InputError, match="missing columns marital_status"):
+        train.read_stays(tmp_path / "data.csv", tmp_path, static_features=["marital_status"])
 
 
 def test_small_source_leaves_nothing_in_the_cache(tmp_path):
