@@ -4694,13 +4694,7 @@ def leakage_audit(
             reason = "Expected: the retrospective mode reads the whole stay. A bedside model could not have read them."
         rows.append((name, "count", np.nan, int(count), count > 0 and not excused, reason))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
-    return audit.astype(
-        {
-            "auroc": float,
-            "count": "Int64",
-            "flagged": bool,
-        },
-    )
+    return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
 
 
 def patient_folds(labels: np.ndarray, patient_ids: np.ndarray, n_folds: int = 5) -> np.ndarray | None:
@@ -4778,13 +4772,10 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
 def audit_summary(audit: pd.DataFrame) -> str:
     """One line for the log of every run: how much was checked and what was flagged, by name."""
     aurocs = audit[audit.kind != "count"].set_index("name").auroc
-    found = [
-        f"{name} (AUROC {auroc:.2f} alone)" if kind != "count" else f"{count} {name}"
-        for name, kind, auroc, count in audit.loc[
-            audit.flagged,
-            ["name", "kind", "auroc", "count"],
-        ].itertuples(index=False)
-    ]
+    found = []
+    for row in audit[audit["flagged"]].to_dict("records"):
+        is_count = row["kind"] == "count"
+        found.append(f"{row['count']} {row['name']}" if is_count else f"{row['name']} (AUROC {row['auroc']:.2f} alone)")
     verdict = f"FLAGGED: {', '.join(found)}" if found else "nothing flagged"
     if not found and aurocs.notna().any():
         verdict += f" (the most telling alone: {aurocs.idxmax()}, AUROC {aurocs.max():.2f})"
@@ -5447,6 +5438,15 @@ class Cohort(NamedTuple):
     text_vectors: np.ndarray  # (n_texts, E)
 
 
+def origin_of(flow: list[CohortStep], repairs: Repairs) -> dict[str, Any]:
+    """Return what metrics.json says of how the stays came to be these."""
+    return {
+        "cohort": [step._asdict() for step in flow],
+        "dropped_or_repaired": repairs,
+        "source_tables": [account._asdict() for account in repairs.sources],
+    }
+
+
 class Scored(NamedTuple):
     """Stays and the risks that a model gave them."""
 
@@ -5718,10 +5718,7 @@ def report_training(
     training = {
         "epochs": trainer.epochs_done,
         "best_epoch": trainer.best_epoch,
-        "seconds": round(
-            sum(row["seconds"] for row in trainer.history),
-            1,
-        ),  # of all parts, where it was resumed
+        "seconds": round(sum(row["seconds"] for row in trainer.history), 1),  # of all parts, where it was resumed
         "parameters": count_parameters(trainer.model),
         "temperature": trainer.temperature,
     }
@@ -5729,9 +5726,7 @@ def report_training(
         "text_encoder": trainer.text_encoder,
         "metrics": {part: metrics, "validation": scored["validation"].evaluate(settings)},
         "training": training,
-        "cohort": [step._asdict() for step in cohort.flow],
-        "dropped_or_repaired": cohort.repairs,
-        "source_tables": [account._asdict() for account in cohort.repairs.sources],
+        **origin_of(cohort.flow, cohort.repairs),
         "leakage_audit": audit,
         "tripod_ai": tripod_block(cohort, trainer.patients, tables),
         "settings": asdict(settings),
@@ -5938,7 +5933,7 @@ def limits_of(content: dict[str, Any], part: str) -> list[str]:
     slope = metrics["calibration_slope"]
     limits = [
         "Tested on stays of the same data set: other hospitals may differ.",
-        f"Groups with fewer than {MIN_PER_OUTCOME} stays of either outcome are not judged; nor is whether groups differ.",
+        f"Groups with fewer than {MIN_PER_OUTCOME} stays of either outcome are not judged, nor whether groups differ.",
     ]
     if settings["test_data"]:
         limits[0] = "Tested on another data set than it was trained on."
@@ -6036,58 +6031,30 @@ def write_audit(
     settings: Settings,
     results: Results,
 ) -> list[dict]:
-    """Leakage audit of the table and the split: a line in the log, leakage_audit.csv, and its rows."""
-    stays = table.stays
-    part = np.empty(len(stays), dtype=object)
+    """Write and log the leakage audit of the table and the split; return the rows of leakage_audit.csv."""
+    part = np.empty(len(table.stays), dtype=object)
     for name, members in split._asdict().items():
         part[members] = name
-    first, last = table.offsets[:-1], table.offsets[1:] - 1
-    days = stays["icu_length_of_stay_in_days"].astype(float)
-    end_minutes = (
-        settings.observation_hours * 60 if settings.observation_hours else 60 * stay_hours(table)[table.stay_of_event]
-    )
-    per_stay = pd.DataFrame(
-        {
-            "first event, hours after ICU admission": table.minutes_since_intime[first] / 60,
-            "last event, hours after ICU admission": table.minutes_since_intime[last] / 60,
-            # What two columns tell together: a length that ran past the record would know who died before it.
-            "length of stay less the record's span, hours": 24 * days - stay_hours(table),
-            "length of stay less the last event, hours": 24 * days - table.minutes_since_intime[last] / 60,
-        },
-    )
-    late = int((table.known_minutes_since_intime > end_minutes).sum())
-    conflicting = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
-    counts = {
-        "events after the final event": next(
-            (count for reason, count in repairs.items() if "after the final event" in reason),
-            0,
-        ),
-        KNOWN_LATER: late,
-        "stays with conflicting labels": conflicting,
-        **split_counts(stays.patient_id.to_numpy(), stays.admission_id.to_numpy(), part),
-        **{reason: (repairs | repairs.notes)[reason] for reason in REPAIRED if reason in repairs | repairs.notes},
-    }
     audit = leakage_audit(
         table.static_columns,
-        per_stay,
+        numbers_to_audit(table),
         table.labels,
-        stays.patient_id.to_numpy(),
+        table.stays["patient_id"].to_numpy(),
         part,
-        counts,
+        impossible_counts(table, part, repairs, settings),
         prospective=settings.prospective,
     )
-    logger.info(f"Audit       {audit_summary(audit)}")
+    texts = audit_texts(table.take(np.flatnonzero(part == "train")))
     results.table("leakage_audit.csv", audit)
+    results.table("leakage_audit_texts.csv", texts)
     flagged = set(audit.loc[audit["flagged"] & (audit["kind"] == "column"), "name"])
-    if used := sorted(flagged & set(settings.static_features)):
+    used = sorted(flagged & set(settings.static_features))
+    logger.info(f"Audit       {audit_summary(audit)}{'; the model does not use it' if flagged and not used else ''}")
+    if used:
         logger.warning(
             f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. "
             "Leave it out of --static-features.",
         )
-    if unused := sorted(flagged - set(settings.static_features)):
-        logger.info(f"Audit       flagged, but not used by the model: {', '.join(unused)}")
-    texts = audit_texts(table.take(np.flatnonzero(part == "train")))
-    results.table("leakage_audit_texts.csv", texts)
     if found := texts["item"][texts["flagged"]].tolist():
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         named = "; ".join(item[:80] for item in found[:5])
@@ -6097,14 +6064,41 @@ def write_audit(
     return json.loads(audit.to_json(orient="records"))
 
 
+def numbers_to_audit(table: StayTable) -> pd.DataFrame:
+    """Return numbers of each stay, in hours, that might tell the outcome though no column of the table does."""
+    first = table.minutes_since_intime[table.offsets[:-1]] / 60
+    last = table.minutes_since_intime[table.offsets[1:] - 1] / 60
+    hours = 24 * table.stays["icu_length_of_stay_in_days"].astype(float)
+    return pd.DataFrame(
+        {
+            "first event, hours after ICU admission": first,
+            "last event, hours after ICU admission": last,
+            # What two columns tell together: a length that ran past the record would know who died before it.
+            "length of stay less the record's span, hours": hours - stay_hours(table),
+            "length of stay less the last event, hours": hours - last,
+        },
+    )
+
+
+def impossible_counts(table: StayTable, part: np.ndarray, repairs: Repairs, settings: Settings) -> dict[str, int]:
+    """Return how often what `IMPOSSIBLE` names occurs, and what was left out or mended while reading."""
+    stays, known = table.stays, repairs | repairs.notes
+    end_hours = settings.observation_hours or stay_hours(table)[table.stay_of_event]
+    after_end = [count for reason, count in repairs.items() if "after the final event" in reason]
+    return {
+        "events after the final event": sum(after_end),
+        KNOWN_LATER: int((table.known_minutes_since_intime > 60 * end_hours).sum()),
+        "stays with conflicting labels": int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum()),
+        **split_counts(stays["patient_id"].to_numpy(), stays["admission_id"].to_numpy(), part),
+        **{reason: known[reason] for reason in REPAIRED if reason in known},
+    }
+
+
 def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """Score a table with a trained model, refitting nothing; figures where labels are known, trajectories if asked."""
     checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
-    own = settings_of_evaluation(
-        checkpoint.settings,
-        settings,
-        encoder_to_load(checkpoint, settings.text_encoder),
-    )
+    encoder = encoder_to_load(checkpoint, settings.text_encoder)
+    own = settings_of_evaluation(checkpoint.settings, settings, encoder)
     source = read_source(own.data, own, accelerator, need_label=False)
     table = source.table
     text_encoder, vectors = embed_texts(table.texts, own, accelerator, expected=checkpoint.text_encoder)
@@ -6135,15 +6129,8 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     content = {
         "text_encoder": text_encoder,
         "checkpoint": settings.evaluate,
-        "cohort": [step._asdict() for step in source.flow],
-        "dropped_or_repaired": source.repairs,
-        "source_tables": [account._asdict() for account in source.repairs.sources],
-        "seen_patients": {
-            "stays": int(seen.sum()),
-            "of": len(seen),
-            "included": own.include_seen,
-            "note": overlap,
-        },
+        **origin_of(source.flow, source.repairs),
+        "seen_patients": {"stays": int(seen.sum()), "of": len(seen), "included": own.include_seen, "note": overlap},
         "unknown_categories": unknown,
         "metrics": metrics or None,
         "metrics_after_recalibration": after,
@@ -6228,12 +6215,11 @@ def log_unknown_categories(preprocessor: ClinicalDataPreprocessor, stays: pd.Dat
     """Return how many stays have a value that training never saw, by column; log it, as a warning above a fifth."""
     unknown = preprocessor.unknown_categories(stays)
     for column, count in unknown.items():
-        level = logging.WARNING if count > 0.2 * len(stays) else logging.INFO
-        warning = "WARNING: " if level == logging.WARNING else ""
-        logger.log(
-            level,
-            f"Data        {warning}{column}: {count} of {len(stays)} stays have values unknown to the model",
-        )
+        words = f"{column}: {count} of {len(stays)} stays have values unknown to the model"
+        if count > 0.2 * len(stays):
+            logger.warning(f"Data        WARNING: {words}")
+        else:
+            logger.info(f"Data        {words}")
     return unknown
 
 
@@ -6285,23 +6271,14 @@ def train_repeatedly(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Train once for each fold, or with several seeds on one split; write the spread, and pooled figures."""
-    unit, results = (
-        "fold" if settings.cross_validate else "seed",
-        Results(Path(settings.output_dir), settings),
-    )
+    unit, results = "fold" if settings.cross_validate else "seed", Results(Path(settings.output_dir), settings)
     if accelerator.is_main_process:
         results.begin()
     numbers, outcomes = range(1, 1 + (settings.cross_validate or settings.seeds)), []
     for number in numbers:
         logger.info(f"{unit.capitalize():11s} {number} of {len(numbers)}")
         folder = results.folder / f"{unit}_{number}"
-        own = replace(
-            settings,
-            output_dir=str(folder),
-            cross_validate=0,
-            seeds=1,
-            split=str(folder / "split.csv"),
-        )
+        own = replace(settings, output_dir=str(folder), cross_validate=0, seeds=1, split=str(folder / "split.csv"))
         if unit == "seed":
             own = replace(own, seed=settings.seed + number - 1, no_test=False)
         split = splits[number - 1 if len(splits) > 1 else 0]
@@ -6314,28 +6291,20 @@ def train_repeatedly(
 def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, results: Results) -> dict[str, Any]:
     """Write and log the figures of each fold or seed, their mean and spread, and those of the pooled predictions."""
     rows = []
-    for number, outcome in enumerate(outcomes, start=1):
+    for outcome in outcomes:
         metrics = outcome.content["metrics"]
         figures = metrics.get("test", metrics["validation"])
-        rows.append({unit: number} | {name: figures[name]["value"] for name in METRICS})
-    spread = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
-    moments = spread[list(METRICS)].agg(["mean", "std"])
-    results.table(
-        f"{unit}s.csv",
-        pd.concat([spread, moments.rename_axis(unit).reset_index()], ignore_index=True),
-    )
+        rows.append({name: figures[name]["value"] for name in METRICS})
+    spread = pd.DataFrame(rows, index=range(1, 1 + len(rows)), dtype=float)
+    moments = spread.agg(["mean", "std"])
+    results.table(f"{unit}s.csv", pd.concat([spread, moments]).rename_axis(unit).reset_index())
     scored = pooled_predictions(outcomes, unit)
     what = "the test stays of all folds" if unit == "fold" else f"mean risk of {len(outcomes)} seeds"
     caption = f"text encoder: {cohort.text_encoder} · {what}, {scored.words()}"
     pooled, tables = write_evaluation(results, scored, results.settings, caption)
-    summary = {
-        name: {
-            "mean": moments[name]["mean"],
-            "sd": moments[name]["std"],
-            f"{unit}s": spread[name].tolist(),
-        }
-        for name in METRICS
-    }
+    summary = {}
+    for name, values in spread.items():
+        summary[name] = {"mean": values.mean(), "sd": values.std(), f"{unit}s": values.tolist()}
     content = {
         "text_encoder": cohort.text_encoder,
         f"{unit}s": len(outcomes),
@@ -6345,7 +6314,9 @@ def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, result
         "settings": asdict(results.settings),
     }
     results.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
-    words = [f"{METRIC_WORDS[name]} {summary[name]['mean']:.3f} (sd {summary[name]['sd']:.3f})" for name in METRICS[:2]]
+    words = [
+        f"{METRIC_WORDS[name]} {moments[name]['mean']:.3f} (sd {moments[name]['std']:.3f})" for name in METRICS[:2]
+    ]
     logger.info(f"{unit.capitalize() + 's':11s} {', '.join(words)}")
     log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
     results.end()
