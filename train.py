@@ -88,6 +88,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
+from scipy.special import logit as log_odds
 from scipy.stats import binomtest
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import HashingVectorizer
@@ -4293,8 +4294,7 @@ def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.
     if not both.any():
         return figures
     weights = weights[both]
-    clipped = probabilities.clip(1e-7, 1 - 1e-7)
-    logits = np.log(clipped) - np.log1p(-clipped)
+    logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))
     constant = np.ones((len(labels), 1))
     figures[both, :2] = weighted_ranking(weights, labels, probabilities)
     figures[both, 3:4] = logistic_fits(weights, labels, constant, offset=logits)
@@ -4636,8 +4636,7 @@ def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: Array
     patients = pd.Series(np.asarray(patient_ids))
     if patients.groupby(labels).nunique().reindex([0.0, 1.0], fill_value=0).min() < TOO_FEW:
         return None
-    clipped = probabilities.clip(1e-7, 1 - 1e-7)
-    logits = np.log(clipped / (1 - clipped))[:, None]
+    logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))[:, None]
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     model = LogisticRegression(C=np.inf)
     return cross_val_predict(
@@ -4652,8 +4651,11 @@ def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: Array
 
 def split_counts(patient_ids: ArrayLike, admission_ids: ArrayLike, split: ArrayLike) -> dict[str, int]:
     """Return how many patients and admissions occur in more than one split: both must be 0."""
-    table = pd.DataFrame({"patients in two splits": patient_ids, "admissions in two splits": admission_ids})
-    return {name: int((pd.Series(split).groupby(table[name].to_numpy()).nunique() > 1).sum()) for name in table}
+    counts = {}
+    for name, ids in (("patients", patient_ids), ("admissions", admission_ids)):
+        n_splits = pd.Series(split).groupby(np.asarray(ids)).nunique()
+        counts[f"{name} in two splits"] = int((n_splits > 1).sum())
+    return counts
 
 
 def leakage_audit(
@@ -4774,8 +4776,10 @@ def audit_summary(audit: pd.DataFrame) -> str:
     aurocs = audit[audit.kind != "count"].set_index("name").auroc
     found = []
     for row in audit[audit["flagged"]].to_dict("records"):
-        is_count = row["kind"] == "count"
-        found.append(f"{row['count']} {row['name']}" if is_count else f"{row['name']} (AUROC {row['auroc']:.2f} alone)")
+        if row["kind"] == "count":
+            found.append(f"{row['count']} {row['name']}")
+        else:
+            found.append(f"{row['name']} (AUROC {row['auroc']:.2f} alone)")
     verdict = f"FLAGGED: {', '.join(found)}" if found else "nothing flagged"
     if not found and aurocs.notna().any():
         verdict += f" (the most telling alone: {aurocs.idxmax()}, AUROC {aurocs.max():.2f})"
@@ -5425,7 +5429,9 @@ def bytes_of_step(lengths: np.ndarray, dim: int, settings: Settings) -> int:
     """Return about how many bytes a training step takes: an event's inputs, and what layers keep for the way back."""
     batches = plan_batches(lengths, settings.batch_size, settings.max_events_per_batch)
     n_events = max(len(batch) * int(lengths[batch].max()) for batch in batches)
-    return 4 * n_events * (3 * dim + settings.n_layers * (10 * settings.d_model + 2 * settings.d_feedforward))
+    floats_per_layer = 10 * settings.d_model + 2 * settings.d_feedforward
+    floats_per_event = 3 * dim + settings.n_layers * floats_per_layer
+    return 4 * n_events * floats_per_event
 
 
 class Cohort(NamedTuple):
@@ -6314,10 +6320,9 @@ def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, result
         "settings": asdict(results.settings),
     }
     results.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
-    words = [
-        f"{METRIC_WORDS[name]} {moments[name]['mean']:.3f} (sd {moments[name]['std']:.3f})" for name in METRICS[:2]
-    ]
-    logger.info(f"{unit.capitalize() + 's':11s} {', '.join(words)}")
+    for name in ("auroc", "auprc"):
+        mean, deviation = moments[name]
+        logger.info(f"{unit.capitalize() + 's':11s} {METRIC_WORDS[name]} {mean:.3f} (sd {deviation:.3f})")
     log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
     results.end()
     return content
