@@ -14,7 +14,8 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +25,28 @@ from common import machine, synthetic_stays, train
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def fastest(work: Callable[[], object], rounds: int) -> float:
-    """Return the least CPU seconds of some rounds after one to warm up; unlike clock time, others hardly move them."""
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of some work; unlike clock time, others on the machine hardly move them."""
+    started = time.process_time()
     work()
-    seconds = []
-    for _ in range(rounds):
-        started = time.process_time()
-        work()
-        seconds.append(time.process_time() - started)
-    return min(seconds)
+    return time.process_time() - started
 
 
-def take_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the least CPU seconds of each way; they take turns, so that a busy machine hits all."""
-    found = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for name, work in ways.items():
-            found[name] = min(found[name], fastest(work, 1))
-    return found
+def compare(title: str, packed: Callable[[], object], padded: Callable[[], object], n_events: int, rounds: int) -> None:
+    """Print both ways' fastest round, and their ratio within a round, whose order turns so that neither gains by it."""
+    packed(), padded()  # to warm up
+    rows = []
+    for number in range(rounds):
+        turn = (packed, padded)[:: 1 if number % 2 else -1]
+        seconds = {work: cpu_seconds(work) for work in turn}
+        rows.append((seconds[packed], seconds[padded]))
+    found = np.array(rows)  # (rounds, 2)
+    fastest = 1e6 * found.min(0) / n_events
+    ratio = found[:, 0] / found[:, 1]
+    low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
+    print(f"{title}  packed {fastest[0]:.2f}, padded {fastest[1]:.2f} microseconds an event in the fastest round")
+    spread = f"quartiles {low:.3f} and {high:.3f}, all {rounds} rounds {ratio.min():.3f} to {ratio.max():.3f}"
+    print(f"{title}  packed / padded: median {middle:.3f}, {spread}")
 
 
 def padded_batches(dataset: train.ClinicalSequenceDataset, batches: list[np.ndarray]) -> list[dict]:
@@ -67,10 +72,23 @@ def sent_bytes(dataset: train.ClinicalSequenceDataset, stays: np.ndarray) -> dic
     }
 
 
+def processor_seconds(dataset: train.ClinicalSequenceDataset, stays: np.ndarray, rounds: int) -> float:
+    """Return what a batch takes the processor whose vectors are on the device: launches, as many for any size.
+
+    What is computed grows with the events; stays of one event each show the launches alone.
+    """
+    table = dataset.table
+    is_first = np.isin(np.arange(len(table.text)), table.offsets[:-1])
+    firsts = table.take(np.arange(len(table.stays)), is_first)
+    preprocessor = train.ClinicalDataPreprocessor().fit(table)
+    short = train.ClinicalSequenceDataset(firsts, preprocessor, dataset.text_vectors)
+    return min(cpu_seconds(lambda: [short.packed(stays) for _ in range(100)]) for _ in range(rounds + 1)) / 100
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stays", type=int, default=800, help="synthetic stays")
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--rounds", type=int, default=15, help="of both paths")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -79,33 +97,22 @@ def main() -> None:
     vectors = np.random.default_rng(0).normal(size=(len(table.texts), 768)).astype(np.float32)
     dataset = train.ClinicalSequenceDataset(table, preprocessor, vectors)
     batches = train.plan_batches(dataset.lengths, 32, 16384, seed=0)
-    n_events = dataset.lengths.sum()
-    print(f"{len(batches)} batches of {n_events / len(batches):,.0f} events")
+    n_events = int(dataset.lengths.sum())
+    per_batch = n_events / len(batches)
+    print(f"{len(batches)} batches of {per_batch:,.0f} events")
     for name, size in sent_bytes(dataset, max(batches, key=lambda stays: dataset.lengths[stays].sum())).items():
         print(f"sent        {name:24s} {size:10.2f} bytes an event")
-
-    # What is computed grows with the events, what the processor launches does not: stays of one event show it alone.
-    firsts = table.take(np.arange(len(table.stays)), np.isin(np.arange(len(table.text)), table.offsets[:-1]))
-    short = train.ClinicalSequenceDataset(firsts, preprocessor, vectors)
-    stays = np.arange(min(32, len(firsts.stays)))
-    seconds = fastest(lambda: [short.packed(stays) for _ in range(100)], options.rounds) / 100
-    print(f"processor   {1e6 * seconds:.0f} microseconds a batch: {1e6 * seconds / 16384:.4f} an event of 16,384")
-
-    packed = lambda: list(map(dataset.packed, batches))
-    padded = lambda: padded_batches(dataset, batches)
-    for name, seconds in take_turns({"packed": packed, "padded": padded}, options.rounds).items():
-        print(f"input, CPU  {name:24s} {1e6 * seconds / n_events:10.4f} microseconds an event")
-
+    micros = 1e6 * processor_seconds(dataset, np.arange(32), options.rounds)
+    shares = f"{micros / per_batch:.3f} an event here, {micros / 16384:.3f} of 16,384"
+    print(f"processor   {micros:.0f} microseconds a batch of 32 stays: {shares}")
+    packed, padded = partial(map, dataset.packed), partial(padded_batches, dataset)
+    compare("input, CPU", lambda: list(packed(batches)), lambda: padded(batches), n_events, options.rounds)
     model = train.ClinicalTransformer(dataset.input_dim, dataset.static.shape[1])
     objective = train.TrainingObjective(model, train.TemporalAwareLoss(256), preprocessor)
     few = batches[:4]
-    n_events = sum(dataset.lengths[stays].sum() for stays in few)
-    ways = {
-        "packed": lambda: step(objective, list(map(dataset.packed, few))),
-        "padded": lambda: step(objective, padded_batches(dataset, few)),
-    }
-    for name, seconds in take_turns(ways, options.rounds).items():
-        print(f"step, CPU   {name:24s} {1e6 * seconds / n_events:10.2f} microseconds an event")
+    n_events = sum(int(dataset.lengths[stays].sum()) for stays in few)
+    take = partial(step, objective)
+    compare("step, CPU ", lambda: take(list(packed(few))), lambda: take(padded(few)), n_events, options.rounds)
     scenario = [sys.executable, str(TESTS / "test_devices.py"), "packed_input"]
     done = subprocess.run(scenario, capture_output=True, text=True, cwd=TESTS.parent)
     lines = [line for line in done.stdout.splitlines() if " waits, " in line]

@@ -1,11 +1,13 @@
-"""The model, forward and backward, against a plain nn.TransformerEncoderLayer stack that keeps its attention weights.
+"""The model on packed and on padded events, against a plain nn.TransformerEncoderLayer stack that keeps its weights.
 
     python tests/benchmarks/bench_model.py                     # on the CPU, and on CUDA where there is one
     python tests/benchmarks/bench_model.py --lengths 128 --long 1024 --steps 1       # a minute, to see it work
 
-Both sides have the same sizes, dropout, pooling, classifier and inputs, in training mode; the plain side pads to the
-longest stay and takes dropout inside attention too, as nn.TransformerEncoderLayer does. Rates count real events only.
-"mixed" are stays of L, 3/4 L, 1/2 L and 1/4 L events, "equal" ones all have L events (nothing to pad).
+Forward and backward pass. All sides have the same sizes, dropout, pooling, classifier and inputs, in training mode:
+"plain" pads to the longest stay and takes dropout inside attention too, as nn.TransformerEncoderLayer does; "padded" is
+train.py's model called as a notebook calls it, "packed" as training calls it. Rates count real events only. "mixed"
+are stays of L, 3/4 L, 1/2 L and 1/4 L events, "equal" ones all have L events (nothing to pad). What a batch costs
+before it reaches the model is measured by bench_input.py.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import time
 
 import torch
 from common import machine, peak_memory_gb, run_alone, train
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 INPUT_DIM, STATIC_DIM = 774, 60
@@ -41,7 +43,7 @@ class LayerWithWeights(nn.TransformerEncoderLayer):
 class PlainTransformer(nn.Module):
     """The obvious code: padded events through library layers, attention weights (B, 8, L, L) of each kept."""
 
-    def __init__(self, input_dim, static_dim):
+    def __init__(self, input_dim: int, static_dim: int) -> None:
         super().__init__()
         self.input_projection = nn.Linear(input_dim, 256)
         self.input_norm, self.dropout = nn.LayerNorm(256), nn.Dropout(0.1)
@@ -61,7 +63,7 @@ class PlainTransformer(nn.Module):
             nn.Linear(128, 1),
         )
 
-    def logits(self, sequences, static_features, attention_mask):
+    def logits(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor) -> Tensor:
         positions = train.sinusoidal_positions(torch.arange(sequences.shape[1], device=sequences.device), 256)
         events = self.dropout(self.input_norm(self.input_projection(sequences)) + 0.1 * positions)  # (B, L, D)
         for layer in self.layers:
@@ -71,11 +73,17 @@ class PlainTransformer(nn.Module):
         return self.classifier(torch.cat([pooled.squeeze(1), static_features], dim=1))
 
 
-SIDES = {"plain": PlainTransformer, "train.py": train.ClinicalTransformer}
+SIDES = ("plain", "padded", "packed")
+Model = PlainTransformer | train.ClinicalTransformer
 
 
-def make_batch(shape, longest, device):
-    """Random stays of the lengths that `shape` names."""
+def make_side(side: str) -> Model:
+    """Return the fresh model of a side."""
+    return (PlainTransformer if side == "plain" else train.ClinicalTransformer)(INPUT_DIM, STATIC_DIM)
+
+
+def make_batch(shape: str, longest: int, device: str) -> dict[str, Tensor]:
+    """Return random stays of the lengths that `shape` names, padded."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([round(share * longest) for share in SHARES[shape]])
     batch = {
@@ -86,12 +94,15 @@ def make_batch(shape, longest, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def step(model, batch, precision):
-    """One forward and backward pass in training mode; returns its seconds."""
+def step(side: str, model: Model, batch: dict[str, Tensor], stays: train.PackedStays, precision: str) -> float:
+    """Return the seconds of one forward and backward pass in training mode."""
     device = batch["sequences"].device.type
     started = time.perf_counter()
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model.logits(**batch)
+        if side == "packed" and isinstance(model, train.ClinicalTransformer):
+            logits, _ = model.score_packed(stays.events, stays.static_features, stays.layout)
+        else:
+            logits = model.logits(**batch)
     F.binary_cross_entropy_with_logits(logits.float(), torch.ones_like(logits, dtype=torch.float32)).backward()
     model.zero_grad()
     if device == "cuda":
@@ -99,37 +110,29 @@ def step(model, batch, precision):
     return time.perf_counter() - started
 
 
-def measure(side, shape, longest, device, precision, steps, memory_limit_gb):
+def measure(
+    side: str, shape: str, longest: int, device: str, precision: str, steps: int, memory_limit_gb: float
+) -> None:
     """In this process: the fastest of `steps` steps after one to warm up, and peak memory; printed as JSON."""
     if device == "cpu":  # an allocation beyond it fails with an error, where the kernel would kill without a word
         limit = int(memory_limit_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.manual_seed(0)
-    model = SIDES[side](INPUT_DIM, STATIC_DIM).to(device).train()
+    model = make_side(side).to(device).train()
     batch = make_batch(shape, longest, device)
-    seconds = min([step(model, batch, precision) for _ in range(steps + 1)][1:])
+    stays = train.pack_stays(batch | {"labels": torch.ones(len(batch["sequences"]), 1, device=device)})
+    seconds = min([step(side, model, batch, stays, precision) for _ in range(steps + 1)][1:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak_memory_gb()
     print(json.dumps({"seconds": seconds, "events": int(batch["attention_mask"].sum()), "peak_gb": peak}))
 
 
-def measure_alone(side, shape, longest, device, precision, options):
+def measure_alone(
+    side: str, shape: str, longest: int, device: str, precision: str, options: argparse.Namespace
+) -> dict[str, float] | None:
     """The result of `measure` in a process of its own, or None if that ran out of memory."""
     steps = options.steps if shape != "single" else 1  # there it is the memory that is asked for
-    run = run_alone(
-        __file__,
-        "--one",
-        side,
-        shape,
-        longest,
-        device,
-        precision,
-        "--steps",
-        steps,
-        "--threads",
-        options.threads,
-        "--memory-limit-gb",
-        options.memory_limit_gb,
-    )
+    limits = ("--threads", options.threads, "--memory-limit-gb", options.memory_limit_gb)
+    run = run_alone(__file__, "--one", side, shape, longest, device, precision, "--steps", steps, *limits)
     if run.returncode == 0:
         return json.loads(run.stdout.splitlines()[-1])
     words = ("alloc", "out of memory", "MemoryError")
@@ -138,16 +141,16 @@ def measure_alone(side, shape, longest, device, precision, options):
     return None
 
 
-def compare(shape, longest, device, precision, options):
-    """Both sides on the same batch, taking turns; the faster round of each is printed."""
-    best = {}
+def compare(shape: str, longest: int, device: str, precision: str, options: argparse.Namespace) -> None:
+    """All sides on the same batch, taking turns; the fastest round of each is printed."""
+    best: dict[str, dict[str, float]] = {}
     for _ in range(options.rounds if shape != "single" else 1):
         for side in SIDES:
             result = measure_alone(side, shape, longest, device, precision, options)
             if result and (side not in best or result["seconds"] < best[side]["seconds"]):
                 best[side] = result
     for side in SIDES:
-        place = f"{device:4} {precision}  {shape:6} {longest:6,} events  {side:8}"
+        place = f"{device:4} {precision}  {shape:6} {longest:6,} events  {side:6}"
         if side not in best:
             limit = f"more than the {options.memory_limit_gb:g} GB given" if device == "cpu" else "more than there is"
             print(f"{place}  out of memory ({limit})")
@@ -162,7 +165,7 @@ def compare(shape, longest, device, precision, options):
 
 
 @torch.no_grad()
-def compare_devices():
+def compare_devices() -> None:
     """Probabilities of the same weights and stays: CPU in fp32 against CUDA in fp32 and bf16."""
     torch.manual_seed(0)
     model, batch = train.ClinicalTransformer(INPUT_DIM, STATIC_DIM).eval(), make_batch("mixed", 2048, "cpu")
@@ -174,13 +177,13 @@ def compare_devices():
         print(f"probabilities, CPU fp32 against CUDA {precision}: largest difference {difference:.1e}")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048], help="events of the longest of 4 stays")
     parser.add_argument("--long", type=int, default=8192, help="events of the single stay whose memory is measured")
     parser.add_argument("--long-cuda", type=int, default=16384, help="the same on CUDA")
     parser.add_argument("--steps", type=int, default=3, help="steps after one to warm up; the fastest counts")
-    parser.add_argument("--rounds", type=int, default=2, help="the sides take turns, so that a busy machine hits both")
+    parser.add_argument("--rounds", type=int, default=2, help="the sides take turns, so that a busy machine hits all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--memory-limit-gb", type=float, default=16.0, help="address space of a process on the CPU")
     parser.add_argument(
