@@ -2527,12 +2527,7 @@ class TextEncoder:
         is_missing[own] = self.cache.missing(keys[own])
         if is_missing.any():
             self._load()
-            with Progress(
-                total=int(is_missing.sum()),
-                desc="encoding",
-                unit=" texts",
-                active=progress,
-            ) as bar:
+            with Progress(total=int(is_missing.sum()), desc="encoding", unit=" texts", active=progress) as bar:
                 self._fill_cache(keys, self._batches(texts, chunks, is_missing, batch_size), bar)
         return keys
 
@@ -2757,11 +2752,7 @@ class ClinicalTextEncoder(TextEncoder):
         with usable_encoder(self._folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
             model, info = transformers.AutoModel.from_pretrained(
-                self._folder,
-                trust_remote_code=False,
-                weights_only=True,
-                dtype=torch.float32,
-                output_loading_info=True,
+                self._folder, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True
             )
             self._length_limit = min(self.max_tokens, token_limit(config, self._folder))
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one

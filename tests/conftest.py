@@ -1,4 +1,4 @@
-"""Puts the repository root on the path, so that tests import the two scripts as a notebook would."""
+"""The repository root on the path, so that tests import the two scripts as a notebook would; runs that tests share."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,53 @@ import pytest
 
 for folder in (Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent):
     sys.path.insert(0, str(folder))
+
+
+from make_sample import make_sample  # noqa: E402
+from small_table import arguments, best_model, small_table  # noqa: E402
+
+import explain_clinicalLF as explain  # noqa: E402
+import train  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def unpainted(monkeypatch):
+    """Figures are made and not painted, which is half of a small run's time; those of the shared runs are painted."""
+    empty = lambda path, figure: train.write_whole(path, lambda name: name.write_bytes(b""))
+    monkeypatch.setattr(train, "save_figure", empty)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run of one epoch on 40 stays; tests may evaluate it, and change nothing else.
+
+    Before the run it held a saved attention of another run and a file that is none of the program's.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    for name in ("attention_weights/attention_epoch_9_batch_0.npz", "notes.csv"):
+        path = folder / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    small_table().to_csv(folder / "data.csv", index=False)
+    assert train.main(arguments(folder, folder / "data.csv")) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_run(tmp_path_factory):
+    """The same of three epochs of a model with two layers on 90 synthetic stays, with saved attention."""
+    folder = tmp_path_factory.mktemp("sample")
+    make_sample(90, seed=1).table.to_csv(folder / "data.csv", index=False)
+    options = ["--n-layers", 2, "--max-epochs", 3, "--patience", 99, "--save-attention-every", 50]
+    assert train.main(arguments(folder, folder / "data.csv", *options)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def explained(sample_run):
+    """The run's model explained on its own data, results beside it: neither is named."""
+    few = {"stays": 2, "max_stays": 5, "checked_stays": 2, "n_bootstrap": 50, "layer_stays": 1}
+    return explain.run_explainability_analysis(best_model(sample_run), cache_dir=str(sample_run / "cache"), **few)
 
 
 def save_tokenizer(folder):

@@ -7,22 +7,9 @@ import train
 
 LACTATE = "Lab: Lactate (Blood, Blood Gas)"
 MARK = "Zebedee"  # stands for patient text: it must never reach the log
-TINY = [
-    "--d-model",
-    "32",
-    "--n-layers",
-    "1",
-    "--n-heads",
-    "2",
-    "--d-feedforward",
-    "32",
-    "--max-epochs",
-    "1",
-    "--n-bootstrap",
-    "20",
-    "--save-attention-every",
-    "0",
-]
+TINY = (
+    "--d-model 32 --n-layers 1 --n-heads 2 --d-feedforward 32 --max-epochs 1 --n-bootstrap 20 --save-attention-every 0"
+).split()
 
 
 def small_table(n_patients=40, n_events=3, first_id=10_000_000):
@@ -84,18 +71,22 @@ def to_parquet(table, path, nested=False):
 
 
 def arguments(folder, data, *more, encoder="hashing"):
-    return [
-        *TINY,
+    """The command line of a small run into `folder`; of options given twice the later one counts."""
+    places = [
         "--data",
-        str(data),
+        data,
         "--text-encoder",
-        str(encoder),
+        encoder,
         "--cache-dir",
-        str(folder / "cache"),
+        folder / "cache",
         "--output-dir",
-        str(folder / "out"),
-        *map(str, more),
+        folder / "out",
     ]
+    return [*TINY, *map(str, [*places, *more])]
+
+
+def best_model(folder):
+    return folder / "out" / "checkpoints" / "best_model.pth"
 
 
 def leftovers(folder):

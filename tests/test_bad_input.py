@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import save_longformer
-from small_table import MARK, arguments, leftovers, small_table, to_parquet
+from small_table import MARK, arguments, best_model, leftovers, small_table, to_parquet
 
 import train
 
@@ -216,7 +216,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_odd_text_is_read_as_it_is_and_trained_on(name, tmp_path):
+def test_odd_text_is_read_as_it_is(name, tmp_path):
     put("event_text", TEXTS[name])(small_table()).to_csv(tmp_path / "data.csv", index=False)
     table, report = train.read_stays(tmp_path / "data.csv")
     assert not report and [table.texts[i] for i in table.text[:3]] == [TEXTS[name]] * 3
@@ -494,14 +494,6 @@ def test_unwritable_cache_of_a_mimic_folder_is_refused(tmp_path, capfd):
 # ---- checkpoints ----
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "data.csv").write_text(csv_text())
-    assert run(*arguments(folder, folder / "data.csv")) == 0
-    return folder
-
-
 class Malicious:
     def __reduce__(self):
         return Path.mkdir, (Path("let_in"),)
@@ -553,16 +545,16 @@ BAD_CHECKPOINTS = {
 
 @pytest.mark.parametrize("option", ["--evaluate", "--resume"])
 @pytest.mark.parametrize("name", BAD_CHECKPOINTS)
-def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, trained, tmp_path, capfd, monkeypatch):
+def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, finished, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write, fragment = BAD_CHECKPOINTS[name]
     path = tmp_path / "out" / "checkpoints" / "latest_checkpoint.pth"
     path.parent.mkdir(parents=True)
-    write(torch.load(trained / "out" / "checkpoints" / "latest_checkpoint.pth", weights_only=True), path)
+    write(torch.load(finished / "out" / "checkpoints" / "latest_checkpoint.pth", weights_only=True), path)
     options = ["--evaluate", path] if option == "--evaluate" else ["--resume"]
     fragment = "differs from the one to resume" if (name, option) == ("of another encoder", "--resume") else fragment
     assert_clear(
-        run(*arguments(tmp_path, trained / "data.csv", "--cache-dir", trained / "cache", *options)),
+        run(*arguments(tmp_path, finished / "data.csv", "--cache-dir", finished / "cache", *options)),
         fragment,
         capfd,
         tmp_path,
@@ -570,17 +562,17 @@ def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, t
     assert not Path("let_in").exists()
 
 
-def test_path_inside_a_checkpoint_is_not_followed(trained, tmp_path, capfd):
+def test_path_inside_a_checkpoint_is_not_followed(finished, tmp_path, capfd):
     folder, state = (
         save_longformer(tmp_path / "encoder"),
-        torch.load(trained / "out" / "checkpoints" / "best_model.pth", weights_only=True),
+        torch.load(best_model(finished), weights_only=True),
     )
     torch.save(
         {**state, "text_encoder": "encoder@1", "settings": {**state["settings"], "text_encoder": str(folder)}},
         tmp_path / "evil.pth",
     )
     options = arguments(
-        tmp_path, trained / "data.csv", "--evaluate", tmp_path / "evil.pth", encoder=train.CLINICAL_LONGFORMER
+        tmp_path, finished / "data.csv", "--evaluate", tmp_path / "evil.pth", encoder=train.CLINICAL_LONGFORMER
     )
     assert_clear(run(*options), "paths inside a checkpoint are not followed", capfd, tmp_path)
 
@@ -602,35 +594,25 @@ def test_incomplete_model_folder_is_refused(lost, fragment, tmp_path, capfd):
     assert_clear(run(*arguments(tmp_path, tmp_path / "data.csv", encoder=folder)), fragment, capfd, tmp_path)
 
 
-def test_resume_with_other_settings_is_refused(trained, capfd):
-    before = (trained / "out" / "metrics.json").read_bytes()
+def test_resume_with_other_settings_is_refused(finished, capfd):
+    before = (finished / "out" / "metrics.json").read_bytes()
     for options, fragment in (
         (["--learning-rate", "0.1"], "(learning_rate)"),
         (["--weight-decay", "0.5"], "(weight_decay)"),
         (["--d-model", "64"], "model sizes"),
     ):
-        assert run(*arguments(trained, trained / "data.csv", "--resume", *options)) == 2
+        assert run(*arguments(finished, finished / "data.csv", "--resume", *options)) == 2
         assert fragment in capfd.readouterr().err
-    assert (trained / "out" / "metrics.json").read_bytes() == before
+    assert (finished / "out" / "metrics.json").read_bytes() == before
 
 
-def test_scoring_one_stay_of_one_class_writes_predictions_without_metrics(trained, tmp_path):
+def test_scoring_one_stay_of_one_class_writes_predictions_without_metrics(finished, tmp_path):
     small_table()[:3].to_csv(tmp_path / "one.csv", index=False)
-    assert (
-        run(
-            *arguments(tmp_path, tmp_path / "one.csv", "--evaluate", trained / "out" / "checkpoints" / "best_model.pth")
-        )
-        == 0
-    )
+    assert run(*arguments(tmp_path, tmp_path / "one.csv", "--evaluate", best_model(finished))) == 0
     assert len(pd.read_csv(tmp_path / "out" / "evaluation" / "predictions.csv")) == 1
 
 
-def test_event_types_never_seen_in_training_are_scored(trained, tmp_path):
+def test_event_types_never_seen_in_training_are_scored(finished, tmp_path):
     small_table().assign(event_type="transfusion", insurance="never seen").to_csv(tmp_path / "new.csv", index=False)
-    assert (
-        run(
-            *arguments(tmp_path, tmp_path / "new.csv", "--evaluate", trained / "out" / "checkpoints" / "best_model.pth")
-        )
-        == 0
-    )
+    assert run(*arguments(tmp_path, tmp_path / "new.csv", "--evaluate", best_model(finished))) == 0
     assert pd.read_csv(tmp_path / "out" / "evaluation" / "predictions.csv").probability.between(0, 1).all()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_table import arguments, leftovers, small_table
+from small_table import arguments, best_model, leftovers, small_table
 
 import train
 
@@ -101,19 +101,15 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(data, tmp_pa
     assert leftovers(tmp_path / "out") == [folder / ".mine"]
 
 
-def test_same_seed_gives_the_same_bits(data, tmp_path):
-    states = []
-    for name in ("one", "two"):
-        assert train.main(arguments(tmp_path / name, data)) == 0
-        states.append(
-            torch.load(tmp_path / name / "out" / "checkpoints" / "best_model.pth", weights_only=True)["model"]
-        )
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+def test_same_seed_gives_the_same_bits(finished, tmp_path):
+    assert train.main(arguments(tmp_path, finished / "data.csv")) == 0
+    first, second = (torch.load(best_model(folder), weights_only=True)["model"] for folder in (finished, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_loss_of_nan_stops_at_most_a_step_later_and_keeps_the_best_checkpoint(data, tmp_path, capfd, monkeypatch):
     assert train.main(arguments(tmp_path, data, "--batch-size", 3)) == 0
-    best = (tmp_path / "out" / "checkpoints" / "best_model.pth").read_bytes()
+    best = (best_model(tmp_path)).read_bytes()
     forward, steps = train.TrainingObjective.forward, []
 
     def spoiled(self, batch, time_column):
@@ -130,7 +126,7 @@ def test_loss_of_nan_stops_at_most_a_step_later_and_keeps_the_best_checkpoint(da
         "the loss is not finite for icu_stay_id 300000" in message
         and "," not in message.split("icu_stay_id")[1].split(".")[0]
     )
-    assert (tmp_path / "out" / "checkpoints" / "best_model.pth").read_bytes() == best and epochs_done(tmp_path) == 1
+    assert (best_model(tmp_path)).read_bytes() == best and epochs_done(tmp_path) == 1
 
 
 def test_learning_rate_that_makes_nan_is_a_clear_error(data, tmp_path, capfd):

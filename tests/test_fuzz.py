@@ -10,7 +10,7 @@ from small_table import small_table, to_parquet
 import train
 
 QUICK = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 ODD = [
     "",

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from small_table import arguments, small_table
+from small_table import arguments, best_model, small_table
 
 import train
 
@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
 
 
 def evaluated(folder, *options):
-    checkpoint = folder / "out" / "checkpoints" / "best_model.pth"
+    checkpoint = best_model(folder)
     assert train.main(arguments(folder, folder / "data.csv", "--evaluate", checkpoint, *options)) == 0
     return json.loads((folder / "out" / "evaluation" / "metrics.json").read_text())
 
@@ -54,7 +54,7 @@ def test_values_that_training_never_saw_are_counted_by_column_with_a_warning_abo
     data = pd.read_csv(trained / "data.csv", dtype=str)
     data.loc[:5, "patient_race"] = "NEW"
     data.assign(insurance="NEW").to_csv(trained / "new.csv", index=False)
-    checkpoint = trained / "out" / "checkpoints" / "best_model.pth"
+    checkpoint = best_model(trained)
     assert train.main(arguments(trained, trained / "new.csv", "--evaluate", checkpoint)) == 0
     content = json.loads((trained / "out" / "evaluation" / "metrics.json").read_text())
     assert content["unknown_categories"] == {"patient_race": 1, "insurance": 40}

@@ -13,42 +13,11 @@ from small_table import TINY, arguments, leftovers, small_table
 
 import train
 
+ACCELERATE = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 # Without MPI, accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts them all.
 LAUNCHERS = {
-    "accelerate launch --cpu": (
-        1,
-        [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ],
-    ),
-    "accelerate launch --multi_gpu": (
-        2,
-        [
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "29531",
-        ],
-    ),
+    "accelerate launch --cpu": (1, [*ACCELERATE.split(), "--cpu"]),
+    "accelerate launch --multi_gpu": (2, [*ACCELERATE.split(), "--multi_gpu", "--main_process_port", "29531"]),
     "torchrun": (2, ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29532"]),
 }
 
@@ -85,17 +54,36 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(launcher, tmp_path, 
     )  # each process saved its share
 
 
+# Two processes as torchrun would start them, forked from one that has imported the program: half as much work.
+FORK = """
+import multiprocessing, os, sys
+import train
+
+def run(rank):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
+    sys.exit(train.main(sys.argv[1:]))
+
+processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(max(process.exitcode for process in processes))
+"""
+
+
 def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
     """On the bundled sample, here a small one beside a copy of the program, with nobody at the hub's address."""
     for name in ("train.py", "query.sql"):
         shutil.copy(Path(train.__file__).parent / name, tmp_path / name)
     small_table().to_csv(tmp_path / "sample_train.csv", index=False)
     done = subprocess.run(
-        [sys.executable, *LAUNCHERS["torchrun"][1], tmp_path / "train.py", *TINY],
+        [sys.executable, "-c", FORK, *TINY],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("read with the hashing encoder instead") == 2  # one warning of each process

@@ -7,18 +7,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from small_table import arguments, small_table
+from small_table import arguments, best_model, small_table
 
 import train
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of one epoch on 40 stays: its folder."""
-    folder = tmp_path_factory.mktemp("finished")
-    small_table().to_csv(folder / "data.csv", index=False)
-    assert train.main(arguments(folder, folder / "data.csv")) == 0
-    return folder
 
 
 def metrics_of(folder, name="metrics.json"):
@@ -117,36 +108,39 @@ def test_seeds_share_a_split_and_give_one_table(finished, tmp_path):
     assert pooled["probability"].to_numpy() == pytest.approx((parts[0] + parts[1])["probability"].to_numpy() / 2)
 
 
-def test_cross_validation_pictures_the_pooled_predictions(finished, tmp_path):
+def test_cross_validation_holds_out_every_stay_once_and_pictures_all(finished, tmp_path):
     assert train.main(arguments(tmp_path, finished / "data.csv", "--cross-validate", 2)) == 0
-    for name in ("plots/calibration.png", "subgroups.csv", "operating_points.csv", "folds.csv", "calibration.csv"):
+    for name in ("plots/calibration.png", "subgroups.csv", "operating_points.csv", "folds.csv"):
         assert (tmp_path / "out" / name).exists()
     assert pd.read_csv(tmp_path / "out" / "calibration.csv")["n"].sum() == 40
+    predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert predictions["icu_stay_id"].is_unique and len(predictions) == 40 and predictions["fold"].nunique() == 2
+
+
+def test_folds_of_cross_validation_keep_patients_whole(sample_run):
+    table = train.read_stays(sample_run / "data.csv")[0]
+    patients = table.stays["patient_id"].to_numpy()
+    assert len(np.unique(patients)) < len(patients)
+    tested = []
+    for split in train.cross_validation_splits(table, 3, seed=0):
+        parts = [set(patients[part]) for part in split]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == len(np.unique(patients))
+        tested += split.test.tolist()
+    assert sorted(tested) == list(range(len(patients)))
 
 
 def test_evaluation_is_written_beside_its_checkpoint(finished):
-    checkpoint = finished / "out" / "checkpoints" / "best_model.pth"
-    options = [
-        "--evaluate",
-        str(checkpoint),
-        "--data",
-        str(finished / "data.csv"),
-        "--cache-dir",
-        str(finished / "cache"),
-    ]
+    places = ["--data", finished / "data.csv", "--cache-dir", finished / "cache"]
+    options = [*map(str, ["--evaluate", best_model(finished), *places])]
     stale = finished / "out" / "evaluation" / "risk_trajectories.csv"
     assert train.main([*options, "--trajectory", "24"]) == 0 and stale.exists()
     assert train.main(options) == 0 and not stale.exists()
     assert len(pd.read_csv(finished / "out" / "evaluation" / "predictions.csv")) == 40
 
 
-def test_new_run_removes_what_an_earlier_one_left_and_nothing_else(finished, tmp_path):
-    stale = tmp_path / "out" / "attention_weights" / "attention_epoch_9_batch_0.npz"
-    stale.parent.mkdir(parents=True)
-    for path in (stale, tmp_path / "out" / "notes.csv"):
-        path.write_text("x")
-    assert train.main(arguments(tmp_path, finished / "data.csv")) == 0
-    assert not stale.exists() and (tmp_path / "out" / "notes.csv").exists()
+def test_new_run_removes_what_an_earlier_one_left_and_nothing_else(finished):
+    left = {path.name for path in (finished / "out").rglob("*") if path.is_file()}
+    assert "attention_epoch_9_batch_0.npz" not in left and "notes.csv" in left
 
 
 def test_ctrl_c_in_the_middle_of_an_epoch_loses_that_epoch_alone(finished, tmp_path, monkeypatch, capfd):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,70 +13,30 @@ import pandas as pd
 import pytest
 import torch
 from make_sample import make_sample
-from small_table import small_table
+from small_table import arguments, best_model, small_table
 
 import explain_clinicalLF
 import train
 
-SMALL = [
-    "--d-model",
-    "32",
-    "--n-layers",
-    "1",
-    "--n-heads",
-    "2",
-    "--d-feedforward",
-    "32",
-    "--n-bootstrap",
-    "50",
-    "--patience",
-    "99",
-]
+
+@pytest.fixture
+def data(sample_run):
+    return sample_run / "data.csv"
 
 
-def arguments(folder, data, *more, encoder="hashing"):
-    return [
-        *SMALL,
-        "--data",
-        str(data),
-        "--text-encoder",
-        str(encoder),
-        "--cache-dir",
-        str(folder / "cache"),
-        "--output-dir",
-        str(folder / "out"),
-        *map(str, more),
-    ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "sample.csv"
-    make_sample(90, seed=1).table.to_csv(path, index=False)
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """A finished run of three epochs: its folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert train.main(arguments(folder, data, "--max-epochs", 3)) == 0
-    return folder
-
-
-def test_history_has_a_row_for_every_epoch(trained):
-    history = pd.read_csv(trained / "out" / "history.csv")
+def test_history_has_a_row_for_every_epoch(sample_run):
+    history = pd.read_csv(sample_run / "out" / "history.csv")
     assert history["epoch"].tolist() == [1, 2, 3] and (history["seconds"] > 0).all()
 
 
-def test_resume_knows_the_same_data_at_another_path_and_refuses_other_data_at_the_same(data, tmp_path, capfd):
-    table = pd.read_csv(data)
-    for name, content in (("here.csv", table), ("there.csv", table)):
-        content.to_csv(tmp_path / name, index=False)
-    assert train.main(arguments(tmp_path, tmp_path / "here.csv", "--max-epochs", 1)) == 0
-    assert train.main(arguments(tmp_path, tmp_path / "there.csv", "--max-epochs", 2, "--resume")) == 0
-    table.assign(event_text=table["event_text"] + ".").to_csv(tmp_path / "there.csv", index=False)
-    assert train.main(arguments(tmp_path, tmp_path / "there.csv", "--max-epochs", 3, "--resume")) == 2
+def test_resume_knows_the_same_data_at_another_path_and_refuses_other_data_at_the_same(finished, tmp_path, capfd):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    options = arguments(tmp_path, tmp_path / "data.csv", "--max-epochs", 2, "--resume")
+    assert train.main(options) == 0
+    assert "Resumed     after epoch 1" in capfd.readouterr().out
+    table = pd.read_csv(tmp_path / "data.csv", dtype=str)
+    table.assign(event_text=table["event_text"] + ".").to_csv(tmp_path / "data.csv", index=False)
+    assert train.main(options) == 2
     assert "other data" in capfd.readouterr().err
 
 
@@ -83,8 +44,8 @@ def weights(folder, name="best_model.pth"):
     return torch.load(folder / "out" / "checkpoints" / name, weights_only=True)["model"]
 
 
-def test_training_writes_every_output(trained):
-    names = {str(path.relative_to(trained / "out")) for path in (trained / "out").rglob("*") if path.is_file()}
+def test_training_writes_every_output(sample_run):
+    names = {str(path.relative_to(sample_run / "out")) for path in (sample_run / "out").rglob("*") if path.is_file()}
     plots = {
         f"plots/{name}.png" for name in ("training_curves", "roc_and_precision_recall", "calibration", "decision_curve")
     }
@@ -111,20 +72,20 @@ def test_help_names_every_setting_of_both_scripts(script, settings, capsys):
     assert all(f"--{field.name}" in shown for field in dataclasses.fields(settings))
 
 
-def test_metrics_name_the_encoder_and_carry_intervals(trained):
-    content = json.loads((trained / "out" / "metrics.json").read_text())
+def test_metrics_name_the_encoder_and_carry_intervals(sample_run):
+    content = json.loads((sample_run / "out" / "metrics.json").read_text())
     auroc = content["metrics"]["test"]["auroc"]
     assert content["text_encoder"] == "hashing" and auroc["low"] <= auroc["value"] <= auroc["high"]
 
 
-def test_predictions_hold_each_test_stay_once(trained):
-    predictions = pd.read_csv(trained / "out" / "predictions.csv")
+def test_predictions_hold_each_test_stay_once(sample_run):
+    predictions = pd.read_csv(sample_run / "out" / "predictions.csv")
     assert list(predictions.columns) == ["icu_stay_id", "patient_id", "patient_expired_in_hospital", "probability"]
     assert predictions.icu_stay_id.is_unique and predictions.probability.between(0, 1).all()
 
 
-def test_saved_attention_is_bounded_and_sums_to_one(trained):
-    saved = train.load_attention_weights(trained / "out" / "attention_weights" / "attention_epoch_1_batch_0.npz")
+def test_saved_attention_is_bounded_and_sums_to_one(sample_run):
+    saved = train.load_attention_weights(sample_run / "out" / "attention_weights" / "attention_epoch_1_batch_0.npz")
     assert saved["pooling_weights"][0, :, 0].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
     assert max(saved["layer_attention_weights"][0].shape[2:]) <= train.MAX_MAP_BINS
 
@@ -141,31 +102,31 @@ def test_attention_is_saved_at_most_five_times_an_epoch_spread_evenly(tmp_path, 
     assert names == {f"attention_epoch_1_batch_{number}" for number in (0, 2, 4, 6, 8)}
 
 
-def test_no_patient_is_in_two_splits(trained):
-    patients = torch.load(trained / "out" / "checkpoints" / "best_model.pth", weights_only=True)["patients"]
+def test_no_patient_is_in_two_splits(sample_run):
+    patients = torch.load(best_model(sample_run), weights_only=True)["patients"]
     together = sum(patients.values(), [])
     assert len(together) == len(set(together)) and set(patients) == {"train", "validation", "test"}
 
 
-def test_evaluate_gives_the_same_probabilities_as_the_training_run(trained, data):
-    checkpoint = trained / "out" / "checkpoints" / "best_model.pth"
-    assert train.main(arguments(trained, data, "--evaluate", checkpoint)) == 0
-    scored = pd.read_csv(trained / "out" / "evaluation" / "predictions.csv").set_index("icu_stay_id").probability
-    before = pd.read_csv(trained / "out" / "predictions.csv").set_index("icu_stay_id").probability
+def test_evaluate_gives_the_same_probabilities_as_the_training_run(sample_run, data):
+    checkpoint = best_model(sample_run)
+    assert train.main(arguments(sample_run, data, "--evaluate", checkpoint)) == 0
+    scored = pd.read_csv(sample_run / "out" / "evaluation" / "predictions.csv").set_index("icu_stay_id").probability
+    before = pd.read_csv(sample_run / "out" / "predictions.csv").set_index("icu_stay_id").probability
     assert np.allclose(scored[before.index], before, atol=2e-6)
 
 
-def test_evaluate_without_labels_writes_predictions(trained, data, tmp_path):
+def test_evaluate_without_labels_writes_predictions(sample_run, data, tmp_path):
     unlabelled = tmp_path / "new.csv"
     pd.read_csv(data, dtype=str).drop(columns="patient_expired_in_hospital").to_csv(unlabelled, index=False)
-    checkpoint = trained / "out" / "checkpoints" / "best_model.pth"
-    assert train.main([*arguments(tmp_path, unlabelled, "--evaluate", checkpoint)]) == 0
+    checkpoint = best_model(sample_run)
+    assert train.main(arguments(tmp_path, unlabelled, "--evaluate", checkpoint)) == 0
     scored = pd.read_csv(tmp_path / "out" / "evaluation" / "predictions.csv")
     assert scored.patient_expired_in_hospital.isna().all() and scored.probability.notna().all()
 
 
-def test_evaluate_trajectory_scores_stays_while_they_last(trained, data, tmp_path):
-    checkpoint = trained / "out" / "checkpoints" / "best_model.pth"
+def test_evaluate_trajectory_scores_stays_while_they_last(sample_run, data, tmp_path):
+    checkpoint = best_model(sample_run)
     assert train.main(arguments(tmp_path, data, "--evaluate", checkpoint, "--trajectory", "6,24")) == 0
     rows = pd.read_csv(tmp_path / "out" / "evaluation" / "risk_trajectories.csv")
     table = train.read_stays(data)[0]
@@ -174,12 +135,14 @@ def test_evaluate_trajectory_scores_stays_while_they_last(trained, data, tmp_pat
     assert set(rows.hours_after_admission) == {6, 24} and (rows.hours_after_admission == 24).sum() == len(lasting)
 
 
-def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(trained, data, tmp_path, monkeypatch):
+def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(sample_run, tmp_path, monkeypatch):
+    settings = train.load_checkpoint(best_model(sample_run)).settings
+    settings = dataclasses.replace(settings, output_dir=str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "out_of_patience", lambda trainer: trainer.epochs_done == 1)
-        assert train.main(arguments(tmp_path, data, "--max-epochs", 3)) == 0
-    assert train.main(arguments(tmp_path, data, "--max-epochs", 3, "--resume")) == 0
-    straight, resumed = weights(trained, "latest_checkpoint.pth"), weights(tmp_path, "latest_checkpoint.pth")
+        train.train_model(settings)
+    train.train_model(dataclasses.replace(settings, resume=True))
+    straight, resumed = weights(sample_run, "latest_checkpoint.pth"), weights(tmp_path, "latest_checkpoint.pth")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
@@ -198,29 +161,14 @@ def test_audit_alone_names_discharge_location(data, tmp_path):
     assert audit.flagged["discharge_location"] and not audit.flagged["patient_age"]
 
 
-def test_cross_validation_holds_out_every_stay_once(data, tmp_path):
-    assert train.main(arguments(tmp_path, data, "--max-epochs", 1, "--cross-validate", 3)) == 0
-    predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
-    assert predictions.icu_stay_id.is_unique and len(predictions) == 90
-    assert (predictions.groupby("patient_id").fold.nunique() == 1).all()
-
-
-def test_item_history_and_temperature_scaling_train_and_evaluate(data, tmp_path):
-    run = arguments(tmp_path, data, "--max-epochs", 1, "--item-history", "--temperature-scaling")
-    assert train.main(run) == 0
-    checkpoint = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
-    assert checkpoint.model.architecture["input_dim"] == 783
-    assert train.main(arguments(tmp_path, data, "--evaluate", tmp_path / "out" / "checkpoints" / "best_model.pth")) == 0
-
-
-def test_whole_program_on_a_tiny_longformer_with_another_hidden_size(tiny_longformer, data, tmp_path):
-    assert train.main(arguments(tmp_path, data, "--max-epochs", 1, encoder=tiny_longformer)) == 0
-    checkpoint = train.load_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
-    assert checkpoint.model.architecture["input_dim"] == 5 + 32 + 1
-    run = arguments(
-        tmp_path, data, "--evaluate", tmp_path / "out" / "checkpoints" / "best_model.pth", encoder=tiny_longformer
-    )
-    assert train.main(run) == 0
+def test_item_history_temperature_scaling_and_an_encoder_of_another_size_train_and_evaluate(
+    tiny_longformer, finished, tmp_path
+):
+    data, options = finished / "data.csv", ["--item-history", "--temperature-scaling"]
+    assert train.main(arguments(tmp_path, data, *options, encoder=tiny_longformer)) == 0
+    checkpoint = train.load_checkpoint(best_model(tmp_path))
+    assert checkpoint.model.architecture["input_dim"] == 5 + 32 + 1 + len(train.HISTORY)
+    assert train.main(arguments(tmp_path, data, "--evaluate", best_model(tmp_path), encoder=tiny_longformer)) == 0
 
 
 def test_shuffled_labels_score_near_one_half(tmp_path):
@@ -232,7 +180,7 @@ def test_shuffled_labels_score_near_one_half(tmp_path):
     )
     table["patient_expired_in_hospital"] = table.patient_id.map(drawn)
     table.to_csv(tmp_path / "shuffled.csv", index=False)
-    assert train.main(arguments(tmp_path, tmp_path / "shuffled.csv", "--max-epochs", 3, "--batch-size", 32)) == 0
+    assert train.main(arguments(tmp_path, tmp_path / "shuffled.csv", "--max-epochs", 3, "--n-bootstrap", 50)) == 0
     auroc = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["test"]["auroc"]
     assert auroc["low"] < 0.5 < auroc["high"]
 
