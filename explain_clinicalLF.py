@@ -182,6 +182,9 @@ class ExplainSettings:
         False,
         "Show what matters in half a minute: 12 stays, few checks, no layers.",
     )
+    memory_limit: str = train.option(
+        "33%", "Memory for reading the data: a share of the machine's, or a size like 16GB."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +221,7 @@ def load_run(
     cache_dir: str | Path = "",
     hf_cache: str | Path = "",
     labels: str = "",
+    memory_limit: str = "33%",
 ) -> Run:
     """Return the checkpoint with the stays of patients it was neither trained nor tuned on, in its own cohort settings.
 
@@ -238,6 +242,7 @@ def load_run(
         trained.cache_dir,
         need_label=False,
         task=trained.meds_task,
+        memory_limit=memory_limit,
         static_features=[*checkpoint.preprocessor.categorical, *checkpoint.preprocessor.numeric],
     )
     settings = replace(trained, data=shown, text_encoder=train.encoder_to_load(checkpoint, text_encoder))
@@ -3976,8 +3981,8 @@ def run_explainability_analysis(
         raise InputError(words) from None
     train.check_limits(settings)
     settings = in_half_a_minute(settings) if settings.quick else settings
-    folders = (settings.text_encoder, settings.cache_dir, settings.hf_cache, settings.labels)
-    run = load_run(settings.checkpoint, test_data_path, *folders)
+    given = (settings.text_encoder, settings.cache_dir, settings.hf_cache, settings.labels, settings.memory_limit)
+    run = load_run(settings.checkpoint, test_data_path, *given)
     own = run.checkpoint.settings
     settings = replace(settings, data=settings.data or own.test_data or own.data)
     tables = explain(run, settings)

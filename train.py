@@ -931,12 +931,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
                 write_json(working / target.name / ACCOUNT, accounts)
                 collect_stays(database, query_for_duckdb(query), working / target.name)
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-            raise no_room(
-                "query.sql",
-                error,
-                memory_limit,
-                results,
-            ) from None  # the next run goes on from here
+            raise no_room("query.sql", error, memory_limit, results) from None  # the next run goes on from here
         except InputError:  # the folder has to be mended first
             remove(working)
             raise
@@ -1430,7 +1425,7 @@ def read_stays(
                     task,
                     static_features,
                 )
-        except duckdb.OutOfMemoryException as error:
+        except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise no_room(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
             raise InputError(
@@ -5080,6 +5075,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         reason = f"{error.filename or 'a file'}: {error.strerror or error}"
         print(f"error: {reason}. Is the disk full, or the file not yours?", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"error: the memory does not suffice ({error}): take fewer stays or a larger machine.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         latest = output_folder(settings) / "checkpoints" / "latest_checkpoint.pth"

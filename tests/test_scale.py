@@ -140,6 +140,19 @@ def test_out_of_memory_does_not_blame_the_file(tmp_path):
     assert "CSV must be" not in str(caught.value)
 
 
+def test_arrays_beyond_memory_end_in_one_sentence(tmp_path, monkeypatch, capsys):
+    def allocate(*_):
+        raise MemoryError("Unable to allocate 17 GiB")
+
+    monkeypatch.setattr(train, "run", allocate)
+    assert train.main([]) == 2
+    message = capsys.readouterr().err
+    assert "memory does not suffice (Unable to allocate 17 GiB)" in message and message.count("\n") == 1
+    monkeypatch.setattr(train, "_load_arrays", allocate)
+    with pytest.raises(train.InputError, match="--memory-limit 1GB .*Nothing is wrong with the data"):
+        train.read_stays(train.SAMPLE, tmp_path, memory_limit="1GB")
+
+
 def test_prospective_cohort_has_the_texts_that_it_reads(sample):
     settings = train.check_settings(train.Settings(data=str(train.SAMPLE), observation_hours=6))
     table = train.read_source(settings.data, settings, Accelerator()).table
