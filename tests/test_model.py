@@ -107,6 +107,23 @@ def test_layer_weights_equal_what_the_fused_pass_used(model, batch):
     assert torch.allclose(by_weights, seen["attended"], atol=1e-5)
 
 
+def test_packed_layer_is_the_pre_norm_layer_of_torch():
+    torch.manual_seed(0)
+    packed = train.EncoderLayer(32, 4, 48, 0.1).eval()
+    plain = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=True).eval()
+    parts = {"self_attn.in_proj_": "query_key_value.", "self_attn.out_proj.": "attention_output."}
+    parts |= {"linear1.": "feedforward.0.", "linear2.": "feedforward.3."}
+    parts |= {"norm1.": "norm_attention.", "norm2.": "norm_feedforward."}
+    weights = packed.state_dict()
+    plain.load_state_dict(
+        {its + kind: weights[ours + kind] for its, ours in parts.items() for kind in ("weight", "bias")}
+    )
+    events = torch.randn(7, 32)
+    assert torch.allclose(
+        packed(events, train.layout_of_mask(torch.ones(1, 7, dtype=torch.bool))), plain(events[None])[0], atol=1e-5
+    )
+
+
 def test_model_without_events_is_finite(model, batch):
     sequences, static, mask = batch
     assert torch.isfinite(model(sequences, static, torch.zeros_like(mask))).all()
