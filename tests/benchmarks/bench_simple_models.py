@@ -102,6 +102,7 @@ def item_features(data: Data) -> np.ndarray:
     wide = (
         groups.agg(["min", "max", "mean", "last", "first", "std"]).dropna(how="all").unstack("item").reindex(range(n))
     )
+    wide = wide.loc[:, wide.iloc[data.split.train].notna().any()]  # trees and medians need a number to learn from
     counts = groups.size().unstack("item").reindex(range(n)).fillna(0)
     return np.hstack([static_features(data), pd.crosstab(events.stay, table.event_type), wide, counts])
 
