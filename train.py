@@ -81,6 +81,7 @@ from accelerate.utils import (
     send_to_device,
 )
 from filelock import FileLock, Timeout
+from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
@@ -5314,14 +5315,15 @@ def describe_plan(
     seconds_read: float,
 ) -> None:
     """Log what the run will do, about how long it takes by rates measured here, and what it needs of what is free."""
-    n_new, dim, encoding = measure_encoding(table.texts, settings, accelerator)
+    texts = list(dict.fromkeys(texts_to_encode(table.texts, settings)))
+    n_new, dim, encoding = measure_encoding(texts, settings, accelerator)
     lengths, split, n_trainings = table.lengths, splits[0], max(len(splits), settings.seeds)
     scored = lengths[split.validation].sum() / lengths[split.train].sum() / 3  # without a backward pass
     epoch = (1 + scored) * measure_epoch(lengths[split.train], dim, settings, accelerator)
     total = encoding + n_trainings * settings.max_epochs * epoch
     logger.info(
         f"Plan        read in {words_of(seconds_read)}; "
-        f"encode {n_new:,} of {len(table.texts):,} texts{f' (about {words_of(encoding)})' if n_new else ''}; "
+        f"encode {n_new:,} of {len(texts):,} texts{f' (about {words_of(encoding)})' if n_new else ''}; "
         f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {words_of(epoch)}; "
         f"in all about {words_of(total)}",
     )
@@ -5360,8 +5362,13 @@ def words_of(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def texts_to_encode(texts: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return the texts as the encoder reads them: `--item-history` has the numbers itself, so that far fewer differ."""
+    return np.array([without_value(text) for text in texts], dtype=object) if settings.item_history else texts
+
+
 def measure_encoding(
-    texts: np.ndarray,
+    texts: Sequence[str],
     settings: Settings,
     accelerator: Accelerator,
 ) -> tuple[int, int, float]:
@@ -5788,9 +5795,9 @@ def meds_predictions(scored: Scored) -> pd.DataFrame:
 def log_metrics(metrics: dict[str, Any], title: str) -> None:
     """Log each figure with its interval."""
     logger.info(f"{title}; in brackets 95 % intervals")
-    for name, label in METRIC_WORDS.items():
+    for name in [name for name in METRICS if name in metrics]:
         prevalence = f" at prevalence {metrics['prevalence']:.3f}" if name == "auprc" else ""
-        logger.info(f"            {label:22s} {figure_text(metrics[name], 3, '')}{prevalence}")
+        logger.info(f"            {METRIC_WORDS[name]:22s} {figure_text(metrics[name], 3, '')}{prevalence}")
 
 
 def tripod_block(
@@ -5813,73 +5820,113 @@ def tripod_block(
 MODEL_CARD = """\
 # Model card
 
-Predicts whether a patient dies in hospital, from the events of an ICU stay as texts. {moment}
+Predicts whether a patient dies in hospital, from the events of an ICU stay as texts. {{ moment }}
 Research software: not a medical device, not for clinical use.
 
-Made {date} by `{command}`, commit {commit}.
+Made {{ run.date }} by `{{ run.command }}`, commit {{ run.commit }}.
 
 ## Model
 
-{parameters:,} parameters, trained in {epochs} epochs (best: {best_epoch}); text encoder `{text_encoder}`;
-static features: {static_features}. Probability = sigmoid(logit / {temperature:.3g}).
+{{ "{:,}".format(training.parameters) }} parameters, trained in {{ training.epochs }} epochs (best: {{
+training.best_epoch }}); text encoder `{{ text_encoder }}`;
+static features: {{ settings.static_features | join(", ") }}. Probability = sigmoid(logit / {{
+"%.3g" % training.temperature }}).
 
 ## Patients
 
-{flow}
+{% for step in tripod_ai.flow %}
+- {{ "{:,} stays, {:,} deaths".format(step.stays, step.deaths) }}: {{ step.name }}
+{% endfor %}
 
 | part | patients |
 |---|---|
-{parts}
+{% for name, n_patients in tripod_ai.patients_per_part.items() %}
+| {{ name }} | {{ "{:,}".format(n_patients) }} |
+{% endfor %}
 
-Missing values: {missing}. Events: {events}.
+| column | missing |
+|---|---|
+{% for name, missing in tripod_ai.missing_per_column.items() if missing %}
+| {{ name }} | {{ "{:.1%}".format(missing) }} |
+{% else %}
+| all | 0 |
+{% endfor %}
 
-## Figures of the {part} stays, with 95 % intervals from resampling patients
+| type | events |
+|---|---|
+{% for name, n_events in tripod_ai.events_per_type.items() if n_events %}
+| {{ name }} | {{ "{:,}".format(n_events) }} |
+{% endfor %}
 
-{metrics[n_stays]} stays of {metrics[n_patients]} patients, {metrics[n_deaths]} deaths. {note}
+## Figures of the {{ part }} stays, with 95 % intervals from resampling patients
+
+{{ figures.n_stays }} stays of {{ figures.n_patients }} patients, {{ figures.n_deaths }} deaths. {{
+figures.note | capitalize }}
 
 | figure | value |
 |---|---|
-{figures}
+{% for name, words in METRIC_WORDS.items() %}
+| {{ words }} | {{ figure_text(figures[name]) }} |
+{% endfor %}
 
-At the threshold that finds {sensitivity:.0%} of the deaths: {operating}.
+{% set whole = tripod_ai.operating_points[0] %}
+At the threshold that finds {{ "{:.0%}".format(SENSITIVITY) }} of the deaths: {{ whole.alarms }} alarms for {{
+whole.deaths_found }} of {{ whole.deaths }} deaths.
 
 | group | stays | deaths | AUROC | alarms per true death |
 |---|---|---|---|---|
-{groups}
+{% for row in tripod_ai.subgroups[1:] %}
+{% set point = tripod_ai.operating_points[loop.index] %}
+{% set auroc = "%.2f (%.2f to %.2f)" % (row.auroc, row.auroc_low, row.auroc_high) %}
+{% set alarms = "%.1f" % point.alarms_per_true_death %}
+| {{ row.group }}: {{ row.value }} | {{ row.stays }} | {{ row.deaths }} | {{
+"too few (below %d)" % MIN_PER_OUTCOME if row.note else auroc }} | {{
+"too few (below %d)" % TOO_FEW if point.note else alarms }} |
+{% endfor %}
 
 ## Limits
 
-{limits}
+{% if part == "validation" %}
+- Not tested: the stays of these figures chose the epoch, which flatters the model.
+{% elif settings.test_data %}
+- Tested on another data set than it was trained on.
+{% else %}
+- Tested on stays of the same data set: other hospitals may differ.
+{% endif %}
+- Groups with fewer than {{ MIN_PER_OUTCOME }} stays of either outcome are not judged, nor whether groups differ.
+{% if text_encoder == "hashing" %}
+- Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.
+{% endif %}
+{% if not calibrated %}
+- Its probabilities are not shown to be calibrated: calibration slope {{ figure_text(figures.calibration_slope) }}.
+{% endif %}
+{% if flagged %}
+- The leakage audit flags {{ flagged | join(", ") }}; the model uses {{ used | join(", ") or "none of it" }}.
+{% endif %}
 """
 
 
 def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> str:
     """Return the model card of a run, from what metrics.json holds and how the run came about."""
-    metrics, settings, block = content["metrics"][part], content["settings"], content["tripod_ai"]
-    moment = moment_of_prediction(settings["observation_hours"], settings["labels"])
-    missing = [f"{name} {share_:.0%}" for name, share_ in block["missing_per_column"].items() if share_]
-    events = [f"{count:,} {name}" for name, count in block["events_per_type"].items() if count]
-    flow = [f"{step['stays']:,} stays, {step['deaths']:,} deaths: {step['name']}" for step in block["flow"]]
-    points = {(row["group"], row["value"]): row for row in block["operating_points"]}
-    whole = points["all", "all stays"]
-    return MODEL_CARD.format(
-        **record,
-        **content["training"],
-        moment=moment,
-        text_encoder=content["text_encoder"],
-        static_features=", ".join(settings["static_features"]),
-        flow="\n".join(f"- {line}" for line in flow),
-        parts="\n".join(f"| {name} | {n:,} |" for name, n in block["patients_per_part"].items()),
-        missing=", ".join(missing) or "none",
-        events=", ".join(events),
+    figures, settings = content["metrics"][part], content["settings"]
+    slope = figures["calibration_slope"]
+    has_interval = None not in (slope["low"], slope["high"])
+    flagged = [row["name"] for row in content["leakage_audit"] if row["flagged"]]
+    template = Environment(trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return template.from_string(MODEL_CARD).render(
+        content,
+        METRIC_WORDS=METRIC_WORDS,
+        SENSITIVITY=SENSITIVITY,
+        MIN_PER_OUTCOME=MIN_PER_OUTCOME,
+        TOO_FEW=TOO_FEW,
+        figure_text=figure_text,
         part=part,
-        metrics=metrics,
-        note=metrics["note"].capitalize(),
-        figures="\n".join(f"| {METRIC_WORDS[name]} | {figure_text(metrics[name])} |" for name in METRICS),
-        sensitivity=SENSITIVITY,
-        operating=f"{whole['alarms']} alarms for {whole['deaths_found']} of {whole['deaths']} deaths",
-        groups="\n".join(group_line(row, points) for row in block["subgroups"]),
-        limits="\n".join(f"- {limit}" for limit in limits_of(content, part)),
+        figures=figures,
+        run=record,
+        moment=moment_of_prediction(settings["observation_hours"], settings["labels"]),
+        calibrated=has_interval and slope["low"] <= 1 <= slope["high"],
+        flagged=flagged,
+        used=sorted(set(flagged) & set(settings["static_features"])),
     )
 
 
@@ -5897,52 +5944,6 @@ RETROSPECTIVE = (
 )
 
 
-def group_line(row: dict[str, Any], points: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """Return one group's row of the model card."""
-    point = points[row["group"], row["value"]]
-    auroc = f"{row['auroc']:.2f} ({row['auroc_low']:.2f} to {row['auroc_high']:.2f})"
-    alarms = f"{point['alarms_per_true_death']:.1f}"
-    cells = [
-        f"{row['group']}: {row['value']}",
-        str(row["stays"]),
-        str(row["deaths"]),
-        f"too few (below {MIN_PER_OUTCOME})" if row["note"] else auroc,
-        f"too few (below {TOO_FEW})" if point["note"] else alarms,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def limits_of(content: dict[str, Any], part: str) -> list[str]:
-    """Return what a reader of the figures must know."""
-    settings, metrics = content["settings"], content["metrics"][part]
-    flagged = [row["name"] for row in content["leakage_audit"] if row["flagged"]]
-    slope = metrics["calibration_slope"]
-    limits = [
-        "Tested on stays of the same data set: other hospitals may differ.",
-        f"Groups with fewer than {MIN_PER_OUTCOME} stays of either outcome are not judged, nor whether groups differ.",
-    ]
-    if settings["test_data"]:
-        limits[0] = "Tested on another data set than it was trained on."
-    if part == "validation":
-        limits[0] = "Not tested: the stays of these figures chose the epoch, which flatters the model."
-    if not settings["observation_hours"] and not settings["labels"]:
-        limits.append(RETROSPECTIVE)
-    if content["text_encoder"] == "hashing":
-        limits.append(
-            "Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.",
-        )
-    if None in (slope["low"], slope["high"]) or not slope["low"] <= 1 <= slope["high"]:
-        limits.append(
-            f"Its probabilities are not shown to be calibrated: {metric_text(metrics, 'calibration_slope')}.",
-        )
-    if flagged:
-        used = sorted(set(flagged) & set(settings["static_features"]))
-        limits.append(
-            f"The leakage audit flags {', '.join(flagged)}; the model uses {', '.join(used) or 'none of it'}."
-        )
-    return limits
-
-
 def embed_texts(
     texts: np.ndarray,
     settings: Settings,
@@ -5951,14 +5952,11 @@ def embed_texts(
 ) -> tuple[str, np.ndarray]:
     """Return the encoder's identity and the texts' vectors (n_texts, E); only new ones are computed, by all processes.
 
-    With `--item-history` the number comes from there, and the text is encoded without it: far fewer are distinct.
-
     The vectors are memory-mapped. On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on
     a user's data that is an error. A failure of one process is one of all, so that none waits for another in vain.
     """
     started = time.monotonic()
-    if settings.item_history:
-        texts = np.array([without_value(text) for text in texts], dtype=object)
+    texts = texts_to_encode(texts, settings)
     failure = None
     try:
         encoder = make_text_encoder(settings, accelerator)
@@ -6152,11 +6150,12 @@ def shares_unseen(unseen: pd.DataFrame) -> dict[str, float]:
 
 
 def after_recalibration(scored: Scored, settings: Settings) -> dict[str, Any] | None:
-    """Return the figures after recalibration of intercept and slope, and log them; None where outcomes are too few."""
+    """Return Brier score and calibration after refitting intercept and slope; None where outcomes are too few."""
     risks = recalibrated(*scored.columns)
     if risks is None:
         return None
     metrics = scored._replace(probabilities=risks).evaluate(settings)
+    metrics = {name: metrics[name] for name in ("brier", "calibration_intercept", "calibration_slope")}
     log_metrics(metrics, "Recalibrated, intercept and slope fitted on other patients of these stays")
     return metrics
 
