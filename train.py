@@ -5359,7 +5359,7 @@ def words_of(seconds: float) -> str:
     for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.1f} s"
+    return "an unknown time" if math.isnan(seconds) else f"{seconds:.1f} s"
 
 
 def texts_to_encode(texts: np.ndarray, settings: Settings) -> np.ndarray:
@@ -5389,7 +5389,7 @@ def measure_encoding(
     except EncoderUnreachable as error:  # `embed_texts` then falls back on the sample, and stops on any other data
         if settings.dry_run:
             logger.warning(f"Encoder     WARNING: {error}")
-        return len(texts), 768, 0.0
+        return len(texts), 768, math.nan
 
 
 def measure_epoch(lengths: np.ndarray, dim: int, settings: Settings, accelerator: Accelerator) -> float:

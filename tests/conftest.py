@@ -27,10 +27,11 @@ def unpainted(monkeypatch):
 def finished(tmp_path_factory):
     """The folder of a finished run of one epoch on 40 stays; tests may evaluate it, and change nothing else.
 
-    Before the run it held a saved attention of another run and a file that is none of the program's.
+    Before the run it held what others had left of another model, and two files that are none of the program's.
     """
     folder = tmp_path_factory.mktemp("finished")
-    for name in ("attention_weights/attention_epoch_9_batch_0.npz", "notes.csv"):
+    left = ["attention_weights/attention_epoch_9_batch_0.npz", "evaluation/run.json", "fold_9/run.json"]
+    for name in (*left, "notes.csv", "explainability/notes.csv"):
         path = folder / "out" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")

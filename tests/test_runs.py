@@ -139,8 +139,9 @@ def test_evaluation_is_written_beside_its_checkpoint(finished):
 
 
 def test_new_run_removes_what_an_earlier_one_left_and_nothing_else(finished):
-    left = {path.name for path in (finished / "out").rglob("*") if path.is_file()}
-    assert "attention_epoch_9_batch_0.npz" not in left and "notes.csv" in left
+    out = finished / "out"
+    assert not (out / "fold_9").exists() and not (out / "attention_weights" / "attention_epoch_9_batch_0.npz").exists()
+    assert (out / "notes.csv").exists() and (out / "explainability" / "notes.csv").exists()
 
 
 def test_ctrl_c_in_the_middle_of_an_epoch_loses_that_epoch_alone(finished, tmp_path, monkeypatch, capfd):
