@@ -3253,10 +3253,10 @@ def plan_batches(
     return [np.array(batch) for batch in batches]
 
 
-def share_of_batch(batch: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
-    """This process's stays of a batch, and their weights: a process left without a stay computes one with weight 0."""
+def share_of_batch(batch: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float]:
+    """This process's stays of a batch, and their weight: a process left without a stay computes one with weight 0."""
     share = batch[rank::world]
-    return (share, np.ones(len(share))) if len(share) else (batch[:1], np.zeros(1))
+    return (share, 1.0) if len(share) else (batch[:1], 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3395,8 +3395,9 @@ class ItemHistoryProjection(nn.Module):
 
     def __init__(self, n_plain: int, d_model: int) -> None:
         super().__init__()
-        n_numbers = len(STATISTICS) * self.n_steps + len(HISTORY) - len(STATISTICS) + 1
-        self.parts = (n_plain - 1, 1, len(STATISTICS), len(HISTORY) - len(STATISTICS))
+        n_quantiles, n_others = len(STATISTICS), len(HISTORY) - len(STATISTICS)
+        n_numbers = n_quantiles * self.n_steps + n_others + 1
+        self.parts = (n_plain - 1, 1, n_quantiles, n_others)
         self.text, self.numbers = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model, bias=False)
         self.text_factor, self.number_factor = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model)
         self.product = nn.Linear(d_model, d_model, bias=False)
@@ -3618,7 +3619,8 @@ def evenness(values: Tensor, attention_mask: Tensor) -> Tensor:
     n_events = is_event.sum(1).clamp(min=1)  # (B, 1)
     mean = (values * is_event.unsqueeze(3)).sum(1) / n_events.unsqueeze(2)  # (B, H, D/H)
     distances = (values - mean.unsqueeze(1)).norm(dim=3) * is_event  # (B, L, H)
-    l1, l2 = distances.sum(1) / n_events, (distances.square().sum(1) / n_events).clamp(min=1e-12).sqrt()
+    l1 = distances.sum(1) / n_events  # (B, H)
+    l2 = (distances.square().sum(1) / n_events).clamp(min=1e-12).sqrt()  # (B, H)
     return (l1 / l2).mean(1)
 
 
@@ -3871,9 +3873,9 @@ class Trainer:
         total_loss, n_stays, n_events = 0.0, 0, 0
         started = time.monotonic()
         for number, batch in enumerate(bar):
-            stays, (share, weights) = batches[number], shares[number]
+            stays, (share, weight) = batches[number], shares[number]
             self.set_learning_rate((epoch - 1 + number / len(batches)) / settings.max_epochs)
-            losses = self.objective(batch, self.time_column) * float(weights[0])  # (B,)
+            losses = self.objective(batch, self.time_column) * weight  # (B,)
             # Processes average their gradients: scaled so, the average is the gradient of the whole batch's mean.
             loss = losses.sum() * (world / len(stays))
             self.optimizer.zero_grad()
@@ -4085,7 +4087,8 @@ def attention_record(
     sequence, static, _ = dataset[stay]
     sequence = sequence[-MAX_MAP_EVENTS:].to(device)
     probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
-    events = slice(dataset.table.offsets[stay + 1] - len(sequence), dataset.table.offsets[stay + 1])
+    end = dataset.table.offsets[stay + 1]
+    events = slice(end - len(sequence), end)
     attention["layer_attention_weights"] = [binned(weights) for weights in attention["layer_attention_weights"]]
     return attention | {
         "icu_stay_id": int(dataset.table.stays["icu_stay_id"].iloc[stay]),

@@ -172,7 +172,7 @@ def test_batches_are_little_padding_on_long_tailed_lengths():
 
 def test_shares_of_processes_hold_every_stay_once_with_weight_one():
     shares = [train.share_of_batch(np.array([4, 7, 9]), rank, 4) for rank in range(4)]
-    assert sorted(s for stays, weights in shares for s, w in zip(stays, weights) if w) == [4, 7, 9]
+    assert sorted(stay for stays, weight in shares if weight for stay in stays) == [4, 7, 9]
     assert all(len(stays) for stays, _ in shares)
 
 
