@@ -2073,9 +2073,9 @@ class ClinicalDataPreprocessor:
         self._state = state
         self.categorical, self.numeric = state["categorical"], state["numeric"]
         self.item_history = state["item_history"]
-        if wrong := [
-            name for name in ("means", "scales", "smallest", "largest") if len(state[name]) != len(self.numeric)
-        ]:
+        of_numbers = ("means", "scales", "smallest", "largest")
+        wrong = [name for name in of_numbers if len(state[name]) != len(self.numeric)]
+        if wrong:
             raise ValueError(f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}")
         self.event_type_encoder = _one_hot(list(EVENT_TYPES))
         self.time_scaler = _scaler(state["time_mean"], state["time_scale"])
@@ -2088,11 +2088,9 @@ class ClinicalDataPreprocessor:
     @property
     def static_names(self) -> list[tuple[str, str | None]]:
         """(S) pairs of column and category (None for a number): what each static input means."""
-        names = [
-            (column, category)
-            for column, categories in zip(self.categorical, self._state["categories"])
-            for category in categories
-        ]
+        names: list[tuple[str, str | None]] = []
+        for column, categories in zip(self.categorical, self._state["categories"]):
+            names += [(column, category) for category in categories]
         return names + [(column, None) for column in self.numeric]
 
     @property
@@ -2169,7 +2167,9 @@ class ClinicalDataPreprocessor:
 def _one_hot(categories: Sequence[str]) -> OneHotEncoder:
     """Return a fitted encoder of these categories; an unknown one is all zeros."""
     encoder = OneHotEncoder(
-        categories=[np.array(categories, dtype=object)], sparse_output=False, handle_unknown="ignore"
+        categories=[np.array(categories, dtype=object)],
+        sparse_output=False,
+        handle_unknown="ignore",
     )
     return encoder.fit(np.array([[categories[0]]], dtype=object))
 
@@ -2177,7 +2177,9 @@ def _one_hot(categories: Sequence[str]) -> OneHotEncoder:
 def _scaler(mean: float, scale: float) -> StandardScaler:
     """Return a fitted scaler of one number."""
     scaler = StandardScaler()
-    scaler.mean_, scaler.scale_, scaler.var_ = np.array([mean]), np.array([scale]), np.array([scale]) ** 2
+    scaler.mean_ = np.array([mean])
+    scaler.scale_ = np.array([scale])
+    scaler.var_ = np.array([scale**2])
     scaler.n_features_in_ = 1
     return scaler
 
@@ -2505,7 +2507,12 @@ class TextEncoder:
         return self.cache.gather(text_keys(map(clean_text, texts)))
 
     def embed(
-        self, texts: Iterable[Any], rank: int = 0, world: int = 1, progress: bool = True, batch_size: int = 64
+        self,
+        texts: Iterable[Any],
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        batch_size: int = 64,
     ) -> np.ndarray:
         """See to it that every text is in the cache; return the texts' keys (n,).
 
@@ -2558,7 +2565,11 @@ class TextEncoder:
             done.clear()
 
     def _batches(
-        self, texts: list[str], chunks: list[np.ndarray], is_missing: np.ndarray, batch_size: int
+        self,
+        texts: list[str],
+        chunks: list[np.ndarray],
+        is_missing: np.ndarray,
+        batch_size: int,
     ) -> Iterator[Batch]:
         """Yield numbers of missing texts and their tokens, longest first, so that memory peaks at once."""
         budget = min(self.budget, batch_size * self.max_tokens)
@@ -2748,7 +2759,11 @@ class ClinicalTextEncoder(TextEncoder):
         with usable_encoder(self._folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
             model, info = transformers.AutoModel.from_pretrained(
-                self._folder, trust_remote_code=False, weights_only=True, dtype=torch.float32, output_loading_info=True
+                self._folder,
+                trust_remote_code=False,
+                weights_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
             self._length_limit = min(self.max_tokens, token_limit(config, self._folder))
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
@@ -3023,7 +3038,13 @@ def download_encoder(name: str, revision: str | None, folder: Path) -> None:
             siblings = HfApi(token=False).model_info(name, revision=revision, timeout=10).siblings or []
             is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in siblings)
             wanted = ["*.json", "*.txt", "*.model", "model*.safetensors" if is_safe else "pytorch_model*.bin"]
-            snapshot_download(name, revision=revision, local_dir=partial, token=False, allow_patterns=wanted)
+            snapshot_download(
+                name,
+                revision=revision,
+                local_dir=partial,
+                token=False,
+                allow_patterns=wanted,
+            )
             partial.rename(folder)
         except Exception as error:
             raise EncoderUnreachable(
