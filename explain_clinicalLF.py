@@ -319,6 +319,10 @@ def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int],
     while len(why) < min(shown, len(risk)):
         name = list(orders)[len(why) % len(orders)]
         why[next(int(stay) for stay in orders[name] if stay not in why)] = name
+    deaths = np.flatnonzero(labels == 1)
+    if why and len(deaths) and not why.keys() & set(deaths.tolist()):
+        why.popitem()
+        why[int(deaths[risk[deaths].argmax()])] = "highest risk of those who died"
     others = np.random.default_rng(seed).permutation([stay for stay in range(len(risk)) if stay not in why])
     chosen = [*why, *others.tolist()]
     return sorted(chosen[: max(most, len(why))] if most else chosen), why
@@ -447,21 +451,33 @@ def captum_analysis(
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
     for stay, is_event in enumerate(event_mask(sequences, attention_mask)):
         length = int(is_event.nonzero().max()) + 1 if is_event.any() else 0
-        arguments = (
-            sequences[stay : stay + 1, :length],
-            static_features[stay : stay + 1],
-            is_event[None, :length],
-            baseline,
-        )
-        check_finite(*arguments[:3])
+        sequence, static, mask = sequences[stay, None, :length], static_features[stay, None], is_event[None, :length]
+        check_finite(sequence, static, mask)
+        sequence = torch.where(mask[..., None], sequence, 0)  # what padding holds must not become 0 * NaN
+        logit, start = logits_and_baselines(model, sequence, static, mask, baseline)
         for steps in (n_steps, 4 * n_steps, 16 * n_steps) if retry else (n_steps,):
-            *found, row = integrated_gradients(model, *arguments, steps)
-            if row[-1]:
+            events, columns = integrated_gradients(model, sequence, static, mask, baseline, steps)
+            gap = float(events.double().sum() + columns.double().sum()) - (logit - start)
+            if is_complete(gap, logit - start):
                 break
-        attributions[stay, :length], statics[stay] = found[0][0], found[1][0]
-        rows.append(row)
-    columns = [np.array(column) for column in zip(*rows)]
-    return Attribution(attributions, statics, *columns)
+        attributions[stay, :length], statics[stay] = events[0], columns[0]
+        rows.append((logit, start, gap, steps, is_complete(gap, logit - start)))
+    return Attribution(attributions, statics, *(np.array(column) for column in zip(*rows)))
+
+
+@torch.no_grad()
+def logits_and_baselines(
+    model: ClinicalTransformer | LinearStay,
+    sequence: Tensor,
+    static: Tensor,
+    is_event: Tensor,
+    baseline: dict[str, Tensor] | None,
+) -> tuple[float, float]:
+    """Return the logit of one stay and of its baseline, in one pass."""
+    start, start_static = baselines_like(sequence, static, baseline)
+    both = torch.cat([sequence, start]), torch.cat([static, start_static]), is_event.expand(2, -1)
+    logit, baseline_logit = model.logits(*both).squeeze(1).tolist()
+    return logit, baseline_logit
 
 
 def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) -> Tensor:
@@ -504,9 +520,8 @@ def integrated_gradients(
     is_event: Tensor,
     baseline: dict[str, Tensor] | None,
     n_steps: int,
-) -> tuple[Tensor, Tensor, tuple]:
-    """One stay: attributions (1, L, C) and (1, S), and the row (logit, baseline logit, gap error, steps, complete)."""
-    sequence = torch.where(is_event[..., None], sequence, 0)  # what padding holds must not become 0 * NaN
+) -> tuple[Tensor, Tensor]:
+    """Return the attributions (1, L, C) and (1, S) of one stay."""
     starts = baselines_like(sequence, static, baseline)
     steps_per_pass = max(1, GRADIENT_EVENTS // max(1, sequence.shape[1]))
     events, statics = IntegratedGradients(model.logits).attribute(
@@ -517,11 +532,7 @@ def integrated_gradients(
         method="gausslegendre",
         internal_batch_size=steps_per_pass,
     )
-    events = events * is_event[..., None]
-    with torch.no_grad():
-        logit, start = (float(model.logits(*pair, is_event)) for pair in ((sequence, static), starts))
-    gap = float(events.double().sum() + statics.double().sum()) - (logit - start)
-    return events.detach(), statics.detach(), (logit, start, gap, n_steps, is_complete(gap, logit - start))
+    return (events * is_event[..., None]).detach(), statics.detach()
 
 
 def event_parts(input_dim: int, item_history: bool = False) -> dict[str, slice]:
@@ -564,17 +575,18 @@ def layer_analysis(
     check_finite(sequences, static_features, mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    rows = []
-    for name, layer in layers.items():
-        attributions, gaps, complete = np.zeros(mask.shape), [], []
-        for stay, is_event in enumerate(mask):
-            sequence, static = sequences[stay : stay + 1, is_event], static_features[stay : stay + 1]
-            found, gap, is_full = layer_attribution(model, layer, sequence, static, baseline, n_steps)
-            attributions[stay, is_event.cpu()] = found
-            gaps.append(gap)
-            complete.append(is_full)
-        row = {"attribution": attributions, "gap_error": np.array(gaps), "complete": np.array(complete)}
-        rows.append({"layer": name, **row})
+    rows: list[dict[str, Any]] = []
+    for name in layers:
+        empty = {"gap_error": np.zeros(len(mask)), "complete": np.zeros(len(mask), bool)}
+        rows.append({"layer": name, "attribution": np.zeros(mask.shape), **empty})
+    for stay, is_event in enumerate(mask):
+        sequence, static = sequences[stay, None, is_event], static_features[stay, None]
+        both = torch.cat([sequence, baselines_like(sequence, static, baseline)[0]])
+        with torch.no_grad():
+            logit, start = model.logits(both, static.expand(2, -1)).squeeze(1).tolist()
+        for row, layer in zip(rows, layers.values()):
+            found = layer_attribution(model, layer, sequence, static, baseline, n_steps, logit - start)
+            row["attribution"][stay, is_event.cpu()], row["gap_error"][stay], row["complete"][stay] = found
     return rows
 
 
@@ -585,14 +597,13 @@ def layer_attribution(
     static: Tensor,
     baseline: dict[str, Tensor] | None,
     n_steps: int,
+    difference: float,
 ) -> tuple[np.ndarray, float, bool]:
     """Return (L,) attributions of one stay's events, (1, L, C), to one layer, the gap error, whether it is complete.
 
-    The outputs of a stay's layer are packed, (L, D), so that Captum sees L rows per step.
+    They should sum to `difference`. The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
     """
     start, _ = baselines_like(sequence, static, baseline)
-    with torch.no_grad():
-        difference = float(model.logits(sequence, static) - model.logits(start, static))
     for steps in (n_steps, 4 * n_steps):
         found = LayerIntegratedGradients(model.logits, layer).attribute(
             sequence,
@@ -625,18 +636,21 @@ def replaced_logits(
     Nothing is masked: a softmax would hand the weight of a masked event to the others: harmless events would matter.
     """
     event, mean_static = baselines_like(sequence, static, baseline)
-    is_kept = torch.as_tensor(keep, dtype=torch.bool, device=sequence.device)
-    is_kept_static = torch.ones(len(keep), static.shape[1], dtype=torch.bool, device=sequence.device)
-    if keep_static is not None:
-        is_kept_static &= torch.as_tensor(keep_static, device=sequence.device)
-    logits = np.zeros(len(keep))
-    per_pass = max(1, FORWARD_EVENTS // max(1, sequence.shape[1]))
-    for first in range(0, len(keep), per_pass):
+    n_events = sequence.shape[1]
+    events = torch.cat([sequence[0], event[0, :1]])  # (L + 1, C): a variant is rows of these
+    own = torch.arange(n_events, device=sequence.device)
+    if keep_static is None:
+        keep_static = np.ones((len(keep), static.shape[1]), bool)
+    variants, which = np.unique(np.hstack([keep, keep_static]), axis=0, return_inverse=True)
+    logits = np.zeros(len(variants))
+    per_pass = max(1, FORWARD_EVENTS // max(1, n_events))
+    for first in range(0, len(variants), per_pass):
         part = slice(first, first + per_pass)
-        events = torch.where(is_kept[part, :, None], sequence, event)  # (n, L, C)
-        statics = torch.where(is_kept_static[part], static, mean_static)  # (n, S)
-        logits[part] = model.logits(events, statics).squeeze(1).double().cpu().numpy()
-    return logits
+        is_kept = torch.as_tensor(variants[part], device=sequence.device)  # (n, L + S)
+        rows = torch.where(is_kept[:, :n_events], own, n_events)  # (n, L)
+        statics = torch.where(is_kept[:, n_events:], static, mean_static)  # (n, S)
+        logits[part] = model.logits_of_rows(events, rows, statics).squeeze(1).double().cpu().numpy()
+    return logits[which]
 
 
 def replace_each_event(
@@ -653,15 +667,12 @@ def replace_each_event(
     n_events = sequence.shape[1]
     which = np.arange(n_events) if which is None else np.asarray(which)
     scores = np.full(n_events, math.nan)
-    everything = replaced_logits(model, sequence, static, np.ones((1, n_events), bool), baseline)[0]
-    rows_per_part = max(
-        1,
-        64 * FORWARD_EVENTS // max(1, n_events),
-    )  # the mask itself, (L, L), is made in parts
+    rows_per_part = max(1, 64 * FORWARD_EVENTS // max(1, n_events))  # the mask itself, (L, L), is made in parts
     for first in range(0, len(which), rows_per_part):
         part = which[first : first + rows_per_part]
-        without = replaced_logits(model, sequence, static, part[:, None] != np.arange(n_events), baseline)
-        scores[part] = everything - without
+        keep = np.vstack([np.ones(n_events, bool), part[:, None] != np.arange(n_events)])
+        logits = replaced_logits(model, sequence, static, keep, baseline)
+        scores[part] = logits[0] - logits[1:]
     return scores
 
 
@@ -752,12 +763,8 @@ def ablate_groups(
             absent @ of_statics == 0,
         )
 
-    alone = np.eye(len(groups), dtype=bool)
-    whole = logits_with(np.ones((1, len(groups))))[0]
-    result = groups[["kind", "group", "n_events"]].assign(
-        ablation=whole - logits_with(~alone),
-        shapley=np.nan,
-    )
+    logits = logits_with(np.vstack([np.ones(len(groups), bool), ~np.eye(len(groups), dtype=bool)]))
+    result = groups[["kind", "group", "n_events"]].assign(ablation=logits[0] - logits[1:], shapley=np.nan)
     if shapley_samples:
         result["shapley"] = shapley_values(logits_with, len(groups), shapley_samples, seed)
     return result
@@ -818,15 +825,22 @@ def bootstrap(
 
     The interval is NaN with fewer than three patients: resampling them says nothing.
     """
-    frame = pd.DataFrame({"patient": np.asarray(patients), "value": np.asarray(values, float)}).dropna()
-    sums = frame.groupby("patient")["value"].agg(["sum", "count"])
-    result = {"value": float(frame["value"].mean()), "low": math.nan, "high": math.nan}
-    if len(sums) >= 3:
-        resamples = train.patient_resamples(np.arange(len(sums)), len(sums), n_bootstrap, seed)
-        times_drawn = np.concatenate(list(resamples))  # (n_bootstrap, patients)
-        means = (times_drawn @ sums["sum"].to_numpy()) / (times_drawn @ sums["count"].to_numpy())
+    values = np.asarray(values, float)
+    known = values[~np.isnan(values)]
+    names, patient = np.unique(np.asarray(patients)[~np.isnan(values)], return_inverse=True)
+    result = {"value": float(known.mean()) if len(known) else math.nan, "low": math.nan, "high": math.nan}
+    if len(names) >= 3:
+        drawn = patients_drawn(len(names), n_bootstrap, seed)
+        means = (drawn @ np.bincount(patient, known)) / (drawn @ np.bincount(patient))
         result["low"], result["high"] = train.interval_of(means)
-    return result | {"n": len(frame), "n_patients": len(sums)}
+    return result | {"n": len(known), "n_patients": len(names)}
+
+
+@functools.lru_cache(maxsize=1)  # most figures are of the same patients
+def patients_drawn(n_patients: int, n_bootstrap: int, seed: int) -> np.ndarray:
+    """Return (n_bootstrap, n_patients): how often each patient is drawn."""
+    resamples = train.patient_resamples(np.arange(n_patients), n_patients, n_bootstrap, seed)
+    return np.concatenate(list(resamples))
 
 
 def without_interval(value: float, n: int) -> dict[str, float]:
@@ -980,8 +994,8 @@ def event_totals(
     n_steps: int,
 ) -> np.ndarray:
     """Return the Integrated Gradients of each event of one stay, (L,), without a second try."""
-    found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=n_steps, retry=False)
-    return found.events[0].double().sum(1).cpu().numpy()
+    events, _ = integrated_gradients(model, sequence, static, event_mask(sequence, None), baseline, n_steps)
+    return events[0].double().sum(1).cpu().numpy()
 
 
 def reset_down_to(
@@ -1092,7 +1106,7 @@ def check_stays(
             untrained = [untrained_like(run.checkpoint.model, first + number) for number in range(N_RESETS)]
         scores = {order: np.nan_to_num(part[order].to_numpy(float)) for order in ORDERS}
         row, curve = check_stay(run, stay, scores, untrained, settings)
-        if len(rows) < N_SLOW:
+        if len(rows) < N_SLOW and not settings.quick:
             row |= check_stay_slowly(run, stay, scores["attribution"], untrained[0], spread, settings)
         rows.append(row | ids)
         curves.append(curve.assign(**ids))
@@ -1200,6 +1214,8 @@ def measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dic
     """Return one criterion per column of measurements of single stays."""
     criteria, patients = [], rows["patient_id"].to_numpy()
     for column, measure in MEASURES.items():
+        if column not in rows:  # the slow ones, with --quick
+            continue
         found = bootstrap(rows[column].to_numpy(float), patients, settings.n_bootstrap, settings.seed)
         criteria.append(
             criterion(
@@ -1238,6 +1254,9 @@ class LinearStay(nn.Module):
     ) -> Tensor:
         is_event = torch.ones(sequences.shape[:2]) if attention_mask is None else attention_mask
         return ((sequences @ self.w * is_event).sum(1) + static_features @ self.v + 0.5).unsqueeze(1)
+
+    def logits_of_rows(self, events: Tensor, rows: Tensor, static_features: Tensor) -> Tensor:
+        return self.logits(events[rows], static_features)
 
 
 def check_linear_model(seed: int = 0) -> dict[str, Any]:
@@ -1937,8 +1956,9 @@ def logit_without_time(run: Run, stay: int, seed: int) -> float:
     )
     dealt = sequence[0, orders.to(sequence.device)]  # (TIME_SHUFFLES, L, C)
     dealt[:, :, run.parts["time"]] = sequence[:, :, run.parts["time"]]
-    logits = [float(run.checkpoint.model.logits(one[None], static)) for one in dealt]
-    return float(np.mean(logits))
+    parts = dealt.split(max(1, FORWARD_EVENTS // sequence.shape[1]))
+    logits = [run.checkpoint.model.logits(part, static.expand(len(part), -1)) for part in parts]
+    return float(torch.cat(logits).double().mean())
 
 
 def layer_table(run: Run, stay: int, settings: ExplainSettings) -> pd.DataFrame:
@@ -2076,18 +2096,24 @@ def head_names(model: ClinicalTransformer) -> list[tuple[str, int]]:
 
 @torch.no_grad()
 def logits_without(
-    run: Run,
-    stays: Sequence[int],
+    model: ClinicalTransformer,
+    dataset: train.ClinicalSequenceDataset,
+    stays: np.ndarray,
     switched: Sequence[tuple[nn.Linear, slice]] = (),
 ) -> np.ndarray:
     """Return the logits of stays while these inputs of these layers count as 0; the weights are put back."""
     saved = [linear.weight[:, columns].clone() for linear, columns in switched]
     for linear, columns in switched:
         linear.weight[:, columns] = 0
-    logits = [float(run.checkpoint.model.logits(*run.inputs(stay))) for stay in stays]
+    logits = np.zeros(len(stays))
+    batches = train.plan_batches(dataset.lengths[stays], len(stays), FORWARD_EVENTS)
+    device = next(model.parameters()).device
+    for places, batch in zip(batches, train.packed_batches(dataset, [stays[part] for part in batches], device)):
+        found, _ = model.score_packed(batch.events, batch.static_features, batch.layout)
+        logits[places] = found.squeeze(1).double().cpu().numpy()
     for (linear, columns), weights in zip(switched, saved):
         linear.weight[:, columns] = weights
-    return np.array(logits)
+    return logits
 
 
 def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -2102,10 +2128,10 @@ def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray
     ]:
         width = linear.in_features // n_heads
         switches += [(linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)]
-    whole = logits_without(run, stays)
-    moves = [np.abs(logits_without(run, stays, [switch]) - whole) for switch in switches]
-    of_layers = np.abs(logits_without(run, stays, [(linear, slice(None)) for linear in layers]) - whole)
-    return np.stack(moves), of_layers
+    logits = functools.partial(logits_without, model, run.dataset, np.array(stays))
+    whole = logits()
+    moves = [np.abs(logits([switch]) - whole) for switch in switches]
+    return np.stack(moves), np.abs(logits([(linear, slice(None)) for linear in layers]) - whole)
 
 
 def head_table(
@@ -2125,7 +2151,7 @@ def head_table(
     measured = [head_correlations(found.attention, head_properties(found.events)) for found in usable.values()]
     by_head = np.stack(measured, axis=2)  # (heads, properties, stays)
     patients = np.array([found.stay["patient_id"] for found in usable.values()])
-    some = dict(list(usable.items())[:HEAD_STAYS])
+    some = dict(list(usable.items())[: 4 if settings.quick else HEAD_STAYS])
     null = np.abs(untrained_correlations(run, some, settings))  # (models, heads, properties)
     names = head_names(run.checkpoint.model)
     is_pooling = np.array([layer == "pooling" for layer, _ in names])
@@ -2193,17 +2219,23 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
     """Return the risk of one stay at up to `most` hours, each from what was known by then (`train.known_at`)."""
     table = run.table.take(np.array([stay]))
     last = float(table.minutes_since_intime.max()) / 60
-    rows = []
-    for hours in np.linspace(last / most, last, most):
-        known = train.known_at(table, float(hours))
-        if not len(known.stays):
-            continue
-        dataset = train.ClinicalSequenceDataset(known, run.checkpoint.preprocessor, run.vectors)
-        now = run._replace(table=known, dataset=dataset)
-        logits = logits_without(now, [0])
-        rows.append((hours, int(known.lengths[0]), float(run.checkpoint.probabilities(logits)[0])))
-    found = pd.DataFrame(rows, columns=["hours_since_admission", "n_events", "probability"])
+    then = {hours: train.known_at(table, hours) for hours in np.linspace(last / most, last, most).tolist()}
+    then = {hours: known for hours, known in then.items() if len(known.stays)}
+    found = pd.DataFrame({"hours_since_admission": list(then), "n_events": 0, "probability": math.nan})
+    if then:
+        joined = stacked(list(then.values()))
+        dataset = train.ClinicalSequenceDataset(joined, run.checkpoint.preprocessor, run.vectors)
+        logits = logits_without(run.checkpoint.model, dataset, np.arange(len(then)))
+        found = found.assign(n_events=joined.lengths, probability=run.checkpoint.probabilities(logits))
     return found.assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
+
+
+def stacked(tables: Sequence[train.StayTable]) -> train.StayTable:
+    """Return one table of the stays of all, which have the same texts."""
+    arrays = {name: np.concatenate([getattr(table, name) for table in tables]) for name in train.EVENT_ARRAYS}
+    offsets = np.cumsum([0, *np.concatenate([table.lengths for table in tables])])
+    stays = pd.concat([table.stays for table in tables], ignore_index=True)
+    return train.StayTable(stays, offsets, texts=tables[0].texts, **arrays)
 
 
 def attention_of(found: Explained) -> dict[str, Any]:
@@ -2314,8 +2346,7 @@ def joined_tables(run: Run, explained: dict[int, Explained], leaks: dict[str, fl
     tables["events"]["tells_outcome"] = tables["events"]["item"].isin(leaks)
     stays = pd.DataFrame([found.stay for found in explained.values()])
     risks = run.checkpoint.probabilities(run.logits)
-    percentiles = [100 * float((risks <= risk + 1e-9).mean()) for risk in stays["probability"]]
-    tables["stays"] = stays.assign(risk_percentile=percentiles)
+    tables["stays"] = stays.assign(risk_percentile=[100 * float((risks <= risks[stay]).mean()) for stay in explained])
     return tables
 
 
@@ -3834,13 +3865,14 @@ def _template() -> Template:
     return environment.from_string(REPORT)
 
 
-def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, Any]) -> str:
+def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dict[str, Any]) -> str:
     """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, the technical appendix.
 
     tables: stays, events, statics, trajectory, windows, faithfulness, and where present verdict, items, levels,
-    systems, decisive; figures by file name without .png; info: text_encoder, and optionally data, checkpoint, setting
-    (a sentence: which events the model sees), temperature (probability = sigmoid(logit / temperature)) and calibration
-    (as `calibration_table` gives it, of all test stays; else of the explained stays, from 20).
+    systems, decisive; pictures: what `_picture` makes of figures, by file name without .png; info: text_encoder, and
+    optionally data, checkpoint, setting (a sentence: which events the model sees), temperature (probability =
+    sigmoid(logit / temperature)) and calibration (as `calibration_table` gives it, of all test stays; else of the
+    explained stays, from 20).
     """
     stays, temperature = tables["stays"], info.get("temperature", 1.0)
     of_explained = _calibration_of(stays["label"].to_numpy(float), stays["probability"].to_numpy())
@@ -3871,7 +3903,7 @@ def render_report(tables: Tables, figures: dict[str, Figure], info: dict[str, An
         level_names=[f"#{name}" for name in level_names],
         levels=level_rows,
         most=EVENTS_LISTED,
-        pictures={name: _picture(figure) for name, figure in figures.items()},
+        pictures=pictures,
         setting=info.get("setting", ""),
         shown=_stay_links(shown),
         stays=[_stay_context(row, tables, calibration, temperature) for row in shown.itertuples()],
@@ -4030,8 +4062,10 @@ def write_everything(
         train.write_whole(folder / file, functools.partial(write_table, tables[name], file))
     train.write_json(folder / "faithfulness.json", faithfulness_record(run, tables))
     figures = draw_figures(tables, caption_of(tables, run.checkpoint.text_encoder))
-    for name, figure in figures.items():
-        train.save_figure(folder / f"{name}.png", figure)
+    pictures = {name: _picture(figure) for name, figure in figures.items()}  # drawn once
+    for name, picture in pictures.items():
+        png = base64.b64decode(picture["data"])
+        train.write_whole(folder / f"{name}.png", functools.partial(Path.write_bytes, data=png))
     info = {
         "data": Path(settings.data).name,
         "checkpoint": Path(settings.checkpoint).name,
@@ -4042,7 +4076,7 @@ def write_everything(
         "temperature": run.checkpoint.temperature,
         "calibration": _calibration_of(run.table.labels, run.checkpoint.probabilities(run.logits)),
     }
-    page_text = render_report(tables, figures, info)
+    page_text = render_report(tables, pictures, info)
     train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8"))
 
 

@@ -3551,14 +3551,16 @@ class ClinicalTransformer(nn.Module):
         static_features: Tensor,
         layout: Layout,
         return_attention: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The same for events without padding (N, input_dim)."""
+        """The same for events without padding (N, input_dim), or for `rows` (N,) of fewer, each projected once."""
         maps: list[Tensor] | None = [] if return_attention else None
-        outputs = unpack(self.encode_packed(events, layout, maps), layout)  # (B, L, D)
+        outputs = unpack(self.encode_packed(events, layout, maps, rows), layout)  # (B, L, D)
         query = self.query_vector.expand(len(outputs), -1, -1)  # (B, 1, D)
         bias = None
         if self.latest_bias is not None:
-            is_latest = unpack(events[:, self.n_plain + HISTORY.index("is_latest"), None], layout)  # (B, L, 1)
+            is_latest = events[:, self.n_plain + HISTORY.index("is_latest"), None]  # (N, 1)
+            is_latest = unpack(is_latest if rows is None else is_latest[rows], layout)  # (B, L, 1)
             bias = (self.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
         pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask, bias)
         inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1)  # (B, D + S)
@@ -3570,15 +3572,27 @@ class ClinicalTransformer(nn.Module):
         }
         return in_full_precision(self.classifier, inputs), attention
 
+    def logits_of_rows(self, events: Tensor, rows: Tensor, static_features: Tensor) -> Tensor:
+        """(n, 1) logits of n stays that consist of `rows` (n, L) of events (M, input_dim), with statics (n, S)."""
+        layout = layout_of_lengths(np.full(len(rows), rows.shape[1]), events.device)
+        return self.score_packed(events, static_features, layout, rows=rows.flatten())[0]
+
     def encode(self, sequences: Tensor, attention_mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """(B, L, input_dim) -> (N, D): the stays' real events, contextualised, without padding."""
         layout = layout_of_mask(attention_mask)
         return self.encode_packed(pack(sequences, layout), layout, maps)
 
-    def encode_packed(self, events: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
+    def encode_packed(
+        self,
+        events: Tensor,
+        layout: Layout,
+        maps: list[Tensor] | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """(N, input_dim) -> (N, D), contextualised; `maps` takes each layer's attention weights (B, H, L, L)."""
         normalised = (events - self.event_mean) / self.event_scale  # (N, input_dim)
         outputs = self.input_norm(self.input_projection(normalised))  # (N, D)
+        outputs = outputs if rows is None else outputs[rows]
         positions = sinusoidal_positions(layout.position, outputs.shape[1])
         outputs = self.dropout(outputs + self.position_scale * positions)
         for layer in self.transformer_encoder:

@@ -271,9 +271,8 @@ def figures():
 
 @functools.lru_cache
 def report():
-    return explain.render_report(
-        mock_tables(6), {name: figures()[name] for name in ("query_vector_analysis", "feature_importance")}, INFO
-    )
+    names = ("query_vector_analysis", "feature_importance")
+    return explain.render_report(mock_tables(6), {name: explain._picture(figures()[name]) for name in names}, INFO)
 
 
 def words_of(figure):
