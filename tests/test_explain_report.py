@@ -487,7 +487,7 @@ def test_organ_systems_sum_all_pushes_of_a_stay():
 def decisive(effects, threshold):
     """The set for a stay whose logit is the sum of its events' effects, one input each; the mean event is 0."""
     sequence = torch.tensor(effects)[None, :, None]
-    model = SimpleNamespace(logits=lambda events, statics, mask=None: events.sum(1))
+    model = SimpleNamespace(logits_of_rows=lambda events, rows, statics: events[rows].sum(1))
     baseline = {"event": torch.zeros(1), "static": torch.zeros(1)}
     checkpoint = SimpleNamespace(model=model, baseline=baseline, probabilities=expit)
     run = SimpleNamespace(checkpoint=checkpoint, inputs=lambda stay: (sequence, torch.zeros(1, 1)))
