@@ -17,6 +17,7 @@ Explains this model, not causes of death. Research software: not a medical devic
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import functools
 import html
@@ -27,14 +28,17 @@ import operator
 import os
 import re
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
@@ -1840,6 +1844,7 @@ def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) 
 
 HEAD_STAYS, OFF_STAYS = 15, 10  # whose attention is compared with untrained models', and is switched off
 TIME_SHUFFLES = 5
+KEPT_STAYS = 1000  # drawn at random: their tables stay in memory for summaries and pictures; the files have all stays
 
 
 def _history_in_words(history: pd.DataFrame) -> list[str]:
@@ -1888,6 +1893,10 @@ class Explained(NamedTuple):
     groups: pd.DataFrame
     layers: pd.DataFrame
     attention: Attention
+
+    def without_maps(self) -> Explained:
+        """Return all but the layers' maps: half a megabyte that only the pictures of a stay shown in full need."""
+        return self._replace(attention=self.attention._replace(maps=np.empty(0)))
 
 
 def explain_stay(
@@ -2296,20 +2305,38 @@ def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(list(stays))[:most].tolist())
 
 
-def explain(run: Run, settings: ExplainSettings) -> dict[str, Any]:
-    """Return all tables of a run, as the report and the pictures take them; write nothing."""
+def explain(
+    run: Run,
+    settings: ExplainSettings,
+    write: Callable[[Explained], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Return the tables of a run, as the report and the pictures take them; `write` is called with every stay.
+
+    With more than `KEPT_STAYS` all tables but `stays` are of so many of them.
+    """
     chosen, why = choose_stays(run, settings.stays, settings.max_stays, settings.seed)
     checked = some_of(chosen, settings.checked_stays, settings.seed)
     others = [stay for stay in chosen if stay not in why]
     with_layers = {*why, *some_of(others, max(0, settings.layer_stays - len(why)), settings.seed)}
     whole = f"{len(run.table.stays)} stays that the model has not seen"
     logger.info(f"Explaining  {len(chosen)} of {whole}, {len(why)} of them in full")
-    work, explained = Work(run, chosen, checked, settings), {}
+    kept = {*chosen[:1], *checked, *with_layers, *some_of(chosen, KEPT_STAYS, settings.seed)}
+    if len(kept) < len(chosen):
+        logger.info(f"            summaries and pictures are of {len(kept):,} of them, drawn at random")
+    leaks, work = leaks_of(run), Work(run, chosen, checked, settings)
+    explained, rows = {}, []
     for stay in chosen:
-        explained[stay] = explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
+        found = explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
+        found.events["tells_outcome"] = found.events["item"].isin(leaks)
+        write(found)
+        rows.append(found.stay)
+        if stay in kept:
+            explained[stay] = found if stay in [*why, chosen[0]] else found.without_maps()
         work.explained(stay)
-    leaks = leaks_of(run)
-    tables = joined_tables(run, explained, leaks)
+    tables = joined_tables(explained)
+    risks = run.checkpoint.probabilities(run.logits)
+    percentiles = [100 * float((risks <= risks[stay]).mean()) for stay in chosen]
+    tables["stays"] = pd.DataFrame(rows).assign(risk_percentile=percentiles)
     criteria, tables["curves"] = check_stays(run, tables["events"], checked, settings, work.checked)
     work.bar.close()
     effects, of_layers = head_effects(run, some_of(chosen, OFF_STAYS, settings.seed))
@@ -2337,16 +2364,12 @@ def of_interest(explained: dict[int, Explained], why: dict[int, str]) -> list[Ex
     return [explained[stay] for stay in why or list(explained)[:1]]
 
 
-def joined_tables(run: Run, explained: dict[int, Explained], leaks: dict[str, float]) -> dict[str, Any]:
-    """Return the tables of all stays as one each, texts that alone tell the outcome marked."""
+def joined_tables(explained: dict[int, Explained]) -> dict[str, Any]:
+    """Return the tables of all stays as one each."""
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
         parts = [getattr(found, name) for found in explained.values()]
         tables[name] = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-    tables["events"]["tells_outcome"] = tables["events"]["item"].isin(leaks)
-    stays = pd.DataFrame([found.stay for found in explained.values()])
-    risks = run.checkpoint.probabilities(run.logits)
-    tables["stays"] = stays.assign(risk_percentile=[100 * float((risks <= risks[stay]).mean()) for stay in explained])
     return tables
 
 
@@ -3893,7 +3916,7 @@ def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dic
         blue=BLUE,
         calibration=calibration,
         checks=checks,
-        cohort=_cohort_sentence(stays, len(tables["events"])),
+        cohort=_cohort_sentence(stays, int(stays["n_events"].sum())),
         disclaimer=DISCLAIMER,
         doubling=math.log(2) * temperature,
         event_columns=EVENT_COLUMNS,
@@ -3919,6 +3942,7 @@ def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dic
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
+STAY_TABLES, STAYS_A_PART = ("events", "statics", "groups"), 100  # written while stays are explained, so many at a time
 TABLE_FILES = {
     "stays": "stays.csv",
     "events": "event_attributions.parquet",
@@ -3975,7 +3999,7 @@ class Explanation(dict[str, Any]):
 
 def caption_of(tables: Tables, text_encoder: str) -> str:
     """Return what stands below every picture: whose stays these are, and what read their texts."""
-    stays = tables["stays"]
+    stays = tables["events"].drop_duplicates("icu_stay_id")
     n_patients = stays["patient_id"].nunique()
     return f"{_count(len(stays), 'held-out stay')} of {_count(n_patients, 'patient')} · text encoder: {text_encoder}"
 
@@ -4017,7 +4041,8 @@ def run_explainability_analysis(
     run = load_run(settings.checkpoint, test_data_path, *given)
     own = run.checkpoint.settings
     settings = replace(settings, data=settings.data or own.test_data or own.data)
-    tables = explain(run, settings)
+    with contextlib.nullcontext(lambda found: None) if folder is None else stay_files(Path(folder)) as write:
+        tables = explain(run, settings, write)
     log_what_was_found(tables)
     found = {name: tables[name] for name in (*TABLE_FILES, "faithfulness", "attention")}
     if folder is None:
@@ -4059,6 +4084,8 @@ def write_everything(
 ) -> None:
     """Write tables, faithfulness.json, the pictures and the report; the one place that writes."""
     for name, file in TABLE_FILES.items():
+        if name in STAY_TABLES:
+            continue
         train.write_whole(folder / file, functools.partial(write_table, tables[name], file))
     train.write_json(folder / "faithfulness.json", faithfulness_record(run, tables))
     figures = draw_figures(tables, caption_of(tables, run.checkpoint.text_encoder))
@@ -4078,6 +4105,43 @@ def write_everything(
     }
     page_text = render_report(tables, pictures, info)
     train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8"))
+
+
+@contextlib.contextmanager
+def stay_files(folder: Path) -> Iterator[Callable[[Explained], None]]:
+    """Yield what appends a stay's tables to files; they appear in the folder when all stays are done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting: list[tuple[pd.DataFrame, ...]] = []
+    parquet: list[pq.ParquetWriter] = []  # the one of the events, once their columns are known
+
+    with tempfile.TemporaryDirectory(prefix=".partial_", dir=folder) as hidden:
+
+        def append_waiting() -> None:
+            for name, parts in zip(STAY_TABLES, zip(*waiting)):
+                table, path = pd.concat(parts, ignore_index=True), Path(hidden) / TABLE_FILES[name]
+                if path.suffix == ".csv":
+                    table.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.6g")
+                    continue
+                schema = parquet[0].schema if parquet else None
+                rows = pa.Table.from_pandas(table, schema, preserve_index=False)
+                if not parquet:
+                    parquet.append(pq.ParquetWriter(path, rows.schema))
+                parquet[0].write_table(rows)
+            waiting.clear()
+
+        def add(found: Explained) -> None:
+            waiting.append(tuple(getattr(found, name) for name in STAY_TABLES))
+            if len(waiting) == STAYS_A_PART:
+                append_waiting()
+
+        try:
+            yield add
+            append_waiting()
+        finally:
+            for writer in parquet:
+                writer.close()
+        for path in Path(hidden).iterdir():
+            path.replace(folder / path.name)
 
 
 def write_table(table: pd.DataFrame, file: str, path: Path) -> None:

@@ -484,6 +484,28 @@ def test_a_stay_of_the_tables_serves_the_small_analyses(tables, run):
         explain.stay_of(tables, -1)
 
 
+def test_files_have_all_stays_where_memory_has_few(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(explain, "KEPT_STAYS", 3)
+    monkeypatch.setattr(explain, "STAYS_A_PART", 2)
+    settings = explain.ExplainSettings(
+        stays=1, max_stays=5, checked_stays=0, layer_stays=0, shapley_orders=0, ig_steps=2, n_bootstrap=10
+    )
+    with explain.stay_files(tmp_path) as write:
+        tables = explain.explain(run, settings, write)
+    assert len(tables["stays"]) == 5 and 3 <= tables["events"]["icu_stay_id"].nunique() < 5
+    events, statics = (tmp_path / explain.TABLE_FILES[name] for name in ("events", "statics"))
+    assert pd.read_parquet(events)["icu_stay_id"].unique().tolist() == tables["stays"]["icu_stay_id"].tolist()
+    assert len(pd.read_csv(statics)) == 5 * tables["statics"].groupby("icu_stay_id").size().iloc[0]
+    assert len(list(tmp_path.iterdir())) == 3  # nothing half-written is left
+
+
+def test_a_death_is_among_the_stays_that_are_shown(run):
+    quiet = int(run.logits.argmin())  # neither the highest risk nor, with one stay shown, any other
+    stays = run.table.stays.assign(**{explain.LABEL: (np.arange(len(run.logits)) == quiet).astype(int)})
+    _, why = explain.choose_stays(run._replace(table=replace(run.table, stays=stays)), 1, 6, seed=0)
+    assert why == {quiet: "highest risk of those who died"}
+
+
 def test_every_file_is_written(tables):
     names = {path.name for path in tables.report.parent.iterdir()}
     pictures = {f"{name}.png" for name in (*NAMES, "deletion_insertion")}

@@ -90,6 +90,7 @@ def mock_stays(sample, events, statics):
         gap_error=0.0,
         n_steps=50,
         complete=True,
+        n_events=stays["icu_stay_id"].map(events["icu_stay_id"].value_counts()),
         why_shown="",
     )
     stays["risk_percentile"] = 100 * stays.probability.rank(pct=True)

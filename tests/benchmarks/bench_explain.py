@@ -1,6 +1,7 @@
 """How long it takes to explain one stay, and in how much memory: all that explain_clinicalLF.py does but pictures.
 
     python tests/benchmarks/bench_explain.py --events 500 3000
+    python tests/benchmarks/bench_explain.py --events 500 --stays 100  # CPU seconds of them all
 
 The model has its full size and one epoch of training; the stay has the events of many synthetic ones. Each length in a
 process of its own, since peak memory never falls.
@@ -20,14 +21,16 @@ from common import machine, markdown, peak_memory_gb, run_alone, train
 import explain_clinicalLF as explain
 
 
-def one_long_stay(table: train.StayTable, n_events: int) -> train.StayTable:
-    """The first stay with the first `n_events` events of the table, in the order of their time to the end."""
-    order = np.argsort(-table.minutes_to_end[:n_events], kind="stable")
-    arrays = {
-        name: getattr(table, name)[:n_events][order]
-        for name in ("event_type", "text", "minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
-    }
-    return replace(table, stays=table.stays.iloc[:1].reset_index(drop=True), offsets=np.array([0, n_events]), **arrays)
+def long_stays(table: train.StayTable, n_stays: int, n_events: int) -> train.StayTable:
+    """Stays of other patients of `n_events` each: the table's events round and round, by their time to the end."""
+    rows = np.arange(n_stays * n_events).reshape(n_stays, n_events) % len(table.text)
+    order = np.argsort(-table.minutes_to_end[rows], axis=1, kind="stable")
+    rows = np.take_along_axis(rows, order, axis=1).ravel()
+    arrays = {name: getattr(table, name)[rows] for name in train.EVENT_ARRAYS}
+    numbers = np.arange(n_stays)
+    stays = table.stays.iloc[numbers % len(table.stays)].reset_index(drop=True)
+    stays = stays.assign(icu_stay_id=numbers, patient_id=numbers)
+    return replace(table, stays=stays, offsets=n_events * np.arange(n_stays + 1), **arrays)
 
 
 def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
@@ -51,36 +54,39 @@ def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple
         yield name, time.monotonic() - started
 
 
-def measure(n_events: int) -> None:
+def whole(run: explain.Run) -> Iterator[tuple[str, float]]:
+    """CPU seconds of explaining all stays of the run as the program does it, tables of stays written, no pictures."""
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as folder, explain.stay_files(Path(folder)) as write:
+        explain.explain(run, explain.ExplainSettings(max_stays=0), write)
+    yield f"CPU seconds of all {len(run.table.stays)} stays", time.process_time() - started
+
+
+def measure(n_events: int, n_stays: int) -> None:
     """One length: prints a row of the table as soon as its step is done."""
     import selfcheck  # found where `common` put tests/ on the path
 
-    settings = explain.ExplainSettings(stays=1)
     with tempfile.TemporaryDirectory() as folder:
-        size = selfcheck.Size(max(100, n_events // 4), 1, cache_dir=folder)  # twice the events needed
+        size = selfcheck.Size(max(100, n_events // 4), 1, cache_dir=folder)  # twice the events of one such stay
         trained, _ = selfcheck.train_on_sample(0, Path(folder), size)
-    run = explain.make_run(
-        trained.checkpoint,
-        one_long_stay(trained.table, n_events),
-        trained.vectors,
-        True,
-        explain.full_precision(),
-    )
+    table = long_stays(trained.table, n_stays, n_events)
+    run = explain.make_run(trained.checkpoint, table, trained.vectors, True, explain.full_precision())
     before = peak_memory_gb()
-    for name, seconds in steps(run, settings):
+    for name, seconds in whole(run) if n_stays > 1 else steps(run, explain.ExplainSettings(stays=1)):
         print(f"{n_events}|{name}|{seconds:.1f}|{before:.2f}|{peak_memory_gb():.2f}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, nargs="+", default=[500, 3000])
+    parser.add_argument("--stays", type=int, default=1, help="with more than one: only the time of all")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        return measure(options.alone)
+        return measure(options.alone, options.stays)
     rows = []
     for n_events in options.events:
-        done = run_alone(__file__, "--alone", n_events)
+        done = run_alone(__file__, "--alone", n_events, "--stays", options.stays)
         print(done.stderr, file=sys.stderr)
         rows += [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4]
     print(markdown(["events", "what", "seconds", "GB before", "GB at the peak so far"], rows))
