@@ -514,7 +514,8 @@ def test_every_file_is_written(tables):
 
 
 def test_chosen_stays_are_shown_for_a_reason(run):
-    chosen, why = explain.choose_stays(run, 3, 6, seed=0)
+    stays = run.table.stays.assign(**{explain.LABEL: 1})
+    chosen, why = explain.choose_stays(run._replace(table=replace(run.table, stays=stays)), 3, 6, seed=0)
     assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain"]
     assert next(iter(why)) == run.logits.argmax()
 
