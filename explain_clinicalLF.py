@@ -1366,6 +1366,8 @@ def _cut(text: object, width: int) -> str:
 
 def _percent(probability: float) -> str:
     """Return `42 %`; never 0 or 100, which no prediction is."""
+    if pd.isna(probability):
+        return "–"
     if probability < 0.01:
         return "under 1 %"
     return "over 99 %" if probability > 0.99 else f"{100 * probability:.0f} %"
@@ -1813,10 +1815,11 @@ def baseline_in_words(run: Run) -> Finding:
     risk, risks = float(checkpoint.probabilities(np.array(logit))), checkpoint.probabilities(run.logits)
     known = run.table.labels[~np.isnan(run.table.labels)]
     died = f", and {_percent(known.mean())} died" if len(known) else ""
-    words = f"Pushes are counted from a stay whose events say nothing: risk {100 * risk:.2g} %, while these stays have "
-    words += f"{_percent(risks.mean())} on average{died}. It is no patient: each of its events is the mean of all "
-    words += f"training events, so that none stands out; {(risks > risk).sum()} of {len(risks)} stays lie above it."
-    return Finding("baseline", words, None, logit)
+    words = f"""Pushes are counted from a stay whose events say nothing: risk {100 * risk:.2g} %,
+        while these stays have {_percent(risks.mean())} on average{died}. It is no patient: each of its events is
+        the mean of all training events, so that none stands out; {(risks > risk).sum()} of {len(risks)} stays lie
+        above it."""
+    return Finding("baseline", " ".join(words.split()), None, logit)
 
 
 def leaks_of(run: Run) -> dict[str, float]:
@@ -2177,6 +2180,38 @@ def head_table(
     return pd.DataFrame(rows, columns=HEAD_COLUMNS)
 
 
+def _means_by(
+    table: pd.DataFrame, keys: str | list[str], value: str, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Return `bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
+    found = {}
+    for name, part in table.groupby(keys, observed=True):
+        found[name] = bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy(), n_bootstrap, seed)
+    columns = ["value", "low", "high", "n", "n_patients"]
+    return pd.DataFrame(list(found.values()), list(found), columns).rename(columns={"value": "mean"})
+
+
+def _windows_of(events: pd.DataFrame) -> pd.Series:
+    """Return the clock window of each event, as categories from the last hours back."""
+    windows = clock_window(events["hours_to_end"].to_numpy())
+    return pd.Series(pd.Categorical(windows, window_names(), ordered=True))
+
+
+def _stay_shares(events: pd.DataFrame, bins: pd.Series, column: str) -> pd.DataFrame:
+    """Return (stays, bins): a stay's shares of its total |column| by bin; bins (n events,) are categories."""
+    keys = [events["patient_id"], events["icu_stay_id"], bins.to_numpy()]
+    table = events[column].abs().groupby(keys).sum().unstack(fill_value=0)
+    table = table.reindex(columns=bins.cat.categories, fill_value=0)
+    return table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
+
+
+def _column_means(shares: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return mean, low, high of each column over stays, 95 % interval over patients."""
+    patients = shares.index.get_level_values("patient_id").to_numpy()
+    found = [bootstrap(shares[name].to_numpy(), patients, n_bootstrap, seed) for name in shares]
+    return pd.DataFrame(found, index=shares.columns).rename(columns={"value": "mean"})
+
+
 def query_similarity_table(explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
     """Return how near each pooling head's query is to the keys of each event type, against the mean of the stay."""
     parts = []
@@ -2184,44 +2219,28 @@ def query_similarity_table(explained: dict[int, Explained], settings: ExplainSet
         scores = found.attention.scores - found.attention.scores.mean(1, keepdims=True)  # (Hp, L)
         for head, values in enumerate(scores, start=1):
             parts.append(found.events[["patient_id", "event_type"]].assign(head=head, similarity=values))
-    rows = []
-    for (head, name), part in pd.concat(parts).groupby(["head", "event_type"]):
-        values, patients = part["similarity"].to_numpy(), part["patient_id"].to_numpy()
-        result = bootstrap(values, patients, settings.n_bootstrap, settings.seed)
-        rows.append((head, name, result["value"], result["low"], result["high"], result["n"]))
-    return pd.DataFrame(rows, columns=["head", "event_type", "similarity", "low", "high", "n_events"])
+    found = _means_by(pd.concat(parts), ["head", "event_type"], "similarity", settings.n_bootstrap, settings.seed)
+    table = found.rename_axis(["head", "event_type"]).drop(columns="n_patients").reset_index()
+    return table.rename(columns={"mean": "similarity", "n": "n_events"})
 
 
 def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFrame:
     """Return each clock window's share in a stay's |attribution|, mean over stays, and the sentence that says so."""
-    windows = pd.Categorical(clock_window(events["hours_to_end"].to_numpy()), window_names(), ordered=True)
-    part = events.assign(window=windows, absolute=events["attribution"].abs(), one=1.0)
-    stay = ["icu_stay_id", "patient_id"]
-    sums = part.pivot_table(["absolute", "one"], stay, "window", aggfunc="sum", observed=True).fillna(0)
-    rows = []
-    for window in sums["absolute"].columns:
-        share, of_events = (sums[name][window] / sums[name].sum(axis=1) for name in ("absolute", "one"))
-        patients = share.index.get_level_values("patient_id").to_numpy()
-        found = bootstrap(share.to_numpy(), patients, settings.n_bootstrap, settings.seed)
-        interval = "" if math.isnan(found["low"]) else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
-        where = f"in the {window}" if window.startswith("last") else f"{window} before the end"
-        sentence = f"Events {where} carry {100 * found['value']:.0f} %{interval} of all push; "
-        sentence += f"they are {100 * of_events.mean():.0f} % of the events."
-        n_stays = int((sums["one"][window] > 0).sum())
-        row = (
-            window,
-            found["value"],
-            found["low"],
-            found["high"],
-            float(of_events.mean()),
-            n_stays,
-            sentence,
-        )
-        rows.append(row)
-    return pd.DataFrame(
-        rows,
-        columns=["window", "share", "low", "high", "share_of_events", "n_stays", "sentence"],
-    )
+    windows = _windows_of(events)
+    of_events = _stay_shares(events.assign(one=1.0), windows, "one")
+    shares = _column_means(_stay_shares(events, windows, "attribution"), settings.n_bootstrap, settings.seed)
+    table = shares.rename(columns={"mean": "share"})[["share", "low", "high"]]
+    table = table.assign(share_of_events=of_events.mean(), n_stays=(of_events > 0).sum())
+    table = table[table["n_stays"] > 0].rename_axis("window").reset_index()
+    return table.assign(sentence=[_window_in_words(row) for row in table.itertuples()])
+
+
+def _window_in_words(row: Any) -> str:
+    """Say how much of the push lies in a window: `Events in the last 6 h carry 17 % [13, 21] of all push; ...`"""
+    interval = "" if math.isnan(row.low) else f" [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+    where = f"in the {row.window}" if row.window.startswith("last") else f"{row.window} before the end"
+    words = f"Events {where} carry {100 * row.share:.0f} %{interval} of all push; "
+    return f"{words}they are {100 * row.share_of_events:.0f} % of the events."
 
 
 def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
@@ -2551,32 +2570,6 @@ def _for_plot(text: object, width: int = 46, shorten: Callable[[Any, int], str] 
     return shorten(text, width).replace("$", r"\$")
 
 
-def _means_by(table: pd.DataFrame, group: str, value: str) -> pd.DataFrame:
-    """Return `bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
-    found = {}
-    for name, part in table.groupby(group, observed=True):
-        found[name] = bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy())
-    columns = ["value", "low", "high", "n", "n_patients"]
-    return pd.DataFrame(list(found.values()), index=list(found), columns=columns).rename(
-        columns={"value": "mean"},
-    )
-
-
-def _stay_shares(events: pd.DataFrame, bins: pd.Series, column: str) -> pd.DataFrame:
-    """Return (stays, bins): a stay's shares of its total |column| by bin; bins (n events,) are categories."""
-    keys = [events["patient_id"], events["icu_stay_id"], bins.to_numpy()]
-    table = events[column].abs().groupby(keys).sum().unstack(fill_value=0)
-    table = table.reindex(columns=bins.cat.categories, fill_value=0)
-    return table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
-
-
-def _column_means(shares: pd.DataFrame) -> pd.DataFrame:
-    """Return mean, low, high of each column over stays, 95 % interval over patients."""
-    patients = shares.index.get_level_values("patient_id").to_numpy()
-    found = [bootstrap(shares[name].to_numpy(), patients) for name in shares]
-    return pd.DataFrame(found, index=shares.columns).rename(columns={"value": "mean"})
-
-
 def _shown_stay(stays: pd.DataFrame) -> int:
     """Return the stay drawn where there is room for one: that of the highest risk."""
     return stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
@@ -2606,55 +2599,18 @@ def _error_dots(
     color: Any,
     marker: str = "o",
     label: str = "",
+    upright: bool = False,
 ) -> None:
-    """Draw means with their intervals as horizontal bars at the heights `at`; `color` one or one per row."""
-    axes.hlines(
-        at,
-        table["low"],
-        table["high"],
-        color=color,
-        linewidth=1.1,
-    )
-    axes.scatter(
-        table["mean"],
-        at,
-        color=color,
-        marker=marker,
-        s=16,
-        label=label or None,
-        zorder=3,
-    )
-
-
-def _vertical_errors(
-    axes: Axes,
-    x: np.ndarray,
-    table: pd.DataFrame,
-    color: str,
-    marker: str,
-    label: str = "",
-) -> None:
-    """Draw means with their intervals as vertical bars, in percent."""
-    axes.vlines(
-        x,
-        100 * table["low"],
-        100 * table["high"],
-        color=color,
-        linewidth=1,
-    )
-    axes.scatter(
-        x,
-        100 * table["mean"],
-        color=color,
-        marker=marker,
-        s=16,
-        label=label or None,
-        zorder=3,
-    )
+    """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
+    lines = axes.vlines if upright else axes.hlines
+    lines(at, table["low"], table["high"], color=color, linewidth=1.1)
+    x, y = (at, table["mean"]) if upright else (table["mean"], at)
+    axes.scatter(x, y, color=color, marker=marker, s=16, label=label or None, zorder=3)
 
 
 def _rows(axes: Axes, left: Sequence[str], right: Sequence[str] = ()) -> None:
-    """Name the rows of a panel, first on top, at the left and, small, at the right."""
+    """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
+    axes.axvline(0, color="black", linewidth=0.7)
     at = range(len(left))
     axes.set_yticks(at, left, fontsize=7.5)
     axes.set_ylim(len(left) - 0.4, -0.6)
@@ -2673,6 +2629,12 @@ def _ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
     if y:
         axes.yaxis.set_major_locator(MaxNLocator(y))
     axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
+
+
+def _legend_above(subfigure: Any, axes: Axes) -> None:
+    """Name the marks of a panel in one line above all panels."""
+    handles, words = axes.get_legend_handles_labels()
+    subfigure.legend(handles, words, loc="outside upper center", ncols=4, fontsize=7.5, frameon=False)
 
 
 def _small_bar(
@@ -2865,7 +2827,7 @@ def _draw_tenths(subfigure: Any, events: pd.DataFrame, n_heads: int) -> None:
     )[0]
     for head, axes in enumerate(panels, 1):
         more = _stay_shares(events, decile, f"attention_head_{head}") - even
-        _vertical_errors(axes, tenths, _column_means(more), "black", "o")
+        _error_dots(axes, _column_means(100 * more), tenths, "black", upright=True)
         axes.axhline(0, color="black", linewidth=0.5)
         axes.set_xticks([1, 4, 7, 10])
         tidy(axes, "", "", f"head {head}")
@@ -2905,10 +2867,8 @@ def _draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
 
 def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
     """Draw which share of each measure lies in each window before the end that has events."""
-    names = window_names()
-    windows = clock_window(events["hours_to_end"].to_numpy())
-    bins = pd.Series(pd.Categorical(windows, names, ordered=True))
-    used = [name for name in names if name in windows]
+    names, bins = window_names(), _windows_of(events)
+    used = [name for name in names if name in set(bins)]
     position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
     axes = subfigure.subplots()
     even = _column_means(_stay_shares(events.assign(one=1.0), bins, "one")[used])
@@ -2920,9 +2880,9 @@ def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
         zorder=0,
     )
     for at, (column, word) in enumerate(OVER_TIME.items()):
-        shares = _column_means(_stay_shares(events, bins, column)[used])
+        shares = _column_means(100 * _stay_shares(events, bins, column)[used])
         style = HEAD_COLOURS[at], MARKERS[at], word
-        _vertical_errors(axes, position + 0.1 * (at - 1.5), shares, *style)
+        _error_dots(axes, shares, position + 0.1 * (at - 1.5), *style, upright=True)
     reach = events.groupby("icu_stay_id")["hours_to_end"].max()
     words = []
     for name, start in zip(names, CLOCK_WINDOWS_HOURS):
@@ -3011,7 +2971,6 @@ def _importance_rows(panels: tuple[Axes, Axes], title: str, table: pd.DataFrame,
     at = np.arange(len(size))
     _error_dots(left, mean, at, [VERMILLION if value >= 0 else BLUE for value in mean["mean"]])
     _error_dots(right, size, at, "black")
-    left.axvline(0, color="black", linewidth=0.7)
     tidy(left, "", "")
     tidy(right, "", "")
     counts = [f"{n:,} / {patients:,}" for n, patients in zip(size["n"], size["n_patients"])]
@@ -3094,7 +3053,6 @@ def _draw_item_importance(tables: Tables, caption: str) -> Figure:
             norm=norm,
             linewidths=0,
         )
-    axes.axvline(0, color="black", linewidth=0.7)
     tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
     rho = [f"{rho:+.2f} ({n})" if rho == rho else "" for rho, n in zip(items["rho"], items["n_values"])]
     marks = ["(!) " if tells else "" for tells in items["tells_outcome"]]
@@ -3142,7 +3100,6 @@ def _signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
         color=[VERMILLION if value >= 0 else BLUE for value in values],
         height=0.7,
     )
-    axes.axvline(0, color="black", linewidth=0.7)
     axes.margins(x=0.27)
     tidy(axes, LOGIT, "")
     _rows(axes, names)
@@ -3286,24 +3243,11 @@ def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
     names = layers["layer"].unique()
     first = layers[layers["layer"] == names[0]][["icu_stay_id", "event", "attribution"]]
     both = layers.merge(first, on=["icu_stay_id", "event"], suffixes=("", "_first"))
-    found = _rank_agreement(
-        both,
-        ["layer", "icu_stay_id", "patient_id"],
-        "attribution",
-        "attribution_first",
-    )
+    found = _rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
     axes, at = subfigure.subplots(), np.arange(len(names))
-    heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(
-        -0.2,
-        0.2,
-        len(found),
-    )
-    axes.scatter(
-        found["correlation"],
-        heights,
-        s=5,
-        color="#b5b5b5",
-    )
+    spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
+    heights = found["layer"].map(dict(zip(names, at))) + spread
+    axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
     _error_dots(axes, _means_by(found, "layer", "correlation").reindex(names), at, "black")
     n_stays = _count(layers["icu_stay_id"].nunique(), "stay")
     gap = layers["gap_error"].abs().max()
@@ -3330,7 +3274,6 @@ def _draw_groups(axes: Axes, rows: pd.DataFrame, kind: str) -> None:
     )
     for shift, (value, word, color, marker) in zip((-0.14, 0.14), measures):
         _error_dots(axes, _means_by(rows, "group", value).reindex(names), at + shift, color, marker, word)
-    axes.axvline(0, color="black", linewidth=0.7)
     tidy(axes, "", "")
     stays = rows.groupby("group")["icu_stay_id"].nunique()
     words = [_count(stays[name], "stay") for name in names]
@@ -3355,18 +3298,8 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     )[:, 0]
     for axes, kind in zip(panels, kinds):
         _draw_groups(axes, groups[groups["kind"] == kind], kind)
-    panels[-1].set_xlabel(
-        f"mean per stay that has the group, {LOGIT}; each panel has its own scale",
-        fontsize=8,
-    )
-    handles = panels[0].get_legend_handles_labels()
-    upper.legend(
-        *handles,
-        loc="outside upper center",
-        ncols=2,
-        fontsize=7.5,
-        frameon=False,
-    )
+    panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
+    _legend_above(upper, panels[0])
     axes = lower.subplots()
     known = events.dropna(subset=["if_unremarkable"])
     axes.hexbin(
@@ -3433,14 +3366,7 @@ def _draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
         axes.axhline(0, color="black", linewidth=0.5)
         tidy(axes, "% of the events, highest first", "change of the logit", f"Events {verb}")
         _ticks(axes, 5, 5)
-    handles = axes.get_legend_handles_labels()
-    body.legend(
-        *handles,
-        loc="outside upper center",
-        ncols=4,
-        fontsize=7.5,
-        frameon=False,
-    )
+    _legend_above(body, axes)
     return figure
 
 
@@ -3658,7 +3584,9 @@ EVENT_COLUMNS = [
     "#push, logit",
     "#odds through it",
 ]
-WINDOW_COLUMNS = ["before the end", "#share of push", "#95 % interval", "#share of events", "#stays"]
+WINDOW_COLUMNS = ["before the end", "#share of push", "#95 % interval from", "#to", "#share of events", "#stays"]
+WINDOW_WORDS: dict[str, Callable[[Any], str]] = {"window": str, "share": _percent, "low": _percent, "high": _percent}
+WINDOW_WORDS |= {"share_of_events": _percent, "n_stays": str}
 TELLS = " [this text alone tells the outcome]"
 EVENTS_LISTED, EVENTS_DRAWN = 10, 600  # of a stay
 
@@ -3742,6 +3670,12 @@ def _decisive_sentence(decisive: pd.DataFrame) -> str:
     return f"Without {which} the risk would be {without}, on the other side of {_percent(row['threshold'])}: {texts}."
 
 
+def _cells(table: pd.DataFrame, **written: Callable[[Any], str]) -> list[tuple[str, ...]]:
+    """Return the cells of a table for the report: the columns named, each as its function writes it."""
+    columns = [table[name].map(write) for name, write in written.items()]
+    return list(zip(*columns))
+
+
 def _stay_context(
     stay: Any,
     tables: Tables,
@@ -3761,14 +3695,6 @@ def _stay_context(
     sums += f"{_signed(events['attribution'].sum())}, patient and admission {_signed(statics['attribution'].sum())}, "
     sums += f"which gives logit {_signed(stay.logit)}: {_percent(stay.probability)}."
     place = f"Percentile {stay.risk_percentile:.0f} of the risks of all held-out stays. "
-    static_rows = []
-    for row in statics.itertuples():
-        static_rows.append(
-            [row.feature, _plain_number(row.value), _signed(row.attribution), _signed(row.ablation)],
-        )
-    system_rows = []
-    for row in parts["systems"].itertuples():
-        system_rows.append([row.system, f"{row.n_events:,}", _signed(row.push)])
     return {
         "icu_stay_id": stay.icu_stay_id,
         "why_shown": stay.why_shown,
@@ -3781,8 +3707,8 @@ def _stay_context(
         "timeline": _timeline(events, parts["trajectory"]),
         "towards": _event_rows(towards, temperature),
         "away": _event_rows(away, temperature),
-        "systems": system_rows,
-        "statics": static_rows,
+        "systems": _cells(parts["systems"], system=str, n_events=str, push=_signed),
+        "statics": _cells(statics, feature=str, value=_plain_number, attribution=_signed, ablation=_signed),
     }
 
 
@@ -3805,23 +3731,11 @@ def _level_cells(levels: pd.DataFrame, items: pd.DataFrame) -> tuple[list[str], 
     order += ["slightly above range", "above range", "far above range"]
     found = levels["level"].unique()
     names = [name for name in order if name in found] + sorted(set(found) - set(order))
-    cells = {}
-    for row in levels.itertuples():
-        cells[row.item, row.level] = f"{_signed(row.push)} ({row.n_events})"
-    rows = []
-    for item in items.itertuples():
-        of_levels = [cells.get((item.item, name), "") for name in names]
-        rows.append([item.item, f"{_signed(item.push)} ({item.n_events})", *of_levels])
-    return ["all", *names], rows
-
-
-def _window_cells(windows: pd.DataFrame) -> list[list[str]]:
-    """Return the cells of the windows before the end, as `WINDOW_COLUMNS` names them."""
-    rows = []
-    for row in windows.itertuples():
-        shares = [_percent(row.share), f"{100 * row.low:.0f} to {100 * row.high:.0f} %", _percent(row.share_of_events)]
-        rows.append([row.window, *shares, f"{row.n_stays}"])
-    return rows
+    parts = pd.concat([items.assign(level="all"), levels])
+    parts["cell"] = parts["push"].map(_signed) + " (" + parts["n_events"].astype(str) + ")"
+    cells = parts.pivot(index="item", columns="level", values="cell")
+    cells = cells.reindex(index=items["item"], columns=["all", *names]).fillna("")
+    return list(cells), cells.reset_index().to_numpy().tolist()
 
 
 def _check_rows(faithfulness: pd.DataFrame) -> list[list[str]]:
@@ -3934,7 +3848,7 @@ def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dic
         verdict=[] if verdict is None else verdict["sentence"].tolist(),
         verdict_holds=verdict is None or bool(verdict["passed"].ne(False).all()),
         window_columns=WINDOW_COLUMNS,
-        windows=[] if windows is None else _window_cells(windows),
+        windows=[] if windows is None else _cells(windows, **WINDOW_WORDS),
     )
 
 
