@@ -22,6 +22,7 @@ import copy
 import functools
 import html
 import io
+import json
 import logging
 import math
 import operator
@@ -96,6 +97,7 @@ __all__ = [
 logger = logging.getLogger("clinical_LF")
 
 CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
+CLOCK_WINDOWS = ("last 6 h", "6 to 12 h", "12 to 24 h", "24 to 48 h", "48 to 96 h", "more than 96 h")
 MAX_MAP_EVENTS, MAX_MAP_BINS = 3000, 64  # layer maps grow with the square of the events
 GRADIENT_EVENTS, FORWARD_EVENTS = (
     2048,
@@ -1347,9 +1349,7 @@ def organ_system(item: str) -> str:
 
 def window_names() -> np.ndarray:
     """Return `last 6 h`, `6 to 12 h`, ..., `more than 96 h`."""
-    edges = CLOCK_WINDOWS_HOURS
-    between = [f"{low} to {high} h" for low, high in zip(edges[1:-2], edges[2:-1])]
-    return np.array([f"last {edges[1]} h", *between, f"more than {edges[-2]} h"], dtype=object)
+    return np.array(CLOCK_WINDOWS, dtype=object)
 
 
 def clock_window(hours_to_end: np.ndarray) -> np.ndarray:
@@ -1812,14 +1812,15 @@ def baseline_in_words(run: Run) -> Finding:
     device = next(checkpoint.model.parameters()).device
     with torch.no_grad():
         logit = float(checkpoint.model.logits(sequence.to(device), static[None].to(device)))
-    risk, risks = float(checkpoint.probabilities(np.array(logit))), checkpoint.probabilities(run.logits)
-    known = run.table.labels[~np.isnan(run.table.labels)]
-    died = f", and {_percent(known.mean())} died" if len(known) else ""
-    words = f"""Pushes are counted from a stay whose events say nothing: risk {100 * risk:.2g} %,
-        while these stays have {_percent(risks.mean())} on average{died}. It is no patient: each of its events is
-        the mean of all training events, so that none stands out; {(risks > risk).sum()} of {len(risks)} stays lie
-        above it."""
-    return Finding("baseline", " ".join(words.split()), None, logit)
+    risk = float(checkpoint.probabilities(np.array(logit)))
+    risks = checkpoint.probabilities(run.logits)
+    above = f"{(risks > risk).sum()} of {len(risks)} stays"
+    words = (
+        f"Pushes are counted from a stay whose events say nothing: risk {100 * risk:.2g} %, and {above} lie above it "
+        f"(on average {_percent(risks.mean())}). It is no patient: each of its events is the mean of all training "
+        "events, so that none stands out."
+    )
+    return Finding("baseline", words, None, logit)
 
 
 def leaks_of(run: Run) -> dict[str, float]:
@@ -1916,7 +1917,8 @@ def explain_stay(
     ids = events.loc[0, ["icu_stay_id", "patient_id"]].to_dict()
     found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps)
     attention = attend(model, sequence, static)
-    strongest = np.argsort(-np.abs(found.events[0].sum(1).cpu().numpy()))[: settings.max_replacements or None]
+    sizes = np.abs(found.events[0].sum(1).cpu().numpy())
+    strongest = np.argsort(-sizes)[: settings.max_replacements or None]
     ablation = ablation_analysis(
         model,
         sequence,
@@ -2452,17 +2454,18 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
 
 def _item_in_words(row: dict[str, Any], towards_death: bool) -> str:
     """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87, n 40).`"""
+    item, rho, n_values = row["item"], row["rho"], row["n_values"]
     direction = "towards" if row["push"] > 0 else "away from"
-    if math.isnan(row["rho"]):
-        few = f"; too few values to say which of them (n {row['n_values']})" if row["n_values"] else ""
-        return f"{row['item']} pushes {direction} death, {_signed(row['push'])} on average{few}."
-    where = f"(rho {row['rho']:.2f}, n {row['n_values']})"
-    if abs(row["rho"]) < 0.3:
-        return f"{row['item']} pushes {direction} death, hardly depending on its value {where}."
-    end = "high" if row["rho"] > 0 else "low"
+    if math.isnan(rho):
+        few = f"; too few values to say which of them (n {n_values})" if n_values else ""
+        return f"{item} pushes {direction} death, {_signed(row['push'])} on average{few}."
+    where = f"(rho {rho:.2f}, n {n_values})"
+    if abs(rho) < 0.3:
+        return f"{item} pushes {direction} death, hardly depending on its value {where}."
+    end = "high" if rho > 0 else "low"
     if not towards_death:  # all of its events push away
-        return f"{row['item']} pushes away from death, least when {end} {where}."
-    return f"{row['item']} pushes towards death when {end} {where}."
+        return f"{item} pushes away from death, least when {end} {where}."
+    return f"{item} pushes towards death when {end} {where}."
 
 
 def level_table(events: pd.DataFrame, items: Sequence[str]) -> pd.DataFrame:
@@ -2963,13 +2966,11 @@ def _property_word(name: str) -> str:
 def _importance_rows(panels: tuple[Axes, Axes], title: str, table: pd.DataFrame, unit: str) -> None:
     """Draw mean signed and mean absolute push of each `group` of a table, with the numbers of rows and patients."""
     left, right = panels
-    size = _means_by(table.assign(size=table["attribution"].abs()), "group", "size").sort_values(
-        "mean",
-        ascending=False,
-    )
+    size = _means_by(table.assign(size=table["attribution"].abs()), "group", "size")
+    size = size.sort_values("mean", ascending=False)
     mean = _means_by(table, "group", "attribution").loc[size.index]
     at = np.arange(len(size))
-    _error_dots(left, mean, at, [VERMILLION if value >= 0 else BLUE for value in mean["mean"]])
+    _error_dots(left, mean, at, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
     _error_dots(right, size, at, "black")
     tidy(left, "", "")
     tidy(right, "", "")
@@ -3054,9 +3055,11 @@ def _draw_item_importance(tables: Tables, caption: str) -> Figure:
             linewidths=0,
         )
     tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
-    rho = [f"{rho:+.2f} ({n})" if rho == rho else "" for rho, n in zip(items["rho"], items["n_values"])]
-    marks = ["(!) " if tells else "" for tells in items["tells_outcome"]]
-    _rows(axes, [f"{mark}{_for_plot(item, 40, _cut)}" for mark, item in zip(marks, items["item"])], rho)
+    names, rho = [], []
+    for item in items.itertuples():
+        names.append(("(!) " if item.tells_outcome else "") + _for_plot(item.item, 40, _cut))
+        rho.append("" if math.isnan(item.rho) else f"{_signed(item.rho)} ({item.n_values})")
+    _rows(axes, names, rho)
     axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
     colors = ScalarMappable(norm, "viridis")
     words = ["lowest", "middle", "highest"]
@@ -3097,7 +3100,7 @@ def _signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
     axes.barh(
         at,
         values,
-        color=[VERMILLION if value >= 0 else BLUE for value in values],
+        color=np.where(values >= 0, VERMILLION, BLUE),
         height=0.7,
     )
     axes.margins(x=0.27)
@@ -3172,8 +3175,8 @@ def _draw_pushes(axes: Axes, events: pd.DataFrame, title: str) -> None:
 
 def _draw_strongest(axes: Axes, events: pd.DataFrame, n: int = 7) -> None:
     """Draw the n events of a stay that push most towards death and the n that push most away, if they push at all."""
-    towards = events[events["attribution"] >= 0.0005].nlargest(n, "attribution")
-    away = events[events["attribution"] <= -0.0005].nsmallest(n, "attribution")
+    towards = events.nlargest(n, "attribution").query("attribution >= 0.0005")
+    away = events.nsmallest(n, "attribution").query("attribution <= -0.0005")
     named = pd.concat([towards, away[::-1]])
     words = []
     tells = named.get("tells_outcome", pd.Series(False, named.index))
@@ -4081,10 +4084,7 @@ def faithfulness_record(run: Run, tables: dict[str, Any]) -> dict[str, Any]:
 
 def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the rows as dicts without NaN, which is not JSON."""
-    rows = []
-    for row in table.astype(object).to_dict("records"):
-        rows.append({name: None if pd.isna(value) else value for name, value in row.items()})
-    return rows
+    return json.loads(table.to_json(orient="records", double_precision=15))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
