@@ -1814,11 +1814,13 @@ def baseline_in_words(run: Run) -> Finding:
         logit = float(checkpoint.model.logits(sequence.to(device), static[None].to(device)))
     risk = float(checkpoint.probabilities(np.array(logit)))
     risks = checkpoint.probabilities(run.logits)
+    known = run.table.labels[~np.isnan(run.table.labels)]
+    died = f", and {_percent(known.mean())} died" if len(known) else ""
     above = f"{(risks > risk).sum()} of {len(risks)} stays"
     words = (
-        f"Pushes are counted from a stay whose events say nothing: risk {100 * risk:.2g} %, and {above} lie above it "
-        f"(on average {_percent(risks.mean())}). It is no patient: each of its events is the mean of all training "
-        "events, so that none stands out."
+        f"Pushes are counted from a stay whose events say nothing: risk {100 * risk:.2g} %, while these stays have "
+        f"{_percent(risks.mean())} on average{died}. It is no patient: each of its events is the mean of all "
+        f"training events, so that none stands out; {above} lie above it."
     )
     return Finding("baseline", words, None, logit)
 
@@ -2222,8 +2224,8 @@ def query_similarity_table(explained: dict[int, Explained], settings: ExplainSet
         for head, values in enumerate(scores, start=1):
             parts.append(found.events[["patient_id", "event_type"]].assign(head=head, similarity=values))
     found = _means_by(pd.concat(parts), ["head", "event_type"], "similarity", settings.n_bootstrap, settings.seed)
-    table = found.rename_axis(["head", "event_type"]).drop(columns="n_patients").reset_index()
-    return table.rename(columns={"mean": "similarity", "n": "n_events"})
+    found.index = pd.MultiIndex.from_tuples(list(found.index), names=["head", "event_type"])
+    return found.reset_index().rename(columns={"mean": "similarity", "n": "n_events"})
 
 
 def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFrame:
@@ -3675,6 +3677,8 @@ def _decisive_sentence(decisive: pd.DataFrame) -> str:
 
 def _cells(table: pd.DataFrame, **written: Callable[[Any], str]) -> list[tuple[str, ...]]:
     """Return the cells of a table for the report: the columns named, each as its function writes it."""
+    if not len(table):
+        return []
     columns = [table[name].map(write) for name, write in written.items()]
     return list(zip(*columns))
 

@@ -397,7 +397,7 @@ def test_report_tells_risk_outcome_scores_and_gap_of_every_shown_stay():
         "Misses more than it should.",
         "1 of 2 checks",
         "falls short: Replacement foretells what replacing several events does.",
-        "35 to 47 %",
+        "of push</th>",
         "do not add up",
         INFO["setting"],
     ):
