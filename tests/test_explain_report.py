@@ -63,6 +63,7 @@ def mock_events(sample, generator):
             "item": table.event_text.map(explain.item_of),
             "value": [train.parse_value(text)[1] for text in table.event_text],
             "is_abnormal": table.event_text.str.contains("Flag: abnormal"),
+            "in_history": "",
             "attribution": effect,
             "attribution_text": 0.8 * effect,
             "attribution_type": 0.05 * effect,
