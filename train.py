@@ -112,7 +112,7 @@ HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "sample_train.csv"
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 3
 SECONDS_BETWEEN_LINES = 30  # of progress, in a log
 
 
@@ -3339,8 +3339,15 @@ def attention_weights_within_stays(query: Tensor, key: Tensor, layout: Layout) -
     return weights * is_event * is_event.transpose(2, 3)
 
 
+LAYER_SCALE = 0.1
+
+
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer (Xiong et al. 2020) over packed events."""
+    """Pre-norm transformer layer (Xiong et al. 2020) over packed events.
+
+    What a layer adds starts small and is scaled per channel (LayerScale, Touvron et al. 2021): with a thousand stays a
+    model first has to learn what each event says by itself, and context only as far as the data ask for it.
+    """
 
     def __init__(self, d_model: int, n_heads: int, d_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -3355,6 +3362,8 @@ class EncoderLayer(nn.Module):
             nn.Linear(d_feedforward, d_model),
         )
         self.dropout = nn.Dropout(dropout)
+        self.attention_scale = nn.Parameter(torch.full((d_model,), LAYER_SCALE))
+        self.feedforward_scale = nn.Parameter(torch.full((d_model,), LAYER_SCALE))
 
     def forward(self, events: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
         """(N, D) -> (N, D); `maps` takes the attention weights (B, H, L, L)."""
@@ -3363,8 +3372,8 @@ class EncoderLayer(nn.Module):
         if maps is not None:
             maps.append(attention_weights_within_stays(query, key, layout))
         attended = attend_within_stays(query, key, value, layout).flatten(1)  # (N, D)
-        events = events + self.dropout(self.attention_output(attended))
-        return events + self.dropout(self.feedforward(self.norm_feedforward(events)))
+        events = events + self.attention_scale * self.dropout(self.attention_output(attended))
+        return events + self.feedforward_scale * self.dropout(self.feedforward(self.norm_feedforward(events)))
 
 
 class AttentionPooling(nn.Module):

@@ -114,6 +114,8 @@ def test_packed_layer_is_the_pre_norm_layer_of_torch():
     parts = {"self_attn.in_proj_": "query_key_value.", "self_attn.out_proj.": "attention_output."}
     parts |= {"linear1.": "feedforward.0.", "linear2.": "feedforward.3."}
     parts |= {"norm1.": "norm_attention.", "norm2.": "norm_feedforward."}
+    torch.nn.init.ones_(packed.attention_scale)
+    torch.nn.init.ones_(packed.feedforward_scale)
     weights = packed.state_dict()
     plain.load_state_dict(
         {its + kind: weights[ours + kind] for its, ours in parts.items() for kind in ("weight", "bias")}

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pandas as pd
 from common import Ranking, log_epochs, machine, markdown, ranking, train, train_and_test
-from torch import nn
 
 N_FOLDS = 5
 HEADER = ["variant", "AUROC", "AUPRC", "AUROC less the default's", "AUPRC less the default's"]
@@ -47,28 +46,26 @@ def layers(trainer: train.Trainer) -> list[train.EncoderLayer]:
     return [layer for model in fresh_models(trainer) for layer in cast(list, model.transformer_encoder)]
 
 
-def shrink(linear: nn.Module, size: float) -> None:
-    """Scale what a linear layer gives at first; nothing at all for good with 0."""
-    for parameter in linear.parameters():
-        parameter.data *= size
-        parameter.requires_grad_(size > 0)
-
-
-def small_layers(trainer: train.Trainer) -> None:
+def scale_layers(trainer: train.Trainer, size: float) -> None:
+    """Set how much attention and feed-forward part of each layer add at first; nothing at all for good with 0."""
     for layer in layers(trainer):
-        shrink(layer.attention_output, 0.1)
-        shrink(layer.feedforward[-1], 0.1)
+        for scale in (layer.attention_scale, layer.feedforward_scale):
+            scale.data.fill_(size)
+            scale.requires_grad_(size > 0)
+
+
+def full_size_layers(trainer: train.Trainer) -> None:
+    scale_layers(trainer, 1.0)
 
 
 def no_layer(trainer: train.Trainer) -> None:
-    for layer in layers(trainer):
-        shrink(layer.attention_output, 0.0)
-        shrink(layer.feedforward[-1], 0.0)
+    scale_layers(trainer, 0.0)
 
 
 def no_attention_in_layers(trainer: train.Trainer) -> None:
     for layer in layers(trainer):
-        shrink(layer.attention_output, 0.0)
+        layer.attention_scale.data.zero_()
+        layer.attention_scale.requires_grad_(False)
 
 
 def unit_positions(trainer: train.Trainer) -> None:
@@ -115,7 +112,7 @@ VARIANTS = {
     "default": Variant({}),
     "no layer": Variant({}, no_layer),
     "layers without attention": Variant({}, no_attention_in_layers),
-    "layers a tenth in size at first": Variant({}, small_layers),
+    "layers at full size from the start": Variant({}, full_size_layers),
     "one layer": Variant({"n_layers": 1}),
     "item history": Variant({"item_history": True}),
     "temporal loss 0.3": Variant({"temporal_weight": 0.3}),
