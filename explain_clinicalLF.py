@@ -142,7 +142,10 @@ class ExplainSettings:
     )
     labels: str = train.option("", "Labels of a MEDS data set, if other than the checkpoint's own.")
     cache_dir: str = train.option("", "Folder of the embedding cache; default: the checkpoint's own.")
-    hf_cache: str = train.option("", "Folder of downloaded encoder weights; default: the checkpoint's own.")
+    hf_cache: str = train.option(
+        "",
+        "Folder of downloaded encoder weights; default: the checkpoint's own.",
+    )
     max_replacements: int = train.option(
         500,
         "Events of a stay replaced one by one at most, the most attributed first; 0: every event.",
@@ -189,7 +192,8 @@ class ExplainSettings:
         "Show what matters in half a minute: 12 stays, few checks, no layers.",
     )
     memory_limit: str = train.option(
-        "33%", "Memory for reading the data: a share of the machine's, or a size like 16GB."
+        "33%",
+        "Memory for reading the data: a share of the machine's, or a size like 16GB.",
     )
 
 
@@ -251,23 +255,30 @@ def load_run(
         memory_limit=memory_limit,
         static_features=[*checkpoint.preprocessor.categorical, *checkpoint.preprocessor.numeric],
     )
-    settings = replace(trained, data=shown, text_encoder=train.encoder_to_load(checkpoint, text_encoder))
+    settings = replace(
+        trained,
+        data=shown,
+        text_encoder=train.encoder_to_load(checkpoint, text_encoder),
+    )
     table, _ = train.choose_cohort(table, settings)
     patients = table.stays.patient_id
     seen = patients.isin(checkpoint.patients["train"] + checkpoint.patients["validation"])
     if seen.all():
         raise InputError(
             f"{shown}: all {len(patients)} stays are of patients that this model was trained or tuned on; "
-            "explaining them would flatter it. Give --data with other patients.",
+            "explaining them would flatter it. Give --data with other patients."
         )
     held_out = bool(patients.isin(checkpoint.patients["test"]).any())
     if not held_out and not seen.any():
-        logger.warning(
-            f"Data        WARNING: no patient of {shown} was trained or tested on: these are other data",
-        )
+        logger.warning(f"Data        WARNING: no patient of {shown} was trained or tested on: these are other data")
     table = table.take(np.flatnonzero(~seen)).with_own_texts()
     train.log_unknown_categories(checkpoint.preprocessor, table.static_columns)
-    _, vectors = train.embed_texts(table.texts, settings, accelerator, expected=checkpoint.text_encoder)
+    _, vectors = train.embed_texts(
+        table.texts,
+        settings,
+        accelerator,
+        expected=checkpoint.text_encoder,
+    )
     return make_run(checkpoint, table, vectors, held_out, accelerator)
 
 
@@ -408,7 +419,11 @@ def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = ClinicalTransformer(**model.architecture)
-    fresh.set_input_statistics(model.event_mean.cpu(), model.event_scale.cpu(), model.static_weight.cpu())
+    fresh.set_input_statistics(
+        model.event_mean.cpu(),
+        model.event_scale.cpu(),
+        model.static_weight.cpu(),
+    )
     return fresh.to(device).eval()
 
 
@@ -457,9 +472,17 @@ def captum_analysis(
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
     for stay, is_event in enumerate(event_mask(sequences, attention_mask)):
         length = int(is_event.nonzero().max()) + 1 if is_event.any() else 0
-        sequence, static, mask = sequences[stay, None, :length], static_features[stay, None], is_event[None, :length]
+        sequence, static, mask = (
+            sequences[stay, None, :length],
+            static_features[stay, None],
+            is_event[None, :length],
+        )
         check_finite(sequence, static, mask)
-        sequence = torch.where(mask[..., None], sequence, 0)  # what padding holds must not become 0 * NaN
+        sequence = torch.where(
+            mask[..., None],
+            sequence,
+            0,
+        )  # what padding holds must not become 0 * NaN
         logit, start = logits_and_baselines(model, sequence, static, mask, baseline)
         for steps in (n_steps, 4 * n_steps, 16 * n_steps) if retry else (n_steps,):
             events, columns = integrated_gradients(model, sequence, static, mask, baseline, steps)
@@ -493,7 +516,7 @@ def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) ->
     mask = torch.as_tensor(attention_mask, device=sequences.device).bool()
     if mask.shape != sequences.shape[:2]:
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}; it must be {tuple(sequences.shape[:2])}, as the events.",
+            f"attention_mask is {tuple(mask.shape)}; it must be {tuple(sequences.shape[:2])}, as the events."
         )
     return mask
 
@@ -502,7 +525,7 @@ def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
     if not (torch.isfinite(sequence[is_event]).all() and torch.isfinite(static).all()):
         raise ValueError(
             "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it. "
-            "Look for missing text vectors, or for times that were not encoded.",
+            "Look for missing text vectors, or for times that were not encoded."
         )
 
 
@@ -514,9 +537,7 @@ def baselines_like(
     """(1, L, C) and (1, S): the baseline event at every position, and the baseline statics."""
     if baseline is None:
         return torch.zeros_like(sequence), torch.zeros_like(static)
-    return baseline["event"].to(sequence).expand_as(sequence), baseline["static"].to(static).expand_as(
-        static,
-    )
+    return baseline["event"].to(sequence).expand_as(sequence), baseline["static"].to(static).expand_as(static)
 
 
 def integrated_gradients(
@@ -591,8 +612,20 @@ def layer_analysis(
         with torch.no_grad():
             logit, start = model.logits(both, static.expand(2, -1)).squeeze(1).tolist()
         for row, layer in zip(rows, layers.values()):
-            found = layer_attribution(model, layer, sequence, static, baseline, n_steps, logit - start)
-            row["attribution"][stay, is_event.cpu()], row["gap_error"][stay], row["complete"][stay] = found
+            found = layer_attribution(
+                model,
+                layer,
+                sequence,
+                static,
+                baseline,
+                n_steps,
+                logit - start,
+            )
+            (
+                row["attribution"][stay, is_event.cpu()],
+                row["gap_error"][stay],
+                row["complete"][stay],
+            ) = found
     return rows
 
 
@@ -673,7 +706,10 @@ def replace_each_event(
     n_events = sequence.shape[1]
     which = np.arange(n_events) if which is None else np.asarray(which)
     scores = np.full(n_events, math.nan)
-    rows_per_part = max(1, 64 * FORWARD_EVENTS // max(1, n_events))  # the mask itself, (L, L), is made in parts
+    rows_per_part = max(
+        1,
+        64 * FORWARD_EVENTS // max(1, n_events),
+    )  # the mask itself, (L, L), is made in parts
     for first in range(0, len(which), rows_per_part):
         part = which[first : first + rows_per_part]
         keep = np.vstack([np.ones(n_events, bool), part[:, None] != np.arange(n_events)])
@@ -736,7 +772,10 @@ def ablation_analysis(
 
 def feature_groups(kind: str, labels: Sequence[str], static_names: Sequence[str]) -> pd.DataFrame:
     """Return kind, group, n_events and members: positions of events or columns of statics."""
-    events, statics = pd.Series(list(labels), dtype=object), pd.Series(list(static_names), dtype=object)
+    events, statics = (
+        pd.Series(list(labels), dtype=object),
+        pd.Series(list(static_names), dtype=object),
+    )
     rows = [(kind, name, len(part), part.index.to_numpy()) for name, part in events.groupby(events)]
     rows += [("static", name, 0, part.index.to_numpy()) for name, part in statics.groupby(statics, sort=False)]
     return pd.DataFrame(rows, columns=["kind", "group", "n_events", "members"])
@@ -770,7 +809,10 @@ def ablate_groups(
         )
 
     logits = logits_with(np.vstack([np.ones(len(groups), bool), ~np.eye(len(groups), dtype=bool)]))
-    result = groups[["kind", "group", "n_events"]].assign(ablation=logits[0] - logits[1:], shapley=np.nan)
+    result = groups[["kind", "group", "n_events"]].assign(
+        ablation=logits[0] - logits[1:],
+        shapley=np.nan,
+    )
     if shapley_samples:
         result["shapley"] = shapley_values(logits_with, len(groups), shapley_samples, seed)
     return result
@@ -796,10 +838,20 @@ def shapley_values(
 # Check: how right are the explanations?
 # ---------------------------------------------------------------------------------------------------------------------
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # of a stay's events made unremarkable, or left as they are
+FRACTIONS = (
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+)  # of a stay's events made unremarkable, or left as they are
 N_RANDOM_ORDERS = 3
 MIN_EVENTS = 10  # a shorter stay has no order of events to speak of
-N_RESETS, STAYS_PER_RESET = 4, 4  # random models that a stay is explained with, and stays that share them
+N_RESETS, STAYS_PER_RESET = (
+    4,
+    4,
+)  # random models that a stay is explained with, and stays that share them
 FEW_STEPS = 8  # of Integrated Gradients, where only the order of the events counts
 N_PERTURBATIONS, SHARE_PERTURBED = 60, 0.1  # random sets of events that infidelity asks about
 N_SLOW = 10  # stays on which the slow checks, noise and cascade, are measured
@@ -834,7 +886,11 @@ def bootstrap(
     values = np.asarray(values, float)
     known = values[~np.isnan(values)]
     names, patient = np.unique(np.asarray(patients)[~np.isnan(values)], return_inverse=True)
-    result = {"value": float(known.mean()) if len(known) else math.nan, "low": math.nan, "high": math.nan}
+    result = {
+        "value": float(known.mean()) if len(known) else math.nan,
+        "low": math.nan,
+        "high": math.nan,
+    }
     if len(names) >= 3:
         drawn = patients_drawn(len(names), n_bootstrap, seed)
         means = (drawn @ np.bincount(patient, known)) / (drawn @ np.bincount(patient))
@@ -882,14 +938,10 @@ def deletion_insertion(
     """
     n_events = sequence.shape[1]
     fractions = np.array([0.0, *FRACTIONS])
-    place = np.stack(
-        [np.argsort(np.argsort(-score, kind="stable")) for score in scores.values()],
-    )  # (orders, L)
+    place = np.stack([np.argsort(np.argsort(-score, kind="stable")) for score in scores.values()])  # (orders, L)
     first = place[:, None] < np.ceil(fractions * n_events)[:, None]  # (orders, fractions, L)
     keep = np.stack([~first, first])  # (2, orders, fractions, L)
-    logits = replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(
-        keep.shape[:3],
-    )
+    logits = replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(keep.shape[:3])
     change = logits - logits[:, :, :1]
     names = pd.MultiIndex.from_product([["deletion", "insertion"], scores, fractions])
     return pd.Series(change.ravel(), names.set_names(["direction", "order", "fraction"])).rename("change").reset_index()
@@ -917,9 +969,7 @@ def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[d
             found = bootstrap(gain, patients, settings.n_bootstrap, settings.seed)
             words = f"{verb} in order of {title} moves the logit {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] further "
             asked = None if order == "attention" else (">", 0.0)
-            rows.append(
-                criterion(direction, order, found, asked, words + "than in random order", limit="low"),
-            )
+            rows.append(criterion(direction, order, found, asked, words + "than in random order", limit="low"))
     return rows
 
 
@@ -1000,7 +1050,14 @@ def event_totals(
     n_steps: int,
 ) -> np.ndarray:
     """Return the Integrated Gradients of each event of one stay, (L,), without a second try."""
-    events, _ = integrated_gradients(model, sequence, static, event_mask(sequence, None), baseline, n_steps)
+    events, _ = integrated_gradients(
+        model,
+        sequence,
+        static,
+        event_mask(sequence, None),
+        baseline,
+        n_steps,
+    )
     return events[0].double().sum(1).cpu().numpy()
 
 
@@ -1117,9 +1174,7 @@ def check_stays(
         rows.append(row | ids)
         curves.append(curve.assign(**ids))
     if not rows:
-        return [], pd.DataFrame(
-            columns=["icu_stay_id", "patient_id", "direction", "order", "fraction", "change"],
-        )
+        return [], pd.DataFrame(columns=["icu_stay_id", "patient_id", "direction", "order", "fraction", "change"])
     all_curves = pd.concat(curves, ignore_index=True)
     return gains_over_random(all_curves, settings) + measured_criteria(
         pd.DataFrame(rows),
@@ -1231,7 +1286,7 @@ def measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dic
                 measure.threshold,
                 measure.sentence,
                 measure.limit,
-            ),
+            )
         )
     return criteria
 
@@ -1273,7 +1328,10 @@ def check_linear_model(seed: int = 0) -> dict[str, Any]:
     model = LinearStay(20, 7, seed)
     found = captum_analysis(model, events, statics, baseline={"event": event, "static": static})
     exact = (model.w * (events - event)).detach(), (model.v * (statics - static)).detach()
-    error = max(float((found.events - exact[0]).abs().max()), float((found.statics - exact[1]).abs().max()))
+    error = max(
+        float((found.events - exact[0]).abs().max()),
+        float((found.statics - exact[1]).abs().max()),
+    )
     words = "on a linear model Integrated Gradients differ from the exact answer by {value:.1e} at most"
     return criterion("linear model", "attribution", without_interval(error, 1), ("<=", 1e-4), words)
 
@@ -1313,8 +1371,22 @@ ORGAN_SYSTEMS = {
     "metabolism and nutrition": r"glucose|insulin|dextrose|d5w|glucagon|thyro|cort|predniso|calor|nutrition|protein"
     r"|carbohydrate|triglyceride|thiamine|folic|multivitamin",
 }
-LESS_SAID = ("Reference", "Flag", "Priority", "Comment", "Status", "Form", "Strength", "Test", "Location")
-METHOD_WORDS = {"attribution": "push", "if_unremarkable": "replacement", "attention": "pooling attention"}
+LESS_SAID = (
+    "Reference",
+    "Flag",
+    "Priority",
+    "Comment",
+    "Status",
+    "Form",
+    "Strength",
+    "Test",
+    "Location",
+)
+METHOD_WORDS = {
+    "attribution": "push",
+    "if_unremarkable": "replacement",
+    "attention": "pooling attention",
+}
 CHECK_WORDS = {  # what each check of faithfulness.json asks of a method
     "completeness": "{method} adds up to the prediction",
     "deletion": "{method} ranks first what counts (events made unremarkable)",
@@ -1455,7 +1527,7 @@ def map_features_to_clinical(
         raise InputError(
             "hidden units have no clinical meaning: attribute the inputs, found = captum_analysis(model, sequences, "
             "static_features, attention_mask), and call map_features_to_clinical(found.events[0], "
-            "name_inputs(preprocessor), pos).",
+            "name_inputs(preprocessor), pos)."
         )
     table = pd.DataFrame({"part": inputs["part"].to_numpy(), "attribution": values[pos]})
     return table.groupby("part", sort=False)["attribution"].sum().reset_index()
@@ -1539,7 +1611,12 @@ def analyze_critical_time_periods(
         least = threshold / len(events) if relative else threshold
         for head, position in np.argwhere(weights > least):
             weight = float(weights[head, position])
-            row = {"stay": stay, "head": int(head) + 1, "position": int(position), "importance": weight}
+            row = {
+                "stay": stay,
+                "head": int(head) + 1,
+                "position": int(position),
+                "importance": weight,
+            }
             row["times_even_share"] = weight * len(events)
             row |= _described(record, position)
             rows.append(row | {"interpretation": _weight_in_words(row, len(events))})
@@ -1586,9 +1663,7 @@ def analyze_feature_importance_over_time(
                         "rank": rank,
                         "position": int(inside[place]),
                     }
-                    rows.append(
-                        row | {"importance": float(values[place])} | _described(record, inside[place]),
-                    )
+                    rows.append(row | {"importance": float(values[place])} | _described(record, inside[place]))
     return rows
 
 
@@ -1651,10 +1726,13 @@ def analyze_temporal_feature_attribution(
     if not isinstance(feature_mapping, Stay):
         raise InputError(
             "attention weighs whole events, not features: give the stay that was read, as in "
-            "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id)).",
+            "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
         )
     events = feature_mapping.events
-    weights = _pooling_weights(attention_weights)[0][:, real_events(attention_weights)[0]].T  # (L, Hp)
+    weights = _pooling_weights(attention_weights)[0][
+        :,
+        real_events(attention_weights)[0],
+    ].T  # (L, Hp)
     table = pd.DataFrame(
         weights,
         columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)],
@@ -1685,7 +1763,7 @@ def analyze_static_feature_attribution(
     if statics is None or "attribution" not in static_features.events:
         raise InputError(
             "attention never reaches the static features: give the stay with its attributions, as in "
-            "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id)).",
+            "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
         )
     table = statics[["feature", "value", "attribution"]]
     size = table["attribution"].abs()
@@ -1771,7 +1849,11 @@ def likeness(unseen: np.ndarray, held_out: bool) -> list[Finding]:
     return [Finding("patients", whose), Finding("likeness", words, holds, share)]
 
 
-def leaking_items(items: np.ndarray, stay_of_event: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def leaking_items(
+    items: np.ndarray,
+    stay_of_event: np.ndarray,
+    labels: np.ndarray,
+) -> dict[str, float]:
     """Return item -> AUROC of its mere presence, for items (n_events,) that alone tell deaths from survivors.
 
     Nothing is judged with fewer than ten stays of either outcome; stays of unknown outcome do not count.
@@ -1848,7 +1930,10 @@ def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) 
 # Tables: the same for the pictures, the report and the files
 # ---------------------------------------------------------------------------------------------------------------------
 
-HEAD_STAYS, OFF_STAYS = 15, 10  # whose attention is compared with untrained models', and is switched off
+HEAD_STAYS, OFF_STAYS = (
+    15,
+    10,
+)  # whose attention is compared with untrained models', and is switched off
 TIME_SHUFFLES = 5
 KEPT_STAYS = 1000  # drawn at random: their tables stay in memory for summaries and pictures; the files have all stays
 
@@ -1886,7 +1971,7 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "in_history": history,
             "is_abnormal": [is_abnormal(text) for text in texts],
             "is_new_item": run.checkpoint.is_new_item(texts),
-        },
+        }
     )
 
 
@@ -1967,9 +2052,7 @@ def logit_without_time(run: Run, stay: int, seed: int) -> float:
     """Return the mean logit of a stay whose events are dealt at random to its places and times."""
     sequence, static = run.inputs(stay)
     generator = torch.Generator().manual_seed(seed)
-    orders = torch.stack(
-        [torch.randperm(sequence.shape[1], generator=generator) for _ in range(TIME_SHUFFLES)],
-    )
+    orders = torch.stack([torch.randperm(sequence.shape[1], generator=generator) for _ in range(TIME_SHUFFLES)])
     dealt = sequence[0, orders.to(sequence.device)]  # (TIME_SHUFFLES, L, C)
     dealt[:, :, run.parts["time"]] = sequence[:, :, run.parts["time"]]
     parts = dealt.split(max(1, FORWARD_EVENTS // sequence.shape[1]))
@@ -1989,7 +2072,11 @@ def layer_table(run: Run, stay: int, settings: ExplainSettings) -> pd.DataFrame:
         attribution = row["attribution"][0]
         table = pd.DataFrame({"event": np.arange(len(attribution)), "attribution": attribution})
         parts.append(
-            table.assign(layer=row["layer"], gap_error=row["gap_error"][0], complete=row["complete"][0]),
+            table.assign(
+                layer=row["layer"],
+                gap_error=row["gap_error"][0],
+                complete=row["complete"][0],
+            )
         )
     return pd.concat(parts, ignore_index=True)
 
@@ -2028,7 +2115,7 @@ def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) 
             "value": ["Unknown" if pd.isna(value) else str(value) for value in values],
             "attribution": list(sums.values()),
             "ablation": ablation[list(sums)].to_numpy(),
-        },
+        }
     )
 
 
@@ -2124,7 +2211,10 @@ def logits_without(
     logits = np.zeros(len(stays))
     batches = train.plan_batches(dataset.lengths[stays], len(stays), FORWARD_EVENTS)
     device = next(model.parameters()).device
-    for places, batch in zip(batches, train.packed_batches(dataset, [stays[part] for part in batches], device)):
+    for places, batch in zip(
+        batches,
+        train.packed_batches(dataset, [stays[part] for part in batches], device),
+    ):
         found, _ = model.score_packed(batch.events, batch.static_features, batch.layout)
         logits[places] = found.squeeze(1).double().cpu().numpy()
     for (linear, columns), weights in zip(switched, saved):
@@ -2185,12 +2275,21 @@ def head_table(
 
 
 def _means_by(
-    table: pd.DataFrame, keys: str | list[str], value: str, n_bootstrap: int = 1000, seed: int = 0
+    table: pd.DataFrame,
+    keys: str | list[str],
+    value: str,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Return `bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
     found = {}
     for name, part in table.groupby(keys, observed=True):
-        found[name] = bootstrap(part[value].to_numpy(), part["patient_id"].to_numpy(), n_bootstrap, seed)
+        found[name] = bootstrap(
+            part[value].to_numpy(),
+            part["patient_id"].to_numpy(),
+            n_bootstrap,
+            seed,
+        )
     columns = ["value", "low", "high", "n", "n_patients"]
     return pd.DataFrame(list(found.values()), list(found), columns).rename(columns={"value": "mean"})
 
@@ -2216,14 +2315,23 @@ def _column_means(shares: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) 
     return pd.DataFrame(found, index=shares.columns).rename(columns={"value": "mean"})
 
 
-def query_similarity_table(explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
+def query_similarity_table(
+    explained: dict[int, Explained],
+    settings: ExplainSettings,
+) -> pd.DataFrame:
     """Return how near each pooling head's query is to the keys of each event type, against the mean of the stay."""
     parts = []
     for found in explained.values():
         scores = found.attention.scores - found.attention.scores.mean(1, keepdims=True)  # (Hp, L)
         for head, values in enumerate(scores, start=1):
             parts.append(found.events[["patient_id", "event_type"]].assign(head=head, similarity=values))
-    found = _means_by(pd.concat(parts), ["head", "event_type"], "similarity", settings.n_bootstrap, settings.seed)
+    found = _means_by(
+        pd.concat(parts),
+        ["head", "event_type"],
+        "similarity",
+        settings.n_bootstrap,
+        settings.seed,
+    )
     found.index = pd.MultiIndex.from_tuples(list(found.index), names=["head", "event_type"])
     return found.reset_index().rename(columns={"mean": "similarity", "n": "n_events"})
 
@@ -2232,7 +2340,11 @@ def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFram
     """Return each clock window's share in a stay's |attribution|, mean over stays, and the sentence that says so."""
     windows = _windows_of(events)
     of_events = _stay_shares(events.assign(one=1.0), windows, "one")
-    shares = _column_means(_stay_shares(events, windows, "attribution"), settings.n_bootstrap, settings.seed)
+    shares = _column_means(
+        _stay_shares(events, windows, "attribution"),
+        settings.n_bootstrap,
+        settings.seed,
+    )
     table = shares.rename(columns={"mean": "share"})[["share", "low", "high"]]
     table = table.assign(share_of_events=of_events.mean(), n_stays=(of_events > 0).sum())
     table = table[table["n_stays"] > 0].rename_axis("window").reset_index()
@@ -2258,7 +2370,10 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
         joined = stacked(list(then.values()))
         dataset = train.ClinicalSequenceDataset(joined, run.checkpoint.preprocessor, run.vectors)
         logits = logits_without(run.checkpoint.model, dataset, np.arange(len(then)))
-        found = found.assign(n_events=joined.lengths, probability=run.checkpoint.probabilities(logits))
+        found = found.assign(
+            n_events=joined.lengths,
+            probability=run.checkpoint.probabilities(logits),
+        )
     return found.assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
 
 
@@ -2368,7 +2483,12 @@ def explain(
     tables["windows"] = window_table(tables["events"], settings)
     shown = [trajectory_table(run, stay) for stay in why]
     tables["trajectory"] = pd.concat(shown, ignore_index=True) if shown else pd.DataFrame()
-    tables |= findings(run, {stay: explained[stay].events for stay in why}, tables["events"], settings)
+    tables |= findings(
+        run,
+        {stay: explained[stay].events for stay in why},
+        tables["events"],
+        settings,
+    )
     completeness = completeness_criterion(tables["stays"], settings)
     tables["faithfulness"] = pd.DataFrame([completeness, *criteria, check_linear_model(settings.seed)])
     more = [use_of_time(tables["stays"], settings), use_of_layer_attention(of_layers)]
@@ -2392,14 +2512,24 @@ def joined_tables(explained: dict[int, Explained]) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
         parts = [getattr(found, name) for found in explained.values()]
-        tables[name] = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+        tables[name] = pd.concat(
+            [part for part in parts if len(part)] or parts[:1],
+            ignore_index=True,
+        )
     return tables
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Findings: items, organ systems, and the events that decide
 # ---------------------------------------------------------------------------------------------------------------------
-DECISIVE_COLUMNS = ["icu_stay_id", "threshold", "probability", "probability_without", "event", "event_text"]
+DECISIVE_COLUMNS = [
+    "icu_stay_id",
+    "threshold",
+    "probability",
+    "probability_without",
+    "event",
+    "event_text",
+]
 MOST_DECISIVE = 64  # events replaced at most before the search for a changed decision is given up
 
 
@@ -2587,14 +2717,7 @@ def _page(question: str, caption: str, height: float) -> Figure:
 
 def _bands(figure: Any, heights: Sequence[float]) -> list[Any]:
     """Return subfigures one below the other."""
-    return list(
-        figure.subfigures(
-            len(heights),
-            1,
-            height_ratios=heights,
-            squeeze=False,
-        )[:, 0],
-    )
+    return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
 
 def _error_dots(
@@ -2651,13 +2774,7 @@ def _small_bar(
     words: Any = None,
 ) -> None:
     """Draw the bar of a picture's colours."""
-    bar = figure.colorbar(
-        image,
-        ax=axes,
-        pad=0.01,
-        aspect=40,
-        ticks=ticks,
-    )
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=40, ticks=ticks)
     if words is not None:
         bar.set_ticks(ticks, labels=words)
     bar.set_label(label, fontsize=8)
@@ -2690,31 +2807,13 @@ def _stems(
     texts: Sequence[str],
 ) -> None:
     """Draw a panel per (name, values (L,), is it a push) over hours to the end; the largest are dark, and named."""
-    grid = subfigure.subplots(
-        len(rows),
-        2,
-        sharex="col",
-        width_ratios=[3, 2.6],
-        squeeze=False,
-    )
+    grid = subfigure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
     for (name, values, is_push), (axes, words) in zip(rows, grid):
         top = np.argsort(-np.nan_to_num(np.abs(values)), kind="stable")[:3]
         dark = np.where(values[top] >= 0, VERMILLION, BLUE) if is_push else "black"
         level = 0 if is_push else 1  # an even share
-        axes.vlines(
-            hours,
-            level,
-            values,
-            color="#b5b5b5",
-            linewidth=0.9,
-        )
-        axes.vlines(
-            hours[top],
-            level,
-            values[top],
-            linewidth=1.4,
-            color=dark,
-        )
+        axes.vlines(hours, level, values, color="#b5b5b5", linewidth=0.9)
+        axes.vlines(hours[top], level, values[top], linewidth=1.4, color=dark)
         axes.axhline(level, color="black", linewidth=0.5)
         axes.margins(x=0.01)
         tidy(axes, TO_END if axes is grid[-1][0] else "", "")
@@ -2747,13 +2846,7 @@ def _draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     )
     caption = f"{_verdict_on(tables, 'layer attention')} {caption}".strip()
     figure = _page(question, caption, 0.85 * n_layers + 1.4)
-    grid = figure.subplots(
-        n_layers,
-        n_heads + 1,
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
     ticks = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)]
     style: dict[str, Any] = {
         "cmap": SHARES,
@@ -2816,20 +2909,9 @@ def _draw_tenths(subfigure: Any, events: pd.DataFrame, n_heads: int) -> None:
     length = events["hours_since_admission"] + events["hours_to_end"]
     place = events["hours_since_admission"] / length.clip(lower=1e-9)
     tenths = np.arange(1, 11)
-    decile = pd.cut(
-        place,
-        np.linspace(0, 1, 11),
-        include_lowest=True,
-        labels=tenths,
-    )
+    decile = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=tenths)
     even = _stay_shares(events.assign(one=1.0), decile, "one")
-    panels = subfigure.subplots(
-        1,
-        n_heads,
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )[0]
+    panels = subfigure.subplots(1, n_heads, sharex=True, sharey=True, squeeze=False)[0]
     for head, axes in enumerate(panels, 1):
         more = _stay_shares(events, decile, f"attention_head_{head}") - even
         _error_dots(axes, _column_means(100 * more), tenths, "black", upright=True)
@@ -2837,7 +2919,10 @@ def _draw_tenths(subfigure: Any, events: pd.DataFrame, n_heads: int) -> None:
         axes.set_xticks([1, 4, 7, 10])
         tidy(axes, "", "", f"head {head}")
     panels[0].set_ylabel("points more than\nan even share, %", fontsize=8)
-    subfigure.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
+    subfigure.supxlabel(
+        "tenth of the stay's time (1: after admission, 10: before the end)",
+        fontsize=8,
+    )
     n_stays = _count(events["icu_stay_id"].nunique(), "stay")
     subfigure.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
 
@@ -2877,13 +2962,7 @@ def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
     position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
     axes = subfigure.subplots()
     even = _column_means(_stay_shares(events.assign(one=1.0), bins, "one")[used])
-    axes.bar(
-        position,
-        100 * even["mean"],
-        color="#e3e3e3",
-        label="share of the events",
-        zorder=0,
-    )
+    axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
     for at, (column, word) in enumerate(OVER_TIME.items()):
         shares = _column_means(100 * _stay_shares(events, bins, column)[used])
         style = HEAD_COLOURS[at], MARKERS[at], word
@@ -2895,12 +2974,7 @@ def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
             words.append(f"{name}\n{_count((reach >= start).sum(), 'stay')}")
     axes.set_xticks(position, words)
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
-    axes.legend(
-        fontsize=7,
-        frameon=False,
-        ncols=5,
-        loc="upper center",
-    )
+    axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
     title = f"Mean of {_count(len(reach), 'stay')}, 95 % interval over patients; sizes of pushes"
     tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
 
@@ -2926,24 +3000,9 @@ def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
     )
     axes = figure.subplots()
     strength = np.where(has_role, 1.0, 0.35)
-    image = axes.imshow(
-        values,
-        cmap=SIGNED,
-        vmin=-1,
-        vmax=1,
-        aspect="auto",
-        alpha=strength,
-    )
+    image = axes.imshow(values, cmap=SIGNED, vmin=-1, vmax=1, aspect="auto", alpha=strength)
     for row, column in np.argwhere(has_role):
-        axes.add_patch(
-            Rectangle(
-                (column - 0.5, row - 0.5),
-                1,
-                1,
-                fill=False,
-                linewidth=1.2,
-            ),
-        )
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=1.2))
     for at, (layer, head) in enumerate(names):
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
@@ -2954,7 +3013,11 @@ def _draw_head_specialization(tables: Tables, caption: str) -> Figure:
         "",
     )
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
-    axes.set_yticks(range(len(properties)), [_property_word(name) for name in properties], fontsize=7.5)
+    axes.set_yticks(
+        range(len(properties)),
+        [_property_word(name) for name in properties],
+        fontsize=7.5,
+    )
     _small_bar(figure, image, axes, "rank correlation within the stay")
     return figure
 
@@ -3006,13 +3069,13 @@ def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
         0.2 * n_rows + 3.6,
     )
     halves = _bands(figure, [sum(part) + 4 for part in heights])
-    for half, blocks, ratios, unit in zip(halves, (per_event, per_stay), heights, ("events", "stays")):
-        grid = half.subplots(
-            2,
-            2,
-            sharex="col",
-            height_ratios=ratios,
-        )
+    for half, blocks, ratios, unit in zip(
+        halves,
+        (per_event, per_stay),
+        heights,
+        ("events", "stays"),
+    ):
+        grid = half.subplots(2, 2, sharex="col", height_ratios=ratios)
         for (title, table), panels in zip(blocks.items(), grid):
             _importance_rows(tuple(panels), title, table, unit)
         grid[1, 1].set_xlim(left=0)
@@ -3036,16 +3099,13 @@ def _draw_item_importance(tables: Tables, caption: str) -> Figure:
     norm = Normalize(0, 1)
     for at, item in enumerate(items["item"]):
         part = events[events["item"] == item]
-        part = part.assign(place=part["value"].rank(pct=True)).sample(min(len(part), 400), random_state=0)
+        part = part.assign(place=part["value"].rank(pct=True)).sample(
+            min(len(part), 400),
+            random_state=0,
+        )
         height = at + draw.uniform(-0.32, 0.32, len(part))
         known = part["place"].notna().to_numpy()
-        axes.scatter(
-            part["attribution"][~known],
-            height[~known],
-            s=5,
-            color="#bbbbbb",
-            linewidths=0,
-        )
+        axes.scatter(part["attribution"][~known], height[~known], s=5, color="#bbbbbb", linewidths=0)
         place = part["place"][known]
         axes.scatter(
             part["attribution"][known],
@@ -3076,13 +3136,7 @@ def _draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
     heads = table["head"].unique()
     question = "Which types of event does the learned query look for, by pooling head?"
     figure = _page(question, caption, 0.25 * len(kinds) + 1.9)
-    panels = figure.subplots(
-        1,
-        len(heads),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )[0]  # type: ignore[index]
+    panels = figure.subplots(1, len(heads), sharex=True, sharey=True, squeeze=False)[0]  # type: ignore[index]
     for axes, head in zip(panels, heads):
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
         _error_dots(axes, rows, np.arange(len(kinds)), BLUE)
@@ -3099,25 +3153,14 @@ def _draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
 def _signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
     """Draw horizontal bars, first on top, with their values; colours by sign."""
     at = np.arange(len(values))
-    axes.barh(
-        at,
-        values,
-        color=np.where(values >= 0, VERMILLION, BLUE),
-        height=0.7,
-    )
+    axes.barh(at, values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
     axes.margins(x=0.27)
     tidy(axes, LOGIT, "")
     _rows(axes, names)
     _ticks(axes, 5)
     for y, value in zip(at, values):
         side = "left" if value >= 0 else "right"
-        axes.annotate(
-            f" {_signed(value)} ",
-            (value, y),
-            ha=side,
-            va="center",
-            fontsize=6.5,
-        )
+        axes.annotate(f" {_signed(value)} ", (value, y), ha=side, va="center", fontsize=6.5)
 
 
 def _draw_captum_attributions(tables: Tables, caption: str) -> Figure:
@@ -3163,13 +3206,7 @@ def _draw_pushes(axes: Axes, events: pd.DataFrame, title: str) -> None:
     """Draw the push of every event of a stay over the hours to the end."""
     push = events["attribution"]
     colors = np.where(push >= 0, VERMILLION, BLUE)
-    axes.vlines(
-        events["hours_to_end"],
-        0,
-        push,
-        color=colors,
-        linewidth=1.1,
-    )
+    axes.vlines(events["hours_to_end"], 0, push, color=colors, linewidth=1.1)
     axes.axhline(0, color="black", linewidth=0.5)
     axes.invert_xaxis()
     tidy(axes, TO_END, "logit\n(up: towards death)", title)
@@ -3182,8 +3219,18 @@ def _draw_strongest(axes: Axes, events: pd.DataFrame, n: int = 7) -> None:
     named = pd.concat([towards, away[::-1]])
     words = []
     tells = named.get("tells_outcome", pd.Series(False, named.index))
-    for text, history, hours, mark in zip(named["event_text"], named["in_history"], named["hours_to_end"], tells):
-        words.append(f"{'(!) ' if mark else ''}{_for_plot(text, 56)}  {history} {hours:.1f} h".replace("   ", "  "))
+    for text, history, hours, mark in zip(
+        named["event_text"],
+        named["in_history"],
+        named["hours_to_end"],
+        tells,
+    ):
+        words.append(
+            f"{'(!) ' if mark else ''}{_for_plot(text, 56)}  {history} {hours:.1f} h".replace(
+                "   ",
+                "  ",
+            )
+        )
     _signed_bars(axes, named["attribution"].to_numpy(), words)
 
 
@@ -3248,7 +3295,12 @@ def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
     names = layers["layer"].unique()
     first = layers[layers["layer"] == names[0]][["icu_stay_id", "event", "attribution"]]
     both = layers.merge(first, on=["icu_stay_id", "event"], suffixes=("", "_first"))
-    found = _rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
+    found = _rank_agreement(
+        both,
+        ["layer", "icu_stay_id", "patient_id"],
+        "attribution",
+        "attribution_first",
+    )
     axes, at = subfigure.subplots(), np.arange(len(names))
     spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
     heights = found["layer"].map(dict(zip(names, at))) + spread
@@ -3257,7 +3309,12 @@ def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
     n_stays = _count(layers["icu_stay_id"].nunique(), "stay")
     gap = layers["gap_error"].abs().max()
     title = f"Agreement with {names[0].replace('_', ' ')}; the sums miss at most {gap:.2f} logit"
-    tidy(axes, f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval", "", title)
+    tidy(
+        axes,
+        f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval",
+        "",
+        title,
+    )
     _rows(axes, [name.replace("_", " ") for name in names])
     axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
     _ticks(axes, 6)
@@ -3278,12 +3335,23 @@ def _draw_groups(axes: Axes, rows: pd.DataFrame, kind: str) -> None:
         ("ablation", "if unremarkable", VERMILLION, "s"),
     )
     for shift, (value, word, color, marker) in zip((-0.14, 0.14), measures):
-        _error_dots(axes, _means_by(rows, "group", value).reindex(names), at + shift, color, marker, word)
+        _error_dots(
+            axes,
+            _means_by(rows, "group", value).reindex(names),
+            at + shift,
+            color,
+            marker,
+            word,
+        )
     tidy(axes, "", "")
     stays = rows.groupby("group")["icu_stay_id"].nunique()
     words = [_count(stays[name], "stay") for name in names]
     _rows(axes, [TYPE_WORDS.get(name, _for_plot(name, 40)) for name in names], words)
-    axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
+    axes.set_title(
+        f"by {kind}" if kind != "static" else "patient and admission",
+        fontsize=8.5,
+        loc="left",
+    )
     _ticks(axes, 6)
 
 
@@ -3295,15 +3363,13 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     question = "What would the prediction be if a group of events, or one event, were unremarkable?"
     figure = _page(question, caption, 0.23 * sum(sizes) + 5.2)
     upper, lower = _bands(figure, [0.23 * sum(sizes) + 1.6, 2.6])
-    panels = upper.subplots(
-        len(kinds),
-        1,
-        height_ratios=sizes,
-        squeeze=False,
-    )[:, 0]
+    panels = upper.subplots(len(kinds), 1, height_ratios=sizes, squeeze=False)[:, 0]
     for axes, kind in zip(panels, kinds):
         _draw_groups(axes, groups[groups["kind"] == kind], kind)
-    panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
+    panels[-1].set_xlabel(
+        f"mean per stay that has the group, {LOGIT}; each panel has its own scale",
+        fontsize=8,
+    )
     _legend_above(upper, panels[0])
     axes = lower.subplots()
     known = events.dropna(subset=["if_unremarkable"])
@@ -3315,14 +3381,13 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
         cmap="Greys",
         mincnt=1,
     )
-    axes.axline(
-        (0, 0),
-        slope=1,
-        color=VERMILLION,
-        linewidth=0.7,
-        linestyle="--",
-    )
-    agreement = _rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
+    axes.axline((0, 0), slope=1, color=VERMILLION, linewidth=0.7, linestyle="--")
+    agreement = _rank_agreement(
+        known,
+        ["icu_stay_id", "patient_id"],
+        "attribution",
+        "if_unremarkable",
+    )["correlation"]
     median = f"median rank correlation within a stay {agreement.median():.2f}"
     title = f"{_count(len(known), 'event')} (dashed: equal); {median}"
     tidy(axes, "push, logit", "if unremarkable, logit", title)
@@ -3332,21 +3397,9 @@ def _draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
 
 ORDER_STYLES: dict[str, dict[str, Any]] = {
     "attribution": {"color": "#9ecae1", "linewidth": 4},
-    "if_unremarkable": {
-        "color": "black",
-        "linestyle": "--",
-        "linewidth": 1.2,
-    },
-    "attention": {
-        "color": ORANGE,
-        "linestyle": "-.",
-        "linewidth": 1.4,
-    },
-    "random": {
-        "color": "0.5",
-        "linestyle": ":",
-        "linewidth": 1.4,
-    },
+    "if_unremarkable": {"color": "black", "linestyle": "--", "linewidth": 1.2},
+    "attention": {"color": ORANGE, "linestyle": "-.", "linewidth": 1.4},
+    "random": {"color": "0.5", "linestyle": ":", "linewidth": 1.4},
 }
 
 
@@ -3362,12 +3415,7 @@ def _draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     for axes, (direction, verb) in zip(body.subplots(1, 2), verbs.items()):
         for order, style in ORDER_STYLES.items():
             line = means[direction, order]
-            axes.plot(
-                100 * line.index,
-                line,
-                label=ORDERS.get(order, "random order"),
-                **style,
-            )
+            axes.plot(100 * line.index, line, label=ORDERS.get(order, "random order"), **style)
         axes.axhline(0, color="black", linewidth=0.5)
         tidy(axes, "% of the events, highest first", "change of the logit", f"Events {verb}")
         _ticks(axes, 5, 5)
@@ -3589,8 +3637,20 @@ EVENT_COLUMNS = [
     "#push, logit",
     "#odds through it",
 ]
-WINDOW_COLUMNS = ["before the end", "#share of push", "#95 % interval from", "#to", "#share of events", "#stays"]
-WINDOW_WORDS: dict[str, Callable[[Any], str]] = {"window": str, "share": _percent, "low": _percent, "high": _percent}
+WINDOW_COLUMNS = [
+    "before the end",
+    "#share of push",
+    "#95 % interval from",
+    "#to",
+    "#share of events",
+    "#stays",
+]
+WINDOW_WORDS: dict[str, Callable[[Any], str]] = {
+    "window": str,
+    "share": _percent,
+    "low": _percent,
+    "high": _percent,
+}
 WINDOW_WORDS |= {"share_of_events": _percent, "n_stays": str}
 TELLS = " [this text alone tells the outcome]"
 EVENTS_LISTED, EVENTS_DRAWN = 10, 600  # of a stay
@@ -3618,9 +3678,7 @@ def _event_rows(events: pd.DataFrame, temperature: float) -> list[list[str]]:
         hours = [f"{row.hours_since_admission:.1f}", f"{row.hours_to_end:.1f}"]
         history = f" ({row.in_history})" if row.in_history else ""
         text = row.event_text + history + (TELLS if getattr(row, "tells_outcome", False) else "")
-        rows.append(
-            [text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)],
-        )
+        rows.append([text, clock, *hours, _signed(row.attribution), _odds(row.if_unremarkable, temperature)])
     return rows
 
 
@@ -3694,7 +3752,10 @@ def _stay_context(
     for name in ("events", "statics", "trajectory", "systems", "decisive"):
         table = tables.get(name, pd.DataFrame(columns=["icu_stay_id"]))
         parts[name] = _of_stay(table, stay.icu_stay_id)
-    events, statics = parts["events"], parts["statics"].sort_values("attribution", key=abs, ascending=False)
+    events, statics = (
+        parts["events"],
+        parts["statics"].sort_values("attribution", key=abs, ascending=False),
+    )
     towards = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
     away = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
     start = f"{_percent(expit(stay.baseline_logit / temperature))} (logit {_signed(stay.baseline_logit)})"
@@ -3715,7 +3776,13 @@ def _stay_context(
         "towards": _event_rows(towards, temperature),
         "away": _event_rows(away, temperature),
         "systems": _cells(parts["systems"], system=str, n_events=str, push=_signed),
-        "statics": _cells(statics, feature=str, value=_plain_number, attribution=_signed, ablation=_signed),
+        "statics": _cells(
+            statics,
+            feature=str,
+            value=_plain_number,
+            attribution=_signed,
+            ablation=_signed,
+        ),
     }
 
 
@@ -3794,7 +3861,11 @@ def _calibration_of(labels: np.ndarray, risks: np.ndarray) -> pd.DataFrame | Non
     known = ~np.isnan(labels)
     if known.sum() < 20:
         return None
-    return calibration_table(labels[known], risks[known], n_bins=int(np.clip(known.sum() // 10, 2, 10)))
+    return calibration_table(
+        labels[known],
+        risks[known],
+        n_bins=int(np.clip(known.sum() // 10, 2, 10)),
+    )
 
 
 def _template() -> Template:
@@ -3822,11 +3893,7 @@ def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dic
     of_explained = _calibration_of(stays["label"].to_numpy(float), stays["probability"].to_numpy())
     calibration = info.get("calibration", of_explained)
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
-    words = {
-        "data": "data",
-        "checkpoint": "checkpoint",
-        "text_encoder": "text encoder",
-    }
+    words = {"data": "data", "checkpoint": "checkpoint", "text_encoder": "text encoder"}
     facts = [f"{word}: {info[key]}" for key, word in words.items() if info.get(key)]
     items, levels = tables.get("items"), tables.get("levels")
     level_names, level_rows = ([], []) if items is None or levels is None else _level_cells(levels, items)
@@ -3863,7 +3930,10 @@ def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dic
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAY_TABLES, STAYS_A_PART = ("events", "statics", "groups"), 100  # written while stays are explained, so many at a time
+STAY_TABLES, STAYS_A_PART = (
+    ("events", "statics", "groups"),
+    100,
+)  # written while stays are explained, so many at a time
 TABLE_FILES = {
     "stays": "stays.csv",
     "events": "event_attributions.parquet",
@@ -3883,7 +3953,12 @@ TABLE_FILES = {
 }
 
 
-LOGGED_FINDINGS = ("discrimination", "calibration", "patients", "time")  # of the verdict, beside what warns
+LOGGED_FINDINGS = (
+    "discrimination",
+    "calibration",
+    "patients",
+    "time",
+)  # of the verdict, beside what warns
 ITEMS_LOGGED = 5
 
 
@@ -3958,7 +4033,13 @@ def run_explainability_analysis(
         raise InputError(words) from None
     train.check_limits(settings)
     settings = in_half_a_minute(settings) if settings.quick else settings
-    given = (settings.text_encoder, settings.cache_dir, settings.hf_cache, settings.labels, settings.memory_limit)
+    given = (
+        settings.text_encoder,
+        settings.cache_dir,
+        settings.hf_cache,
+        settings.labels,
+        settings.memory_limit,
+    )
     run = load_run(settings.checkpoint, test_data_path, *given)
     own = run.checkpoint.settings
     settings = replace(settings, data=settings.data or own.test_data or own.data)
@@ -4019,7 +4100,8 @@ def write_everything(
         "checkpoint": Path(settings.checkpoint).name,
         "text_encoder": run.checkpoint.text_encoder,
         "setting": train.moment_of_prediction(
-            run.checkpoint.settings.observation_hours, run.checkpoint.settings.labels
+            run.checkpoint.settings.observation_hours,
+            run.checkpoint.settings.labels,
         ),
         "temperature": run.checkpoint.temperature,
         "calibration": _calibration_of(run.table.labels, run.checkpoint.probabilities(run.logits)),
@@ -4041,7 +4123,13 @@ def stay_files(folder: Path) -> Iterator[Callable[[Explained], None]]:
             for name, parts in zip(STAY_TABLES, zip(*waiting)):
                 table, path = pd.concat(parts, ignore_index=True), Path(hidden) / TABLE_FILES[name]
                 if path.suffix == ".csv":
-                    table.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.6g")
+                    table.to_csv(
+                        path,
+                        mode="a",
+                        header=not path.exists(),
+                        index=False,
+                        float_format="%.6g",
+                    )
                     continue
                 schema = parquet[0].schema if parquet else None
                 rows = pa.Table.from_pandas(table, schema, preserve_index=False)

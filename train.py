@@ -168,10 +168,7 @@ class Settings:
         "trained_models/clinical_LF",
         "Folder for checkpoints, plots, metrics and predictions.",
     )
-    cache_dir: str = option(
-        "clinical_LF_precomp_emb",
-        "Folder for the embedding cache and the query's result.",
-    )
+    cache_dir: str = option("clinical_LF_precomp_emb", "Folder for the embedding cache and the query's result.")
     hf_cache: str = option("hf_cache", "Folder for downloaded encoder weights.")
     memory_limit: str = option(
         "33%",
@@ -285,11 +282,7 @@ class Settings:
         below=2**31,
     )
     n_bootstrap: int = option(1000, "Bootstrap samples of patients behind every 95 % interval.", low=0)
-    save_attention_every: int = option(
-        50,
-        "Save the attention of every so many batches; 0 saves none.",
-        low=0,
-    )
+    save_attention_every: int = option(50, "Save the attention of every so many batches; 0 saves none.", low=0)
 
     test_data: str = option(
         "",
@@ -481,10 +474,7 @@ def check_settings(settings: Settings) -> Settings:
             "--history-hours needs a MEDS data set and its --labels.",
         ),
         (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
-        (
-            len(modes) > 1,
-            f"{', '.join(map(flag, modes))}: these do not go together. Run one after the other.",
-        ),
+        (len(modes) > 1, f"{', '.join(map(flag, modes))}: these do not go together. Run one after the other."),
         (
             len(splitting) > 1,
             f"{', '.join(map(flag, splitting))}: each says which stays test the model. Give one of them.",
@@ -528,9 +518,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(
-            f"{path}: cannot be written ({reason}). Free space, or {CHOOSE_ANOTHER_FOLDER}.",
-        ) from None
+        raise InputError(f"{path}: cannot be written ({reason}). Free space, or {CHOOSE_ANOTHER_FOLDER}.") from None
     finally:
         remove(temporary)
     return path
@@ -558,16 +546,12 @@ def hold(folder: Path, wait: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.",
-        ) from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.") from None
     lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)  # falls with the process that has it
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(
-            f"{folder}: another run writes here. Wait for it, or {CHOOSE_ANOTHER_FOLDER}.",
-        ) from None
+        raise InputError(f"{folder}: another run writes here. Wait for it, or {CHOOSE_ANOTHER_FOLDER}.") from None
     except OSError:  # some network disks cannot lock: then nothing is removed
         logger.debug(f"{folder}: this disk has no locks")
     else:
@@ -692,9 +676,7 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     for table in MIMIC_TABLES:
         paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
         if len(paths) == 2:
-            raise InputError(
-                f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.",
-            )
+            raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
         if paths:
             found[table] = paths[0]
         else:
@@ -702,7 +684,7 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     if missing:
         raise InputError(
             f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
-            "folder that holds hosp/ and icu/, as downloaded from PhysioNet.",
+            "folder that holds hosp/ and icu/, as downloaded from PhysioNet."
         )
     return found
 
@@ -761,9 +743,7 @@ def open_duckdb(
         con.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
     except duckdb.Error:
         con.close()
-        raise InputError(
-            f"--memory-limit {memory_limit}: give a size like 16GB, or a share like 33%.",
-        ) from None
+        raise InputError(f"--memory-limit {memory_limit}: give a size like 16GB, or a share like 33%.") from None
     return con
 
 
@@ -812,22 +792,18 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     try:
         header = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()]
         if absent := [column for column in columns if column not in header]:
-            raise InputError(
-                f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.",
-            )
+            raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
         for counted in ("read", "of_cohort"):
             database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{counted}")
         database.execute(statement.format(**parts)).fetchall()
     except duckdb.ConversionException:
-        raise InputError(
-            f"{path} has values that do not fit: {unfit_values(database, columns, rows)}.",
-        ) from None
+        raise InputError(f"{path} has values that do not fit: {unfit_values(database, columns, rows)}.") from None
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
         raise InputError(
             f"{path} cannot be read ({reason_without_rows(error)}). Is the download complete? Compare the file "
-            "with SHA256SUMS.txt of the data set and fetch it again.",
+            "with SHA256SUMS.txt of the data set and fetch it again."
         ) from None
     if table in MIMIC_KEYS:
         check_key(database, table)
@@ -849,13 +825,13 @@ def check_key(database: duckdb.DuckDBPyConnection, table: str) -> None:
     """Raise InputError if a key of a table stands twice: all that is joined to it would be doubled."""
     name, key = Path(table).name, MIMIC_KEYS[table]
     twice = database.execute(
-        f"SELECT {key} FROM {name} WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}",
+        f"SELECT {key} FROM {name} WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}"
     ).fetchall()
     if twice:
         first = ", ".join(str(row[0]) for row in twice[:3])
         raise InputError(
             f"{table}: {len(twice)} values of {key} stand in more than one row, first {first}. "
-            "Are two releases or two copies mixed? Each may stand once.",
+            "Are two releases or two copies mixed? Each may stand once."
         )
 
 
@@ -955,35 +931,31 @@ def _working_database(working: Path, memory_limit: str, threads: int) -> duckdb.
 
 def no_room(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:
     """Return the error that says that memory or disk ran out, which no file is to blame for."""
-    free = shutil.disk_usage(
-        next(place for place in (folder, *folder.absolute().parents) if place.exists()),
-    ).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     return InputError(
         f"{what} stopped ({type(error).__name__}) with --memory-limit {memory_limit} and {free / 1e9:.0f} GB left on "
-        f"the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data.",
+        f"the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data."
     )
 
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
     """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
     patients = database.execute(
-        "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY 1",
+        "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY 1"
     ).fetchall()
     if not patients:
         raise InputError("icu/icustays has no rows: nothing to learn from.")
     names = [Path(table).name for table in EVENT_TABLES]
     count = " + ".join(f"(SELECT count(*) FROM mimic.{name})" for name in names)
     n_slices = min(len(patients), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
-    for number, part in enumerate(
-        Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices"),
-    ):
+    for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
         path = result / f"part_{number:04d}.parquet"
         if path.exists():
             continue
         for name, patient in [("icustays", "subject_id"), *((name, "patient") for name in names)]:
             database.execute(
                 f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM mimic.{name} "
-                f"WHERE {patient} BETWEEN {part[0, 0]} AND {part[-1, 0]}",
+                f"WHERE {patient} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
             )
         rows = f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id"
         options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048"
@@ -1184,7 +1156,7 @@ def _make_mortality_labels(con: duckdb.DuckDBPyConnection, task: MedsTask, hours
     if not con.execute("SELECT count(*) FROM label_rows").fetchall()[0][0]:
         raise InputError(
             f"--labels {task.labels}: no ICU stay lasts {hours + task.gap_hours:g} h, "
-            "or no code begins with ICU_ADMISSION.",
+            "or no code begins with ICU_ADMISSION."
         )
     return {
         f"ICU stays that ended or whose patient died within {hours + task.gap_hours:g} h, without a label": short,
@@ -1196,7 +1168,7 @@ def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, in
     path = Path(task.labels)
     if not path.exists():
         raise InputError(
-            f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself.",
+            f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself."
         )
     files = sql_quoted(path / "**" / "*.parquet" if path.is_dir() else path)
     con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
@@ -1205,9 +1177,7 @@ def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, in
         raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
     conflicts = con.execute(MEDS_LABEL_CONFLICTS).fetchall()[0][0]
     if conflicts:
-        raise InputError(
-            f"--labels {path}: {conflicts} subjects and times have labels that contradict each other.",
-        )
+        raise InputError(f"--labels {path}: {conflicts} subjects and times have labels that contradict each other.")
     late = con.execute(MEDS_LATE_LABELS).fetchall()[0][0]
     return {"labels at or after the patient's death, left out": late}
 
@@ -1348,11 +1318,7 @@ class Repairs(dict[str, int]):
 
     def state(self) -> dict[str, Any]:
         """Return all of it as plain data."""
-        return {
-            "counts": self,
-            "notes": self.notes,
-            "sources": [account._asdict() for account in self.sources],
-        }
+        return {"counts": self, "notes": self.notes, "sources": [account._asdict() for account in self.sources]}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Repairs:
@@ -1378,7 +1344,7 @@ class Repairs(dict[str, int]):
             if in_stays == 0:
                 logger.warning(
                     f"Rows        WARNING: {table} contributes nothing: {read:,} rows read, {of_cohort:,} of the "
-                    "cohort. Is it of the same release as icu/icustays?",
+                    "cohort. Is it of the same release as icu/icustays?"
                 )
 
 
@@ -1404,11 +1370,11 @@ def read_stays(
         raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
     if frame is None and not path.exists() and not any(c in str(data) for c in "*?["):
         raise InputError(
-            f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file.",
+            f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file."
         )
     if frame is None and is_meds(path) != (task is not None):
         raise InputError(
-            f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h.",
+            f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h."
         )
     if path.is_dir() and task is None:
         path = run_mimic_query(path, Path(cache_dir), memory_limit, threads) / "*.parquet"
@@ -1431,7 +1397,7 @@ def read_stays(
         except duckdb.Error as error:
             raise InputError(
                 f"{name}: cannot be read ({reason_without_rows(error)}). CSV must be UTF-8 with a header and the "
-                "columns of the README's data table; Parquet files of one glob must share a schema.",
+                "columns of the README's data table; Parquet files of one glob must share a schema."
             ) from None
 
     kept = kept_arrays(path, results, need_label, task)
@@ -1577,7 +1543,7 @@ def _check_columns(
     if missing:
         raise InputError(
             f"{source}: missing columns {', '.join(missing)}. query.sql yields them all; "
-            "the README's data table lists them.",
+            "the README's data table lists them."
         )
     for name in ("patient_id", "admission_id", "icu_stay_id"):
         if stay_columns[name] not in ("DOUBLE", "FLOAT"):
@@ -1586,7 +1552,7 @@ def _check_columns(
         if lost:
             raise InputError(
                 f"{source}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids "
-                "lose digits. Export it as INT64.",
+                "lose digits. Export it as INT64."
             )
 
 
@@ -1662,7 +1628,7 @@ def _raise_first(con: duckdb.DuckDBPyConnection, source: str, view: str, checks:
         meaning = "0 or 1" if name == LABEL else UNREADABLE[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]][1]
         raise InputError(
             f"{source}: column {name} is not {meaning} in {count} rows, first row {', '.join(map(str, rows))} "
-            "after the header. Mend or remove these rows.",
+            "after the header. Mend or remove these rows."
         )
 
 
@@ -1673,7 +1639,7 @@ def _refuse_double_stays(con: duckdb.DuckDBPyConnection, source: str) -> None:
         stay, files = twice[0]
         raise InputError(
             f"{source}: {len(twice)} stays stand in more than one row, first icu_stay_id {stay} in "
-            f"{', '.join(files[:3])}. Are these files of two exports? Keep those of one.",
+            f"{', '.join(files[:3])}. Are these files of two exports? Keep those of one."
         )
 
 
@@ -1685,14 +1651,14 @@ def _refuse_contradictions(con: duckdb.DuckDBPyConnection, source: str) -> None:
             conflicts[name] = f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1"
     found = con.execute(
         f"SELECT TRY_CAST(icu_stay_id AS BIGINT) AS stay, {', '.join(conflicts.values())} FROM stay_rows "
-        f"GROUP BY stay HAVING {' OR '.join(conflicts.values())} ORDER BY stay",
+        f"GROUP BY stay HAVING {' OR '.join(conflicts.values())} ORDER BY stay"
     ).fetchall()
     if found:
         names = [name for name, bad in zip(conflicts, found[0][1:]) if bad]
         first = ", ".join(str(row[0]) for row in found[:3])
         raise InputError(
             f"{source}: {len(found)} stays contradict themselves, first icu_stay_id {first} in "
-            f"{', '.join(names)}. A stay has one value of each stay column on all its rows.",
+            f"{', '.join(names)}. A stay has one value of each stay column on all its rows."
         )
 
 
@@ -1784,27 +1750,23 @@ def _load_arrays(
     stays = con.execute("SELECT * EXCLUDE (stay, final_time) FROM stays ORDER BY stay").df()
     if stays.empty and not any(report.values()):
         raise InputError(f"{source}: the table has a header but no rows.")
-    counted = con.execute(
-        "SELECT stay, count(*) AS events FROM events GROUP BY stay ORDER BY stay",
-    ).fetchnumpy()
+    counted = con.execute("SELECT stay, count(*) AS events FROM events GROUP BY stay ORDER BY stay").fetchnumpy()
     report["stays without events, dropped"] = len(stays) - len(counted["stay"])
     offsets = np.concatenate([[0], np.cumsum(counted["events"])])
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in EVENT_ARRAYS.items()}
     filled = 0
     for batch in con.sql(ARRAYS).to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():
-            array[filled : filled + len(batch)] = batch[name].to_numpy(
-                zero_copy_only=False,
-            )  # NULL becomes NaN
+            array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
         filled += len(batch)
     report["events of unknown type, kept (their type is all zeros)"] = int(
-        (arrays["event_type"] == len(EVENT_TYPES)).sum(),
+        (arrays["event_type"] == len(EVENT_TYPES)).sum()
     )
     repairs = Repairs(report)
     repairs.notes = notes
     if not filled:
         raise InputError(
-            f"{source}: no stay has an event between icu_intime and the final event (dropped: {dict(repairs)}).",
+            f"{source}: no stay has an event between icu_intime and the final event (dropped: {dict(repairs)})."
         )
     stays = stays.iloc[counted["stay"]].reset_index(drop=True)
     texts = con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"]
@@ -1835,7 +1797,7 @@ def _load_stays(
     for reason, count, first in con.execute(f"{left_out} ORDER BY fault").fetchall():
         report[reason] = count
         logger.warning(
-            f"Dropped     {count:,} {reason}: icu_stay_id {', '.join(map(str, first))}{', ...' * (count > 3)}",
+            f"Dropped     {count:,} {reason}: icu_stay_id {', '.join(map(str, first))}{', ...' * (count > 3)}"
         )
     con.execute(STAYS)
     differ = (
@@ -1872,13 +1834,13 @@ def _repair_events(con: duckdb.DuckDBPyConnection, source: str) -> dict[str, int
     if differ and in_hours > 0.5 * compared:
         raise InputError(
             f"{source}: relative_time_to_final_event is in hours in {in_hours} of {compared} events. "
-            "It must be minutes: multiply by 60.",
+            "It must be minutes: multiply by 60."
         )
     if differ:
         first = ", ".join(str(row[0]) for row in con.execute(DIFFERING_STAYS).fetchall())
         raise InputError(
             f"{source}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, "
-            f"patient_death_time) - event_time in {differ} events, first icu_stay_id {first}. Recompute it in minutes.",
+            f"patient_death_time) - event_time in {differ} events, first icu_stay_id {first}. Recompute it in minutes."
         )
     report = {}
     for reason, condition in EVENT_FAULTS.items():
@@ -1929,7 +1891,7 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
                 current.stays.patient_id.nunique(),
                 int(current.lengths.sum()),
                 deaths,
-            ),
+            )
         )
         if not len(current.stays):
             steps = "; ".join(f"{step.name}: {step.stays}" for step in flow)
@@ -1950,9 +1912,7 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
         )
         whole, table = table, known_at(table, settings.observation_hours)
         rows = pd.Index(whole.stays["icu_stay_id"]).get_indexer(table.stays["icu_stay_id"])
-        later = whole.stays.loc[rows, list(KNOWN_ONLY_LATER)].reset_index(
-            drop=True,
-        )  # described, never a feature
+        later = whole.stays.loc[rows, list(KNOWN_ONLY_LATER)].reset_index(drop=True)  # described, never a feature
         table = replace(table, stays=table.stays.assign(**later))
         table = note(f"with an event known {settings.observation_hours:g} h after admission", table)
     return table, flow
@@ -2001,13 +1961,13 @@ def split_by_patient(table: StayTable, seed: int, test_share: float = 0.2) -> Sp
     except ValueError:
         raise InputError(
             f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split by patient with both "
-            "outcomes in each part. It takes some 10 patients of either outcome.",
+            "outcomes in each part. It takes some 10 patients of either outcome."
         ) from None
     parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
     if any(len(np.unique(table.labels[part])) < 2 for part in parts if len(part)):
         raise InputError(
             f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. "
-            "Use more patients.",
+            "Use more patients."
         )
     return Split(*parts)
 
@@ -2036,7 +1996,11 @@ class ClinicalDataPreprocessor:
     The state is plain data (`state_dict`), so that a checkpoint loads without pickle.
     """
 
-    def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, item_history: bool = False) -> None:
+    def __init__(
+        self,
+        static_features: Sequence[str] = DEFAULT_STATIC_FEATURES,
+        item_history: bool = False,
+    ) -> None:
         self.numeric = [name for name in static_features if name in NUMERIC_STATIC_FEATURES]
         self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
         self.item_history = item_history
@@ -2123,7 +2087,11 @@ class ClinicalDataPreprocessor:
             counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
         return {column: count for column, count in counts.items() if count}
 
-    def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
+    def encode_static_features(
+        self,
+        stays: pd.DataFrame,
+        static_columns: Sequence[str] | None = None,
+    ) -> np.ndarray:
         """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers.
 
         `static_columns` names other columns. A missing number is the training mean. One beyond what training saw counts
@@ -2355,7 +2323,10 @@ class EmbeddingCache:
             )
         self._keys = np.concatenate(keys)
         self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
-        self._sorted_keys, from_end = np.unique(self._keys[::-1], return_index=True)  # of equal keys the later part's
+        self._sorted_keys, from_end = np.unique(
+            self._keys[::-1],
+            return_index=True,
+        )  # of equal keys the later part's
         self._sorted_rows = len(self._keys) - 1 - from_end
 
     def _open_part(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -2847,7 +2818,11 @@ def make_text_encoder(settings: Settings, accelerator: Accelerator) -> TextEncod
     )
 
 
-POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
 
 
 def folder_pooling(folder: Path) -> str:
@@ -2929,7 +2904,11 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
         "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
     ).split()
     config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names})
-    roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+    roberta = transformers.RobertaModel._from_config(
+        config,
+        attn_implementation="sdpa",
+        add_pooling_layer=False,
+    )
     not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
     weights = longformer.state_dict()
     kept = {name: weights[name] for name in weights if not not_there.search(name)}
@@ -3038,13 +3017,7 @@ def download_encoder(name: str, revision: str | None, folder: Path) -> None:
             siblings = HfApi(token=False).model_info(name, revision=revision, timeout=10).siblings or []
             is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in siblings)
             wanted = ["*.json", "*.txt", "*.model", "model*.safetensors" if is_safe else "pytorch_model*.bin"]
-            snapshot_download(
-                name,
-                revision=revision,
-                local_dir=partial,
-                token=False,
-                allow_patterns=wanted,
-            )
+            snapshot_download(name, revision=revision, local_dir=partial, token=False, allow_patterns=wanted)
             partial.rename(folder)
         except Exception as error:
             raise EncoderUnreachable(
@@ -3537,7 +3510,12 @@ class ClinicalTransformer(nn.Module):
         logits, attention = self.score(sequences, static_features, attention_mask, return_attention)
         return (logits.sigmoid(), attention) if return_attention else logits.sigmoid()
 
-    def logits(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        sequences: Tensor,
+        static_features: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """(B, 1): log-odds of death, what losses and attributions are computed on."""
         return self.score(sequences, static_features, attention_mask)[0]
 
@@ -3686,7 +3664,10 @@ class TrainingObjective(nn.Module):
         """Loss of each stay of the batch (B,), packed or as `collate_stays` pads it."""
         stays = pack_stays(batch) if isinstance(batch, dict) else batch
         logits, attention = self.model.score_packed(stays.events, stays.static_features, stays.layout)
-        outputs, attention_mask = attention["transformer_output"], stays.layout.attention_mask  # (B, L, D), (B, L)
+        outputs, attention_mask = (
+            attention["transformer_output"],
+            stays.layout.attention_mask,
+        )  # (B, L, D), (B, L)
         times = unpack(stays.events[:, time_column, None], stays.layout).squeeze(2)  # (B, L)
         hours = self.preprocessor.decode_hours(times)
         losses = self.loss(logits, outputs, stays.labels, hours, attention_mask)
@@ -3736,14 +3717,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
         raise InputError(
             f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use "
-            "another file.",
+            "another file."
         ) from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
         raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
     if state["format"] != CHECKPOINT_FORMAT:
         raise InputError(
             f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}). Train "
-            "anew, or explain it with the train.py that wrote it.",
+            "anew, or explain it with the train.py that wrote it."
         )
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
@@ -3771,7 +3752,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again.",
+            f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again."
         ) from None
 
 
@@ -3932,7 +3913,10 @@ class Trainer:
             if len(unread) > 1:  # the step before; to ask for this one now would leave the device without work
                 total_loss += self.read_losses(*unread.popleft())
                 rate = n_events / (time.monotonic() - started)
-                bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s", refresh=False)
+                bar.set_postfix_str(
+                    f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s",
+                    refresh=False,
+                )
             n_stays += len(stays)
             n_events += int(lengths[stays].sum())
             if settings.save_attention_every and number % attention_every == 0 and is_main:
@@ -3976,7 +3960,7 @@ class Trainer:
             raise InputError(
                 f"the loss is not finite for icu_stay_id {ids}. The best checkpoint so far stays in "
                 f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with "
-                "--mixed-precision no.",
+                "--mixed-precision no."
             )
 
     def fit(self) -> None:
@@ -4019,7 +4003,7 @@ class Trainer:
             f"epoch {epoch:2d}/{self.settings.max_epochs}  train loss {row['train_loss']:.4f}  "
             f"validation loss {row['validation_loss']:.4f}  AUROC {row['validation_auroc']:.3f}  "
             f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / seconds:7,.0f} events/s  "
-            f"{seconds:5.1f} s{best}",
+            f"{seconds:5.1f} s{best}"
         )
 
     def out_of_patience(self) -> bool:
@@ -4085,7 +4069,7 @@ class Trainer:
             differences = ", ".join(changed) or "other data, patients, encoder or model sizes"
             raise InputError(
                 f"{path}: this run differs from the one to resume ({differences}). Give the same settings, or train "
-                "anew without --resume.",
+                "anew without --resume."
             )
         objective = self.accelerator.unwrap_model(self.objective)
         objective.load_state_dict(saved.state["objective"])
@@ -4428,9 +4412,7 @@ def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
         "race": stays["patient_race"].map(race_group),
         "care unit": stays["first_icu_careunit"],
     }
-    return pd.DataFrame(
-        {name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()},
-    )
+    return pd.DataFrame({name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()})
 
 
 def members_of_groups(groups: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -4460,13 +4442,7 @@ def subgroup_table(
     for name, value, is_member in members_of_groups(groups):
         note = too_few_to_read(died[is_member], MIN_PER_OUTCOME)
         resamples = 0 if note else n_bootstrap
-        figures = evaluate_predictions(
-            died[is_member],
-            risks[is_member],
-            patients[is_member],
-            resamples,
-            seed,
-        )
+        figures = evaluate_predictions(died[is_member], risks[is_member], patients[is_member], resamples, seed)
         row = {
             "group": name,
             "value": value,
@@ -4573,7 +4549,7 @@ def decision_curve(
             "treat_all": prevalence - (1 - prevalence) * odds,
             "treat_none": 0.0,
             "share_treated": is_treated.mean(1),
-        },
+        }
     )
     resamples = patient_resamples(patient_ids, len(died), n_bootstrap, seed) if n_bootstrap else ()
     draws = [weights @ gains.T / weights.sum(1, keepdims=True) for weights in resamples]
@@ -4589,13 +4565,7 @@ def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int =
     """
     died, risks = checked_predictions(labels, probabilities)
     bins = pd.qcut(pd.Series(risks), n_bins, labels=False, duplicates="drop").fillna(0)
-    stays = pd.DataFrame(
-        {
-            "bin": bins,
-            "risk": risks,
-            "died": died,
-        },
-    )
+    stays = pd.DataFrame({"bin": bins, "risk": risks, "died": died})
     table = stays.groupby("bin").agg(
         n=("died", "size"),
         deaths=("died", "sum"),
@@ -4623,16 +4593,11 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     def log_loss(inverse: float) -> float:
         return float(np.logaddexp(0, -inverse * margins).sum())
 
-    inverse = minimize_scalar(
-        log_loss,
-        bounds=(0.02, 50),
-        method="bounded",
-        options={"xatol": 1e-7},
-    ).x
+    inverse = minimize_scalar(log_loss, bounds=(0.02, 50), method="bounded", options={"xatol": 1e-7}).x
     if not 0.021 < inverse < 49 or not 0 < died.sum() < len(died):
         logger.warning(
             f"Temperature scaling left out: {len(died)} validation stays ({died.sum():.0f} deaths) "
-            "do not determine a temperature",
+            "do not determine a temperature"
         )
         return 1.0
     return float(1 / inverse)
@@ -4664,14 +4629,7 @@ def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: Array
     logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))[:, None]
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     model = LogisticRegression(C=np.inf)
-    return cross_val_predict(
-        model,
-        logits,
-        labels,
-        groups=patients,
-        cv=folds,
-        method="predict_proba",
-    )[:, 1]
+    return cross_val_predict(model, logits, labels, groups=patients, cv=folds, method="predict_proba")[:, 1]
 
 
 def split_counts(patient_ids: ArrayLike, admission_ids: ArrayLike, split: ArrayLike) -> dict[str, int]:
@@ -4730,7 +4688,10 @@ def patient_folds(labels: np.ndarray, patient_ids: np.ndarray, n_folds: int = 5)
     n_folds = int(min(n_folds, died.sum(), (1 - died).sum()))
     if n_folds < 2:
         return None
-    splitter, folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0), np.zeros(len(patient_ids), int)
+    splitter, folds = (
+        StratifiedGroupKFold(n_folds, shuffle=True, random_state=0),
+        np.zeros(len(patient_ids), int),
+    )
     for fold, (_, held_out) in enumerate(splitter.split(folds, labels, patient_ids)):
         folds[held_out] = fold
     return folds
@@ -4776,7 +4737,7 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     """
     codes, items = pd.factorize(np.array([without_numbers(text) for text in table.texts], dtype=object))
     events = pd.DataFrame(
-        {"item": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60},
+        {"item": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60}
     )
     hours = events.groupby("item")["hours_to_end"].median()
     present = events[["item", "stay"]].drop_duplicates()
@@ -4789,9 +4750,7 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     rate = np.where(died_more, n_deaths, n_survivors) / len(table.stays)
     is_pure = (purity > PURE) & (len(stays) * rate**stays < 0.05)  # all alike by chance, times the items looked at
     flagged = (stays >= MIN_STAYS_OF_ITEM) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC))
-    found = pd.DataFrame(
-        {"item": items[outcomes.index], "stays": stays, "deaths": deaths.astype(int), "auroc": auroc},
-    )
+    found = pd.DataFrame({"item": items[outcomes.index], "stays": stays, "deaths": deaths.astype(int), "auroc": auroc})
     found = found.assign(purity=purity, median_hours_to_end=hours.to_numpy(), flagged=flagged)
     return found.sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
@@ -4815,7 +4774,13 @@ def audit_summary(audit: pd.DataFrame) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: each returns a matplotlib Figure, drawn without pyplot so that no global state changes
 # ---------------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"  # Okabe-Ito, and a grey
+BLUE, ORANGE, GREEN, VERMILLION, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#767676",
+)  # Okabe-Ito, and a grey
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
 METRIC_WORDS = {
     "auroc": "AUROC",
@@ -5116,7 +5081,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {reason}. Is the disk full, or the file not yours?", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"error: the memory does not suffice ({error}): take fewer stays or a larger machine.", file=sys.stderr)
+        print(
+            f"error: the memory does not suffice ({error}): take fewer stays or a larger machine.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         latest = output_folder(settings) / "checkpoints" / "latest_checkpoint.pth"
@@ -5144,16 +5112,11 @@ def make_accelerator(settings: Settings, timeout: timedelta = timedelta(days=7))
     """
     precision, tracker = settings.mixed_precision, settings.report_to
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise InputError(
-            f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}",
-        )
+        raise InputError(f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}")
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "no"
-    handlers = [
-        InitProcessGroupKwargs(timeout=timeout),
-        DistributedDataParallelKwargs(broadcast_buffers=False),
-    ]
+    handlers = [InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(broadcast_buffers=False)]
     return Accelerator(
         mixed_precision=precision,
         cpu=only_cpu(),
@@ -5187,9 +5150,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if external is not None:
             table, splits = with_test_stays(table, splits[0], external.table)
         if settings.audit:
-            return {
-                "audit": write_audit(table, splits[0], source.repairs, settings, Results(output, settings)),
-            }
+            return {"audit": write_audit(table, splits[0], source.repairs, settings, Results(output, settings))}
         if accelerator.is_main_process:
             describe_plan(table, splits, settings, accelerator, time.monotonic() - started)
         if settings.dry_run:
@@ -5257,7 +5218,7 @@ def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None
     deaths = f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
     logger.info(
         f"Data        {len(table.stays):,} ICU stays of {n_patients:,} patients, {len(table.text):,} events, "
-        f"{n_texts:,} distinct texts, {deaths}",
+        f"{n_texts:,} distinct texts, {deaths}"
     )
     quantiles = np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1])
     lengths = " / ".join(f"{int(quantile):,}" for quantile in quantiles)
@@ -5270,7 +5231,7 @@ def describe(table: StayTable, repairs: Repairs, flow: list[CohortStep]) -> None
     for step in flow:
         logger.info(
             f"Cohort      {step.stays:7,} stays {step.patients:7,} patients "
-            f"{step.events:11,} events {step.deaths:6,} deaths  {step.name}",
+            f"{step.events:11,} events {step.deaths:6,} deaths  {step.name}"
         )
 
 
@@ -5293,17 +5254,13 @@ def split_from_file(table: StayTable, path: Path) -> Split:
         rows = pd.read_csv(path)
         part_of_patient = rows.drop_duplicates().set_index("patient_id")["part"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--split {path}: cannot be read as CSV with patient_id and part ({error}).",
-        ) from None
+        raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
     if part_of_patient.index.has_duplicates:
         raise InputError(f"--split {path}: a patient is in two parts. Give each patient one.")
     parts, split = split_of_parts(table, part_of_patient)
     left_out = len(parts) - sum(map(len, split))
     if left_out:
-        logger.warning(
-            f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out",
-        )
+        logger.warning(f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out")
     for name, stays in zip(Split._fields, split):
         if len(np.unique(table.labels[stays])) < 2 and not (name == "test" and not len(stays)):
             raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")
@@ -5316,11 +5273,7 @@ def split_of_parts(table: StayTable, part_of_patient: pd.Series) -> tuple[np.nda
     return parts, Split(*(np.flatnonzero(parts == name) for name in Split._fields))
 
 
-MEDS_PARTS = {
-    "train": "train",
-    "tuning": "validation",
-    "held_out": "test",
-}
+MEDS_PARTS = {"train": "train", "tuning": "validation", "held_out": "test"}
 
 
 def meds_split(table: StayTable, root: Path) -> Split | None:
@@ -5333,9 +5286,7 @@ def meds_split(table: StayTable, root: Path) -> Split | None:
     if all(len(np.unique(table.labels[stays])) == 2 for stays in split):
         logger.info(f"Split       the data set's own, {path.name}")
         return split
-    logger.warning(
-        f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew",
-    )
+    logger.warning(f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew")
     return None
 
 
@@ -5344,12 +5295,10 @@ def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tupl
     is_new = ~external.stays["patient_id"].isin(table.stays["patient_id"]).to_numpy()
     if not is_new.all():
         logger.warning(
-            f"Test data   WARNING: {(~is_new).sum()} stays are of patients that --data has too; they are left out",
+            f"Test data   WARNING: {(~is_new).sum()} stays are of patients that --data has too; they are left out"
         )
     if len(np.unique(external.labels[is_new])) < 2:
-        raise InputError(
-            "--test-data: no stays of both outcomes are left. Give stays of patients that --data has not.",
-        )
+        raise InputError("--test-data: no stays of both outcomes are left. Give stays of patients that --data has not.")
     both = append_stays(table, external.take(np.flatnonzero(is_new)))
     return both, [split._replace(test=np.arange(len(table.stays), len(both.stays)))]
 
@@ -5372,7 +5321,7 @@ def describe_plan(
         f"Plan        read in {words_of(seconds_read)}; "
         f"encode {n_new:,} of {len(texts):,} texts{f' (about {words_of(encoding)})' if n_new else ''}; "
         f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {words_of(epoch)}; "
-        f"in all about {words_of(total)}",
+        f"in all about {words_of(total)}"
     )
     memory = psutil.Process().memory_info().rss + 4 * dim * len(table.texts) + WORKSPACE
     if accelerator.device.type == "cpu":
@@ -5390,12 +5339,10 @@ def describe_needs(disk: float, memory: float, settings: Settings) -> None:
     available = psutil.virtual_memory().available + own  # what the program holds already is of what it needs
     logger.info(
         f"Needs       {disk / 1e9:.2g} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
-        f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)",
+        f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)"
     )
     if disk > free or memory > available:
-        logger.warning(
-            "Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.",
-        )
+        logger.warning("Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.")
 
 
 WORKSPACE = 3e8  # bytes that torch and the drawing take besides, as measured on the sample and on the demo
@@ -5441,7 +5388,11 @@ def measure_encoding(
 
 def measure_epoch(lengths: np.ndarray, dim: int, settings: Settings, accelerator: Accelerator) -> float:
     """Return the seconds of training on stays of these lengths: three batches of made-up events stand for all."""
-    batches = plan_batches(lengths, settings.batch_size, min(settings.max_events_per_batch, 4096))  # the longest first
+    batches = plan_batches(
+        lengths,
+        settings.batch_size,
+        min(settings.max_events_per_batch, 4096),
+    )  # the longest first
     device, input_dim = accelerator.device, len(EVENT_TYPES) + dim + 1
     sizes = (settings.d_model, settings.n_layers, settings.n_heads, settings.d_feedforward)
     with torch.random.fork_rng(devices=[]):
@@ -5605,13 +5556,7 @@ def commit_of_program() -> str | None:
     """Return the commit of this file's repository, with a plus where files differ from it; None outside one."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -5725,16 +5670,14 @@ def describe_training(trainer: Trainer, split: Split) -> None:
     logger.info(
         f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, "
         f"{trainer.preprocessor.static_dim} static, on {accelerator.num_processes} x {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}",
+        f"precision {accelerator.mixed_precision}"
     )
     n_steps, world = len(trainer.plan_epoch(1)), accelerator.num_processes
     events = trainer.train_set.lengths.sum() / n_steps / world
     each = " in each process" if world > 1 else ""
     logger.info(f"Steps       {n_steps:,} an epoch, of {events:,.0f} events on average{each}")
     if world > 1 and events < FEW_EVENTS and accelerator.device.type != "cpu":
-        logger.warning(
-            f"Steps       WARNING: below {FEW_EVENTS:,} events a GPU mostly waits: raise --batch-size",
-        )
+        logger.warning(f"Steps       WARNING: below {FEW_EVENTS:,} events a GPU mostly waits: raise --batch-size")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -5758,7 +5701,10 @@ def report_training(
     training = {
         "epochs": trainer.epochs_done,
         "best_epoch": trainer.best_epoch,
-        "seconds": round(sum(row["seconds"] for row in trainer.history), 1),  # of all parts, where it was resumed
+        "seconds": round(
+            sum(row["seconds"] for row in trainer.history),
+            1,
+        ),  # of all parts, where it was resumed
         "parameters": count_parameters(trainer.model),
         "temperature": trainer.temperature,
     }
@@ -5835,7 +5781,7 @@ def meds_predictions(scored: Scored) -> pd.DataFrame:
             "boolean_value": scored.stays[LABEL].astype("boolean"),
             "predicted_boolean_value": scored.probabilities >= 0.5,
             "predicted_boolean_probability": scored.probabilities.astype(np.float32),
-        },
+        }
     )
 
 
@@ -6010,7 +5956,7 @@ def embed_texts(
         if expected is not None and encoder.id != expected:
             raise InputError(
                 f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. "
-                "Give the same encoder.",
+                "Give the same encoder."
             )
         keys = encoder.embed(
             texts,
@@ -6027,14 +5973,14 @@ def embed_texts(
         if may_fall_back and expected is None and data_path(settings.data).resolve() == SAMPLE.resolve():
             logger.warning(
                 "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing "
-                "encoder instead. Results say nothing about Clinical-Longformer.",
+                "encoder instead. Results say nothing about Clinical-Longformer."
             )
             return embed_texts(texts, replace(settings, text_encoder="hashing"), accelerator)
         raise failures[0]
     vectors = encoder.cache.mapped(keys)
     logger.info(
         f"Encoder     {encoder.id}: {len(set(texts)):,} distinct texts, {encoder.n_encoded:,} of them new, "
-        f"{time.monotonic() - started:.1f} s",
+        f"{time.monotonic() - started:.1f} s"
     )
     return encoder.id, vectors
 
@@ -6050,7 +5996,7 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
         raise InputError(
             f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; "
             "paths inside a checkpoint are not followed. "
-            "Give its folder as --text-encoder PATH.",
+            "Give its folder as --text-encoder PATH."
         )
     return name
 
@@ -6084,13 +6030,13 @@ def write_audit(
     if used:
         logger.warning(
             f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. "
-            "Leave it out of --static-features.",
+            "Leave it out of --static-features."
         )
     if found := texts["item"][texts["flagged"]].tolist():
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         named = "; ".join(item[:80] for item in found[:5])
         logger.warning(
-            f"Audit       WARNING: the presence of {named}{more} tells the outcome: see leakage_audit_texts.csv",
+            f"Audit       WARNING: the presence of {named}{more} tells the outcome: see leakage_audit_texts.csv"
         )
     return json.loads(audit.to_json(orient="records"))
 
@@ -6107,11 +6053,16 @@ def numbers_to_audit(table: StayTable) -> pd.DataFrame:
             # What two columns tell together: a length that ran past the record would know who died before it.
             "length of stay less the record's span, hours": hours - stay_hours(table),
             "length of stay less the last event, hours": hours - last,
-        },
+        }
     )
 
 
-def impossible_counts(table: StayTable, part: np.ndarray, repairs: Repairs, settings: Settings) -> dict[str, int]:
+def impossible_counts(
+    table: StayTable,
+    part: np.ndarray,
+    repairs: Repairs,
+    settings: Settings,
+) -> dict[str, int]:
     """Return how often what `IMPOSSIBLE` names occurs, and what was left out or mended while reading."""
     stays, known = table.stays, repairs | repairs.notes
     end_hours = settings.observation_hours or stay_hours(table)[table.stay_of_event]
@@ -6161,7 +6112,12 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         "text_encoder": text_encoder,
         "checkpoint": settings.evaluate,
         **origin_of(source.flow, source.repairs),
-        "seen_patients": {"stays": int(seen.sum()), "of": len(seen), "included": own.include_seen, "note": overlap},
+        "seen_patients": {
+            "stays": int(seen.sum()),
+            "of": len(seen),
+            "included": own.include_seen,
+            "note": overlap,
+        },
         "unknown_categories": unknown,
         "metrics": metrics or None,
         "metrics_after_recalibration": after,
@@ -6191,7 +6147,7 @@ def shares_unseen(unseen: pd.DataFrame) -> dict[str, float]:
     shares = (unseen[["of_new_item", "of_new_text"]].sum() / unseen["events"].sum()).round(4).to_dict()
     logger.info(
         f"Unseen      {shares['of_new_item']:.1%} of these stays' events are of items that training never saw, "
-        f"{shares['of_new_text']:.1%} of texts that it never saw",
+        f"{shares['of_new_text']:.1%} of texts that it never saw"
     )
     return shares
 
@@ -6213,7 +6169,11 @@ def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: 
         "data output_dir cache_dir hf_cache evaluate include_seen trajectory n_bootstrap first_stay_only "
         "memory_limit threads test_data no_test split resume"
     )
-    own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given.split()})
+    own = replace(
+        trained,
+        text_encoder=text_encoder,
+        **{name: getattr(settings, name) for name in given.split()},
+    )
     if not settings.labels:
         return replace(own, labels="", history_hours=settings.history_hours)
     hours = settings.history_hours or trained.history_hours
@@ -6266,13 +6226,7 @@ def score_trajectories(
         present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
         if len(present.stays):
             frame = present.stays[["icu_stay_id", "patient_id"]]
-            rows.append(
-                frame.assign(
-                    hours_after_admission=hour,
-                    probability=score(present),
-                    label=present.labels,
-                ),
-            )
+            rows.append(frame.assign(hours_after_admission=hour, probability=score(present), label=present.labels))
     if not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
     return pd.concat(rows, ignore_index=True)
@@ -6310,7 +6264,13 @@ def train_repeatedly(
     for number in numbers:
         logger.info(f"{unit.capitalize():11s} {number} of {len(numbers)}")
         folder = results.folder / f"{unit}_{number}"
-        own = replace(settings, output_dir=str(folder), cross_validate=0, seeds=1, split=str(folder / "split.csv"))
+        own = replace(
+            settings,
+            output_dir=str(folder),
+            cross_validate=0,
+            seeds=1,
+            split=str(folder / "split.csv"),
+        )
         if unit == "seed":
             own = replace(own, seed=settings.seed + number - 1, no_test=False)
         split = splits[number - 1 if len(splits) > 1 else 0]
