@@ -25,8 +25,8 @@ def long_stays(table: train.StayTable, n_stays: int, n_events: int) -> train.Sta
     """Stays of other patients of `n_events` each: the table's events round and round, by their time to the end."""
     rows = np.arange(n_stays * n_events).reshape(n_stays, n_events) % len(table.text)
     order = np.argsort(-table.minutes_to_end[rows], axis=1, kind="stable")
-    rows = np.take_along_axis(rows, order, axis=1).ravel()
-    arrays = {name: getattr(table, name)[rows] for name in train.EVENT_ARRAYS}
+    events = np.take_along_axis(rows, order, axis=1).ravel()
+    arrays = {name: getattr(table, name)[events] for name in train.EVENT_ARRAYS}
     numbers = np.arange(n_stays)
     stays = table.stays.iloc[numbers % len(table.stays)].reset_index(drop=True)
     stays = stays.assign(icu_stay_id=numbers, patient_id=numbers)
