@@ -4062,6 +4062,8 @@ def log_what_was_found(tables: Tables) -> None:
         level = logging.WARNING if finding.passed is False else logging.INFO
         logger.log(level, f"Verdict     {finding.sentence}")
     logger.info(f"Checks      {_checks_in_words(_check_rows(tables['faithfulness']), verdict)}")
+    if verdict.loc[verdict["name"].eq("discrimination"), "passed"].eq(False).any():
+        return  # what such a model finds are no findings
     for sentence in items["sentence"][:ITEMS_LOGGED]:
         logger.info(f"Findings    {sentence}")
     stay = _shown_stay(stays)
@@ -4180,21 +4182,13 @@ def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
+    """Run the program; return the exit code."""
     settings = train.settings_from(argv, ExplainSettings, __doc__)
     train.log_to_stdout()
-    options = {
-        name: value for name, value in asdict(settings).items() if name not in ("checkpoint", "data", "save_dir")
-    }
-    try:
-        run_explainability_analysis(settings.checkpoint, settings.data, settings.save_dir, **options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. Nothing half-written is left.", file=sys.stderr)
-        return 130
-    return 0
+    options = asdict(settings)
+    places = [options.pop(name) for name in ("checkpoint", "data", "save_dir")]
+    work = functools.partial(run_explainability_analysis, *places, **options)
+    return train.exit_code(work, lambda: "Nothing half-written is left.")
 
 
 if __name__ == "__main__":

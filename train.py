@@ -5067,34 +5067,35 @@ def draw_mean_risk(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return the exit code: 0 done, 2 something to mend, 130 interrupted."""
+    """Run the program; return the exit code."""
     settings = settings_from(argv, Settings, __doc__)
     log_to_stdout()
-    try:
-        settings = check_settings(settings)
-        run(settings)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
-        print(f"error: {reason}. Is the disk full, or the file not yours?", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print(
-            f"error: the memory does not suffice ({error}): take fewer stays or a larger machine.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
+
+    def what_is_kept() -> str:
         latest = output_folder(settings) / "checkpoints" / "latest_checkpoint.pth"
         kept = f", {latest} holds the last whole epoch" if latest.exists() else ""
-        print(
-            f"\nInterrupted. Encoded texts are kept{kept}; go on with the same command and --resume.",
-            file=sys.stderr,
-        )
+        return f"Encoded texts are kept{kept}; go on with the same command and --resume."
+
+    return exit_code(lambda: run(check_settings(settings)), what_is_kept)
+
+
+def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> int:
+    """Do the work; return 0 if it is done, 2 where a person can mend something, 130 if interrupted: said in a line."""
+    try:
+        work()
+    except InputError as error:
+        words = str(error)
+    except OSError as error:
+        words = f"{error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?"
+    except MemoryError as error:
+        words = f"the memory does not suffice ({error}): take fewer stays or a larger machine."
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {what_is_kept()}", file=sys.stderr)
         return 130
-    return 0
+    else:
+        return 0
+    print(f"error: {words}", file=sys.stderr)
+    return 2
 
 
 def log_to_stdout() -> None:

@@ -424,6 +424,14 @@ def test_report_begins_with_the_verdict():
     assert "checks with a threshold are passed" not in page
 
 
+@pytest.mark.parametrize("discriminates", [True, False])
+def test_log_names_findings_only_of_a_model_that_discriminates(discriminates, caplog):
+    found = {"name": ["discrimination"], "sentence": ["AUROC"], "passed": [discriminates]}
+    with caplog.at_level("INFO", train.logger.name):
+        explain.log_what_was_found(mock_tables(6) | {"verdict": pd.DataFrame(found)})
+    assert ("Findings" in caplog.text) == discriminates and "Checks" in caplog.text
+
+
 @pytest.mark.parametrize(
     "logit, words",
     [(0.0, "the same"), (-0.03, "the same"), (2.5, "× 12"), (-0.35, "÷ 1.4"), (9.0, "× over 1,000"), (np.nan, "–")],
