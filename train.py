@@ -5320,9 +5320,9 @@ def describe_plan(
     total = encoding + n_trainings * settings.max_epochs * epoch
     logger.info(
         f"Plan        read in {words_of(seconds_read)}; "
-        f"encode {n_new:,} of {len(texts):,} texts{f' (about {words_of(encoding)})' if n_new else ''}; "
-        f"train {n_trainings} x {settings.max_epochs} epochs at most, each about {words_of(epoch)}; "
-        f"in all about {words_of(total)}"
+        f"encode {n_new:,} of {len(texts):,} texts{f' ({words_of(encoding)})' if n_new else ''}; "
+        f"train {n_trainings} x {settings.max_epochs} epochs at most, each {words_of(epoch)}; "
+        f"in all {words_of(total)}"
     )
     memory = psutil.Process().memory_info().rss + 4 * dim * len(table.texts) + WORKSPACE
     if accelerator.device.type == "cpu":
@@ -5350,11 +5350,11 @@ WORKSPACE = 3e8  # bytes that torch and the drawing take besides, as measured on
 
 
 def words_of(seconds: float) -> str:
-    """Return a time as a person says it: `0.4 s`, `12 min`, `3.5 h`."""
+    """Return a time as a person says it: `about 0.4 s`, `about 12 min`, or `an unknown time`."""
     for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
         if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return "an unknown time" if math.isnan(seconds) else f"{seconds:.1f} s"
+            return f"about {seconds / size:.2g} {unit}"
+    return "an unknown time" if math.isnan(seconds) else f"about {seconds:.1f} s"
 
 
 def texts_to_encode(texts: np.ndarray, settings: Settings) -> np.ndarray:
