@@ -2589,7 +2589,7 @@ def _item_in_words(row: dict[str, Any], towards_death: bool) -> str:
     item, rho, n_values = row["item"], row["rho"], row["n_values"]
     direction = "towards" if row["push"] > 0 else "away from"
     if math.isnan(rho):
-        few = f"; too few values to say which of them (n {n_values})" if n_values else ""
+        few = f"; too few values to say whether high or low ones do (n {n_values})" if n_values else ""
         return f"{item} pushes {direction} death, {_signed(row['push'])} on average{few}."
     where = f"(rho {rho:.2f}, n {n_values})"
     if abs(rho) < 0.3:
@@ -4098,7 +4098,7 @@ def write_everything(
         png = base64.b64decode(picture["data"])
         train.write_whole(folder / f"{name}.png", functools.partial(Path.write_bytes, data=png))
     info = {
-        "data": Path(settings.data).name,
+        "data": train.data_in_words(settings.data),
         "checkpoint": Path(settings.checkpoint).name,
         "text_encoder": run.checkpoint.text_encoder,
         "setting": train.moment_of_prediction(

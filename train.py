@@ -5353,7 +5353,7 @@ def words_of(seconds: float) -> str:
     """Return a time as a person says it: `about 0.4 s`, `about 12 min`, or `an unknown time`."""
     for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
         if seconds >= 2 * size:
-            return f"about {seconds / size:.2g} {unit}"
+            return f"about {float(f'{seconds / size:.2g}'):g} {unit}"
     return "an unknown time" if math.isnan(seconds) else f"about {seconds:.1f} s"
 
 
@@ -5817,7 +5817,7 @@ MODEL_CARD = """\
 Predicts whether a patient dies in hospital, from the events of an ICU stay as texts. {{ moment }}
 Research software: not a medical device, not for clinical use.
 
-Made {{ run.date }} by `{{ run.command }}`, commit {{ run.commit }}.
+Made {{ run.date }} by `{{ run.command }}`, commit {{ run.commit }}, from {{ data }}.
 
 ## Model
 
@@ -5864,8 +5864,8 @@ figures.note | capitalize }}
 {% endfor %}
 
 {% set whole = tripod_ai.operating_points[0] %}
-At the threshold that finds {{ "{:.0%}".format(SENSITIVITY) }} of the deaths: {{ whole.alarms }} alarms for {{
-whole.deaths_found }} of {{ whole.deaths }} deaths.
+At the threshold that finds at least {{ "{:.0%}".format(SENSITIVITY) }} of these deaths: {{
+whole.alarms }} alarms for {{ whole.deaths_found }} of {{ whole.deaths }} deaths.
 
 | group | stays | deaths | AUROC | alarms per true death |
 |---|---|---|---|---|
@@ -5900,6 +5900,12 @@ whole.deaths_found }} of {{ whole.deaths }} deaths.
 """
 
 
+def data_in_words(data: str) -> str:
+    """Return the name of a data set; of the bundled sample also that no patient is behind it."""
+    name = Path(data).name
+    return f"{name} (synthetic: its figures say nothing about patients)" if name == SAMPLE.name else name
+
+
 def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> str:
     """Return the model card of a run, from what metrics.json holds and how the run came about."""
     figures, settings = content["metrics"][part], content["settings"]
@@ -5909,6 +5915,7 @@ def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> st
     template = Environment(trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     return template.from_string(MODEL_CARD).render(
         content,
+        data=data_in_words(settings["data"]),
         METRIC_WORDS=METRIC_WORDS,
         SENSITIVITY=SENSITIVITY,
         MIN_PER_OUTCOME=MIN_PER_OUTCOME,
