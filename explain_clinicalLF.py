@@ -99,10 +99,8 @@ logger = logging.getLogger("clinical_LF")
 CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
 CLOCK_WINDOWS = ("last 6 h", "6 to 12 h", "12 to 24 h", "24 to 48 h", "48 to 96 h", "more than 96 h")
 MAX_MAP_EVENTS, MAX_MAP_BINS = 3000, 64  # layer maps grow with the square of the events
-GRADIENT_EVENTS, FORWARD_EVENTS = (
-    2048,
-    8192,
-)  # events per pass: some 100 kB each with, 30 kB without gradients
+GRADIENT_EVENTS = 2048  # of a pass with gradients, some 100 kB each
+FORWARD_EVENTS = 8192  # of a pass without, some 30 kB each
 FLOOR = 0.05  # logit; what moves it by less does not matter
 
 
@@ -405,10 +403,8 @@ def attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
 def query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
     """(Hp, L): the pooling query's scaled similarity with the key of each event (L, D), before the softmax."""
     pooling = model.attention_pooling
-    query = pooling.query_projection(model.query_vector)[0, 0].unflatten(
-        0,
-        (pooling.n_heads, -1),
-    )  # (Hp, D/Hp)
+    query = pooling.query_projection(model.query_vector)[0, 0]  # (D,)
+    query = query.unflatten(0, (pooling.n_heads, -1))  # (Hp, D/Hp)
     keys = pooling.key(events).unflatten(1, (pooling.n_heads, -1))  # (L, Hp, D/Hp)
     return torch.einsum("hd,lhd->hl", query, keys) / math.sqrt(query.shape[1])
 
@@ -478,11 +474,8 @@ def captum_analysis(
             is_event[None, :length],
         )
         check_finite(sequence, static, mask)
-        sequence = torch.where(
-            mask[..., None],
-            sequence,
-            0,
-        )  # what padding holds must not become 0 * NaN
+        # What padding holds must not become 0 * NaN.
+        sequence = torch.where(mask[..., None], sequence, 0)
         logit, start = logits_and_baselines(model, sequence, static, mask, baseline)
         for steps in (n_steps, 4 * n_steps, 16 * n_steps) if retry else (n_steps,):
             events, columns = integrated_gradients(model, sequence, static, mask, baseline, steps)
@@ -838,27 +831,17 @@ def shapley_values(
 # Check: how right are the explanations?
 # ---------------------------------------------------------------------------------------------------------------------
 
-FRACTIONS = (
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-)  # of a stay's events made unremarkable, or left as they are
+# Of a stay's events made unremarkable, or left as they are.
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 N_RANDOM_ORDERS = 3
 MIN_EVENTS = 10  # a shorter stay has no order of events to speak of
-N_RESETS, STAYS_PER_RESET = (
-    4,
-    4,
-)  # random models that a stay is explained with, and stays that share them
+N_RESETS = 4  # random models that a stay is explained with
+STAYS_PER_RESET = 4  # that share them
 FEW_STEPS = 8  # of Integrated Gradients, where only the order of the events counts
 N_PERTURBATIONS, SHARE_PERTURBED = 60, 0.1  # random sets of events that infidelity asks about
 N_SLOW = 10  # stays on which the slow checks, noise and cascade, are measured
-NOISE, N_NOISY_EVENTS = (
-    0.02,
-    50,
-)  # of each input's spread; the strongest events that are replaced again under noise
+NOISE = 0.02  # of each input's spread
+N_NOISY_EVENTS = 50  # the strongest events, which are replaced again under noise
 ORDERS = {
     "attribution": "Integrated Gradients",
     "if_unremarkable": "replacement",
@@ -1729,10 +1712,8 @@ def analyze_temporal_feature_attribution(
             "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
         )
     events = feature_mapping.events
-    weights = _pooling_weights(attention_weights)[0][
-        :,
-        real_events(attention_weights)[0],
-    ].T  # (L, Hp)
+    inside = real_events(attention_weights)[0]
+    weights = _pooling_weights(attention_weights)[0][:, inside].T  # (L, Hp)
     table = pd.DataFrame(
         weights,
         columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)],
@@ -1930,10 +1911,8 @@ def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) 
 # Tables: the same for the pictures, the report and the files
 # ---------------------------------------------------------------------------------------------------------------------
 
-HEAD_STAYS, OFF_STAYS = (
-    15,
-    10,
-)  # whose attention is compared with untrained models', and is switched off
+HEAD_STAYS = 15  # whose attention is compared with untrained models'
+OFF_STAYS = 10  # whose attention is switched off
 TIME_SHUFFLES = 5
 KEPT_STAYS = 1000  # drawn at random: their tables stay in memory for summaries and pictures; the files have all stays
 
@@ -3930,10 +3909,8 @@ def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dic
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAY_TABLES, STAYS_A_PART = (
-    ("events", "statics", "groups"),
-    100,
-)  # written while stays are explained, so many at a time
+STAY_TABLES = ("events", "statics", "groups")  # written while stays are explained
+STAYS_A_PART = 100  # that are written at a time
 TABLE_FILES = {
     "stays": "stays.csv",
     "events": "event_attributions.parquet",

@@ -840,9 +840,8 @@ class SourceTable(NamedTuple):
 
     table: str
     read: int
-    of_cohort: (
-        int | None
-    )  # of the ICU stays' patients (orders: admissions; procedures, ingredients: the stays themselves)
+    # Of the ICU stays' patients (orders: admissions; procedures, ingredients: the stays themselves).
+    of_cohort: int | None
     in_stays: int | None
     lost: dict[str, int]
     noted: dict[str, int] = {}  # rows of the cohort with something to know, kept or not
@@ -2323,10 +2322,8 @@ class EmbeddingCache:
             )
         self._keys = np.concatenate(keys)
         self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
-        self._sorted_keys, from_end = np.unique(
-            self._keys[::-1],
-            return_index=True,
-        )  # of equal keys the later part's
+        # Of equal keys the later part's counts.
+        self._sorted_keys, from_end = np.unique(self._keys[::-1], return_index=True)
         self._sorted_rows = len(self._keys) - 1 - from_end
 
     def _open_part(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -3664,10 +3661,8 @@ class TrainingObjective(nn.Module):
         """Loss of each stay of the batch (B,), packed or as `collate_stays` pads it."""
         stays = pack_stays(batch) if isinstance(batch, dict) else batch
         logits, attention = self.model.score_packed(stays.events, stays.static_features, stays.layout)
-        outputs, attention_mask = (
-            attention["transformer_output"],
-            stays.layout.attention_mask,
-        )  # (B, L, D), (B, L)
+        outputs = attention["transformer_output"]  # (B, L, D)
+        attention_mask = stays.layout.attention_mask  # (B, L)
         times = unpack(stays.events[:, time_column, None], stays.layout).squeeze(2)  # (B, L)
         hours = self.preprocessor.decode_hours(times)
         losses = self.loss(logits, outputs, stays.labels, hours, attention_mask)
@@ -4688,10 +4683,8 @@ def patient_folds(labels: np.ndarray, patient_ids: np.ndarray, n_folds: int = 5)
     n_folds = int(min(n_folds, died.sum(), (1 - died).sum()))
     if n_folds < 2:
         return None
-    splitter, folds = (
-        StratifiedGroupKFold(n_folds, shuffle=True, random_state=0),
-        np.zeros(len(patient_ids), int),
-    )
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+    folds = np.zeros(len(patient_ids), int)
     for fold, (_, held_out) in enumerate(splitter.split(folds, labels, patient_ids)):
         folds[held_out] = fold
     return folds
