@@ -161,8 +161,9 @@ class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
     data: str = option(
-        "sample_train.csv",
-        "MIMIC-IV or MEDS folder, nested Parquet (or a glob), or a flat CSV/Parquet file.",
+        "",
+        "MIMIC-IV or MEDS folder, nested Parquet (or a glob), or a flat CSV/Parquet file; "
+        "default: the bundled sample, with --evaluate the data that the model was trained on.",
     )
     output_dir: str = option(
         "trained_models/clinical_LF",
@@ -484,7 +485,8 @@ def check_settings(settings: Settings) -> Settings:
         if broken:
             raise InputError(message)
     trajectory_hours(settings.trajectory)
-    return replace(settings, static_features=list(chosen))
+    data = settings.data or ("" if settings.evaluate else SAMPLE.name)
+    return replace(settings, data=data, static_features=list(chosen))
 
 
 def trajectory_hours(text: str) -> list[float]:
@@ -2449,6 +2451,10 @@ class TextEncoder:
     n_devices = 1
     n_encoded = 0
 
+    def bytes_of_weights(self) -> int:
+        """Return the size of the encoder's files on disk."""
+        return 0
+
     def _load(self) -> None:
         """Make ready to encode. Raises InputError where the weights are unusable."""
         raise NotImplementedError
@@ -2719,6 +2725,9 @@ class ClinicalTextEncoder(TextEncoder):
             download_encoder(self.name, self.revision, self._folder)
         with usable_encoder(self._folder):
             return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+
+    def bytes_of_weights(self) -> int:
+        return sum(path.stat().st_size for path in self._folder.glob("*") if path.is_file())
 
     def _load(self) -> None:
         if self._models:
@@ -4188,8 +4197,7 @@ def predict_logits(
 # n stays, R bootstrap resamples, G distinct probabilities, k coefficients. Outcome 1 is death in hospital.
 
 METRICS = ("auroc", "auprc", "brier", "calibration_intercept", "calibration_slope")
-TOO_FEW = 10  # stays of either outcome: with fewer, a figure is luck
-MIN_PER_OUTCOME = 20  # below this a subgroup's interval spans nearly everything and only invites over-reading
+TOO_FEW = 10  # stays of either outcome, of a part as of a subgroup: with fewer, a figure is luck
 
 
 def evaluate_predictions(
@@ -4239,10 +4247,10 @@ def checked_predictions(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np
     return died, risks
 
 
-def too_few_to_read(died: np.ndarray, enough: int = TOO_FEW) -> str:
+def too_few_to_read(died: np.ndarray) -> str:
     """Return a warning for figures of so few stays that they are luck, else an empty text."""
     fewest = min(int(died.sum()), len(died) - int(died.sum()))
-    return f"too few to read: {fewest} stays of one outcome, below {enough}" if fewest < enough else ""
+    return f"too few to read: {fewest} stays of one outcome, below {TOO_FEW}" if fewest < TOO_FEW else ""
 
 
 def patient_resamples(
@@ -4428,14 +4436,14 @@ def subgroup_table(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return `evaluate_predictions` per group, sizes first; a plain note below MIN_PER_OUTCOME of either outcome.
+    """Return `evaluate_predictions` per group, sizes first; a plain note below TOO_FEW of either outcome.
 
     groups has one row per stay, in the order of labels, and one column per grouping.
     """
     died, risks = checked_predictions(labels, probabilities)
     patients, rows = np.asarray(patient_ids), []
     for name, value, is_member in members_of_groups(groups):
-        note = too_few_to_read(died[is_member], MIN_PER_OUTCOME)
+        note = too_few_to_read(died[is_member])
         resamples = 0 if note else n_bootstrap
         figures = evaluate_predictions(died[is_member], risks[is_member], patients[is_member], resamples, seed)
         row = {
@@ -4994,7 +5002,7 @@ def draw_shares(figure: SubFigure, panels: np.ndarray, shares: np.ndarray, **opt
     bar = figure.colorbar(image, ax=panels, pad=0.01, extend="both")
     bar.set_ticks([1 / top, 1, top], labels=[f"1/{top:.2g}", "1", f"{top:.2g}"])
     bar.minorticks_off()
-    bar.set_label("weight, times 1/L", fontsize=8)
+    bar.set_label("weight, 1 where it is even", fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
 
@@ -5143,15 +5151,16 @@ def run(settings: Settings) -> dict[str, Any]:
         table, splits = source.table, choose_splits(source.table, settings)
         if external is not None:
             table, splits = with_test_stays(table, splits[0], external.table)
+        if accelerator.is_main_process:
+            describe_splits(table, splits)
         if settings.audit:
             return {"audit": write_audit(table, splits[0], source.repairs, settings, Results(output, settings))}
+        settings = with_reachable_encoder(table.texts, settings, accelerator)
         if accelerator.is_main_process:
             describe_plan(table, splits, settings, accelerator, time.monotonic() - started)
         if settings.dry_run:
             return {}
         cohort = Cohort(table, source.flow, source.repairs, *embed_texts(table.texts, settings, accelerator))
-        if cohort.text_encoder == HashingTextEncoder.id:  # also where the sample fell back to it: settings.yaml says so
-            settings = replace(settings, text_encoder=cohort.text_encoder)
         if settings.cross_validate or settings.seeds > 1:
             return train_repeatedly(cohort, splits, settings, accelerator)
         return train_and_report(cohort, splits[0], settings, accelerator).content
@@ -5297,6 +5306,22 @@ def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tupl
     return both, [split._replace(test=np.arange(len(table.stays), len(both.stays)))]
 
 
+def describe_splits(table: StayTable, splits: Sequence[Split]) -> None:
+    """Log the sizes of the parts; warn where a part has so few of an outcome that its figures are luck."""
+    for split in splits:
+        stays = " / ".join(str(len(part)) for part in split)
+        deaths = " / ".join(f"{table.labels[part].sum():.0f}" for part in split)
+        logger.info(
+            f"Split       {stays} stays, {deaths} deaths (training, validation, test), no patient in two of them"
+        )
+    if len(splits) > 1:
+        return  # of folds, the stays of all are read together
+    for name, part in splits[0]._asdict().items():
+        note = too_few_to_read(table.labels[part])
+        if len(part) and note:
+            logger.warning(f"Split       WARNING: {name}: {note}. --cross-validate 5 tests on every stay once.")
+
+
 def describe_plan(
     table: StayTable,
     splits: Sequence[Split],
@@ -5306,40 +5331,63 @@ def describe_plan(
 ) -> None:
     """Log what the run will do, about how long it takes by rates measured here, and what it needs of what is free."""
     texts = list(dict.fromkeys(texts_to_encode(table.texts, settings)))
-    n_new, dim, encoding = measure_encoding(texts, settings, accelerator)
-    lengths, split, n_trainings = table.lengths, splits[0], max(len(splits), settings.seeds)
+    encoding = measure_encoding(texts, settings, accelerator)
+    lengths, split, dim = table.lengths, splits[0], encoding.dim
     scored = lengths[split.validation].sum() / lengths[split.train].sum() / 3  # without a backward pass
     epoch = (1 + scored) * measure_epoch(lengths[split.train], dim, settings, accelerator)
-    total = encoding + n_trainings * settings.max_epochs * epoch
+    n_trainings = max(len(splits), settings.seeds)
+    total = encoding.seconds + n_trainings * settings.max_epochs * epoch
+    again = f"{n_trainings} times " if n_trainings > 1 else ""
     logger.info(
-        f"Plan        read in {words_of(seconds_read)}; "
-        f"encode {n_new:,} of {len(texts):,} texts{f' ({words_of(encoding)})' if n_new else ''}; "
-        f"train {n_trainings} x {settings.max_epochs} epochs at most, each {words_of(epoch)}; "
-        f"in all {words_of(total)}"
+        f"Plan        read, done in {words_of(seconds_read)}; encode {encoding.n_new:,} of {len(texts):,} texts with "
+        f"{settings.text_encoder}, {words_of(encoding.seconds)};\n"
+        f"            train {again}at most {settings.max_epochs} epochs, each {words_of(epoch)}; "
+        f"in all {words_of(total)}, at the speed of just now"
     )
-    memory = psutil.Process().memory_info().rss + 4 * dim * len(table.texts) + WORKSPACE
-    if accelerator.device.type == "cpu":
-        memory += bytes_of_step(lengths[split.train], dim, settings)
-    describe_needs(4 * dim * n_new, memory, settings)
+    describe_needs(table, lengths[split.train], encoding, settings, accelerator.device)
     if settings.dry_run:
         logger.info("Dry run     nothing was encoded or trained")
 
 
-def describe_needs(disk: float, memory: float, settings: Settings) -> None:
-    """Log how many bytes of disk and memory a run needs and how many there are; warn where that is too little."""
+def describe_needs(
+    table: StayTable,
+    lengths: np.ndarray,
+    encoding: Encoding,
+    settings: Settings,
+    device: torch.device,
+) -> None:
+    """Log how many GB of disk and memory a run needs and how many there are; warn where that is too little.
+
+    lengths: of the training stays. What the encoder takes is measured, what training takes is reckoned.
+    """
     cache = Path(settings.cache_dir).absolute()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    free, own = shutil.disk_usage(existing).free, psutil.Process().memory_info().rss
-    available = psutil.virtual_memory().available + own  # what the program holds already is of what it needs
-    logger.info(
-        f"Needs       {disk / 1e9:.2g} GB of disk in {cache.name} ({free / 1e9:.0f} GB free), "
-        f"about {memory / 1e9:.2g} GB of memory ({available / 1e9:.0f} GB available)"
-    )
-    if disk > free or memory > available:
-        logger.warning("Needs       WARNING: there is less than that. Free some, or take --cache-dir on another disk.")
+    own = psutil.Process().memory_info().rss
+    vectors, step = 4 * encoding.dim * len(table.texts), bytes_of_step(lengths, encoding.dim, settings)
+    training = own + vectors + WORKSPACE + step * (device.type == "cpu")
+    needs = {
+        f"disk in {cache.name}": (4 * encoding.dim * encoding.n_new, shutil.disk_usage(existing).free),
+        # What the program holds already is of what it needs.
+        "memory": (max(training, encoding.memory), psutil.virtual_memory().available + own),
+    }
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = vectors if settings.vectors_on == "device" or vectors < free / 2 else 0  # as `place_vectors` decides
+        needs["GPU memory"] = (max(step + held, encoding.gpu_memory), free)
+    words = [f"{need / 1e9:.2g} GB of {what} ({free / 1e9:.0f} GB free)" for what, (need, free) in needs.items()]
+    weights = f"; the encoder's weights, {encoding.weights / 1e9:.2g} GB, are in place" if encoding.weights else ""
+    logger.info(f"Needs       about {', '.join(words)}{weights}")
+    for what, (need, free) in needs.items():
+        if need > free:
+            logger.warning(f"Needs       WARNING: too little {what} is free. {REMEDIES[what.split()[0]]}")
 
 
 WORKSPACE = 3e8  # bytes that torch and the drawing take besides, as measured on the sample and on the demo
+REMEDIES = {
+    "disk": "Free some, or take --cache-dir on another disk.",
+    "memory": "Take fewer stays, a lower --max-events-per-batch or a larger machine.",
+    "GPU": "Take a lower --max-events-per-batch, or --vectors-on host.",
+}
 
 
 def words_of(seconds: float) -> str:
@@ -5355,29 +5403,56 @@ def texts_to_encode(texts: np.ndarray, settings: Settings) -> np.ndarray:
     return np.array([without_value(text) for text in texts], dtype=object) if settings.item_history else texts
 
 
-def measure_encoding(
-    texts: Sequence[str],
-    settings: Settings,
-    accelerator: Accelerator,
-) -> tuple[int, int, float]:
-    """Return how many texts have no vector yet, a vector's size, and the seconds that encoding them takes."""
+class Encoding(NamedTuple):
+    """What it takes to encode the texts that have no vector yet."""
+
+    n_new: int
+    dim: int  # of a vector
+    seconds: float = 0.0  # NaN where the encoder is not to be had
+    memory: int = 0  # bytes of the process with the encoder loaded
+    gpu_memory: int = 0  # bytes
+    weights: int = 0  # bytes of the encoder's files
+
+
+def measure_encoding(texts: Sequence[str], settings: Settings, accelerator: Accelerator) -> Encoding:
+    """Return what encoding takes, measured on a tenth of the new texts at most."""
     try:
         encoder = make_text_encoder(settings, accelerator)
         encoder.cache.refresh()
         cleaned = list(map(clean_text, texts))
         missing = np.flatnonzero(encoder.cache.missing(text_keys(cleaned)))
         if not len(missing):
-            return 0, encoder.dim, 0.0
-        some = [cleaned[number] for number in missing[:: max(10, len(missing) // 32)]]  # a tenth at most
+            return Encoding(0, encoder.dim)
+        some = [cleaned[number] for number in missing[:: max(10, len(missing) // 32)]]
         encoder._load()
-        started = time.monotonic()
-        encoder._forward(0, encoder._tokenise(some))
-        seconds_per_text = (time.monotonic() - started) / len(some)
-        return len(missing), encoder.dim, len(missing) * seconds_per_text / accelerator.num_processes
-    except EncoderUnreachable as error:  # `embed_texts` then falls back on the sample, and stops on any other data
+    except EncoderUnreachable as error:  # a run stops at `embed_texts`
         if settings.dry_run:
             logger.warning(f"Encoder     WARNING: {error}")
-        return len(texts), 768, math.nan
+        return Encoding(len(texts), 768, math.nan)
+    seconds = typical_seconds(lambda: encoder._forward(0, encoder._tokenise(some)))
+    is_gpu = accelerator.device.type == "cuda"
+    return Encoding(
+        len(missing),
+        encoder.dim,
+        len(missing) / len(some) * seconds / accelerator.num_processes,
+        psutil.Process().memory_info().rss,
+        torch.cuda.max_memory_allocated(accelerator.device) if is_gpu else 0,
+        encoder.bytes_of_weights(),
+    )
+
+
+def typical_seconds(work: Callable[[], object]) -> float:
+    """Return the median time of the rounds of work that 2 s hold, after a first, which is slower.
+
+    On a busy machine a single round may take ten times what most take.
+    """
+    work()
+    seconds: list[float] = []
+    while sum(seconds) < 2 and len(seconds) < 20:
+        started = time.monotonic()
+        work()
+        seconds.append(time.monotonic() - started)
+    return float(np.median(seconds))
 
 
 def measure_epoch(lengths: np.ndarray, dim: int, settings: Settings, accelerator: Accelerator) -> float:
@@ -5392,16 +5467,14 @@ def measure_epoch(lengths: np.ndarray, dim: int, settings: Settings, accelerator
     with torch.random.fork_rng(devices=[]):
         model = ClinicalTransformer(input_dim, 1, *sizes, settings.n_pooling_heads).to(device)
 
-    def seconds_of(batch: np.ndarray) -> float:
+    def step(batch: np.ndarray) -> None:
         sequences = torch.ones(len(batch), int(lengths[batch].max()), input_dim, device=device)
-        started = time.monotonic()
         model(sequences, torch.zeros(len(batch), 1, device=device)).sum().backward()
         model.query_vector.detach().sum().item()  # waits for the device
-        return time.monotonic() - started
 
     chosen = [batches[int(share * len(batches))] for share in (1 / 6, 1 / 2, 5 / 6)]
-    seconds_of(chosen[-1])  # the first pass is slower
-    return float(np.mean(list(map(seconds_of, chosen)))) * len(batches) / accelerator.num_processes
+    seconds = [typical_seconds(partial(step, batch)) for batch in chosen]
+    return float(np.mean(seconds)) * len(batches) / accelerator.num_processes
 
 
 def bytes_of_step(lengths: np.ndarray, dim: int, settings: Settings) -> int:
@@ -5486,7 +5559,7 @@ class Results:
         """Return how the run came about: command, date, commit, versions."""
         date = datetime.fromtimestamp(self.started, tz=UTC).isoformat(timespec="seconds")
         return {
-            "command": shlex.join(sys.argv),
+            "command": shlex.join(["python", *sys.argv]),
             "date": date,
             "commit": commit_of_program(),
             "versions": versions(),
@@ -5608,6 +5681,7 @@ def read_training_data(settings: Settings, accelerator: Accelerator) -> Training
     """Return the data that the settings name, split and encoded."""
     table = read_source(settings.data, settings, accelerator).table
     split = choose_splits(table, settings)[0]
+    settings = with_reachable_encoder(table.texts, settings, accelerator)
     encoder, vectors = embed_texts(table.texts, settings, accelerator)
     return TrainingData(table, split, vectors, encoder)
 
@@ -5621,7 +5695,7 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
             results.begin()
             results.table("split.csv", split_table(trainer.patients))
             audit.extend(write_audit(cohort.table, split, cohort.repairs, settings, results))
-        describe_training(trainer, split)
+        describe_training(trainer)
         if settings.report_to != "none":
             accelerator.project_configuration.set_directories(settings.output_dir)
             said = {name: str(value) for name, value in asdict(settings).items()}
@@ -5656,20 +5730,24 @@ def split_table(patients: dict[str, list[int]]) -> pd.DataFrame:
 FEW_EVENTS = 4096  # of a step on one GPU: it has computed them before the next step's kernels are launched
 
 
-def describe_training(trainer: Trainer, split: Split) -> None:
-    """Log the sizes of the parts and of the model, and what it runs on."""
+def describe_training(trainer: Trainer) -> None:
+    """Log the sizes of the model and of a step, and what it runs on."""
     accelerator, n_parameters = trainer.accelerator, count_parameters(trainer.model)
-    sizes = " / ".join(str(len(part)) for part in split)
-    logger.info(f"Split       {sizes} stays (training, validation, test), no patient in two of them")
+    device = {"cpu": "the CPU", "cuda": "the GPU"}.get(accelerator.device.type, accelerator.device.type)
+    precision = "bfloat16 where it suffices" if accelerator.mixed_precision == "bf16" else "float32"
+    world = accelerator.num_processes
+    where = f"{device}, {precision}" if world == 1 else f"{world} processes, each on {device}, {precision}"
     logger.info(
         f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, "
-        f"{trainer.preprocessor.static_dim} static, on {accelerator.num_processes} x {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}"
+        f"{trainer.preprocessor.static_dim} of the stay, on {where}"
     )
-    n_steps, world = len(trainer.plan_epoch(1)), accelerator.num_processes
+    n_steps = len(trainer.plan_epoch(1))
     events = trainer.train_set.lengths.sum() / n_steps / world
     each = " in each process" if world > 1 else ""
-    logger.info(f"Steps       {n_steps:,} an epoch, of {events:,.0f} events on average{each}")
+    logger.info(
+        f"Steps       {n_steps:,} an epoch, of {events:,.0f} events on average{each}; "
+        '"best" marks the lowest validation loss so far: those weights are kept'
+    )
     if world > 1 and events < FEW_EVENTS and accelerator.device.type != "cpu":
         logger.warning(f"Steps       WARNING: below {FEW_EVENTS:,} events a GPU mostly waits: raise --batch-size")
 
@@ -5857,8 +5935,9 @@ figures.note | capitalize }}
 {% endfor %}
 
 {% set whole = tripod_ai.operating_points[0] %}
-At the threshold that finds at least {{ "{:.0%}".format(SENSITIVITY) }} of these deaths: {{
-whole.alarms }} alarms for {{ whole.deaths_found }} of {{ whole.deaths }} deaths.
+An alarm at every risk of {{ "%.2f" % whole.threshold }} or more, the highest threshold that finds {{
+"{:.0%}".format(SENSITIVITY) }} of these deaths: {{ whole.alarms }} alarms for {{ whole.deaths_found }} of {{
+whole.deaths }} deaths. The threshold was chosen on these very stays, which flatters it.
 
 | group | stays | deaths | AUROC | alarms per true death |
 |---|---|---|---|---|
@@ -5867,8 +5946,7 @@ whole.alarms }} alarms for {{ whole.deaths_found }} of {{ whole.deaths }} deaths
 {% set auroc = "%.2f (%.2f to %.2f)" % (row.auroc, row.auroc_low, row.auroc_high) %}
 {% set alarms = "%.1f" % point.alarms_per_true_death %}
 | {{ row.group }}: {{ row.value }} | {{ row.stays }} | {{ row.deaths }} | {{
-"too few (below %d)" % MIN_PER_OUTCOME if row.note else auroc }} | {{
-"too few (below %d)" % TOO_FEW if point.note else alarms }} |
+"too few" if row.note else auroc }} | {{ "too few" if point.note else alarms }} |
 {% endfor %}
 
 ## Limits
@@ -5880,7 +5958,7 @@ whole.alarms }} alarms for {{ whole.deaths_found }} of {{ whole.deaths }} deaths
 {% else %}
 - Tested on stays of the same data set: other hospitals may differ.
 {% endif %}
-- Groups with fewer than {{ MIN_PER_OUTCOME }} stays of either outcome are not judged, nor whether groups differ.
+- Groups with fewer than {{ TOO_FEW }} stays of either outcome are "too few" to judge; whether groups differ is not.
 {% if text_encoder == "hashing" %}
 - Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.
 {% endif %}
@@ -5911,7 +5989,6 @@ def model_card(content: dict[str, Any], part: str, record: dict[str, Any]) -> st
         data=data_in_words(settings["data"]),
         METRIC_WORDS=METRIC_WORDS,
         SENSITIVITY=SENSITIVITY,
-        MIN_PER_OUTCOME=MIN_PER_OUTCOME,
         TOO_FEW=TOO_FEW,
         figure_text=figure_text,
         part=part,
@@ -5938,6 +6015,31 @@ RETROSPECTIVE = (
 )
 
 
+def with_reachable_encoder(texts: np.ndarray, settings: Settings, accelerator: Accelerator) -> Settings:
+    """Return the settings, with `hashing` for the bundled sample where Clinical-Longformer is not to be had.
+
+    On a user's data `embed_texts` then stops. What one process cannot reach, none takes.
+    """
+    is_sample = data_path(settings.data).resolve() == SAMPLE.resolve()
+    if not is_sample or settings.text_encoder != CLINICAL_LONGFORMER:
+        return settings
+    is_reached = True
+    try:
+        encoder = make_text_encoder(settings, accelerator)
+        keys = text_keys(map(clean_text, texts_to_encode(texts, settings)))
+        if encoder.cache.missing(keys).any():
+            encoder._load()
+    except EncoderUnreachable:
+        is_reached = False
+    if all(gather_object([is_reached])):
+        return settings
+    logger.warning(
+        "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing "
+        "encoder instead. Results say nothing about Clinical-Longformer."
+    )
+    return replace(settings, text_encoder=HashingTextEncoder.id)
+
+
 def embed_texts(
     texts: np.ndarray,
     settings: Settings,
@@ -5946,8 +6048,7 @@ def embed_texts(
 ) -> tuple[str, np.ndarray]:
     """Return the encoder's identity and the texts' vectors (n_texts, E); only new ones are computed, by all processes.
 
-    The vectors are memory-mapped. On the bundled sample an unreachable Clinical-Longformer falls back to `hashing`; on
-    a user's data that is an error. A failure of one process is one of all, so that none waits for another in vain.
+    The vectors are memory-mapped. A failure of one process is one of all, so that none waits for another in vain.
     """
     started = time.monotonic()
     texts = texts_to_encode(texts, settings)
@@ -5970,13 +6071,6 @@ def embed_texts(
     of_all = gather_object([failure])  # waits until all have done their share
     failures = [failure for failure in of_all if failure is not None]
     if failures:
-        may_fall_back = isinstance(failures[0], EncoderUnreachable) and settings.text_encoder == CLINICAL_LONGFORMER
-        if may_fall_back and expected is None and data_path(settings.data).resolve() == SAMPLE.resolve():
-            logger.warning(
-                "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing "
-                "encoder instead. Results say nothing about Clinical-Longformer."
-            )
-            return embed_texts(texts, replace(settings, text_encoder="hashing"), accelerator)
         raise failures[0]
     vectors = encoder.cache.mapped(keys)
     logger.info(
@@ -6082,6 +6176,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
     encoder = encoder_to_load(checkpoint, settings.text_encoder)
     own = settings_of_evaluation(checkpoint.settings, settings, encoder)
+    logger.info(f"Reading     {own.data}, for {settings.evaluate}")
     source = read_source(own.data, own, accelerator, need_label=False)
     table = source.table
     text_encoder, vectors = embed_texts(table.texts, own, accelerator, expected=checkpoint.text_encoder)
@@ -6175,6 +6270,8 @@ def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: 
         text_encoder=text_encoder,
         **{name: getattr(settings, name) for name in given.split()},
     )
+    if not settings.data:
+        return replace(own, data=trained.test_data or trained.data)
     if not settings.labels:
         return replace(own, labels="", history_hours=settings.history_hours)
     hours = settings.history_hours or trained.history_hours
@@ -6241,9 +6338,11 @@ def write_trajectories(
     text_encoder: str,
 ) -> None:
     """Write the risks, and their picture without the hidden patients; warn of a model that only saw whole stays."""
-    if not trained.prospective:
-        logger.warning("Trajectory  WARNING: the model was trained on whole stays: early risks are extrapolations")
-    mode = moment_of_prediction(trained.observation_hours, trained.labels)
+    mode = "The model was trained on whole stays: early risks are extrapolations"
+    if trained.prospective:
+        mode = moment_of_prediction(trained.observation_hours, trained.labels)
+    else:
+        logger.warning(f"Trajectory  WARNING: {mode}")
     caption = f"{mode} · text encoder: {text_encoder}"
     results.table("risk_trajectories.csv", trajectories)
     shown = trajectories[~trajectories["patient_id"].isin(hidden)].reset_index(drop=True)

@@ -138,6 +138,15 @@ def test_evaluation_is_written_beside_its_checkpoint(finished):
     assert len(pd.read_csv(finished / "out" / "evaluation" / "predictions.csv")) == 40
 
 
+def test_evaluation_without_data_takes_those_of_the_checkpoint(finished, capfd):
+    """All but the test stays are of patients that the model knows: they are left out."""
+    options = ["--evaluate", best_model(finished), "--cache-dir", finished / "cache"]
+    assert train.main(list(map(str, options))) == 0
+    assert f"Reading     {finished / 'data.csv'}" in capfd.readouterr().out
+    content = json.loads((finished / "out" / "evaluation" / "metrics.json").read_text())
+    assert content["metrics"]["n_stays"] == metrics_of(finished)["metrics"]["test"]["n_stays"]
+
+
 def test_new_run_removes_what_an_earlier_one_left_and_nothing_else(finished):
     out = finished / "out"
     assert not (out / "fold_9").exists() and not (out / "attention_weights" / "attention_epoch_9_batch_0.npz").exists()
@@ -178,8 +187,28 @@ def test_log_gets_a_line_of_progress_with_the_time_left_and_no_bar(monkeypatch, 
 def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, capfd):
     assert train.main(arguments(tmp_path, finished / "data.csv", "--dry-run", "--seeds", 3)) == 0
     shown = capfd.readouterr().out
-    assert "encode 8 of 8 texts" in shown and "train 3 x 1 epochs at most" in shown and "GB free" in shown
+    assert "encode 8 of 8 texts with hashing, about" in shown and "train 3 times at most 1 epochs" in shown
+    assert "GB of disk in cache" in shown and "GB of memory" in shown
+    assert "test: too few to read: 4 stays of one outcome, below 10" in shown and "train: too few" not in shown
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_plan_of_the_sample_without_network_is_that_of_hashing(finished, tmp_path, capfd, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    monkeypatch.setattr(train, "SAMPLE", finished / "data.csv")
+    options = arguments(tmp_path, "data.csv", "--dry-run", "--hf-cache", tmp_path, encoder=train.CLINICAL_LONGFORMER)
+    assert train.main(options) == 0
+    shown = capfd.readouterr().out
+    assert shown.index("hashing encoder instead") < shown.index("texts with hashing") and "unknown" not in shown
+
+
+def test_typical_time_is_not_that_of_a_slow_round(monkeypatch):
+    clock = iter([0.0, 0.1, 0.1, 0.2, 0.2, 30.2])  # rounds of 0.1, 0.1 and 30 s
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    assert train.typical_seconds(lambda: None) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
