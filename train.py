@@ -5318,8 +5318,12 @@ def describe_splits(table: StayTable, splits: Sequence[Split]) -> None:
         return  # of folds, the stays of all are read together
     for name, part in splits[0]._asdict().items():
         note = too_few_to_read(table.labels[part])
-        if len(part) and note:
-            logger.warning(f"Split       WARNING: {name}: {note}. --cross-validate 5 tests on every stay once.")
+        if not len(part) or not note:
+            continue
+        if name == "validation":
+            logger.info(f"Split       {name}: {note}; which epoch is best is partly luck")
+        else:
+            logger.warning(f"Split       WARNING: {name}: {note}; --cross-validate 5 tests on every stay once")
 
 
 def describe_plan(
@@ -5338,11 +5342,13 @@ def describe_plan(
     n_trainings = max(len(splits), settings.seeds)
     total = encoding.seconds + n_trainings * settings.max_epochs * epoch
     again = f"{n_trainings} times " if n_trainings > 1 else ""
+    duration = f", {words_of(encoding.seconds)}" if encoding.n_new else ""
     logger.info(
         f"Plan        read, done in {words_of(seconds_read)}; encode {encoding.n_new:,} of {len(texts):,} texts with "
-        f"{settings.text_encoder}, {words_of(encoding.seconds)};\n"
+        f"{settings.text_encoder}{duration};\n"
         f"            train {again}at most {settings.max_epochs} epochs, each {words_of(epoch)}; "
-        f"in all {words_of(total)}, at the speed of just now"
+        f"in all {words_of(total)} at the speed of just now;\n"
+        "            then figures and pictures, some seconds"
     )
     describe_needs(table, lengths[split.train], encoding, settings, accelerator.device)
     if settings.dry_run:
@@ -5958,7 +5964,7 @@ whole.deaths }} deaths. The threshold was chosen on these very stays, which flat
 {% else %}
 - Tested on stays of the same data set: other hospitals may differ.
 {% endif %}
-- Groups with fewer than {{ TOO_FEW }} stays of either outcome are "too few" to judge; whether groups differ is not.
+- Groups with fewer than {{ TOO_FEW }} stays of either outcome are too few to judge; no difference of groups is tested.
 {% if text_encoder == "hashing" %}
 - Texts were read by the hashing encoder, which knows no language: nothing is said of Longformer.
 {% endif %}
