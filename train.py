@@ -5196,6 +5196,7 @@ class Source(NamedTuple):
 
 def read_source(data: str, settings: Settings, accelerator: Accelerator, need_label: bool = True) -> Source:
     """Read a data set, choose its cohort and describe it in the log."""
+    logger.info(f"Reading     {data}")
     with accelerator.main_process_first():  # one process runs the query, the others find its result
         whole, repairs = read_stays(
             data_path(data),
@@ -6182,7 +6183,6 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
     encoder = encoder_to_load(checkpoint, settings.text_encoder)
     own = settings_of_evaluation(checkpoint.settings, settings, encoder)
-    logger.info(f"Reading     {own.data}, for {settings.evaluate}")
     source = read_source(own.data, own, accelerator, need_label=False)
     table = source.table
     text_encoder, vectors = embed_texts(table.texts, own, accelerator, expected=checkpoint.text_encoder)
