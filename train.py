@@ -5380,7 +5380,8 @@ def describe_needs(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = vectors if settings.vectors_on == "device" or vectors < free / 2 else 0  # as `place_vectors` decides
-        needs["GPU memory"] = (max(step + held, encoding.gpu_memory), free)
+        measured = torch.cuda.max_memory_allocated(device)  # by the encoder, among others
+        needs["GPU memory"] = (max(step + held, measured), free)
     words = [f"{need / 1e9:.2g} GB of {what} ({free / 1e9:.0f} GB free)" for what, (need, free) in needs.items()]
     weights = f"; the encoder's weights, {encoding.weights / 1e9:.2g} GB, are in place" if encoding.weights else ""
     logger.info(f"Needs       about {', '.join(words)}{weights}")
@@ -5417,7 +5418,6 @@ class Encoding(NamedTuple):
     dim: int  # of a vector
     seconds: float = 0.0  # NaN where the encoder is not to be had
     memory: int = 0  # bytes of the process with the encoder loaded
-    gpu_memory: int = 0  # bytes
     weights: int = 0  # bytes of the encoder's files
 
 
@@ -5437,13 +5437,11 @@ def measure_encoding(texts: Sequence[str], settings: Settings, accelerator: Acce
             logger.warning(f"Encoder     WARNING: {error}")
         return Encoding(len(texts), 768, math.nan)
     seconds = typical_seconds(lambda: encoder._forward(0, encoder._tokenise(some)))
-    is_gpu = accelerator.device.type == "cuda"
     return Encoding(
         len(missing),
         encoder.dim,
         len(missing) / len(some) * seconds / accelerator.num_processes,
         psutil.Process().memory_info().rss,
-        torch.cuda.max_memory_allocated(accelerator.device) if is_gpu else 0,
         encoder.bytes_of_weights(),
     )
 
