@@ -108,16 +108,24 @@ def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
 
 
 def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
-    """Return each group of redundant events: size, IG sum, the model's effect of replacing it, and the true effect."""
+    """Return each group of redundant events: size, IG sum, the model's effects of it, and the true effect.
+
+    `joint` is how far the logit falls if the group were unremarkable and all else stayed, `alone` how far it rises if
+    the group came to a stay whose events say nothing. Where evidence saturates they differ, and Integrated Gradients,
+    taken along the way from one end to the other, can equal neither: they are held to the mean of both, the Shapley
+    value of the group against all else.
+    """
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     ids, rows = run.table.stays["icu_stay_id"].tolist(), []
     for (stay, _), part in events[events["role"] == "redundant"].groupby(["icu_stay_id", "group"]):
         sequence, static = run.inputs(ids.index(stay))
-        keep = np.ones((2, sequence.shape[1]), bool)
-        keep[1, part["event"]] = False
-        logits = explain.replaced_logits(model, sequence, static, keep, baseline)
+        is_member = np.isin(np.arange(sequence.shape[1]), part["event"])
+        keep = np.stack([is_member | True, ~is_member, is_member, is_member & False])
+        of_statics = np.repeat([[True], [False]], 2, axis=0) & np.ones(static.shape, bool)  # each end has its own
+        logits = explain.replaced_logits(model, sequence, static, keep, baseline, of_statics)
         row = {"patient_id": part["patient_id"].iloc[0], "size": len(part), "true": part["true_effect"].sum()}
-        rows.append(row | {"attribution": part["attribution"].sum(), "joint": logits[0] - logits[1]})
+        row |= {"joint": logits[0] - logits[1], "alone": logits[2] - logits[3]}
+        rows.append(row | {"attribution": part["attribution"].sum()})
     return pd.DataFrame(rows)
 
 
@@ -146,26 +154,48 @@ def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dic
     return rows
 
 
+def miss(found: float, wanted: float) -> float:
+    """Return by which share of what is wanted a number misses it."""
+    return float(abs(found / wanted - 1))
+
+
 def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the explanation's error (IG against the model's effect) and the model's (against the truth), by size."""
+    """Return the explanation's error (IG against the model's effects) and the model's (against the truth), by size."""
     rows = []
     for size, part in groups.groupby("size"):
-        joint = part["joint"].mean()
-        explaining = abs(part["attribution"].mean() / joint - 1)
-        words = (
-            f"attributions of redundant evidence of {size} events miss the effect of replacing them by {{value:.0%}}"
-        )
-        found = explain.without_interval(float(explaining), len(part))
+        means = part[["attribution", "joint", "alone", "true"]].mean()
+        both_ends = (means["joint"] + means["alone"]) / 2
+        group = f"redundant evidence of {size} events"
+        found = explain.without_interval(miss(means["attribution"], both_ends), len(part))
+        words = f"pushes of {group} miss the model's effect of it, mean of both ends, by {{value:.0%}}"
         rows.append(explain.criterion(f"redundant, {size}", "attribution", found, ("<=", 0.25), words))
-        found = explain.without_interval(float(abs(joint / part["true"].mean() - 1)), len(part))
-        words = f"the model's own effect of redundant evidence of {size} events misses the truth by {{value:.0%}}"
+        found = explain.without_interval(miss(means["attribution"], means["joint"]), len(part))
+        words = f"pushes of {group} miss the effect of replacing it in its stay by {{value:.0%}}"
+        rows.append(explain.criterion(f"redundant, {size}: in the stay", "attribution", found, None, words))
+        found = explain.without_interval(miss(means["joint"], means["true"]), len(part))
+        words = f"the model's own effect of replacing {group} misses the truth by {{value:.0%}}"
         rows.append(explain.criterion(f"redundant, {size}: model", "model", found, None, words))
+    return rows
+
+
+def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return how far the model's own logit moves, and how large the push is, for a trap in shares of a cause's.
+
+    The truth is 0. Where both shares are large the model takes traps for causes, and the explanation says so.
+    """
+    is_trap, is_cause = events["role"].isin(HARMLESS["traps"]), events["true_effect"] != 0
+    rows = []
+    for column, method in (("if_unremarkable", "model"), ("attribution", "attribution")):
+        size = events[column].abs()
+        found = explain.without_interval(float(size[is_trap].mean() / size[is_cause].mean()), int(is_trap.sum()))
+        words = f"{column} of a trap is {{value:.2f}} of a cause's, {size[is_cause].mean():.2f} (truth: 0)"
+        rows.append(explain.criterion("traps in shares of causes", method, found, None, words))
     return rows
 
 
 def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
     """Train on samples with known causes, explain, and compare; return every criterion."""
-    scores, groups, runs = [], [], []
+    scores, groups, traps, runs = [], [], [], []
     for seed in range(size.seeds):
         with tempfile.TemporaryDirectory() as folder:
             run, truth = train_on_sample(seed, Path(folder), size)
@@ -175,8 +205,9 @@ def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, A
         groups.append(redundant_groups(run, events))
         events["patient_id"] = events["patient_id"].astype(str) + f" of sample {seed}"
         scores.append(planted_scores(events))
+        traps.append(events[["role", "true_effect", "if_unremarkable", "attribution"]])
         runs.append(tables["faithfulness"].assign(seed=seed))
-    criteria = of_rank(pd.concat(scores), settings) + of_redundancy(pd.concat(groups))
+    criteria = of_rank(pd.concat(scores), settings) + of_redundancy(pd.concat(groups)) + of_traps(pd.concat(traps))
     return [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
 
 

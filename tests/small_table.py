@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import torch
 
 import train
 
@@ -92,3 +93,24 @@ def best_model(folder):
 def leftovers(folder):
     """Temporary files below a folder: hidden ones but the locks."""
     return [path for path in folder.rglob(".*") if path.name != ".lock"]
+
+
+class LinearStay(torch.nn.Module):
+    """Logit = sum of the events times w + statics times v + c: the one model whose attributions are known exactly."""
+
+    def __init__(self, input_dim: int, static_dim: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.w, self.v = (torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (input_dim, static_dim))
+
+    def logits(
+        self,
+        sequences: torch.Tensor,
+        static_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        is_event = torch.ones(sequences.shape[:2]) if attention_mask is None else attention_mask
+        return ((sequences @ self.w * is_event).sum(1) + static_features @ self.v + 0.5).unsqueeze(1)
+
+    def logits_of_rows(self, events: torch.Tensor, rows: torch.Tensor, static_features: torch.Tensor) -> torch.Tensor:
+        return self.logits(events[rows], static_features)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from captum.attr import ShapleyValueSampling
 from scipy.stats import spearmanr
-from small_table import best_model
+from small_table import LinearStay, best_model
 from test_explain_report import NAMES
 
 import explain_clinicalLF as explain
@@ -52,7 +52,7 @@ def logit(model, sequence, static, mask=None):
 
 
 def test_attribution_on_a_linear_model_is_weight_times_difference(stay):
-    linear = explain.LinearStay(INPUT_DIM, STATIC_DIM)
+    linear = LinearStay(INPUT_DIM, STATIC_DIM)
     found = explain.captum_analysis(linear, stay.sequence, stay.static, baseline=stay.baseline)
     torch.testing.assert_close(found.events, linear.w.data * (stay.sequence - stay.baseline["event"]))
     torch.testing.assert_close(found.statics, linear.v.data * (stay.static - stay.baseline["static"]))
@@ -99,7 +99,7 @@ def test_attribution_of_nan_is_an_error(model, stay, where):
         explain.captum_analysis(model, stay.sequence, stay.static)
 
 
-class WavyStay(explain.LinearStay):
+class WavyStay(LinearStay):
     """Logit = sine of what the linear model says: two steps do not follow it."""
 
     def logits(self, sequences, static_features, attention_mask=None):
@@ -265,7 +265,7 @@ def test_bootstrap_resamples_patients_not_rows():
 
 
 def test_deletion_and_insertion_on_a_linear_model(stay):
-    linear, fractions = explain.LinearStay(INPUT_DIM, STATIC_DIM), len(explain.FRACTIONS) + 1
+    linear, fractions = LinearStay(INPUT_DIM, STATIC_DIM), len(explain.FRACTIONS) + 1
     effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
     curves = explain.deletion_insertion(linear, stay.sequence, stay.static, stay.baseline, {"if_unremarkable": effects})
     first = curves[curves["fraction"] == 0.05].set_index("direction")["change"]
@@ -275,8 +275,29 @@ def test_deletion_and_insertion_on_a_linear_model(stay):
     )
 
 
+def test_replaced_are_the_strongest_events_and_those_that_are_listed():
+    push = np.concatenate([np.linspace(1, 2, 100), -np.linspace(0.01, 0.1, 50)])
+    which = explain.events_to_replace(push, 30)
+    towards, away = np.arange(70, 100), np.arange(140, 150)  # all of the strongest push towards death
+    assert which.tolist() == [*towards, *away]
+    assert explain.events_to_replace(push, 0).tolist() == list(range(150))
+
+
+def test_events_that_were_not_replaced_are_left_out_of_infidelity_and_rank_in_the_middle(stay):
+    linear = LinearStay(INPUT_DIM, STATIC_DIM)
+    effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
+    inputs = linear, stay.sequence, stay.static
+    partly = effects.copy()
+    partly[3] = math.nan
+    found = explain.stay_infidelity(*inputs, {"truth": effects, "partly": partly}, stay.baseline, seed=0)
+    assert found["truth"] == pytest.approx(0, abs=1e-8) and found["partly"] == pytest.approx(0, abs=1e-8)
+    curves = explain.deletion_insertion(*inputs, stay.baseline, {"unknown": partly, "zero": np.nan_to_num(partly)})
+    change = curves.set_index("order")["change"]
+    np.testing.assert_array_equal(change["unknown"], change["zero"])
+
+
 def test_infidelity_of_the_truth_about_a_linear_model_is_zero(stay):
-    linear = explain.LinearStay(INPUT_DIM, STATIC_DIM)
+    linear = LinearStay(INPUT_DIM, STATIC_DIM)
     effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
     scores = {"truth": effects, "none": np.zeros(N_EVENTS)}
     found = explain.stay_infidelity(linear, stay.sequence, stay.static, scores, stay.baseline, seed=0)

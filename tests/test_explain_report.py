@@ -13,6 +13,7 @@ import pytest
 import torch
 from make_sample import make_sample
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy.special import expit
 
 import explain_clinicalLF as explain
@@ -92,6 +93,7 @@ def mock_stays(sample, events, statics):
         n_steps=50,
         complete=True,
         n_events=stays["icu_stay_id"].map(events["icu_stay_id"].value_counts()),
+        n_replaced=stays["icu_stay_id"].map(events["icu_stay_id"].value_counts()),
         why_shown="",
     )
     stays["risk_percentile"] = 100 * stays.probability.rank(pct=True)
@@ -329,7 +331,7 @@ def test_means_by_weighs_rows_equally_and_bounds_the_mean():
 
 def test_shares_add_up_to_one_over_bins_whatever_the_lengths_of_the_stays():
     events = mock_tables(6)["events"]
-    names = explain.window_names()
+    names = explain.CLOCK_WINDOWS
     windows = pd.Series(pd.Categorical(explain.clock_window(events["hours_to_end"].to_numpy()), names))
     for column in ("attribution", "attention"):
         shares = explain._stay_shares(events, windows, column)
@@ -403,6 +405,22 @@ def test_report_tells_risk_outcome_scores_and_gap_of_every_shown_stay():
         INFO["setting"],
     ):
         assert expected in report()
+
+
+def test_report_and_pictures_say_of_how_many_events_replacements_are():
+    tables = mock_tables(6)
+    assert "replaced one by one" not in explain._cohort_sentence(tables["stays"])
+    events, n_events = tables["events"], len(tables["events"])
+    left_out = events["event"] >= 20
+    events.loc[left_out, "if_unremarkable"] = np.nan
+    known = n_events - left_out.sum()
+    assert explain._replaced_in_words(events) == f"; {known:,} of {n_events:,} events replaced one by one"
+    tables["stays"]["n_replaced"] = 20
+    assert "120 events, the strongest of each stay, were replaced" in explain._cohort_sentence(tables["stays"])
+    for name in ("sequence_importance_combined", "captum_ablation_attributions"):
+        figure = explain.draw_figure(name, tables)
+        said = " ".join(text.get_text() for text in figure.findobj(Text))
+        assert f"{known:,} of {n_events:,} events" in said
 
 
 def test_report_says_without_which_events_the_decision_would_be_another():

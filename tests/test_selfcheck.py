@@ -33,11 +33,29 @@ def test_planted_scores_of_the_truth_itself_are_perfect():
 
 def test_errors_of_redundant_groups_are_told_apart_by_size():
     groups = pd.DataFrame(
-        {"size": [1, 2, 2], "attribution": [1.0, 1.5, 1.5], "joint": [1.0, 3, 1], "true": [2.0, 2, 2]}
+        {
+            "size": [1, 2, 2],
+            "attribution": [1.5, 1.5, 1.5],
+            "joint": [1.0, 3, 1],
+            "alone": [2.0, 2, 2],
+            "true": [2.0, 2, 2],
+        }
     )
     rows = {row["check"]: row["value"] for row in selfcheck.of_redundancy(groups)}
-    assert rows["redundant, 1"] == 0 and rows["redundant, 1: model"] == 0.5
+    assert rows["redundant, 1"] == 0 and rows["redundant, 1: in the stay"] == rows["redundant, 1: model"] == 0.5
     assert rows["redundant, 2"] == pytest.approx(0.25) and rows["redundant, 2: model"] == 0
+
+
+def test_a_trap_that_moves_the_model_as_a_cause_does_is_the_models_error():
+    events = pd.DataFrame(
+        {
+            "role": ["cause", "cause", "early", "lone", "decoy"],
+            "true_effect": [2.0, -2, 0, 0, 0],
+            "if_unremarkable": [1.0, -1, 1, 0.5, 0],
+            "attribution": [2.0, -2, 2, 1, 0],
+        }
+    )
+    assert [row["value"] for row in selfcheck.of_traps(events)] == [0.75, 0.75]
 
 
 def test_truth_is_matched_by_stay_text_and_order_and_another_samples_is_an_error():

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_table import LinearStay
 
 import explain_clinicalLF as explain
 import train
@@ -102,7 +103,7 @@ def test_an_item_that_only_survivors_have_is_a_leak_too_and_few_deaths_say_nothi
 
 
 def test_a_model_that_sums_its_events_uses_no_time():
-    linear = explain.LinearStay(14, 4)
+    linear = LinearStay(14, 4)
     inputs = (torch.randn(1, 7, 14), torch.randn(1, 4))
     run = SimpleNamespace(
         checkpoint=SimpleNamespace(model=linear), inputs=lambda stay: inputs, parts=explain.event_parts(14)
