@@ -1557,23 +1557,14 @@ def _check_columns(
             )
 
 
-# Values that are no number or time, and those a type takes but a table should not have: DuckDB rounds 1.5 to an
-# integer, and infinity is a number and a time. Per type: the condition, and what the message asks for.
-UNREADABLE = {
-    "BIGINT": (
-        "(TRY_CAST({0} AS BIGINT) IS NULL AND given({0}) IS NOT NULL)"
-        " OR TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)",
-        "an integer",
-    ),
-    "TIMESTAMP": (
-        "(TRY_CAST({0} AS TIMESTAMP) IS NULL AND given({0}) IS NOT NULL) OR NOT isfinite(TRY_CAST({0} AS TIMESTAMP))",
-        "a time like 2150-01-31 23:59:00",
-    ),
-    "DOUBLE": (
-        "(TRY_CAST({0} AS DOUBLE) IS NULL AND given({0}) IS NOT NULL)"
-        " OR abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30",
-        "a finite number",
-    ),
+# Values that are no number or time. A column that has its type already has none: it is not written out to look.
+UNREADABLE = "(TRY_CAST({0} AS {1}) IS NULL AND given({0}) IS NOT NULL)"
+# Values that a type takes but a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a
+# time. Per type: the condition, and what the message asks for.
+UNFIT = {
+    "BIGINT": ("TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)", "an integer"),
+    "TIMESTAMP": ("NOT isfinite(TRY_CAST({0} AS TIMESTAMP))", "a time like 2150-01-31 23:59:00"),
+    "DOUBLE": ("abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30", "a finite number"),
 }
 BAD_ROWS = """
     SELECT list_sort(list(number))[:3]
@@ -1604,7 +1595,9 @@ def _check_values(con: duckdb.DuckDBPyConnection, source: str, kind: str, need_l
         present, checks = _columns(con, view), {}
         for name, column_kind in columns.items():
             if name in present and column_kind != "VARCHAR":
-                checks[name] = UNREADABLE[column_kind][0].format(name)
+                checks[name] = UNFIT[column_kind][0].format(name)
+                if present[name] != column_kind:
+                    checks[name] += f" OR {UNREADABLE.format(name, column_kind)}"
                 if name in needed:
                     checks[name] += f" OR {_typed(name, column_kind)} IS NULL"
         if LABEL in checks and kind != "nested":
@@ -1626,7 +1619,7 @@ def _raise_first(con: duckdb.DuckDBPyConnection, source: str, view: str, checks:
             continue
         bad = BAD_ROWS.format(view=view, condition=condition)
         rows = con.execute(bad).fetchall()[0][0]
-        meaning = "0 or 1" if name == LABEL else UNREADABLE[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]][1]
+        meaning = "0 or 1" if name == LABEL else UNFIT[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]][1]
         raise InputError(
             f"{source}: column {name} is not {meaning} in {count} rows, first row {', '.join(map(str, rows))} "
             "after the header. Mend or remove these rows."
@@ -1699,10 +1692,11 @@ STAYS = """
     FROM all_stays WHERE fault IS NULL
 """
 # Texts are numbered first: what is compared, sorted and counted of events are numbers, which are small and of one size.
+# Each is read as it is written, and cleaned once.
 ALL_TEXTS = """
     CREATE TEMP TABLE all_texts AS
-    SELECT row_number() OVER () AS code, event_text
-    FROM (SELECT DISTINCT text_of(event_text) AS event_text FROM event_rows)
+    SELECT written, event_text, dense_rank() OVER (ORDER BY event_text) AS code
+    FROM (SELECT written, text_of(written) AS event_text FROM (SELECT DISTINCT event_text AS written FROM event_rows))
 """
 EVENTS = """
     CREATE TEMP TABLE events AS
@@ -1715,17 +1709,17 @@ EVENTS = """
                TRY_CAST(event_time AS TIMESTAMP) AS event_time,
                TRY_CAST(event_known_time AS TIMESTAMP) AS known_time,
                coalesce(list_position($types, given(event_type)) - 1, len($types))::TINYINT AS event_type,
-               text_of(event_text) AS event_text,
+               event_text AS written,
                TRY_CAST(relative_time_to_final_event AS DOUBLE) AS stated
         FROM event_rows
-    )
+    ) AS e
     JOIN stays USING (icu_stay_id)
-    JOIN all_texts USING (event_text)
+    JOIN all_texts AS t ON t.written IS NOT DISTINCT FROM e.written
 """
 TEXTS = """
     CREATE TEMP TABLE texts AS
     SELECT row_number() OVER (ORDER BY event_text) - 1 AS text, code, event_text
-    FROM all_texts SEMI JOIN events USING (code)
+    FROM (SELECT DISTINCT code, event_text FROM all_texts) SEMI JOIN events USING (code)
 """
 ARRAYS = """
     SELECT event_type, text::INTEGER AS text, minutes::FLOAT AS minutes_since_intime,
@@ -2154,8 +2148,9 @@ def _scaler(mean: float, scale: float) -> StandardScaler:
 
 
 N_QUANTILES = 65
-NUMBER = r"(?<![\w.])\d+(?:\.\d+)?"  # 4 or 4.1, also before a unit, but not the 2 of PaO2
-MEASUREMENT = re.compile(r"(\| (Value|Rate|Dose|Amount): [<>]?)(-?\d+(?:\.\d+)?)(?= |$)([^|]*)")  # number and unit
+DIGITS = r"\d+(?:\.\d+)?(?:e-?\d+)?"  # 4, 4.1 or 1.1e-05, as SQL writes a rate below 0.0001
+NUMBER = rf"(?<![\w.]){DIGITS}"  # also before a unit, but not the 2 of PaO2
+MEASUREMENT = re.compile(rf"(\| (Value|Rate|Dose|Amount): [<>]?)(-?{DIGITS})(?= |$)([^|]*)")  # number and unit
 
 
 def without_numbers(text: str) -> str:
@@ -2613,7 +2608,7 @@ class HashingTextEncoder(TextEncoder):
     weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))  # of items, words, characters, numbers
 
     def __init__(self, cache_dir: Path = Path("clinical_LF_precomp_emb")) -> None:
-        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v4-768", self.dim)
+        self.cache = EmbeddingCache(Path(cache_dir) / "hashing-v5-768", self.dim)
 
     @staticmethod
     def _parts_of_item(text: str) -> list[str]:

@@ -222,6 +222,24 @@ def test_odd_text_is_read_as_it_is(name, tmp_path):
     assert not report and [table.texts[i] for i in table.text[:3]] == [TEXTS[name]] * 3
 
 
+def test_texts_that_say_they_are_missing_are_one_empty_text(tmp_path):
+    table = small_table()
+    table.loc[[0, 1, 3], "event_text"] = ["nan", "", " NULL "]
+    table.to_csv(tmp_path / "data.csv", index=False)
+    read, _ = train.read_stays(tmp_path / "data.csv")
+    assert len(read.text) == 120 and (read.texts[read.text] == "").sum() == 3
+    assert len(set(read.texts)) == len(read.texts)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_columns_that_have_their_type_are_still_searched_for_infinity(tmp_path, nested):
+    table = small_table()
+    table.loc[5, END] = "inf"
+    to_parquet(table, tmp_path / "data.parquet", nested)
+    with pytest.raises(train.InputError, match=f"column {END} is not a finite number in 1 rows"):
+        train.read_stays(tmp_path / "data.parquet")
+
+
 def test_all_odd_texts_are_trained_on(tmp_path, capfd):
     put("event_text", [*TEXTS.values()], slice(0, len(TEXTS)))(small_table()).to_csv(tmp_path / "data.csv", index=False)
     assert run(*arguments(tmp_path, tmp_path / "data.csv", "--item-history")) == 0

@@ -120,6 +120,11 @@ def test_state_is_plain_data_and_round_trips(table):
             "Ingredient: Dextrose mL/hour",
             25,
         ),
+        (
+            "Ingredient: Calcium (ingr) | Rate: 1.1e-05 grams/hour | Status: ChangeDose/Rate",
+            "Ingredient: Calcium (ingr) grams/hour",
+            1.1e-05,
+        ),
         ("", "", math.nan),
     ],
 )
