@@ -146,14 +146,20 @@ def sparse_logistic_regression(data: Data) -> np.ndarray:
     return best_on_validation(models, count_features(data), data)
 
 
-def boosted_trees(features: np.ndarray, data: Data) -> np.ndarray:
+def boosted_trees(
+    features: np.ndarray,
+    data: Data,
+    sizes: tuple[int, ...] = (2, 4, 8, 16),
+    shares: tuple[float, ...] = (0.3, 1.0),
+    stages: int = 300,
+) -> np.ndarray:
     """Size and number of trees and share of features per split as suit the validation stays best."""
     labels, split, found = data.table.labels, data.split, []
-    for leaves in (2, 4, 8, 16):
-        for share in (0.3, 1.0):
+    for leaves in sizes:
+        for share in shares:
             model = HistGradientBoostingClassifier(
                 learning_rate=0.05,
-                max_iter=300,
+                max_iter=stages,
                 max_leaf_nodes=leaves,
                 max_features=share,
                 min_samples_leaf=10,
