@@ -209,6 +209,7 @@ class Run(NamedTuple):
     logits: np.ndarray  # (n_stays) float64
     held_out: bool  # patients of the checkpoint's own test split; False: none of its patients is in the data
     vectors: np.ndarray  # (n_texts, E) of the table's texts
+    is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
 
     @property
     def parts(self) -> dict[str, slice]:
@@ -260,7 +261,7 @@ def load_run(
     )
     table, _ = train.choose_cohort(table, settings)
     patients = table.stays.patient_id
-    seen = patients.isin(checkpoint.patients["train"] + checkpoint.patients["validation"])
+    seen = train.seen_patients(table.stays, checkpoint)
     if seen.all():
         raise InputError(
             f"{shown}: all {len(patients)} stays are of patients that this model was trained or tuned on; "
@@ -315,7 +316,7 @@ def make_run(
     """Score the stays and keep all that an explanation needs."""
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
-    return Run(checkpoint, table, dataset, logits, held_out, vectors)
+    return Run(checkpoint, table, dataset, logits, held_out, vectors, checkpoint.is_new_item(table.texts))
 
 
 def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:
@@ -1869,7 +1870,7 @@ def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) 
     trained = run.checkpoint.settings  # its resamples give the interval that train.py says
     findings = discrimination(run.table.labels, risks, patients, trained.n_bootstrap, trained.seed)
     findings.append(spread_of(run.logits))
-    findings += likeness(run.checkpoint.is_new_item(run.table.texts)[run.table.text], run.held_out)
+    findings += likeness(run.is_new_item[run.table.text], run.held_out)
     findings.append(leaks_in_words(leaks))
     findings.append(baseline_in_words(run))
     return pd.DataFrame(findings).astype({"passed": object})
@@ -1919,7 +1920,7 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "value": [train.parse_value(text)[1] for text in texts],
             "in_history": history,
             "is_abnormal": [is_abnormal(text) for text in texts],
-            "is_new_item": run.checkpoint.is_new_item(texts),
+            "is_new_item": run.is_new_item[table.text[rows]],
         }
     )
 
@@ -2322,7 +2323,7 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
     then = {hours: known for hours, known in then.items() if len(known.stays)}
     found = pd.DataFrame({"hours_since_admission": list(then), "n_events": 0, "probability": math.nan})
     if then:
-        joined = stacked(list(then.values()))
+        joined = train.stacked(list(then.values()))
         dataset = train.ClinicalSequenceDataset(joined, run.checkpoint.preprocessor, run.vectors)
         logits = logits_without(run.checkpoint.model, dataset, np.arange(len(then)))
         found = found.assign(
@@ -2330,14 +2331,6 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
             probability=run.checkpoint.probabilities(logits),
         )
     return found.assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
-
-
-def stacked(tables: Sequence[train.StayTable]) -> train.StayTable:
-    """Return one table of the stays of all, which have the same texts."""
-    arrays = {name: np.concatenate([getattr(table, name) for table in tables]) for name in train.EVENT_ARRAYS}
-    offsets = np.cumsum([0, *np.concatenate([table.lengths for table in tables])])
-    stays = pd.concat([table.stays for table in tables], ignore_index=True)
-    return train.StayTable(stays, offsets, texts=tables[0].texts, **arrays)
 
 
 def attention_of(found: Explained) -> dict[str, Any]:

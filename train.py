@@ -61,9 +61,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
-from itertools import groupby
+from itertools import chain, cycle, groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import duckdb
 import numpy as np
@@ -80,6 +80,7 @@ from accelerate.utils import (
     gather_object,
     send_to_device,
 )
+from duckdb import DuckDBPyConnection
 from filelock import FileLock, Timeout
 from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
@@ -147,10 +148,7 @@ class Progress(tqdm):
 
 def option(default: Any, help_text: str, **limits: Any) -> Any:
     """A settings field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
-    metadata = {
-        "help": help_text.replace("%", "%%"),
-        "limits": limits,
-    }  # argparse takes a percent sign for a format
+    metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # a lone percent sign is argparse's
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -165,56 +163,33 @@ class Settings:
         "MIMIC-IV or MEDS folder, nested Parquet (or a glob), or a flat CSV/Parquet file; "
         "default: the bundled sample, with --evaluate the data that the model was trained on.",
     )
-    output_dir: str = option(
-        "trained_models/clinical_LF",
-        "Folder for checkpoints, plots, metrics and predictions.",
-    )
+    output_dir: str = option("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = option("clinical_LF_precomp_emb", "Folder for the embedding cache and the query's result.")
     hf_cache: str = option("hf_cache", "Folder for downloaded encoder weights.")
-    memory_limit: str = option(
-        "33%",
-        "Memory for reading the data: a share of the machine's, or a size like 16GB.",
-    )
+    memory_limit: str = option("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
     threads: int = option(0, "Threads that read the data; 0 takes all cores.", low=0)
 
-    text_encoder: str = option(
-        CLINICAL_LONGFORMER,
-        "Hugging Face id or local path of an encoder, or 'hashing'.",
-    )
+    text_encoder: str = option(CLINICAL_LONGFORMER, "Hugging Face id or local path of an encoder, or 'hashing'.")
     text_encoder_revision: str = option("main", "Branch, tag or commit of the encoder on the hub.")
     max_text_tokens: int = option(512, "Texts are cut after this many tokens.", low=1)
-    text_encoder_dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto",
-        "Precision of the frozen encoder.",
-    )
+    text_encoder_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision of the frozen encoder.")
     item_history: bool = option(
         False,
         "More inputs per event: what its item was until then in this stay (number, extremes, mean, count, ...).",
     )
-    static_features: list[str] = option(
-        [],
-        "Static columns to use; default: all that are known at the prediction.",
-    )
+    static_features: list[str] = option([], "Static columns to use; default: all that are known at the prediction.")
 
     observation_hours: float = option(
         0.0,
         "Predict this many hours after ICU admission; 0 reads the whole stay.",
         low=0,
     )
-    gap_hours: float = option(
-        0.0,
-        "Leave out stays that end within this many hours after the prediction.",
-        low=0,
-    )
+    gap_hours: float = option(0.0, "Leave out stays that end within this many hours after the prediction.", low=0)
     labels: str = option(
         "",
         "With a MEDS data set: file or folder of its labels, or mortality-in-icu@24h to make them.",
     )
-    history_hours: float = option(
-        0.0,
-        "With a MEDS data set: hours before the prediction to read; 0 reads all.",
-        low=0,
-    )
+    history_hours: float = option(0.0, "With a MEDS data set: hours before the prediction to read; 0 reads all.", low=0)
     first_stay_only: bool = option(False, "Keep only the first ICU stay of each patient.")
 
     d_model: int = option(256, "Width of the transformer.", low=1)
@@ -246,11 +221,7 @@ class Settings:
         "Weight of the penalty on how evenly events speak to the pooling; 0 is none.",
         low=0,
     )
-    tau_hours: float = option(
-        24.0,
-        "An event that lies tau hours earlier weighs 1/e in the temporal loss.",
-        above=0,
-    )
+    tau_hours: float = option(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.", above=0)
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", above=0)
     weight_decay: float = option(0.1, "Weight decay of AdamW.", low=0)
     warmup_steps: int = option(50, "Steps over which the learning rate rises to its peak.", low=0)
@@ -272,23 +243,12 @@ class Settings:
         "auto",
         "Where the texts' vectors live: auto is the GPU if they take less than half of its free memory.",
     )
-    mixed_precision: Literal["auto", "no", "bf16"] = option(
-        "auto",
-        "auto is bf16 on CUDA devices that have it.",
-    )
-    seed: int = option(
-        0,
-        "Seed of the split, the weights, the order of batches and the bootstrap.",
-        low=0,
-        below=2**31,
-    )
+    mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "auto is bf16 on CUDA devices that have it.")
+    seed: int = option(0, "Seed of the split, the weights, the order of batches and the bootstrap.", low=0, below=2**31)
     n_bootstrap: int = option(1000, "Bootstrap samples of patients behind every 95 % interval.", low=0)
     save_attention_every: int = option(50, "Save the attention of every so many batches; 0 saves none.", low=0)
 
-    test_data: str = option(
-        "",
-        "Test on the stays of this data set; --data is then split 80/20 to train and validate.",
-    )
+    test_data: str = option("", "Test on the stays of this data set; --data is then split 80/20 to train and validate.")
     no_test: bool = option(
         False,
         "Keep no test stays: split 80/20 to train and validate. For a model that is tested elsewhere.",
@@ -309,16 +269,9 @@ class Settings:
         False,
         "With --evaluate: judge also by patients that the model was trained or tuned on.",
     )
-    trajectory: str = option(
-        "",
-        "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.",
-    )
+    trajectory: str = option("", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48.")
     temperature_scaling: bool = option(False, "Calibrate by one temperature fitted on the validation split.")
-    cross_validate: int = option(
-        0,
-        "Repeat training over this many patient-level folds and report the spread.",
-        low=0,
-    )
+    cross_validate: int = option(0, "Repeat training over this many patient-level folds and report the spread.", low=0)
     report_to: Literal["none", "tensorboard", "wandb"] = option(
         "none",
         "Also send each epoch's figures to this tracker.",
@@ -335,6 +288,12 @@ class Settings:
     def meds_task(self) -> MedsTask | None:
         """What is predicted from a MEDS data set; None for any other table."""
         return MedsTask(self.labels, self.history_hours, self.gap_hours) if self.labels else None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The model's sizes and its dropout, as `ClinicalTransformer` takes them."""
+        names = ("d_model", "n_layers", "n_heads", "d_feedforward", "n_pooling_heads", "dropout")
+        return {name: getattr(self, name) for name in names}
 
 
 # What a prospective model cannot know at the moment of prediction.
@@ -416,17 +375,17 @@ def check_limits(settings: Any) -> None:
     kinds = get_type_hints(type(settings))
     for entry in fields(settings):
         value, kind, limits = getattr(settings, entry.name), kinds[entry.name], entry.metadata["limits"]
-        wanted = [f"{LIMITS[side][0]} {limit:g}" for side, limit in limits.items()]
+        wanted = " and ".join(f"{LIMITS[side][0]} {limit:g}" for side, limit in limits.items())
         if get_origin(kind) is Literal:
-            wanted, sound = [f"one of {', '.join(get_args(kind))}"], value in get_args(kind)
+            is_sound, wanted = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
         elif kind in (int, float):
             is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-            sound = is_number and all(LIMITS[side][1](value, limit) for side, limit in limits.items())
+            is_sound = is_number and all(LIMITS[side][1](value, limit) for side, limit in limits.items())
         else:
-            sound = isinstance(value, get_origin(kind) or kind)
-        if not sound:
-            words = " and ".join(wanted) or f"of type {kind.__name__}"
-            raise InputError(f"{flag(entry.name)} {value}: out of range; it must be {words}.")
+            is_sound = isinstance(value, get_origin(kind) or kind)
+        if not is_sound:
+            wanted = wanted or f"of type {kind.__name__}"
+            raise InputError(f"{flag(entry.name)} {value}: out of range; it must be {wanted}.")
 
 
 def flag(name: str) -> str:
@@ -530,6 +489,11 @@ def write_json(path: Path, content: Any) -> Path:
     """Write plain data, indented; what JSON has no word for as its text."""
     text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
     return write_whole(path, lambda name: name.write_text(text, "utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises OSError or ValueError where there is none."""
+    return json.loads(path.read_text("utf-8"))
 
 
 def remove(path: Path) -> None:
@@ -658,19 +622,6 @@ CSV_ROWS = """
              max_line_size = 16000000, buffer_size = 16000000, nullstr = {missing})
 """
 
-LOST_STAYS = """
-    SELECT CASE WHEN icu.hadm_id IS NULL THEN 'without hadm_id'
-                WHEN adm.hadm_id IS NULL THEN 'whose hadm_id is not in hosp/admissions'
-                WHEN pat.subject_id IS NULL THEN 'whose subject_id is not in hosp/patients'
-           END AS reason, count(*)
-    FROM icustays AS icu
-    LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
-    LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id
-    GROUP BY reason ORDER BY reason
-"""
-
-DAYS_ONLY = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
-
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
     """Return the file of every table that query.sql reads; InputError names what is missing or double."""
@@ -725,12 +676,7 @@ def query_for_duckdb(text: str) -> str:
     return tree.sql(dialect="duckdb")
 
 
-def open_duckdb(
-    memory_limit: str,
-    threads: int,
-    spill: Path,
-    database: str | Path = ":memory:",
-) -> duckdb.DuckDBPyConnection:
+def open_duckdb(memory_limit: str, threads: int, spill: Path, database: str | Path = ":memory:") -> DuckDBPyConnection:
     """Connect to DuckDB within the limits that all its work here has; what passes them spills into a folder.
 
     Raises `InputError` for a limit that is none.
@@ -747,6 +693,32 @@ def open_duckdb(
         con.close()
         raise InputError(f"--memory-limit {memory_limit}: give a size like 16GB, or a share like 33%.") from None
     return con
+
+
+def first_value(con: DuckDBPyConnection, statement: str, *values: Any) -> Any:
+    """Return the first value of the first row that a statement gives, such as how many rows it counted or deleted."""
+    return con.execute(statement, values).fetchall()[0][0]
+
+
+def column_types(con: DuckDBPyConnection, relation: str) -> dict[str, str]:
+    """Return the columns of a table, of a view or of what reads a file, with their types."""
+    return {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()}
+
+
+def first_three(rows: Sequence[tuple]) -> str:
+    """Return what the first rows of a result begin with, for a message."""
+    return ", ".join(str(row[0]) for row in rows[:3])
+
+
+def first_that_holds(conditions: dict[str, str]) -> str:
+    """Return the SQL for the first reason whose condition holds in a row, NULL where none does."""
+    cases = [f"WHEN {condition} THEN {sql_quoted(reason)}" for reason, condition in conditions.items()]
+    return f"CASE {' '.join(cases)} END"
+
+
+def without_zeros(counts: dict[str, int]) -> dict[str, int]:
+    """Return the counts of what occurred at all."""
+    return {name: count for name, count in counts.items() if count}
 
 
 # Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
@@ -771,16 +743,9 @@ OTHER_TABLE = """
 CREATE TABLE {name} AS
 SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0
 """
-LAST_NUMBER = "SELECT coalesce(max(last_value), 0) FROM duckdb_sequences() WHERE sequence_name = ?"
 
 
-def fault_of_row(table: str) -> str:
-    """Return the SQL for why a row of an event table is no event, NULL where only its time tells."""
-    cases = [f"WHEN {condition} THEN {sql_quoted(reason)}" for reason, condition in EVENT_TABLES[table].faults.items()]
-    return f"CASE {' '.join(cases)} END"
-
-
-def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path) -> None:
+def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path) -> None:
     """Copy one CSV file into `database`, typed; of event tables the rows about ICU stays. InputError if damaged."""
     name, rows = Path(table).name, csv_rows(path, MISSING)
     columns = dict(column.split() for column in MIMIC_TABLES[table].split(", "))
@@ -788,11 +753,11 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     parts = {"name": name, "typed": typed, "rows": rows}
     statement = OTHER_TABLE
     if table in EVENT_TABLES:
-        parts |= {"time": EVENT_TABLES[table].time, "fault": fault_of_row(table)}
+        parts |= {"time": EVENT_TABLES[table].time, "fault": first_that_holds(EVENT_TABLES[table].faults)}
         parts["key"] = next(key for key in ("stay_id", "subject_id", "hadm_id") if key in columns)
         statement = EVENT_TABLE
     try:
-        header = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()]
+        header = column_types(database, rows)
         if absent := [column for column in columns if column not in header]:
             raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
         for counted in ("read", "of_cohort"):
@@ -813,26 +778,25 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
         database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
 
-def unfit_values(database: duckdb.DuckDBPyConnection, columns: dict[str, str], rows: str) -> str:
+def unfit_values(database: DuckDBPyConnection, columns: dict[str, str], rows: str) -> str:
     """Return the columns with values of another type, and in how many rows."""
     found = []
     for column, kind in columns.items():
         unfit = f"SELECT count(*) FROM {rows} WHERE {column} IS NOT NULL AND TRY_CAST({column} AS {kind}) IS NULL"
-        if count := database.execute(unfit).fetchall()[0][0]:
+        if count := first_value(database, unfit):
             found.append(f"{column} ({kind}) in {count} rows")
     return ", ".join(found)
 
 
-def check_key(database: duckdb.DuckDBPyConnection, table: str) -> None:
+def check_key(database: DuckDBPyConnection, table: str) -> None:
     """Raise InputError if a key of a table stands twice: all that is joined to it would be doubled."""
     name, key = Path(table).name, MIMIC_KEYS[table]
     twice = database.execute(
         f"SELECT {key} FROM {name} WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}"
     ).fetchall()
     if twice:
-        first = ", ".join(str(row[0]) for row in twice[:3])
         raise InputError(
-            f"{table}: {len(twice)} values of {key} stand in more than one row, first {first}. "
+            f"{table}: {len(twice)} values of {key} stand in more than one row, first {first_three(twice)}. "
             "Are two releases or two copies mixed? Each may stand once."
         )
 
@@ -849,28 +813,41 @@ class SourceTable(NamedTuple):
     noted: dict[str, int] = {}  # rows of the cohort with something to know, kept or not
 
 
-def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceTable]:
+LOST_STAYS = """
+    SELECT CASE WHEN icu.hadm_id IS NULL THEN 'without hadm_id'
+                WHEN adm.hadm_id IS NULL THEN 'whose hadm_id is not in hosp/admissions'
+                WHEN pat.subject_id IS NULL THEN 'whose subject_id is not in hosp/patients'
+           END AS reason, count(*)
+    FROM icustays AS icu
+    LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
+    LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id
+    GROUP BY reason ORDER BY reason
+"""
+DAYS_ONLY = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
+LAST_NUMBER = "SELECT coalesce(max(last_value), 0) FROM duckdb_sequences() WHERE sequence_name = ?"
+
+
+def account_for_rows(database: DuckDBPyConnection) -> list[SourceTable]:
     """Count the rows of every table: read, of the cohort, lost and why. Those in stays are counted later."""
     accounts = []
     for table in MIMIC_TABLES:
         name = Path(table).name
-        read, of_cohort = (
-            database.execute(LAST_NUMBER, [f"{name}_{counted}"]).fetchall()[0][0] for counted in ("read", "of_cohort")
-        )
+        read = first_value(database, LAST_NUMBER, f"{name}_read")
         account = SourceTable(table, read, None, None, {})
         if table == "icu/icustays":
             lost = dict(database.execute(LOST_STAYS).fetchall())
             in_stays = lost.pop(None, 0)
             lost["without stay_id"] = read - in_stays - sum(lost.values())
-            lost = {reason: count for reason, count in lost.items() if count}
-            account = SourceTable(table, read, read, in_stays, lost)
+            account = SourceTable(table, read, read, in_stays, without_zeros(lost))
         elif table in EVENT_TABLES:
-            faults = f"SELECT {fault_of_row(table)} AS fault, count(*) FROM {name} GROUP BY fault ORDER BY fault"
+            fault = first_that_holds(EVENT_TABLES[table].faults)
+            faults = f"SELECT {fault} AS fault, count(*) FROM {name} GROUP BY fault ORDER BY fault"
             lost = dict(database.execute(faults).fetchall())
             lost.pop(None, 0)
+            of_cohort = first_value(database, LAST_NUMBER, f"{name}_of_cohort")
             account = SourceTable(table, read, of_cohort, None, lost)
         if table == "hosp/microbiologyevents":
-            days = database.execute(DAYS_ONLY).fetchall()[0][0]
+            days = first_value(database, DAYS_ONLY)
             account = account._replace(noted={"(used or not) have a day without a time: its end is taken": days})
         accounts.append(account)
     return accounts
@@ -887,9 +864,9 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     files, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
-    stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files.values()]
+    stats = [(str(path.relative_to(folder)), *size_and_time(path)) for path in files.values()]
     made_of = (query, MIMIC_TABLES, EVENT_TABLES, EVENT_TABLE, MISSING, ROWS_PER_SLICE, stats)
-    target = results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.parquet"
+    target = results / f"{md5_of(made_of)}.parquet"
     working = results / f"unfinished-{target.stem}"
     if target.exists():
         return target
@@ -918,7 +895,18 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", th
     return target
 
 
-def _working_database(working: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Return what changes with a file: its bytes and when it was written, in nanoseconds."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def md5_of(made_of: tuple) -> str:
+    """Return the name under which a result is kept, by all that it is made of."""
+    return hashlib.md5(repr(made_of).encode()).hexdigest()
+
+
+def _working_database(working: Path, memory_limit: str, threads: int) -> DuckDBPyConnection:
     """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
     limits = (memory_limit, threads, working / "spilled")
     working.mkdir(exist_ok=True)
@@ -932,14 +920,19 @@ def _working_database(working: Path, memory_limit: str, threads: int) -> duckdb.
 
 def no_room(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:
     """Return the error that says that memory or disk ran out, which no file is to blame for."""
-    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     return InputError(
-        f"{what} stopped ({type(error).__name__}) with --memory-limit {memory_limit} and {free / 1e9:.0f} GB left on "
-        f"the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data."
+        f"{what} stopped ({type(error).__name__}) with --memory-limit {memory_limit} and {free_disk(folder) / 1e9:.0f} "
+        f"GB left on the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data."
     )
 
 
-def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
+def free_disk(folder: Path) -> int:
+    """Return how many bytes are free where a folder is, or will be."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+def collect_stays(database: DuckDBPyConnection, query: str, result: Path) -> None:
     """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
     patients = database.execute(
         "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY 1"
@@ -948,7 +941,7 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
         raise InputError("icu/icustays has no rows: nothing to learn from.")
     names = [Path(table).name for table in EVENT_TABLES]
     count = " + ".join(f"(SELECT count(*) FROM mimic.{name})" for name in names)
-    n_slices = min(len(patients), 1 + database.execute(f"SELECT {count}").fetchall()[0][0] // ROWS_PER_SLICE)
+    n_slices = min(len(patients), 1 + first_value(database, f"SELECT {count}") // ROWS_PER_SLICE)
     for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
         path = result / f"part_{number:04d}.parquet"
         if path.exists():
@@ -960,10 +953,7 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
             )
         rows = f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id"
         options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048"
-        write_whole(
-            path,
-            lambda name: database.execute(f"COPY ({rows}) TO {sql_quoted(name)} ({options})").fetchall(),
-        )
+        write_whole(path, lambda name: database.execute(f"COPY ({rows}) TO {sql_quoted(name)} ({options})").fetchall())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1133,7 +1123,7 @@ def is_meds(folder: Path) -> bool:
     return (folder / "metadata" / "codes.parquet").is_file() and (folder / "data").is_dir()
 
 
-def register_meds(con: duckdb.DuckDBPyConnection, root: Path, task: MedsTask) -> dict[str, int]:
+def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[str, int]:
     """Make the tables `stay_rows` and `event_rows` of a MEDS data set; return how many labels were left out, and why.
 
     A label row becomes one stay that ends with its prediction, so that whatever is read of it is known by then. Raises
@@ -1151,20 +1141,16 @@ def register_meds(con: duckdb.DuckDBPyConnection, root: Path, task: MedsTask) ->
     return left_out
 
 
-def _make_mortality_labels(con: duckdb.DuckDBPyConnection, task: MedsTask, hours: float) -> dict[str, int]:
+def _make_mortality_labels(con: DuckDBPyConnection, task: MedsTask, hours: float) -> dict[str, int]:
     con.execute(MEDS_MORTALITY_LABELS, {"hours": hours, "gap": task.gap_hours})
-    short = con.execute("DELETE FROM label_rows WHERE lasts IS NOT TRUE").fetchall()[0][0]
-    if not con.execute("SELECT count(*) FROM label_rows").fetchall()[0][0]:
-        raise InputError(
-            f"--labels {task.labels}: no ICU stay lasts {hours + task.gap_hours:g} h, "
-            "or no code begins with ICU_ADMISSION."
-        )
-    return {
-        f"ICU stays that ended or whose patient died within {hours + task.gap_hours:g} h, without a label": short,
-    }
+    short = first_value(con, "DELETE FROM label_rows WHERE lasts IS NOT TRUE")
+    least = f"{hours + task.gap_hours:g} h"
+    if not first_value(con, "SELECT count(*) FROM label_rows"):
+        raise InputError(f"--labels {task.labels}: no ICU stay lasts {least}, or no code begins with ICU_ADMISSION.")
+    return {f"ICU stays that ended or whose patient died within {least}, without a label": short}
 
 
-def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, int]:
+def _read_labels(con: DuckDBPyConnection, task: MedsTask) -> dict[str, int]:
     """Labels of a Parquet file or a folder of them, in the MEDS label schema."""
     path = Path(task.labels)
     if not path.exists():
@@ -1173,14 +1159,12 @@ def _read_labels(con: duckdb.DuckDBPyConnection, task: MedsTask) -> dict[str, in
         )
     files = sql_quoted(path / "**" / "*.parquet" if path.is_dir() else path)
     con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
-    names = {row[0] for row in con.execute("DESCRIBE label_rows").fetchall()}
-    if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in names]:
+    present = column_types(con, "label_rows")
+    if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in present]:
         raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
-    conflicts = con.execute(MEDS_LABEL_CONFLICTS).fetchall()[0][0]
-    if conflicts:
+    if conflicts := first_value(con, MEDS_LABEL_CONFLICTS):
         raise InputError(f"--labels {path}: {conflicts} subjects and times have labels that contradict each other.")
-    late = con.execute(MEDS_LATE_LABELS).fetchall()[0][0]
-    return {"labels at or after the patient's death, left out": late}
+    return {"labels at or after the patient's death, left out": first_value(con, MEDS_LATE_LABELS)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1266,22 +1250,23 @@ class StayTable:
     def fingerprint(self) -> str:
         """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
         digest = hashlib.md5(usedforsecurity=False)
-        for array in (self.stays["icu_stay_id"].to_numpy(), self.offsets, self.labels, self.event_type):
+        of_stays = (self.stays["icu_stay_id"].to_numpy(), self.offsets, self.labels)
+        of_events = (self.event_type, self.text, self.minutes_to_end, self.known_minutes_since_intime)
+        of_texts = pd.util.hash_array(np.asarray(self.texts, dtype=object))
+        for array in (*of_stays, *of_events, of_texts):
             digest.update(np.ascontiguousarray(array).data)
-        for array in (self.text, self.minutes_to_end, self.known_minutes_since_intime):
-            digest.update(np.ascontiguousarray(array).data)
-        digest.update(pd.util.hash_array(np.asarray(self.texts, dtype=object)))
         return digest.hexdigest()
 
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> StayTable:
-        """Return the table of these stays (indices, in this order) and of their events that `keep_event` marks."""
+        """Return the table of these stays (indices in their order, or a mask) and of events that `keep_event` marks."""
+        stays = np.arange(len(self.stays))[stays]
         lengths = self.lengths[stays]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        events = np.arange(offsets[-1])
-        events += np.repeat(self.offsets[:-1][stays] - offsets[:-1], lengths)
+        offsets = sums_before(lengths)
+        moved_by = self.offsets[stays] - offsets[:-1]
+        events = np.arange(offsets[-1]) + np.repeat(moved_by, lengths)
         if keep_event is not None:
-            kept = keep_event[events]
-            events, offsets = events[kept], np.concatenate([[0], np.cumsum(kept)])[offsets]
+            is_kept = keep_event[events]
+            events, offsets = events[is_kept], sums_before(is_kept)[offsets]
         arrays = {name: getattr(self, name)[events] for name in EVENT_ARRAYS}
         return StayTable(self.stays.iloc[stays].reset_index(drop=True), offsets, texts=self.texts, **arrays)
 
@@ -1293,27 +1278,33 @@ class StayTable:
         return replace(self, text=number[self.text], texts=self.texts[used])
 
 
+def sums_before(counts: np.ndarray) -> np.ndarray:
+    """Return the sum of what stands before each place, and of all: (n,) -> (n + 1) int64."""
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def stacked(tables: Sequence[StayTable]) -> StayTable:
+    """Return one table of the stays of all, which have the same texts."""
+    stays = pd.concat([table.stays for table in tables], ignore_index=True)
+    offsets = sums_before(np.concatenate([table.lengths for table in tables]))
+    arrays = {name: np.concatenate([getattr(table, name) for table in tables]) for name in EVENT_ARRAYS}
+    return StayTable(stays, offsets, texts=tables[0].texts, **arrays)
+
+
 def append_stays(first: StayTable, second: StayTable) -> StayTable:
     """Return one table of the stays of both, and of the texts of both."""
     codes, texts = pd.factorize(np.concatenate([first.texts, second.texts]))
-    codes_of_first, codes_of_second = np.split(codes.astype(np.int32), [len(first.texts)])
-    return StayTable(
-        pd.concat([first.stays, second.stays], ignore_index=True),
-        np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
-        np.concatenate([first.event_type, second.event_type]),
-        np.concatenate([codes_of_first[first.text], codes_of_second[second.text]]),
-        np.concatenate([first.minutes_since_intime, second.minutes_since_intime]),
-        np.concatenate([first.known_minutes_since_intime, second.known_minutes_since_intime]),
-        np.concatenate([first.minutes_to_end, second.minutes_to_end]),
-        texts,
-    )
+    of_first, of_second = np.split(codes.astype(np.int32), [len(first.texts)])
+    first = replace(first, text=of_first[first.text], texts=texts)
+    second = replace(second, text=of_second[second.text], texts=texts)
+    return stacked([first, second])
 
 
 class Repairs(dict[str, int]):
     """How many stays and events were dropped or mended, by reason; and what else is to be known of the rows read."""
 
     def __init__(self, counts: dict[str, int]) -> None:
-        super().__init__({reason: count for reason, count in counts.items() if count})
+        super().__init__(without_zeros(counts))
         self.sources: list[SourceTable] = []  # of a MIMIC-IV folder: where the rows of each table went
         self.notes: dict[str, int] = {}  # counts of what is no repair
 
@@ -1325,10 +1316,8 @@ class Repairs(dict[str, int]):
     def of_state(cls, state: dict[str, Any]) -> Repairs:
         """Return what `state` was of."""
         repairs = cls(state["counts"])
-        repairs.notes, repairs.sources = (
-            state["notes"],
-            [SourceTable(**account) for account in state["sources"]],
-        )
+        repairs.notes = state["notes"]
+        repairs.sources = [SourceTable(**account) for account in state["sources"]]
         return repairs
 
     def log(self) -> None:
@@ -1339,8 +1328,8 @@ class Repairs(dict[str, int]):
         for table, read, of_cohort, in_stays, lost, noted in self.sources:
             used = "" if in_stays is None else f"{in_stays:12,}"
             elsewhere = 0 if of_cohort is None else read - of_cohort
-            reasons = {"of patients or admissions without an ICU stay": elsewhere} | lost | noted
-            words = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            reasons = without_zeros({"of patients or admissions without an ICU stay": elsewhere} | lost | noted)
+            words = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
             logger.info(f"            {table:22s} {read:11,}{used}   {words}".rstrip())
             if in_stays == 0:
                 logger.warning(
@@ -1364,35 +1353,13 @@ def read_stays(
     columns that describe a stay, only the static_features must be there. Raises `InputError` for a table that cannot
     be read as it was meant.
     """
-    frame = data if isinstance(data, pd.DataFrame) else None
-    name = str(data) if frame is None else "the data frame"
-    path = Path(name)
-    if "\n" in str(path):
-        raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
-    if frame is None and not path.exists() and not any(c in str(data) for c in "*?["):
-        raise InputError(
-            f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file."
-        )
-    if frame is None and is_meds(path) != (task is not None):
-        raise InputError(
-            f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h."
-        )
-    if path.is_dir() and task is None:
-        path = run_mimic_query(path, Path(cache_dir), memory_limit, threads) / "*.parquet"
     results = Path(cache_dir) / "query_results"
 
-    def read() -> tuple[StayTable, Repairs]:
+    def read(source: Path | pd.DataFrame, name: str) -> tuple[StayTable, Repairs]:
         spill = results / f".spilled{HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with open_duckdb(memory_limit, threads, spill) as con:
-                return _read_tables(
-                    con,
-                    path if frame is None else frame,
-                    name,
-                    need_label,
-                    task,
-                    static_features,
-                )
+                return _read_tables(con, source, name, need_label, task, static_features)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise no_room(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
@@ -1401,22 +1368,52 @@ def read_stays(
                 "columns of the README's data table; Parquet files of one glob must share a schema."
             ) from None
 
+    if isinstance(data, pd.DataFrame):
+        return read(data, "the data frame")
+    path = existing_source(str(data), task)
+    if path.is_dir() and task is None:
+        path = run_mimic_query(path, Path(cache_dir), memory_limit, threads) / "*.parquet"
     kept = kept_arrays(path, results, need_label, task)
     if kept is None:
-        return read()
+        return read(path, str(data))
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return load_arrays(kept, static_features)
     with hold(results):
         with contextlib.suppress(OSError, ValueError):  # another run made them while this one waited
             return load_arrays(kept, static_features)
-        content = read()
+        content = read(path, str(data))
         remove(kept)
         write_whole(kept, lambda folder: save_arrays(folder, *content))
     return load_arrays(kept)
 
 
+def existing_source(data: str, task: MedsTask | None) -> Path:
+    """Return the path of a data set. Raises `InputError` where there is none, or labels where they have no use."""
+    path = Path(data)
+    if "\n" in data:
+        raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
+    if not path.exists() and not any(sign in data for sign in "*?["):
+        raise InputError(
+            f"{data}: no such file or folder. --data takes a MIMIC-IV folder, a Parquet file or glob, or a CSV file."
+        )
+    if is_meds(path) != (task is not None):
+        raise InputError(
+            f"{data}: a MEDS data set and --labels go together: a file or folder of labels, or mortality-in-icu@24h."
+        )
+    return path
+
+
+# A value as trimmed text, NULL where it only says that it is missing.
+GIVEN = """
+    CREATE TEMP MACRO given(value) AS
+    CASE WHEN trim(CAST(value AS VARCHAR)) NOT IN ({missing}) THEN trim(CAST(value AS VARCHAR)) END;
+    CREATE TEMP MACRO text_of(value) AS
+    CASE WHEN given(value) IS NULL AND trim(value) <> '' THEN '' ELSE coalesce(CAST(value AS VARCHAR), '') END
+"""
+
+
 def _read_tables(
-    con: duckdb.DuckDBPyConnection,
+    con: DuckDBPyConnection,
     data: Path | pd.DataFrame,
     source: str,
     need_label: bool,
@@ -1447,15 +1444,18 @@ KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in second
 
 def kept_arrays(path: Path, results: Path, need_label: bool, task: MedsTask | None) -> Path | None:
     """Return the folder for the arrays of a source as its files are now; None for a small one, whose are not kept."""
-    patterns = (
-        [path / "**" / "*.parquet", Path(task.labels), Path(task.labels) / "**" / "*.parquet"] if task else [path]
-    )
-    files = [Path(name) for pattern in patterns for name in sorted(glob.glob(str(pattern), recursive=True))]
-    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    patterns = [path]
+    if task:
+        labels = Path(task.labels)
+        patterns = [path / "**" / "*.parquet", labels, labels / "**" / "*.parquet"]
+    names: list[str] = []
+    for pattern in patterns:
+        names += sorted(glob.glob(str(pattern), recursive=True))
+    stats = [(str(file.absolute()), *size_and_time(file)) for file in map(Path, names)]
     if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
         return None
     made_of = (ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, stats)
-    return results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.arrays"
+    return results / f"{md5_of(made_of)}.arrays"
 
 
 def save_arrays(folder: Path, table: StayTable, repairs: Repairs) -> None:
@@ -1482,16 +1482,8 @@ def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[Stay
     )
     if any(table.stays[name].isna().all() for name in static_features if name in table.stays):
         raise ValueError
-    return table, Repairs.of_state(json.loads((folder / "repairs.json").read_text("utf-8")))
+    return table, Repairs.of_state(read_json(folder / "repairs.json"))
 
-
-# A value as trimmed text, NULL where it only says that it is missing.
-GIVEN = """
-    CREATE TEMP MACRO given(value) AS
-    CASE WHEN trim(CAST(value AS VARCHAR)) NOT IN ({missing}) THEN trim(CAST(value AS VARCHAR)) END;
-    CREATE TEMP MACRO text_of(value) AS
-    CASE WHEN given(value) IS NULL AND trim(value) <> '' THEN '' ELSE coalesce(CAST(value AS VARCHAR), '') END
-"""
 
 # BigQuery's exports wrap each element of an array in structs called list and element.
 NESTED_ROWS = """
@@ -1505,7 +1497,7 @@ FLAT_ROWS = """
 """
 
 
-def _register_source(con: duckdb.DuckDBPyConnection, path: Path | pd.DataFrame) -> str:
+def _register_source(con: DuckDBPyConnection, path: Path | pd.DataFrame) -> str:
     """Make views `stay_rows` and `event_rows` over the file or frame, columns as is; return 'nested' or 'flat'."""
     if isinstance(path, pd.DataFrame):
         con.register("stay_rows", path)
@@ -1517,7 +1509,7 @@ def _register_source(con: duckdb.DuckDBPyConnection, path: Path | pd.DataFrame) 
     if path.exists() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty. Copy or export it again.")
     rows = csv_rows(path) if is_csv else f"read_parquet({sql_quoted(path)}, filename = 'file_of_row')"
-    types = {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()}
+    types = column_types(con, rows)
     if "events" not in types:
         con.execute(FLAT_ROWS.format(rows=rows))
         return "flat"
@@ -1526,18 +1518,9 @@ def _register_source(con: duckdb.DuckDBPyConnection, path: Path | pd.DataFrame) 
     return "nested"
 
 
-def _columns(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
-    return {name: kind for name, kind, *_ in con.execute(f"DESCRIBE {view}").fetchall()}
-
-
-def _check_columns(
-    con: duckdb.DuckDBPyConnection,
-    source: str,
-    need_label: bool,
-    static_features: Sequence[str],
-) -> None:
+def _check_columns(con: DuckDBPyConnection, source: str, need_label: bool, static_features: Sequence[str]) -> None:
     """Refuse a table without a column that is needed, or whose ids lost digits."""
-    stay_columns, event_columns = _columns(con, "stay_rows"), _columns(con, "event_rows")
+    stay_columns, event_columns = column_types(con, "stay_rows"), column_types(con, "event_rows")
     unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {LABEL})
     missing = [name for name in STAY_COLUMNS if name not in stay_columns and name not in unneeded]
     missing += [name for name in EVENT_COLUMNS if name not in event_columns]
@@ -1549,8 +1532,7 @@ def _check_columns(
     for name in ("patient_id", "admission_id", "icu_stay_id"):
         if stay_columns[name] not in ("DOUBLE", "FLOAT"):
             continue
-        lost = con.execute(f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992").fetchall()[0][0]
-        if lost:
+        if lost := first_value(con, f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992"):
             raise InputError(
                 f"{source}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids "
                 "lose digits. Export it as INT64."
@@ -1567,9 +1549,8 @@ UNFIT = {
     "DOUBLE": ("abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30", "a finite number"),
 }
 BAD_ROWS = """
-    SELECT list_sort(list(number))[:3]
-    FROM (SELECT row_number() OVER () AS number, * FROM {view})
-    WHERE {condition}
+    SELECT number FROM (SELECT row_number() OVER () AS number, * FROM {view})
+    WHERE {condition} ORDER BY number LIMIT 3
 """
 DOUBLE_STAYS = """
     SELECT icu_stay_id, list_sort(list(DISTINCT file_of_row)) AS files
@@ -1582,7 +1563,7 @@ def _typed(name: str, kind: str) -> str:
     return f"given({name})" if kind == "VARCHAR" else f"TRY_CAST({name} AS {kind})"
 
 
-def _check_values(con: duckdb.DuckDBPyConnection, source: str, kind: str, need_label: bool) -> None:
+def _check_values(con: DuckDBPyConnection, source: str, kind: str, need_label: bool) -> None:
     """Unreadable values, missing keys and stays that contradict themselves are errors that name the first places.
 
     A flat table is somebody's own make: a stay without admission time or label is a mistake of making it. In what the
@@ -1592,7 +1573,7 @@ def _check_values(con: duckdb.DuckDBPyConnection, source: str, kind: str, need_l
     if kind != "nested":
         needed += ["icu_intime"]
     for view, columns in (("stay_rows", STAY_COLUMNS), ("event_rows", EVENT_COLUMNS)):
-        present, checks = _columns(con, view), {}
+        present, checks = column_types(con, view), {}
         for name, column_kind in columns.items():
             if name in present and column_kind != "VARCHAR":
                 checks[name] = UNFIT[column_kind][0].format(name)
@@ -1610,23 +1591,22 @@ def _check_values(con: duckdb.DuckDBPyConnection, source: str, kind: str, need_l
         _refuse_contradictions(con, source)
 
 
-def _raise_first(con: duckdb.DuckDBPyConnection, source: str, view: str, checks: dict[str, str]) -> None:
+def _raise_first(con: DuckDBPyConnection, source: str, view: str, checks: dict[str, str]) -> None:
     """Raise InputError for the first column whose condition holds anywhere; all are counted in one pass."""
     counts = [f"count(*) FILTER (WHERE {condition})" for condition in checks.values()]
     found = con.execute(f"SELECT {', '.join(counts)} FROM {view}").fetchall()[0]
     for (name, condition), count in zip(checks.items(), found):
         if not count:
             continue
-        bad = BAD_ROWS.format(view=view, condition=condition)
-        rows = con.execute(bad).fetchall()[0][0]
-        meaning = "0 or 1" if name == LABEL else UNFIT[{**STAY_COLUMNS, **EVENT_COLUMNS}[name]][1]
+        bad = con.execute(BAD_ROWS.format(view=view, condition=condition)).fetchall()
+        meaning = "0 or 1" if name == LABEL else UNFIT[(STAY_COLUMNS | EVENT_COLUMNS)[name]][1]
         raise InputError(
-            f"{source}: column {name} is not {meaning} in {count} rows, first row {', '.join(map(str, rows))} "
+            f"{source}: column {name} is not {meaning} in {count} rows, first row {first_three(bad)} "
             "after the header. Mend or remove these rows."
         )
 
 
-def _refuse_double_stays(con: duckdb.DuckDBPyConnection, source: str) -> None:
+def _refuse_double_stays(con: DuckDBPyConnection, source: str) -> None:
     """One stay in two rows of nested Parquet: most often shards of an earlier export beside those of a later one."""
     twice = con.execute(DOUBLE_STAYS).fetchall()
     if twice:
@@ -1637,9 +1617,9 @@ def _refuse_double_stays(con: duckdb.DuckDBPyConnection, source: str) -> None:
         )
 
 
-def _refuse_contradictions(con: duckdb.DuckDBPyConnection, source: str) -> None:
+def _refuse_contradictions(con: DuckDBPyConnection, source: str) -> None:
     """In a flat table each row of a stay repeats the stay's columns: they must agree."""
-    present, conflicts = _columns(con, "stay_rows"), {}
+    present, conflicts = column_types(con, "stay_rows"), {}
     for name, kind in STAY_COLUMNS.items():
         if name != "icu_stay_id" and name in present:
             conflicts[name] = f"count(DISTINCT coalesce(CAST({_typed(name, kind)} AS VARCHAR), '')) > 1"
@@ -1649,9 +1629,8 @@ def _refuse_contradictions(con: duckdb.DuckDBPyConnection, source: str) -> None:
     ).fetchall()
     if found:
         names = [name for name, bad in zip(conflicts, found[0][1:]) if bad]
-        first = ", ".join(str(row[0]) for row in found[:3])
         raise InputError(
-            f"{source}: {len(found)} stays contradict themselves, first icu_stay_id {first} in "
+            f"{source}: {len(found)} stays contradict themselves, first icu_stay_id {first_three(found)} in "
             f"{', '.join(names)}. A stay has one value of each stay column on all its rows."
         )
 
@@ -1677,7 +1656,7 @@ STAY_FAULTS = {
 # The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
 ALL_STAYS = """
     CREATE TEMP TABLE all_stays AS
-    SELECT *, CASE {faults} END AS fault
+    SELECT *, {fault} AS fault
     FROM (
         SELECT * REPLACE (
                    CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
@@ -1685,6 +1664,13 @@ ALL_STAYS = """
                ), icu_length_of_stay_in_days AS stated_days
         FROM (SELECT *, least(icu_outtime, patient_death_time) AS final_time FROM ({stays}))
     )
+"""
+FAULTY_STAYS = """
+    SELECT fault, count(*), list_sort(list(icu_stay_id))[:3]
+    FROM all_stays WHERE fault IS NOT NULL GROUP BY fault ORDER BY fault
+"""
+OTHER_LENGTHS = """
+    SELECT count(*) FROM all_stays WHERE fault IS NULL AND abs(stated_days - icu_length_of_stay_in_days) > 0.01
 """
 STAYS = """
     CREATE TEMP TABLE stays AS
@@ -1730,7 +1716,7 @@ ARRAYS = """
 
 
 def _load_arrays(
-    con: duckdb.DuckDBPyConnection,
+    con: DuckDBPyConnection,
     source: str,
     kind: str,
     need_label: bool,
@@ -1747,16 +1733,15 @@ def _load_arrays(
         raise InputError(f"{source}: the table has a header but no rows.")
     counted = con.execute("SELECT stay, count(*) AS events FROM events GROUP BY stay ORDER BY stay").fetchnumpy()
     report["stays without events, dropped"] = len(stays) - len(counted["stay"])
-    offsets = np.concatenate([[0], np.cumsum(counted["events"])])
+    offsets = sums_before(counted["events"])
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in EVENT_ARRAYS.items()}
     filled = 0
     for batch in con.sql(ARRAYS).to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():
             array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
         filled += len(batch)
-    report["events of unknown type, kept (their type is all zeros)"] = int(
-        (arrays["event_type"] == len(EVENT_TYPES)).sum()
-    )
+    is_unknown = arrays["event_type"] == len(EVENT_TYPES)
+    report["events of unknown type, kept (their type is all zeros)"] = int(is_unknown.sum())
     repairs = Repairs(report)
     repairs.notes = notes
     if not filled:
@@ -1768,37 +1753,24 @@ def _load_arrays(
     return StayTable(stays, offsets, texts=texts, **arrays), repairs
 
 
-def _load_stays(
-    con: duckdb.DuckDBPyConnection,
-    kind: str,
-    need_label: bool,
-) -> tuple[dict[str, int], dict[str, int]]:
+def _load_stays(con: DuckDBPyConnection, kind: str, need_label: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Make the table `stays`; return how many were left out, and what to note of the others."""
-    present, columns = _columns(con, "stay_rows"), ["TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id"]
+    present, columns = column_types(con, "stay_rows"), ["TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id"]
     for name, column_kind in STAY_COLUMNS.items():
         if name != "icu_stay_id":
             value = f"any_value({_typed(name, column_kind)})" if name in present else f"NULL::{column_kind}"
             columns.append(f"{value} AS {name}")
     grouped = f"SELECT {', '.join(columns)} FROM stay_rows GROUP BY 1"
-    faults = " ".join(f"WHEN {condition} THEN {sql_quoted(reason)}" for reason, condition in STAY_FAULTS.items())
-    con.execute(
-        ALL_STAYS.format(faults=faults, stays=grouped),
-        {"is_meds": kind == "meds", "need_label": need_label},
-    )
+    statement = ALL_STAYS.format(fault=first_that_holds(STAY_FAULTS), stays=grouped)
+    con.execute(statement, {"is_meds": kind == "meds", "need_label": need_label})
     report = {}
-    left_out = (
-        "SELECT fault, count(*), list_sort(list(icu_stay_id))[:3] FROM all_stays WHERE fault IS NOT NULL GROUP BY fault"
-    )
-    for reason, count, first in con.execute(f"{left_out} ORDER BY fault").fetchall():
+    for reason, count, first in con.execute(FAULTY_STAYS).fetchall():
         report[reason] = count
         logger.warning(
             f"Dropped     {count:,} {reason}: icu_stay_id {', '.join(map(str, first))}{', ...' * (count > 3)}"
         )
     con.execute(STAYS)
-    differ = (
-        "SELECT count(*) FROM all_stays WHERE fault IS NULL AND abs(stated_days - icu_length_of_stay_in_days) > 0.01"
-    )
-    return report, {LENGTH_DIFFERS: con.execute(differ).fetchall()[0][0]}
+    return report, {LENGTH_DIFFERS: first_value(con, OTHER_LENGTHS)}
 
 
 LENGTH_DIFFERS = "stays whose icu_length_of_stay_in_days was not the record's, recomputed"
@@ -1816,14 +1788,15 @@ DIFFERING_STAYS = """
     SELECT DISTINCT icu_stay_id FROM events JOIN stays USING (stay)
     WHERE isfinite(stated) AND abs(stated - to_end) > 2 ORDER BY icu_stay_id LIMIT 3
 """
+AFTER_THE_END = "events after the final event, dropped (they leak the label)"
 EVENT_FAULTS = {
     "events without a time, dropped": "minutes IS NULL OR to_end IS NULL",
     "events before ICU admission, dropped": "minutes < 0",
-    "events after the final event, dropped (they leak the label)": "to_end < 0",
+    AFTER_THE_END: "to_end < 0",
 }
 
 
-def _repair_events(con: duckdb.DuckDBPyConnection, source: str) -> dict[str, int]:
+def _repair_events(con: DuckDBPyConnection, source: str) -> dict[str, int]:
     """Drop events that belong to no stay's time, and duplicates; say how many. Contradicting times are an error."""
     compared, in_hours, differ = con.execute(COMPARED_TIMES).fetchall()[0]
     if differ and in_hours > 0.5 * compared:
@@ -1832,25 +1805,24 @@ def _repair_events(con: duckdb.DuckDBPyConnection, source: str) -> dict[str, int
             "It must be minutes: multiply by 60."
         )
     if differ:
-        first = ", ".join(str(row[0]) for row in con.execute(DIFFERING_STAYS).fetchall())
+        first = first_three(con.execute(DIFFERING_STAYS).fetchall())
         raise InputError(
             f"{source}: relative_time_to_final_event differs by more than 2 minutes from LEAST(icu_outtime, "
             f"patient_death_time) - event_time in {differ} events, first icu_stay_id {first}. Recompute it in minutes."
         )
     report = {}
     for reason, condition in EVENT_FAULTS.items():
-        report[reason] = con.execute(f"DELETE FROM events WHERE {condition}").fetchall()[0][0]
-    before = con.execute("SELECT count(*) FROM events").fetchall()[0][0]
-    con.execute("CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events")
-    report["duplicate events, dropped"] = before - con.execute("SELECT count(*) FROM events").fetchall()[0][0]
-    return report
+        report[reason] = first_value(con, f"DELETE FROM events WHERE {condition}")
+    before = first_value(con, "SELECT count(*) FROM events")
+    after = first_value(con, "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events")
+    return report | {"duplicate events, dropped": before - after}
 
 
-def _account_for_events(con: duckdb.DuckDBPyConnection, path: Path, table: StayTable) -> list[SourceTable]:
+def _account_for_events(con: DuckDBPyConnection, path: Path, table: StayTable) -> list[SourceTable]:
     """Return the account of the MIMIC-IV tables, completed by the events that were read: every row is in it once."""
     if not (path.parent / ACCOUNT).is_file():
         return []
-    accounts = [SourceTable(**account) for account in json.loads((path.parent / ACCOUNT).read_text(encoding="utf-8"))]
+    accounts = [SourceTable(**account) for account in read_json(path.parent / ACCOUNT)]
     found = dict(con.execute("SELECT event_type, count(*) FROM event_rows GROUP BY event_type").fetchall())
     used = dict(zip(EVENT_TYPES, np.bincount(table.event_type, minlength=len(EVENT_TYPES)).tolist()))
     for number, account in enumerate(accounts):
@@ -1860,8 +1832,7 @@ def _account_for_events(con: duckdb.DuckDBPyConnection, path: Path, table: StayT
         in_stays, lost = found.get(event_type, 0), dict(account.lost)
         lost["outside the ICU stays"] = account.of_cohort - sum(lost.values()) - in_stays
         lost["repeated, or of a stay that was dropped"] = in_stays - used[event_type]
-        lost = {reason: count for reason, count in lost.items() if count}
-        accounts[number] = account._replace(in_stays=used[event_type], lost=lost)
+        accounts[number] = account._replace(in_stays=used[event_type], lost=without_zeros(lost))
     return accounts
 
 
@@ -1878,16 +1849,8 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
     flow: list[CohortStep] = []
 
     def note(name: str, current: StayTable) -> StayTable:
-        deaths = int(np.nansum(current.labels))
-        flow.append(
-            CohortStep(
-                name,
-                len(current.stays),
-                current.stays.patient_id.nunique(),
-                int(current.lengths.sum()),
-                deaths,
-            )
-        )
+        n_patients, n_deaths = current.stays["patient_id"].nunique(), int(np.nansum(current.labels))
+        flow.append(CohortStep(name, len(current.stays), n_patients, len(current.text), n_deaths))
         if not len(current.stays):
             steps = "; ".join(f"{step.name}: {step.stays}" for step in flow)
             raise InputError(f"no stay is left ({steps}). Lower --observation-hours or --gap-hours.")
@@ -1895,19 +1858,16 @@ def choose_cohort(table: StayTable, settings: Settings) -> tuple[StayTable, list
 
     table = note("all stays with events", table)
     if settings.first_stay_only:
-        order = table.stays.sort_values(["icu_intime", "icu_stay_id"], kind="stable")
-        table = note(
-            "first ICU stay of each patient",
-            table.take(np.sort(order.drop_duplicates("patient_id").index.to_numpy())),
-        )
+        by_time = table.stays.sort_values(["icu_intime", "icu_stay_id"], kind="stable")
+        first = by_time.drop_duplicates("patient_id").index
+        table = note("first ICU stay of each patient", table.take(np.sort(first)))
     if settings.observation_hours > 0:
-        table = note(
-            f"still in the ICU and alive {settings.observation_hours + settings.gap_hours:g} h after admission",
-            table.take(np.flatnonzero(stay_hours(table) > settings.observation_hours + settings.gap_hours)),
-        )
-        whole, table = table, known_at(table, settings.observation_hours)
-        rows = pd.Index(whole.stays["icu_stay_id"]).get_indexer(table.stays["icu_stay_id"])
-        later = whole.stays.loc[rows, list(KNOWN_ONLY_LATER)].reset_index(drop=True)  # described, never a feature
+        least = settings.observation_hours + settings.gap_hours
+        longer = table.take(stay_hours(table) > least)
+        table = note(f"still in the ICU and alive {least:g} h after admission", longer)
+        described = table.stays.set_index("icu_stay_id")[list(KNOWN_ONLY_LATER)]  # in subgroups, never a feature
+        table = known_at(table, settings.observation_hours)
+        later = described.loc[table.stays["icu_stay_id"]].reset_index(drop=True)
         table = replace(table, stays=table.stays.assign(**later))
         table = note(f"with an event known {settings.observation_hours:g} h after admission", table)
     return table, flow
@@ -1926,13 +1886,9 @@ def known_at(table: StayTable, hours: float) -> StayTable:
     """
     minutes = hours * 60
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
-    seen = np.flatnonzero(np.bincount(table.stay_of_event[known], minlength=len(table.stays)))
-    part = table.take(seen, keep_event=known)
-    stays = part.stays.assign(
-        icu_length_of_stay_in_days=np.nan,
-        last_icu_careunit=None,
-        discharge_location=None,
-    )
+    n_known = np.bincount(table.stay_of_event[known], minlength=len(table.stays))
+    part = table.take(n_known > 0, keep_event=known)
+    stays = part.stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
     return replace(part, stays=stays, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
 
 
@@ -1940,6 +1896,11 @@ class Split(NamedTuple):
     train: np.ndarray  # indices of stays
     validation: np.ndarray
     test: np.ndarray
+
+
+def has_both_outcomes(table: StayTable, stays: np.ndarray) -> bool:
+    """Return whether there are deaths and survivors among these stays."""
+    return {0, 1} <= set(table.labels[stays])
 
 
 def split_by_patient(table: StayTable, seed: int, test_share: float = 0.2) -> Split:
@@ -1959,7 +1920,7 @@ def split_by_patient(table: StayTable, seed: int, test_share: float = 0.2) -> Sp
             "outcomes in each part. It takes some 10 patients of either outcome."
         ) from None
     parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
-    if any(len(np.unique(table.labels[part])) < 2 for part in parts if len(part)):
+    if not all(has_both_outcomes(table, part) for part in parts if len(part)):
         raise InputError(
             f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. "
             "Use more patients."
@@ -1991,11 +1952,7 @@ class ClinicalDataPreprocessor:
     The state is plain data (`state_dict`), so that a checkpoint loads without pickle.
     """
 
-    def __init__(
-        self,
-        static_features: Sequence[str] = DEFAULT_STATIC_FEATURES,
-        item_history: bool = False,
-    ) -> None:
+    def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, item_history: bool = False) -> None:
         self.numeric = [name for name in static_features if name in NUMERIC_STATIC_FEATURES]
         self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
         self.item_history = item_history
@@ -2032,16 +1989,15 @@ class ClinicalDataPreprocessor:
         self._state = state
         self.categorical, self.numeric = state["categorical"], state["numeric"]
         self.item_history = state["item_history"]
-        of_numbers = ("means", "scales", "smallest", "largest")
-        wrong = [name for name in of_numbers if len(state[name]) != len(self.numeric)]
-        if wrong:
-            raise ValueError(f"as many {', '.join(wrong)} as numbers are needed, which are {len(self.numeric)}")
         self.event_type_encoder = _one_hot(list(EVENT_TYPES))
         self.time_scaler = _scaler(state["time_mean"], state["time_scale"])
-        self.static_encoders = {
-            **{column: _one_hot(values) for column, values in zip(self.categorical, state["categories"])},
-            **{column: _scaler(*pair) for column, *pair in zip(self.numeric, state["means"], state["scales"])},
-        }
+        self.static_encoders: dict[str, Any] = {}
+        for column, categories in zip(self.categorical, state["categories"], strict=True):
+            self.static_encoders[column] = _one_hot(categories)
+        for column, mean, scale in zip(self.numeric, state["means"], state["scales"], strict=True):
+            self.static_encoders[column] = _scaler(mean, scale)
+        limits = zip(state["smallest"], state["largest"], strict=True)
+        self._limits = dict(zip(self.numeric, limits, strict=True))  # least and greatest that training saw
         return self
 
     @property
@@ -2080,13 +2036,9 @@ class ClinicalDataPreprocessor:
         for column in self.categorical:
             words = stays[column].dropna().astype(str)
             counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
-        return {column: count for column, count in counts.items() if count}
+        return without_zeros(counts)
 
-    def encode_static_features(
-        self,
-        stays: pd.DataFrame,
-        static_columns: Sequence[str] | None = None,
-    ) -> np.ndarray:
+    def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
         """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers.
 
         `static_columns` names other columns. A missing number is the training mean. One beyond what training saw counts
@@ -2102,11 +2054,9 @@ class ClinicalDataPreprocessor:
         """Return one static column of n stays, (n, 1) or (n, categories)."""
         encoder = self.static_encoders[column]
         if column in self.categorical:
-            words = stays[column].astype(object).fillna("Unknown").astype(str)
+            words = with_unknown(stays[column]).astype(str)
             return encoder.transform(words.to_numpy(object).reshape(-1, 1))
-        place = self.numeric.index(column)
-        smallest, largest = self._state["smallest"][place], self._state["largest"][place]
-        numbers = self._numbers_of(stays, [column]).to_numpy().clip(smallest, largest)
+        numbers = self._numbers_of(stays, [column]).to_numpy().clip(*self._limits[column])
         return np.nan_to_num(encoder.transform(numbers))
 
     def encode_history(self, table: StayTable) -> np.ndarray:
@@ -2125,6 +2075,11 @@ class ClinicalDataPreprocessor:
         encoded[:, HISTORY.index("log_count")] = np.log1p(history["count"])
         encoded[:, HISTORY.index("is_latest")] = history["is_latest"]
         return encoded
+
+
+def with_unknown(column: pd.Series) -> pd.Series:
+    """Return the column as objects, Unknown where it is missing."""
+    return column.astype(object).where(column.notna(), "Unknown")
 
 
 def _one_hot(categories: Sequence[str]) -> OneHotEncoder:
@@ -2246,6 +2201,7 @@ KEY = np.dtype("V16")  # an MD5 as one value; numpy's strings would lose the zer
 
 
 Batch = tuple[np.ndarray, list]  # numbers of texts and their tokens
+T = TypeVar("T")
 
 
 class EncoderUnreachable(InputError):
@@ -2327,10 +2283,12 @@ class EmbeddingCache:
         """Return a part's keys (n,) and memory-mapped vectors (n, dim); raises anything where it is damaged."""
         keys = np.load(path / "keys.npy", allow_pickle=False)
         vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        has_types = keys.dtype == np.uint8 and vectors.dtype == np.float32
-        if not has_types or keys.shape != (len(vectors), 16) or vectors.shape != (len(keys), self.dim):
+        are_keys = keys.dtype == np.uint8 and keys.shape == (len(vectors), 16)
+        are_vectors = vectors.dtype == np.float32 and vectors.shape == (len(keys), self.dim)
+        if not are_keys or not are_vectors:
             raise ValueError("not a part of this cache")
-        return np.ascontiguousarray(keys).view(KEY)[:, 0], np.asarray(vectors)
+        one_value_each = np.ascontiguousarray(keys).view(KEY)  # (n, 1)
+        return one_value_each[:, 0], np.asarray(vectors)
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """Return the row number of each key, -1 where there is none: (n,) int64."""
@@ -2506,10 +2464,12 @@ class TextEncoder:
     def _chunks(self, texts: list[str], keys: np.ndarray) -> list[np.ndarray]:
         """Return the numbers of the distinct texts, longest first, in chunks that are tokenised together."""
         _, distinct = np.unique(keys, return_index=True)
+        if not len(distinct):
+            return []
         lengths = np.array([len(texts[number]) for number in distinct])
         longest_first = distinct[np.argsort(-lengths, kind="stable")]
-        n_chunks = math.ceil(len(distinct) / min(PLAN_CHUNK, max(64, len(distinct) // 16)))
-        return np.array_split(longest_first, n_chunks) if n_chunks else []
+        size = min(PLAN_CHUNK, max(64, len(distinct) // 16))
+        return np.array_split(longest_first, math.ceil(len(distinct) / size))
 
     def _fill_cache(self, keys: np.ndarray, batches: Iterable[Batch], bar: tqdm) -> None:
         """Encode the batches, and write what is done as a part of the cache every `flush_seconds`."""
@@ -2554,20 +2514,29 @@ class TextEncoder:
 
     def _encoded(self, batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield numbers and vectors in the order of the batches; one thread per device, two batches ahead."""
+
+        def encode(device: int, numbers: np.ndarray, tokens: list) -> tuple[np.ndarray, np.ndarray]:
+            return numbers, self._forward(device, tokens)
+
         pools = [ThreadPoolExecutor(1) for _ in range(self.n_devices)]
-        waiting: deque[tuple[np.ndarray, Future]] = deque()
+        devices = cycle(enumerate(pools))
+        started = (pool.submit(encode, device, *batch) for (device, pool), batch in zip(devices, batches))
         try:
-            for count, (numbers, tokens) in enumerate(batches):
-                device = count % self.n_devices
-                waiting.append((numbers, pools[device].submit(self._forward, device, tokens)))
-                if len(waiting) > 2 * self.n_devices:
-                    numbers, future = waiting.popleft()
-                    yield numbers, future.result()
-            for numbers, future in waiting:
-                yield numbers, future.result()
+            yield from in_order(started, 2 * self.n_devices)
         finally:
             for pool in pools:
                 pool.shutdown(cancel_futures=True)
+
+
+def in_order(started: Iterable[Future[T]], ahead: int) -> Iterator[T]:
+    """Yield the results of work in the order in which it is started, some pieces ahead."""
+    waiting: deque[Future[T]] = deque()
+    for future in started:
+        waiting.append(future)
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
 
 
 def split_by_budget(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
@@ -2590,8 +2559,9 @@ def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
     """
     mantissa, exponent = math.frexp(number + 1 / 64)  # below 1/64 all numbers are near 0
     place = (exponent + 2 * mantissa) * per_octave
-    upper = round(16 * (place % 1))
-    return [(math.floor(place), 16 - upper), (math.floor(place) + 1, upper)]
+    lower = math.floor(place)
+    weight = round(16 * (place - lower))
+    return [(lower, 16 - weight), (lower + 1, weight)]
 
 
 class HashingTextEncoder(TextEncoder):
@@ -2638,17 +2608,19 @@ class HashingTextEncoder(TextEncoder):
         return [without_surrogates(text).lower() for text in texts]
 
     def _forward(self, device_number: int, texts: list[str]) -> np.ndarray:
-        out = np.zeros((len(texts), self.dim), np.float32)
+        vectors = np.zeros((len(texts), self.dim), np.float32)
         plain = [without_numbers(text) for text in texts]
         numbers = [list(self._numbers_of_item(text)) for text in texts]
-        bits = hashing_bits(len(self.weights), self.n_features, self.dim)
-        for part, (vectorizer, inputs) in enumerate(zip(self._vectorizers, (plain, plain, plain, numbers))):
-            counts = vectorizer.transform(inputs)  # (n, n_features) sparse
+        inputs = (plain, plain, plain, numbers)
+        bits = hashing_bits(len(inputs), self.n_features, self.dim)
+        for part, vectorizer in enumerate(self._vectorizers):
+            counts = vectorizer.transform(inputs[part])  # (n, n_features) sparse
             used = np.unique(counts.indices)
-            signs = bits[part, used].astype(np.float32) * 2 - 1
+            signs = bits[part, used].astype(np.float32) * 2 - 1  # (n_used, dim)
             squares = np.asarray(counts.multiply(counts).sum(axis=1)).reshape(-1, 1)
-            out += self.weights[part] * ((counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1)))
-        return out
+            projected = (counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1))
+            vectors += self.weights[part] * projected
+        return vectors
 
 
 @cache
@@ -2705,9 +2677,9 @@ class ClinicalTextEncoder(TextEncoder):
                 described = read_description(path)
                 if described.get("encoder") == self.id:
                     return described["pooling"], described["dim"]
-        config = self._config()
+        dim = self._config().hidden_size
         with usable_encoder(self._folder):
-            return folder_pooling(self._folder), config.hidden_size
+            return folder_pooling(self._folder), dim
 
     def _config(self) -> transformers.PretrainedConfig:
         """Return the model's configuration, downloaded first where it is not here."""
@@ -2834,7 +2806,7 @@ def folder_pooling(folder: Path) -> str:
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return "cls"
-    wishes = json.loads(path.read_text("utf-8"))
+    wishes = read_json(path)
     modes = [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise InputError(f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.")
@@ -2903,16 +2875,11 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
     names = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
         "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
-    ).split()
-    config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names})
-    roberta = transformers.RobertaModel._from_config(
-        config,
-        attn_implementation="sdpa",
-        add_pooling_layer=False,
     )
+    config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names.split()})
+    roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
     not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
-    weights = longformer.state_dict()
-    kept = {name: weights[name] for name in weights if not not_there.search(name)}
+    kept = {name: weight for name, weight in longformer.state_dict().items() if not not_there.search(name)}
     roberta.load_state_dict(kept, strict=True)
     return roberta
 
@@ -2929,7 +2896,7 @@ def token_limit(config: transformers.PretrainedConfig, folder: Path) -> int:
     if config.model_type in KIN_OF_ROBERTA:
         positions -= config.pad_token_id + 1
     path = folder / "sentence_bert_config.json"
-    wishes = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    wishes = read_json(path) if path.is_file() else {}
     return min(positions, wishes.get("max_seq_length") or positions)
 
 
@@ -2956,7 +2923,7 @@ def as_file_name(encoder: str) -> str:
 def read_description(path: Path) -> dict[str, Any]:
     """Return what a cache folder's encoder.json says; nothing where it is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -3206,14 +3173,10 @@ def packed_batches(
         batch = dataset.packed(stays)
         return batch._replace(events=batch.events.pin_memory())
 
-    waiting: deque[Future[PackedStays]] = deque()
     with ThreadPoolExecutor(N_WORKERS) as workers:
-        for number, stays in enumerate(batches):
-            waiting.append(workers.submit(gather, stays))
-            if number >= N_WORKERS:
-                yield send_to_device(waiting.popleft().result(), device, non_blocking=True)
-        for gathered in waiting:
-            yield send_to_device(gathered.result(), device, non_blocking=True)
+        started = (workers.submit(gather, stays) for stays in batches)
+        for batch in in_order(started, N_WORKERS):
+            yield send_to_device(batch, device, non_blocking=True)
 
 
 def plan_batches(
@@ -3292,25 +3255,33 @@ def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, layout: Layou
     """
     if has_variable_length_kernel(query):
         longest = max(layout.lengths)
-        attended = varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
-        return cast(Tensor, attended)  # without the auxiliary output, which nobody asked for
-    runs = [(length, len(list(same))) for length, same in groupby(layout.lengths) if length]
-    sizes = [length * stays for length, stays in runs]
-    parts = []
-    for (length, stays), *qkv in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes)):
-        q, k, v = (tensor.unflatten(0, (stays, length)).transpose(1, 2) for tensor in qkv)  # (stays, H, length, D/H)
-        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts) if parts else query
+        of_all = varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
+        return cast(Tensor, of_all)  # without the auxiliary output, which nobody asked for
+    runs = [(len(list(alike)), length) for length, alike in groupby(layout.lengths) if length]
+    sizes = [n_stays * length for n_stays, length in runs]
+    attended = []
+    for run, *parts in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes)):
+        q, k, v = (part.unflatten(0, run).transpose(1, 2) for part in parts)  # (n_stays, H, length, D/H)
+        attended.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended) if attended else query
 
 
 def attention_weights_within_stays(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
     """(B, H, L, L) weights that `attend_within_stays` used, 0 in rows and columns of padding."""
-    width = query.shape[2]
-    query, key = (unpack(tensor.float().flatten(1), layout).unflatten(2, (-1, width)) for tensor in (query, key))
-    scores = torch.einsum("bihd,bjhd->bhij", query, key) / math.sqrt(width)  # (B, H, L, L)
+
+    def padded(heads: Tensor) -> Tensor:  # (N, H, D/H) -> (B, L, H, D/H)
+        return unpack(heads.float().flatten(1), layout).unflatten(2, heads.shape[1:])
+
+    products = torch.einsum("bihd,bjhd->bhij", padded(query), padded(key))
     is_event = layout.attention_mask[:, None, None, :]
-    weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1)
-    return weights * is_event * is_event.transpose(2, 3)
+    weights = softmax_among(products / math.sqrt(query.shape[2]), is_event)
+    return weights * is_event.transpose(2, 3)
+
+
+def softmax_among(scores: Tensor, is_member: Tensor) -> Tensor:
+    """Return the softmax of the last axis's members, 0 for all others, also where there is no member."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~is_member, lowest).softmax(-1) * is_member
 
 
 LAYER_SCALE = 0.1
@@ -3378,9 +3349,7 @@ class AttentionPooling(nn.Module):
             scores = q @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (B, H, 1, L)
             if bias is not None:
                 scores = scores + bias
-            is_event = attention_mask[:, None, None, :]
-            weights = scores.masked_fill(~is_event, torch.finfo(scores.dtype).min).softmax(-1)
-            weights = weights * is_event  # a stay without events: all 0
+            weights = softmax_among(scores, attention_mask[:, None, None, :])
             return self.output((weights @ v).transpose(1, 2).flatten(2)), weights
 
 
@@ -3511,12 +3480,7 @@ class ClinicalTransformer(nn.Module):
         logits, attention = self.score(sequences, static_features, attention_mask, return_attention)
         return (logits.sigmoid(), attention) if return_attention else logits.sigmoid()
 
-    def logits(
-        self,
-        sequences: Tensor,
-        static_features: Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, sequences: Tensor, static_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, 1): log-odds of death, what losses and attributions are computed on."""
         return self.score(sequences, static_features, attention_mask)[0]
 
@@ -3595,8 +3559,7 @@ class ClinicalTransformer(nn.Module):
 
 def temporal_weights(hours_to_final_event: Tensor, attention_mask: Tensor, tau_hours: float) -> Tensor:
     """(B, L) -> (B, L): exp(-hours / tau), summing to 1 over a stay's events, by a softmax, which cannot underflow."""
-    ages = hours_to_final_event / tau_hours
-    return (-ages).masked_fill(~attention_mask, torch.finfo(torch.float32).min).softmax(1)
+    return softmax_among(-hours_to_final_event / tau_hours, attention_mask)
 
 
 class TemporalAwareLoss(nn.Module):
@@ -3790,10 +3753,10 @@ def weighted_sums(rows: Tensor, counts: Tensor) -> Tensor:
 
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
-    *("seed", "static_features", "item_history", "observation_hours", "gap_hours", "first_stay_only"),
-    *("learning_rate", "batch_size", "max_events_per_batch", "weight_decay", "warmup_steps", "gradient_clip"),
-    *("temporal_weight", "sparsity_weight", "tau_hours", "dropout", "weight_averaging"),
-)
+    "seed static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
+    "max_events_per_batch weight_decay warmup_steps gradient_clip temporal_weight sparsity_weight tau_hours "
+    "dropout weight_averaging"
+).split()
 # One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
 NUMBER_WEIGHT = 3.0
 
@@ -3852,17 +3815,11 @@ class Trainer:
 
     def new_model(self) -> ClinicalTransformer:
         """A model with fresh weights that knows the training events' mean and spread."""
-        settings = self.settings
         model = ClinicalTransformer(
             self.train_set.input_dim,
             self.preprocessor.static_dim,
-            settings.d_model,
-            settings.n_layers,
-            settings.n_heads,
-            settings.d_feedforward,
-            settings.n_pooling_heads,
-            settings.dropout,
-            self.train_set.n_history,
+            **self.settings.sizes,
+            n_history=self.train_set.n_history,
         )
         mean, scale = input_statistics(self.train_set)
         is_number = [category is None for _, category in self.preprocessor.static_names]
@@ -3912,10 +3869,7 @@ class Trainer:
             if len(unread) > 1:  # the step before; to ask for this one now would leave the device without work
                 total_loss += self.read_losses(*unread.popleft())
                 rate = n_events / (time.monotonic() - started)
-                bar.set_postfix_str(
-                    f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s",
-                    refresh=False,
-                )
+                bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s", refresh=False)
             n_stays += len(stays)
             n_events += int(lengths[stays].sum())
             if settings.save_attention_every and number % attention_every == 0 and is_main:
@@ -4022,7 +3976,6 @@ class Trainer:
         """Write a checkpoint: plain data and tensors only."""
         if not self.accelerator.is_main_process:
             return
-        objective = self.accelerator.unwrap_model(self.objective)
         state = {
             "program": "clinical_LF",
             "format": CHECKPOINT_FORMAT,
@@ -4043,7 +3996,7 @@ class Trainer:
         }
         if name == "latest_checkpoint.pth":
             state |= {
-                "objective": objective.state_dict(),
+                "objective": self.accelerator.unwrap_model(self.objective).state_dict(),
                 "n_averaged": self.average.n_averaged,
                 "optimizer": self.optimizer.state_dict(),
             }
@@ -4070,8 +4023,7 @@ class Trainer:
                 f"{path}: this run differs from the one to resume ({differences}). Give the same settings, or train "
                 "anew without --resume."
             )
-        objective = self.accelerator.unwrap_model(self.objective)
-        objective.load_state_dict(saved.state["objective"])
+        self.accelerator.unwrap_model(self.objective).load_state_dict(saved.state["objective"])
         self.model.load_state_dict(saved.state["model"])
         self.average.n_averaged.copy_(saved.state["n_averaged"])
         self.optimizer.load_state_dict(saved.state["optimizer"])
@@ -4210,24 +4162,19 @@ def evaluate_predictions(
     """
     died, risks = checked_predictions(labels, probabilities)
     n_stays, n_deaths = len(died), int(died.sum())
-    resamples = patient_resamples(patient_ids, n_stays, n_bootstrap, seed)
-    draws = [weighted_metrics(weights, died, risks) for weights in resamples]
-    all_draws = np.concatenate([np.empty((0, len(METRICS))), *draws])  # (R, 5)
-    values = np.full(len(METRICS), np.nan)
-    if n_stays:
-        values = weighted_metrics(np.ones((1, n_stays)), died, risks)[0]
+    figures_of = partial(weighted_metrics, labels=died, probabilities=risks)
+    draws = bootstrap_draws(figures_of, patient_ids, n_stays, n_bootstrap, seed)  # (R, 5)
+    values = figures_of(np.ones((1, n_stays)))[0] if n_stays else np.full(len(METRICS), np.nan)
     result: dict[str, Any] = {
         "n_stays": n_stays,
         "n_patients": len(np.unique(np.asarray(patient_ids))),
         "n_deaths": n_deaths,
         "prevalence": n_deaths / n_stays if n_stays else None,
         "n_bootstrap": n_bootstrap,
-        "n_resamples_skipped": int(np.isnan(all_draws[:, 0]).sum()),
+        "n_resamples_skipped": int(np.isnan(draws[:, 0]).sum()),
         "note": too_few_to_read(died),
     }
-    for column, name in enumerate(METRICS):
-        result[name] = with_interval(values[column], all_draws[:, column])
-    return result
+    return result | {name: with_interval(values[i], draws[:, i]) for i, name in enumerate(METRICS)}
 
 
 def checked_predictions(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -4244,16 +4191,12 @@ def checked_predictions(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np
 
 def too_few_to_read(died: np.ndarray) -> str:
     """Return a warning for figures of so few stays that they are luck, else an empty text."""
-    fewest = min(int(died.sum()), len(died) - int(died.sum()))
+    n_deaths = int(died.sum())
+    fewest = min(n_deaths, len(died) - n_deaths)
     return f"too few to read: {fewest} stays of one outcome, below {TOO_FEW}" if fewest < TOO_FEW else ""
 
 
-def patient_resamples(
-    patient_ids: ArrayLike,
-    n_stays: int,
-    n_bootstrap: int,
-    seed: int,
-) -> Iterator[np.ndarray]:
+def patient_resamples(patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
     """Yield weights of stays (R, n): how often each patient, with all of their stays, was drawn; 16 MB at a time."""
     patient_of_stay, patients = pd.factorize(np.asarray(patient_ids))
     if len(patient_of_stay) != n_stays:
@@ -4265,6 +4208,19 @@ def patient_resamples(
         size = min(chunk, n_bootstrap - first)
         times_drawn = generator.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size)
         yield times_drawn[:, patient_of_stay].astype(float)
+
+
+def bootstrap_draws(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    patient_ids: ArrayLike,
+    n_stays: int,
+    n_bootstrap: int,
+    seed: int,
+) -> np.ndarray:
+    """Return what a statistic of stay weights (R, n) gives for all resamples of the patients: (R, ...)."""
+    resamples = patient_resamples(patient_ids, n_stays, n_bootstrap, seed)
+    of_none = statistic(np.empty((0, n_stays)))
+    return np.concatenate([of_none, *map(statistic, resamples)])
 
 
 def interval_of(draws: np.ndarray) -> tuple[float, float]:
@@ -4279,10 +4235,7 @@ def interval_of(draws: np.ndarray) -> tuple[float, float]:
 def with_interval(value: float, draws: np.ndarray) -> dict[str, Any]:
     """Return value, low and high as JSON can hold them, and a reason where one of them does not exist."""
     low, high = interval_of(draws)
-    result: dict[str, Any] = {
-        name: float(number) if math.isfinite(number) else None
-        for name, number in (("value", value), ("low", low), ("high", high))
-    }
+    result = without_nan({"value": float(value), "low": low, "high": high})
     if result["value"] is None:
         result["reason"] = "needs stays of both outcomes whose probabilities neither tie all nor separate the outcomes"
     elif math.isinf(low) or math.isinf(high):
@@ -4301,12 +4254,17 @@ def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.
     if not both.any():
         return figures
     weights = weights[both]
-    logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))
+    logits = finite_log_odds(probabilities)
     constant = np.ones((len(labels), 1))
     figures[both, :2] = weighted_ranking(weights, labels, probabilities)
     figures[both, 3:4] = logistic_fits(weights, labels, constant, offset=logits)
     figures[both, 4] = calibration_slopes(weights, labels, logits)
     return figures
+
+
+def finite_log_odds(probabilities: np.ndarray) -> np.ndarray:
+    """Return the logits of risks, those of 0 and 1 as of a ten-millionth from there."""
+    return log_odds(probabilities.clip(1e-7, 1 - 1e-7))
 
 
 def weighted_ranking(weights: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -4391,8 +4349,7 @@ def logistic_fits(
 def race_group(race: Any) -> str:
     """Return MIMIC's 30-odd values by their first words: `BLACK/CAPE VERDEAN` is BLACK; not saying is UNKNOWN."""
     words = "" if pd.isna(race) else str(race).strip().upper()
-    for separator in ("/", " - ", " OR "):
-        words = words.split(separator)[0]
+    words = re.split("/| - | OR ", words)[0]
     return "UNKNOWN" if words.startswith(("UNABLE", "PATIENT DECLINED", "UNKNOWN")) or not words else words
 
 
@@ -4410,17 +4367,17 @@ def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
         "race": stays["patient_race"].map(race_group),
         "care unit": stays["first_icu_careunit"],
     }
-    return pd.DataFrame({name: group.astype(object).where(group.notna(), "Unknown") for name, group in groups.items()})
+    return pd.DataFrame({name: with_unknown(group) for name, group in groups.items()})
 
 
 def members_of_groups(groups: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield grouping, value and which stays (n,) belong to it: first all stays, then every value of each column."""
     yield "all", "all stays", np.ones(len(groups), dtype=bool)
-    for name in groups:
-        values = sorted(groups[name].unique(), key=str)
+    for name, column in groups.items():
+        values = sorted(column.unique(), key=str)
         values.sort(key=lambda value: not str(value).startswith("under"))  # the youngest before "45 to 64"
         for value in values:
-            yield str(name), value, (groups[name] == value).to_numpy()
+            yield str(name), value, (column == value).to_numpy()
 
 
 def subgroup_table(
@@ -4451,11 +4408,11 @@ def subgroup_table(
             "note": note,
         }
         for metric in METRICS:
-            for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-                row[metric + suffix] = None if note else figures[metric][part]
+            figure = dict.fromkeys(("value", "low", "high"), np.nan) if note else figures[metric]
+            row |= {metric: figure["value"], f"{metric}_low": figure["low"], f"{metric}_high": figure["high"]}
         rows.append(row)
-    columns = [metric + suffix for metric in METRICS for suffix in ("", "_low", "_high")]
-    return pd.DataFrame(rows).astype(dict.fromkeys(columns, float))
+    figure_columns = [name for name in rows[0] if name.startswith(METRICS)]
+    return pd.DataFrame(rows).astype(dict.fromkeys(figure_columns, float))
 
 
 SENSITIVITY = 0.8  # of the operating point: this share of the deaths is found
@@ -4482,9 +4439,8 @@ def operating_points(
     is_alarm = risks >= threshold
     for name, value, is_member in members_of_groups(groups):
         alarm, dead = is_alarm[is_member], died[is_member] == 1
-        resamples = patient_resamples(patients[is_member], len(dead), n_bootstrap, seed)
-        draws = [alarms_per_death(weights, alarm, dead) for weights in resamples]
-        low, high = interval_of(np.concatenate([np.empty(0), *draws]))
+        cost = partial(alarms_per_death, is_alarm=alarm, died=dead)
+        low, high = interval_of(bootstrap_draws(cost, patients[is_member], len(dead), n_bootstrap, seed))
         row = {
             "group": name,
             "value": value,
@@ -4495,7 +4451,7 @@ def operating_points(
             "deaths_found": int((alarm & dead).sum()),
             "sensitivity": share(alarm & dead, dead),
             "specificity": share(~alarm & ~dead, ~dead),
-            "alarms_per_true_death": float(alarms_per_death(np.ones((1, len(dead))), alarm, dead)[0]),
+            "alarms_per_true_death": float(cost(np.ones((1, len(dead))))[0]),
             "low": low,
             "high": high,
             "note": too_few_to_read(died[is_member]),
@@ -4549,10 +4505,13 @@ def decision_curve(
             "share_treated": is_treated.mean(1),
         }
     )
-    resamples = patient_resamples(patient_ids, len(died), n_bootstrap, seed) if n_bootstrap else ()
-    draws = [weights @ gains.T / weights.sum(1, keepdims=True) for weights in resamples]
-    if draws:
-        curve["low"], curve["high"] = np.quantile(np.concatenate(draws), [0.025, 0.975], axis=0)
+
+    def mean_gains(weights: np.ndarray) -> np.ndarray:
+        return weights @ gains.T / weights.sum(1, keepdims=True)
+
+    draws = bootstrap_draws(mean_gains, patient_ids, len(died), n_bootstrap, seed) if n_bootstrap else ()
+    if len(draws):
+        curve["low"], curve["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
     return curve
 
 
@@ -4624,7 +4583,7 @@ def recalibrated(labels: ArrayLike, probabilities: ArrayLike, patient_ids: Array
     patients = pd.Series(np.asarray(patient_ids))
     if patients.groupby(labels).nunique().reindex([0.0, 1.0], fill_value=0).min() < TOO_FEW:
         return None
-    logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))[:, None]
+    logits = finite_log_odds(probabilities)[:, None]
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     model = LogisticRegression(C=np.inf)
     return cross_val_predict(model, logits, labels, groups=patients, cv=folds, method="predict_proba")[:, 1]
@@ -4660,41 +4619,39 @@ def leakage_audit(
     folds, rows = patient_folds(y, patients), []
     for kind, table in (("column", stays), ("per stay", per_stay)):
         for name in table:
-            auroc = np.nan if folds is None else single_column_auroc(table.loc[is_train, name], y, folds)
+            auroc = single_column_auroc(table.loc[is_train, name], y, folds)
             flagged, reason = max(auroc, 1 - auroc) > LEAK_AUROC, ""
             if np.isnan(auroc):
                 reason = "Not judged: too few training patients of one outcome to cross-validate."
             elif flagged:
                 reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
             rows.append((name, kind, auroc, pd.NA, bool(flagged), reason))
+    excused = dict.fromkeys(REPAIRED, "Left out or mended while reading.")
+    if not prospective:
+        excused[KNOWN_LATER] = f"Expected: the retrospective mode reads the whole stay. {IMPOSSIBLE[KNOWN_LATER]}"
     for name, count in counts.items():
-        left_out = name in REPAIRED
-        excused = left_out or (name == KNOWN_LATER and not prospective)
-        reason = IMPOSSIBLE.get(name, "This should not occur.") if count else ""
-        if left_out and count:
-            reason = "Left out or mended while reading."
-        elif excused and count:
-            reason = "Expected: the retrospective mode reads the whole stay. A bedside model could not have read them."
-        rows.append((name, "count", np.nan, int(count), count > 0 and not excused, reason))
+        reason = excused.get(name) or IMPOSSIBLE.get(name, "This should not occur.")
+        flagged = count > 0 and name not in excused
+        rows.append((name, "count", np.nan, int(count), flagged, reason if count else ""))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
     return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
 
 
-def patient_folds(labels: np.ndarray, patient_ids: np.ndarray, n_folds: int = 5) -> np.ndarray | None:
-    """Return the fold (n,) of each stay, patients whole, deaths spread; None where an outcome has one patient only."""
+Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of the stays to fit on, and of those to judge by
+
+
+def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> Folds:
+    """Return at most five folds of whole patients, deaths spread; none where an outcome has one patient only."""
     died = pd.Series(labels).groupby(patient_ids).max()
-    n_folds = int(min(n_folds, died.sum(), (1 - died).sum()))
+    n_folds = int(min(5, died.sum(), (1 - died).sum()))
     if n_folds < 2:
-        return None
+        return []
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
-    folds = np.zeros(len(patient_ids), int)
-    for fold, (_, held_out) in enumerate(splitter.split(folds, labels, patient_ids)):
-        folds[held_out] = fold
-    return folds
+    return list(splitter.split(labels, labels, patient_ids))
 
 
-def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: np.ndarray) -> float:
-    """Return the cross-validated AUROC of one column (n,) alone, labels and folds (n,); NaN where no fold can tell.
+def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: Folds) -> float:
+    """Return the cross-validated AUROC of one column (n,) alone, labels (n,); NaN where no fold can tell.
 
     Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
     AUROC is taken within folds and averaged by pairs: pooled, the folds' own death rates would bias it below 0.5.
@@ -4703,25 +4660,21 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: np.ndarray
     if is_time or pd.api.types.is_numeric_dtype(column):
         numbers = (column - column.min()).dt.total_seconds() if is_time else column
         values = numbers.to_numpy(dtype=float, na_value=np.nan)[:, None]
-        model = DecisionTreeRegressor(
-            max_leaf_nodes=16,
-            min_samples_leaf=max(5, len(values) // 50),
-            random_state=0,
-        )
+        model = DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=max(5, len(values) // 50), random_state=0)
         score = model.predict
     else:
-        values = column.astype(object).where(column.notna(), "Unknown").astype(str).to_numpy(dtype=object)[:, None]
+        values = with_unknown(column).astype(str).to_numpy(dtype=object)[:, None]
         model = TargetEncoder(target_type="binary")
         score = model.transform
     pairs, total = 0, 0.0
-    for fold in np.unique(folds):
-        held_out, fit_rows = folds == fold, folds != fold
-        fold_pairs = labels[held_out].sum() * (1 - labels[held_out]).sum()
-        if fold_pairs and len(np.unique(labels[fit_rows])) == 2:
-            model.fit(values[fit_rows], labels[fit_rows])
+    for to_fit, held_out in folds:
+        n_deaths = labels[held_out].sum()
+        fold_pairs = n_deaths * (len(held_out) - n_deaths)
+        if fold_pairs and len(np.unique(labels[to_fit])) == 2:
+            model.fit(values[to_fit], labels[to_fit])
             pairs += fold_pairs
             total += fold_pairs * roc_auc_score(labels[held_out], score(values[held_out]).ravel())
-    return float(total / pairs) if pairs else float("nan")
+    return float(total / pairs) if pairs else math.nan
 
 
 def audit_texts(table: StayTable) -> pd.DataFrame:
@@ -4735,19 +4688,28 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     events = pd.DataFrame(
         {"item": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60}
     )
-    hours = events.groupby("item")["hours_to_end"].median()
     present = events[["item", "stay"]].drop_duplicates()
-    outcomes = present.assign(died=table.labels[present["stay"]]).groupby("item")["died"].agg(["size", "sum"])
-    stays, deaths = outcomes["size"].to_numpy(), outcomes["sum"].to_numpy()
+    died = present.assign(died=table.labels[present["stay"]]).groupby("item")["died"]
+    stays, deaths = died.size(), died.sum()  # with each item
+    survivors = stays - deaths
     n_deaths, n_survivors = table.labels.sum(), (1 - table.labels).sum()
-    auroc = 0.5 + (deaths / max(n_deaths, 1) - (stays - deaths) / max(n_survivors, 1)) / 2
-    died_more = deaths > stays / 2
-    purity = np.where(died_more, deaths, stays - deaths) / stays
-    rate = np.where(died_more, n_deaths, n_survivors) / len(table.stays)
-    is_pure = (purity > PURE) & (len(stays) * rate**stays < 0.05)  # all alike by chance, times the items looked at
-    flagged = (stays >= MIN_STAYS_OF_ITEM) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC))
-    found = pd.DataFrame({"item": items[outcomes.index], "stays": stays, "deaths": deaths.astype(int), "auroc": auroc})
-    found = found.assign(purity=purity, median_hours_to_end=hours.to_numpy(), flagged=flagged)
+    auroc = 0.5 + (deaths / max(n_deaths, 1) - survivors / max(n_survivors, 1)) / 2
+    is_telling = np.maximum(auroc, 1 - auroc) > LEAK_AUROC
+    purity = np.maximum(deaths, survivors) / stays
+    rate = np.where(deaths > survivors, n_deaths, n_survivors) / len(table.stays)
+    is_chance = len(stays) * rate**stays >= 0.05  # all alike, times the items looked at
+    is_pure = (purity > PURE) & ~is_chance
+    found = pd.DataFrame(
+        {
+            "item": items[stays.index],
+            "stays": stays,
+            "deaths": deaths.astype(int),
+            "auroc": auroc,
+            "purity": purity,
+            "median_hours_to_end": events.groupby("item")["hours_to_end"].median(),
+            "flagged": (stays >= MIN_STAYS_OF_ITEM) & (is_pure | is_telling),
+        }
+    )
     return found.sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
 
@@ -4770,13 +4732,8 @@ def audit_summary(audit: pd.DataFrame) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: each returns a matplotlib Figure, drawn without pyplot so that no global state changes
 # ---------------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE, GREEN, VERMILLION, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#767676",
-)  # Okabe-Ito, and a grey
+BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"  # of Okabe and Ito, for all eyes
+GREEN, GREY = "#009E73", "#767676"
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
 METRIC_WORDS = {
     "auroc": "AUROC",
@@ -4819,9 +4776,11 @@ def figure_text(figure: dict[str, Any], digits: int = 2, words: str = "95 % inte
     """Return a figure with its interval, `0.81 (95 % interval 0.70 to 0.90)`."""
     if figure["value"] is None:
         return "not defined"
-    low, high = ("unbounded" if figure[side] is None else f"{figure[side]:.{digits}f}" for side in ("low", "high"))
-    interval = f" ({words}{low} to {high})" if (low, high) != ("unbounded", "unbounded") else ""
-    return f"{figure['value']:.{digits}f}{interval}"
+    value, low, high = (
+        "unbounded" if figure[part] is None else f"{figure[part]:.{digits}f}" for part in ("value", "low", "high")
+    )
+    is_unbounded = low == high == "unbounded"
+    return value if is_unbounded else f"{value} ({words}{low} to {high})"
 
 
 def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
@@ -4852,12 +4811,7 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-def plot_roc_and_pr(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    metrics: dict[str, Any],
-    caption: str = "",
-) -> Figure:
+def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[str, Any], caption: str = "") -> Figure:
     """Draw ROC and precision-recall curves of held-out stays; metrics as `evaluate_predictions` returns them."""
     died, risks = checked_predictions(labels, probabilities)
     figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
@@ -4882,12 +4836,7 @@ def plot_roc_and_pr(
     return figure
 
 
-def plot_calibration(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    metrics: dict[str, Any],
-    caption: str = "",
-) -> Figure:
+def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, metrics: dict[str, Any], caption: str = "") -> Figure:
     """Draw observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
     died, risks = checked_predictions(labels, probabilities)
     table = calibration_table(died, risks, calibration_bins(len(died)))
@@ -5155,10 +5104,11 @@ def run(settings: Settings) -> dict[str, Any]:
             describe_plan(table, splits, settings, accelerator, time.monotonic() - started)
         if settings.dry_run:
             return {}
-        cohort = Cohort(table, source.flow, source.repairs, *embed_texts(table.texts, settings, accelerator))
+        encoder, vectors = embed_texts(table.texts, settings, accelerator)
+        data = [TrainingData(table, split, vectors, encoder) for split in splits]
         if settings.cross_validate or settings.seeds > 1:
-            return train_repeatedly(cohort, splits, settings, accelerator)
-        return train_and_report(cohort, splits[0], settings, accelerator).content
+            return train_repeatedly(source, data, settings, accelerator)
+        return train_and_report(source, data[0], settings, accelerator).content
 
 
 def output_folder(settings: Settings) -> Path:
@@ -5187,6 +5137,14 @@ class Source(NamedTuple):
     flow: list[CohortStep]
     repairs: Repairs
     whole: StayTable  # before the cohort was chosen
+
+    def origin(self) -> dict[str, Any]:
+        """Return what metrics.json says of how the stays came to be these."""
+        return {
+            "cohort": [step._asdict() for step in self.flow],
+            "dropped_or_repaired": self.repairs,
+            "source_tables": [account._asdict() for account in self.repairs.sources],
+        }
 
 
 def read_source(data: str, settings: Settings, accelerator: Accelerator, need_label: bool = True) -> Source:
@@ -5261,7 +5219,7 @@ def split_from_file(table: StayTable, path: Path) -> Split:
     if left_out:
         logger.warning(f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out")
     for name, stays in zip(Split._fields, split):
-        if len(np.unique(table.labels[stays])) < 2 and not (name == "test" and not len(stays)):
+        if not has_both_outcomes(table, stays) and (len(stays) or name != "test"):
             raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")
     return split
 
@@ -5282,7 +5240,7 @@ def meds_split(table: StayTable, root: Path) -> Split | None:
         return None
     rows = pd.read_parquet(path)
     _, split = split_of_parts(table, rows.set_index("subject_id")["split"].map(MEDS_PARTS))
-    if all(len(np.unique(table.labels[stays])) == 2 for stays in split):
+    if all(has_both_outcomes(table, stays) for stays in split):
         logger.info(f"Split       the data set's own, {path.name}")
         return split
     logger.warning(f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew")
@@ -5296,9 +5254,9 @@ def with_test_stays(table: StayTable, split: Split, external: StayTable) -> tupl
         logger.warning(
             f"Test data   WARNING: {(~is_new).sum()} stays are of patients that --data has too; they are left out"
         )
-    if len(np.unique(external.labels[is_new])) < 2:
+    if not has_both_outcomes(external, is_new):
         raise InputError("--test-data: no stays of both outcomes are left. Give stays of patients that --data has not.")
-    both = append_stays(table, external.take(np.flatnonzero(is_new)))
+    both = append_stays(table, external.take(is_new))
     return both, [split._replace(test=np.arange(len(table.stays), len(both.stays)))]
 
 
@@ -5351,6 +5309,14 @@ def describe_plan(
         logger.info("Dry run     nothing was encoded or trained")
 
 
+WORKSPACE = 3e8  # bytes that torch and the drawing take besides, as measured on the sample and on the demo
+REMEDIES = {
+    "disk": "Free some, or take --cache-dir on another disk.",
+    "memory": "Take fewer stays, a lower --max-events-per-batch or a larger machine.",
+    "GPU": "Take a lower --max-events-per-batch, or --vectors-on host.",
+}
+
+
 def describe_needs(
     table: StayTable,
     lengths: np.ndarray,
@@ -5363,12 +5329,11 @@ def describe_needs(
     lengths: of the training stays. What the encoder takes is measured, what training takes is reckoned.
     """
     cache = Path(settings.cache_dir).absolute()
-    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     own = psutil.Process().memory_info().rss
     vectors, step = 4 * encoding.dim * len(table.texts), bytes_of_step(lengths, encoding.dim, settings)
     training = own + vectors + WORKSPACE + step * (device.type == "cpu")
     needs = {
-        f"disk in {cache.name}": (4 * encoding.dim * encoding.n_new, shutil.disk_usage(existing).free),
+        f"disk in {cache.name}": (4 * encoding.dim * encoding.n_new, free_disk(cache)),
         # What the program holds already is of what it needs.
         "memory": (max(training, encoding.memory), psutil.virtual_memory().available + own),
     }
@@ -5383,14 +5348,6 @@ def describe_needs(
     for what, (need, free) in needs.items():
         if need > free:
             logger.warning(f"Needs       WARNING: too little {what} is free. {REMEDIES[what.split()[0]]}")
-
-
-WORKSPACE = 3e8  # bytes that torch and the drawing take besides, as measured on the sample and on the demo
-REMEDIES = {
-    "disk": "Free some, or take --cache-dir on another disk.",
-    "memory": "Take fewer stays, a lower --max-events-per-batch or a larger machine.",
-    "GPU": "Take a lower --max-events-per-batch, or --vectors-on host.",
-}
 
 
 def words_of(seconds: float) -> str:
@@ -5457,15 +5414,11 @@ def typical_seconds(work: Callable[[], object]) -> float:
 
 def measure_epoch(lengths: np.ndarray, dim: int, settings: Settings, accelerator: Accelerator) -> float:
     """Return the seconds of training on stays of these lengths: three batches of made-up events stand for all."""
-    batches = plan_batches(
-        lengths,
-        settings.batch_size,
-        min(settings.max_events_per_batch, 4096),
-    )  # the longest first
+    most = min(settings.max_events_per_batch, 4096)
+    batches = plan_batches(lengths, settings.batch_size, most)  # the longest first
     device, input_dim = accelerator.device, len(EVENT_TYPES) + dim + 1
-    sizes = (settings.d_model, settings.n_layers, settings.n_heads, settings.d_feedforward)
     with torch.random.fork_rng(devices=[]):
-        model = ClinicalTransformer(input_dim, 1, *sizes, settings.n_pooling_heads).to(device)
+        model = ClinicalTransformer(input_dim, 1, **settings.sizes).to(device)
 
     def step(batch: np.ndarray) -> None:
         sequences = torch.ones(len(batch), int(lengths[batch].max()), input_dim, device=device)
@@ -5486,36 +5439,20 @@ def bytes_of_step(lengths: np.ndarray, dim: int, settings: Settings) -> int:
     return 4 * n_events * floats_per_event
 
 
-class Cohort(NamedTuple):
-    """What every training of a run starts from."""
-
-    table: StayTable
-    flow: list[CohortStep]
-    repairs: Repairs
-    text_encoder: str
-    text_vectors: np.ndarray  # (n_texts, E)
-
-
-def origin_of(flow: list[CohortStep], repairs: Repairs) -> dict[str, Any]:
-    """Return what metrics.json says of how the stays came to be these."""
-    return {
-        "cohort": [step._asdict() for step in flow],
-        "dropped_or_repaired": repairs,
-        "source_tables": [account._asdict() for account in repairs.sources],
-    }
-
-
 class Scored(NamedTuple):
     """Stays and the risks that a model gave them."""
 
     stays: pd.DataFrame  # (n): STAY_COLUMNS
     probabilities: np.ndarray  # (n)
 
+    def take(self, is_taken: np.ndarray) -> Scored:
+        """Those that a mask (n,) marks."""
+        return Scored(self.stays[is_taken].reset_index(drop=True), self.probabilities[is_taken])
+
     @property
     def known(self) -> Scored:
         """Those whose outcome is known."""
-        is_known = self.stays[LABEL].notna().to_numpy()
-        return Scored(self.stays[is_known].reset_index(drop=True), self.probabilities[is_known])
+        return self.take(self.stays[LABEL].notna().to_numpy())
 
     @property
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -5544,16 +5481,18 @@ class Results:
     def begin(self) -> None:
         """Remove what an earlier run left, unless this one resumes it; write what repeats the run."""
         if not self.settings.resume:
-            for pattern in LEFT_BY_A_RUN:
-                for path in self.folder.glob(pattern):
-                    remove(path)
-            for marker in FOLDERS_LEFT:
-                for path in self.folder.glob(marker):
-                    remove(path.parent)
-                    logger.info(f"Removed     {path.parent}, of the model that was here before")
+            for path in self.find(LEFT_BY_A_RUN):
+                remove(path)
+            for path in self.find(FOLDERS_LEFT):
+                remove(path.parent)
+                logger.info(f"Removed     {path.parent}, of the model that was here before")
         repeated = {name: value for name, value in asdict(self.settings).items() if name not in ("resume", "dry_run")}
         self.text("settings.yaml", yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True))
         self.json("run.json", self.record())
+
+    def find(self, patterns: Sequence[str]) -> list[Path]:
+        """Return what the folder has of these."""
+        return list(chain.from_iterable(map(self.folder.glob, patterns)))
 
     def record(self) -> dict[str, Any]:
         """Return how the run came about: command, date, commit, versions."""
@@ -5686,22 +5625,21 @@ def read_training_data(settings: Settings, accelerator: Accelerator) -> Training
     return TrainingData(table, split, vectors, encoder)
 
 
-def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerator: Accelerator) -> Outcome:
-    """Train on a split, score its test stays once with the best weights, and write everything."""
+def train_and_report(source: Source, data: TrainingData, settings: Settings, accelerator: Accelerator) -> Outcome:
+    """Train, score the test stays once with the best weights, and write everything."""
     results, audit = Results(Path(settings.output_dir), settings), list[dict]()
 
     def begin(trainer: Trainer) -> None:
         if accelerator.is_main_process:
             results.begin()
             results.table("split.csv", split_table(trainer.patients))
-            audit.extend(write_audit(cohort.table, split, cohort.repairs, settings, results))
+            audit.extend(write_audit(data.table, data.split, source.repairs, settings, results))
         describe_training(trainer)
         if settings.report_to != "none":
             accelerator.project_configuration.set_directories(settings.output_dir)
             said = {name: str(value) for name, value in asdict(settings).items()}
             accelerator.init_trackers("clinical_LF", said, {"wandb": {"dir": settings.output_dir}})
 
-    data = TrainingData(cohort.table, split, cohort.text_vectors, cohort.text_encoder)
     trainer, best = train_model(settings, data, accelerator, begin)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -5718,7 +5656,8 @@ def train_and_report(cohort: Cohort, split: Split, settings: Settings, accelerat
     scored = {
         name: Scored(datasets[name].table.stays, expit(values / trainer.temperature)) for name, values in logits.items()
     }
-    return report_training(trainer, cohort, scored, audit, results)
+    described = source.origin() | {"leakage_audit": audit}
+    return report_training(trainer, data.table, scored, described, results)
 
 
 def split_table(patients: dict[str, list[int]]) -> pd.DataFrame:
@@ -5759,9 +5698,9 @@ def count_parameters(model: nn.Module) -> int:
 
 def report_training(
     trainer: Trainer,
-    cohort: Cohort,
+    table: StayTable,
     scored: dict[str, Scored],
-    audit: list[dict],
+    origin: dict[str, Any],
     results: Results,
 ) -> Outcome:
     """Write metrics, predictions, plots and model card of the held-out stays; log the summary a person looks for."""
@@ -5773,10 +5712,7 @@ def report_training(
     training = {
         "epochs": trainer.epochs_done,
         "best_epoch": trainer.best_epoch,
-        "seconds": round(
-            sum(row["seconds"] for row in trainer.history),
-            1,
-        ),  # of all parts, where it was resumed
+        "seconds": round(sum(row["seconds"] for row in trainer.history), 1),  # of all parts, where it was resumed
         "parameters": count_parameters(trainer.model),
         "temperature": trainer.temperature,
     }
@@ -5784,9 +5720,8 @@ def report_training(
         "text_encoder": trainer.text_encoder,
         "metrics": {part: metrics, "validation": scored["validation"].evaluate(settings)},
         "training": training,
-        **origin_of(cohort.flow, cohort.repairs),
-        "leakage_audit": audit,
-        "tripod_ai": tripod_block(cohort, trainer.patients, tables),
+        **origin,
+        "tripod_ai": tripod_block(table, origin["cohort"], trainer.patients, tables),
         "settings": asdict(settings),
         "versions": versions(),
     }
@@ -5834,10 +5769,8 @@ def write_evaluation(
 
 def write_predictions(results: Results, scored: Scored, settings: Settings) -> None:
     """Write one row per stay: ids, label where known, predicted probability; of MEDS data also in its own schema."""
-    columns = ["icu_stay_id", "patient_id", LABEL]
-    more = [name for name in ("fold",) if name in scored.stays]
-    frame = scored.stays[columns].astype({LABEL: "Int64"})
-    frame = frame.assign(probability=scored.probabilities, **scored.stays[more])
+    frame = scored.stays.filter(["icu_stay_id", "patient_id", LABEL, "fold"]).astype({LABEL: "Int64"})
+    frame.insert(3, "probability", scored.probabilities)
     results.table("predictions.csv", frame)
     if settings.labels:
         frame = meds_predictions(scored)
@@ -5866,15 +5799,15 @@ def log_metrics(metrics: dict[str, Any], title: str) -> None:
 
 
 def tripod_block(
-    cohort: Cohort,
+    table: StayTable,
+    flow: list[dict],
     patients: dict[str, list[int]],
     tables: dict[str, pd.DataFrame],
 ) -> dict[str, Any]:
     """Return what a TRIPOD+AI report asks for: flow, missing values, events, calibration, groups, operating point."""
-    table = cohort.table
     counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1)
     return {
-        "flow": [step._asdict() for step in cohort.flow],
+        "flow": flow,
         "patients_per_part": {part: len(members) for part, members in patients.items()},
         "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
         "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts.tolist())),
@@ -6060,16 +5993,10 @@ def embed_texts(
                 f"the checkpoint was trained on vectors of {expected}, but --text-encoder gives {encoder.id}. "
                 "Give the same encoder."
             )
-        keys = encoder.embed(
-            texts,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.is_main_process,
-        )
+        keys = encoder.embed(texts, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process)
     except InputError as error:
         failure = error
-    of_all = gather_object([failure])  # waits until all have done their share
-    failures = [failure for failure in of_all if failure is not None]
+    failures = list(filter(None, gather_object([failure])))  # waits until all have done their share
     if failures:
         raise failures[0]
     vectors = encoder.cache.mapped(keys)
@@ -6096,13 +6023,7 @@ def encoder_to_load(checkpoint: Checkpoint, given: str) -> str:
     return name
 
 
-def write_audit(
-    table: StayTable,
-    split: Split,
-    repairs: Repairs,
-    settings: Settings,
-    results: Results,
-) -> list[dict]:
+def write_audit(table: StayTable, split: Split, repairs: Repairs, settings: Settings, results: Results) -> list[dict]:
     """Write and log the leakage audit of the table and the split; return the rows of leakage_audit.csv."""
     part = np.empty(len(table.stays), dtype=object)
     for name, members in split._asdict().items():
@@ -6116,7 +6037,7 @@ def write_audit(
         impossible_counts(table, part, repairs, settings),
         prospective=settings.prospective,
     )
-    texts = audit_texts(table.take(np.flatnonzero(part == "train")))
+    texts = audit_texts(table.take(split.train))
     results.table("leakage_audit.csv", audit)
     results.table("leakage_audit_texts.csv", texts)
     flagged = set(audit.loc[audit["flagged"] & (audit["kind"] == "column"), "name"])
@@ -6152,18 +6073,12 @@ def numbers_to_audit(table: StayTable) -> pd.DataFrame:
     )
 
 
-def impossible_counts(
-    table: StayTable,
-    part: np.ndarray,
-    repairs: Repairs,
-    settings: Settings,
-) -> dict[str, int]:
+def impossible_counts(table: StayTable, part: np.ndarray, repairs: Repairs, settings: Settings) -> dict[str, int]:
     """Return how often what `IMPOSSIBLE` names occurs, and what was left out or mended while reading."""
     stays, known = table.stays, repairs | repairs.notes
     end_hours = settings.observation_hours or stay_hours(table)[table.stay_of_event]
-    after_end = [count for reason, count in repairs.items() if "after the final event" in reason]
     return {
-        "events after the final event": sum(after_end),
+        "events after the final event": repairs.get(AFTER_THE_END, 0),
         KNOWN_LATER: int((table.known_minutes_since_intime > 60 * end_hours).sum()),
         "stays with conflicting labels": int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum()),
         **split_counts(stays["patient_id"].to_numpy(), stays["admission_id"].to_numpy(), part),
@@ -6198,7 +6113,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     if metrics:
         log_metrics(metrics, f"Evaluation  of known outcome {judged.known.words()}")
     after = after_recalibration(judged.known, own) if metrics else None
-    unseen = unseen_in_training(checkpoint, table.take(np.flatnonzero(~seen | own.include_seen)))
+    unseen = unseen_in_training(checkpoint, table.take(~seen | own.include_seen))
     results.table("unseen_in_training.csv", unseen)
     if trajectories is not None:
         hidden = set() if own.include_seen else set(table.stays["patient_id"][seen])
@@ -6206,13 +6121,8 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     content = {
         "text_encoder": text_encoder,
         "checkpoint": settings.evaluate,
-        **origin_of(source.flow, source.repairs),
-        "seen_patients": {
-            "stays": int(seen.sum()),
-            "of": len(seen),
-            "included": own.include_seen,
-            "note": overlap,
-        },
+        **source.origin(),
+        "seen_patients": {"stays": int(seen.sum()), "of": len(seen), "included": own.include_seen, "note": overlap},
         "unknown_categories": unknown,
         "metrics": metrics or None,
         "metrics_after_recalibration": after,
@@ -6228,10 +6138,7 @@ def unseen_in_training(checkpoint: Checkpoint, table: StayTable) -> pd.DataFrame
     events = np.bincount(table.text, minlength=len(table.texts))
     is_new_text = ~np.isin(text_numbers(table.texts), checkpoint.state["training_texts"].cpu().numpy())
     frame = pd.DataFrame({"item": list(map(item_of, table.texts)), "events": events})
-    frame = frame.assign(
-        of_new_item=events * checkpoint.is_new_item(table.texts),
-        of_new_text=events * is_new_text,
-    )
+    frame = frame.assign(of_new_item=events * checkpoint.is_new_item(table.texts), of_new_text=events * is_new_text)
     return frame.groupby("item", as_index=False).sum().sort_values("of_new_text", ascending=False, kind="stable")
 
 
@@ -6264,22 +6171,14 @@ def settings_of_evaluation(trained: Settings, settings: Settings, text_encoder: 
         "data output_dir cache_dir hf_cache evaluate include_seen trajectory n_bootstrap first_stay_only "
         "memory_limit threads test_data no_test split resume"
     )
-    own = replace(
-        trained,
-        text_encoder=text_encoder,
-        **{name: getattr(settings, name) for name in given.split()},
-    )
+    own = replace(trained, text_encoder=text_encoder, **{name: getattr(settings, name) for name in given.split()})
     if not settings.data:
         return replace(own, data=trained.test_data or trained.data)
     if not settings.labels:
         return replace(own, labels="", history_hours=settings.history_hours)
     hours = settings.history_hours or trained.history_hours
-    return replace(
-        own,
-        labels=settings.labels,
-        history_hours=hours,
-        observation_hours=0.0,
-    )  # a label has its own time
+    # A label has its own time.
+    return replace(own, labels=settings.labels, history_hours=hours, observation_hours=0.0)
 
 
 def seen_patients(stays: pd.DataFrame, checkpoint: Checkpoint) -> np.ndarray:
@@ -6297,7 +6196,7 @@ def choose_unseen(scored: Scored, seen: np.ndarray, include: bool) -> tuple[Scor
         return scored, words
     words = f"{seen.sum()} stays of patients that the model was trained or tuned on are left out"
     logger.warning(f"Evaluation  {words} of figures and pictures; --include-seen judges by them, too")
-    return Scored(scored.stays[~seen].reset_index(drop=True), scored.probabilities[~seen]), words
+    return scored.take(~seen), words
 
 
 def log_unknown_categories(preprocessor: ClinicalDataPreprocessor, stays: pd.DataFrame) -> dict[str, int]:
@@ -6312,15 +6211,11 @@ def log_unknown_categories(preprocessor: ClinicalDataPreprocessor, stays: pd.Dat
     return unknown
 
 
-def score_trajectories(
-    table: StayTable,
-    settings: Settings,
-    score: Callable[[StayTable], np.ndarray],
-) -> pd.DataFrame:
+def score_trajectories(table: StayTable, settings: Settings, score: Callable[[StayTable], np.ndarray]) -> pd.DataFrame:
     """Return each stay's risk at several hours after admission, from what was known then; a stay leaves at its end."""
     rows = []
     for hour in trajectory_hours(settings.trajectory):
-        present = known_at(table.take(np.flatnonzero(stay_hours(table) > hour)), hour)
+        present = known_at(table.take(stay_hours(table) > hour), hour)
         if len(present.stays):
             frame = present.stays[["icu_stay_id", "patient_id"]]
             rows.append(frame.assign(hours_after_admission=hour, probability=score(present), label=present.labels))
@@ -6350,8 +6245,8 @@ def write_trajectories(
 
 
 def train_repeatedly(
-    cohort: Cohort,
-    splits: Sequence[Split],
+    source: Source,
+    data: Sequence[TrainingData],
     settings: Settings,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -6363,24 +6258,18 @@ def train_repeatedly(
     for number in numbers:
         logger.info(f"{unit.capitalize():11s} {number} of {len(numbers)}")
         folder = results.folder / f"{unit}_{number}"
-        own = replace(
-            settings,
-            output_dir=str(folder),
-            cross_validate=0,
-            seeds=1,
-            split=str(folder / "split.csv"),
-        )
+        own = replace(settings, output_dir=str(folder), cross_validate=0, seeds=1, split=str(folder / "split.csv"))
         if unit == "seed":
             own = replace(own, seed=settings.seed + number - 1, no_test=False)
-        split = splits[number - 1 if len(splits) > 1 else 0]
-        outcomes.append(train_and_report(cohort, split, own, accelerator))
+        outcomes.append(train_and_report(source, data[number - 1 if unit == "fold" else 0], own, accelerator))
     if not accelerator.is_main_process:
         return {}
-    return report_spread(cohort, outcomes, unit, results)
+    return report_spread(data[0].table, outcomes, unit, results)
 
 
-def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, results: Results) -> dict[str, Any]:
+def report_spread(table: StayTable, outcomes: Sequence[Outcome], unit: str, results: Results) -> dict[str, Any]:
     """Write and log the figures of each fold or seed, their mean and spread, and those of the pooled predictions."""
+    common = outcomes[0].content
     rows = []
     for outcome in outcomes:
         metrics = outcome.content["metrics"]
@@ -6391,17 +6280,17 @@ def report_spread(cohort: Cohort, outcomes: Sequence[Outcome], unit: str, result
     results.table(f"{unit}s.csv", pd.concat([spread, moments]).rename_axis(unit).reset_index())
     scored = pooled_predictions(outcomes, unit)
     what = "the test stays of all folds" if unit == "fold" else f"mean risk of {len(outcomes)} seeds"
-    caption = f"text encoder: {cohort.text_encoder} · {what}, {scored.words()}"
+    caption = f"text encoder: {common['text_encoder']} · {what}, {scored.words()}"
     pooled, tables = write_evaluation(results, scored, results.settings, caption)
     summary = {}
     for name, values in spread.items():
         summary[name] = {"mean": values.mean(), "sd": values.std(), f"{unit}s": values.tolist()}
     content = {
-        "text_encoder": cohort.text_encoder,
+        "text_encoder": common["text_encoder"],
         f"{unit}s": len(outcomes),
         "spread": summary,
         "pooled": pooled,
-        "tripod_ai": tripod_block(cohort, {}, tables),
+        "tripod_ai": tripod_block(table, common["cohort"], {}, tables),
         "settings": asdict(results.settings),
     }
     results.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
@@ -6419,9 +6308,7 @@ def pooled_predictions(outcomes: Sequence[Outcome], unit: str) -> Scored:
     risks = [part.probabilities for part in parts]
     if unit == "seed":
         return Scored(parts[0].stays, np.mean(risks, axis=0))
-    stays = []
-    for number, part in enumerate(parts, start=1):
-        stays.append(part.stays.assign(fold=number))
+    stays = [part.stays.assign(fold=number) for number, part in enumerate(parts, start=1)]
     return Scored(pd.concat(stays, ignore_index=True), np.concatenate(risks))
 
 
