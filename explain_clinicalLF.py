@@ -995,7 +995,7 @@ def stay_infidelity(
     How well their sums predict by how much the logit falls when a random tenth of the events becomes unremarkable, of
     those events that all scores know: where only the strongest are replaced one by one, the others say nothing of it.
     """
-    known = ~np.isnan(list(scores.values())).any(0)  # (L,)
+    known = ~np.isnan(np.array(list(scores.values()))).any(0)  # (L,)
     rng, n_known = np.random.default_rng(seed), known.sum()
     taken = rng.random((N_PERTURBATIONS, n_known)) < max(SHARE_PERTURBED, 1.5 / n_known)
     keep = np.ones((N_PERTURBATIONS + 1, len(known)), bool)
