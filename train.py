@@ -1526,8 +1526,8 @@ def _check_columns(con: DuckDBPyConnection, source: str, need_label: bool, stati
     missing += [name for name in EVENT_COLUMNS if name not in event_columns]
     if missing:
         raise InputError(
-            f"{source}: missing columns {', '.join(missing)}. query.sql yields them all; "
-            "the README's data table lists them."
+            f"{source}: missing columns {', '.join(missing)}. query.sql yields them all; the README's data table lists "
+            "them. A static column that --static-features leaves out may be missing."
         )
     for name in ("patient_id", "admission_id", "icu_stay_id"):
         if stay_columns[name] not in ("DOUBLE", "FLOAT"):
@@ -3492,6 +3492,10 @@ class ClinicalTransformer(nn.Module):
         return_attention: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logits (B, 1), and the dict that `forward` describes; the layers' weights are there on request alone."""
+        width = self.architecture["input_dim"]
+        if sequences.ndim != 3 or sequences.shape[2] != width:
+            shape = tuple(sequences.shape)
+            raise InputError(f"sequences of shape {shape}: give (B, L, {width}), a single stay with B = 1.")
         if attention_mask is None:
             attention_mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
         layout = layout_of_mask(attention_mask)
@@ -4966,7 +4970,10 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
             draw_mean_risk(mean, group, times, word, style, height=1.07 if label else 1.02)
     tidy(single, "", "predicted risk of death", legend="best")
     tidy(mean, "", "", legend="best")
-    titles = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the stays still there")
+    titles = (
+        f"Up to {n_individual} stays of each outcome",
+        "Mean and middle half of n stays: still there, with events",
+    )
     for axes, title in zip((single, mean), titles):
         axes.set_xlabel("hours after ICU admission (log scale)", fontsize=9)
         axes.set_title(title, fontsize=9, pad=24)
@@ -5375,6 +5382,10 @@ class Encoding(NamedTuple):
 
 def measure_encoding(texts: Sequence[str], settings: Settings, accelerator: Accelerator) -> Encoding:
     """Return what encoding takes, measured on a tenth of the new texts at most."""
+
+    def encode(some: Sequence[str]) -> None:
+        encoder._forward(0, encoder._tokenise(some))
+
     try:
         encoder = make_text_encoder(settings, accelerator)
         encoder.cache.refresh()
@@ -5382,13 +5393,16 @@ def measure_encoding(texts: Sequence[str], settings: Settings, accelerator: Acce
         missing = np.flatnonzero(encoder.cache.missing(text_keys(cleaned)))
         if not len(missing):
             return Encoding(0, encoder.dim)
-        some = [cleaned[number] for number in missing[:: max(10, len(missing) // 32)]]
         encoder._load()
     except EncoderUnreachable as error:  # a run stops at `embed_texts`
         if settings.dry_run:
             logger.warning(f"Encoder     WARNING: {error}")
         return Encoding(len(texts), 768, math.nan)
-    seconds = typical_seconds(lambda: encoder._forward(0, encoder._tokenise(some)))
+    for most in (32, 512):  # few texts overrate what a fast encoder takes: each batch has its fixed work
+        some = [cleaned[number] for number in missing[:: max(10, len(missing) // most)]]
+        seconds = typical_seconds(partial(encode, some))
+        if seconds > 0.5:
+            break
     return Encoding(
         len(missing),
         encoder.dim,

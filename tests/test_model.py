@@ -345,3 +345,10 @@ def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_thre
     assert variance[5:773].sum() == pytest.approx(0.75 * 774, rel=0.01) and variance.sum() == pytest.approx(
         774, rel=0.01
     )
+
+
+@pytest.mark.parametrize("shape", [(5, 19), (1, 5, 18)])
+def test_sequences_that_are_no_batch_of_this_width_are_refused_in_a_sentence(shape):
+    model = train.ClinicalTransformer(19, 3, d_model=8, n_layers=1, n_heads=2, d_feedforward=8, n_pooling_heads=2)
+    with pytest.raises(train.InputError, match=r"give \(B, L, 19\), a single stay with B = 1"):
+        model(torch.ones(shape), torch.zeros(1, 3))
