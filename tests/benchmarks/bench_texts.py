@@ -70,7 +70,10 @@ SAMPLE: Words = [
     ("    return as_charted(lab, in_steps)", "    return in_steps"),
     ("lab_delay(rng, n), values", "lab_delay(rng, n), as_charted(lab, values)"),  # the truth stays today's
     ("rounded(minutes, -first_digit(minutes)) if minutes > 60 else minutes", "minutes"),
-    ('        f"Comment:', '        f"Priority: {"STAT" if lab.category == GAS else "ROUTINE"}",\n        f"Comment:'),
+    (
+        '        f"Comment:',
+        '        "Priority: " + ("STAT" if lab.category == GAS else "ROUTINE"),\n        f"Comment:',
+    ),
     ('"Value: ART."', '"Value: ART. | Priority: STAT"'),
     ("written = rounded(rate, 1 - first_digit(rate))", "written, amount = rate, rate * minutes / 60"),
     ("| Rate: {written:.6g}", "| Amount: {amount:g} {unit} | Rate: {written}"),
