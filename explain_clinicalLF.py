@@ -1399,12 +1399,13 @@ def _outcome(label: float) -> str:
 
 
 def _signed(value: float) -> str:
-    """Return `+0.31`, `−0.31` or, where it is small, `+0.004`; a dash where there is no number."""
+    """Return `+0.31`, `−0.31` or, where it is small, `+0.031`, `+0.0031`; a dash where there is no number."""
     if pd.isna(value):
         return "–"
     if abs(value) < 0.0005:
         return "0"
-    return f"{value:+.{2 if abs(value) >= 0.1 else 3}f}".replace("-", "−")
+    digits = 2 + int(abs(value) < 0.1) + int(abs(value) < 0.01)
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _replaced_in_words(events: pd.DataFrame) -> str:
@@ -3057,10 +3058,11 @@ def _draw_item_importance(tables: Tables, caption: str) -> Figure:
             linewidths=0,
         )
     tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
+    _ticks(axes, 6)
     names, rho = [], []
     for item in items.itertuples():
         names.append(("(!) " if item.tells_outcome else "") + _for_plot(item.item, 40, _cut))
-        rho.append("" if math.isnan(item.rho) else f"{_signed(item.rho)} ({item.n_values})")
+        rho.append("" if math.isnan(item.rho) else f"{item.rho:+.2f} ({item.n_values})".replace("-", "−"))
     _rows(axes, names, rho)
     axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
     colors = ScalarMappable(norm, "viridis")
@@ -3248,7 +3250,7 @@ def _draw_layer_agreement(subfigure: Any, layers: pd.DataFrame) -> None:
     _error_dots(axes, _means_by(found, "layer", "correlation").reindex(names), at, "black")
     n_stays = _count(layers["icu_stay_id"].nunique(), "stay")
     gap = layers["gap_error"].abs().max()
-    title = f"Agreement with {names[0].replace('_', ' ')}; the sums miss at most {gap:.2f} logit"
+    title = f"Agreement with {names[0].replace('_', ' ')}; the sums miss at most {gap:.2g} logit"
     tidy(
         axes,
         f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval",
@@ -3349,7 +3351,11 @@ def _draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     curves = with_one_random_order(tables["curves"])
     n_stays = _count(curves["icu_stay_id"].nunique(), "stay")
     question = "Do the events that an explanation ranks first move the prediction most?"
-    figure = _page(question, f"{caption} · measured on {n_stays}", 3.4)
+    checked = tables["events"]["icu_stay_id"].isin(curves["icu_stay_id"])
+    replaced = _replaced_in_words(tables["events"][checked])
+    if replaced:
+        replaced += ", the others count as 0"
+    figure = _page(question, f"{caption} · measured on {n_stays}{replaced}", 3.4)
     (body,) = _bands(figure, [1])
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
     verbs = {"deletion": "made unremarkable", "insertion": "given back to a stay that says nothing"}

@@ -101,7 +101,6 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -3254,6 +3253,8 @@ def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, layout: Layou
     One variable-length kernel for the batch where there is one, else a fused call per run of stays of equal length.
     """
     if has_variable_length_kernel(query):
+        from torch.nn.attention.varlen import varlen_attn  # here: it brings a compiler, two seconds of every start
+
         longest = max(layout.lengths)
         of_all = varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
         return cast(Tensor, of_all)  # without the auxiliary output, which nobody asked for
