@@ -416,11 +416,7 @@ def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = ClinicalTransformer(**model.architecture)
-    fresh.set_input_statistics(
-        model.event_mean.cpu(),
-        model.event_scale.cpu(),
-        model.static_weight.cpu(),
-    )
+    fresh.load_state_dict(dict(model.named_buffers()), strict=False)
     return fresh.to(device).eval()
 
 

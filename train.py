@@ -3361,11 +3361,12 @@ class ItemHistoryProjection(nn.Module):
     """Projects events with their history: what their numbers say depends on the text, as a low-rank product of the two.
 
     Quantiles enter in eight soft steps (piecewise linear encoding, Gorishniy et al. 2022, arXiv 2203.05556): an item's
-    low and high values can then both be bad. The text stands for the item and learns slowly: its 768 numbers move all
-    at once, so that a step of Adam would carry it hundreds of times as far as one number, and learn stays by heart.
+    low and high values can then both be bad. The text stands for the item. Texts of any encoder look much alike, so its
+    columns are whitened over the items of training (as sentence vectors are, Su et al. 2021, arXiv 2103.15316).
     """
 
-    n_steps, slowness = 8, 100.0
+    n_steps = 8
+    item_axes: Tensor  # (5 + E, 5 + E), one axis a row
 
     def __init__(self, n_plain: int, d_model: int) -> None:
         super().__init__()
@@ -3375,8 +3376,25 @@ class ItemHistoryProjection(nn.Module):
         self.text, self.numbers = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model, bias=False)
         self.text_factor, self.number_factor = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model)
         self.product = nn.Linear(d_model, d_model, bias=False)
-        for linear in (self.text, self.text_factor):
-            linear.weight.data *= self.slowness
+        self.register_buffer("item_axes", torch.eye(n_plain - 1))
+
+    def whiten(self, items: Tensor) -> None:
+        """Take over the directions in which items (K, 5 + E), each once and normalised, differ, and how far."""
+        centred = (items - items.mean(0)).double()
+        variances, axes = torch.linalg.eigh(centred.T @ centred / len(items))
+        largest = variances.max()
+        is_known = variances > 1e-6 * largest  # in all others, items of training do not differ
+        spread = (variances[is_known] + 1e-3 * largest).sqrt()
+        self.item_axes.zero_()
+        self.item_axes[: len(spread)] = (axes[:, is_known] / spread).T
+
+    def of_item(self, projection: nn.Linear, text: Tensor) -> Tensor:
+        """Project text (N, 5 + E) -> (N, D) by its whitened columns; in fp32, since whitening makes rounding loud.
+
+        The axes join the weights, of which there are fewer than events.
+        """
+        with full_precision(text):
+            return F.linear(text.float(), projection.weight @ self.item_axes, projection.bias)
 
     @property
     def bias(self) -> nn.Parameter:
@@ -3390,9 +3408,8 @@ class ItemHistoryProjection(nn.Module):
         steps = ((quantiles.unsqueeze(2) + 1) * self.n_steps / 2 - edges).clamp(0, 1) - 0.5  # (N, 6, 8)
         has_value = others[:, :1]
         numbers = torch.cat([steps.flatten(1) * has_value, others, time_to_end], dim=1)  # (N, 52)
-        text = text / self.slowness
-        product = self.product(self.text_factor(text) * self.number_factor(numbers))
-        return self.text(text) + self.numbers(numbers) + product
+        product = self.product(self.of_item(self.text_factor, text) * self.number_factor(numbers))
+        return self.of_item(self.text, text) + self.numbers(numbers) + product
 
 
 class ClinicalTransformer(nn.Module):
@@ -3460,11 +3477,22 @@ class ClinicalTransformer(nn.Module):
             nn.Linear(128, 1),
         )
 
-    def set_input_statistics(self, mean: Tensor, scale: Tensor, static_weight: Tensor) -> None:
-        """Set mean and spread of the events' columns before their history, and the factor of each static column (S)."""
+    def set_input_statistics(
+        self,
+        mean: Tensor,
+        scale: Tensor,
+        static_weight: Tensor,
+        items: Tensor | None = None,
+    ) -> None:
+        """Set mean and spread of the events' columns before their history, and the factor of each static column (S).
+
+        A model with item history needs the training events' `items (K, 5 + E)`, type and text of each.
+        """
         self.event_mean[: self.n_plain] = mean
         self.event_scale[: self.n_plain] = scale
         self.static_weight.copy_(static_weight)
+        if isinstance(self.input_projection, ItemHistoryProjection) and items is not None:
+            self.input_projection.whiten((items - mean[:-1]) / scale[:-1])
 
     def forward(
         self,
@@ -3747,6 +3775,15 @@ def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
     return mean.float(), (scale[: len(share)] / (share * len(share)).sqrt()).float()
 
 
+def items_of_events(dataset: ClinicalSequenceDataset) -> Tensor:
+    """Return (K, 5 + E) type and text of each item among the events: texts that differ by their number are one."""
+    used, first_event = np.unique(dataset.table.text, return_index=True)
+    items = pd.Series(dataset.table.texts[used]).map(without_value)
+    events = first_event[~items.duplicated()]
+    rows = torch.from_numpy(events).to(dataset.device)
+    return dataset.events(rows)[:, : -1 - dataset.n_history].cpu()
+
+
 def weighted_sums(rows: Tensor, counts: Tensor) -> Tensor:
     """(n, C) rows, each of which counts so many times -> (2, C) float64: their sum and the sum of their squares."""
     sums = torch.zeros(2, rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -3829,7 +3866,8 @@ class Trainer:
         mean, scale = input_statistics(self.train_set)
         is_number = [category is None for _, category in self.preprocessor.static_names]
         static_weight = torch.where(torch.tensor(is_number), NUMBER_WEIGHT, 1.0)  # (S,)
-        model.set_input_statistics(mean[: len(scale)], scale, static_weight)
+        items = items_of_events(self.train_set) if self.train_set.n_history else None
+        model.set_input_statistics(mean[: len(scale)], scale, static_weight, items)
         self.baseline = {"event": mean, "static": self.train_set.static.mean(0).cpu()}
         return model
 

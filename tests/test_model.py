@@ -352,3 +352,23 @@ def test_sequences_that_are_no_batch_of_this_width_are_refused_in_a_sentence(sha
     model = train.ClinicalTransformer(19, 3, d_model=8, n_layers=1, n_heads=2, d_feedforward=8, n_pooling_heads=2)
     with pytest.raises(train.InputError, match=r"give \(B, L, 19\), a single stay with B = 1"):
         model(torch.ones(shape), torch.zeros(1, 3))
+
+
+def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
+    n_items, n_columns = 40, 30
+    items = torch.randn(n_items, 3) * torch.tensor([1.0, 2.0, 5.0]) @ torch.randn(3, n_columns)  # vary in 3 directions
+    projection = train.ItemHistoryProjection(n_columns + 1, 8)
+    projection.whiten(items)
+    identity = torch.nn.Linear(n_columns, n_columns)
+    identity.weight.data, identity.bias.data = torch.eye(n_columns), torch.zeros(n_columns)
+    whitened = projection.of_item(identity, items)
+    covariance = torch.cov(whitened.T, correction=0)
+    expected = torch.diag((torch.arange(n_columns) < 3).float())
+    assert torch.allclose(covariance, expected, atol=0.03)
+
+
+def test_items_of_events_are_their_texts_without_numbers(dataset):
+    items = train.items_of_events(dataset)
+    used = np.unique(dataset.table.text)
+    assert len(items) == len({train.without_value(text) for text in dataset.table.texts[used]})
+    assert items.shape[1] == dataset.input_dim - 1 and (items[:, :5].sum(1) == 1).all()
