@@ -370,21 +370,23 @@ class _ReducedMaps(list):
 @torch.no_grad()
 def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Attention:
     """Return the attention of the pass over one stay, (1, L, C) and (1, S); the layers' of its last 3,000 events."""
-    is_event = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
+    pooled = model.score(sequence, static)[1]
+    pooling, events = pooled["pooling_weights"][0, :, 0], pooled["transformer_output"][0]  # (Hp, L), (L, D)
+    recent = max(0, len(events) - MAX_MAP_EVENTS)
+    is_event = torch.ones(1, len(events) - recent, dtype=torch.bool, device=sequence.device)
     layers = _ReducedMaps()
-    recent = max(0, sequence.shape[1] - MAX_MAP_EVENTS)
-    events = model.encode(sequence, is_event, None if recent else layers)  # (L, D)
-    if recent:
-        model.encode(sequence[:, recent:], is_event[:, recent:], layers)
-    query = model.query_vector.expand(1, -1, -1)
-    pooling = model.attention_pooling(query, events.unsqueeze(0), is_event)[1][0, :, 0]  # (Hp, L)
-    received, maps, means = zip(*layers)
-    rollout = attention_rollout(list(means), pooling.mean(0)[recent:])
+    model.encode(sequence[:, recent:], is_event, layers)
+    n_heads, n_bins = model.architecture["n_heads"], min(is_event.shape[1], MAX_MAP_BINS)
+    received, maps = pooling.new_zeros(0, n_heads, is_event.shape[1]), pooling.new_zeros(0, n_heads, n_bins, n_bins)
+    for of_events, binned, _ in layers:
+        received = torch.cat([received, of_events[None]])
+        maps = torch.cat([maps, binned[None]])
+    rollout = attention_rollout([mean for _, _, mean in layers], pooling.mean(0)[recent:])
     pad = lambda x, value: F.pad(x, (recent, 0), value=value).cpu().numpy()
     return Attention(
         pooling.cpu().numpy(),
-        pad(torch.stack(received), math.nan),
-        torch.stack(maps).cpu().numpy(),
+        pad(received, math.nan),
+        maps.cpu().numpy(),
         pad(rollout, math.nan),
         query_key_scores(model, events).cpu().numpy(),
     )
@@ -2352,9 +2354,11 @@ def use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> Finding:
     return Finding("time", words, None, found["value"], found["low"], found["high"])
 
 
-def use_of_layer_attention(moved: np.ndarray) -> Finding:
-    """Say what the layers' attention is worth, from (stays,) moves of the logit without it."""
+def use_of_layer_attention(moved: np.ndarray, n_layers: int) -> Finding:
+    """Say what the attention of so many layers is worth, from (stays,) moves of the logit without it."""
     mean = float(moved.mean())
+    if not n_layers:
+        return Finding("layer attention", "The model has no layers: events meet in the pooling alone.", None, 0.0)
     words = f"Without the layers' attention, a stay's logit moves by {mean:.2f} on average"
     words += "." if mean > FLOOR else ": its maps say next to nothing about the predictions."
     return Finding("layer attention", words, None, mean)
@@ -2436,7 +2440,10 @@ def explain(
     )
     completeness = completeness_criterion(tables["stays"], settings)
     tables["faithfulness"] = pd.DataFrame([completeness, *criteria])
-    more = [use_of_time(tables["stays"], settings), use_of_layer_attention(of_layers)]
+    more = [
+        use_of_time(tables["stays"], settings),
+        use_of_layer_attention(of_layers, len(run.checkpoint.model.transformer_encoder)),
+    ]
     if settings.quick:
         more.append(Finding("quick", QUICK_LOOK))
     tables["verdict"] = pd.concat(
@@ -3392,12 +3399,14 @@ def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
 
 
 def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
-    """Draw all pictures, by file name without .png; `deletion_insertion` only where stays were checked.
+    """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any.
 
     >>> draw_figures(tables)["item_importance"].savefig("items.png")  # doctest: +SKIP
     """
-    checked = len(tables.get("curves", ())) > 0
-    return {name: draw_figure(name, tables, caption) for name in FIGURES if checked or name != "deletion_insertion"}
+    left_out = set() if len(tables.get("curves", ())) else {"deletion_insertion"}
+    if not len(tables["attention"]["layer_maps"]):
+        left_out |= {"layer_attention_weights", "captum_layer_attributions"}
+    return {name: draw_figure(name, tables, caption) for name in FIGURES if name not in left_out}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -192,7 +192,11 @@ class Settings:
     first_stay_only: bool = option(False, "Keep only the first ICU stay of each patient.")
 
     d_model: int = option(256, "Width of the transformer.", low=1)
-    n_layers: int = option(4, "Transformer layers.", low=1)
+    n_layers: int = option(
+        -1,
+        "Transformer layers; -1: 4, but none with --item-history, where they cost accuracy on real stays.",
+        low=-1,
+    )
     n_heads: int = option(8, "Attention heads of each layer.", low=1)
     d_feedforward: int = option(512, "Width of the feed-forward part of each layer.", low=1)
     n_pooling_heads: int = option(4, "Attention heads that pool the events.", low=1)
@@ -393,7 +397,7 @@ def flag(name: str) -> str:
 
 
 def check_settings(settings: Settings) -> Settings:
-    """Fill in the static features of the mode and refuse settings that contradict each other (`InputError`)."""
+    """Fill in static features and layers, and refuse settings that contradict each other (`InputError`)."""
     check_limits(settings)
     hidden = KNOWN_ONLY_LATER if settings.prospective else ()
     chosen = settings.static_features or [name for name in DEFAULT_STATIC_FEATURES if name not in hidden]
@@ -444,7 +448,8 @@ def check_settings(settings: Settings) -> Settings:
             raise InputError(message)
     trajectory_hours(settings.trajectory)
     data = settings.data or ("" if settings.evaluate else SAMPLE.name)
-    return replace(settings, data=data, static_features=list(chosen))
+    n_layers = (0 if settings.item_history else 4) if settings.n_layers < 0 else settings.n_layers
+    return replace(settings, data=data, static_features=list(chosen), n_layers=n_layers)
 
 
 def trajectory_hours(text: str) -> list[float]:
@@ -4137,7 +4142,9 @@ def save_attention_weights(
     """
     arrays = {name: value for name, value in attention_weights.items() if name != "transformer_output"}
     maps = [binned(torch.as_tensor(weights).float()) for weights in arrays["layer_attention_weights"]]
-    arrays["layer_attention_weights"] = torch.stack(maps).half()  # (n_layers, B, H, bins, bins)
+    arrays["layer_attention_weights"] = (
+        torch.stack(maps).half() if maps else torch.zeros(0)
+    )  # (n_layers, B, H, bins, bins)
     arrays = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in arrays.items()}
 
     def write(path: Path) -> None:
@@ -4944,28 +4951,29 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
 
 
 def plot_attention_heatmap(
-    layer_maps: ArrayLike,
+    layer_maps: Sequence[np.ndarray],
     pooling: ArrayLike,
     hours: ArrayLike,
     title: str,
     caption: str = "",
     hours_label: str = "hours after ICU admission",
 ) -> Figure:
-    """Draw self-attention of every layer (layers, bins, bins) over pooling weights (heads, n) of one stay's n events.
+    """Draw self-attention of each layer (bins, bins) over pooling weights (heads, n) of one stay's n events.
 
     Weights are shown as multiples of 1/n, the share that each event has where attention is even. A map's rows look, its
     columns are looked at; hours (n,) are the events' times, first event first.
     """
     weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
     n_events = weights.shape[1]
-    shares = n_events * np.asarray(layer_maps, dtype=float)
-    figure = new_figure(title, caption, height=4.6)
-    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.2, 1])[:, 0]
-    panels = np.atleast_1d(upper.subplots(1, len(shares), sharey=True))
-    draw_shares(upper, panels, shares, extent=(0, 100, 100, 0))
-    for layer, axes in enumerate(panels, start=1):
-        looks = "event that looks, % of stay" if layer == 1 else ""
-        tidy(axes, "event looked at, %", looks, f"layer {layer}")
+    figure = new_figure(title, caption, height=4.6 if len(layer_maps) else 2.5)
+    heights = [1.2, 1] if len(layer_maps) else [1]
+    *upper, lower = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part in upper:  # none where the model has no layers
+        panels = np.atleast_1d(part.subplots(1, len(layer_maps), sharey=True))
+        draw_shares(part, panels, n_events * np.asarray(layer_maps, dtype=float), extent=(0, 100, 100, 0))
+        for layer, axes in enumerate(panels, start=1):
+            looks = "event that looks, % of stay" if layer == 1 else ""
+            tidy(axes, "event looked at, %", looks, f"layer {layer}")
     per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
@@ -5630,7 +5638,7 @@ class Outcome(NamedTuple):
 def draw_attention(path: Path, settings: Settings, text_encoder: str) -> Path:
     """Draw a file of `save_attention_weights` as a heatmap of the same name in plots/."""
     record = load_attention_weights(path)
-    layer_maps = np.stack(record["layer_attention_weights"])[:, 0].mean(1)  # (n_layers, bins, bins)
+    layer_maps = [weights[0].mean(0) for weights in record["layer_attention_weights"]]  # (bins, bins) each
     figure = plot_attention_heatmap(
         layer_maps,
         record["pooling_weights"][0, :, 0],  # (heads, L)

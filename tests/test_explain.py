@@ -114,6 +114,20 @@ def test_retry_takes_more_steps_where_it_does_not_add_up(stay):
     assert again.n_steps[0] in (8, 32) and again.complete[0] and abs(again.gap_errors[0]) < abs(once.gap_errors[0])
 
 
+@pytest.mark.parametrize("n_layers", [0, 2])
+def test_attention_is_that_of_the_models_own_pass_also_where_it_prefers_the_latest(n_layers):
+    n_history = len(train.HISTORY)
+    sizes = {"d_model": 16, "n_heads": 2, "d_feedforward": 32, "n_pooling_heads": 2, "n_history": n_history}
+    model = train.ClinicalTransformer(INPUT_DIM + n_history, STATIC_DIM, n_layers=n_layers, **sizes).eval()
+    sequence, static = torch.randn(1, 9, INPUT_DIM + n_history), torch.randn(1, STATIC_DIM)
+    sequence[..., -1] = torch.arange(9) % 3 == 0  # is_latest
+    found = explain.attend(model, sequence, static)
+    own = model(sequence, static, return_attention=True)[1]["pooling_weights"][0, :, 0].detach().numpy()
+    assert np.allclose(found.pooling, own, atol=1e-6) and found.pooling[:, ::3].sum() > 1.9  # of 2 heads
+    assert found.maps.shape == (n_layers, 2, 9, 9)
+    assert found.rollout.sum() == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("item_history, width", [(False, 774), (True, 783)])
 def test_event_parts_cover_every_input_once(item_history, width):
     parts = explain.event_parts(width, item_history)
