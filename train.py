@@ -194,7 +194,7 @@ class Settings:
     d_model: int = option(256, "Width of the transformer.", low=1)
     n_layers: int = option(
         -1,
-        "Transformer layers; -1: 4, but none with --item-history, where they cost accuracy on real stays.",
+        "Transformer layers; -1: 4, but none with --item-history, beside which they add nothing on real stays.",
         low=-1,
     )
     n_heads: int = option(8, "Attention heads of each layer.", low=1)
