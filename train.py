@@ -192,11 +192,7 @@ class Settings:
     first_stay_only: bool = option(False, "Keep only the first ICU stay of each patient.")
 
     d_model: int = option(256, "Width of the transformer.", low=1)
-    n_layers: int = option(
-        -1,
-        "Transformer layers; -1: 4, but none with --item-history, beside which they add nothing on real stays.",
-        low=-1,
-    )
+    n_layers: int = option(4, "Transformer layers; with 0 events meet in the pooling alone.", low=0)
     n_heads: int = option(8, "Attention heads of each layer.", low=1)
     d_feedforward: int = option(512, "Width of the feed-forward part of each layer.", low=1)
     n_pooling_heads: int = option(4, "Attention heads that pool the events.", low=1)
@@ -397,7 +393,7 @@ def flag(name: str) -> str:
 
 
 def check_settings(settings: Settings) -> Settings:
-    """Fill in static features and layers, and refuse settings that contradict each other (`InputError`)."""
+    """Fill in the static features of the mode and refuse settings that contradict each other (`InputError`)."""
     check_limits(settings)
     hidden = KNOWN_ONLY_LATER if settings.prospective else ()
     chosen = settings.static_features or [name for name in DEFAULT_STATIC_FEATURES if name not in hidden]
@@ -448,8 +444,7 @@ def check_settings(settings: Settings) -> Settings:
             raise InputError(message)
     trajectory_hours(settings.trajectory)
     data = settings.data or ("" if settings.evaluate else SAMPLE.name)
-    n_layers = (0 if settings.item_history else 4) if settings.n_layers < 0 else settings.n_layers
-    return replace(settings, data=data, static_features=list(chosen), n_layers=n_layers)
+    return replace(settings, data=data, static_features=list(chosen))
 
 
 def trajectory_hours(text: str) -> list[float]:

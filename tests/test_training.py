@@ -161,16 +161,10 @@ def test_audit_alone_names_discharge_location(data, tmp_path):
     assert audit.flagged["discharge_location"] and not audit.flagged["patient_age"]
 
 
-@pytest.mark.parametrize("given, item_history, n_layers", [(-1, False, 4), (-1, True, 0), (2, True, 2), (0, False, 0)])
-def test_layers_are_four_and_none_with_item_history_unless_given(given, item_history, n_layers):
-    settings = train.Settings(n_layers=given, item_history=item_history)
-    assert train.check_settings(settings).n_layers == n_layers
-
-
 def test_item_history_temperature_scaling_and_an_encoder_of_another_size_train_and_evaluate(
     tiny_longformer, finished, tmp_path
 ):
-    data, options = finished / "data.csv", ["--item-history", "--temperature-scaling", "--n-layers", -1]
+    data, options = finished / "data.csv", ["--item-history", "--temperature-scaling", "--n-layers", 0]
     assert train.main(arguments(tmp_path, data, *options, encoder=tiny_longformer)) == 0
     checkpoint = train.load_checkpoint(best_model(tmp_path))
     assert checkpoint.model.architecture["input_dim"] == 5 + 32 + 1 + len(train.HISTORY)

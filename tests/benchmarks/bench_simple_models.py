@@ -196,7 +196,7 @@ def with_times_shuffled(data: Data) -> np.ndarray:
 def with_item_history(data: Data) -> np.ndarray:
     """The flag as train.py has it: texts are encoded without the number that the history holds."""
     vectors = hashing_vectors(data.table, item_history=True)
-    return ours(data._replace(vectors=vectors, settings=replace(data.settings, item_history=True, n_layers=0)))
+    return ours(data._replace(vectors=vectors, settings=replace(data.settings, item_history=True)))
 
 
 MODELS = {
