@@ -1529,9 +1529,19 @@ def real_events(attention_weights: dict[str, Any]) -> list[np.ndarray]:
     return [np.flatnonzero(row) for row in used]
 
 
-def _weights_and_events(attention_weights: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _weights_and_events(
+    attention_weights: dict[str, Any],
+    record: Stay | None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return, for each stay of a pass, its (Hp, L) pooling weights and the positions of its real events."""
-    return list(zip(_pooling_weights(attention_weights), real_events(attention_weights)))
+    events = real_events(attention_weights)
+    for positions in events:
+        if record is not None and len(positions) != len(record.events):
+            raise InputError(
+                f"the pass is over a stay of {len(positions)} events, the record is of one of {len(record.events)}: "
+                "give the record of the stay that the model read."
+            )
+    return list(zip(_pooling_weights(attention_weights), events))
 
 
 def _described(record: Stay | None, position: int) -> dict[str, Any]:
@@ -1559,7 +1569,7 @@ def analyze_critical_time_periods(
     [0, 2]
     """
     rows = []
-    for stay, (weights, events) in enumerate(_weights_and_events(attention_weights)):
+    for stay, (weights, events) in enumerate(_weights_and_events(attention_weights, record)):
         least = threshold / len(events) if relative else threshold
         for head, position in np.argwhere(weights > least):
             weight = float(weights[head, position])
@@ -1600,7 +1610,7 @@ def analyze_feature_importance_over_time(
     [0, 2]
     """
     rows = []
-    for stay, (weights, events) in enumerate(_weights_and_events(attention_weights)):
+    for stay, (weights, events) in enumerate(_weights_and_events(attention_weights, record)):
         parts = np.arange(len(events)) * n_windows // max(1, len(events)) + 1
         if record is not None:
             parts = clock_window(record.events["hours_to_end"].to_numpy())
@@ -1681,8 +1691,9 @@ def analyze_temporal_feature_attribution(
             "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
         )
     events = feature_mapping.events
-    inside = real_events(attention_weights)[0]
-    weights = _pooling_weights(attention_weights)[0][:, inside].T  # (L, Hp)
+    first = {"pooling_weights": attention_weights["pooling_weights"][:1]}
+    pooling, inside = _weights_and_events(first, feature_mapping)[0]
+    weights = pooling[:, inside].T  # (L, Hp)
     table = pd.DataFrame(
         weights,
         columns=[f"attention_head_{head}" for head in range(1, weights.shape[1] + 1)],
@@ -2839,7 +2850,7 @@ def _draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     question = "Which events, and which part of the stay, does each pooling head weigh?"
     figure = _page(question, caption, len(pooling) + 3.4)
     upper, lower = _bands(figure, [len(pooling), 2.0])
-    title = "weight of every event, times an even share; its three heaviest named"
+    title = "weight of every event, times an even share; its three heaviest are dark"
     upper.suptitle(f"Stay {attention['icu_stay_id']}: {title}", fontsize=9)
     rows = [(f"head {head}", weights * len(hours), False) for head, weights in enumerate(pooling, 1)]
     _stems(upper, rows, hours, attention["texts"])
@@ -3976,6 +3987,10 @@ def run_explainability_analysis(
     """
     if not logger.handlers and ("ipykernel" in sys.modules or not logging.root.handlers):  # nobody would see the log
         train.log_to_stdout()
+    if not isinstance(checkpoint_path, str | os.PathLike):
+        raise InputError(
+            f"the checkpoint is the path of a best_model.pth, not a {type(checkpoint_path).__name__}; data come second."
+        )
     is_frame = isinstance(test_data_path, pd.DataFrame)
     folder = train.run_folder(checkpoint_path) / "explainability" if save_dir == "" else save_dir
     try:

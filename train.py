@@ -5343,19 +5343,33 @@ def describe_plan(
     scored = lengths[split.validation].sum() / lengths[split.train].sum() / 3  # without a backward pass
     epoch = (1 + scored) * measure_epoch(lengths[split.train], dim, settings, accelerator)
     n_trainings = max(len(splits), settings.seeds)
-    total = encoding.seconds + n_trainings * settings.max_epochs * epoch
+    left = epochs_left(settings, n_trainings)
+    total = encoding.seconds + left * epoch
     again = f"{n_trainings} times " if n_trainings > 1 else ""
+    length = f"{again}at most {settings.max_epochs}"
+    if left < n_trainings * settings.max_epochs:
+        length = f"at most {left} more"
     duration = f", {words_of(encoding.seconds)}" if encoding.n_new else ""
     logger.info(
         f"Plan        read, done in {words_of(seconds_read)}; encode {encoding.n_new:,} of {len(texts):,} texts with "
         f"{settings.text_encoder}{duration};\n"
-        f"            train {again}at most {settings.max_epochs} epochs, each {words_of(epoch)}; "
+        f"            train {length} epochs, each {words_of(epoch)}; "
         f"in all {words_of(total)} at the speed of just now;\n"
         "            then figures and pictures, some seconds"
     )
     describe_needs(table, lengths[split.train], encoding, settings, accelerator.device)
     if settings.dry_run:
         logger.info("Dry run     nothing was encoded or trained")
+
+
+def epochs_left(settings: Settings, n_trainings: int) -> int:
+    """Return how many epochs a run's trainings have to go at most; where one goes on, its history says what is done."""
+    done = 0
+    if settings.resume:
+        unit = "fold" if settings.cross_validate else "seed"
+        histories = "history.csv" if n_trainings == 1 else f"{unit}_*/history.csv"
+        done = sum(len(pd.read_csv(path)) for path in Path(settings.output_dir).glob(histories))
+    return max(0, n_trainings * settings.max_epochs - done)
 
 
 WORKSPACE = 3e8  # bytes that torch and the drawing take besides, as measured on the sample and on the demo

@@ -411,6 +411,20 @@ def test_critical_time_periods_carry_hours_and_text_of_a_stay(attention, describ
     assert [(row["hours_to_end"], row["event_text"]) for row in rows] == [(30, "a"), (1, "d")]
 
 
+@pytest.mark.parametrize(
+    "analyse",
+    [
+        lambda weights, stay: explain.analyze_critical_time_periods(weights, 0.1, stay),
+        explain.analyze_feature_importance_over_time,
+        explain.analyze_temporal_feature_attribution,
+    ],
+)
+def test_record_of_another_stay_than_that_of_the_pass_is_refused_in_a_sentence(analyse, attention, described):
+    other = described._replace(events=described.events[:3])
+    with pytest.raises(train.InputError, match="over a stay of 4 events, the record is of one of 3: give"):
+        analyse(attention, other)
+
+
 def test_feature_importance_over_time_leaves_padding_out(attention):
     table = pd.DataFrame(explain.analyze_feature_importance_over_time(attention, n_windows=2, top=1))
     assert table[(table["stay"] == 1) & (table["head"] == 1)]["position"].tolist() == [0, 1]

@@ -43,6 +43,12 @@ def test_data_frame_of_other_patients_is_explained_and_named_as_other_data(sampl
     assert len(other.stays) == 3 and "these are other data" in caplog.text and "<table" in other._repr_html_()
 
 
+@pytest.mark.parametrize("given", [pd.DataFrame({"a": [1]}), None, {}])
+def test_what_is_no_path_given_as_checkpoint_is_refused_in_a_sentence(given):
+    with pytest.raises(train.InputError, match=f"path of a best_model.pth, not a {type(given).__name__}"):
+        explain.run_explainability_analysis(given)
+
+
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path):
     pytest.importorskip("nbclient")

@@ -193,6 +193,18 @@ def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, 
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
+def test_plan_of_a_resumed_run_counts_the_epochs_that_are_left(tmp_path):
+    def left(n_trainings, **more):
+        return train.epochs_left(train.Settings(output_dir=str(tmp_path), max_epochs=5, **more), n_trainings)
+
+    for folder in (tmp_path, tmp_path / "fold_1", tmp_path / "fold_2"):
+        folder.mkdir(exist_ok=True)
+        (folder / "history.csv").write_text("epoch,train_loss\n1,0.5\n2,0.4\n")
+    assert left(1) == 5 and left(1, resume=True) == 3
+    assert left(3, cross_validate=3) == 15 and left(3, cross_validate=3, resume=True) == 11
+    assert left(3, seeds=3, resume=True) == 15
+
+
 def test_plan_of_the_sample_without_network_is_that_of_hashing(finished, tmp_path, capfd, monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no network")
