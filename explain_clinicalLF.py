@@ -2929,8 +2929,7 @@ def _draw_windows(subfigure: Any, events: pd.DataFrame) -> None:
     axes.set_xticks(position, words)
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
-    title = f"Mean of {_count(len(reach), 'stay')}, 95 % interval over patients; sizes of pushes"
-    title += _replaced_in_words(events)
+    title = f"Mean of {_count(len(reach), 'stay')} and its 95 % interval; sizes of pushes{_replaced_in_words(events)}"
     tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
 
 
@@ -3096,11 +3095,9 @@ def _draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
     for axes, head in zip(panels, heads):
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
         _error_dots(axes, rows, np.arange(len(kinds)), BLUE)
-        axes.axvline(0, color="black", linewidth=0.7)
+        _rows(axes, [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows["n_events"])])
         tidy(axes, "", "", f"head {head}")
         _ticks(axes, 3)
-    names = [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows["n_events"])]
-    _rows(panels[0], names)
     label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
     panels[len(panels) // 2].set_xlabel(label, fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
     return figure
@@ -3372,7 +3369,7 @@ def _draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     figure = _page(question, f"{caption} · measured on {n_stays}{replaced}", 3.4)
     (body,) = _bands(figure, [1])
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
-    verbs = {"deletion": "made unremarkable", "insertion": "given back to a stay that says nothing"}
+    verbs = {"deletion": "made unremarkable", "insertion": "given to a stay that says nothing"}
     for axes, (direction, verb) in zip(body.subplots(1, 2), verbs.items()):
         for order, style in ORDER_STYLES.items():
             line = means[direction, order]

@@ -5014,7 +5014,7 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
     tidy(mean, "", "", legend="best")
     titles = (
         f"Up to {n_individual} stays of each outcome",
-        "Mean and middle half of n stays: still there, with events",
+        "Mean and middle half of the n stays still there",
     )
     for axes, title in zip((single, mean), titles):
         axes.set_xlabel("hours after ICU admission (log scale)", fontsize=9)
