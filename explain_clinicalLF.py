@@ -503,6 +503,10 @@ def logits_and_baselines(
 
 def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) -> Tensor:
     """Return (B, L) bool, True at real events, from a mask of any number type; None: every event is real."""
+    if sequences.dim() != 3:
+        raise InputError(
+            f"sequences of shape {tuple(sequences.shape)}: give (B, L, C), a single stay with B = 1; statics (B, S)."
+        )
     if attention_mask is None:
         return torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
     mask = torch.as_tensor(attention_mask, device=sequences.device).bool()

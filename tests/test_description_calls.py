@@ -142,6 +142,12 @@ def test_attention_that_training_saves_serves_every_analysis(attention_weights, 
         np.testing.assert_allclose(mine["attention_matrix"], theirs["attention_matrix"], atol=1e-3)
 
 
+@pytest.mark.parametrize("analyse", [explain.captum_analysis, explain.layer_analysis, explain.ablation_analysis])
+def test_stay_that_is_no_batch_is_refused_in_a_sentence(analyse, model, batch):
+    with pytest.raises(train.InputError, match="a single stay with B = 1"):
+        analyse(model, batch.sequences[0], batch.static[0])
+
+
 @pytest.mark.parametrize(
     "call",
     [
