@@ -76,7 +76,10 @@ from train import (
 )
 
 __all__ = [
+    "Ablation",
+    "Attribution",
     "ExplainSettings",
+    "Explanation",
     "Stay",
     "ablation_analysis",
     "analyze_critical_time_periods",
@@ -200,7 +203,7 @@ class ExplainSettings:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class _Run(NamedTuple):
     """A trained model and the stays it is explained on, which it has not seen in training."""
 
     checkpoint: train.Checkpoint
@@ -214,7 +217,7 @@ class Run(NamedTuple):
     @property
     def parts(self) -> dict[str, slice]:
         """Which of an event's inputs are its type, its text, its time, and more."""
-        return event_parts(self.dataset.input_dim, self.checkpoint.preprocessor.item_history)
+        return _event_parts(self.dataset.input_dim, self.checkpoint.preprocessor.item_history)
 
     def inputs(self, stay: int) -> tuple[Tensor, Tensor]:
         """(1, L, C) events and (1, S) static inputs of a stay, where the model is."""
@@ -223,7 +226,7 @@ class Run(NamedTuple):
         return sequence.unsqueeze(0).to(device), static.unsqueeze(0).to(device)
 
 
-def load_run(
+def _load_run(
     checkpoint_path: str | Path,
     test_data_path: str | Path | pd.DataFrame = "",
     text_encoder: str = "",
@@ -231,20 +234,20 @@ def load_run(
     hf_cache: str | Path = "",
     labels: str = "",
     memory_limit: str = "33%",
-) -> Run:
+) -> _Run:
     """Return the checkpoint with the stays of patients it was neither trained nor tuned on, in its own cohort settings.
 
     Raises `InputError` where a file cannot be read, the encoder is another one, or no such stay exists.
     """
-    accelerator = full_precision()
+    accelerator = _full_precision()
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
     trained = replace(
         checkpoint.settings,
         labels=labels or checkpoint.settings.labels,
-        cache_dir=folder_to_use(cache_dir, checkpoint, "cache_dir"),
-        hf_cache=folder_to_use(hf_cache, checkpoint, "hf_cache"),
+        cache_dir=_folder_to_use(cache_dir, checkpoint, "cache_dir"),
+        hf_cache=_folder_to_use(hf_cache, checkpoint, "hf_cache"),
     )
-    data, shown = data_to_explain(test_data_path, checkpoint)
+    data, shown = _data_to_explain(test_data_path, checkpoint)
     logger.info(f"Reading     {shown}, for {checkpoint_path}")
     table, _ = train.read_stays(
         data,
@@ -278,16 +281,16 @@ def load_run(
         accelerator,
         expected=checkpoint.text_encoder,
     )
-    return make_run(checkpoint, table, vectors, held_out, accelerator)
+    return _make_run(checkpoint, table, vectors, held_out, accelerator)
 
 
-def folder_to_use(given: str | Path, checkpoint: train.Checkpoint, name: str) -> str:
+def _folder_to_use(given: str | Path, checkpoint: train.Checkpoint, name: str) -> str:
     """Return the folder given, else the one that training used, where this machine has it, else train.py's default."""
     own = getattr(checkpoint.settings, name)
     return str(given) or (own if os.access(own, os.W_OK) else getattr(train.Settings, name))
 
 
-def data_to_explain(
+def _data_to_explain(
     given: str | Path | pd.DataFrame,
     checkpoint: train.Checkpoint,
 ) -> tuple[Path | pd.DataFrame, str]:
@@ -301,25 +304,25 @@ def data_to_explain(
     return path, str(path)
 
 
-def full_precision() -> Accelerator:
+def _full_precision() -> Accelerator:
     """Return the process's accelerator, also after training in bf16, without autocast: differences need all digits."""
     return Accelerator(cpu=train.only_cpu(), kwargs_handlers=[AutocastKwargs(enabled=False)])
 
 
-def make_run(
+def _make_run(
     checkpoint: train.Checkpoint,
     table: train.StayTable,
     vectors: np.ndarray,
     held_out: bool,
     accelerator: Accelerator,
-) -> Run:
+) -> _Run:
     """Score the stays and keep all that an explanation needs."""
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
-    return Run(checkpoint, table, dataset, logits, held_out, vectors, checkpoint.is_new_item(table.texts))
+    return _Run(checkpoint, table, dataset, logits, held_out, vectors, checkpoint.is_new_item(table.texts))
 
 
-def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:
+def _choose_stays(run: _Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:
     """Indices of the stays to analyse, and why each of `shown` of them is shown in full."""
     risk, labels = run.checkpoint.probabilities(run.logits), run.table.labels
     wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
@@ -349,7 +352,7 @@ def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int],
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Attention(NamedTuple):
+class _Attention(NamedTuple):
     """What one pass over one stay looked at; small, however long the stay."""
 
     pooling: np.ndarray  # (Hp, L) weights of the pooling heads, each sums to 1
@@ -368,7 +371,7 @@ class _ReducedMaps(list):
 
 
 @torch.no_grad()
-def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Attention:
+def _attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> _Attention:
     """Return the attention of the pass over one stay, (1, L, C) and (1, S); the layers' of its last 3,000 events."""
     pooled = model.score(sequence, static)[1]
     pooling, events = pooled["pooling_weights"][0, :, 0], pooled["transformer_output"][0]  # (Hp, L), (L, D)
@@ -381,18 +384,18 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     for of_events, binned, _ in layers:
         received = torch.cat([received, of_events[None]])
         maps = torch.cat([maps, binned[None]])
-    rollout = attention_rollout([mean for _, _, mean in layers], pooling.mean(0)[recent:])
+    rollout = _attention_rollout([mean for _, _, mean in layers], pooling.mean(0)[recent:])
     pad = lambda x, value: F.pad(x, (recent, 0), value=value).cpu().numpy()
-    return Attention(
+    return _Attention(
         pooling.cpu().numpy(),
         pad(received, math.nan),
         maps.cpu().numpy(),
         pad(rollout, math.nan),
-        query_key_scores(model, events).cpu().numpy(),
+        _query_key_scores(model, events).cpu().numpy(),
     )
 
 
-def attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
+def _attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
     """(L,): pooling weights (L,) times the product of (map + identity) / 2 over layers (L, L), first layer last.
 
     Abnar & Zuidema 2020; the skip connection counts as much as attention. A vector times matrices: no (L, L) product.
@@ -403,7 +406,7 @@ def attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
     return share
 
 
-def query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
+def _query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
     """(Hp, L): the pooling query's scaled similarity with the key of each event (L, D), before the softmax."""
     pooling = model.attention_pooling
     query = pooling.query_projection(model.query_vector)[0, 0]  # (D,)
@@ -412,7 +415,7 @@ def query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
     return torch.einsum("hd,lhd->hl", query, keys) / math.sqrt(query.shape[1])
 
 
-def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer:
+def _untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer:
     """The same architecture and input statistics with fresh random weights."""
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
@@ -428,7 +431,11 @@ def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer
 
 
 class Attribution(NamedTuple):
-    """Integrated Gradients of the logit; events and statics of a stay sum to logit - baseline_logit + gap_error."""
+    """Integrated Gradients of the logit; events and statics of a stay sum to logit - baseline_logit + gap_error.
+
+    >>> captum_analysis(model, sequences, static_features, attention_mask).events.shape == sequences.shape
+    True
+    """
 
     events: Tensor  # (B, L, C), exactly 0 at padding
     statics: Tensor  # (B, S)
@@ -439,7 +446,7 @@ class Attribution(NamedTuple):
     complete: np.ndarray  # (B,) bool: |gap error| <= 0.02 + 0.01 * |difference|
 
 
-def is_complete(gap_error: float, difference: float) -> bool:
+def _is_complete(gap_error: float, difference: float) -> bool:
     """A purely relative tolerance would explode where the difference is near 0."""
     return abs(gap_error) <= 0.02 + 0.01 * abs(difference)
 
@@ -465,29 +472,29 @@ def captum_analysis(
     """
     model.eval()
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
-    for stay, is_event in enumerate(event_mask(sequences, attention_mask)):
+    for stay, is_event in enumerate(_event_mask(sequences, attention_mask)):
         length = int(is_event.nonzero().max()) + 1 if is_event.any() else 0
         sequence, static, mask = (
             sequences[stay, None, :length],
             static_features[stay, None],
             is_event[None, :length],
         )
-        check_finite(sequence, static, mask)
+        _check_finite(sequence, static, mask)
         # What padding holds must not become 0 * NaN.
         sequence = torch.where(mask[..., None], sequence, 0)
-        logit, start = logits_and_baselines(model, sequence, static, mask, baseline)
+        logit, start = _logits_and_baselines(model, sequence, static, mask, baseline)
         for steps in (n_steps, 4 * n_steps, 16 * n_steps) if retry else (n_steps,):
-            events, columns = integrated_gradients(model, sequence, static, mask, baseline, steps)
+            events, columns = _integrated_gradients(model, sequence, static, mask, baseline, steps)
             gap = float(events.double().sum() + columns.double().sum()) - (logit - start)
-            if is_complete(gap, logit - start):
+            if _is_complete(gap, logit - start):
                 break
         attributions[stay, :length], statics[stay] = events[0], columns[0]
-        rows.append((logit, start, gap, steps, is_complete(gap, logit - start)))
+        rows.append((logit, start, gap, steps, _is_complete(gap, logit - start)))
     return Attribution(attributions, statics, *(np.array(column) for column in zip(*rows)))
 
 
 @torch.no_grad()
-def logits_and_baselines(
+def _logits_and_baselines(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -495,13 +502,13 @@ def logits_and_baselines(
     baseline: dict[str, Tensor] | None,
 ) -> tuple[float, float]:
     """Return the logit of one stay and of its baseline, in one pass."""
-    start, start_static = baselines_like(sequence, static, baseline)
+    start, start_static = _baselines_like(sequence, static, baseline)
     both = torch.cat([sequence, start]), torch.cat([static, start_static]), is_event.expand(2, -1)
     logit, baseline_logit = model.logits(*both).squeeze(1).tolist()
     return logit, baseline_logit
 
 
-def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) -> Tensor:
+def _event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) -> Tensor:
     """Return (B, L) bool, True at real events, from a mask of any number type; None: every event is real."""
     if sequences.dim() != 3:
         raise InputError(
@@ -517,7 +524,7 @@ def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) ->
     return mask
 
 
-def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
+def _check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
     if not (torch.isfinite(sequence[is_event]).all() and torch.isfinite(static).all()):
         raise ValueError(
             "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it. "
@@ -525,7 +532,7 @@ def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
         )
 
 
-def baselines_like(
+def _baselines_like(
     sequence: Tensor,
     static: Tensor,
     baseline: dict[str, Tensor] | None,
@@ -536,7 +543,7 @@ def baselines_like(
     return baseline["event"].to(sequence).expand_as(sequence), baseline["static"].to(static).expand_as(static)
 
 
-def integrated_gradients(
+def _integrated_gradients(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -545,7 +552,7 @@ def integrated_gradients(
     n_steps: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the attributions (1, L, C) and (1, S) of one stay."""
-    starts = baselines_like(sequence, static, baseline)
+    starts = _baselines_like(sequence, static, baseline)
     steps_per_pass = max(1, GRADIENT_EVENTS // max(1, sequence.shape[1]))
     events, statics = IntegratedGradients(model.logits).attribute(
         (sequence, static),
@@ -558,7 +565,7 @@ def integrated_gradients(
     return (events * is_event[..., None]).detach(), statics.detach()
 
 
-def event_parts(input_dim: int, item_history: bool = False) -> dict[str, slice]:
+def _event_parts(input_dim: int, item_history: bool = False) -> dict[str, slice]:
     """Which of an event's inputs are its type, its text, its time and (with `--item-history`) its item's history."""
     n_types, last = len(EVENT_TYPES), input_dim - (len(HISTORY) if item_history else 0)
     return {
@@ -569,7 +576,7 @@ def event_parts(input_dim: int, item_history: bool = False) -> dict[str, slice]:
     }
 
 
-def sum_over_columns(values: np.ndarray, names: Sequence[tuple[str, str | None]]) -> dict[str, float]:
+def _sum_over_columns(values: np.ndarray, names: Sequence[tuple[str, str | None]]) -> dict[str, float]:
     """(S,) values -> one number per static column: a one-hot group is one column."""
     sums = dict.fromkeys((column for column, _ in names), 0.0)
     for (column, _), value in zip(names, values):
@@ -594,8 +601,8 @@ def layer_analysis(
     ['input_projection', 'encoder layer 1', 'encoder layer 2']
     """
     model.eval()
-    mask = event_mask(sequences, attention_mask)
-    check_finite(sequences, static_features, mask)
+    mask = _event_mask(sequences, attention_mask)
+    _check_finite(sequences, static_features, mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
     rows: list[dict[str, Any]] = []
@@ -604,11 +611,11 @@ def layer_analysis(
         rows.append({"layer": name, "attribution": np.zeros(mask.shape), **empty})
     for stay, is_event in enumerate(mask):
         sequence, static = sequences[stay, None, is_event], static_features[stay, None]
-        both = torch.cat([sequence, baselines_like(sequence, static, baseline)[0]])
+        both = torch.cat([sequence, _baselines_like(sequence, static, baseline)[0]])
         with torch.no_grad():
             logit, start = model.logits(both, static.expand(2, -1)).squeeze(1).tolist()
         for row, layer in zip(rows, layers.values()):
-            found = layer_attribution(
+            found = _layer_attribution(
                 model,
                 layer,
                 sequence,
@@ -625,7 +632,7 @@ def layer_analysis(
     return rows
 
 
-def layer_attribution(
+def _layer_attribution(
     model: ClinicalTransformer,
     layer: nn.Module,
     sequence: Tensor,
@@ -638,7 +645,7 @@ def layer_attribution(
 
     They should sum to `difference`. The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
     """
-    start, _ = baselines_like(sequence, static, baseline)
+    start, _ = _baselines_like(sequence, static, baseline)
     for steps in (n_steps, 4 * n_steps):
         found = LayerIntegratedGradients(model.logits, layer).attribute(
             sequence,
@@ -650,13 +657,13 @@ def layer_attribution(
         )
         attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
         gap = float(attribution.sum()) - difference
-        if is_complete(gap, difference):
+        if _is_complete(gap, difference):
             break
-    return attribution, gap, is_complete(gap, difference)
+    return attribution, gap, _is_complete(gap, difference)
 
 
 @torch.no_grad()
-def replaced_logits(
+def _replaced_logits(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -670,7 +677,7 @@ def replaced_logits(
     event holds its place; the number of events, and what other events tell of it (their items' history), are held.
     Nothing is masked: a softmax would hand the weight of a masked event to the others: harmless events would matter.
     """
-    event, mean_static = baselines_like(sequence, static, baseline)
+    event, mean_static = _baselines_like(sequence, static, baseline)
     n_events = sequence.shape[1]
     events = torch.cat([sequence[0], event[0, :1]])  # (L + 1, C): a variant is rows of these
     own = torch.arange(n_events, device=sequence.device)
@@ -688,7 +695,7 @@ def replaced_logits(
     return logits[which]
 
 
-def replace_each_event(
+def _replace_each_event(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -709,12 +716,18 @@ def replace_each_event(
     for first in range(0, len(which), rows_per_part):
         part = which[first : first + rows_per_part]
         keep = np.vstack([np.ones(n_events, bool), part[:, None] != np.arange(n_events)])
-        logits = replaced_logits(model, sequence, static, keep, baseline)
+        logits = _replaced_logits(model, sequence, static, keep, baseline)
         scores[part] = logits[0] - logits[1:]
     return scores
 
 
 class Ablation(NamedTuple):
+    """By how much the logit falls without single events, and without groups of events or static columns.
+
+    >>> ablation_analysis(model, sequences, static_features, attention_mask).if_unremarkable.shape
+    True
+    """
+
     if_unremarkable: np.ndarray  # (B, L) by how much the logit falls then; 0 at padding, NaN where not asked for
     groups: pd.DataFrame  # stay (index in the batch), kind, group, n_events, ablation, shapley (NaN unless asked for)
 
@@ -734,7 +747,7 @@ def ablation_analysis(
     """Measure by how much the logits of (B, L, C) events and (B, S) statics fall if an event, or a group, says nothing.
 
     To say nothing, to be unremarkable, is to be as in the baseline: single events (at the positions `which`, else all),
-    the events of one value of each entry of `event_groups` (kind -> L labels), the static inputs of one name (S names,
+    the events of one value of each entry of `_event_groups` (kind -> L labels), the static inputs of one name (S names,
     a one-hot group repeats its name). The number of events is held. Shapley values (sampled orders) are over the groups
     of the first kind and the statics together. No gradient is computed. Masked events are left out: a stay is its real
     events, in their order.
@@ -744,8 +757,8 @@ def ablation_analysis(
     True
     """
     model.eval()
-    mask = event_mask(sequences, attention_mask)
-    check_finite(sequences, static_features, mask)
+    mask = _event_mask(sequences, attention_mask)
+    _check_finite(sequences, static_features, mask)
     names = list(static_names or [f"static {column}" for column in range(static_features.shape[1])])
     kinds = event_groups or {"all events": ["all"] * sequences.shape[1]}
     scores, tables = np.zeros(mask.shape), []
@@ -753,20 +766,20 @@ def ablation_analysis(
         sequence, static = sequences[stay : stay + 1, is_event], static_features[stay : stay + 1]
         positions = is_event.nonzero().squeeze(1).cpu().numpy()
         chosen = None if which is None else np.flatnonzero(np.isin(positions, which))
-        scores[stay, positions] = replace_each_event(model, sequence, static, baseline, chosen)
+        scores[stay, positions] = _replace_each_event(model, sequence, static, baseline, chosen)
         for number, (kind, labels) in enumerate(kinds.items()):
-            groups = feature_groups(
+            groups = _feature_groups(
                 kind,
                 np.asarray(labels, dtype=object)[positions],
                 [] if number else names,
             )
             samples = 0 if number else shapley_samples
-            found = ablate_groups(model, sequence, static, baseline, groups, samples, seed)
+            found = _ablate_groups(model, sequence, static, baseline, groups, samples, seed)
             tables.append(found.assign(stay=stay))
     return Ablation(scores, pd.concat(tables, ignore_index=True))
 
 
-def feature_groups(kind: str, labels: Sequence[str], static_names: Sequence[str]) -> pd.DataFrame:
+def _feature_groups(kind: str, labels: Sequence[str], static_names: Sequence[str]) -> pd.DataFrame:
     """Return kind, group, n_events and members: positions of events or columns of statics."""
     events, statics = (
         pd.Series(list(labels), dtype=object),
@@ -777,7 +790,7 @@ def feature_groups(kind: str, labels: Sequence[str], static_names: Sequence[str]
     return pd.DataFrame(rows, columns=["kind", "group", "n_events", "members"])
 
 
-def ablate_groups(
+def _ablate_groups(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -795,7 +808,7 @@ def ablate_groups(
     def logits_with(present: np.ndarray) -> np.ndarray:
         """Return the logits (n,) of a stay that has only the groups present, (n, groups)."""
         absent = 1.0 - present
-        return replaced_logits(
+        return _replaced_logits(
             model,
             sequence,
             static,
@@ -810,11 +823,11 @@ def ablate_groups(
         shapley=np.nan,
     )
     if shapley_samples:
-        result["shapley"] = shapley_values(logits_with, len(groups), shapley_samples, seed)
+        result["shapley"] = _shapley_values(logits_with, len(groups), shapley_samples, seed)
     return result
 
 
-def shapley_values(
+def _shapley_values(
     logits_with: Callable[[np.ndarray], np.ndarray],
     n_groups: int,
     n_orders: int,
@@ -859,7 +872,7 @@ CASCADE = {  # the model from its output down, by the beginnings of its paramete
 COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
 
 
-def bootstrap(
+def _bootstrap(
     values: np.ndarray,
     patients: np.ndarray,
     n_bootstrap: int = 1000,
@@ -878,25 +891,25 @@ def bootstrap(
         "high": math.nan,
     }
     if len(names) >= 3:
-        drawn = patients_drawn(len(names), n_bootstrap, seed)
+        drawn = _patients_drawn(len(names), n_bootstrap, seed)
         means = (drawn @ np.bincount(patient, known)) / (drawn @ np.bincount(patient))
         result["low"], result["high"] = train.interval_of(means)
     return result | {"n": len(known), "n_patients": len(names)}
 
 
 @functools.lru_cache(maxsize=1)  # most figures are of the same patients
-def patients_drawn(n_patients: int, n_bootstrap: int, seed: int) -> np.ndarray:
+def _patients_drawn(n_patients: int, n_bootstrap: int, seed: int) -> np.ndarray:
     """Return (n_bootstrap, n_patients): how often each patient is drawn."""
     resamples = train.patient_resamples(np.arange(n_patients), n_patients, n_bootstrap, seed)
     return np.concatenate(list(resamples))
 
 
-def without_interval(value: float, n: int) -> dict[str, float]:
-    """Return what `bootstrap` gives, for a number that has no interval."""
+def _without_interval(value: float, n: int) -> dict[str, float]:
+    """Return what `_bootstrap` gives, for a number that has no interval."""
     return {"value": value, "low": math.nan, "high": math.nan, "n": n}
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return Spearman correlations (m, n) of the rows of (m, L) with those of (n, L); NaN where a row is constant."""
     ranks = [rankdata(np.atleast_2d(rows), axis=1) for rows in (first, second)]
     centred = [rows - rows.mean(1, keepdims=True) for rows in ranks]
@@ -905,12 +918,12 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return (centred[0] @ centred[1].T) / np.outer(*lengths)
 
 
-def random_orders(n_events: int, seed: int) -> dict[str, np.ndarray]:
+def _random_orders(n_events: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {f"random {number}": rng.random(n_events) for number in range(1, N_RANDOM_ORDERS + 1)}
 
 
-def deletion_insertion(
+def _deletion_insertion(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -929,20 +942,20 @@ def deletion_insertion(
     place = np.stack([np.argsort(np.argsort(-score, kind="stable")) for score in known])  # (orders, L)
     first = place[:, None] < np.ceil(fractions * n_events)[:, None]  # (orders, fractions, L)
     keep = np.stack([~first, first])  # (2, orders, fractions, L)
-    logits = replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(keep.shape[:3])
+    logits = _replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(keep.shape[:3])
     change = logits - logits[:, :, :1]
     names = pd.MultiIndex.from_product([["deletion", "insertion"], scores, fractions])
     return pd.Series(change.ravel(), names.set_names(["direction", "order", "fraction"])).rename("change").reset_index()
 
 
-def with_one_random_order(curves: pd.DataFrame) -> pd.DataFrame:
+def _with_one_random_order(curves: pd.DataFrame) -> pd.DataFrame:
     """Return the curves with the one name `random` for all random orders, to be averaged."""
     return curves.assign(order=curves["order"].str.replace(r"random \d+", "random", regex=True))
 
 
-def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
+def _gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
     """Return how much further an order moves the logit than random orders, mean over the fractions; paired by stay."""
-    part = with_one_random_order(curves[curves["fraction"] > 0])
+    part = _with_one_random_order(curves[curves["fraction"] > 0])
     means = part.groupby(["icu_stay_id", "patient_id", "direction", "order"])["change"].mean().unstack("order")
     verbs = {
         "deletion": "making events unremarkable",
@@ -954,14 +967,14 @@ def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[d
         patients = table.index.get_level_values("patient_id").to_numpy()
         for order, title in ORDERS.items():
             gain = (table[order] - table["random"]).to_numpy() * (-1 if direction == "deletion" else 1)
-            found = bootstrap(gain, patients, settings.n_bootstrap, settings.seed)
+            found = _bootstrap(gain, patients, settings.n_bootstrap, settings.seed)
             words = f"{verb} in order of {title} moves the logit {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] further "
             asked = None if order == "attention" else (">", 0.0)
-            rows.append(criterion(direction, order, found, asked, words + "than in random order", limit="low"))
+            rows.append(_criterion(direction, order, found, asked, words + "than in random order", limit="low"))
     return rows
 
 
-def criterion(
+def _criterion(
     check: str,
     method: str,
     found: dict[str, float],
@@ -984,7 +997,7 @@ def criterion(
     return row | {"sentence": words[:1].upper() + words[1:] + "."}
 
 
-def stay_infidelity(
+def _stay_infidelity(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -1002,7 +1015,7 @@ def stay_infidelity(
     taken = rng.random((N_PERTURBATIONS, n_known)) < max(SHARE_PERTURBED, 1.5 / n_known)
     keep = np.ones((N_PERTURBATIONS + 1, len(known)), bool)
     keep[1:, known] = ~taken
-    logits = replaced_logits(model, sequence, static, keep, baseline)
+    logits = _replaced_logits(model, sequence, static, keep, baseline)
     fall = logits[0] - logits[1:]  # (N_PERTURBATIONS,)
     found = {}
     for name, whole in scores.items():
@@ -1013,12 +1026,12 @@ def stay_infidelity(
     return found
 
 
-def input_spread(dataset: train.ClinicalSequenceDataset, most: int = 20_000) -> Tensor:
+def _input_spread(dataset: train.ClinicalSequenceDataset, most: int = 20_000) -> Tensor:
     """Return the standard deviation (C,) of each input over the dataset's first events; 0 for one that never varies."""
     return dataset.events(torch.arange(min(most, len(dataset.text)))).std(0)
 
 
-def stay_sensitivity(
+def _stay_sensitivity(
     sequence: Tensor,
     scores_of: Callable[[Tensor], np.ndarray],
     spread: Tensor,
@@ -1034,7 +1047,7 @@ def stay_sensitivity(
     return float(np.linalg.norm(changes, axis=1).max() / np.linalg.norm(scores))
 
 
-def event_totals(
+def _event_totals(
     model: ClinicalTransformer,
     sequence: Tensor,
     static: Tensor,
@@ -1042,18 +1055,18 @@ def event_totals(
     n_steps: int,
 ) -> np.ndarray:
     """Return the Integrated Gradients of each event of one stay, (L,), without a second try."""
-    events, _ = integrated_gradients(
+    events, _ = _integrated_gradients(
         model,
         sequence,
         static,
-        event_mask(sequence, None),
+        _event_mask(sequence, None),
         baseline,
         n_steps,
     )
     return events[0].double().sum(1).cpu().numpy()
 
 
-def reset_down_to(
+def _reset_down_to(
     part: str,
     model: ClinicalTransformer,
     untrained: ClinicalTransformer,
@@ -1070,7 +1083,7 @@ def reset_down_to(
     return changed
 
 
-def stay_randomisation(
+def _stay_randomisation(
     models: Sequence[ClinicalTransformer],
     sequence: Tensor,
     static: Tensor,
@@ -1081,15 +1094,15 @@ def stay_randomisation(
 
     Chance alone gives sqrt(2 / (pi (L - 1))), and similar texts look alike to any model: what counts is the excess.
     """
-    resets = np.stack([event_totals(model, sequence, static, baseline, FEW_STEPS) for model in models])
-    with_own = float(np.mean(rank_correlation(resets, own) ** 2))
+    resets = np.stack([_event_totals(model, sequence, static, baseline, FEW_STEPS) for model in models])
+    with_own = float(np.mean(_rank_correlation(resets, own) ** 2))
     pairs = np.triu_indices(len(resets), 1)
-    among = float(np.mean(rank_correlation(resets, resets)[pairs] ** 2))
+    among = float(np.mean(_rank_correlation(resets, resets)[pairs] ** 2))
     return {"model and reset": with_own, "reset and reset": among, "reset excess": with_own - among}
 
 
-def check_stay(
-    run: Run,
+def _check_stay(
+    run: _Run,
     stay: int,
     scores: dict[str, np.ndarray],
     untrained: Sequence[ClinicalTransformer],
@@ -1098,21 +1111,21 @@ def check_stay(
     """Return what the quick checks measure on one stay, scores by `ORDERS`, and its deletion and insertion."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     sequence, static = run.inputs(stay)
-    orders = scores | random_orders(sequence.shape[1], settings.seed + stay)
+    orders = scores | _random_orders(sequence.shape[1], settings.seed + stay)
     own, replacement = scores["attribution"], scores["if_unremarkable"]
     known = ~np.isnan(replacement)
     row = {
-        "attention agreement": rank_correlation(scores["attention"], np.abs(own))[0, 0],
-        "replacement agreement": rank_correlation(replacement[known], own[known])[0, 0],
+        "attention agreement": _rank_correlation(scores["attention"], np.abs(own))[0, 0],
+        "replacement agreement": _rank_correlation(replacement[known], own[known])[0, 0],
     }
     named = {"infidelity attribution": own, "infidelity replacement": replacement}
-    row |= stay_infidelity(model, sequence, static, named, baseline, settings.seed)
-    row |= stay_randomisation(untrained, sequence, static, baseline, own)
-    return row, deletion_insertion(model, sequence, static, baseline, orders)
+    row |= _stay_infidelity(model, sequence, static, named, baseline, settings.seed)
+    row |= _stay_randomisation(untrained, sequence, static, baseline, own)
+    return row, _deletion_insertion(model, sequence, static, baseline, orders)
 
 
-def check_stay_slowly(
-    run: Run,
+def _check_stay_slowly(
+    run: _Run,
     stay: int,
     own: np.ndarray,
     untrained: ClinicalTransformer,
@@ -1125,23 +1138,23 @@ def check_stay_slowly(
     strongest = np.argsort(-np.abs(own))[:N_NOISY_EVENTS]
 
     def attribution_of(events: Tensor) -> np.ndarray:
-        return event_totals(model, events, static, baseline, settings.ig_steps)
+        return _event_totals(model, events, static, baseline, settings.ig_steps)
 
     def replacement_of(events: Tensor) -> np.ndarray:
-        return replace_each_event(model, events, static, baseline, strongest)[strongest]
+        return _replace_each_event(model, events, static, baseline, strongest)[strongest]
 
     row = {}
     for part in list(CASCADE)[:-1]:
-        changed = reset_down_to(part, model, untrained)
-        other = event_totals(changed, sequence, static, baseline, FEW_STEPS)
-        row[f"reset to {part}"] = rank_correlation(other, own)[0, 0] ** 2
-    row["sensitivity attribution"] = stay_sensitivity(sequence, attribution_of, spread, settings.seed)
-    row["sensitivity replacement"] = stay_sensitivity(sequence, replacement_of, spread, settings.seed)
+        changed = _reset_down_to(part, model, untrained)
+        other = _event_totals(changed, sequence, static, baseline, FEW_STEPS)
+        row[f"reset to {part}"] = _rank_correlation(other, own)[0, 0] ** 2
+    row["sensitivity attribution"] = _stay_sensitivity(sequence, attribution_of, spread, settings.seed)
+    row["sensitivity replacement"] = _stay_sensitivity(sequence, replacement_of, spread, settings.seed)
     return row
 
 
-def check_stays(
-    run: Run,
+def _check_stays(
+    run: _Run,
     events: pd.DataFrame,
     stays: Sequence[int],
     settings: ExplainSettings,
@@ -1149,7 +1162,7 @@ def check_stays(
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """Measure the explanations of some stays -> criteria, curves. Calls `done` with each stay."""
     rows: list[dict[str, Any]] = []
-    curves, spread = [], input_spread(run.dataset)
+    curves, spread = [], _input_spread(run.dataset)
     for stay in stays:
         ids = run.table.stays.loc[stay, ["icu_stay_id", "patient_id"]].to_dict()
         part = _of_stay(events, ids["icu_stay_id"])
@@ -1158,23 +1171,23 @@ def check_stays(
             continue
         if len(rows) % STAYS_PER_RESET == 0:  # other random models now and then: one model errs alike on all stays
             first = settings.seed + 1 + 1000 * stay
-            untrained = [untrained_like(run.checkpoint.model, first + number) for number in range(N_RESETS)]
+            untrained = [_untrained_like(run.checkpoint.model, first + number) for number in range(N_RESETS)]
         scores = {order: part[order].to_numpy(float) for order in ORDERS}
-        row, curve = check_stay(run, stay, scores, untrained, settings)
+        row, curve = _check_stay(run, stay, scores, untrained, settings)
         if len(rows) < N_SLOW and not settings.quick:
-            row |= check_stay_slowly(run, stay, scores["attribution"], untrained[0], spread, settings)
+            row |= _check_stay_slowly(run, stay, scores["attribution"], untrained[0], spread, settings)
         rows.append(row | ids)
         curves.append(curve.assign(**ids))
     if not rows:
         return [], pd.DataFrame(columns=["icu_stay_id", "patient_id", "direction", "order", "fraction", "change"])
     all_curves = pd.concat(curves, ignore_index=True)
-    return gains_over_random(all_curves, settings) + measured_criteria(
+    return _gains_over_random(all_curves, settings) + _measured_criteria(
         pd.DataFrame(rows),
         settings,
     ), all_curves
 
 
-class Measure(NamedTuple):
+class _Measure(NamedTuple):
     """What is said of one column of measurements of single stays."""
 
     check: str
@@ -1187,33 +1200,33 @@ class Measure(NamedTuple):
 # Formats with which an interval is written into a sentence.
 TWO, THREE = (f"{{value:.{digits}f}} [{{low:.{digits}f}}, {{high:.{digits}f}}]" for digits in (2, 3))
 MEASURES = {
-    "infidelity attribution": Measure(
+    "infidelity attribution": _Measure(
         "infidelity",
         "attribution",
         f"Integrated Gradients predict what making events unremarkable does with {TWO} of the "
         "error that the same values dealt out at random have",
         ("<=", 0.5),
     ),
-    "infidelity replacement": Measure(
+    "infidelity replacement": _Measure(
         "infidelity",
         "if_unremarkable",
         f"single replacements predict what replacing several of these events does with {TWO} of the "
         "error that the same values dealt out at random have",
         ("<=", 0.2),
     ),
-    "sensitivity attribution": Measure(
+    "sensitivity attribution": _Measure(
         "sensitivity",
         "attribution",
         "noise of 2 % of each input's spread changes Integrated Gradients by {value:.1%} at most, mean of {n} stays",
         ("<=", 0.1),
     ),
-    "sensitivity replacement": Measure(
+    "sensitivity replacement": _Measure(
         "sensitivity",
         "if_unremarkable",
         "noise of 2 % of each input's spread changes single replacements by {value:.1%} at most, mean of {n} stays",
         ("<=", 0.1),
     ),
-    "reset excess": Measure(
+    "reset excess": _Measure(
         "randomisation",
         "attribution",
         "attributions agree with those of random models more than random models do with each other by {value:.3f} "
@@ -1221,41 +1234,41 @@ MEASURES = {
         ("<=", 0.05),
         "high",
     ),
-    "model and reset": Measure(
+    "model and reset": _Measure(
         "randomisation, model and reset",
         "attribution",
         f"with all weights reset, attributions keep a squared rank correlation of {THREE} with "
         f"the model's own (mean of {N_RESETS} random models for each of {{n}} stays)",
     ),
-    "reset and reset": Measure(
+    "reset and reset": _Measure(
         "randomisation, reset and reset",
         "attribution",
         f"two random models agree by a squared rank correlation of {THREE}: stays are short, and "
         "similar texts look alike to any model",
     ),
-    "reset to classifier": Measure(
+    "reset to classifier": _Measure(
         "cascade, classifier",
         "attribution",
         f"with the classifier reset, attributions keep a squared rank correlation of {TWO} with "
         "the model's own: so much of the order of events is settled before the classifier",
     ),
-    "reset to pooling": Measure(
+    "reset to pooling": _Measure(
         "cascade, pooling",
         "attribution",
         f"with the pooling reset as well, {TWO}",
     ),
-    "reset to layers": Measure(
+    "reset to layers": _Measure(
         "cascade, layers",
         "attribution",
         f"with the layers reset as well, {TWO}; what then remains is the projection's",
     ),
-    "attention agreement": Measure(
+    "attention agreement": _Measure(
         "agreement",
         "attention",
         f"pooling attention and |attribution| rank a stay's events with a correlation of {TWO}; "
         "at 1 the events that the model looks at most would also be those that move its prediction most",
     ),
-    "replacement agreement": Measure(
+    "replacement agreement": _Measure(
         "agreement",
         "if_unremarkable",
         f"replacement agrees with Integrated Gradients by a rank correlation of {TWO}, over the events replaced alone",
@@ -1263,15 +1276,15 @@ MEASURES = {
 }
 
 
-def measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
+def _measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dict[str, Any]]:
     """Return one criterion per column of measurements of single stays."""
     criteria, patients = [], rows["patient_id"].to_numpy()
     for column, measure in MEASURES.items():
         if column not in rows:  # the slow ones, with --quick
             continue
-        found = bootstrap(rows[column].to_numpy(float), patients, settings.n_bootstrap, settings.seed)
+        found = _bootstrap(rows[column].to_numpy(float), patients, settings.n_bootstrap, settings.seed)
         criteria.append(
-            criterion(
+            _criterion(
                 measure.check,
                 measure.method,
                 found,
@@ -1283,12 +1296,12 @@ def measured_criteria(rows: pd.DataFrame, settings: ExplainSettings) -> list[dic
     return criteria
 
 
-def completeness_criterion(stays: pd.DataFrame, settings: ExplainSettings) -> dict[str, Any]:
+def _completeness_criterion(stays: pd.DataFrame, settings: ExplainSettings) -> dict[str, Any]:
     first = stays["complete"] & (stays["n_steps"] == settings.ig_steps)
     words = "attributions sum to the difference of the logits (within 0.02 + 1 %) for {value:.1%} of {n} stays; "
     words += f"{first.mean():.1%} needed no more than {settings.ig_steps} steps; what remains is flagged"
-    found = without_interval(float(stays["complete"].mean()), len(stays))
-    return criterion("completeness", "attribution", found, (">=", 0.99), words)
+    found = _without_interval(float(stays["complete"].mean()), len(stays))
+    return _criterion("completeness", "attribution", found, (">=", 0.99), words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1358,22 +1371,22 @@ CHECK_WORDS = {  # what each check of faithfulness.json asks of a method
 }
 
 
-def static_word(column: str) -> str:
+def _static_word(column: str) -> str:
     return STATIC_WORDS.get(column, column.replace("_", " "))
 
 
-def is_abnormal(text: str) -> bool:
+def _is_abnormal(text: str) -> bool:
     """Return whether the text itself says so: a flag, or a level outside the reference range."""
     return bool(re.search(r"\| Flag: abnormal|\| Level: (?!within range)", str(text)))
 
 
-def organ_system(item: str) -> str:
+def _organ_system(item: str) -> str:
     """Return the organ system of an item by `ORGAN_SYSTEMS`, or `other`."""
     found = (system for system, pattern in ORGAN_SYSTEMS.items() if re.search(pattern, item.lower()))
     return next(found, "other")
 
 
-def clock_window(hours_to_end: np.ndarray) -> np.ndarray:
+def _clock_window(hours_to_end: np.ndarray) -> np.ndarray:
     """Return the names of the windows before the end that (n,) hours lie in."""
     place = np.searchsorted(CLOCK_WINDOWS_HOURS, hours_to_end, "right") - 1
     return np.array(CLOCK_WINDOWS, dtype=object)[np.clip(place, 0, len(CLOCK_WINDOWS_HOURS) - 2)]
@@ -1447,7 +1460,7 @@ def name_inputs(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 7
     >>> name_inputs(preprocessor)["name"][2]
     'event type: labevent'
     """
-    parts = event_parts(input_dim, preprocessor.item_history)
+    parts = _event_parts(input_dim, preprocessor.item_history)
     n_text = parts["text"].stop - parts["text"].start
     names = [("type", f"event type: {name}") for name in EVENT_TYPES]
     names += [("text", f"event text, number {i + 1} of {n_text} (no meaning alone)") for i in range(n_text)]
@@ -1456,7 +1469,7 @@ def name_inputs(preprocessor: train.ClinicalDataPreprocessor, input_dim: int = 7
         names += [("history", f"its item until then: {name.replace('_', ' ')}") for name in HISTORY]
     rows = [("event", column, part, name) for column, (part, name) in enumerate(names)]
     for column, (name, category) in enumerate(preprocessor.static_names):
-        word = static_word(name)
+        word = _static_word(name)
         rows.append(("static", column, name, word if category is None else f"{word}: {category}"))
     return pd.DataFrame(rows, columns=["input", "column", "part", "name"])
 
@@ -1525,7 +1538,7 @@ def _pooling_weights(attention_weights: dict[str, Any]) -> np.ndarray:
     return _to_numpy(attention_weights["pooling_weights"])[:, :, 0]
 
 
-def real_events(attention_weights: dict[str, Any]) -> list[np.ndarray]:
+def _real_events(attention_weights: dict[str, Any]) -> list[np.ndarray]:
     """Return the positions of the real events of each stay of a pass; padding has no output and no weight."""
     used = _pooling_weights(attention_weights).sum(1) > 0
     if "transformer_output" in attention_weights:
@@ -1538,7 +1551,7 @@ def _weights_and_events(
     record: Stay | None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return, for each stay of a pass, its (Hp, L) pooling weights and the positions of its real events."""
-    events = real_events(attention_weights)
+    events = _real_events(attention_weights)
     for positions in events:
         if record is not None and len(positions) != len(record.events):
             raise InputError(
@@ -1617,7 +1630,7 @@ def analyze_feature_importance_over_time(
     for stay, (weights, events) in enumerate(_weights_and_events(attention_weights, record)):
         parts = np.arange(len(events)) * n_windows // max(1, len(events)) + 1
         if record is not None:
-            parts = clock_window(record.events["hours_to_end"].to_numpy())
+            parts = _clock_window(record.events["hours_to_end"].to_numpy())
         for part in pd.unique(parts):
             inside = events[parts == part]
             for head, values in enumerate(weights[:, inside], start=1):
@@ -1648,7 +1661,7 @@ def analyze_layer_attention_patterns(
     [(1, (4, 4)), (1, (2, 2))]
     """
     length, rows = _pooling_weights(attention_weights).shape[2], []
-    for stay, events in enumerate(real_events(attention_weights)):
+    for stay, events in enumerate(_real_events(attention_weights)):
         for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
             matrices = _to_numpy(weights[stay])
             spacing = length / matrices.shape[2]  # events in a bin; 1: not binned
@@ -1744,7 +1757,7 @@ SPREAD_FLOOR = 0.2  # standard deviation of the logits; below it all stays have 
 UNSEEN_SHARE = 0.2  # of the events; beyond it a stay is read by a model that does not know its words
 
 
-class Finding(NamedTuple):
+class _Finding(NamedTuple):
     """One sentence of the verdict; `passed` is False where a reader should stop, None where nothing is judged."""
 
     name: str
@@ -1755,19 +1768,19 @@ class Finding(NamedTuple):
     high: float = math.nan
 
 
-def discrimination(
+def _discrimination(
     labels: np.ndarray,
     probabilities: np.ndarray,
     patients: np.ndarray,
     n_bootstrap: int,
     seed: int,
-) -> list[Finding]:
+) -> list[_Finding]:
     """Say whether (n,) risks rank deaths above survivors, and whether as many died as predicted; NaN: unknown."""
     known = ~np.isnan(labels)
     died, n_known = int(np.nansum(labels)), int(known.sum())
     if not 0 < died < n_known:
         words = f"Outcomes known: {n_known} stays, {died} deaths. Whether the model discriminates here cannot be said."
-        return [Finding("discrimination", words)]
+        return [_Finding("discrimination", words)]
     metrics = train.evaluate_predictions(
         labels[known],
         probabilities[known],
@@ -1785,22 +1798,22 @@ def discrimination(
     calibration = f"Calibration: {risk} predicted on average, {rate} died; slope {train.figure_text(slope)}; "
     calibration += "1 is right, below it risks are too extreme."
     return [
-        Finding("discrimination", words, low > 0.5, auroc["value"], low, auroc["high"]),
-        Finding("calibration", calibration, None, slope["value"]),
+        _Finding("discrimination", words, low > 0.5, auroc["value"], low, auroc["high"]),
+        _Finding("calibration", calibration, None, slope["value"]),
     ]
 
 
-def spread_of(logits: np.ndarray) -> Finding:
+def _spread_of(logits: np.ndarray) -> _Finding:
     """Say whether (n,) logits differ at all."""
     spread = float(np.std(logits))
     if spread < SPREAD_FLOOR and len(logits) > 2:
         words = f"Its predictions hardly differ between stays (standard deviation of the logits {spread:.3f})"
-        return Finding("spread", f"{words}: there is nothing to explain.", False, spread)
+        return _Finding("spread", f"{words}: there is nothing to explain.", False, spread)
     words = f"Its predictions differ between stays (standard deviation of the logits {spread:.2f})."
-    return Finding("spread", words, True, spread)
+    return _Finding("spread", words, True, spread)
 
 
-def likeness(unseen: np.ndarray, held_out: bool) -> list[Finding]:
+def _likeness(unseen: np.ndarray, held_out: bool) -> list[_Finding]:
     """Say whose stays these are, and whether the model knows what happens in them; `unseen` (n_events,) bool."""
     whose = "These patients are the model's own held-out test patients."
     if not held_out:
@@ -1810,10 +1823,10 @@ def likeness(unseen: np.ndarray, held_out: bool) -> list[Finding]:
     holds = share <= UNSEEN_SHARE
     if not holds:
         words = f"These stays are not like those it was trained on: {words}"
-    return [Finding("patients", whose), Finding("likeness", words, holds, share)]
+    return [_Finding("patients", whose), _Finding("likeness", words, holds, share)]
 
 
-def leaking_items(
+def _leaking_items(
     items: np.ndarray,
     stay_of_event: np.ndarray,
     labels: np.ndarray,
@@ -1836,13 +1849,13 @@ def leaking_items(
     return auroc[auroc > train.LEAK_AUROC].to_dict()
 
 
-def leaks_in_words(leaks: dict[str, float]) -> Finding:
+def _leaks_in_words(leaks: dict[str, float]) -> _Finding:
     if not leaks:
-        return Finding("single items", "No item alone tells the outcome of these stays.", True)
+        return _Finding("single items", "No item alone tells the outcome of these stays.", True)
     worst = max(leaks, key=lambda item: leaks[item])
     words = f"One text alone tells the outcome: {worst} (AUROC {leaks[worst]:.2f} by its presence)"
     more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-    return Finding(
+    return _Finding(
         "single items",
         f"{words}{more}. It may be written because of the outcome.",
         False,
@@ -1850,7 +1863,7 @@ def leaks_in_words(leaks: dict[str, float]) -> Finding:
     )
 
 
-def baseline_in_words(run: Run) -> Finding:
+def _baseline_in_words(run: _Run) -> _Finding:
     """Say what the baseline of all attributions is, beside what is predicted and what happens."""
     checkpoint = run.checkpoint
     event, static = checkpoint.baseline["event"], checkpoint.baseline["static"]
@@ -1868,25 +1881,25 @@ def baseline_in_words(run: Run) -> Finding:
         f"{_percent(risks.mean())} on average{died}. It is no patient: each of its events is the mean of all "
         f"training events, so that none stands out; {above} lie above it."
     )
-    return Finding("baseline", words, None, logit)
+    return _Finding("baseline", words, None, logit)
 
 
-def leaks_of(run: Run) -> dict[str, float]:
-    """Return the `leaking_items` of all stays of a run."""
+def _leaks_of(run: _Run) -> dict[str, float]:
+    """Return the `_leaking_items` of all stays of a run."""
     items = np.array([item_of(text) for text in run.table.texts], dtype=object)[run.table.text]
-    return leaking_items(items, run.table.stay_of_event, run.table.labels)
+    return _leaking_items(items, run.table.stay_of_event, run.table.labels)
 
 
-def verdict_table(run: Run, leaks: dict[str, float], settings: ExplainSettings) -> pd.DataFrame:
+def _verdict_table(run: _Run, leaks: dict[str, float], settings: ExplainSettings) -> pd.DataFrame:
     """Return the sentences to read before any explanation: name, sentence, passed, value, low, high."""
     patients = run.table.stays["patient_id"].to_numpy()
     risks = run.checkpoint.probabilities(run.logits)
     trained = run.checkpoint.settings  # its resamples give the interval that train.py says
-    findings = discrimination(run.table.labels, risks, patients, trained.n_bootstrap, trained.seed)
-    findings.append(spread_of(run.logits))
-    findings += likeness(run.is_new_item[run.table.text], run.held_out)
-    findings.append(leaks_in_words(leaks))
-    findings.append(baseline_in_words(run))
+    findings = _discrimination(run.table.labels, risks, patients, trained.n_bootstrap, trained.seed)
+    findings.append(_spread_of(run.logits))
+    findings += _likeness(run.is_new_item[run.table.text], run.held_out)
+    findings.append(_leaks_in_words(leaks))
+    findings.append(_baseline_in_words(run))
     return pd.DataFrame(findings).astype({"passed": object})
 
 
@@ -1911,7 +1924,7 @@ def _history_in_words(history: pd.DataFrame) -> list[str]:
     return words
 
 
-def describe_events(run: Run, stay: int) -> pd.DataFrame:
+def _describe_events(run: _Run, stay: int) -> pd.DataFrame:
     """Return a stay's events, one row each, in the order of the model's input."""
     table, rows = run.table, slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     person = table.stays.loc[stay]
@@ -1933,13 +1946,13 @@ def describe_events(run: Run, stay: int) -> pd.DataFrame:
             "item": [item_of(text) for text in texts],
             "value": [train.parse_value(text)[1] for text in texts],
             "in_history": history,
-            "is_abnormal": [is_abnormal(text) for text in texts],
+            "is_abnormal": [_is_abnormal(text) for text in texts],
             "is_new_item": run.is_new_item[table.text[rows]],
         }
     )
 
 
-class Explained(NamedTuple):
+class _Explained(NamedTuple):
     """All that was computed of one stay."""
 
     stay: dict[str, Any]
@@ -1947,48 +1960,48 @@ class Explained(NamedTuple):
     statics: pd.DataFrame
     groups: pd.DataFrame
     layers: pd.DataFrame
-    attention: Attention
+    attention: _Attention
 
-    def without_maps(self) -> Explained:
+    def without_maps(self) -> _Explained:
         """Return all but the layers' maps: half a megabyte that only the pictures of a stay shown in full need."""
         return self._replace(attention=self.attention._replace(maps=np.empty(0)))
 
 
-def explain_stay(
-    run: Run,
+def _explain_stay(
+    run: _Run,
     stay: int,
     settings: ExplainSettings,
     shown: str = "",
     layers: bool = True,
-) -> Explained:
+) -> _Explained:
     """Return every view of one stay; `shown` is why it is shown in full (then also Shapley values), or ""."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
     sequence, static = run.inputs(stay)
-    events = describe_events(run, stay)
+    events = _describe_events(run, stay)
     ids = events.loc[0, ["icu_stay_id", "patient_id"]].to_dict()
     found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps)
-    attention = attend(model, sequence, static)
+    attention = _attend(model, sequence, static)
     values = found.events[0].double().cpu().numpy()  # (L, C)
     ablation = ablation_analysis(
         model,
         sequence,
         static,
         baseline=baseline,
-        event_groups=event_groups(events),
+        event_groups=_event_groups(events),
         static_names=[column for column, _ in run.checkpoint.preprocessor.static_names],
         shapley_samples=settings.shapley_orders if shown else 0,
         seed=settings.seed,
-        which=events_to_replace(values.sum(1), settings.max_replacements),
+        which=_events_to_replace(values.sum(1), settings.max_replacements),
     )
-    events = add_scores(events, values, ablation.if_unremarkable[0], attention, run.parts)
-    statics = static_table(run, stay, found, ablation.groups)
-    by_layer = layer_table(run, stay, settings) if layers else pd.DataFrame()
+    events = _add_scores(events, values, ablation.if_unremarkable[0], attention, run.parts)
+    statics = _static_table(run, stay, found, ablation.groups)
+    by_layer = _layer_table(run, stay, settings) if layers else pd.DataFrame()
     row = ids | {
         "label": events["label"].iloc[0],
         "probability": float(run.checkpoint.probabilities(found.logits)[0]),
         "logit": found.logits[0],
         "baseline_logit": found.baseline_logits[0],
-        "logit_without_time": logit_without_time(run, stay, settings.seed),
+        "logit_without_time": _logit_without_time(run, stay, settings.seed),
         "gap_error": found.gap_errors[0],
         "n_steps": found.n_steps[0],
         "complete": bool(found.complete[0]),
@@ -1997,28 +2010,28 @@ def explain_stay(
         "why_shown": shown,
     }
     events["complete"] = row["complete"]
-    groups = group_table(events, statics, ablation.groups)
+    groups = _group_table(events, statics, ablation.groups)
     statics, groups, by_layer = (table.assign(**ids) for table in (statics, groups, by_layer))
-    return Explained(row, events, statics, groups, by_layer, attention)
+    return _Explained(row, events, statics, groups, by_layer, attention)
 
 
-def events_to_replace(push: np.ndarray, most: int) -> np.ndarray:
+def _events_to_replace(push: np.ndarray, most: int) -> np.ndarray:
     """Return which events of a stay are replaced one by one: the strongest by push (L,), and those that are listed."""
     order = np.argsort(push)
     strongest = np.argsort(-np.abs(push))[: most or None]
     return np.unique(np.concatenate([strongest, order[:EVENTS_LISTED], order[-EVENTS_LISTED:]]))
 
 
-def event_groups(events: pd.DataFrame) -> dict[str, np.ndarray]:
+def _event_groups(events: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return how events are grouped: kind -> (L,) names."""
     return {
         "event type": events["event_type"].to_numpy(),
-        "clock window": clock_window(events["hours_to_end"].to_numpy()),
+        "clock window": _clock_window(events["hours_to_end"].to_numpy()),
     }
 
 
 @torch.no_grad()
-def logit_without_time(run: Run, stay: int, seed: int) -> float:
+def _logit_without_time(run: _Run, stay: int, seed: int) -> float:
     """Return the mean logit of a stay whose events are dealt at random to its places and times."""
     sequence, static = run.inputs(stay)
     generator = torch.Generator().manual_seed(seed)
@@ -2030,7 +2043,7 @@ def logit_without_time(run: Run, stay: int, seed: int) -> float:
     return float(torch.cat(logits).double().mean())
 
 
-def layer_table(run: Run, stay: int, settings: ExplainSettings) -> pd.DataFrame:
+def _layer_table(run: _Run, stay: int, settings: ExplainSettings) -> pd.DataFrame:
     """Return layer, event, attribution, gap_error and complete of one stay."""
     parts = []
     for row in layer_analysis(
@@ -2051,11 +2064,11 @@ def layer_table(run: Run, stay: int, settings: ExplainSettings) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def add_scores(
+def _add_scores(
     events: pd.DataFrame,
     values: np.ndarray,
     if_unremarkable: np.ndarray,
-    attention: Attention,
+    attention: _Attention,
     parts: dict[str, slice],
 ) -> pd.DataFrame:
     """Return the table of a stay's events with every score of every event; values (L, C) are attributions."""
@@ -2071,9 +2084,9 @@ def add_scores(
     )
 
 
-def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) -> pd.DataFrame:
+def _static_table(run: _Run, stay: int, found: Attribution, groups: pd.DataFrame) -> pd.DataFrame:
     """Return feature, value, attribution, ablation: one row per static column."""
-    sums = sum_over_columns(
+    sums = _sum_over_columns(
         found.statics[0].double().cpu().numpy(),
         run.checkpoint.preprocessor.static_names,
     )
@@ -2081,7 +2094,7 @@ def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) 
     values = run.table.take(np.array([stay])).static_columns.loc[0, list(sums)]
     return pd.DataFrame(
         {
-            "feature": [static_word(column) for column in sums],
+            "feature": [_static_word(column) for column in sums],
             "value": ["Unknown" if pd.isna(value) else str(value) for value in values],
             "attribution": list(sums.values()),
             "ablation": ablation[list(sums)].to_numpy(),
@@ -2089,20 +2102,20 @@ def static_table(run: Run, stay: int, found: Attribution, groups: pd.DataFrame) 
     )
 
 
-def group_table(events: pd.DataFrame, statics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
+def _group_table(events: pd.DataFrame, statics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
     """Return the ablated groups with the attribution that they sum to."""
     sums: dict[tuple[str, str], float] = {}
-    for kind, names in event_groups(events).items():
+    for kind, names in _event_groups(events).items():
         for name, value in events["attribution"].groupby(names).sum().items():
             sums[kind, name] = value
     for name, value in zip(statics["feature"], statics["attribution"]):
         sums["static", name] = value
     is_static = groups["kind"] == "static"
-    groups = groups.assign(group=groups["group"].where(~is_static, groups["group"].map(static_word)))
+    groups = groups.assign(group=groups["group"].where(~is_static, groups["group"].map(_static_word)))
     return groups.assign(attribution=[sums[key] for key in zip(groups["kind"], groups["group"])])
 
 
-def head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
+def _head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return what a head's weights are compared with, (L,) each."""
     types = {f"event type: {name}": (events["event_type"] == name).to_numpy(float) for name in EVENT_TYPES}
     return {
@@ -2113,34 +2126,34 @@ def head_properties(events: pd.DataFrame) -> dict[str, np.ndarray]:
     }
 
 
-def head_correlations(attention: Attention, properties: dict[str, np.ndarray]) -> np.ndarray:
+def _head_correlations(attention: _Attention, properties: dict[str, np.ndarray]) -> np.ndarray:
     """Return (all heads, properties) rank correlations over a stay's events; the pooling heads come last."""
     of_layers = attention.received.reshape(-1, attention.received.shape[2])
     weights = np.concatenate([of_layers, attention.pooling])
     seen = ~np.isnan(weights).any(0)
-    return rank_correlation(weights[:, seen], np.stack(list(properties.values()))[:, seen])
+    return _rank_correlation(weights[:, seen], np.stack(list(properties.values()))[:, seen])
 
 
-def untrained_correlations(
-    run: Run,
-    explained: dict[int, Explained],
+def _untrained_correlations(
+    run: _Run,
+    explained: dict[int, _Explained],
     settings: ExplainSettings,
 ) -> np.ndarray:
     """Return (models, heads, properties): mean correlations of untrained models, with their own attributions."""
     means, baseline = [], run.checkpoint.baseline
     for number in range(settings.untrained_models):
-        model = untrained_like(run.checkpoint.model, settings.seed + 1000 + number)
+        model = _untrained_like(run.checkpoint.model, settings.seed + 1000 + number)
         found = []
         for stay, of_stay in explained.items():
             sequence, static = run.inputs(stay)
-            own = event_totals(model, sequence, static, baseline, FEW_STEPS)
-            properties = head_properties(of_stay.events.assign(attribution=own))
-            found.append(head_correlations(attend(model, sequence, static), properties))
-        means.append(nan_mean(np.stack(found)))
+            own = _event_totals(model, sequence, static, baseline, FEW_STEPS)
+            properties = _head_properties(of_stay.events.assign(attribution=own))
+            found.append(_head_correlations(_attend(model, sequence, static), properties))
+        means.append(_nan_mean(np.stack(found)))
     return np.stack(means)
 
 
-def nan_mean(values: np.ndarray) -> np.ndarray:
+def _nan_mean(values: np.ndarray) -> np.ndarray:
     """Return the mean over the first axis without NaN; NaN where there is nothing else, and no warning."""
     count = (~np.isnan(values)).sum(0)
     return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
@@ -2160,7 +2173,7 @@ HEAD_COLUMNS = (
 )
 
 
-def head_names(model: ClinicalTransformer) -> list[tuple[str, int]]:
+def _head_names(model: ClinicalTransformer) -> list[tuple[str, int]]:
     """Return (layer, head), counted from 1, of all heads; the pooling heads come last."""
     n_layers, n_heads = len(model.transformer_encoder), model.architecture["n_heads"]
     names = [(f"layer {layer + 1}", head + 1) for layer in range(n_layers) for head in range(n_heads)]
@@ -2168,7 +2181,7 @@ def head_names(model: ClinicalTransformer) -> list[tuple[str, int]]:
 
 
 @torch.no_grad()
-def logits_without(
+def _logits_without(
     model: ClinicalTransformer,
     dataset: train.ClinicalSequenceDataset,
     stays: np.ndarray,
@@ -2192,7 +2205,7 @@ def logits_without(
     return logits
 
 
-def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _head_effects(run: _Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return how far logits move without each head, (heads, stays), and without all attention of layers, (stays,)."""
     model = run.checkpoint.model
     switches: list[tuple[nn.Linear, slice]] = []
@@ -2204,15 +2217,15 @@ def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray
     ]:
         width = linear.in_features // n_heads
         switches += [(linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)]
-    logits = functools.partial(logits_without, model, run.dataset, np.array(stays))
+    logits = functools.partial(_logits_without, model, run.dataset, np.array(stays))
     whole = logits()
     moves = [np.abs(logits([switch]) - whole) for switch in switches]
     return np.stack(moves), np.abs(logits([(linear, slice(None)) for linear in layers]) - whole)
 
 
-def head_table(
-    run: Run,
-    explained: dict[int, Explained],
+def _head_table(
+    run: _Run,
+    explained: dict[int, _Explained],
     effects: np.ndarray,
     settings: ExplainSettings,
 ) -> pd.DataFrame:
@@ -2223,13 +2236,13 @@ def head_table(
     usable = {stay: found for stay, found in explained.items() if len(found.events) >= MIN_EVENTS}
     if not usable:
         return pd.DataFrame(columns=HEAD_COLUMNS)
-    properties = list(head_properties(next(iter(usable.values())).events))
-    measured = [head_correlations(found.attention, head_properties(found.events)) for found in usable.values()]
+    properties = list(_head_properties(next(iter(usable.values())).events))
+    measured = [_head_correlations(found.attention, _head_properties(found.events)) for found in usable.values()]
     by_head = np.stack(measured, axis=2)  # (heads, properties, stays)
     patients = np.array([found.stay["patient_id"] for found in usable.values()])
     some = dict(list(usable.items())[: 4 if settings.quick else HEAD_STAYS])
-    null = np.abs(untrained_correlations(run, some, settings))  # (models, heads, properties)
-    names = head_names(run.checkpoint.model)
+    null = np.abs(_untrained_correlations(run, some, settings))  # (models, heads, properties)
+    names = _head_names(run.checkpoint.model)
     is_pooling = np.array([layer == "pooling" for layer, _ in names])
     rows = []
     for number, (layer, head) in enumerate(names):
@@ -2237,7 +2250,7 @@ def head_table(
         for column, name in enumerate(properties):
             values = alike[:, :, column][~np.isnan(alike[:, :, column])]
             limit = float(np.quantile(values, 0.99)) if len(values) else math.nan
-            found = bootstrap(by_head[number, column], patients, settings.n_bootstrap, settings.seed)
+            found = _bootstrap(by_head[number, column], patients, settings.n_bootstrap, settings.seed)
             low, high, effect = found["low"], found["high"], float(effects[number])
             has_role = (low > limit or high < -limit) and effect > FLOOR
             rows.append((layer, head, name, found["value"], low, high, limit, effect, has_role, found["n"]))
@@ -2251,10 +2264,10 @@ def _means_by(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return `bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
+    """Return `_bootstrap` of `value` in each group -> mean, low, high, n (rows), n_patients; one row per group."""
     found = {}
     for name, part in table.groupby(keys, observed=True):
-        found[name] = bootstrap(
+        found[name] = _bootstrap(
             part[value].to_numpy(),
             part["patient_id"].to_numpy(),
             n_bootstrap,
@@ -2266,7 +2279,7 @@ def _means_by(
 
 def _windows_of(events: pd.DataFrame) -> pd.Series:
     """Return the clock window of each event, as categories from the last hours back."""
-    windows = clock_window(events["hours_to_end"].to_numpy())
+    windows = _clock_window(events["hours_to_end"].to_numpy())
     return pd.Series(pd.Categorical(windows, CLOCK_WINDOWS, ordered=True))
 
 
@@ -2281,12 +2294,12 @@ def _stay_shares(events: pd.DataFrame, bins: pd.Series, column: str) -> pd.DataF
 def _column_means(shares: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Return mean, low, high of each column over stays, 95 % interval over patients."""
     patients = shares.index.get_level_values("patient_id").to_numpy()
-    found = [bootstrap(shares[name].to_numpy(), patients, n_bootstrap, seed) for name in shares]
+    found = [_bootstrap(shares[name].to_numpy(), patients, n_bootstrap, seed) for name in shares]
     return pd.DataFrame(found, index=shares.columns).rename(columns={"value": "mean"})
 
 
-def query_similarity_table(
-    explained: dict[int, Explained],
+def _query_similarity_table(
+    explained: dict[int, _Explained],
     settings: ExplainSettings,
 ) -> pd.DataFrame:
     """Return how near each pooling head's query is to the keys of each event type, against the mean of the stay."""
@@ -2306,7 +2319,7 @@ def query_similarity_table(
     return found.reset_index().rename(columns={"mean": "similarity", "n": "n_events"})
 
 
-def window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFrame:
+def _window_table(events: pd.DataFrame, settings: ExplainSettings) -> pd.DataFrame:
     """Return each clock window's share in a stay's |attribution|, mean over stays, and the sentence that says so."""
     windows = _windows_of(events)
     of_events = _stay_shares(events.assign(one=1.0), windows, "one")
@@ -2329,7 +2342,7 @@ def _window_in_words(row: Any) -> str:
     return f"{words}they are {100 * row.share_of_events:.0f} % of the events."
 
 
-def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
+def _trajectory_table(run: _Run, stay: int, most: int = 20) -> pd.DataFrame:
     """Return the risk of one stay at up to `most` hours, each from what was known by then (`train.known_at`)."""
     table = run.table.take(np.array([stay]))
     last = float(table.minutes_since_intime.max()) / 60
@@ -2339,7 +2352,7 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
     if then:
         joined = train.stacked(list(then.values()))
         dataset = train.ClinicalSequenceDataset(joined, run.checkpoint.preprocessor, run.vectors)
-        logits = logits_without(run.checkpoint.model, dataset, np.arange(len(then)))
+        logits = _logits_without(run.checkpoint.model, dataset, np.arange(len(then)))
         found = found.assign(
             n_events=joined.lengths,
             probability=run.checkpoint.probabilities(logits),
@@ -2347,7 +2360,7 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
     return found.assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
 
 
-def attention_of(found: Explained) -> dict[str, Any]:
+def _attention_of(found: _Explained) -> dict[str, Any]:
     """Return what the attention pictures of one stay need."""
     return {
         "icu_stay_id": found.stay["icu_stay_id"],
@@ -2358,33 +2371,33 @@ def attention_of(found: Explained) -> dict[str, Any]:
     }
 
 
-def use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> Finding:
+def _use_of_time(stays: pd.DataFrame, settings: ExplainSettings) -> _Finding:
     """Say how far the model's logits are from those of a model that does not know when things happened."""
     moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
-    found = bootstrap(moved, stays["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed)
+    found = _bootstrap(moved, stays["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed)
     words = f"With its events shuffled over its times, a stay's logit moves by {TWO} on average".format(**found)
     words = words.replace(" [nan, nan]", "")
     uses = found["value"] > FLOOR
     words += ": the model uses when things happened." if uses else ": this model hardly uses when things happened."
-    return Finding("time", words, None, found["value"], found["low"], found["high"])
+    return _Finding("time", words, None, found["value"], found["low"], found["high"])
 
 
-def use_of_layer_attention(moved: np.ndarray, n_layers: int) -> Finding:
+def _use_of_layer_attention(moved: np.ndarray, n_layers: int) -> _Finding:
     """Say what the attention of so many layers is worth, from (stays,) moves of the logit without it."""
     mean = float(moved.mean())
     if not n_layers:
-        return Finding("layer attention", "The model has no layers: events meet in the pooling alone.", None, 0.0)
+        return _Finding("layer attention", "The model has no layers: events meet in the pooling alone.", None, 0.0)
     words = f"Without the layers' attention, a stay's logit moves by {mean:.2f} on average"
     words += "." if mean > FLOOR else ": its maps say next to nothing about the predictions."
-    return Finding("layer attention", words, None, mean)
+    return _Finding("layer attention", words, None, mean)
 
 
-class Work:
+class _Work:
     """A progress bar of the whole run, with the time left; what a stay costs grows with its length."""
 
     def __init__(
         self,
-        run: Run,
+        run: _Run,
         chosen: Sequence[int],
         checked: Sequence[int],
         settings: ExplainSettings,
@@ -2402,81 +2415,81 @@ class Work:
         self.bar.update(int(self.checking[stay]))
 
 
-def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
+def _some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
     """Return at most so many of the stays, drawn at random, in order."""
     return sorted(np.random.default_rng(seed).permutation(list(stays))[:most].tolist())
 
 
-def explain(
-    run: Run,
+def _explain(
+    run: _Run,
     settings: ExplainSettings,
-    write: Callable[[Explained], None] = lambda found: None,
+    write: Callable[[_Explained], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Return the tables of a run, as the report and the pictures take them; `write` is called with every stay.
 
     With more than `KEPT_STAYS` all tables but `stays` are of so many of them.
     """
-    chosen, why = choose_stays(run, settings.stays, settings.max_stays, settings.seed)
-    checked = some_of(chosen, settings.checked_stays, settings.seed)
+    chosen, why = _choose_stays(run, settings.stays, settings.max_stays, settings.seed)
+    checked = _some_of(chosen, settings.checked_stays, settings.seed)
     others = [stay for stay in chosen if stay not in why]
-    with_layers = {*why, *some_of(others, max(0, settings.layer_stays - len(why)), settings.seed)}
+    with_layers = {*why, *_some_of(others, max(0, settings.layer_stays - len(why)), settings.seed)}
     whole = f"{len(run.table.stays)} stays that the model has not seen"
     logger.info(f"Explaining  {len(chosen)} of {whole}, {len(why)} of them in full")
-    kept = {*chosen[:1], *checked, *with_layers, *some_of(chosen, KEPT_STAYS, settings.seed)}
+    kept = {*chosen[:1], *checked, *with_layers, *_some_of(chosen, KEPT_STAYS, settings.seed)}
     if len(kept) < len(chosen):
         logger.info(f"            summaries and pictures are of {len(kept):,} of them, drawn at random")
-    leaks, work = leaks_of(run), Work(run, chosen, checked, settings)
+    leaks, work = _leaks_of(run), _Work(run, chosen, checked, settings)
     explained, rows = {}, []
     for stay in chosen:
-        found = explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
+        found = _explain_stay(run, stay, settings, why.get(stay, ""), stay in with_layers)
         found.events["tells_outcome"] = found.events["item"].isin(leaks)
         write(found)
         rows.append(found.stay)
         if stay in kept:
             explained[stay] = found if stay in [*why, chosen[0]] else found.without_maps()
         work.explained(stay)
-    tables = joined_tables(explained)
+    tables = _joined_tables(explained)
     risks = run.checkpoint.probabilities(run.logits)
     percentiles = [100 * float((risks <= risks[stay]).mean()) for stay in chosen]
     tables["stays"] = pd.DataFrame(rows).assign(risk_percentile=percentiles)
-    criteria, tables["curves"] = check_stays(run, tables["events"], checked, settings, work.checked)
+    criteria, tables["curves"] = _check_stays(run, tables["events"], checked, settings, work.checked)
     work.bar.close()
-    effects, of_layers = head_effects(run, some_of(chosen, OFF_STAYS, settings.seed))
-    tables["heads"] = head_table(run, explained, effects.mean(1), settings)
-    tables["query_similarity"] = query_similarity_table(explained, settings)
-    tables["windows"] = window_table(tables["events"], settings)
-    shown = [trajectory_table(run, stay) for stay in why]
+    effects, of_layers = _head_effects(run, _some_of(chosen, OFF_STAYS, settings.seed))
+    tables["heads"] = _head_table(run, explained, effects.mean(1), settings)
+    tables["query_similarity"] = _query_similarity_table(explained, settings)
+    tables["windows"] = _window_table(tables["events"], settings)
+    shown = [_trajectory_table(run, stay) for stay in why]
     tables["trajectory"] = pd.concat(shown, ignore_index=True) if shown else pd.DataFrame()
-    tables |= findings(
+    tables |= _findings(
         run,
         {stay: explained[stay].events for stay in why},
         tables["events"],
         settings,
     )
-    completeness = completeness_criterion(tables["stays"], settings)
+    completeness = _completeness_criterion(tables["stays"], settings)
     tables["faithfulness"] = pd.DataFrame([completeness, *criteria])
     more = [
-        use_of_time(tables["stays"], settings),
-        use_of_layer_attention(of_layers, len(run.checkpoint.model.transformer_encoder)),
+        _use_of_time(tables["stays"], settings),
+        _use_of_layer_attention(of_layers, len(run.checkpoint.model.transformer_encoder)),
     ]
     if settings.quick:
-        more.append(Finding("quick", QUICK_LOOK))
+        more.append(_Finding("quick", QUICK_LOOK))
     tables["verdict"] = pd.concat(
-        [verdict_table(run, leaks, settings), pd.DataFrame(more)],
+        [_verdict_table(run, leaks, settings), pd.DataFrame(more)],
         ignore_index=True,
     )
-    tables["attentions"] = {found.stay["icu_stay_id"]: attention_of(found) for found in of_interest(explained, why)}
+    tables["attentions"] = {found.stay["icu_stay_id"]: _attention_of(found) for found in _of_interest(explained, why)}
     highest = tables["stays"]["icu_stay_id"][tables["stays"]["probability"].idxmax()]
     tables["attention"] = tables["attentions"].get(highest, next(iter(tables["attentions"].values())))
     return tables
 
 
-def of_interest(explained: dict[int, Explained], why: dict[int, str]) -> list[Explained]:
+def _of_interest(explained: dict[int, _Explained], why: dict[int, str]) -> list[_Explained]:
     """Return what was found of the stays shown in full, or of the first if there are none."""
     return [explained[stay] for stay in why or list(explained)[:1]]
 
 
-def joined_tables(explained: dict[int, Explained]) -> dict[str, Any]:
+def _joined_tables(explained: dict[int, _Explained]) -> dict[str, Any]:
     """Return the tables of all stays as one each."""
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
@@ -2514,7 +2527,7 @@ def _important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int
     return common["size"].nlargest(n_items).index.tolist(), math.ceil(least)
 
 
-def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
+def _item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
     """Return the items that matter most: item, n_events, n_patients, push (mean, logit), size (mean |push|), n_values.
 
     `rho` is the rank correlation of the value and the push over the item's events that have a value (NaN below 10), and
@@ -2526,7 +2539,7 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
         known = part.dropna(subset=["value"])
         rho = math.nan
         if len(known) >= 10 and known["value"].nunique() > 2:
-            rho = float(rank_correlation(known["value"].to_numpy(), known["attribution"].to_numpy())[0, 0])
+            rho = float(_rank_correlation(known["value"].to_numpy(), known["attribution"].to_numpy())[0, 0])
         push = part["attribution"]
         row = {
             "item": item,
@@ -2558,7 +2571,7 @@ def _item_in_words(row: dict[str, Any], towards_death: bool) -> str:
     return f"{item} pushes towards death when {end} {where}."
 
 
-def level_table(events: pd.DataFrame, items: Sequence[str]) -> pd.DataFrame:
+def _level_table(events: pd.DataFrame, items: Sequence[str]) -> pd.DataFrame:
     """Return the mean push of each item at each level that its texts name: item, level, push, n_events, n_patients."""
     levels = events["event_text"].str.extract(r"\| Level: ([^|]+)", expand=False).str.strip()
     known = events.assign(level=levels)[levels.notna() & events["item"].isin(list(items))]
@@ -2570,15 +2583,15 @@ def level_table(events: pd.DataFrame, items: Sequence[str]) -> pd.DataFrame:
     return known.groupby(["item", "level"]).agg(**columns).reset_index()
 
 
-def system_table(events: pd.DataFrame) -> pd.DataFrame:
+def _system_table(events: pd.DataFrame) -> pd.DataFrame:
     """Return the total push of each organ system in each stay: icu_stay_id, patient_id, system, push, n_events."""
     items = events["item"].unique()
-    systems = events["item"].map({item: organ_system(item) for item in items})
+    systems = events["item"].map({item: _organ_system(item) for item in items})
     parts = events.assign(system=systems).groupby(["icu_stay_id", "patient_id", "system"])
     return parts.agg(push=("attribution", "sum"), n_events=("event", "size")).reset_index()
 
 
-def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def _decisive_events(run: _Run, stay: int, events: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Find the smallest set of a stay's events without which its risk would lie on the other side of the threshold.
 
     Events are replaced by the mean event, the most attributed to the present side first, until the decision changes;
@@ -2592,7 +2605,7 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
         keep = np.ones((len(sets), len(events)), bool)
         for row, taken in zip(keep, sets):
             row[taken] = False
-        return run.checkpoint.probabilities(replaced_logits(model, sequence, static, keep, baseline))
+        return run.checkpoint.probabilities(_replaced_logits(model, sequence, static, keep, baseline))
 
     risk = risk_without([np.array([], int)])[0]
     side = 1 if risk >= threshold else -1
@@ -2611,19 +2624,19 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
     return found.assign(probability_without=risk_without([chosen])[0])[DECISIVE_COLUMNS]
 
 
-def findings(
-    run: Run,
+def _findings(
+    run: _Run,
     shown: dict[int, pd.DataFrame],
     events: pd.DataFrame,
     settings: ExplainSettings,
 ) -> dict[str, pd.DataFrame]:
     """Return the tables items, levels, systems and decisive; `shown` are the events of the stays shown in full."""
-    items = item_table(events)
-    decisive = [decisive_events(run, stay, own, settings.decision_threshold) for stay, own in shown.items()]
+    items = _item_table(events)
+    decisive = [_decisive_events(run, stay, own, settings.decision_threshold) for stay, own in shown.items()]
     return {
         "items": items,
-        "levels": level_table(events, items["item"]),
-        "systems": system_table(events),
+        "levels": _level_table(events, items["item"]),
+        "systems": _system_table(events),
         "decisive": pd.concat(decisive, ignore_index=True) if decisive else pd.DataFrame(columns=DECISIVE_COLUMNS),
     }
 
@@ -3010,7 +3023,7 @@ def _draw_feature_importance(tables: Tables, caption: str) -> Figure:
     items, least = _important_items(events, 12)
     kinds = events["event_type"].map(TYPE_WORDS).fillna(events["event_type"])
     of_items = events[events["item"].isin(items)]
-    systems = system_table(events).rename(columns={"system": "group", "push": "attribution"})
+    systems = _system_table(events).rename(columns={"system": "group", "push": "attribution"})
     per_event = {
         "Event types, per event": events.assign(group=kinds),
         f"Items, per event (of {least} patients or more)": of_items.assign(group=of_items["item"]),
@@ -3211,7 +3224,7 @@ def _rank_agreement(table: pd.DataFrame, keys: list[str], first: str, second: st
     """Return the rank correlation of two columns in each group: the keys, and `correlation`."""
     rows = []
     for names, part in table.groupby(keys, sort=False):
-        found = rank_correlation(part[first].to_numpy(float), part[second].to_numpy(float))[0, 0]
+        found = _rank_correlation(part[first].to_numpy(float), part[second].to_numpy(float))[0, 0]
         rows.append((*names, found))
     return pd.DataFrame(rows, columns=[*keys, "correlation"])
 
@@ -3362,8 +3375,8 @@ ORDER_STYLES: dict[str, dict[str, Any]] = {
 
 
 def _draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
-    """Draw `curves`, as `deletion_insertion` gives them, of all checked stays: a panel for each direction."""
-    curves = with_one_random_order(tables["curves"])
+    """Draw `curves`, as `_deletion_insertion` gives them, of all checked stays: a panel for each direction."""
+    curves = _with_one_random_order(tables["curves"])
     n_stays = _count(curves["icu_stay_id"].nunique(), "stay")
     question = "Do the events that an explanation ranks first move the prediction most?"
     checked = tables["events"]["icu_stay_id"].isin(curves["icu_stay_id"])
@@ -3805,7 +3818,7 @@ def _checks_in_words(checks: list[list[str]], verdict: pd.DataFrame | None) -> s
     return words
 
 
-def png_of(figure: Figure, dpi: int = 100) -> bytes:
+def _png_of(figure: Figure, dpi: int = 100) -> bytes:
     """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
@@ -3814,7 +3827,7 @@ def png_of(figure: Figure, dpi: int = 100) -> bytes:
 
 def _picture(figure: Figure) -> dict[str, str]:
     """Return a figure as the base64 of its PNG, with its question for those who cannot see it."""
-    data = base64.b64encode(png_of(figure, 150)).decode("ascii")
+    data = base64.b64encode(_png_of(figure, 150)).decode("ascii")
     return {"data": data, "question": " ".join(figure.get_suptitle().split())}
 
 
@@ -3851,7 +3864,7 @@ def _template() -> Template:
     return environment.from_string(REPORT)
 
 
-def render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dict[str, Any]) -> str:
+def _render_report(tables: Tables, pictures: dict[str, dict[str, str]], info: dict[str, Any]) -> str:
     """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, the technical appendix.
 
     tables: stays, events, statics, trajectory, windows, faithfulness, and where present verdict, items, levels,
@@ -3933,7 +3946,10 @@ ITEMS_LOGGED = 5
 
 
 class Explanation(dict[str, Any]):
-    """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures."""
+    """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures.
+
+    >>> run_explainability_analysis(checkpoint).events["attribution"].sum()  # doctest: +SKIP
+    """
 
     def __init__(self, tables: dict[str, Any], text_encoder: str, report: Path | None) -> None:
         super().__init__(tables)
@@ -3951,9 +3967,9 @@ class Explanation(dict[str, Any]):
     @functools.cached_property
     def figures(self) -> dict[str, Figure]:
         """The pictures by name; each shows itself where a notebook's cell ends with it."""
-        drawn = draw_figures(self, caption_of(self, self.text_encoder))
+        drawn = draw_figures(self, _caption_of(self, self.text_encoder))
         for figure in drawn.values():
-            setattr(figure, "_repr_png_", functools.partial(png_of, figure))  # noqa: B010 (what notebooks look for)
+            setattr(figure, "_repr_png_", functools.partial(_png_of, figure))  # noqa: B010 (what notebooks look for)
         return drawn
 
     def _repr_html_(self) -> str:
@@ -3963,7 +3979,7 @@ class Explanation(dict[str, Any]):
         return f'<iframe srcdoc="{page}" style="width:100%;height:50rem;border:1px solid #ddd"></iframe>'
 
 
-def caption_of(tables: Tables, text_encoder: str) -> str:
+def _caption_of(tables: Tables, text_encoder: str) -> str:
     """Return what stands below every picture: whose stays these are, and what read their texts."""
     stays = tables["events"].drop_duplicates("icu_stay_id")
     n_patients = stays["patient_id"].nunique()
@@ -4006,7 +4022,7 @@ def run_explainability_analysis(
         words = f"run_explainability_analysis: {reason}; the options are the fields of ExplainSettings."
         raise InputError(words) from None
     train.check_limits(settings)
-    settings = in_half_a_minute(settings) if settings.quick else settings
+    settings = _in_half_a_minute(settings) if settings.quick else settings
     given = (
         settings.text_encoder,
         settings.cache_dir,
@@ -4014,21 +4030,21 @@ def run_explainability_analysis(
         settings.labels,
         settings.memory_limit,
     )
-    run = load_run(settings.checkpoint, test_data_path, *given)
+    run = _load_run(settings.checkpoint, test_data_path, *given)
     own = run.checkpoint.settings
     settings = replace(settings, data=settings.data or own.test_data or own.data)
-    with contextlib.nullcontext(lambda found: None) if folder is None else stay_files(Path(folder)) as write:
-        tables = explain(run, settings, write)
-    log_what_was_found(tables)
+    with contextlib.nullcontext(lambda found: None) if folder is None else _stay_files(Path(folder)) as write:
+        tables = _explain(run, settings, write)
+    _log_what_was_found(tables)
     found = {name: tables[name] for name in (*TABLE_FILES, "faithfulness", "attention")}
     if folder is None:
         return Explanation(found, run.checkpoint.text_encoder, None)
-    write_everything(Path(folder), run, tables, settings)
+    _write_everything(Path(folder), run, tables, settings)
     logger.info(f"Written     {Path(folder) / 'report.html'}, and its tables and pictures beside it")
     return Explanation(found, run.checkpoint.text_encoder, Path(folder) / "report.html")
 
 
-def log_what_was_found(tables: Tables) -> None:
+def _log_what_was_found(tables: Tables) -> None:
     """Log what a person needs: the verdict, whether the explanations hold, and what matters most."""
     verdict, items, stays = tables["verdict"], tables["items"], tables["stays"]
     said = verdict[verdict["name"].isin(LOGGED_FINDINGS) | verdict["passed"].eq(False)]
@@ -4046,7 +4062,7 @@ def log_what_was_found(tables: Tables) -> None:
         logger.info(f"Stay        {stay}, of the highest risk: {sentence}")
 
 
-def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
+def _in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
     """Return the settings of --quick: fewer stays, checks and resamples of each, never more than was asked for."""
     most = {"max_stays": 12, "checked_stays": 4, "layer_stays": 0, "shapley_orders": 0}
     most |= {"max_replacements": 50, "n_bootstrap": 200}
@@ -4054,9 +4070,9 @@ def in_half_a_minute(settings: ExplainSettings) -> ExplainSettings:
     return replace(settings, **fewer, stays=min(settings.stays, 2))
 
 
-def write_everything(
+def _write_everything(
     folder: Path,
-    run: Run,
+    run: _Run,
     tables: dict[str, Any],
     settings: ExplainSettings,
 ) -> None:
@@ -4064,9 +4080,9 @@ def write_everything(
     for name, file in TABLE_FILES.items():
         if name in STAY_TABLES:
             continue
-        train.write_whole(folder / file, functools.partial(write_table, tables[name], file))
-    train.write_json(folder / "faithfulness.json", faithfulness_record(run, tables))
-    figures = draw_figures(tables, caption_of(tables, run.checkpoint.text_encoder))
+        train.write_whole(folder / file, functools.partial(_write_table, tables[name], file))
+    train.write_json(folder / "faithfulness.json", _faithfulness_record(run, tables))
+    figures = draw_figures(tables, _caption_of(tables, run.checkpoint.text_encoder))
     pictures = {name: _picture(figure) for name, figure in figures.items()}  # drawn once
     for name, picture in pictures.items():
         png = base64.b64decode(picture["data"])
@@ -4082,12 +4098,12 @@ def write_everything(
         "temperature": run.checkpoint.temperature,
         "calibration": _calibration_of(run.table.labels, run.checkpoint.probabilities(run.logits)),
     }
-    page_text = render_report(tables, pictures, info)
+    page_text = _render_report(tables, pictures, info)
     train.write_whole(folder / "report.html", lambda path: path.write_text(page_text, "utf-8"))
 
 
 @contextlib.contextmanager
-def stay_files(folder: Path) -> Iterator[Callable[[Explained], None]]:
+def _stay_files(folder: Path) -> Iterator[Callable[[_Explained], None]]:
     """Yield what appends a stay's tables to files; they appear in the folder when all stays are done."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting: list[tuple[pd.DataFrame, ...]] = []
@@ -4114,7 +4130,7 @@ def stay_files(folder: Path) -> Iterator[Callable[[Explained], None]]:
                 parquet[0].write_table(rows)
             waiting.clear()
 
-        def add(found: Explained) -> None:
+        def add(found: _Explained) -> None:
             waiting.append(tuple(getattr(found, name) for name in STAY_TABLES))
             if len(waiting) == STAYS_A_PART:
                 append_waiting()
@@ -4129,28 +4145,28 @@ def stay_files(folder: Path) -> Iterator[Callable[[Explained], None]]:
             path.replace(folder / path.name)
 
 
-def write_table(table: pd.DataFrame, file: str, path: Path) -> None:
+def _write_table(table: pd.DataFrame, file: str, path: Path) -> None:
     if file.endswith("parquet"):
         table.to_parquet(path, index=False)
     else:
         table.to_csv(path, index=False, float_format="%.6g")
 
 
-def faithfulness_record(run: Run, tables: dict[str, Any]) -> dict[str, Any]:
+def _faithfulness_record(run: _Run, tables: dict[str, Any]) -> dict[str, Any]:
     """Return what faithfulness.json holds: the verdict, every check in plain words, and the curves behind the first."""
-    curves = with_one_random_order(tables["curves"])
+    curves = _with_one_random_order(tables["curves"])
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean().reset_index()
     return {
         "text_encoder": run.checkpoint.text_encoder,
         "stays": len(tables["stays"]),
         "held_out_split": run.held_out,
-        "verdict": plain_rows(tables["verdict"]),
-        "checks": plain_rows(tables["faithfulness"]),
-        "curves": plain_rows(means),
+        "verdict": _plain_rows(tables["verdict"]),
+        "checks": _plain_rows(tables["faithfulness"]),
+        "curves": _plain_rows(means),
     }
 
 
-def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the rows as dicts without NaN, which is not JSON."""
     return json.loads(table.to_json(orient="records", double_precision=15))
 

@@ -44,7 +44,7 @@ class Size:
     cache_dir: str = "clinical_LF_precomp_emb"
 
 
-def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, pd.DataFrame]:
+def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain._Run, pd.DataFrame]:
     """Return a model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
     sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
     make_sample.write_csv(sample, folder / "sample.csv")
@@ -57,11 +57,11 @@ def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, p
         max_epochs=size.epochs,
         save_attention_every=0,
     )
-    accelerator = explain.full_precision()
+    accelerator = explain._full_precision()
     trainer, checkpoint = train.train_model(settings, accelerator=accelerator)
     test = trainer.test_set
     assert test is not None
-    run = explain.make_run(checkpoint, test.table, test.text_vectors.cpu().numpy(), True, accelerator)
+    run = explain._make_run(checkpoint, test.table, test.text_vectors.cpu().numpy(), True, accelerator)
     return run, sample.events.assign(event_text=sample.table["event_text"])
 
 
@@ -107,7 +107,7 @@ def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
+def redundant_groups(run: explain._Run, events: pd.DataFrame) -> pd.DataFrame:
     """Return each group of redundant events: size, IG sum, the model's effects of it, and the true effect.
 
     `joint` is how far the logit falls if the group were unremarkable and all else stayed, `alone` how far it rises if
@@ -122,7 +122,7 @@ def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
         is_member = np.isin(np.arange(sequence.shape[1]), part["event"])
         keep = np.stack([is_member | True, ~is_member, is_member, is_member & False])
         of_statics = np.repeat([[True], [False]], 2, axis=0) & np.ones(static.shape, bool)  # each end has its own
-        logits = explain.replaced_logits(model, sequence, static, keep, baseline, of_statics)
+        logits = explain._replaced_logits(model, sequence, static, keep, baseline, of_statics)
         row = {"patient_id": part["patient_id"].iloc[0], "size": len(part), "true": part["true_effect"].sum()}
         row |= {"joint": logits[0] - logits[1], "alone": logits[2] - logits[3]}
         rows.append(row | {"attribution": part["attribution"].sum()})
@@ -136,21 +136,21 @@ def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dic
         part, asked = scores[scores["method"] == order], order != "attention"
         patients = part["patient_id"].to_numpy()
         precision, sign = (
-            explain.bootstrap(part[name].to_numpy(), patients, settings.n_bootstrap, settings.seed)
+            explain._bootstrap(part[name].to_numpy(), patients, settings.n_bootstrap, settings.seed)
             for name in ("precision", "right_sign")
         )
         words = f"of the events that {title} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes "
         words += f"(chance {part['chance'].mean():.2f})"
         bar = (">=", 0.9) if asked else None
-        rows.append(explain.criterion("planted precision@k", order, precision, bar, words, limit="low"))
+        rows.append(explain._criterion("planted precision@k", order, precision, bar, words, limit="low"))
         if asked:
             words = f"{title} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign"
-            rows.append(explain.criterion("planted sign", order, sign, (">=", 0.95), words))
+            rows.append(explain._criterion("planted sign", order, sign, (">=", 0.95), words))
         for name in HARMLESS:
-            found = explain.without_interval(float(part["cause"].mean() / part[name].mean()), int(part[name].count()))
+            found = explain._without_interval(float(part["cause"].mean() / part[name].mean()), int(part[name].count()))
             bar = (">=", 10.0) if asked and name == "decoys" else None
             words = f"{title} gives a cause {{value:.1f}} times as much as one of the {name} ({{n}} stays)"
-            rows.append(explain.criterion(f"causes over {name}", order, found, bar, words))
+            rows.append(explain._criterion(f"causes over {name}", order, found, bar, words))
     return rows
 
 
@@ -166,15 +166,15 @@ def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
         means = part[["attribution", "joint", "alone", "true"]].mean()
         both_ends = (means["joint"] + means["alone"]) / 2
         group = f"redundant evidence of {size} events"
-        found = explain.without_interval(miss(means["attribution"], both_ends), len(part))
+        found = explain._without_interval(miss(means["attribution"], both_ends), len(part))
         words = f"pushes of {group} miss the model's effect of it, mean of both ends, by {{value:.0%}}"
-        rows.append(explain.criterion(f"redundant, {size}", "attribution", found, ("<=", 0.25), words))
-        found = explain.without_interval(miss(means["attribution"], means["joint"]), len(part))
+        rows.append(explain._criterion(f"redundant, {size}", "attribution", found, ("<=", 0.25), words))
+        found = explain._without_interval(miss(means["attribution"], means["joint"]), len(part))
         words = f"pushes of {group} miss the effect of replacing it in its stay by {{value:.0%}}"
-        rows.append(explain.criterion(f"redundant, {size}: in the stay", "attribution", found, None, words))
-        found = explain.without_interval(miss(means["joint"], means["true"]), len(part))
+        rows.append(explain._criterion(f"redundant, {size}: in the stay", "attribution", found, None, words))
+        found = explain._without_interval(miss(means["joint"], means["true"]), len(part))
         words = f"the model's own effect of replacing {group} misses the truth by {{value:.0%}}"
-        rows.append(explain.criterion(f"redundant, {size}: model", "model", found, None, words))
+        rows.append(explain._criterion(f"redundant, {size}: model", "model", found, None, words))
     return rows
 
 
@@ -187,9 +187,9 @@ def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for column, method in (("if_unremarkable", "model"), ("attribution", "attribution")):
         size = events[column].abs()
-        found = explain.without_interval(float(size[is_trap].mean() / size[is_cause].mean()), int(is_trap.sum()))
+        found = explain._without_interval(float(size[is_trap].mean() / size[is_cause].mean()), int(is_trap.sum()))
         words = f"{column} of a trap is {{value:.2f}} of a cause's, {size[is_cause].mean():.2f} (truth: 0)"
-        rows.append(explain.criterion("traps in shares of causes", method, found, None, words))
+        rows.append(explain._criterion("traps in shares of causes", method, found, None, words))
     return rows
 
 
@@ -199,7 +199,7 @@ def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, A
     for seed in range(size.seeds):
         with tempfile.TemporaryDirectory() as folder:
             run, truth = train_on_sample(seed, Path(folder), size)
-        tables = explain.explain(run, replace(settings, seed=seed))
+        tables = explain._explain(run, replace(settings, seed=seed))
         logger.info(f"Seed {seed}      {len(tables['stays'])} stays explained")
         events = with_truth(tables["events"], truth_of(tables["events"], truth))
         groups.append(redundant_groups(run, events))

@@ -203,6 +203,11 @@ def test_encoders_are_public(fitted):
 # ---- What is public
 
 
+def test_all_functions_and_classes_without_underscore_are_listed_as_public():
+    own = {name for name, value in vars(explain).items() if getattr(value, "__module__", "") == explain.__name__}
+    assert {name for name in own if not name.startswith("_")} == {*explain.__all__, "main"}
+
+
 def test_every_public_name_has_an_example():
     for name in explain.__all__:
         assert ">>> " in getattr(explain, name).__doc__, name

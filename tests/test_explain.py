@@ -121,7 +121,7 @@ def test_attention_is_that_of_the_models_own_pass_also_where_it_prefers_the_late
     model = train.ClinicalTransformer(INPUT_DIM + n_history, STATIC_DIM, n_layers=n_layers, **sizes).eval()
     sequence, static = torch.randn(1, 9, INPUT_DIM + n_history), torch.randn(1, STATIC_DIM)
     sequence[..., -1] = torch.arange(9) % 3 == 0  # is_latest
-    found = explain.attend(model, sequence, static)
+    found = explain._attend(model, sequence, static)
     own = model(sequence, static, return_attention=True)[1]["pooling_weights"][0, :, 0].detach().numpy()
     assert np.allclose(found.pooling, own, atol=1e-6) and found.pooling[:, ::3].sum() > 1.9  # of 2 heads
     assert found.maps.shape == (n_layers, 2, 9, 9)
@@ -130,7 +130,7 @@ def test_attention_is_that_of_the_models_own_pass_also_where_it_prefers_the_late
 
 @pytest.mark.parametrize("item_history, width", [(False, 774), (True, 783)])
 def test_event_parts_cover_every_input_once(item_history, width):
-    parts = explain.event_parts(width, item_history)
+    parts = explain._event_parts(width, item_history)
     columns = [column for name in PARTS for column in range(width)[parts[name]]]
     assert columns == list(range(width)) and len(range(width)[parts["text"]]) == 768
 
@@ -159,20 +159,20 @@ def replaced(stay, *events):
 def test_unremarkable_events_equal_a_loop_over_replacements(model, stay):
     full = logit(model, stay.sequence, stay.static)
     expected = [full - logit(model, replaced(stay, event), stay.static) for event in range(N_EVENTS)]
-    found = explain.replace_each_event(model, stay.sequence, stay.static, stay.baseline)
+    found = explain._replace_each_event(model, stay.sequence, stay.static, stay.baseline)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_unremarkable_events_in_small_passes_and_of_some_are_the_same(model, stay, monkeypatch):
-    whole = explain.replace_each_event(model, stay.sequence, stay.static, stay.baseline)
+    whole = explain._replace_each_event(model, stay.sequence, stay.static, stay.baseline)
     monkeypatch.setattr(explain, "FORWARD_EVENTS", 1)
-    some = explain.replace_each_event(model, stay.sequence, stay.static, stay.baseline, np.array([1, 4]))
+    some = explain._replace_each_event(model, stay.sequence, stay.static, stay.baseline, np.array([1, 4]))
     np.testing.assert_allclose(some[[1, 4]], whole[[1, 4]], atol=1e-5)
     assert np.isnan(some).sum() == N_EVENTS - 2
 
 
 def test_an_event_that_is_unremarkable_already_changes_nothing(model, stay):
-    found = explain.replace_each_event(model, replaced(stay, 2, 5), stay.static, stay.baseline)
+    found = explain._replace_each_event(model, replaced(stay, 2, 5), stay.static, stay.baseline)
     np.testing.assert_allclose(found[[2, 5]], 0, atol=1e-6)
     assert np.abs(found[[0, 1, 3, 4, 6]]).min() > 1e-6
 
@@ -218,7 +218,7 @@ def test_shapley_values_are_those_of_captum(model, stay):
 
 
 def test_attend_gives_the_weights_of_the_very_pass(model, stay):
-    found = explain.attend(model, stay.sequence, stay.static)
+    found = explain._attend(model, stay.sequence, stay.static)
     with torch.no_grad():
         _, attention = model(stay.sequence, stay.static, return_attention=True)
     np.testing.assert_allclose(found.pooling, attention["pooling_weights"][0, :, 0], atol=1e-6)
@@ -227,32 +227,32 @@ def test_attend_gives_the_weights_of_the_very_pass(model, stay):
 
 
 def test_attend_softmax_of_query_key_scores_is_the_pooling(model, stay):
-    found = explain.attend(model, stay.sequence, stay.static)
+    found = explain._attend(model, stay.sequence, stay.static)
     np.testing.assert_allclose(torch.from_numpy(found.scores).softmax(1), found.pooling, atol=1e-6)
 
 
 def test_attend_bounds_the_maps_of_a_long_stay(model, stay, monkeypatch):
     monkeypatch.setattr(explain, "MAX_MAP_EVENTS", 4)
-    found = explain.attend(model, stay.sequence, stay.static)
+    found = explain._attend(model, stay.sequence, stay.static)
     assert found.maps.shape == (2, 2, 4, 4) and found.pooling.shape == (2, N_EVENTS)
     assert np.isnan(found.rollout[:3]).all() and found.rollout[3:].sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_rollout_through_layers_that_look_at_themselves_is_the_pooling():
     pooling = torch.tensor([0.2, 0.3, 0.5])
-    torch.testing.assert_close(explain.attention_rollout([torch.eye(3)] * 4, pooling), pooling)
+    torch.testing.assert_close(explain._attention_rollout([torch.eye(3)] * 4, pooling), pooling)
 
 
 def test_rollout_through_one_layer_that_looks_at_the_first_event():
     to_first = torch.tensor([[1.0, 0], [1, 0]])
     torch.testing.assert_close(
-        explain.attention_rollout([to_first], torch.tensor([0.0, 1.0])), torch.tensor([0.5, 0.5])
+        explain._attention_rollout([to_first], torch.tensor([0.0, 1.0])), torch.tensor([0.5, 0.5])
     )
 
 
 def test_untrained_model_keeps_the_input_statistics_and_the_callers_random_state(model):
     before = torch.get_rng_state()
-    fresh = explain.untrained_like(model, 3)
+    fresh = explain._untrained_like(model, 3)
     assert torch.equal(fresh.event_mean, model.event_mean) and not torch.equal(
         fresh.classifier[0].weight, model.classifier[0].weight
     )
@@ -264,24 +264,26 @@ def test_untrained_model_keeps_the_input_statistics_and_the_callers_random_state
 
 def test_rank_correlation_equals_scipy_and_is_missing_for_a_constant():
     first, second = np.array([[1.0, 5, 2, 2], [1, 1, 1, 1]]), np.array([[3.0, 9, 1, 4]])
-    found = explain.rank_correlation(first, second)
+    found = explain._rank_correlation(first, second)
     assert found[0, 0] == pytest.approx(spearmanr(first[0], second[0])[0]) and np.isnan(found[1, 0])
 
 
 def test_bootstrap_of_equal_values_has_no_width_and_leaves_out_nan():
-    found = explain.bootstrap(np.array([2.0, 2, math.nan, 2]), np.array([1, 2, 3, 4]), 50)
+    found = explain._bootstrap(np.array([2.0, 2, math.nan, 2]), np.array([1, 2, 3, 4]), 50)
     assert (found["value"], found["low"], found["high"], found["n"]) == (2, 2, 2, 3)
 
 
 def test_bootstrap_resamples_patients_not_rows():
-    found = explain.bootstrap(np.array([0.0] * 50 + [1.0]), np.array([1] * 50 + [2]), 50)
+    found = explain._bootstrap(np.array([0.0] * 50 + [1.0]), np.array([1] * 50 + [2]), 50)
     assert math.isnan(found["low"])  # two patients: nothing to resample
 
 
 def test_deletion_and_insertion_on_a_linear_model(stay):
     linear, fractions = LinearStay(INPUT_DIM, STATIC_DIM), len(explain.FRACTIONS) + 1
-    effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
-    curves = explain.deletion_insertion(linear, stay.sequence, stay.static, stay.baseline, {"if_unremarkable": effects})
+    effects = explain._replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
+    curves = explain._deletion_insertion(
+        linear, stay.sequence, stay.static, stay.baseline, {"if_unremarkable": effects}
+    )
     first = curves[curves["fraction"] == 0.05].set_index("direction")["change"]
     assert len(curves) == 2 * fractions
     assert first["deletion"] == pytest.approx(-effects.max(), abs=1e-5) and first["insertion"] == pytest.approx(
@@ -291,41 +293,41 @@ def test_deletion_and_insertion_on_a_linear_model(stay):
 
 def test_replaced_are_the_strongest_events_and_those_that_are_listed():
     push = np.concatenate([np.linspace(1, 2, 100), -np.linspace(0.01, 0.1, 50)])
-    which = explain.events_to_replace(push, 30)
+    which = explain._events_to_replace(push, 30)
     towards, away = np.arange(70, 100), np.arange(140, 150)  # all of the strongest push towards death
     assert which.tolist() == [*towards, *away]
-    assert explain.events_to_replace(push, 0).tolist() == list(range(150))
+    assert explain._events_to_replace(push, 0).tolist() == list(range(150))
 
 
 def test_events_that_were_not_replaced_are_left_out_of_infidelity_and_rank_in_the_middle(stay):
     linear = LinearStay(INPUT_DIM, STATIC_DIM)
-    effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
+    effects = explain._replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
     inputs = linear, stay.sequence, stay.static
     partly = effects.copy()
     partly[3] = math.nan
-    found = explain.stay_infidelity(*inputs, {"truth": effects, "partly": partly}, stay.baseline, seed=0)
+    found = explain._stay_infidelity(*inputs, {"truth": effects, "partly": partly}, stay.baseline, seed=0)
     assert found["truth"] == pytest.approx(0, abs=1e-8) and found["partly"] == pytest.approx(0, abs=1e-8)
-    curves = explain.deletion_insertion(*inputs, stay.baseline, {"unknown": partly, "zero": np.nan_to_num(partly)})
+    curves = explain._deletion_insertion(*inputs, stay.baseline, {"unknown": partly, "zero": np.nan_to_num(partly)})
     change = curves.set_index("order")["change"]
     np.testing.assert_array_equal(change["unknown"], change["zero"])
 
 
 def test_infidelity_of_the_truth_about_a_linear_model_is_zero(stay):
     linear = LinearStay(INPUT_DIM, STATIC_DIM)
-    effects = explain.replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
+    effects = explain._replace_each_event(linear, stay.sequence, stay.static, stay.baseline)
     scores = {"truth": effects, "none": np.zeros(N_EVENTS)}
-    found = explain.stay_infidelity(linear, stay.sequence, stay.static, scores, stay.baseline, seed=0)
+    found = explain._stay_infidelity(linear, stay.sequence, stay.static, scores, stay.baseline, seed=0)
     assert found["truth"] == pytest.approx(0, abs=1e-8) and found["none"] == pytest.approx(1)
 
 
 def test_sensitivity_of_a_constant_explanation_is_zero_and_of_the_input_small(stay):
-    score = lambda explanation: explain.stay_sensitivity(stay.sequence, explanation, torch.ones(INPUT_DIM), seed=0)
+    score = lambda explanation: explain._stay_sensitivity(stay.sequence, explanation, torch.ones(INPUT_DIM), seed=0)
     assert score(lambda x: np.ones(N_EVENTS)) == 0
     assert 0 < score(lambda x: x[0].sum(1).numpy()) < 0.2
 
 
 def test_a_criterion_says_in_words_whether_it_holds():
-    row = explain.criterion(
+    row = explain._criterion(
         "c", "m", {"value": 0.5, "low": 0.1, "high": 0.9, "n": 3}, (">=", 0.2), "it is {value:.1f}", limit="low"
     )
     assert row["passed"] is False and row["sentence"] == "It is 0.5 (should be >= 0.2: NO)."
@@ -353,11 +355,11 @@ def test_abnormal_is_what_the_text_says():
         "Lab: A | Level: within range",
         "Prescription: A",
     ]
-    assert [explain.is_abnormal(text) for text in texts] == [True, True, False, False]
+    assert [explain._is_abnormal(text) for text in texts] == [True, True, False, False]
 
 
 def test_clock_windows_begin_at_their_lower_edge():
-    assert explain.clock_window(np.array([0, 5.9, 6, 95, 96, 4000])).tolist() == [
+    assert explain._clock_window(np.array([0, 5.9, 6, 95, 96, 4000])).tolist() == [
         "last 6 h",
         "last 6 h",
         "6 to 12 h",
@@ -458,7 +460,7 @@ def test_static_attribution_is_a_share_of_everything(attention, described):
 
 @pytest.fixture(scope="module")
 def run(sample_run):
-    return explain.load_run(best_model(sample_run), cache_dir=sample_run / "cache")
+    return explain._load_run(best_model(sample_run), cache_dir=sample_run / "cache")
 
 
 @pytest.fixture
@@ -475,7 +477,7 @@ def test_data_of_training_patients_alone_is_refused(run, sample_run):
     table = pd.read_csv(sample_run / "data.csv", dtype=str)
     seen = table[table["patient_id"].astype(int).isin(run.checkpoint.patients["train"])]
     with pytest.raises(train.InputError, match="trained or tuned on"):
-        explain.load_run(best_model(sample_run), seen, cache_dir=sample_run / "cache")
+        explain._load_run(best_model(sample_run), seen, cache_dir=sample_run / "cache")
 
 
 def test_parts_of_every_event_sum_to_its_attribution(tables):
@@ -539,8 +541,8 @@ def test_files_have_all_stays_where_memory_has_few(run, tmp_path, monkeypatch):
     settings = explain.ExplainSettings(
         stays=1, max_stays=5, checked_stays=0, layer_stays=0, shapley_orders=0, ig_steps=2, n_bootstrap=10
     )
-    with explain.stay_files(tmp_path) as write:
-        tables = explain.explain(run, settings, write)
+    with explain._stay_files(tmp_path) as write:
+        tables = explain._explain(run, settings, write)
     assert len(tables["stays"]) == 5 and 3 <= tables["events"]["icu_stay_id"].nunique() < 5
     events, statics = (tmp_path / explain.TABLE_FILES[name] for name in ("events", "statics"))
     assert pd.read_parquet(events)["icu_stay_id"].unique().tolist() == tables["stays"]["icu_stay_id"].tolist()
@@ -551,7 +553,7 @@ def test_files_have_all_stays_where_memory_has_few(run, tmp_path, monkeypatch):
 def test_a_death_is_among_the_stays_that_are_shown(run):
     quiet = int(run.logits.argmin())  # neither the highest risk nor, with one stay shown, any other
     stays = run.table.stays.assign(**{explain.LABEL: (np.arange(len(run.logits)) == quiet).astype(int)})
-    _, why = explain.choose_stays(run._replace(table=replace(run.table, stays=stays)), 1, 6, seed=0)
+    _, why = explain._choose_stays(run._replace(table=replace(run.table, stays=stays)), 1, 6, seed=0)
     assert why == {quiet: "highest risk of those who died"}
 
 
@@ -564,26 +566,26 @@ def test_every_file_is_written(tables):
 
 def test_chosen_stays_are_shown_for_a_reason(run):
     stays = run.table.stays.assign(**{explain.LABEL: 1})
-    chosen, why = explain.choose_stays(run._replace(table=replace(run.table, stays=stays)), 3, 6, seed=0)
+    chosen, why = explain._choose_stays(run._replace(table=replace(run.table, stays=stays)), 3, 6, seed=0)
     assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain"]
     assert next(iter(why)) == run.logits.argmax()
 
 
 def test_risk_as_events_arrive_is_that_of_what_was_known_by_then(run):
-    table = explain.trajectory_table(run, 0, most=3)
+    table = explain._trajectory_table(run, 0, most=3)
     for row in table.itertuples():
         known = train.known_at(run.table.take(np.array([0])), row.hours_since_admission)
         dataset = train.ClinicalSequenceDataset(known, run.checkpoint.preprocessor, run.vectors)
-        logits = train.predict_logits(run.checkpoint.model, dataset, run.checkpoint.settings, explain.full_precision())
+        logits = train.predict_logits(run.checkpoint.model, dataset, run.checkpoint.settings, explain._full_precision())
         assert row.probability == pytest.approx(run.checkpoint.probabilities(logits)[0], abs=1e-5)
         assert row.n_events == len(dataset[0][0])
 
 
 def test_a_result_that_came_later_changes_no_earlier_risk(run):
-    before = explain.trajectory_table(run, 0, most=4)
+    before = explain._trajectory_table(run, 0, most=4)
     known = run.table.known_minutes_since_intime.copy()
     known[known > 60 * before["hours_since_admission"].iloc[1]] += 1e6  # as if it had never come
-    after = explain.trajectory_table(
+    after = explain._trajectory_table(
         run._replace(table=replace(run.table, known_minutes_since_intime=known)), 0, most=4
     )
     np.testing.assert_allclose(after["probability"][:2], before["probability"][:2])
@@ -591,8 +593,8 @@ def test_a_result_that_came_later_changes_no_earlier_risk(run):
 
 def test_a_head_that_is_switched_off_and_on_again_leaves_the_model_as_it_was(run):
     before = {name: values.clone() for name, values in run.checkpoint.model.state_dict().items()}
-    effects, of_layers = explain.head_effects(run, [0, 1])
-    assert effects.shape == (len(explain.head_names(run.checkpoint.model)), 2) and of_layers.shape == (2,)
+    effects, of_layers = explain._head_effects(run, [0, 1])
+    assert effects.shape == (len(explain._head_names(run.checkpoint.model)), 2) and of_layers.shape == (2,)
     assert (effects[-1] > 0).all()
     for name, values in run.checkpoint.model.state_dict().items():
         assert torch.equal(values, before[name]), name

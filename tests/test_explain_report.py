@@ -221,12 +221,12 @@ def mock_tables(n_stays=60):
     )
     hours = np.linspace(0, own.hours_since_admission.max(), 12)
     shown = stays.icu_stay_id[stays.why_shown != ""]
-    items = explain.item_table(events)
+    items = explain._item_table(events)
     decisive = own.nlargest(2, "attribution")[["icu_stay_id", "event", "event_text"]]
     return {
         "items": items,
-        "levels": explain.level_table(events, items["item"]),
-        "systems": explain.system_table(events),
+        "levels": explain._level_table(events, items["item"]),
+        "systems": explain._system_table(events),
         "decisive": decisive.assign(threshold=0.5, probability=0.61, probability_without=0.18),
         "stays": stays,
         "events": events,
@@ -276,7 +276,7 @@ def figures():
 @functools.lru_cache
 def report():
     names = ("query_vector_analysis", "feature_importance")
-    return explain.render_report(mock_tables(6), {name: explain._picture(figures()[name]) for name in names}, INFO)
+    return explain._render_report(mock_tables(6), {name: explain._picture(figures()[name]) for name in names}, INFO)
 
 
 def words_of(figure):
@@ -332,7 +332,7 @@ def test_means_by_weighs_rows_equally_and_bounds_the_mean():
 def test_shares_add_up_to_one_over_bins_whatever_the_lengths_of_the_stays():
     events = mock_tables(6)["events"]
     names = explain.CLOCK_WINDOWS
-    windows = pd.Series(pd.Categorical(explain.clock_window(events["hours_to_end"].to_numpy()), names))
+    windows = pd.Series(pd.Categorical(explain._clock_window(events["hours_to_end"].to_numpy()), names))
     for column in ("attribution", "attention"):
         shares = explain._stay_shares(events, windows, column)
         np.testing.assert_allclose(shares.sum(axis=1), 1)
@@ -370,7 +370,7 @@ def test_figures_survive_one_stay_without_label_and_without_head_roles():
         "stays": tables["stays"].assign(label=np.nan),
     }
     drawn = explain.draw_figures(tables)
-    page = explain.render_report(tables, {}, {})
+    page = explain._render_report(tables, {}, {})
     assert set(drawn) == set(NAMES) and "outcome unknown" in page
     assert "1 held-out stay of 1 patient with" in page and "Their outcomes are unknown." in page
 
@@ -430,14 +430,14 @@ def test_report_says_without_which_events_the_decision_would_be_another():
 def test_report_says_that_no_event_mattered_instead_of_listing_them():
     tables = mock_tables(6)
     quiet = tables["events"].assign(attribution=0.01, if_unremarkable=0.01)
-    page = explain.render_report(tables | {"events": quiet}, {}, INFO)
+    page = explain._render_report(tables | {"events": quiet}, {}, INFO)
     assert page.count("No event of this stay mattered") == (tables["stays"]["why_shown"] != "").sum()
     assert "push most towards" not in page and "× 1.0" not in page
 
 
 def test_report_begins_with_the_verdict():
     verdict = pd.DataFrame({"sentence": ["This model does not discriminate."], "passed": [False]})
-    page = explain.render_report(mock_tables(6) | {"verdict": verdict}, {}, INFO)
+    page = explain._render_report(mock_tables(6) | {"verdict": verdict}, {}, INFO)
     assert page.index("This model does not discriminate.") < page.index("How to read the numbers")
     assert "checks with a threshold are passed" not in page
 
@@ -446,7 +446,7 @@ def test_report_begins_with_the_verdict():
 def test_log_names_findings_only_of_a_model_that_discriminates(discriminates, caplog):
     found = {"name": ["discrimination"], "sentence": ["AUROC"], "passed": [discriminates]}
     with caplog.at_level("INFO", train.logger.name):
-        explain.log_what_was_found(mock_tables(6) | {"verdict": pd.DataFrame(found)})
+        explain._log_what_was_found(mock_tables(6) | {"verdict": pd.DataFrame(found)})
     assert ("Findings" in caplog.text) == discriminates and "Checks" in caplog.text
 
 
@@ -471,7 +471,7 @@ def events_of(values, pushes, item="Lab: Lactate (Blood, Blood Gas)"):
 @pytest.mark.parametrize("sign, word", [(1, "when high (rho 1.00"), (-1, "when low (rho -1.00"), (0, "too few values")])
 def test_items_say_which_values_push_towards_death(sign, word):
     values = np.arange(12.0 if sign else 4.0)
-    table = explain.item_table(events_of(values, sign * values**3 if sign else values))
+    table = explain._item_table(events_of(values, sign * values**3 if sign else values))
     assert word in table["sentence"][0] and f"n {len(values)})" in table["sentence"][0]
     assert table["size"][0] == pytest.approx((values**3).mean() if sign else values.mean())
 
@@ -479,12 +479,12 @@ def test_items_say_which_values_push_towards_death(sign, word):
 def test_item_whose_events_all_push_away_is_said_to_push_away():
     values = np.arange(12.0)
     assert (
-        "pushes away from death, least when high" in explain.item_table(events_of(values, values - 20))["sentence"][0]
+        "pushes away from death, least when high" in explain._item_table(events_of(values, values - 20))["sentence"][0]
     )
 
 
 def test_items_by_level_are_means_of_the_push():
-    levels = explain.level_table(events_of([1.0, 2, 3], [1.0, 0, 5]), ["Lab: Lactate (Blood, Blood Gas)"])
+    levels = explain._level_table(events_of([1.0, 2, 3], [1.0, 0, 5]), ["Lab: Lactate (Blood, Blood Gas)"])
     assert levels[["level", "push", "n_events"]].values.tolist() == [["above range", 2.0, 3]]
 
 
@@ -502,12 +502,12 @@ def test_items_by_level_are_means_of_the_push():
     ],
 )
 def test_organ_system_of_an_item(text, system):
-    assert explain.organ_system(text) == system
+    assert explain._organ_system(text) == system
 
 
 def test_organ_systems_sum_all_pushes_of_a_stay():
     events = mock_tables(6)["events"]
-    found = explain.system_table(events).groupby("icu_stay_id")[["push", "n_events"]].sum()
+    found = explain._system_table(events).groupby("icu_stay_id")[["push", "n_events"]].sum()
     np.testing.assert_allclose(found["push"], events.groupby("icu_stay_id")["attribution"].sum())
     assert found["n_events"].sum() == len(events)
 
@@ -520,7 +520,7 @@ def decisive(effects, threshold):
     checkpoint = SimpleNamespace(model=model, baseline=baseline, probabilities=expit)
     run = SimpleNamespace(checkpoint=checkpoint, inputs=lambda stay: (sequence, torch.zeros(1, 1)))
     events = pd.DataFrame({"icu_stay_id": 1, "event": range(len(effects)), "event_text": "", "attribution": effects})
-    return explain.decisive_events(run, 0, events, threshold)
+    return explain._decisive_events(run, 0, events, threshold)
 
 
 def test_decisive_events_are_the_fewest_that_change_the_decision():

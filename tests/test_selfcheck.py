@@ -67,8 +67,8 @@ def test_truth_is_matched_by_stay_text_and_order_and_another_samples_is_an_error
 
 
 def test_what_falls_short_is_returned():
-    found = explain.without_interval(0.1, 3)
-    short = explain.criterion("c", "m", found, (">=", 0.9), "it is {value:.1f}") | {"seed": "all"}
+    found = explain._without_interval(0.1, 3)
+    short = explain._criterion("c", "m", found, (">=", 0.9), "it is {value:.1f}") | {"seed": "all"}
     assert selfcheck.say(pd.DataFrame([short])) == 1
     assert selfcheck.say(pd.DataFrame([short | {"passed": True}])) == 0
     assert np.isnan(short["low"])

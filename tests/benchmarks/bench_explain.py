@@ -33,7 +33,7 @@ def long_stays(table: train.StayTable, n_stays: int, n_events: int) -> train.Sta
     return replace(table, stays=stays, offsets=n_events * np.arange(n_stays + 1), **arrays)
 
 
-def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
+def steps(run: explain._Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
     """Seconds of the single steps on the one stay of the run, and of all of them together as the program takes them."""
     model, (sequence, static), baseline = run.checkpoint.model, run.inputs(0), run.checkpoint.baseline
     removed = np.arange(min(settings.max_replacements, sequence.shape[1]))
@@ -44,21 +44,21 @@ def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple
         ),
         (
             f"replacement of {len(removed)} events",
-            lambda: explain.replace_each_event(model, sequence, static, baseline, removed),
+            lambda: explain._replace_each_event(model, sequence, static, baseline, removed),
         ),
-        ("attention of every layer and head", lambda: explain.attend(model, sequence, static)),
-        ("everything, as the program does it", lambda: explain.explain(run, settings)),
+        ("attention of every layer and head", lambda: explain._attend(model, sequence, static)),
+        ("everything, as the program does it", lambda: explain._explain(run, settings)),
     ):
         started = time.monotonic()
         step()
         yield name, time.monotonic() - started
 
 
-def whole(run: explain.Run) -> Iterator[tuple[str, float]]:
+def whole(run: explain._Run) -> Iterator[tuple[str, float]]:
     """CPU seconds of explaining all stays of the run as the program does it, tables of stays written, no pictures."""
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, explain.stay_files(Path(folder)) as write:
-        explain.explain(run, explain.ExplainSettings(max_stays=0), write)
+    with tempfile.TemporaryDirectory() as folder, explain._stay_files(Path(folder)) as write:
+        explain._explain(run, explain.ExplainSettings(max_stays=0), write)
     yield f"CPU seconds of all {len(run.table.stays)} stays", time.process_time() - started
 
 
@@ -70,7 +70,7 @@ def measure(n_events: int, n_stays: int) -> None:
         size = selfcheck.Size(max(100, n_events // 4), 1, cache_dir=folder)  # twice the events of one such stay
         trained, _ = selfcheck.train_on_sample(0, Path(folder), size)
     table = long_stays(trained.table, n_stays, n_events)
-    run = explain.make_run(trained.checkpoint, table, trained.vectors, True, explain.full_precision())
+    run = explain._make_run(trained.checkpoint, table, trained.vectors, True, explain._full_precision())
     before = peak_memory_gb()
     for name, seconds in whole(run) if n_stays > 1 else steps(run, explain.ExplainSettings(stays=1)):
         print(f"{n_events}|{name}|{seconds:.1f}|{before:.2f}|{peak_memory_gb():.2f}", flush=True)
