@@ -724,7 +724,8 @@ def _replace_each_event(
 class Ablation(NamedTuple):
     """By how much the logit falls without single events, and without groups of events or static columns.
 
-    >>> ablation_analysis(model, sequences, static_features, attention_mask).if_unremarkable.shape
+    >>> found = ablation_analysis(model, sequences, static_features, attention_mask)
+    >>> found.if_unremarkable.shape == attention_mask.shape
     True
     """
 
