@@ -373,14 +373,17 @@ class _ReducedMaps(list):
 @torch.no_grad()
 def _attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> _Attention:
     """Return the attention of the pass over one stay, (1, L, C) and (1, S); the layers' of its last 3,000 events."""
-    pooled = model.score(sequence, static)[1]
-    pooling, events = pooled["pooling_weights"][0, :, 0], pooled["transformer_output"][0]  # (Hp, L), (L, D)
-    recent = max(0, len(events) - MAX_MAP_EVENTS)
-    is_event = torch.ones(1, len(events) - recent, dtype=torch.bool, device=sequence.device)
+    is_event = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
     layers = _ReducedMaps()
-    model.encode(sequence[:, recent:], is_event, layers)
-    n_heads, n_bins = model.architecture["n_heads"], min(is_event.shape[1], MAX_MAP_BINS)
-    received, maps = pooling.new_zeros(0, n_heads, is_event.shape[1]), pooling.new_zeros(0, n_heads, n_bins, n_bins)
+    recent = max(0, sequence.shape[1] - MAX_MAP_EVENTS)
+    layout = train.layout_of_mask(is_event)
+    pooled = model.score_packed(sequence[0], static, layout, None if recent else layers)[1]
+    if recent:
+        model.encode(sequence[:, recent:], is_event[:, recent:], layers)
+    pooling, events = pooled["pooling_weights"][0, :, 0], pooled["transformer_output"][0]  # (Hp, L), (L, D)
+    n_heads, n_recent = model.architecture["n_heads"], len(events) - recent
+    n_bins = min(n_recent, MAX_MAP_BINS)
+    received, maps = pooling.new_zeros(0, n_heads, n_recent), pooling.new_zeros(0, n_heads, n_bins, n_bins)
     for of_events, binned, _ in layers:
         received = torch.cat([received, of_events[None]])
         maps = torch.cat([maps, binned[None]])

@@ -3528,18 +3528,20 @@ class ClinicalTransformer(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
         layout = layout_of_mask(attention_mask)
-        return self.score_packed(pack(sequences, layout), static_features, layout, return_attention)
+        return self.score_packed(pack(sequences, layout), static_features, layout, [] if return_attention else None)
 
     def score_packed(
         self,
         events: Tensor,
         static_features: Tensor,
         layout: Layout,
-        return_attention: bool = False,
+        maps: list[Tensor] | None = None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The same for events without padding (N, input_dim), or for `rows` (N,) of fewer, each projected once."""
-        maps: list[Tensor] | None = [] if return_attention else None
+        """The same for events without padding (N, input_dim), or for `rows` (N,) of fewer, each projected once.
+
+        `maps` takes each layer's attention weights, as in `encode`.
+        """
         outputs = unpack(self.encode_packed(events, layout, maps, rows), layout)  # (B, L, D)
         query = self.query_vector.expand(len(outputs), -1, -1)  # (B, 1, D)
         bias = None
@@ -4137,9 +4139,8 @@ def save_attention_weights(
     """
     arrays = {name: value for name, value in attention_weights.items() if name != "transformer_output"}
     maps = [binned(torch.as_tensor(weights).float()) for weights in arrays["layer_attention_weights"]]
-    arrays["layer_attention_weights"] = (
-        torch.stack(maps).half() if maps else torch.zeros(0)
-    )  # (n_layers, B, H, bins, bins)
+    of_layers = torch.stack(maps).half() if maps else torch.zeros(0)  # (n_layers, B, H, bins, bins)
+    arrays["layer_attention_weights"] = of_layers
     arrays = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in arrays.items()}
 
     def write(path: Path) -> None:

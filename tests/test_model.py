@@ -355,16 +355,18 @@ def test_sequences_that_are_no_batch_of_this_width_are_refused_in_a_sentence(sha
 
 
 def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
-    n_items, n_columns = 40, 30
-    items = torch.randn(n_items, 3) * torch.tensor([1.0, 2.0, 5.0]) @ torch.randn(3, n_columns)  # vary in 3 directions
+    n_items, n_columns, variances = 40, 30, torch.tensor([1.0, 4.0, 25.0])  # along three directions
+    scores = torch.randn(n_items, 3)
+    scores = torch.linalg.qr(scores - scores.mean(0))[0] * (n_items * variances).sqrt()
+    items = scores @ torch.linalg.qr(torch.randn(n_columns, 3))[0].T
     projection = train.ItemHistoryProjection(n_columns + 1, 8)
     projection.whiten(items)
     identity = torch.nn.Linear(n_columns, n_columns)
     identity.weight.data, identity.bias.data = torch.eye(n_columns), torch.zeros(n_columns)
-    whitened = projection.of_item(identity, items)
-    covariance = torch.cov(whitened.T, correction=0)
-    expected = torch.diag((torch.arange(n_columns) < 3).float())
-    assert torch.allclose(covariance, expected, atol=0.03)
+    covariance = torch.cov(projection.of_item(identity, items).T, correction=0)
+    expected = torch.zeros(n_columns)
+    expected[:3] = variances / (variances + 1e-3 * 25)
+    assert torch.allclose(covariance, torch.diag(expected), atol=1e-4)
 
 
 def test_items_of_events_are_their_texts_without_numbers(dataset):
