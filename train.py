@@ -3323,11 +3323,15 @@ class EncoderLayer(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Multi-head attention of one learnable query over a stay's events."""
+    """Multi-head attention of one learnable query over a stay's events.
 
-    def __init__(self, d_model: int, n_heads: int) -> None:
+    In training it is not shown a share of them, another one at each step: dropout of keys before the softmax (Li et al.
+    2023, arXiv 2208.02646).
+    """
+
+    def __init__(self, d_model: int, n_heads: int, event_dropout: float = 0.0) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.event_dropout = n_heads, event_dropout
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(
@@ -3341,6 +3345,9 @@ class AttentionPooling(nn.Module):
 
         `bias (B, H, 1, L)` is added to the scores.
         """
+        if self.training and self.event_dropout > 0:
+            is_shown = torch.rand(attention_mask.shape, device=events.device) >= self.event_dropout  # (B, L)
+            attention_mask = attention_mask & is_shown
         keys, values = self.key(events), self.value(events)  # (B, L, D), what costs: under autocast
         with full_precision(events):
             q, k, v = (
@@ -3355,6 +3362,7 @@ class AttentionPooling(nn.Module):
 
 
 LATEST_BIAS = 4.0  # the latest event of each item weighs e^4 = 55 times an earlier one when training begins
+EVENT_DROPOUT = 0.2  # where one event speaks for its item; where all events of an item speak, hiding some only harms
 
 
 class ItemHistoryProjection(nn.Module):
@@ -3465,7 +3473,7 @@ class ClinicalTransformer(nn.Module):
         )
         self.final_norm = nn.LayerNorm(d_model)
         self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, d_model))
-        self.attention_pooling = AttentionPooling(d_model, n_pooling_heads)
+        self.attention_pooling = AttentionPooling(d_model, n_pooling_heads, EVENT_DROPOUT if n_history else 0.0)
         self.latest_bias = nn.Parameter(torch.full((n_pooling_heads,), LATEST_BIAS)) if n_history else None
         self.classifier = nn.Sequential(
             nn.Linear(d_model + static_dim, 256),

@@ -369,6 +369,37 @@ def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
     assert torch.allclose(covariance, torch.diag(expected), atol=1e-4)
 
 
+def test_pooling_in_training_is_not_shown_a_share_of_the_events():
+    torch.manual_seed(0)
+    pooling = train.AttentionPooling(8, 2, event_dropout=0.25)
+    query, events, mask = torch.randn(1, 1, 8), torch.randn(1, 400, 8), torch.ones(1, 400, dtype=torch.bool)
+    shown = [pooling(query, events, mask)[1][0, :, 0] > 0 for _ in range(2)]  # (2 heads, 400) at each of two steps
+    assert all((heads[0] == heads[1]).all() and 270 < heads[0].sum() < 330 for heads in shown)
+    assert (shown[0] != shown[1]).any()
+    pooled, weights = pooling(query, events, mask)
+    alone = pooling.eval()(query, events[:, weights[0, 0, 0] > 0], mask[:, weights[0, 0, 0] > 0])[0]
+    assert torch.allclose(pooled, alone, atol=1e-6)
+    assert (pooling(query, events, mask)[1] > 0).all()
+
+
+def test_events_are_hidden_in_training_only_where_one_speaks_for_its_item():
+    sizes = {"d_model": 8, "n_layers": 0, "n_pooling_heads": 2}
+    default, history = (
+        train.ClinicalTransformer(774, 3, **sizes),
+        train.ClinicalTransformer(783, 3, n_history=9, **sizes),
+    )
+    assert default.attention_pooling.event_dropout == 0
+    assert history.attention_pooling.event_dropout == train.EVENT_DROPOUT > 0
+
+
+def test_stay_with_every_event_hidden_has_finite_logit_and_gradient():
+    pooling = train.AttentionPooling(8, 2, event_dropout=1 - 1e-9)
+    events = torch.randn(1, 3, 8, requires_grad=True)
+    pooled, weights = pooling(torch.randn(1, 1, 8), events, torch.ones(1, 3, dtype=torch.bool))
+    pooled.sum().backward()
+    assert (weights == 0).all() and torch.equal(pooled[0, 0], pooling.output.bias) and (events.grad == 0).all()
+
+
 def test_items_of_events_are_their_texts_without_numbers(dataset):
     items = train.items_of_events(dataset)
     used = np.unique(dataset.table.text)

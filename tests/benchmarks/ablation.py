@@ -96,6 +96,11 @@ def unseen_number_of_events(trainer: train.Trainer) -> None:
         model.static_weight[-1] = 0.0  # numbers come last, the number of events last of them
 
 
+def every_event_shown(trainer: train.Trainer) -> None:
+    for model in fresh_models(trainer):
+        model.attention_pooling.event_dropout = 0.0
+
+
 def unit_pooling_query(trainer: train.Trainer) -> None:
     for model in fresh_models(trainer):
         model.query_vector.data *= 50
@@ -116,6 +121,7 @@ VARIANTS = {
     "one layer": Variant({"n_layers": 1}),
     "item history": Variant({"item_history": True}),
     "item history, no layer": Variant({"item_history": True, "n_layers": 0}),
+    "item history, no layer, every event shown": Variant({"item_history": True, "n_layers": 0}, every_event_shown),
     "temporal loss 0.3": Variant({"temporal_weight": 0.3}),
     "sparsity 0.2": Variant({"sparsity_weight": 0.2}),
     "temporal loss 0.3, sparsity 0.2": Variant({"temporal_weight": 0.3, "sparsity_weight": 0.2}),
