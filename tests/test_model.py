@@ -160,16 +160,23 @@ def test_batches_hold_every_stay_once_and_respect_the_event_budget():
     lengths = np.random.default_rng(0).integers(1, 500, 300)
     batches = train.plan_batches(lengths, batch_size=8, max_events=1000, seed=1)
     assert sorted(np.concatenate(batches)) == list(range(300))
-    assert all(len(b) <= 8 and (len(b) == 1 or lengths[b].max() * len(b) <= 1000) for b in batches)
+    assert all(len(b) <= 8 and (len(b) == 1 or lengths[b].sum() <= 1000) for b in batches)
+    assert all((np.diff(lengths[b]) <= 0).all() for b in batches)
     assert all(np.array_equal(a, b) for a, b in zip(batches, train.plan_batches(lengths, 8, 1000, seed=1)))
     assert any(not np.array_equal(a, b) for a, b in zip(batches, train.plan_batches(lengths, 8, 1000, seed=2)))
 
 
-def test_batches_are_little_padding_on_long_tailed_lengths():
+def test_batches_of_training_mix_lengths_and_those_of_scoring_hardly_pad():
     lengths = np.random.default_rng(0).lognormal(5.7, 1.1, 500).astype(int) + 1
-    batches = train.plan_batches(lengths, batch_size=16, max_events=16384, seed=0)
-    padded = sum(lengths[b].max() * len(b) for b in batches)
-    assert 1 - lengths.sum() / padded < 0.10
+    mixed, sorted_by_length = (train.plan_batches(lengths, 16, 16384, seed=seed) for seed in (0, None))
+    assert 1 - lengths.sum() / sum(lengths[b].max() * len(b) for b in sorted_by_length) < 0.10
+    means = [np.log(lengths[b]).mean() for b in mixed if len(b) == 16]
+    assert len(means) > 25 and np.std(means) < 1.5 * np.log(lengths).std() / 4  # as of 16 stays drawn at random
+
+
+def test_a_stay_longer_than_the_budget_is_a_batch_of_its_own():
+    assert [b.tolist() for b in train.plan_batches(np.array([3, 50, 4]), batch_size=8, max_events=10)] == [[1], [2, 0]]
+    assert train.plan_batches(np.array([], int), batch_size=8, max_events=10) == []
 
 
 def test_shares_of_processes_hold_every_stay_once_with_weight_one():
@@ -315,7 +322,7 @@ def test_processes_share_the_event_budget_of_a_step():
     assert sorted(np.concatenate(batches)) == list(range(300))
     for batch in batches:
         shares = [train.share_of_batch(batch, rank, 4)[0] for rank in range(4)]
-        assert all(len(share) == 1 or len(share) * lengths[share].max() <= 1000 for share in shares)
+        assert all(len(share) == 1 or lengths[share].sum() <= 1000 for share in shares)
     assert len(batches) < len(train.plan_batches(lengths, batch_size=64, max_events=1000, seed=1))
 
 
