@@ -3458,9 +3458,10 @@ class ClinicalTransformer(nn.Module):
         self.input_projection: ItemHistoryProjection | nn.Linear = (
             ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
         )
-        # An average event is all bias. Were that small, the LayerNorm would blow the smallest difference from it up,
+        # An average event is all bias. Were that tiny, the LayerNorm would blow the smallest difference from it up,
         # and a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
-        nn.init.normal_(self.input_projection.bias)
+        # Events with their history start out more alike: the same bias would drown what tells them apart.
+        nn.init.normal_(self.input_projection.bias, std=0.3 if n_history else 1.0)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
