@@ -3337,24 +3337,28 @@ class AttentionPooling(nn.Module):
         attention_mask: Tensor,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L); fp32 from the scores on.
+        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L), all in fp32.
 
-        `bias (B, H, 1, L)` is added to the scores.
+        `bias (B, H, 1, L)` is added to the scores. The query and what it pools pass the projections of keys and values,
+        not each event: the numbers are the same, and padding costs next to nothing.
         """
         if self.training and self.event_dropout > 0:
             is_shown = torch.rand(attention_mask.shape, device=events.device) >= self.event_dropout  # (B, L)
             attention_mask = attention_mask & is_shown
-        keys, values = self.key(events), self.value(events)  # (B, L, D), what costs: under autocast
+        split = (self.n_heads, -1)
         with full_precision(events):
-            q, k, v = (
-                tensor.float().unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, H, 1 or L, D/H)
-                for tensor in (self.query_projection(query), keys, values)
-            )
-            scores = q @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (B, H, 1, L)
+            events = events.float()
+            q = self.query_projection(query.squeeze(1).float()).unflatten(1, split)  # (B, H, C)
+            key = torch.einsum("bhc,hcd->bhd", q, self.key.weight.unflatten(0, split))  # (B, H, D)
+            of_bias = (q * self.key.bias.unflatten(0, split)).sum(2, keepdim=True)  # (B, H, 1)
+            scores = (key @ events.transpose(1, 2) + of_bias).unsqueeze(2) / math.sqrt(q.shape[2])  # (B, H, 1, L)
             if bias is not None:
                 scores = scores + bias
             weights = softmax_among(scores, attention_mask[:, None, None, :])
-            return self.output((weights @ v).transpose(1, 2).flatten(2)), weights
+            shares = weights.squeeze(2)  # (B, H, L)
+            values = torch.einsum("bhd,hcd->bhc", shares @ events, self.value.weight.unflatten(0, split))  # (B, H, C)
+            values = values + shares.sum(2, keepdim=True) * self.value.bias.unflatten(0, split)
+            return self.output(values.flatten(1)).unsqueeze(1), weights
 
 
 LATEST_BIAS = 4.0  # the latest event of each item weighs e^4 = 55 times an earlier one when training begins
@@ -5507,12 +5511,13 @@ def measure_epoch(lengths: np.ndarray, dim: int, settings: Settings, accelerator
 
 
 def bytes_of_step(lengths: np.ndarray, dim: int, settings: Settings) -> int:
-    """Return about how many bytes a training step takes: an event's inputs, and what layers keep for the way back."""
-    batches = plan_batches(lengths, settings.batch_size, settings.max_events_per_batch)
+    """Return about how many bytes a training step takes: inputs, what layers keep for the way back, padding to pool."""
+    batches = plan_batches(lengths, settings.batch_size, settings.max_events_per_batch, settings.seed)
     n_events = max(int(lengths[batch].sum()) for batch in batches)
+    n_padded = max(len(batch) * int(lengths[batch].max()) for batch in batches)
     floats_per_layer = 10 * settings.d_model + 2 * settings.d_feedforward
     floats_per_event = 3 * dim + settings.n_layers * floats_per_layer
-    return 4 * n_events * floats_per_event
+    return 4 * (n_events * floats_per_event + n_padded * 3 * settings.d_model)
 
 
 class Scored(NamedTuple):
