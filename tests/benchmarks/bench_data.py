@@ -5,7 +5,7 @@
 
 The tables are synthetic, written by DuckDB to Parquet: 250 events per stay on average (50 to 450), one distinct text
 per ten events, all columns of query.sql; flat (every stay's columns on each of its rows) and nested. --data names real
-stays, on whose lengths the padding of a plan of batches is reckoned against shuffled batches of the same mean size.
+stays, on whose lengths the padding of batches is reckoned.
 """
 
 import argparse
@@ -108,16 +108,15 @@ def fastest(work, times=3) -> float:
 
 
 def padding_and_items(table: train.StayTable) -> None:
-    """Padding of one epoch's plan, and the time of one item against a loop over its events."""
+    """Padding of the batches of training and scoring, and the time of one item against a loop over its events."""
     settings, lengths = train.Settings(), table.lengths
-    plan = train.plan_batches(lengths, settings.batch_size, settings.max_events_per_batch, seed=0)
-    size = round(len(lengths) / len(plan))
-    shuffled = np.random.default_rng(0).permutation(len(lengths))
-    plain = [shuffled[first : first + size] for first in range(0, len(lengths), size)]
+    training, scoring = (
+        train.plan_batches(lengths, settings.batch_size, settings.max_events_per_batch, seed) for seed in (0, None)
+    )
     print(
-        f"padding of {len(lengths)} stays of {lengths.min()} to {lengths.max():,} events: "
-        f"{padding(lengths, plan):.1%} in {len(plan)} planned batches, "
-        f"{padding(lengths, plain):.1%} in {len(plain)} shuffled ones of {size}"
+        f"padding (the pooling's alone) of {len(lengths)} stays of {lengths.min()} to {lengths.max():,} events: "
+        f"{padding(lengths, training):.1%} in {len(training)} batches of training, "
+        f"{padding(lengths, scoring):.1%} in {len(scoring)} of scoring"
     )
     preprocessor = train.ClinicalDataPreprocessor().fit(table)
     vectors = np.zeros((len(table.texts), 768), np.float32)
