@@ -376,6 +376,22 @@ def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
     assert torch.allclose(covariance, torch.diag(expected), atol=1e-4)
 
 
+def test_pooling_is_the_multi_head_attention_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = train.AttentionPooling(16, 4), torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    projections = [ours.query_projection, ours.key, ours.value]
+    for projection in projections:
+        torch.nn.init.normal_(projection.bias)
+    theirs.in_proj_weight.data = torch.cat([projection.weight.data for projection in projections])
+    theirs.in_proj_bias.data = torch.cat([projection.bias.data for projection in projections])
+    theirs.out_proj.load_state_dict(ours.output.state_dict())
+    query, events, mask = torch.randn(3, 1, 16), torch.randn(3, 7, 16), torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    expected = theirs(query, events, events, key_padding_mask=~mask, average_attn_weights=False)
+    for found, right in zip(ours(query, events, mask), expected, strict=True):
+        assert torch.allclose(found, right, atol=1e-6)
+
+
 def test_pooling_in_training_is_not_shown_a_share_of_the_events():
     torch.manual_seed(0)
     pooling = train.AttentionPooling(8, 2, event_dropout=0.25)
