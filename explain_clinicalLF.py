@@ -394,7 +394,7 @@ def _attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> _At
         pad(received, math.nan),
         maps.cpu().numpy(),
         pad(rollout, math.nan),
-        _query_key_scores(model, events).cpu().numpy(),
+        model.attention_pooling.scores(model.query_vector, events.unsqueeze(0))[0].cpu().numpy(),
     )
 
 
@@ -407,15 +407,6 @@ def _attention_rollout(layer_maps: Sequence[Tensor], pooling: Tensor) -> Tensor:
     for weights in reversed(layer_maps):
         share = 0.5 * share + 0.5 * share @ weights
     return share
-
-
-def _query_key_scores(model: ClinicalTransformer, events: Tensor) -> Tensor:
-    """(Hp, L): the pooling query's scaled similarity with the key of each event (L, D), before the softmax."""
-    pooling = model.attention_pooling
-    query = pooling.query_projection(model.query_vector)[0, 0]  # (D,)
-    query = query.unflatten(0, (pooling.n_heads, -1))  # (Hp, D/Hp)
-    keys = pooling.key(events).unflatten(1, (pooling.n_heads, -1))  # (L, Hp, D/Hp)
-    return torch.einsum("hd,lhd->hl", query, keys) / math.sqrt(query.shape[1])
 
 
 def _untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer:

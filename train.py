@@ -3195,15 +3195,15 @@ def plan_batches(
     order = np.argsort(-lengths, kind="stable")
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(lengths))
-    batches: list[list[int]] = []
+    batches: list[list[int]] = [[]]
     for stay in order.tolist():
-        batch = sorted([*batches[-1], stay] if batches else [stay], key=lambda member: -sizes[member])
+        batch = sorted([*batches[-1], stay], key=lambda member: -sizes[member])
         n_events = sum(sizes[member] for member in batch[::world])  # of the process that has most
-        if batches and len(batch) <= batch_size and (n_events <= max_events or len(batch) <= world):
+        if len(batch) <= batch_size and (n_events <= max_events or len(batch) <= world):
             batches[-1] = batch
         else:
             batches.append([stay])
-    return [np.array(batch) for batch in batches]
+    return [np.array(batch) for batch in batches if batch]
 
 
 def share_of_batch(batch: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float]:
@@ -3330,6 +3330,15 @@ class AttentionPooling(nn.Module):
         self.n_heads, self.event_dropout = n_heads, event_dropout
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
+    def scores(self, query: Tensor, events: Tensor) -> Tensor:
+        """query (B, 1, D), events (B, L, D) -> (B, H, L): its scaled similarity with each event's key, in fp32."""
+        split = (self.n_heads, -1)
+        with full_precision(events):
+            q = self.query_projection(query.squeeze(1).float()).unflatten(1, split)  # (B, H, C)
+            key = torch.einsum("bhc,hcd->bhd", q, self.key.weight.unflatten(0, split))  # (B, H, D)
+            of_bias = (q * self.key.bias.unflatten(0, split)).sum(2, keepdim=True)  # (B, H, 1)
+            return (key @ events.float().transpose(1, 2) + of_bias) / math.sqrt(q.shape[2])
+
     def forward(
         self,
         query: Tensor,
@@ -3347,16 +3356,13 @@ class AttentionPooling(nn.Module):
             attention_mask = attention_mask & is_shown
         split = (self.n_heads, -1)
         with full_precision(events):
-            events = events.float()
-            q = self.query_projection(query.squeeze(1).float()).unflatten(1, split)  # (B, H, C)
-            key = torch.einsum("bhc,hcd->bhd", q, self.key.weight.unflatten(0, split))  # (B, H, D)
-            of_bias = (q * self.key.bias.unflatten(0, split)).sum(2, keepdim=True)  # (B, H, 1)
-            scores = (key @ events.transpose(1, 2) + of_bias).unsqueeze(2) / math.sqrt(q.shape[2])  # (B, H, 1, L)
+            scores = self.scores(query, events).unsqueeze(2)  # (B, H, 1, L)
             if bias is not None:
                 scores = scores + bias
             weights = softmax_among(scores, attention_mask[:, None, None, :])
             shares = weights.squeeze(2)  # (B, H, L)
-            values = torch.einsum("bhd,hcd->bhc", shares @ events, self.value.weight.unflatten(0, split))  # (B, H, C)
+            pooled = shares @ events.float()  # (B, H, D)
+            values = torch.einsum("bhd,hcd->bhc", pooled, self.value.weight.unflatten(0, split))  # (B, H, C)
             values = values + shares.sum(2, keepdim=True) * self.value.bias.unflatten(0, split)
             return self.output(values.flatten(1)).unsqueeze(1), weights
 
