@@ -14,13 +14,16 @@ from small_table import arguments, best_model, small_table  # noqa: E402
 
 import explain_clinicalLF as explain  # noqa: E402
 import train  # noqa: E402
+from clinical_lf import files  # noqa: E402
+from clinical_lf.run_folder import RunFolder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def unpainted(monkeypatch):
     """Figures are made and not painted, which is half of a small run's time; those of the shared runs are painted."""
-    empty = lambda path, figure: train.write_whole(path, lambda name: name.write_bytes(b""))
+    empty = lambda path, figure: files.write_whole(path, lambda name: name.write_bytes(b""))
     monkeypatch.setattr(train, "save_figure", empty)
+    monkeypatch.setattr(RunFolder, "figure", lambda self, name, figure: empty(self.folder / "plots" / name, figure))
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +56,10 @@ def sample_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def explained(sample_run):
     """The run's model explained on its own data, results beside it: neither is named."""
-    few = {"stays": 2, "max_stays": 5, "checked_stays": 2, "n_bootstrap": 50, "layer_stays": 1}
-    return explain.run_explainability_analysis(best_model(sample_run), cache_dir=str(sample_run / "cache"), **few)
+    few = {"stays": 2, "max_stays": 5, "n_bootstrap": 50}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain.Effort.__new__, "__defaults__", (2, 1, 100))  # checked, layered, replaced
+        return explain.run_explainability_analysis(best_model(sample_run), cache_dir=str(sample_run / "cache"), **few)
 
 
 def save_tokenizer(folder):

@@ -5,12 +5,11 @@ import pandas as pd
 import torch
 
 import train
+from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, STAY_COLUMNS
 
 LACTATE = "Lab: Lactate (Blood, Blood Gas)"
 MARK = "Zebedee"  # stands for patient text: it must never reach the log
-TINY = (
-    "--d-model 32 --n-layers 1 --n-heads 2 --d-feedforward 32 --max-epochs 1 --n-bootstrap 20 --save-attention-every 0"
-).split()
+TINY = ("--d-model 32 --n-layers 1 --n-heads 2 --max-epochs 1 --n-bootstrap 20 --save-attention-every 0").split()
 
 
 def small_table(n_patients=40, n_events=3, first_id=10_000_000):
@@ -47,12 +46,12 @@ def small_table(n_patients=40, n_events=3, first_id=10_000_000):
                 | {
                     "event_time": time,
                     "event_known_time": time + pd.Timedelta(minutes=30),
-                    "event_type": train.EVENT_TYPES[hour % 5],
+                    "event_type": EVENT_TYPES[hour % 5],
                     "relative_time_to_final_event": minutes_to_end,
                     "event_text": f"{LACTATE} | Value: {rng.integers(1, 9)} mmol/L | Comment: {MARK}",
                 }
             )
-    columns = [*train.STAY_COLUMNS, *train.EVENT_COLUMNS]
+    columns = [*STAY_COLUMNS, *EVENT_COLUMNS]
     return pd.DataFrame(rows)[columns].astype(str)
 
 
@@ -60,13 +59,13 @@ def to_parquet(table, path, nested=False):
     """The table with its types, as Parquet: flat, or one row per stay with an array of structs."""
     kinds = {"BIGINT": "Int64", "DOUBLE": "float64", "VARCHAR": "string"}
     typed = table.replace("", pd.NA).copy()
-    for name, kind in {**train.STAY_COLUMNS, **train.EVENT_COLUMNS}.items():
+    for name, kind in {**STAY_COLUMNS, **EVENT_COLUMNS}.items():
         typed[name] = (
             pd.to_datetime(typed[name], format="ISO8601") if kind == "TIMESTAMP" else typed[name].astype(kinds[kind])
         )
     if nested:
-        events = [group[list(train.EVENT_COLUMNS)].to_dict("records") for _, group in typed.groupby("icu_stay_id")]
-        typed = typed[list(train.STAY_COLUMNS)].drop_duplicates("icu_stay_id").assign(events=events)
+        events = [group[list(EVENT_COLUMNS)].to_dict("records") for _, group in typed.groupby("icu_stay_id")]
+        typed = typed[list(STAY_COLUMNS)].drop_duplicates("icu_stay_id").assign(events=events)
     typed.to_parquet(path, index=False)
     return path
 
@@ -104,13 +103,18 @@ class LinearStay(torch.nn.Module):
         self.w, self.v = (torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (input_dim, static_dim))
 
     def logits(
-        self,
-        sequences: torch.Tensor,
-        static_features: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        self, sequences: torch.Tensor, static_features: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         is_event = torch.ones(sequences.shape[:2]) if attention_mask is None else attention_mask
         return ((sequences @ self.w * is_event).sum(1) + static_features @ self.v + 0.5).unsqueeze(1)
 
-    def logits_of_rows(self, events: torch.Tensor, rows: torch.Tensor, static_features: torch.Tensor) -> torch.Tensor:
-        return self.logits(events[rows], static_features)
+    def score_packed(
+        self,
+        events: torch.Tensor,
+        static_features: torch.Tensor,
+        layout: train.Layout,
+        layer_weights: list[torch.Tensor] | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        padded = train.unpack(events if rows is None else events[rows], layout)
+        return self.logits(padded, static_features, layout.attention_mask), {}

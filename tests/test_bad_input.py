@@ -581,10 +581,7 @@ def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, f
 
 
 def test_path_inside_a_checkpoint_is_not_followed(finished, tmp_path, capfd):
-    folder, state = (
-        save_longformer(tmp_path / "encoder"),
-        torch.load(best_model(finished), weights_only=True),
-    )
+    folder, state = (save_longformer(tmp_path / "encoder"), torch.load(best_model(finished), weights_only=True))
     torch.save(
         {**state, "text_encoder": "encoder@1", "settings": {**state["settings"], "text_encoder": str(folder)}},
         tmp_path / "evil.pth",

@@ -129,11 +129,7 @@ def mock_groups(events, statics, stays):
     rows = (
         pd.concat(parts)
         .groupby(["icu_stay_id", "patient_id", "kind", "group"], sort=False)
-        .agg(
-            n_events=("attribution", "size"),
-            attribution=("attribution", "sum"),
-            ablation=("if_unremarkable", "sum"),
-        )
+        .agg(n_events=("attribution", "size"), attribution=("attribution", "sum"), ablation=("if_unremarkable", "sum"))
         .reset_index()
     )
     shown = rows.icu_stay_id.isin(stays.icu_stay_id[stays.why_shown != ""])

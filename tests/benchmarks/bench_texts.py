@@ -45,9 +45,7 @@ RULES: dict[str, Words] = {
         ),
         ("ROUND(i.rate, CAST(i.digits AS INT))", "ROUND(i.rate, CAST(GREATEST(0, 1 + i.digits) AS INT))"),
     ],
-    "procedures: to the minute": [
-        ("IF(p.minutes > 60, -FLOOR(LOG10(ABS(NULLIF(p.minutes, 0)))), 0)", "0"),
-    ],
+    "procedures: to the minute": [("IF(p.minutes > 60, -FLOOR(LOG10(ABS(NULLIF(p.minutes, 0)))), 0)", "0")],
     "labs: a digit more": [
         (
             """IF(
@@ -56,7 +54,7 @@ RULES: dict[str, Words] = {
         own_digits
       )""",
             "GREATEST(0, own_digits, COALESCE(range_digits, own_digits + 1))",
-        ),
+        )
     ],
     "labs: priority": [
         ("AS flag,\n", "AS flag,\n    NULLIF(TRIM(priority), '') AS priority,\n"),
@@ -155,8 +153,7 @@ def held_out(name: str, table: train.StayTable, settings: train.Settings, seed: 
 def mean_of(rankings: list[Ranking]) -> Ranking:
     """Return the mean over seeds; all resampled the same patients."""
     return Ranking(
-        np.mean([found.value for found in rankings], axis=0),
-        np.mean([found.draws for found in rankings], axis=0),
+        np.mean([found.value for found in rankings], axis=0), np.mean([found.draws for found in rankings], axis=0)
     )
 
 

@@ -75,9 +75,7 @@ class TrainingRun(NamedTuple):
 
 
 def train_and_test(
-    data: train.TrainingData,
-    settings: train.Settings,
-    at_start: Callable[[train.Trainer], None] | None = None,
+    data: train.TrainingData, settings: train.Settings, at_start: Callable[[train.Trainer], None] | None = None
 ) -> TrainingRun:
     """Train on a split as train.py does and score its test stays; `at_start` is given the trainer to change it."""
     started = time.monotonic()

@@ -1,0 +1,204 @@
+"""What tells the outcome that should not: columns, counts and texts, for training and for the explainer's verdict."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from clinical_lf.items import mask_numbers
+from clinical_lf.metrics import TOO_FEW, fewest
+from clinical_lf.tables import LABEL, REASONS, ReadReport, Split, StayTable, stay_hours
+
+MIN_STAYS_OF_TEXT = 20  # fewer stays say little of a text
+PURE = 0.98  # share of the stays with a text that end alike, above which it knows the outcome
+LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; what does knows the outcome
+IMPOSSIBLE = {
+    "event_after_the_end": "They happened after ICU discharge or death; the query should have cut them off.",
+    "event_known_after_prediction": "A bedside model could not have read them.",
+    "patient_in_two_parts": "The same patient is trained on and tested on.",
+    "admission_in_two_parts": "The same hospital admission, hence the same outcome, is trained on and tested on.",
+    "admission_with_two_labels": "Stays of one admission disagree on the outcome.",
+}
+# What is left out or mended on reading, but belongs into the audit.
+REPAIRED = (
+    "stay_without_end",
+    "stay_after_death",
+    "stay_with_death_and_label_0",
+    "length_recomputed",
+    "event_after_the_end",
+)
+COUNT_WORDS = REASONS | {
+    "event_known_after_prediction": "events known only after the moment of prediction",
+    "patient_in_two_parts": "patients in two parts of the split",
+    "admission_in_two_parts": "admissions in two parts of the split",
+    "admission_with_two_labels": "admissions with conflicting labels",
+}
+Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of the stays to fit on, and of those to judge by
+
+
+def audit_table(
+    table: StayTable, split: Split, report: ReadReport, observation_hours: float = 0.0, prospective: bool = False
+) -> pd.DataFrame:
+    """Return the audit of a table and its split: `leakage_audit` of its columns, of times of each stay, and of counts."""
+    part = np.empty(len(table.stays), dtype=object)
+    for name, members in split._asdict().items():
+        part[members] = name
+    first = table.minutes_since_intime[table.offsets[:-1]] / 60
+    last = table.minutes_since_intime[table.offsets[1:] - 1] / 60
+    record, hours = stay_hours(table), 24 * table.stays["icu_length_of_stay_in_days"].astype(float)
+    numbers = {
+        "first event, hours after ICU admission": first,
+        "last event, hours after ICU admission": last,
+        # What two columns tell together: a length that ran past the record would know who died before it.
+        "length of stay less the record's span, hours": hours - record,
+        "length of stay less the last event, hours": hours - last,
+    }
+    stays, known = table.stays, report.counts | report.notes
+    end_hours = observation_hours or record[table.stay_of_event]
+    counts = dict.fromkeys(IMPOSSIBLE, 0) | {code: known[code] for code in REPAIRED if code in known}
+    counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
+    counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
+    for unit in ("patient", "admission"):
+        n_parts = pd.Series(part).groupby(stays[f"{unit}_id"].to_numpy()).nunique()
+        counts[f"{unit}_in_two_parts"] = int((n_parts > 1).sum())
+    columns = pd.concat([table.static_columns, pd.DataFrame(numbers)], axis=1)
+    return leakage_audit(columns, table.labels, stays["patient_id"].to_numpy(), part == "train", counts, prospective)
+
+
+def leakage_audit(
+    columns: pd.DataFrame,
+    labels: ArrayLike,
+    patient_ids: ArrayLike,
+    is_train: np.ndarray,
+    counts: dict[str, int],
+    prospective: bool = False,
+) -> pd.DataFrame:
+    """Return what, alone, tells the outcome, and what cannot be: a row per column (n rows), and per count.
+
+    Each column gets the AUROC of its own small model, cross-validated on the training patients only. counts: how often
+    impossible things occur (keys of IMPOSSIBLE, or REPAIRED, which are allowed). What became known only after the
+    moment of prediction is to be expected in retrospective mode, hence flagged only if prospective.
+    """
+    y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
+    folds, rows = patient_folds(y, patients), []
+    for name in columns:
+        auroc = single_column_auroc(columns.loc[is_train, name], y, folds)
+        flagged, reason = max(auroc, 1 - auroc) > LEAK_AUROC, ""
+        if np.isnan(auroc):
+            reason = "Not judged: too few training patients of one outcome to cross-validate."
+        elif flagged:
+            reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
+        rows.append((name, "column", auroc, pd.NA, bool(flagged), reason))
+    for code, count in counts.items():
+        reason = IMPOSSIBLE.get(code, "This should not occur.")
+        is_excused = code in REPAIRED
+        if is_excused:
+            reason = "Left out or mended while reading."
+        elif code == "event_known_after_prediction" and not prospective:
+            is_excused, reason = True, f"Expected: the retrospective mode reads the whole stay. {reason}"
+        flagged = count > 0 and not is_excused
+        rows.append((COUNT_WORDS[code], "count", np.nan, int(count), flagged, reason if count else ""))
+    audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
+    return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
+
+
+def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> Folds:
+    """Return at most five folds of whole patients, deaths spread; none where an outcome has one patient only."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    died = pd.Series(labels).groupby(patient_ids).max()
+    n_folds = int(min(5, died.sum(), (1 - died).sum()))
+    if n_folds < 2:
+        return []
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+    return list(splitter.split(labels, labels, patient_ids))
+
+
+def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: Folds) -> float:
+    """Return the cross-validated AUROC of one column (n,) alone, labels (n,); NaN where no fold can tell.
+
+    Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
+    AUROC is taken within folds and averaged by pairs: pooled, the folds' own death rates would bias it below 0.5.
+    """
+    from sklearn.metrics import roc_auc_score
+    from sklearn.preprocessing import TargetEncoder
+    from sklearn.tree import DecisionTreeRegressor
+
+    is_time = pd.api.types.is_datetime64_any_dtype(column)
+    if is_time or pd.api.types.is_numeric_dtype(column):
+        numbers = (column - column.min()).dt.total_seconds() if is_time else column
+        values = numbers.to_numpy(dtype=float, na_value=np.nan)[:, None]
+        model = DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=max(5, len(values) // 50), random_state=0)
+        score = model.predict
+    else:
+        values = column.astype(object).fillna("Unknown").astype(str).to_numpy(dtype=object)[:, None]
+        model = TargetEncoder(target_type="binary")
+        score = model.transform
+    pairs, total = 0, 0.0
+    for to_fit, held_out in folds:
+        n_deaths = labels[held_out].sum()
+        fold_pairs = n_deaths * (len(held_out) - n_deaths)
+        if fold_pairs and len(np.unique(labels[to_fit])) == 2:
+            model.fit(values[to_fit], labels[to_fit])
+            pairs += fold_pairs
+            total += fold_pairs * roc_auc_score(labels[held_out], score(values[held_out]).ravel())
+    return float(total / pairs) if pairs else math.nan
+
+
+def audit_texts(table: StayTable) -> pd.DataFrame:
+    """Return how each text, its numbers masked, tells the outcome of n stays by its presence alone.
+
+    One row per text: stays with it, deaths among them, purity (share of the more frequent outcome), AUROC of its
+    presence, median hours to the end of what is read. Flagged where at least MIN_STAYS_OF_TEXT stays have it and the
+    AUROC passes LEAK_AUROC either way, or the purity PURE, and that not by chance among so many texts. Stays of unknown
+    outcome do not count.
+    """
+    table = table.take(~np.isnan(table.labels))
+    codes, texts = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))
+    columns = {"text": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60}
+    events = pd.DataFrame(columns)
+    present = events[["text", "stay"]].drop_duplicates()
+    died = present.assign(died=table.labels[present["stay"]]).groupby("text")["died"]
+    stays, deaths = died.size(), died.sum()  # with each text
+    survivors = stays - deaths
+    n_deaths, n_survivors = table.labels.sum(), (1 - table.labels).sum()
+    auroc = 0.5 + (deaths / max(n_deaths, 1) - survivors / max(n_survivors, 1)) / 2
+    is_telling = np.maximum(auroc, 1 - auroc) > LEAK_AUROC
+    purity = np.maximum(deaths, survivors) / stays
+    rate = np.where(deaths > survivors, n_deaths, n_survivors) / max(len(table.stays), 1)
+    is_chance = len(stays) * rate**stays >= 0.05  # all alike, times the texts looked at
+    columns = {
+        "text": texts[stays.index],
+        "stays": stays,
+        "deaths": deaths.astype(int),
+        "auroc": auroc,
+        "purity": purity,
+        "median_hours_to_end": events.groupby("text")["hours_to_end"].median(),
+        "flagged": (stays >= MIN_STAYS_OF_TEXT) & (((purity > PURE) & ~is_chance) | is_telling),
+    }
+    return pd.DataFrame(columns).sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
+
+
+def leaking_texts(table: StayTable) -> dict[str, float]:
+    """Return the flagged texts of `audit_texts` and their AUROC, either way; none with too few of an outcome."""
+    if fewest(table.labels[~np.isnan(table.labels)]) < TOO_FEW:
+        return {}
+    found = audit_texts(table)
+    found = found[found["flagged"]]
+    return dict(zip(found["text"], np.maximum(found["auroc"], 1 - found["auroc"])))
+
+
+def audit_summary(audit: pd.DataFrame) -> str:
+    """Return one line for the log of every run: how much was checked and what was flagged, by name."""
+    aurocs = audit[audit["kind"] != "count"].set_index("name")["auroc"]
+    found = []
+    for row in audit[audit["flagged"]].itertuples():
+        found.append(f"{row.count} {row.name}" if row.kind == "count" else f"{row.name} (AUROC {row.auroc:.2f} alone)")
+    verdict = f"FLAGGED: {', '.join(found)}" if found else "nothing flagged"
+    if not found and aurocs.notna().any():
+        verdict += f" (the most telling alone: {aurocs.idxmax()}, AUROC {aurocs.max():.2f})"
+    unjudged = f"; {aurocs.isna().sum()} columns not judged, too few deaths" if aurocs.isna().any() else ""
+    return f"Leakage audit of {len(aurocs)} columns and {len(audit) - len(aurocs)} counts: {verdict}{unjudged}"

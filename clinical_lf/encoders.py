@@ -1,0 +1,455 @@
+"""What turns texts into vectors: an exact fast Longformer and any other Hugging Face encoder, and one without weights.
+
+An encoder has id, dim, pooling, max_tokens, budget (tokens in a batch), n_devices, and `load`, `tokenise` (texts ->
+anything with a length), `forward` (device number, tokenised texts -> (n, dim) float32). What is kept of its vectors and
+how batches are planned is train.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clinical_lf.files import InputError, lock_folder, read_json, write_json
+from clinical_lf.items import NUMBER, mask_numbers
+
+CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
+POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+KIN_OF_ROBERTA = "roberta xlm-roberta camembert longformer roberta-prelayernorm xlm-roberta-xl mpnet".split()
+
+
+class EncoderUnreachable(InputError):
+    """The text encoder's weights are neither on this machine nor can they be downloaded."""
+
+
+def without_surrogates(text: str) -> str:
+    """Return the text with question marks for lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def as_file_name(encoder: str) -> str:
+    """Return an encoder's id as the name of a folder."""
+    return re.sub(r"[^\w.-]", "--", encoder)
+
+
+# ---- Without weights ----
+
+
+def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
+    """Return the two bins nearest to a number's magnitude and their whole weights, 16 together: near numbers share.
+
+    Magnitude is the logarithm to base 2, straight between powers of 2, which any machine computes exactly.
+    """
+    mantissa, exponent = math.frexp(number + 1 / 64)  # below 1/64 all numbers are near 0
+    place = (exponent + 2 * mantissa) * per_octave
+    lower = math.floor(place)
+    weight = round(16 * (place - lower))
+    return [(lower, 16 - weight), (lower + 1, weight)]
+
+
+@cache
+def hashing_bits(*shape: int) -> np.ndarray:
+    """Return random 0 and 1, int8: numpy promises that no version changes what RandomState gives."""
+    return np.random.RandomState(768).randint(0, 2, shape, np.int8)
+
+
+class HashingEncoder:
+    """An encoder without weights: what a text says of its item, its numbers, words and character n-grams, hashed.
+
+    "Level: far above range" means one thing of lactate and another of glucose, so each part of a text counts together
+    with the item it stands behind. A vector is mostly that, and changes smoothly with the numbers, coarse and fine.
+    Counts and the +-1 projection are whole numbers, exact in float32: the same vector on every machine, in any batch.
+    A vector's elements have mean 0 and variance about 1 (norm about 28).
+    """
+
+    id, dim, pooling, cache_name, n_features = "hashing", 768, "none", "hashing-v5-768", 2**14
+    max_tokens, budget, n_devices = 512, 200_000, 1
+    bins_per_octave = (1, 4, 16)
+    weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))  # of items, words, characters, numbers
+
+    def parts_of_item(self, text: str) -> list[str]:
+        """Return the item, and each part of the text together with it."""
+        item, *parts = text.split(" | ")
+        return [item, *(f"{item} {part}" for part in parts)]
+
+    def numbers_of_item(self, text: str) -> list[tuple[str, int]]:
+        """Return words for the soft bins of each number behind the item, with their weights."""
+        item, *parts = text.split(" | ")
+        words = []
+        for part in parts:
+            what = f"{item} {mask_numbers(part)}"
+            for place, number in enumerate(NUMBER.findall(part)):
+                for per_octave in self.bins_per_octave:
+                    bins = soft_bins(float(number), per_octave)
+                    words += [(f"{what} {place} {per_octave} {bin_number}", weight) for bin_number, weight in bins]
+        return words
+
+    def load(self, cache_folder: Path) -> None:
+        """Make ready to encode."""
+        from sklearn.feature_extraction import FeatureHasher
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        counts = {"n_features": self.n_features, "norm": None, "dtype": np.float32}  # signed whole counts
+        self._vectorizers = (
+            HashingVectorizer(analyzer=self.parts_of_item, **counts),
+            HashingVectorizer(token_pattern=r"[^\s|:(),]+", ngram_range=(1, 2), **counts),
+            HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **counts),
+            FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
+        )
+
+    def tokenise(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts in lower case: a character counts as a token."""
+        return [without_surrogates(text).lower() for text in texts]
+
+    def forward(self, device_number: int, texts: list[str]) -> np.ndarray:
+        """Return the vectors of tokenised texts: (n, 768) float32."""
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        plain = [mask_numbers(text) for text in texts]
+        inputs = (plain, plain, plain, [self.numbers_of_item(text) for text in texts])
+        bits = hashing_bits(len(inputs), self.n_features, self.dim)
+        for part, vectorizer in enumerate(self._vectorizers):
+            counts = vectorizer.transform(inputs[part])  # (n, n_features) sparse
+            used = np.unique(counts.indices)
+            signs = bits[part, used].astype(np.float32) * 2 - 1  # (n_used, dim)
+            squares = np.asarray(counts.multiply(counts).sum(axis=1)).reshape(-1, 1)
+            projected = (counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1))
+            vectors += self.weights[part] * projected
+        return vectors
+
+
+# ---- Frozen transformers ----
+
+
+class HuggingFaceEncoder:
+    """A frozen Hugging Face encoder; a text's vector is the last layer's output at the first (CLS) token, or what a
+    sentence-transformers folder asks for (see `folder_pooling`).
+
+    name: a hub id, `id@revision`, downloaded once to `weights_dir` (Clinical-Longformer to `clinical_longformer/`
+    there), or a folder, whose content is its identity. devices: None for all CUDA devices, else the CPU (Apple's GPUs
+    are not used). dtype: "auto", "float32" or "bfloat16". Raises InputError when the weights are unusable,
+    EncoderUnreachable when they are nowhere to be had; both when built with an empty cache, else when loaded. Runs no
+    foreign code.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        max_tokens: int,
+        cache_dir: Path,
+        weights_dir: Path,
+        devices: Sequence[str | torch.device] | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        self.max_tokens = max_tokens
+        self._is_local = Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", name)
+        self.id, self._folder = name, Path(name)
+        if self._is_local:
+            self.id = f"{self._folder.resolve().name}@{folder_fingerprint(self._folder)}"
+        else:
+            self._folder = weights_dir / ("clinical_longformer" if name == CLINICAL_LONGFORMER else as_file_name(name))
+        self.pooling, self.dim = self._pooling_and_dim(cache_dir)
+        self.cache_name = f"{as_file_name(self.id)}-{self.pooling}-{max_tokens}"
+        devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+        self._devices = [torch.device(device) for device in devices]
+        self._models: list[nn.Module] = []  # one for each device, once loaded
+        self.n_devices, self._dtype = len(self._devices), encoder_dtype(dtype, self._devices[0])
+        self.budget = 32_768 if self._devices[0].type == "cuda" else 2_048
+
+    def _pooling_and_dim(self, cache_dir: Path) -> tuple[str, int]:
+        """Return pooling and dimension: the model's own, or the cache's where its weights are no longer here."""
+        if not self._is_local and not (self._folder / "config.json").is_file():
+            for path in sorted(cache_dir.glob(f"{as_file_name(self.id)}-*-{self.max_tokens}/encoder.json")):
+                described = read_description(path)
+                if described.get("encoder") == self.id:
+                    return described["pooling"], described["dim"]
+        dim = self._config().hidden_size
+        with as_input_error(self._folder):
+            return folder_pooling(self._folder), dim
+
+    def _config(self) -> Any:
+        """Return the model's configuration, downloaded first where it is not here."""
+        import transformers
+
+        if self._is_local and not (self._folder / "config.json").is_file():
+            raise InputError(
+                f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer is needed, "
+                "as save_pretrained writes it"
+            )
+        if not self._is_local:
+            download_encoder(self.id, self._folder)
+        with as_input_error(self._folder):
+            return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+
+    def load(self, cache_folder: Path) -> None:
+        """Load the weights onto every device; refuse others than those that the vectors in the folder were made with."""
+        import transformers
+
+        if self._models:
+            return
+        config = self._config()
+        with as_input_error(self._folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
+            options = {"trust_remote_code": False, "weights_only": True, "dtype": torch.float32}
+            model, info = transformers.AutoModel.from_pretrained(self._folder, **options, output_loading_info=True)
+            self._length_limit = min(self.max_tokens, token_limit(config, self._folder))
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
+            raise InputError(f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source")
+        lost = [key for key in info["missing_keys"] if "pooler" not in key]
+        if lost or config.is_encoder_decoder:
+            raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
+        self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
+        self._n_tokens_known = model.get_input_embeddings().num_embeddings
+        self._check_weights(model, cache_folder)
+        self.window = common_window(config) if self._length_limit <= 1024 else None  # a longer band takes much memory
+        if self.window is not None:
+            model = longformer_as_roberta(model)
+        model = model.to(self._dtype).eval().requires_grad_(False)
+        is_fp32_on_cpu = self._devices[0].type == "cpu" and self._dtype == torch.float32
+        if is_fp32_on_cpu and torch.backends.mkldnn.is_available():
+            use_one_dnn(model)
+        others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]  # the last takes the model itself
+        self._models = [*others, model.to(self._devices[-1])]
+
+    def _check_weights(self, model: nn.Module, cache_folder: Path) -> None:
+        """Refuse weights other than those the cache was made with; describe them there, where nothing does."""
+        path, weights = cache_folder / "encoder.json", model_fingerprint(model, self._tokenizer)
+        described = read_description(path)
+        if described.get("weights", weights) != weights:
+            raise InputError(
+                f"{cache_folder} holds vectors of other weights than {self._folder}: "
+                "give the old weights, or move that cache folder away"
+            )
+        names = {"encoder": self.id, "pooling": self.pooling, "max_tokens": self.max_tokens, "dim": self.dim}
+        if not described.items() >= (names | {"weights": weights}).items():
+            write_json(path, names | {"weights": weights})
+
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the numbers of each text's tokens."""
+        clean = [without_surrogates(text) for text in texts]
+        options = {"truncation": True, "max_length": self._length_limit, "return_attention_mask": False}
+        return [text_tokens or [self._pad] for text_tokens in self._tokenizer(clean, **options)["input_ids"]]
+
+    @torch.inference_mode()
+    def forward(self, device_number: int, tokens: list[list[int]]) -> np.ndarray:
+        """Return the vectors of tokenised texts: (n, dim) float32."""
+        device = self._devices[device_number]
+        texts = [torch.tensor(text_tokens) for text_tokens in tokens]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad)  # (n, L)
+        lengths = torch.tensor([len(text) for text in texts])
+        is_token = torch.arange(ids.shape[1]) < lengths[:, None]  # (n, L)
+        if (highest := int(ids.max())) >= self._n_tokens_known:
+            raise InputError(
+                f"{self._folder}: its tokenizer gives token number {highest}, its model knows {self._n_tokens_known}. "
+                "They are of two models: copy both from one source."
+            )
+        mask = is_token.long() if self.window is None else band_mask(is_token, self.window)
+        mask = mask if mask is None else mask.to(device)
+        hidden = self._models[device_number](input_ids=ids.to(device), attention_mask=mask).last_hidden_state
+        return pool_tokens(hidden.float(), is_token.to(device), self.pooling).cpu().numpy()
+
+
+def folder_pooling(folder: Path) -> str:
+    """Return how a model folder makes a text's vector: "cls", "mean" or "last" token, "-unit" behind it if normalised.
+
+    A sentence-transformers folder says it in `1_Pooling/config.json` and `modules.json`; CLS where nothing is said.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "cls"
+    modes = [name for name, is_on in read_json(path).items() if name.startswith("pooling_mode_") and is_on]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise InputError(f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.")
+    modules = folder / "modules.json"
+    listed = modules.read_text("utf-8") if modules.is_file() else ""
+    if ".Dense" in listed:
+        raise InputError(f"{modules} has a Dense layer behind the pooling, which is not run here: give another encoder")
+    return POOLINGS[modes[0]] + ("-unit" if ".Normalize" in listed else "")
+
+
+def pool_tokens(hidden: Tensor, is_token: Tensor, pooling: str) -> Tensor:
+    """Return one vector per text: hidden (n, L, dim), is_token (n, L) -> (n, dim)."""
+    mode, _, unit = pooling.partition("-")
+    if mode == "cls":
+        vectors = hidden[:, 0]
+    elif mode == "mean":
+        vectors = (hidden * is_token[:, :, None]).sum(1) / is_token.sum(1, keepdim=True)
+    else:
+        vectors = hidden[torch.arange(len(hidden), device=hidden.device), is_token.sum(1) - 1]
+    return F.normalize(vectors, dim=1) if unit else vectors
+
+
+class OneDnnLinear(nn.Module):
+    """A Linear through oneDNN, as bfloat16 has it anyway: on AMD processors twice as fast as MKL, torch's choice."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+
+def use_one_dnn(model: nn.Module) -> None:
+    """Put a OneDnnLinear in the place of every Linear of the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, OneDnnLinear(child))
+
+
+def common_window(config: Any) -> int | None:
+    """Return a Longformer's attention window if all its layers have the same; None for any other model."""
+    windows = set(config.attention_window) if config.model_type == "longformer" else set()
+    return windows.pop() if len(windows) == 1 else None
+
+
+def band_mask(is_token: Tensor, window: int) -> Tensor | None:
+    """Return Longformer's local attention as a mask for SDPA, True where attention may look; None for everywhere.
+
+    is_token (n, L) bool -> (n, 1, 1, L) while the window covers every pair of tokens, else (n, 1, L, L).
+    """
+    length = is_token.shape[1]
+    if length <= window // 2 + 1:
+        return None if is_token.all() else is_token[:, None, None, :]
+    place = torch.arange(length)
+    distance = (place[:, None] - place[None, :]).abs()  # (L, L)
+    in_window = (distance <= window // 2) & is_token[:, None, :]  # (n, L, L)
+    is_self = distance == 0  # padding looks at itself, so that no softmax runs over nothing
+    return (in_window | is_self)[:, None]
+
+
+def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
+    """Return the same weights in RoBERTa's layers: without global attention (`*_global`) only the band differs."""
+    import transformers
+
+    names = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+        "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
+    )
+    config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names.split()})
+    roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+    not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
+    kept = {name: weight for name, weight in longformer.state_dict().items() if not not_there.search(name)}
+    roberta.load_state_dict(kept, strict=True)
+    return roberta
+
+
+def token_limit(config: Any, folder: Path) -> int:
+    """Return after how many tokens a text is cut: where the model's positions end, or where its folder wants it.
+
+    RoBERTa's kin count positions from behind the padding token; a sentence-transformers folder has a wish of its own.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or 1_000_000
+    if config.model_type in KIN_OF_ROBERTA:
+        positions -= config.pad_token_id + 1
+    path = folder / "sentence_bert_config.json"
+    wishes = read_json(path) if path.is_file() else {}
+    return min(positions, wishes.get("max_seq_length") or positions)
+
+
+def encoder_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the named dtype; "auto" is bfloat16 where the hardware multiplies it, else float32.
+
+    It does on CUDA devices from Ampere, and on processors with AMX or AVX-512-BF16.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        has_bfloat16 = any(check() for check in checks if check)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Return what a cache folder's encoder.json says; nothing where it is missing or damaged."""
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return 12 hex digits that change with a model folder's files: names, sizes, first and last MB of each."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix in (".json", ".txt", ".model", ".safetensors", ".bin") and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(2**20))
+                file.seek(max(0, path.stat().st_size - 2**20))
+                digest.update(file.read(2**20))
+    return digest.hexdigest()[:12]
+
+
+def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
+    """Return 12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever their files."""
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith("pooler."):  # never used, and random where the files have none
+            digest.update(name.encode() + value.flatten()[::997].float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def as_input_error(folder: Path) -> Iterator[None]:
+    """Keep transformers quiet, and turn whatever it raises about a folder into an InputError."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})") from error
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+def download_encoder(name: str, folder: Path) -> None:
+    """Download a model's files (weights, config, tokenizer; no code) to `folder`, unless they are there.
+
+    Goes on where it was stopped. Of several processes the first one downloads.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    if (folder / "config.json").is_file():
+        return
+    hub_id, _, revision = name.partition("@")
+    with lock_folder(folder.parent):
+        if (folder / "config.json").is_file():  # another process was faster
+            return
+        try:  # one request without retries: on a machine without network this fails within seconds
+            siblings = HfApi(token=False).model_info(hub_id, revision=revision or None, timeout=10).siblings or []
+            is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in siblings)
+            wanted = ["*.json", "*.txt", "*.model", "model*.safetensors" if is_safe else "pytorch_model*.bin"]
+            options = {"revision": revision or None, "local_dir": partial, "token": False}
+            snapshot_download(hub_id, **options, allow_patterns=wanted)
+            partial.rename(folder)
+        except Exception as error:
+            raise EncoderUnreachable(
+                f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). "
+                f"Either copy its files there from a machine with network, where `hf download {hub_id} --local-dir "
+                "PATH` gets them (or give that folder as --text-encoder PATH), or run with --text-encoder hashing, "
+                "which needs no weights"
+            ) from error

@@ -1,0 +1,579 @@
+"""Pictures of an explanation, from its tables; towards death is vermillion and right or up, away from it blue."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from clinical_lf.explain_report import (
+    DISCLAIMER,
+    FLOOR,
+    METHOD_WORDS,
+    TYPE_WORDS,
+    counted,
+    cut,
+    outcome,
+    percent,
+    plain_number,
+    replaced_in_words,
+    short_text,
+    signed,
+)
+from clinical_lf.files import InputError
+from clinical_lf.findings import (
+    CLOCK_WINDOWS,
+    CLOCK_WINDOWS_HOURS,
+    clock_window,
+    column_means,
+    important_items,
+    means_by,
+    rank_agreement,
+    stay_shares,
+    system_table,
+)
+from clinical_lf.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, tidy
+from clinical_lf.tables import EVENT_TYPES
+
+Tables = dict[str, Any]
+
+TO_END = "hours before the final event or observation limit"
+LOGIT = "logit (right: towards death)"
+PART_WORDS = {f"attribution_{part}": part for part in ("text", "history", "type", "time")}
+SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
+SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
+OVER_TIME = {  # measures of an event, and whether they are pushes
+    "attention": ("pooling attention", False),
+    "rollout": ("attention rollout", False),
+    "attribution": ("push", True),
+    "if_unremarkable": ("if unremarkable", True),
+}
+COLOURS, MARKERS = (BLUE, ORANGE, GREEN, VERMILLION, GREY), "osD^v"
+ORDER_STYLES: dict[str, dict[str, Any]] = {
+    "attribution": {"color": "#9ecae1", "linewidth": 4},
+    "if_unremarkable": {"color": "black", "linestyle": "--", "linewidth": 1.2},
+    "attention": {"color": ORANGE, "linestyle": "-.", "linewidth": 1.4},
+    "random": {"color": "0.5", "linestyle": ":", "linewidth": 1.4},
+}
+
+
+def plain(text: object, width: int = 46, shorten: Callable[[Any, int], str] = short_text) -> str:
+    """Return a text shortened, and without what Matplotlib would read as mathematics."""
+    return shorten(text, width).replace("$", r"\$")
+
+
+def page(question: str, caption: str, height: float) -> Figure:
+    """Return a page-wide figure with its question, caption and the line that none of them goes without."""
+    return new_figure(question, f"{caption} · {DISCLAIMER}" if caption else DISCLAIMER, height)
+
+
+def bands(figure: Any, heights: Sequence[float]) -> list[Any]:
+    """Return subfigures one below the other."""
+    return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+
+
+def error_dots(
+    axes: Axes, table: pd.DataFrame, at: Any, color: Any, marker: str = "o", label: str = "", upright: bool = False
+) -> None:
+    """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
+    (axes.vlines if upright else axes.hlines)(at, table["low"], table["high"], color=color, linewidth=1.1)
+    x, y = (at, table["mean"]) if upright else (table["mean"], at)
+    axes.scatter(x, y, color=color, marker=marker, s=16, label=label or None, zorder=3)
+
+
+def name_rows(axes: Axes, left: Sequence[str], right: Sequence[str] = ()) -> None:
+    """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
+    axes.axvline(0, color="black", linewidth=0.7)
+    axes.set_yticks(range(len(left)), left, fontsize=7.5)
+    axes.set_ylim(len(left) - 0.4, -0.6)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    if len(right):
+        other = axes.secondary_yaxis("right")
+        other.set_yticks(range(len(left)), right, fontsize=7)
+        other.tick_params(length=0)
+        other.spines["right"].set_visible(False)
+
+
+def few_ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
+    """Have at most so many ticks, and no offset or power of ten beside an axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(x))
+    if y:
+        axes.yaxis.set_major_locator(MaxNLocator(y))
+    axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
+
+
+def legend_above(subfigure: Any, axes: Axes) -> None:
+    """Name the marks of a panel in one line above all panels."""
+    handles, words = axes.get_legend_handles_labels()
+    subfigure.legend(handles, words, loc="outside upper center", ncols=4, fontsize=7.5, frameon=False)
+
+
+def small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, words: Any = None) -> None:
+    """Draw the bar of a picture's colours."""
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=40, ticks=ticks)
+    if words is not None:
+        bar.set_ticks(ticks, labels=words)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
+    """Return the rows of one stay."""
+    return table[table["icu_stay_id"] == icu_stay_id]
+
+
+def verdict_on(tables: Tables, name: str) -> str:
+    """Return the sentence of the verdict whose name begins so, or nothing."""
+    return " ".join(tables["verdict"]["sentence"][tables["verdict"]["check"].str.startswith(name)])
+
+
+def draw_stems(
+    subfigure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]
+) -> None:
+    """Draw a panel per (name, values (L,), is it a push) over hours to the end; the three largest are dark, and named.
+
+    Pushes are in logit, weights in multiples of an even share.
+    """
+    grid = subfigure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
+    for (name, values, is_push), (axes, words) in zip(rows, grid):
+        sizes = np.nan_to_num(np.abs(values))
+        top = np.argsort(-sizes, kind="stable")[:3]
+        level = 0 if is_push else 1
+        said = []
+        for event in top:
+            amount = signed(values[event]) if is_push else f"{values[event]:.1f} ×"
+            said.append(f"{amount} at {hours[event]:.1f} h: {plain(texts[event], 44)}")
+        if is_push and sizes.max() < FLOOR:
+            said = [f"no event mattered: none moves the logit by {FLOOR}"]
+        elif not is_push and sizes.max() < 1.5:
+            said = [f"no event stands out: {np.nanmin(values):.2f} to {sizes.max():.2f} of an even share"]
+        axes.vlines(hours, level, values, color="#b5b5b5", linewidth=0.9)
+        dark = np.where(values[top] >= 0, VERMILLION, BLUE) if is_push else "black"
+        axes.vlines(hours[top], level, values[top], linewidth=1.4, color=dark)
+        axes.axhline(level, color="black", linewidth=0.5)
+        axes.margins(x=0.01)
+        tidy(axes, TO_END if axes is grid[-1][0] else "", "")
+        axes.set_ylabel(name, fontsize=7.5)
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        words.axis("off")
+        for line, text in enumerate(said):
+            words.text(0, 0.85 - 0.34 * line, text, fontsize=6.5, va="center", transform=words.transAxes)
+    grid[-1][0].invert_xaxis()
+
+
+def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
+    """Draw `attention`: layer_maps (layers, heads, bins, bins), rows look, columns are looked at; hours (L,)."""
+    attention = tables["attention"]
+    maps, n_mapped = np.asarray(attention["layer_maps"], dtype=float), attention["n_mapped"]
+    hours = np.asarray(attention["hours"], dtype=float)[-n_mapped:]  # maps of a longer stay are those of its end
+    n_layers, n_heads, n_bins, _ = maps.shape
+    maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
+    doublings = np.log2(np.maximum(maps * len(hours), 2.0**-9))  # 0: an even share, 1/L
+    reach = 4 if np.nanquantile(np.abs(doublings), 0.9) > 2 else 2
+    question = f"Which events does each head of each layer look at? Stay {attention['icu_stay_id']}, "
+    caption = f"{verdict_on(tables, 'layer attention')} {caption}".strip()
+    figure = page(f"{question}{len(hours)} events", caption, 0.85 * n_layers + 1.4)
+    grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
+    ticks, places = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)], [0, n_bins / 2, n_bins]
+    style: dict[str, Any] = {"cmap": SHARES, "vmin": -reach, "vmax": reach, "extent": (0, n_bins, n_bins, 0)}
+    for (layer, head), axes in np.ndenumerate(grid):
+        image = axes.imshow(doublings[layer, head], aspect="auto", **style)
+        axes.set_xticks(places, ticks, fontsize=6)
+        axes.set_yticks(places, ticks, fontsize=6)
+        for label, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
+            label.set_horizontalalignment(side)
+        if layer == 0:
+            axes.set_title(f"head {head + 1}" if head < n_heads else "mean", fontsize=8)
+        if head == 0:
+            axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
+    label = f"event looked at: {TO_END}; event that looks: downwards, same scale"
+    grid[-1, n_heads // 2].set_xlabel(label, fontsize=8)
+    steps = np.linspace(-reach, reach, 5)
+    words = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
+    small_bar(figure, image, grid, "attention, times an even share", steps, words)
+    return figure
+
+
+def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
+    """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays a head looks."""
+    attention, events = tables["attention"], tables["events"]
+    pooling = np.asarray(attention["pooling"], dtype=float)
+    hours = np.asarray(attention["hours"], dtype=float)
+    question = "Which events, and which part of the stay, does each pooling head weigh?"
+    figure = page(question, caption, len(pooling) + 3.4)
+    upper, lower = bands(figure, [len(pooling), 2.0])
+    title = "weight of every event, times an even share; its three heaviest are dark"
+    upper.suptitle(f"Stay {attention['icu_stay_id']}: {title}", fontsize=9)
+    rows = [(f"head {head}", weights * len(hours), False) for head, weights in enumerate(pooling, 1)]
+    draw_stems(upper, rows, hours, attention["texts"])
+    length = events["hours_since_admission"] + events["hours_to_end"]
+    place, tenths = events["hours_since_admission"] / length.clip(lower=1e-9), np.arange(1, 11)
+    decile = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=tenths)
+    panels = lower.subplots(1, len(pooling), sharex=True, sharey=True, squeeze=False)[0]
+    for head, axes in enumerate(panels, 1):
+        more = stay_shares(events, decile, f"attention_head_{head}") - stay_shares(events, decile)
+        error_dots(axes, column_means(100 * more), tenths, "black", upright=True)
+        axes.axhline(0, color="black", linewidth=0.5)
+        axes.set_xticks([1, 4, 7, 10])
+        tidy(axes, "", "", f"head {head}")
+    panels[0].set_ylabel("points more than\nan even share, %", fontsize=8)
+    lower.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
+    n_stays = counted(events["icu_stay_id"].nunique(), "stay")
+    lower.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
+    return figure
+
+
+def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
+    """Draw attention and pushes of one stay over time, and their shares in the windows before the end of all."""
+    events, icu_stay_id = tables["events"], tables["attention"]["icu_stay_id"]
+    question = "When in the stay lies the evidence: by attention, and by what moves the prediction?"
+    figure = page(question, caption, 7.2)
+    upper, lower = bands(figure, [1.25, 1])
+    own = of_stay(events, icu_stay_id).sort_values("event")
+    title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{replaced_in_words(own)}"
+    upper.suptitle(title, fontsize=9)
+    rows = []
+    for column, (word, is_push) in OVER_TIME.items():
+        rows.append((word.replace(" ", "\n"), own[column].to_numpy(float) * (1 if is_push else len(own)), is_push))
+    draw_stems(upper, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
+    bins = clock_window(events["hours_to_end"])
+    used = [name for name in CLOCK_WINDOWS if name in set(bins)]
+    position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
+    axes = lower.subplots()
+    even = column_means(stay_shares(events, bins)[used])
+    axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
+    for at, (column, (word, _)) in enumerate(OVER_TIME.items()):
+        shares = column_means(100 * stay_shares(events, bins, column)[used])
+        error_dots(axes, shares, position + 0.1 * (at - 1.5), COLOURS[at], MARKERS[at], word, upright=True)
+    reach = events.groupby("icu_stay_id")["hours_to_end"].max()
+    starts = dict(zip(CLOCK_WINDOWS, CLOCK_WINDOWS_HOURS))
+    axes.set_xticks(position, [f"{name}\n{counted((reach >= starts[name]).sum(), 'stay')}" for name in used])
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
+    title = f"Mean of {counted(len(reach), 'stay')} and its 95 % interval; sizes of pushes{replaced_in_words(events)}"
+    tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
+    lower.supxlabel(textwrap.fill(" ".join(tables["windows"]["sentence"][:2]), 115), fontsize=7.5)
+    return figure
+
+
+def draw_head_specialization(tables: Tables, caption: str) -> Figure:
+    """Draw `heads`, one row per layer, head and property: correlation, effect (pale where it is below FLOOR)."""
+    heads = tables["heads"]
+    question = "What do a head's weights go with?"
+    if heads.empty:
+        figure = page(question, caption, 1.5)
+        figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
+        return figure
+    properties = heads["property"].unique()
+    names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
+    grid = heads.pivot(index="property", columns=["layer", "head"]).loc[properties]
+    matters = grid["effect"][names].to_numpy(float) > FLOOR
+    question += f" {matters.any(0).sum()} of {len(names)} heads matter"
+    figure = page(question, caption, 0.28 * len(properties) + 1.9)
+    axes, style = figure.subplots(), {"cmap": SIGNED, "vmin": -1, "vmax": 1, "aspect": "auto"}
+    image = axes.imshow(grid["correlation"][names].to_numpy(float), alpha=np.where(matters, 1.0, 0.35), **style)
+    for at, (layer, head) in enumerate(names):
+        if head == 1:
+            axes.text(at - 0.4, -0.75, layer, fontsize=8)
+            axes.axvline(at - 0.5, color="black", linewidth=1)
+    tidy(axes, f"head; pale: switched off, it moves the logit by less than {FLOOR}", "")
+    axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
+    words = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in properties]
+    axes.set_yticks(range(len(properties)), words, fontsize=7.5)
+    small_bar(figure, image, axes, "rank correlation within the stay")
+    return figure
+
+
+def draw_feature_importance(tables: Tables, caption: str) -> Figure:
+    """Draw event types and items per event, organ systems and statics per stay, each pair on an axis of its own."""
+    events, statics = tables["events"], tables["statics"]
+    names, least = important_items(events, 12)
+    kinds = events["event_type"].map(TYPE_WORDS).fillna(events["event_type"])
+    of_items = events[events["item"].isin(names)]
+    systems = system_table(events).rename(columns={"system": "group", "push": "attribution"})
+    blocks = {
+        ("Event types, per event", "events"): events.assign(group=kinds),
+        (f"Items, per event (of {least} patients or more)", "events"): of_items.assign(group=of_items["item"]),
+        ("Organ systems, sum of a stay's events", "stays"): systems,
+        ("Patient and admission, per stay", "stays"): statics.assign(group=statics["feature"]),
+    }
+    n_rows = [table["group"].nunique() for table in blocks.values()]
+    question = "What moves this model's prediction, in which direction and how far?"
+    figure = page(question, caption, 0.2 * sum(n_rows) + 3.6)
+    halves = bands(figure, [sum(n_rows[:2]) + 4, sum(n_rows[2:]) + 4])
+    grids = [half.subplots(2, 2, sharex="col", height_ratios=n) for half, n in zip(halves, (n_rows[:2], n_rows[2:]))]
+    for ((title, unit), table), (left, right) in zip(blocks.items(), [*grids[0], *grids[1]]):
+        size = means_by(table.assign(size=table["attribution"].abs()), "group", "size")
+        size = size.sort_values("mean", ascending=False)
+        mean, at = means_by(table, "group", "attribution").loc[size.index], np.arange(len(size))
+        error_dots(left, mean, at, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
+        error_dots(right, size, at, "black")
+        tidy(left, "", "")
+        tidy(right, "", "")
+        counts = [f"{n:,} / {patients:,}" for n, patients in zip(size["n"], size["n_patients"])]
+        name_rows(left, [plain(name, 44, cut) for name in size.index])
+        name_rows(right, [""] * len(at), counts)
+        left.set_title(title, fontsize=8.5, loc="left")
+        right.set_title(f"{unit} / patients", fontsize=7.5, loc="right")
+    for grid in grids:
+        grid[1, 1].set_xlim(left=0)
+        grid[1, 0].set_xlabel(f"mean push, {LOGIT}", fontsize=8)
+        grid[1, 1].set_xlabel("mean size, logit", fontsize=8)
+        for axes in grid[1]:
+            few_ticks(axes, 3)
+    return figure
+
+
+def draw_item_importance(tables: Tables, caption: str) -> Figure:
+    """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place in the item."""
+    events, items = tables["events"], tables["items"]
+    question = "Which items push, and is it their high or their low values?"
+    figure = page(question, caption, 0.26 * len(items) + 1.7)
+    axes, norm, draw = figure.subplots(), Normalize(0, 1), np.random.default_rng(0)
+    for at, item in enumerate(items["item"]):
+        part = events[events["item"] == item]
+        part = part.assign(place=part["value"].rank(pct=True)).sample(min(len(part), 400), random_state=0)
+        height, known = at + draw.uniform(-0.32, 0.32, len(part)), part["place"].notna().to_numpy()
+        axes.scatter(part["attribution"][~known], height[~known], s=5, color="#bbbbbb", linewidths=0)
+        style = {"c": part["place"][known], "s": 6, "cmap": "viridis", "norm": norm, "linewidths": 0}
+        axes.scatter(part["attribution"][known], height[known], **style)
+    tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
+    few_ticks(axes, 6)
+    names, rho = [], []
+    for row in items.itertuples():
+        names.append(("(!) " if row.tells_outcome else "") + plain(row.item, 40, cut))
+        rho.append("" if np.isnan(row.rho) else f"{row.rho:+.2f} ({row.n_values})".replace("-", "−"))
+    name_rows(axes, names, rho)
+    axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
+    words = ["lowest", "middle", "highest"]
+    small_bar(figure, ScalarMappable(norm, "viridis"), axes, "value among those of its item", [0, 0.5, 1], words)
+    return figure
+
+
+def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
+    """Draw `query_similarity`, one row per pooling head and event type: similarity, low, high, n_events."""
+    table = tables["query_similarity"].rename(columns={"similarity": "mean"})
+    kinds = [kind for kind in (*EVENT_TYPES, "unknown") if kind in set(table["event_type"])]
+    heads = table["head"].unique()
+    question = "Which types of event does the learned query look for, by pooling head?"
+    figure = page(question, caption, 0.25 * len(kinds) + 1.9)
+    panels = np.atleast_1d(figure.subplots(1, len(heads), sharex=True, sharey=True))
+    for axes, head in zip(panels, heads):
+        rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
+        error_dots(axes, rows, np.arange(len(kinds)), BLUE)
+        name_rows(axes, [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows["n_events"])])
+        tidy(axes, "", "", f"head {head}")
+        few_ticks(axes, 3)
+    label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
+    panels[len(panels) // 2].set_xlabel(label, fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
+    return figure
+
+
+def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
+    """Draw horizontal bars, first on top, with their values; colours by sign."""
+    at = np.arange(len(values))
+    axes.barh(at, values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
+    axes.margins(x=0.27)
+    tidy(axes, LOGIT, "")
+    name_rows(axes, names)
+    few_ticks(axes, 5)
+    for y, value in zip(at, values):
+        side = "left" if value >= 0 else "right"
+        axes.annotate(f" {signed(value)} ", (value, y), ha=side, va="center", fontsize=6.5)
+
+
+def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
+    """Draw one stay, by default that of the highest risk: its risk as events arrive, pushes, strongest events, statics."""
+    stays = tables["stays"]
+    icu_stay_id = icu_stay_id or stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
+    row = of_stay(stays, icu_stay_id).iloc[0]
+    events, statics, arriving = (of_stay(tables[name], icu_stay_id) for name in ("events", "statics", "trajectory"))
+    question = f"Which events push the prediction of stay {icu_stay_id}? Risk {percent(row['probability'])}, "
+    figure = page(question + outcome(row["label"]), caption, 8.0)
+    line, middle, below = bands(figure, [1, 2.2, 1.3])
+    words = f"All {counted(len(events), 'event')}: sum {signed(events['attribution'].sum())}; patient and admission "
+    words += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
+    words += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
+    axes, push = line.subplots(), events["attribution"]
+    axes.vlines(events["hours_to_end"], 0, push, color=np.where(push >= 0, VERMILLION, BLUE), linewidth=1.1)
+    axes.axhline(0, color="black", linewidth=0.5)
+    tidy(axes, TO_END, "logit\n(up: towards death)", words)
+    if len(arriving):
+        length = events["hours_since_admission"].max() + events["hours_to_end"].min()
+        risk = axes.twinx()
+        risk.plot(length - arriving["hours_since_admission"], 100 * arriving["probability"], color=GREY, linewidth=1.2)
+        risk.set_ylim(0, 100)
+        risk.set_ylabel("grey: risk as\nevents arrive, %", fontsize=8, color=GREY)
+        risk.tick_params(labelsize=8)
+    axes.invert_xaxis()
+    middle.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
+    towards = events.nlargest(7, "attribution").query("attribution >= 0.0005")
+    away = events.nsmallest(7, "attribution").query("attribution <= -0.0005")
+    named, texts = pd.concat([towards, away[::-1]]), []
+    for event in named.itertuples():
+        history = f"  {event.in_history}" if event.in_history else ""
+        mark = "(!) " if event.tells_outcome else ""
+        texts.append(f"{mark}{plain(event.event_text, 56)}{history}  {event.hours_to_end:.1f} h")
+    signed_bars(middle.subplots(), named["attribution"].to_numpy(), texts)
+    left, right = below.subplots(1, 2, width_ratios=[1.5, 1])
+    top = statics.sort_values("attribution", key=abs, ascending=False).head(8)
+    texts = [plain(f"{name}: {plain_number(value)}", 38) for name, value in zip(top["feature"], top["value"])]
+    signed_bars(left, top["attribution"].to_numpy(), texts)
+    left.set_title("Patient and admission", fontsize=9)
+    everyone = tables["events"]
+    used = [column for column in PART_WORDS if everyone[column].any()]
+    parts = everyone.melt("patient_id", used, "part", "size").replace({"part": PART_WORDS})
+    table = means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values("mean", ascending=False)
+    error_dots(right, table, np.arange(len(table)), "black")
+    name_rows(right, table.index)
+    right.set_xlim(left=0)
+    title = f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}"
+    tidy(right, "mean size per event, logit", "", title)
+    few_ticks(right, 3)
+    return figure
+
+
+def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
+    """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): one stay over its events, all stays below."""
+    layers, stays = tables["layers"], tables["stays"]
+    names = layers["layer"].unique()
+    words = [name.replace("_", " ") for name in names]
+    chosen = stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])]
+    stay = chosen.loc[chosen["probability"].idxmax(), "icu_stay_id"]
+    caption = f"{verdict_on(tables, 'layer attention')} Patient and admission: held fixed. {caption}".strip()
+    figure = page("Does the evidence stay with its events on the way through the layers?", caption, 5.4)
+    upper, lower = bands(figure, [1.2, 1])
+    wide = of_stay(layers, stay).pivot(index="layer", columns="event", values="attribution").loc[names]
+    hours = of_stay(tables["events"], stay).sort_values("event")["hours_to_end"].to_numpy()
+    axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
+    image = axes.imshow(wide, aspect="auto", cmap=SIGNED, vmin=-top, vmax=top, interpolation="nearest")
+    small_bar(upper, image, axes, "logit (up: towards death)")
+    axes.set_yticks(range(len(names)), words)
+    title = f"Stay {stay}: Integrated Gradients at each layer, {counted(len(hours), 'event')}"
+    tidy(axes, f"{TO_END}; each event equally wide", "", title)
+    ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
+    axes.set_xticks(ticks, [f"{hours[at]:.0f}" for at in ticks])
+    first = layers[layers["layer"] == names[0]][["icu_stay_id", "event", "attribution"]]
+    both = layers.merge(first, on=["icu_stay_id", "event"], suffixes=("", "_first"))
+    keys = ["layer", "icu_stay_id", "patient_id"]
+    found = rank_agreement(both, keys, "attribution", "attribution_first")
+    axes, at = lower.subplots(), np.arange(len(names))
+    heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
+    axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
+    error_dots(axes, means_by(found, "layer", "correlation").reindex(names), at, "black")
+    gap, n_stays = layers["gap_error"].abs().max(), counted(layers["icu_stay_id"].nunique(), "stay")
+    label = f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval"
+    tidy(axes, label, "", f"Agreement with {words[0]}; the sums miss at most {gap:.2g} logit")
+    name_rows(axes, words)
+    axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
+    few_ticks(axes, 6)
+    return figure
+
+
+def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
+    """Draw `groups` (attribution, ablation per stay, kind and group) and `events` (attribution, if_unremarkable)."""
+    groups, events = tables["groups"], tables["events"]
+    kinds, order = groups["kind"].unique(), [*EVENT_TYPES, *CLOCK_WINDOWS]
+    sizes = [groups[groups["kind"] == kind]["group"].nunique() for kind in kinds]
+    question = "What would the prediction be if a group of events, or one event, were unremarkable?"
+    figure = page(question, caption, 0.23 * sum(sizes) + 5.2)
+    upper, lower = bands(figure, [0.23 * sum(sizes) + 1.6, 2.6])
+    panels = upper.subplots(len(kinds), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    measures = (("attribution", "push, summed", BLUE, "o"), ("ablation", "if unremarkable", VERMILLION, "s"))
+    for axes, kind in zip(panels, kinds):
+        rows = groups[groups["kind"] == kind]
+        names = sorted(rows["group"].unique(), key=lambda name: order.index(name) if name in order else 0)
+        for shift, (value, word, color, marker) in zip((-0.14, 0.14), measures):
+            means = means_by(rows, "group", value).reindex(names)
+            error_dots(axes, means, np.arange(len(names)) + shift, color, marker, word)
+        tidy(axes, "", "")
+        stays = rows.groupby("group")["icu_stay_id"].nunique()
+        words = [TYPE_WORDS.get(name, plain(name, 40)) for name in names]
+        name_rows(axes, words, [counted(stays[name], "stay") for name in names])
+        axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
+        few_ticks(axes, 6)
+    label = f"mean per stay that has the group, {LOGIT}; each panel has its own scale"
+    panels[-1].set_xlabel(label, fontsize=8)
+    legend_above(upper, panels[0])
+    axes, known = lower.subplots(), events.dropna(subset=["if_unremarkable"])
+    style = {
+        "gridsize": 60,
+        "bins": "log",
+        "vmin": 0.1,
+        "cmap": "Greys",
+        "mincnt": 1,
+    }  # so that one event is no white dot
+    axes.hexbin(known["attribution"], known["if_unremarkable"], **style)
+    axes.axline((0, 0), slope=1, color=VERMILLION, linewidth=0.7, linestyle="--")
+    agreement = rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
+    median = f"median rank correlation within a stay {agreement.median():.2f}"
+    title = f"{len(known):,} of {counted(len(events), 'event')} (dashed: equal); {median}"
+    tidy(axes, "push, logit", "if unremarkable, logit", title)
+    few_ticks(axes, 6, 5)
+    return figure
+
+
+def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
+    """Draw `curves` of all checked stays, mean by direction, order and fraction: a panel for each direction."""
+    curves, events = tables["curves"], tables["events"]
+    n_stays = counted(curves["icu_stay_id"].nunique(), "stay")
+    replaced = replaced_in_words(events[events["icu_stay_id"].isin(curves["icu_stay_id"])])
+    caption = f"{caption} · measured on {n_stays}{replaced}{', the others count as 0' if replaced else ''}"
+    figure = page("Do the events that an explanation ranks first move the prediction most?", caption, 3.4)
+    (body,) = bands(figure, [1])
+    means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
+    titles = {"deletion": "Events made unremarkable", "insertion": "Events given to a stay that says nothing"}
+    for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
+        for order, style in ORDER_STYLES.items():
+            line = means[direction, order]
+            axes.plot(100 * line.index, line, label=METHOD_WORDS.get(order, "random order"), **style)
+        axes.axhline(0, color="black", linewidth=0.5)
+        tidy(axes, "% of the events, highest first", "change of the logit", title)
+        few_ticks(axes, 5, 5)
+    legend_above(body, axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Tables, str], Figure]] = {
+    "layer_attention_weights": draw_layer_attention_weights,
+    "sequence_importance": draw_sequence_importance,
+    "sequence_importance_combined": draw_sequence_importance_combined,
+    "head_specialization": draw_head_specialization,
+    "feature_importance": draw_feature_importance,
+    "item_importance": draw_item_importance,
+    "query_vector_analysis": draw_query_vector_analysis,
+    "captum_attributions": draw_stay,
+    "captum_layer_attributions": draw_captum_layer_attributions,
+    "captum_ablation_attributions": draw_captum_ablation_attributions,
+    "deletion_insertion": draw_deletion_insertion,
+}
+
+
+def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
+    """Draw one picture (`FIGURES` names them) from the tables of `run_explainability_analysis`.
+
+    >>> draw_figure("captum_attributions", tables)  # doctest: +SKIP
+    """
+    if name not in FIGURES:
+        raise InputError(f"no picture is called {name}; there are {', '.join(FIGURES)}.")
+    return FIGURES[name](tables, caption)
+
+
+def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
+    """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any.
+
+    >>> draw_figures(tables)["item_importance"].savefig("items.png")  # doctest: +SKIP
+    """
+    left_out = set() if len(tables["curves"]) else {"deletion_insertion"}
+    if not len(tables["attention"]["layer_maps"]):
+        left_out |= {"layer_attention_weights", "captum_layer_attributions"}
+    return {name: draw_figure(name, tables, caption) for name in FIGURES if name not in left_out}

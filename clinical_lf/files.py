@@ -1,0 +1,170 @@
+"""Files that are whole or not there, one writer of a folder at a time, progress in a log, errors a person can mend."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+logger = logging.getLogger("clinical_LF")
+
+HALF_WRITTEN = "-half-written-"  # in temporary names: the next to lock the folder removes what a killed run left
+CHOOSE_ANOTHER_FOLDER = "choose another folder (--output-dir, --cache-dir)"
+SECONDS_BETWEEN_LINES = 30  # of progress, in a log
+
+
+class InputError(ValueError):
+    """Something that the person who runs the program can mend: says what is wrong, where, and how to mend it."""
+
+
+class Progress(tqdm):
+    """A bar where somebody watches, a terminal or a notebook; in a log a line every 30 s with the time left."""
+
+    def __init__(self, *arguments: Any, active: bool = True, **options: Any) -> None:
+        self.is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.last_shown = time.monotonic()
+        if not self.is_watched:
+            line = "{desc:12s}{percentage:3.0f} %, {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
+            options |= {"file": io.StringIO(), "bar_format": line}
+        super().__init__(*arguments, disable=not active, leave=False, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show how far it is; an empty message wipes the bar."""
+        if self.is_watched:
+            super().display(msg, pos)
+        elif msg is None and time.monotonic() - self.last_shown > SECONDS_BETWEEN_LINES:
+            self.last_shown = time.monotonic()
+            logger.info(str(self))
+
+
+def log_to_stdout() -> None:
+    """Send the log, plain messages of the first process, to the standard output."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+
+
+def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> int:
+    """Do the work; return 0 if it is done, 2 where a person can mend something, 130 if interrupted: said in a line."""
+    try:
+        work()
+    except InputError as error:
+        words = str(error)
+    except OSError as error:
+        words = f"{error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?"
+    except MemoryError as error:
+        words = f"the memory does not suffice ({error}): take fewer stays or a larger machine."
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {what_is_kept()}", file=sys.stderr)
+        return 130
+    else:
+        return 0
+    print(f"error: {words}", file=sys.stderr)
+    return 2
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write a file, or a folder of files, through a temporary name, which `write` gets: nobody meets half of it.
+
+    Raises InputError where it cannot be written.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        for written in temporary.iterdir() if temporary.is_dir() else [temporary]:
+            with open(written, "rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may leave the name without the content
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise InputError(f"{path}: cannot be written ({reason}). Free space, or {CHOOSE_ANOTHER_FOLDER}.") from None
+    finally:
+        delete_quietly(temporary)
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write plain data, indented; what JSON has no word for as its text."""
+    text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
+    return write_whole(path, lambda name: name.write_text(text, "utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises OSError or ValueError where there is none."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def delete_quietly(path: Path) -> None:
+    """Delete a file or a folder, if it is there and ours to delete."""
+    with contextlib.suppress(OSError):  # as where its own folder is a file
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder against other runs, and remove what killed ones left half-written in it.
+
+    Raises InputError where the folder cannot be written or, unless `wait`, where another run holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.") from None
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)  # falls with the process that has it
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder}: another run writes here. Wait for it, or {CHOOSE_ANOTHER_FOLDER}.") from None
+    except OSError:  # some network disks cannot lock: then nothing is removed
+        logger.debug(f"{folder}: this disk has no locks")
+    else:
+        for left in folder.rglob(f".*{HALF_WRITTEN}*"):
+            if left.parent == folder or not (left.parent / ".lock").exists():  # else that folder's own holder does it
+                delete_quietly(left)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Return what changes with a file: its bytes and when it was written, in nanoseconds."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def cache_key(*parts: Any) -> str:
+    """Return the name under which a result is kept, by all that it is made of."""
+    return hashlib.md5(repr(parts).encode()).hexdigest()
+
+
+def free_disk(folder: Path) -> int:
+    """Return how many bytes are free where a folder is, or will be."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+def without_zeros(counts: dict[str, int]) -> dict[str, int]:
+    """Return the counts of what occurred at all."""
+    return {name: count for name, count in counts.items() if count}
+
+
+def in_few_words(names: list[str], most: int = 3) -> str:
+    """Return the first names, separated by commas, and dots where there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

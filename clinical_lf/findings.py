@@ -1,0 +1,143 @@
+"""What the tables of many stays add up to: windows before the end, items, organ systems; tables in, tables out."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from clinical_lf.explain_report import item_sentence, window_sentence
+from clinical_lf.metrics import mean_with_interval
+
+CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
+CLOCK_WINDOWS = ("last 6 h", "6 to 12 h", "12 to 24 h", "24 to 48 h", "48 to 96 h", "more than 96 h")
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return Spearman correlations (m, n) of the rows of (m, L) with those of (n, L); NaN where a row is constant."""
+    ranks = [rankdata(np.atleast_2d(rows), axis=1) for rows in (first, second)]
+    centred = [rows - rows.mean(1, keepdims=True) for rows in ranks]
+    lengths = [np.sqrt((rows**2).sum(1)) for rows in centred]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (centred[0] @ centred[1].T) / np.outer(*lengths)
+
+
+def rank_agreement(table: pd.DataFrame, keys: list[str], first: str, second: str) -> pd.DataFrame:
+    """Return the rank correlation of two columns in each group: the keys, and `correlation`."""
+    rows = []
+    for names, part in table.groupby(keys, sort=False):
+        found = rank_correlation(part[first].to_numpy(float), part[second].to_numpy(float))[0, 0]
+        rows.append((*names, found))
+    return pd.DataFrame(rows, columns=[*keys, "correlation"])
+
+
+def means_by(
+    table: pd.DataFrame, keys: str | list[str], value: str, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Return mean, low, high, n (rows), n_patients of `value` in each group; 95 % intervals over patients."""
+    found = {}
+    for name, part in table.groupby(keys, observed=True):
+        values, patients = part[value].to_numpy(), part["patient_id"].to_numpy()
+        found[name] = mean_with_interval(values, patients, n_bootstrap, seed)
+    columns = ["value", "low", "high", "n", "n_patients"]
+    return pd.DataFrame(list(found.values()), list(found), columns).rename(columns={"value": "mean"})
+
+
+def clock_window(hours_to_end: Any) -> pd.Categorical:
+    """Return the windows before the end that (n,) hours lie in, from the last hours back."""
+    place = np.searchsorted(CLOCK_WINDOWS_HOURS, np.asarray(hours_to_end), "right") - 1
+    codes = np.clip(place, 0, len(CLOCK_WINDOWS) - 1)
+    return pd.Categorical.from_codes(codes, CLOCK_WINDOWS, ordered=True)
+
+
+def stay_shares(events: pd.DataFrame, bins: Any, column: str = "") -> pd.DataFrame:
+    """Return (stays, bins): a stay's shares of its total |column| by bin, by default of its events."""
+    bins = pd.Categorical(bins)
+    values = events[column].abs() if column else pd.Series(1.0, events.index)
+    table = values.groupby([events["patient_id"], events["icu_stay_id"], np.asarray(bins)]).sum().unstack(fill_value=0)
+    table = table.reindex(columns=bins.categories, fill_value=0)
+    return table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
+
+
+def column_means(shares: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return mean, low, high of each column over stays, 95 % interval over patients."""
+    patients = shares.index.get_level_values("patient_id").to_numpy()
+    found = [mean_with_interval(shares[name].to_numpy(), patients, n_bootstrap, seed) for name in shares]
+    return pd.DataFrame(found, index=shares.columns).rename(columns={"value": "mean"})
+
+
+def window_table(events: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return each clock window's share in a stay's |attribution|, mean over stays, and the sentence that says so."""
+    windows = clock_window(events["hours_to_end"])
+    of_events = stay_shares(events, windows)
+    shares = column_means(stay_shares(events, windows, "attribution"), n_bootstrap, seed)
+    table = shares.rename(columns={"mean": "share"})[["share", "low", "high"]]
+    table = table.assign(share_of_events=of_events.mean(), n_stays=(of_events > 0).sum())
+    table = table[table["n_stays"] > 0].rename_axis("window").reset_index()
+    return table.assign(sentence=[window_sentence(row) for row in table.itertuples()])
+
+
+def important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]:
+    """Return the items of the largest mean |push| among those that enough patients have, and how many that is."""
+    sizes = events.assign(size=events["attribution"].abs()).groupby("item")
+    table = sizes.agg(size=("size", "mean"), n_patients=("patient_id", "nunique"))
+    # one patient is no finding
+    least = min(max(3, 0.05 * events["patient_id"].nunique()), table["n_patients"].max())
+    common = table[table["n_patients"] >= least]
+    return common["size"].nlargest(n_items).index.tolist(), math.ceil(least)
+
+
+def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
+    """Return the items that matter most: item, n_events, n_patients, push (mean, logit), size (mean |push|), n_values.
+
+    `rho` is the rank correlation of the value and the push over the item's events that have a value (NaN below 10), and
+    `sentence` says it in words.
+    """
+    rows = []
+    for item in important_items(events, n_items)[0]:
+        part = events[events["item"] == item]
+        known, push = part.dropna(subset=["value"]), part["attribution"]
+        rho = math.nan
+        if len(known) >= 10 and known["value"].nunique() > 2:
+            rho = float(rank_correlation(known["value"].to_numpy(), known["attribution"].to_numpy())[0, 0])
+        row = {
+            "item": item,
+            "n_events": len(part),
+            "n_patients": part["patient_id"].nunique(),
+            "push": push.mean(),
+            "size": push.abs().mean(),
+            "highest_push": push.max(),
+            "rho": rho,
+            "n_values": len(known),
+            "tells_outcome": bool(part["tells_outcome"].any()),
+        }
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    return table.assign(sentence=[item_sentence(row) for row in table.itertuples()])
+
+
+@cache
+def organ_systems() -> list[tuple[str, str]]:
+    """Return the rows of organ_systems.csv: what stands in an item's name, and the system that it is then of."""
+    with open(Path(__file__).with_name("organ_systems.csv"), encoding="utf-8", newline="") as file:
+        return [(re.sub(r"\W", "_", row["in_the_name"]), row["organ_system"]) for row in csv.DictReader(file)]
+
+
+def organ_system(item: str) -> str:
+    """Return the organ system of an item, or `other`: the first row found decides; _ is the edge of a word."""
+    name = "_" + re.sub(r"\W", "_", item.lower()) + "_"
+    return next((system for part, system in organ_systems() if part in name), "other")
+
+
+def system_table(events: pd.DataFrame) -> pd.DataFrame:
+    """Return the total push of each organ system in each stay: icu_stay_id, patient_id, system, push, n_events."""
+    systems = events["item"].map({item: organ_system(item) for item in events["item"].unique()})
+    parts = events.assign(system=systems).groupby(["icu_stay_id", "patient_id", "system"])
+    return parts.agg(push=("attribution", "sum"), n_events=("event", "size")).reset_index()

@@ -1,0 +1,119 @@
+"""What an event's text says: its item, its number and unit, and what its item was until then in the stay."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from clinical_lf.tables import StayTable
+
+N_QUANTILES = 65
+DIGITS = r"\d+(?:\.\d+)?(?:e-?\d+)?"  # 4, 4.1 or 1.1e-05, as SQL writes a rate below 0.0001
+NUMBER = re.compile(rf"(?<![\w.]){DIGITS}")  # also before a unit, but not the 2 of PaO2
+NUMBER_IN_NAME = re.compile(rf"{NUMBER.pattern}(?![\w-])\s*%?")
+MEASUREMENT = re.compile(rf"(\| (Value|Rate|Dose|Amount): [<>]?)(-?{DIGITS})(?= |$)([^|]*)")  # number and unit
+
+# What the model reads of an event's item; see `item_history`.
+STATISTICS = ("value", "minimum", "maximum", "mean", "first", "previous")
+HISTORY = (*STATISTICS, "has_value", "log_count", "is_latest")
+
+
+class TextReading(NamedTuple):
+    """What one text says; of an amount and another number the other one counts."""
+
+    item: str  # `Lab: Lactate (Blood, Blood Gas)`: what stands before the first bar, without numbers
+    value: float  # NaN where the text has none
+    unit: str
+    without_value: str  # the text with # for its measurements, for a model that has them from the item's history
+
+
+def read_text(text: str) -> TextReading:
+    """Return item, number and unit of an event's text."""
+    item = " ".join(NUMBER_IN_NAME.sub("", text.split(" | ", 1)[0]).split())
+    found = MEASUREMENT.findall(text)
+    if not found:
+        return TextReading(item, math.nan, "", text)
+    _, _, number, unit = min(found, key=lambda parts: parts[1] == "Amount")
+    return TextReading(item, float(number), unit.strip(), MEASUREMENT.sub(r"\1#\4", text))
+
+
+def mask_numbers(text: str) -> str:
+    """Return the text with # for each number: texts that differ by their numbers alone become one."""
+    return NUMBER.sub("#", text)
+
+
+def item_hash(text: str) -> str:
+    """Return eight bytes, in hex, that tell whether two texts are of one item and cannot be read back."""
+    return hashlib.md5(read_text(text).item.encode()).hexdigest()[:16]
+
+
+def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
+    """Return item with its unit, and number, of each event (n_events,); every distinct text is read once."""
+    used, text_of_event = np.unique(table.text, return_inverse=True)
+    readings = [read_text(text) for text in table.texts[used]]
+    items = pd.Categorical([f"{reading.item} {reading.unit}".strip() for reading in readings])
+    values = np.array([reading.value for reading in readings], float)
+    return items[text_of_event], values[text_of_event]
+
+
+def item_history(table: StayTable) -> pd.DataFrame:
+    """Return what each event's item was in its stay until then, the event included, in the units of its text.
+
+    (n_events) rows: `item`, then its STATISTICS (NaN without a number; the first value's previous is itself), `count`,
+    and `is_latest`: no event of the item follows.
+    """
+    items, values = items_and_values(table)
+    key = pd.Series(table.stay_of_event.astype(np.int64) * max(len(items.categories), 1) + items.codes)
+    value = pd.Series(values)
+    of_item = value.groupby(key, sort=False)
+    n_values = value.notna().groupby(key, sort=False).cumsum()
+    columns = {
+        "item": items,
+        "value": value,
+        "minimum": of_item.cummin(),
+        "maximum": of_item.cummax(),
+        "mean": of_item.cumsum() / n_values,
+        "first": of_item.transform("first").where(value.notna()),
+        "previous": of_item.shift(1).fillna(value),
+        "count": of_item.cumcount() + 1,
+        "is_latest": ~key.duplicated(keep="last"),
+    }
+    return pd.DataFrame(columns)
+
+
+def item_quantiles(table: StayTable) -> dict[str, list[float]]:
+    """Return at most 65 quantiles of each item's values over the events, sorted."""
+    items, values = items_and_values(table)
+    grid = np.linspace(0, 1, N_QUANTILES)
+    groups = pd.Series(values).dropna().groupby(items[np.isfinite(values)], observed=True)
+    return {item: np.quantile(group, grid, method="nearest").tolist() for item, group in groups}
+
+
+def quantiles_in(sorted_values: Sequence[float], numbers: np.ndarray) -> np.ndarray:
+    """Return where numbers of any shape lie: -1 below all values, 0 at their median, 1 above all; 0 for NaN."""
+    below = np.searchsorted(sorted_values, numbers, "left")
+    up_to = np.searchsorted(sorted_values, numbers, "right")
+    return np.where(np.isfinite(numbers), (below + up_to) / len(sorted_values) - 1, 0)
+
+
+def encode_history(table: StayTable, quantiles: dict[str, list[float]]) -> np.ndarray:
+    """Return `item_history` as the model reads it: (n_events, 9) float32, columns as HISTORY names them.
+
+    Numbers are quantiles in -1..1 of the item's values in training (`item_quantiles`), 0 where it has none.
+    """
+    history = item_history(table)
+    encoded = np.zeros((len(history), len(HISTORY)), np.float32)
+    numbers = history[list(STATISTICS)].to_numpy()  # (n_events, 6)
+    for item, rows in history.groupby("item", sort=False, observed=True).indices.items():
+        if item in quantiles:
+            encoded[rows, : len(STATISTICS)] = quantiles_in(quantiles[item], numbers[rows])
+            encoded[rows, HISTORY.index("has_value")] = np.isfinite(numbers[rows, 0])
+    encoded[:, HISTORY.index("log_count")] = np.log1p(history["count"])
+    encoded[:, HISTORY.index("is_latest")] = history["is_latest"]
+    return encoded

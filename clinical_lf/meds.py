@@ -1,0 +1,100 @@
+"""A MEDS data set (Medical Event Data Standard): each label row is one stay that ends with its prediction."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from duckdb import DuckDBPyConnection
+
+from clinical_lf.duck import column_types, first_value, sql_quoted
+from clinical_lf.files import InputError, logger
+from clinical_lf.tables import LABEL, Split, StayTable, has_both_outcomes, split_of_parts
+
+MADE_LABELS = re.compile(r"mortality-in-icu@(\d+(?:\.\d+)?)h")
+MEDS_PARTS = {"train": "train", "tuning": "validation", "held_out": "test"}
+
+
+class MedsTask(NamedTuple):
+    """Which labels of a MEDS data set, and how many hours before the prediction are read (0: all that there are)."""
+
+    labels: str
+    history_hours: float = 0.0
+    gap_hours: float = 0.0
+
+
+def is_meds(folder: Path) -> bool:
+    """Return whether a folder holds a MEDS data set: `data/` with Parquet files beside `metadata/codes.parquet`."""
+    return (folder / "metadata" / "codes.parquet").is_file() and (folder / "data").is_dir()
+
+
+def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[str, int]:
+    """Make the tables `stay_rows` and `event_rows` of a MEDS data set; return how many labels were left out, and why.
+
+    Raises InputError for labels that are none; DuckDB's own errors for files that cannot be read.
+    """
+    text = Path(__file__).with_name("meds.sql").read_text("utf-8")
+    statements = dict(part.split("\n", 1) for part in text.split("-- name: ")[1:])
+    con.execute(statements["rows"].replace("{data}", sql_quoted(root / "data" / "**" / "*.parquet")))
+    con.execute(statements["codes"].replace("{codes}", sql_quoted(root / "metadata" / "codes.parquet")))
+    if made := MADE_LABELS.fullmatch(task.labels):
+        hours = float(made[1])
+        con.execute(statements["made labels"], {"hours": hours, "gap": task.gap_hours})
+        left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE lasts IS NOT TRUE")}
+        if not first_value(con, "SELECT count(*) FROM label_rows"):
+            least = f"{hours + task.gap_hours:g} h"
+            raise InputError(
+                f"--labels {task.labels}: no ICU stay lasts {least}, or no code begins with ICU_ADMISSION."
+            )
+    else:
+        read_labels(con, Path(task.labels))
+        if conflicts := first_value(con, statements["label conflicts"]):
+            words = f"{conflicts} subjects and times have labels that contradict each other."
+            raise InputError(f"--labels {task.labels}: {words}")
+        left_out = {"label_after_death": first_value(con, statements["late labels"])}
+    history = {"history_hours": task.history_hours}
+    con.execute(statements["samples"], history)
+    con.execute(statements["facts"])
+    con.execute(statements["events"], history)
+    con.execute(statements["stays"], history)
+    return left_out
+
+
+def read_labels(con: DuckDBPyConnection, path: Path) -> None:
+    """Make the table `label_rows` of a Parquet file or a folder of them, in the MEDS label schema."""
+    if not path.exists():
+        raise InputError(
+            f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself."
+        )
+    files = sql_quoted(path / "**" / "*.parquet" if path.is_dir() else path)
+    con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
+    present = column_types(con, "label_rows")
+    if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in present]:
+        raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
+
+
+def meds_split(table: StayTable, root: Path) -> Split | None:
+    """Return the split that a MEDS data set brings; None where it brings none, or a part of it lacks an outcome."""
+    path = root / "metadata" / "subject_splits.parquet"
+    if not path.is_file():
+        return None
+    split = split_of_parts(table, pd.read_parquet(path).set_index("subject_id")["split"].map(MEDS_PARTS))
+    if all(has_both_outcomes(table, stays) for stays in split):
+        logger.info(f"Split       the data set's own, {path.name}")
+        return split
+    logger.warning(f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew")
+    return None
+
+
+def meds_predictions(stays: pd.DataFrame, probabilities: pd.Series) -> pd.DataFrame:
+    """Return the predictions in the MEDS prediction schema, which `meds-evaluation` scores."""
+    columns = {
+        "subject_id": stays["patient_id"].astype("int64"),
+        "prediction_time": stays["icu_outtime"].astype("datetime64[us]"),
+        "boolean_value": stays[LABEL].astype("boolean"),
+        "predicted_boolean_value": probabilities >= 0.5,
+        "predicted_boolean_probability": probabilities.astype("float32"),
+    }
+    return pd.DataFrame(columns)

@@ -1,0 +1,300 @@
+"""A MIMIC-IV folder through query.sql in DuckDB: nested Parquet, one row per ICU stay, and the account of its rows."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import duckdb
+import numpy as np
+from duckdb import DuckDBPyConnection
+
+from clinical_lf import duck, files
+from clinical_lf.files import InputError, Progress
+from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable, columns_of
+
+QUERY_FILE = Path(__file__).resolve().parent.parent / "query.sql"
+ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tables went; no reader of Parquet minds it
+ROWS_PER_SLICE = 2_000_000  # event rows of the tables behind one slice of patients: what has to fit in memory at once
+
+# The tables and columns that query.sql reads, with their types. Types are stated, never sniffed: a column that looks
+# like numbers or is empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
+MIMIC_TABLES = {
+    "icu/icustays": "subject_id BIGINT, hadm_id BIGINT, stay_id BIGINT, intime TIMESTAMP, outtime TIMESTAMP, "
+    "first_careunit VARCHAR, last_careunit VARCHAR",
+    "hosp/patients": "subject_id BIGINT, gender VARCHAR, anchor_age BIGINT, anchor_year BIGINT",
+    "hosp/admissions": "hadm_id BIGINT, deathtime TIMESTAMP, admission_type VARCHAR, admission_location VARCHAR, "
+    "discharge_location VARCHAR, insurance VARCHAR, marital_status VARCHAR, race VARCHAR, "
+    "hospital_expire_flag BIGINT",
+    "hosp/d_labitems": "itemid BIGINT, label VARCHAR, fluid VARCHAR, category VARCHAR",
+    "icu/d_items": "itemid BIGINT, label VARCHAR, category VARCHAR",
+    "hosp/prescriptions": "hadm_id BIGINT, starttime TIMESTAMP, drug VARCHAR, prod_strength VARCHAR, "
+    "dose_val_rx VARCHAR, dose_unit_rx VARCHAR, form_unit_disp VARCHAR, route VARCHAR",
+    "icu/procedureevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, value DOUBLE, "
+    "valueuom VARCHAR, location VARCHAR, statusdescription VARCHAR",
+    "hosp/labevents": "subject_id BIGINT, hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, "
+    "value VARCHAR, valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
+    "flag VARCHAR, comments VARCHAR",
+    "hosp/microbiologyevents": "subject_id BIGINT, hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, "
+    "storedate TIMESTAMP, storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
+    "ab_name VARCHAR, interpretation VARCHAR, comments VARCHAR",
+    "icu/ingredientevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, amount DOUBLE, "
+    "amountuom VARCHAR, rate DOUBLE, rateuom VARCHAR, statusdescription VARCHAR",
+}
+MIMIC_KEYS = {  # a key that stood twice would double whatever is joined to it
+    "icu/icustays": "stay_id",
+    "hosp/patients": "subject_id",
+    "hosp/admissions": "hadm_id",
+    "hosp/d_labitems": "itemid",
+    "icu/d_items": "itemid",
+}
+EVENT_TABLES = {  # when the rows of an event table happen; EVENT_TYPES in this order
+    "hosp/prescriptions": "starttime",
+    "icu/procedureevents": "starttime",
+    "hosp/labevents": "charttime",
+    "hosp/microbiologyevents": "coalesce(charttime, chartdate)",
+    "icu/ingredientevents": "starttime",
+}
+
+# Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
+# alone. Beside it what is no event for a fault of its own, for the account. Rows are numbered as they pass, those that
+# are not stored too: counting them apart would read the file twice.
+EVENT_TABLE = """
+CREATE TABLE {name} AS
+SELECT r.* EXCLUDE (number)
+FROM (
+    SELECT r.*, patient, nextval('{name}_of_cohort') AS number
+    FROM (SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0) AS r
+    JOIN (SELECT DISTINCT {key}, subject_id AS patient FROM icustays) AS k ON k.{key} = r.{key}
+) AS r
+WHERE number > 0 AND ({fault} IS NOT NULL OR EXISTS (
+    FROM icustays AS i
+    WHERE i.{key} = r.{key} AND {time} >= i.intime - INTERVAL 1 DAY
+        AND {time} <= coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
+))
+ORDER BY patient
+"""
+OTHER_TABLE = """
+CREATE TABLE {name} AS
+SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0
+"""
+LOST_STAYS = """
+    SELECT CASE WHEN icu.hadm_id IS NULL THEN 'without hadm_id'
+                WHEN adm.hadm_id IS NULL THEN 'whose hadm_id is not in hosp/admissions'
+                WHEN pat.subject_id IS NULL THEN 'whose subject_id is not in hosp/patients'
+           END AS reason, count(*)
+    FROM icustays AS icu
+    LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
+    LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id
+    GROUP BY reason ORDER BY reason
+"""
+DAYS_ONLY = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
+LAST_NUMBER = "SELECT coalesce(max(last_value), 0) FROM duckdb_sequences() WHERE sequence_name = ?"
+
+
+def find_mimic_files(folder: Path) -> dict[str, Path]:
+    """Return the file of every table that query.sql reads; InputError names what is missing or double."""
+    found, missing = {}, []
+    for table in MIMIC_TABLES:
+        paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
+        if len(paths) == 2:
+            raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
+        if paths:
+            found[table] = paths[0]
+        else:
+            missing.append(f"{table}.csv[.gz]")
+    if missing:
+        raise InputError(
+            f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
+            "folder that holds hosp/ and icu/, as downloaded from PhysioNet."
+        )
+    return found
+
+
+def query_for_duckdb(text: str) -> str:
+    """Return query.sql in DuckDB's dialect, its BigQuery tables replaced by local ones of the same name."""
+    import sqlglot
+
+    tree = sqlglot.parse_one(text, read="bigquery")
+    for table in list(tree.find_all(sqlglot.exp.Table)):
+        if table.db:  # a common table expression has no data set
+            table.replace(sqlglot.exp.to_table(table.name, alias=table.alias))
+    return tree.sql(dialect="duckdb")
+
+
+def faults_of_rows(query: str) -> dict[str, str]:
+    """Return, for each event table, the SQL of why a row is no event, as the conditions of query.sql end: `-- else: why`.
+
+    What has no such fault and is no event lies outside the ICU stays of its patient.
+    """
+    import sqlglot
+
+    faults = {table: {"without a time": f"{time} IS NULL"} for table, time in EVENT_TABLES.items()}
+    aliases = {alias: f"{part}/{name}" for part, name, alias in re.findall(r"_(hosp|icu)\.(\w+)` AS (\w+)", query)}
+    for condition, alias, reason in re.findall(r"^\s+AND (.*?\b(\w+)\..*?)\s+-- else: (.+)$", query, re.MULTILINE):
+        fails = f"NOT ({sqlglot.transpile(condition.replace(f'{alias}.', ''), read='bigquery', write='duckdb')[0]})"
+        of_table = faults[aliases[alias]]
+        of_table[reason] = f"{of_table[reason]} OR {fails}" if reason in of_table else fails
+    return {table: duck.sql_case(conditions) for table, conditions in faults.items()}
+
+
+def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault: str = "") -> None:
+    """Copy one CSV file into `database`, typed; of event tables the rows about ICU stays and those with a `fault`.
+
+    Raises InputError for a file that is damaged, another table, or has a key twice.
+    """
+    name, rows = Path(table).name, duck.csv_rows(path, duck.MISSING)
+    columns = columns_of(MIMIC_TABLES[table])
+    typed = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
+    parts = {"name": name, "typed": typed, "rows": rows, "fault": fault}
+    if table in EVENT_TABLES:
+        key = next(key for key in ("stay_id", "subject_id", "hadm_id") if key in columns)
+        parts |= {"time": EVENT_TABLES[table], "key": key}
+    try:
+        header = duck.column_types(database, rows)
+        if absent := [column for column in columns if column not in header]:
+            raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
+        for counted in ("read", "of_cohort"):
+            database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{counted}")
+        database.execute((EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts)).fetchall()
+    except duckdb.ConversionException:
+        unfit = []
+        for column, kind in columns.items():
+            is_unfit = f"{column} IS NOT NULL AND TRY_CAST({column} AS {kind}) IS NULL"
+            if count := duck.first_value(database, f"SELECT count(*) FROM {rows} WHERE {is_unfit}"):
+                unfit.append(f"{column} ({kind}) in {count} rows")
+        raise InputError(f"{path} has values that do not fit: {', '.join(unfit)}.") from None
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:
+        raise InputError(
+            f"{path} cannot be read ({duck.reason_without_rows(error)}). Is the download complete? Compare the file "
+            "with SHA256SUMS.txt of the data set and fetch it again."
+        ) from None
+    if key := MIMIC_KEYS.get(table):
+        where = f"WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}"
+        if twice := database.execute(f"SELECT {key} FROM {name} {where}").fetchall():
+            raise InputError(
+                f"{table}: {len(twice)} values of {key} stand in more than one row, first {duck.first_three(twice)}. "
+                "Are two releases or two copies mixed? Each may stand once."
+            )
+    if table == "icu/icustays":
+        database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
+
+
+def account_for_rows(database: DuckDBPyConnection, faults: dict[str, str]) -> list[SourceAccount]:
+    """Count the rows of every table: read, of the cohort, lost and why. Events in stays are counted by `complete`."""
+    accounts = []
+    for table in MIMIC_TABLES:
+        name = Path(table).name
+        account = SourceAccount(table, duck.first_value(database, LAST_NUMBER, f"{name}_read"))
+        if table == "icu/icustays":
+            account.lost = dict(database.execute(LOST_STAYS).fetchall())
+            account.of_cohort, account.in_stays = account.read, account.lost.pop(None, 0)
+            account.lost["without stay_id"] = account.read - account.in_stays - sum(account.lost.values())
+            account.lost = files.without_zeros(account.lost)
+        elif table in EVENT_TABLES:
+            grouped = f"SELECT {faults[table]} AS fault, count(*) FROM {name} GROUP BY fault ORDER BY fault"
+            account.lost = dict(database.execute(grouped).fetchall())
+            account.lost.pop(None, 0)
+            account.of_cohort = duck.first_value(database, LAST_NUMBER, f"{name}_of_cohort")
+        if table == "hosp/microbiologyevents":
+            days = duck.first_value(database, DAYS_ONLY)
+            account.noted = {"(used or not) have a day without a time: its end is taken": days}
+        accounts.append(account)
+    return accounts
+
+
+def complete_account(con: DuckDBPyConnection, folder: Path, table: StayTable) -> list[SourceAccount]:
+    """Return the account that lies beside a query's result, with the events that were read: every row is in it once."""
+    if not (folder / ACCOUNT).is_file():
+        return []
+    accounts = {account["table"]: SourceAccount(**account) for account in files.read_json(folder / ACCOUNT)}
+    found = dict(con.execute("SELECT event_type, count(*) FROM event_rows GROUP BY event_type").fetchall())
+    used = np.bincount(table.event_type, minlength=len(EVENT_TYPES)).tolist()
+    for name, event_type, n_used in zip(EVENT_TABLES, EVENT_TYPES, used):
+        account, in_stays = accounts[name], found.get(event_type, 0)
+        outside = (account.of_cohort or 0) - sum(account.lost.values()) - in_stays
+        lost = {"outside the ICU stays": outside, "repeated, or of a stay that was dropped": in_stays - n_used}
+        accounts[name] = replace(account, in_stays=n_used, lost=files.without_zeros(account.lost | lost))
+    return list(accounts.values())
+
+
+def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") -> Path:
+    """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay) as a folder of Parquet files.
+
+    It is kept in `cache_dir`/query_results and used again while query and folder are unchanged. Tables go to a DuckDB
+    file on disk first, patients are then worked through in slices, each of which becomes one Parquet file. What is done
+    when a run is stopped or fails for want of memory or disk is kept: the next run goes on from there.
+
+    Raises InputError for a folder that is not MIMIC-IV or is damaged.
+    """
+    folder, results = Path(folder), Path(cache_dir) / "query_results"
+    paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
+    stats = [(str(path.relative_to(folder)), *files.size_and_time(path)) for path in paths.values()]
+    key = files.cache_key(query, MIMIC_TABLES, EVENT_TABLES, EVENT_TABLE, duck.MISSING, ROWS_PER_SLICE, stats)
+    target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
+    if target.exists():
+        return target
+    with files.lock_folder(results):
+        if target.exists():  # another run made it while this one waited
+            return target
+        for unfinished in results.glob("unfinished-*"):
+            if unfinished != working:
+                files.delete_quietly(unfinished)
+        faults = faults_of_rows(query)
+        try:
+            with _working_database(working, memory_limit) as database:
+                done = {row[0] for row in database.execute("SHOW TABLES").fetchall()}
+                for table, path in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
+                    if Path(table).name not in done:
+                        load_mimic_table(database, table, path, faults.get(table, ""))
+                accounts = [asdict(account) for account in account_for_rows(database, faults)]
+                files.write_json(working / target.name / ACCOUNT, accounts)
+                collect_stays(database, query_for_duckdb(query), working / target.name)
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:  # the next run goes on from here
+            raise duck.out_of_memory_error("query.sql", error, memory_limit, results) from None
+        except InputError:  # the folder has to be mended first
+            files.delete_quietly(working)
+            raise
+        os.replace(working / target.name, target)
+        files.delete_quietly(working)
+    return target
+
+
+def _working_database(working: Path, memory_limit: str) -> DuckDBPyConnection:
+    """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
+    working.mkdir(exist_ok=True)
+    try:
+        return duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb")
+    except (duckdb.SerializationException, duckdb.FatalException):
+        files.delete_quietly(working)
+        working.mkdir()
+        return duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb")
+
+
+def collect_stays(database: DuckDBPyConnection, query: str, result: Path) -> None:
+    """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
+    known = "subject_id IS NOT NULL ORDER BY subject_id"
+    patients = database.execute(f"SELECT DISTINCT subject_id FROM mimic.icustays WHERE {known}").fetchall()
+    if not patients:
+        raise InputError("icu/icustays has no rows: nothing to learn from.")
+    names = [Path(table).name for table in EVENT_TABLES]
+    count = " + ".join(f"(SELECT count(*) FROM mimic.{name})" for name in names)
+    n_slices = min(len(patients), 1 + duck.first_value(database, f"SELECT {count}") // ROWS_PER_SLICE)
+    for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
+        path = result / f"part_{number:04d}.parquet"
+        if path.exists():
+            continue
+        for name, patient in [("icustays", "subject_id"), *((name, "patient") for name in names)]:
+            database.execute(
+                f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM mimic.{name} "
+                f"WHERE {patient} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
+            )
+        rows = f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id"
+        options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048"
+        files.write_whole(
+            path, lambda name: database.execute(f"COPY ({rows}) TO {duck.sql_quoted(name)} ({options})").fetchall()
+        )

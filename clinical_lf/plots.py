@@ -1,0 +1,246 @@
+"""Pictures of a run: each function returns a matplotlib Figure, drawn without pyplot so that no global state changes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from clinical_lf.metrics import METRIC_WORDS, calibration_table, checked_predictions, figure_text
+
+BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"  # of Okabe and Ito, for all eyes
+GREEN, GREY = "#009E73", "#767676"
+REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
+Corner = Literal["", "best", "lower right", "upper center"]
+
+
+def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> Figure:
+    """Return a page-wide figure: the question on top, a caption line below; constrained layout keeps both clear."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.suptitle(textwrap.fill(title, 88), fontsize=11)
+    if caption:
+        figure.supxlabel(textwrap.fill(caption, int(16 * width)), fontsize=7.5, color="#444444")
+    return figure
+
+
+def tidy(axes: Axes, xlabel: str, ylabel: str, title: str = "", legend: Corner = "") -> None:
+    """Label the axes, take off the frame's upper and right side, and put the legend, if any, into its corner."""
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(fontsize=8, frameon=False, loc=legend)
+
+
+def metric_text(figures: dict[str, Any], name: str) -> str:
+    """Return `AUROC 0.81 (95 % interval 0.70 to 0.90)`, or that it is not defined."""
+    return f"{METRIC_WORDS[name]} {figure_text(figures[name])}"
+
+
+def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
+    """Draw history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
+    figure = new_figure("Does training still help on patients it does not see?", caption, height=2.9)
+    loss, auroc, rate = figure.subplots(1, 3)
+    style = {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
+    held_out = {"color": VERMILLION, "linestyle": "--", **style}
+    epochs, validation = history["epoch"], history["validation_loss"]
+    loss.plot(epochs, history["train_loss"], color=BLUE, label="training, all terms", **style)
+    loss.plot(epochs, validation, label="validation, BCE", **held_out)
+    auroc.plot(epochs, history["validation_auroc"], **held_out)
+    rate.plot(epochs, history["learning_rate"], color=GREY, **style)
+    loss_title = "Loss"
+    if validation.notna().any():
+        best = int(epochs[validation.idxmin()])
+        loss_title = f"Loss (validation lowest in epoch {best})"
+        for axes in (loss, auroc):
+            axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    rate.yaxis.get_offset_text().set_fontsize(8)
+    rate.set_ylim(bottom=0)
+    tidy(loss, "epoch", "loss", loss_title, legend="best")
+    tidy(auroc, "epoch", "AUROC", "Validation AUROC")
+    tidy(rate, "epoch", "learning rate", "Learning rate")
+    for axes in (loss, auroc, rate):
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
+
+
+def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, figures: dict[str, Any], caption: str = "") -> Figure:
+    """Draw ROC and precision-recall curves of held-out stays; figures as `evaluate_predictions` returns them."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    died, risks = checked_predictions(labels, probabilities)
+    figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
+    roc, pr = figure.subplots(1, 2)
+    if 0 < died.sum() < len(died):
+        false_alarms, found, _ = roc_curve(died, risks)
+        precision, recall, _ = precision_recall_curve(died, risks)
+        precision[-1] = precision[-2]  # scikit-learn ends at 1, also where the highest risk survived
+        roc.plot(false_alarms, found, color=BLUE, label="model")
+        pr.step(recall, precision, where="post", color=BLUE, label="model")
+    else:
+        roc.text(0.5, 0.6, "only one outcome: no curve", ha="center", fontsize=8)
+    prevalence = died.mean() if len(died) else 0.0
+    roc.plot([0, 1], [0, 1], label="no better than chance", **REFERENCE)
+    pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **REFERENCE)
+    alarms, deaths = "1 - specificity (survivors called deaths)", "sensitivity (deaths found)"
+    tidy(roc, alarms, deaths, metric_text(figures, "auroc"), legend="lower right")
+    alarms, deaths = "precision (alarms that were deaths)", "recall (deaths found)"
+    tidy(pr, deaths, alarms, metric_text(figures, "auprc"), legend="best")
+    for axes in (roc, pr):
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+    return figure
+
+
+def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, figures: dict[str, Any], caption: str = "") -> Figure:
+    """Draw observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
+    died, risks = checked_predictions(labels, probabilities)
+    table = calibration_table(died, risks)
+    figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.6, width=5.6)
+    curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top = min(1.0, np.ceil(10 * max(table["high"].max(), risks.max()) + 0.2) / 10)
+    rate, sizes = table["observed_rate"], sorted({int(table["n"].min()), int(table["n"].max())})
+    label = f"{len(table)} bins of {' to '.join(map(str, sizes))} stays, 95 % interval (Wilson, by stay)"
+    bars = np.clip([rate - table["low"], table["high"] - rate], 0, None)
+    style = {"fmt": "o", "color": BLUE, "capsize": 2, "markersize": 4, "linewidth": 1}
+    curve.plot([0, top], [0, top], label="perfect agreement", **REFERENCE)
+    curve.errorbar(table["mean_risk"], rate, yerr=bars, label=label, **style)
+    curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
+    words = [metric_text(figures, name) for name in ("calibration_intercept", "calibration_slope", "brier")]
+    tidy(curve, "", "observed death rate", "\n".join(words))
+    # Below the axes: inside, the legend would lie on the points of some model or other.
+    curve.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)
+    parts, bins = [risks[died == 0], risks[died == 1]], np.linspace(0, top, 31)
+    histogram.hist(parts, bins=bins, stacked=True, color=[BLUE, VERMILLION], label=["survived", "died"])
+    histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    tidy(histogram, "predicted risk of death in hospital", "stays", legend="best")
+    return figure
+
+
+def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
+    """Draw a curve as `decision_curve` returns it; what treating all would lose beyond the axes is not shown."""
+    question = "At which risk thresholds does acting on the model beat treating all or none?"
+    figure = new_figure(question, caption, height=3.8)
+    axes, thresholds = figure.subplots(), curve["threshold"]
+    axes.plot(thresholds, curve["treat_all"], color=ORANGE, linestyle="--", label="treat all")
+    axes.plot(thresholds, curve["treat_none"], color=GREY, linestyle=":", label="treat none")
+    axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
+    lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
+    if "low" in curve:
+        style = {"color": BLUE, "alpha": 0.15, "linewidth": 0, "label": "95 % interval"}
+        axes.fill_between(thresholds, curve["low"], curve["high"], **style)
+        lowest, highest = min(lowest, curve["low"].min()), max(highest, curve["high"].max())
+    axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
+    tidy(axes, "risk threshold at which one would treat", "net benefit per stay", legend="best")
+    return figure
+
+
+def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, hours_label: str) -> Figure:
+    """Draw what `train.load_attention_weights` read of a file of this name."""
+    layer_maps = [weights[0].mean(0) for weights in record["layer_attention_weights"]]  # (bins, bins) each
+    caption = f"{name.replace('_', ' ')}, a training stay · risk {record['probability']:.2f}"
+    return plot_attention_heatmap(
+        layer_maps,
+        record["pooling_weights"][0, :, 0],  # (heads, L)
+        record["hours_to_final_event"],
+        title=f"Where does the model look in ICU stay {record['icu_stay_id']}?",
+        caption=f"{caption} · text encoder: {text_encoder}",
+        hours_label=hours_label,
+    )
+
+
+def plot_attention_heatmap(
+    layer_maps: Sequence[np.ndarray],
+    pooling: ArrayLike,
+    hours: ArrayLike,
+    title: str,
+    caption: str = "",
+    hours_label: str = "hours after ICU admission",
+) -> Figure:
+    """Draw self-attention of each layer (bins, bins) over pooling weights (heads, n) of one stay's n events.
+
+    Weights are shown as multiples of 1/n, the share that each event has where attention is even. A map's rows look, its
+    columns are looked at; hours (n,) are the events' times, first event first.
+    """
+    weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
+    n_events = weights.shape[1]
+    figure = new_figure(title, caption, height=4.6 if len(layer_maps) else 2.5)
+    heights = [1.2, 1] if len(layer_maps) else [1]
+    *upper, lower = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part in upper:  # none where the model has no layers
+        panels = np.atleast_1d(part.subplots(1, len(layer_maps), sharey=True))
+        draw_shares(part, panels, n_events * np.asarray(layer_maps, dtype=float), extent=(0, 100, 100, 0))
+        for layer, axes in enumerate(panels, start=1):
+            looks = "event that looks, % of stay" if layer == 1 else ""
+            tidy(axes, "event looked at, %", looks, f"layer {layer}")
+    per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
+    cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
+    axes = lower.subplots()
+    draw_shares(lower, np.array([axes]), cells[None])
+    shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
+    decimals = 0 if np.ptp(times) >= 20 else 1
+    axes.set_xticks(shown, [f"{times[cell * per_cell]:.{decimals}f}" for cell in shown])
+    axes.set_yticks(range(len(cells)), [f"head {head}" for head in range(1, len(cells) + 1)])
+    width = "each event equally wide" if per_cell == 1 else f"each column the heaviest of {per_cell} events"
+    tidy(axes, f"{hours_label} ({width})", "", "Pooling: attention to each event")
+    return figure
+
+
+def draw_shares(figure: SubFigure, panels: np.ndarray, shares: np.ndarray, **options: Any) -> None:
+    """Draw multiples of even attention (panels, rows, columns) on one scale: 1 is white, less purple, more orange."""
+    # A few pairs take most of the weight: a cap at the 99.5th percentile keeps the rest visible.
+    top = max(float(np.quantile(shares, 0.995)), 2.0)
+    options |= {"norm": LogNorm(1 / top, top), "cmap": "PuOr_r", "aspect": "auto", "interpolation": "nearest"}
+    for axes, panel_shares in zip(panels, shares):
+        image = axes.imshow(np.clip(panel_shares, 1 / top, top), **options)
+    bar = figure.colorbar(image, ax=panels, pad=0.01, extend="both")
+    bar.set_ticks([1 / top, 1, top], labels=[f"1/{top:.2g}", "1", f"{top:.2g}"])
+    bar.minorticks_off()
+    bar.set_label("weight, 1 where it is even", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_individual: int = 4) -> Figure:
+    """Draw trajectories, one row per stay and time: icu_stay_id, hours_after_admission, probability, label (0/1).
+
+    Single stays are chosen without looking at their risk: the longest followed of each outcome, then by stay. Above the
+    means stands how many stays are still there.
+    """
+    figure = new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
+    single, mean = figure.subplots(1, 2, sharey=True)
+    times = np.sort(trajectories["hours_after_admission"].unique())
+    for label, color, line, word in ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived")):
+        group = trajectories[trajectories["label"] == label].sort_values("hours_after_admission")
+        style = {"color": color, "linestyle": line, "marker": "o"}
+        if group.empty:
+            continue
+        followed = group.groupby("icu_stay_id").size().sort_index().sort_values(ascending=False, kind="stable")
+        for number, icu_stay_id in enumerate(followed.index[:n_individual]):
+            one = group[group["icu_stay_id"] == icu_stay_id]
+            named = {"label": word} if number == 0 else {}
+            single.plot(one["hours_after_admission"], one["probability"], markersize=3, linewidth=1, **named, **style)
+        by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
+        mean.plot(by_hour.index, by_hour["mean"], label=word, markersize=4, **style)
+        mean.fill_between(by_hour.index, by_hour["25%"], by_hour["75%"], color=color, alpha=0.15, linewidth=0)
+        for hour, n_stays in by_hour["count"].reindex(times, fill_value=0).items():
+            place = (hour, 1.07 if label else 1.02)
+            options = {"xycoords": ("data", "axes fraction"), "color": color, "fontsize": 7, "ha": "center"}
+            mean.annotate(f"n={n_stays:.0f}", place, **options)
+    words = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the n stays still there")
+    for axes, title, ylabel in zip((single, mean), words, ("predicted risk of death", "")):
+        tidy(axes, "hours after ICU admission (log scale)", ylabel, legend="best")
+        axes.set_title(title, fontsize=9, pad=24)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
+        axes.set_ylim(0, 1)
+    return figure

@@ -1,0 +1,369 @@
+"""What a run writes into its folder: tables, JSON, pictures, the model card; one class is the writer of all of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from scipy.special import expit
+
+from clinical_lf import audit, metrics, plots
+from clinical_lf.files import delete_quietly, logger, write_json, write_whole
+from clinical_lf.meds import meds_predictions
+from clinical_lf.metrics import METRIC_WORDS, figure_text
+from clinical_lf.tables import EVENT_TYPES, LABEL, ReadReport, Split, StayTable
+
+HERE = Path(__file__).resolve().parent
+SAMPLE_NAME = "sample_train.csv"
+PACKAGES = ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
+# What a run writes and a shorter or other one would not write again; models are replaced after the first epoch.
+LEFT_BY_A_RUN = (
+    "metrics.json model_card.md predictions.* history.csv risk_trajectories.csv plots/risk_trajectories.png "
+    "plots/attention_epoch_*_batch_*.png attention_weights/attention_epoch_*_batch_*.npz folds.csv seeds.csv "
+    "seeds.json cross_validation.json operating_points.csv"
+).split()
+# A folder that holds this file is the program's own, and of an earlier model.
+FOLDERS_LEFT = ("evaluation/run.json", "explainability/report.html", "fold_*/run.json", "seed_*/run.json")
+ONLY_WHOLE_STAYS = "The model was trained on whole stays: early risks are extrapolations"
+
+
+class Predictions(NamedTuple):
+    """Stays and the risks that a model gave them."""
+
+    stays: pd.DataFrame  # (n): STAY_COLUMNS
+    probabilities: np.ndarray  # (n)
+
+    @classmethod
+    def of_logits(cls, stays: pd.DataFrame, logits: np.ndarray) -> Predictions:
+        """Return the risks of logits (n,)."""
+        return cls(stays, expit(logits))
+
+    def take(self, is_taken: np.ndarray) -> Predictions:
+        """Return those that a mask (n,) marks."""
+        return Predictions(self.stays[is_taken].reset_index(drop=True), self.probabilities[is_taken])
+
+    @property
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labels, probabilities and patients (n), as the functions of `metrics` take them."""
+        return self.stays[LABEL].to_numpy(float), self.probabilities, self.stays["patient_id"].to_numpy()
+
+    def words(self, kind: str = "") -> str:
+        """Return what these of known outcome are: `62 test stays of 44 patients, 13 deaths`, and whether too few."""
+        died, n_patients = self.columns[0], self.stays["patient_id"].nunique()
+        warning = f" ({metrics.too_few_in_words(died)})" if metrics.is_too_few(died) else ""
+        return f"{len(died)} {f'{kind} stays'.strip()} of {n_patients} patients, {int(died.sum())} deaths{warning}"
+
+
+class RunFolder:
+    """The folder of a run, and the one place that writes into it what a person reads: tables, JSON, figures, pages.
+
+    settings: those of the run, as plain data.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings, self.started = folder, settings, time.time()
+        self.resampling = {"n_bootstrap": settings["n_bootstrap"], "seed": settings["seed"]}
+        self.audit: list[dict[str, Any]] = []
+
+    def begin(self, resume: bool = False) -> None:
+        """Remove what an earlier run left, unless this one resumes it; write what repeats the run."""
+        if not resume:
+            for pattern in (*LEFT_BY_A_RUN, *FOLDERS_LEFT):
+                for path in self.folder.glob(pattern):
+                    delete_quietly(path.parent if pattern in FOLDERS_LEFT else path)
+                    if pattern in FOLDERS_LEFT:
+                        logger.info(f"Removed     {path.parent}, of the model that was here before")
+        repeated = {name: value for name, value in self.settings.items() if name not in ("resume", "dry_run")}
+        self.text("settings.yaml", yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True))
+        self.json("run.json", self.record())
+
+    def record(self) -> dict[str, Any]:
+        """Return how the run came about: command, date, commit (with a plus where files differ from it), versions."""
+        command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty=+"]
+        try:
+            commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            commit = None
+        return {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.fromtimestamp(self.started, tz=UTC).isoformat(timespec="seconds"),
+            "commit": commit,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """Write a table as CSV or Parquet, by the name's ending."""
+        if name.endswith(".parquet"):
+            write_whole(self.folder / name, lambda path: frame.to_parquet(path, index=False))
+        else:
+            write_whole(self.folder / name, lambda path: frame.to_csv(path, index=False, float_format="%.6g"))
+
+    def text(self, name: str, content: str) -> None:
+        """Write a text."""
+        write_whole(self.folder / name, lambda path: path.write_text(content, "utf-8"))
+
+    def json(self, name: str, content: Any) -> None:
+        """Write plain data; NaN and infinity, for which JSON has no word, as null."""
+        write_json(self.folder / name, without_nan(content))
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Write a picture into plots/."""
+        write_whole(self.folder / "plots" / name, lambda path: figure.savefig(path, dpi=150, format="png"))
+
+    def end(self) -> None:
+        """Write how long the run took, and log what its folder holds."""
+        self.json("run.json", self.record() | {"seconds": round(time.time() - self.started, 1)})
+        names = [f"{path.name}{'/' * path.is_dir()}" for path in self.folder.glob("[!.]*")]
+        words = textwrap.wrap(", ".join(sorted(names)), 108)
+        logger.info("\n            ".join([f"Written     {self.folder}", *words]))
+
+    def write_split(self, patients: dict[str, list[int]]) -> None:
+        """Write patient_id and part, as --split reads it."""
+        rows = [(patient, part) for part, members in patients.items() for patient in members]
+        self.table("split.csv", pd.DataFrame(rows, columns=["patient_id", "part"]).sort_values("patient_id"))
+
+    def write_audit(self, table: StayTable, split: Split, report: ReadReport) -> None:
+        """Write and log the leakage audit of the table and the split."""
+        hours, is_prospective = self.settings["observation_hours"], bool(self.settings["labels"])
+        found = audit.audit_table(table, split, report, hours, is_prospective or hours > 0)
+        texts = audit.audit_texts(table.take(split.train))
+        self.table("leakage_audit.csv", found)
+        self.table("leakage_audit_texts.csv", texts)
+        self.audit = json.loads(found.to_json(orient="records"))
+        flagged = set(found.loc[found["flagged"] & (found["kind"] == "column"), "name"])
+        used = sorted(flagged & set(self.settings["static_features"]))
+        unused = "; the model does not use it" if flagged and not used else ""
+        logger.info(f"Audit       {audit.audit_summary(found)}{unused}")
+        if used:
+            logger.warning(
+                f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. "
+                "Leave it out of --static-features."
+            )
+        if telling := texts["text"][texts["flagged"]].tolist():
+            more = f" and {len(telling) - 5} more" if len(telling) > 5 else ""
+            named = "; ".join(text[:80] for text in telling[:5])
+            logger.warning(
+                f"Audit       WARNING: the presence of {named}{more} tells the outcome: see leakage_audit_texts.csv"
+            )
+
+    def write_evaluation(
+        self, scored: Predictions, caption: str, judged: Predictions | None = None
+    ) -> tuple[dict[str, Any], pd.DataFrame]:
+        """Write predictions and, where outcomes are known, figures, tables and plots; return figures and subgroups.
+
+        judged: those of the scored stays that figures and plots are of; all, if not given.
+        """
+        frame = scored.stays.filter(["icu_stay_id", "patient_id", LABEL, "fold"]).astype({LABEL: "Int64"})
+        frame.insert(3, "probability", scored.probabilities)
+        self.table("predictions.csv", frame)
+        if self.settings["labels"]:
+            self.table("predictions.parquet", meds_predictions(scored.stays, pd.Series(scored.probabilities)))
+        judged = judged or scored
+        known = judged.take(judged.stays[LABEL].notna().to_numpy())
+        if known.stays.empty:
+            return {}, pd.DataFrame()
+        labels, risks, patients = known.columns
+        figures = metrics.evaluate_predictions(*known.columns, **self.resampling)
+        groups = metrics.subgroups_of_stays(known.stays)
+        subgroups = metrics.subgroup_table(*known.columns, groups, **self.resampling)
+        curve = metrics.decision_curve(labels, risks, patient_ids=patients, **self.resampling)
+        self.table("subgroups.csv", subgroups)
+        self.table("decision_curve.csv", curve)
+        self.table("calibration.csv", metrics.calibration_table(labels, risks))
+        self.figure("roc_and_precision_recall.png", plots.plot_roc_and_pr(labels, risks, figures, caption))
+        self.figure("calibration.png", plots.plot_calibration(labels, risks, figures, caption))
+        self.figure("decision_curve.png", plots.plot_decision_curve(curve, caption))
+        return figures, subgroups
+
+    def report_training(
+        self,
+        described: dict[str, Any],
+        predictions: dict[str, Predictions],
+        table: StayTable,
+        patients: dict[str, list[int]],
+        history: pd.DataFrame,
+    ) -> dict[str, Any]:
+        """Write metrics, predictions, plots and model card of the held-out stays; log the summary; return the metrics."""
+        part, encoder = "test" if "test" in predictions else "validation", described["text_encoder"]
+        scored, validation = predictions[part], predictions["validation"]
+        figures, subgroups = self.write_evaluation(scored, f"text encoder: {encoder} · {scored.words(part)}")
+        caption = f"text encoder: {encoder} · {validation.words('validation')}"
+        self.figure("training_curves.png", plots.plot_training_curves(history, caption))
+        of_validation = metrics.evaluate_predictions(*validation.columns, **self.resampling)
+        counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1)
+        content = {
+            **described,
+            "metrics": {part: figures, "validation": of_validation},
+            "leakage_audit": self.audit,
+            "tripod_ai": {  # what a TRIPOD+AI report asks for beside these and subgroups.csv
+                "patients_per_part": {part: len(members) for part, members in patients.items()},
+                "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
+                "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts.tolist())),
+            },
+        }
+        self.json("metrics.json", content)
+        self.text("model_card.md", self.model_card(content, part, subgroups))
+        training = described["training"]
+        title = f"{part.capitalize():11s} {scored.words()}; weights of epoch {training['best_epoch']}, trained in "
+        log_metrics(figures, f"{title}{training['seconds']:.0f} s")
+        if part == "validation":
+            logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
+        self.end()
+        return content
+
+    def model_card(self, content: dict[str, Any], part: str, subgroups: pd.DataFrame) -> str:
+        """Return the model card of a run, from what metrics.json holds and how the run came about."""
+        figures, settings = content["metrics"][part], self.settings
+        slope = figures["calibration_slope"]
+        flagged = [row["name"] for row in content["leakage_audit"] if row["flagged"]]
+        environment = Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            trim_blocks=True,
+            undefined=StrictUndefined,
+            keep_trailing_newline=True,
+        )
+        return environment.get_template("model_card.md.j2").render(
+            content,
+            data=data_in_words(settings["data"]),
+            settings=settings,
+            subgroups=subgroups.to_dict("records"),
+            metrics=metrics,
+            part=part,
+            figures=figures,
+            run=self.record(),
+            moment=moment_of_prediction(settings["observation_hours"], settings["labels"]),
+            calibrated=None not in (slope["low"], slope["high"]) and slope["low"] <= 1 <= slope["high"],
+            flagged=flagged,
+            used=sorted(set(flagged) & set(settings["static_features"])),
+        )
+
+    def report_evaluation(
+        self,
+        described: dict[str, Any],
+        predictions: Predictions,
+        is_seen: np.ndarray,
+        unseen_items: pd.DataFrame,
+        trajectories: pd.DataFrame | None,
+        is_prospective: bool,
+    ) -> dict[str, Any]:
+        """Write and log what a checkpoint says of other stays; of patients it has seen (n,) no figure is made.
+
+        unseen_items: item, events and of_new_item, the events of items that training never saw; one row per text.
+        """
+        judged, overlap = predictions, "no patient was trained or tuned on"
+        if is_seen.any():
+            judged = predictions.take(~is_seen)
+            overlap = f"{is_seen.sum()} stays of patients that the model was trained or tuned on are left out"
+            logger.warning(f"Evaluation  {overlap} of figures and pictures")
+        known = judged.take(judged.stays[LABEL].notna().to_numpy())
+        caption = f"text encoder: {described['text_encoder']} · {known.words()} · {overlap}"
+        figures, _ = self.write_evaluation(predictions, caption, judged)
+        if figures:
+            log_metrics(figures, f"Evaluation  of known outcome {known.words()}")
+        unseen = unseen_items.groupby("item", as_index=False).sum()
+        self.table("unseen_in_training.csv", unseen.sort_values("of_new_item", ascending=False, kind="stable"))
+        share = float(unseen["of_new_item"].sum() / max(unseen["events"].sum(), 1))
+        logger.info(f"Unseen      {share:.1%} of these stays' events are of items that training never saw")
+        if trajectories is not None:
+            self.write_trajectories(trajectories, is_seen, predictions, is_prospective, caption)
+        content = described | {
+            "seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap},
+            "metrics": figures or None,
+            "unseen_in_training": {"of_new_item": round(share, 4)},
+        }
+        self.json("metrics.json", content)
+        self.end()
+        return content
+
+    def write_trajectories(
+        self, trajectories: pd.DataFrame, is_seen: np.ndarray, scored: Predictions, is_prospective: bool, caption: str
+    ) -> None:
+        """Write risks at several hours, and their picture without seen patients; warn of a model of whole stays."""
+        mode = moment_of_prediction(self.settings["observation_hours"], self.settings["labels"])
+        if not is_prospective:
+            mode = ONLY_WHOLE_STAYS
+            logger.warning(f"Trajectory  WARNING: {mode}")
+        self.table("risk_trajectories.csv", trajectories)
+        shown = trajectories[~trajectories["patient_id"].isin(scored.stays["patient_id"][is_seen])]
+        if len(shown):
+            figure = plots.plot_risk_trajectories(shown.reset_index(drop=True), f"{mode} · {caption}")
+            self.figure("risk_trajectories.png", figure)
+
+    def report_spread(self, outcomes: Sequence[tuple[dict[str, Any], Any]], unit: str) -> dict[str, Any]:
+        """Write and log the figures of each fold or seed, their mean and spread, and those of the pooled predictions."""
+        rows = []
+        for content, _ in outcomes:
+            figures = content["metrics"].get("test", content["metrics"]["validation"])
+            rows.append({name: figures[name]["value"] for name in METRIC_WORDS})
+        spread = pd.DataFrame(rows, index=range(1, 1 + len(rows)), dtype=float)
+        moments = spread.agg(["mean", "std"])
+        self.table(f"{unit}s.csv", pd.concat([spread, moments]).rename_axis(unit).reset_index())
+        parts: list[Predictions] = [predictions for _, predictions in outcomes]
+        risks = [part.probabilities for part in parts]
+        if unit == "seed":  # each stay once, with its mean risk over the seeds
+            scored, what = Predictions(parts[0].stays, np.mean(risks, axis=0)), f"mean risk of {len(parts)} seeds"
+        else:
+            stays = [part.stays.assign(fold=number) for number, part in enumerate(parts, start=1)]
+            scored = Predictions(pd.concat(stays, ignore_index=True), np.concatenate(risks))
+            what = "the test stays of all folds"
+        encoder = outcomes[0][0]["text_encoder"]
+        pooled, _ = self.write_evaluation(scored, f"text encoder: {encoder} · {what}, {scored.words()}")
+        summary = {}
+        for name, values in spread.items():
+            summary[name] = {"mean": values.mean(), "sd": values.std(), f"{unit}s": values.tolist()}
+        content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": summary, "pooled": pooled}
+        content["cohort"] = outcomes[0][0]["cohort"]
+        self.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
+        for name in ("auroc", "auprc"):
+            mean, deviation = moments[name]
+            logger.info(f"{unit.capitalize() + 's':11s} {METRIC_WORDS[name]} {mean:.3f} (sd {deviation:.3f})")
+        log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
+        self.end()
+        return content
+
+
+def without_nan(content: Any) -> Any:
+    """Return nested plain data with None for NaN and infinity."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def log_metrics(figures: dict[str, Any], title: str) -> None:
+    """Log each figure with its interval."""
+    logger.info(f"{title}; in brackets 95 % intervals")
+    for name, words in METRIC_WORDS.items():
+        prevalence = f" at prevalence {figures['prevalence']:.3f}" if name == "auprc" else ""
+        logger.info(f"            {words:22s} {figure_text(figures[name], 3, '')}{prevalence}")
+
+
+def data_in_words(data: str) -> str:
+    """Return the name of a data set; of the bundled sample also that no patient is behind it."""
+    name = Path(data).name
+    return f"{name} (synthetic: its figures say nothing about patients)" if name == SAMPLE_NAME else name
+
+
+def moment_of_prediction(observation_hours: float, labels: str) -> str:
+    """Return when a model predicts, and from what."""
+    if labels:
+        return "It predicts at the time of each MEDS label, from the events up to it."
+    if observation_hours:
+        return f"It predicts {observation_hours:g} h after ICU admission, from what was known then."
+    return "It reads the whole stay up to discharge or death: it describes a stay that has ended and foresees nothing."

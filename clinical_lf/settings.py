@@ -1,0 +1,104 @@
+"""A command line from a dataclass of settings: help, limits and a settings file stand in its fields."""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from clinical_lf.files import InputError
+
+LIMITS = {
+    "low": ("at least", operator.ge),
+    "high": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
+
+
+def setting(default: Any, help_text: str, **limits: Any) -> Any:
+    """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
+    metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # a lone percent sign is argparse's
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def same_setting(kind: Any, name: str, default: Any = "") -> Any:
+    """Return a field that means what it means in another class of settings, with a default of its own."""
+    return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
+
+
+def cli_name(name: str) -> str:
+    """Return the option of a setting: `d_model` is `--d-model`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None) -> Any:
+    """Return the settings of a command line (default: the program's own); options overrule a first argument *.yaml.
+
+    Ends the program with code 2, as argparse does, where the line makes no sense.
+    """
+    from transformers import HfArgumentParser
+
+    class SettingsParser(HfArgumentParser):
+        def add_argument(self, *names: str, limits: Any = None, **options: Any) -> Any:
+            return super().add_argument(*names, **options)  # argparse knows no limits
+
+        def error(self, message: str) -> Any:
+            self.exit(2, f"error: {message}. --help lists all options.\n")
+
+    parser = SettingsParser(
+        kind,
+        usage="%(prog)s [settings.yaml] [options]",
+        description=str(description).split("\n\n")[0],
+        epilog="A first argument *.yaml names a file of settings, such as a run's settings.yaml; options overrule it.",
+        allow_abbrev=False,
+    )
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".yaml", ".yml")):
+        parser.set_defaults(**read_settings_file(parser, Path(words.pop(0))))
+    settings, unknown = parser.parse_args_into_dataclasses(
+        args=words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown option {' '.join(unknown)}")
+    return settings
+
+
+def read_settings_file(parser: Any, path: Path) -> dict[str, Any]:
+    """Return what a settings file says: names of settings and their values."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"{path}: cannot be read as a settings file ({type(error).__name__})")
+    if not isinstance(content, dict):
+        parser.error(f"{path}: no settings file; it holds lines such as 'max_epochs: 20'")
+    known = {action.dest for action in parser._actions}
+    if unknown := [str(name) for name in content if name not in known]:
+        parser.error(f"{path}: unknown settings {', '.join(unknown)}")
+    return content
+
+
+def check_limits(settings: Any) -> None:
+    """Refuse a value of another type, outside its field's limits or not among its choices (InputError)."""
+    kinds = get_type_hints(type(settings))
+    for entry in fields(settings):
+        value, kind, limits = getattr(settings, entry.name), kinds[entry.name], entry.metadata["limits"]
+        wanted = " and ".join(f"{LIMITS[side][0]} {limit:g}" for side, limit in limits.items())
+        if get_origin(kind) is Literal:
+            is_sound, wanted = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+        elif kind in (int, float):
+            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+            is_sound = is_number and all(LIMITS[side][1](value, limit) for side, limit in limits.items())
+        else:
+            is_sound = isinstance(value, get_origin(kind) or kind)
+        if not is_sound:
+            wanted = wanted or f"of type {kind.__name__}"
+            raise InputError(f"{cli_name(entry.name)} {value}: out of range; it must be {wanted}.")

@@ -1,0 +1,363 @@
+"""Stays and their events as flat arrays: the table, the report of its reading, the cohort, and the split by patient."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from clinical_lf.files import InputError, logger, read_json, without_zeros
+
+EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
+
+
+def columns_of(text: str) -> dict[str, str]:
+    """Return columns and their SQL types: `patient_id BIGINT, ...`."""
+    return dict(column.split() for column in text.split(", "))
+
+
+STAY_COLUMNS = columns_of(
+    "patient_id BIGINT, admission_id BIGINT, icu_stay_id BIGINT, icu_intime TIMESTAMP, icu_outtime TIMESTAMP, "
+    "patient_death_time TIMESTAMP, patient_expired_in_hospital DOUBLE, patient_gender VARCHAR, patient_age DOUBLE, "
+    "patient_race VARCHAR, marital_status VARCHAR, admission_type VARCHAR, admission_location VARCHAR, "
+    "insurance VARCHAR, first_icu_careunit VARCHAR, last_icu_careunit VARCHAR, icu_length_of_stay_in_days DOUBLE, "
+    "discharge_location VARCHAR"
+)
+EVENT_COLUMNS = columns_of(
+    "event_time TIMESTAMP, event_known_time TIMESTAMP, event_type VARCHAR, event_text VARCHAR, "
+    "relative_time_to_final_event DOUBLE"
+)
+LABEL = "patient_expired_in_hospital"
+STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
+# What a prospective model cannot know at the moment of prediction.
+KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
+EVENT_ARRAYS = {
+    "event_type": np.int8,
+    "text": np.int32,
+    "minutes_since_intime": np.float32,
+    "known_minutes_since_intime": np.float32,
+    "minutes_to_end": np.float32,
+}
+
+
+@dataclass(frozen=True)
+class StayTable:
+    """ICU stays with their events in flat arrays: the events of stay i are `offsets[i]:offsets[i + 1]`, oldest first.
+
+    `minutes_to_end` counts from the event to the end of what is read: the final event (ICU discharge or death,
+    whichever is first), or in prospective mode the moment of prediction.
+    """
+
+    stays: pd.DataFrame  # (n_stays): STAY_COLUMNS
+    offsets: np.ndarray  # (n_stays + 1) int64
+    event_type: np.ndarray  # (n_events) int8: index in EVENT_TYPES, len(EVENT_TYPES) if it is none of them
+    text: np.ndarray  # (n_events) int32: index in texts
+    minutes_since_intime: np.ndarray  # (n_events) float32
+    known_minutes_since_intime: np.ndarray  # (n_events) float32, NaN where nobody knows when the ward knew
+    minutes_to_end: np.ndarray  # (n_events) float32
+    texts: np.ndarray  # (n_texts) of str: distinct texts
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n_stays) numbers of events."""
+        return np.diff(self.offsets)
+
+    @property
+    def static_columns(self) -> pd.DataFrame:
+        """(n_stays): STATIC_COLUMNS. Attention sees shares of events; with their number a model can tell 2 from 20."""
+        return self.stays.assign(number_of_events=self.lengths)[list(STATIC_COLUMNS)]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n_stays) float64: 1 died in hospital, 0 survived, NaN unknown."""
+        return self.stays[LABEL].to_numpy(float)
+
+    @property
+    def stay_of_event(self) -> np.ndarray:
+        """(n_events) index of the stay of each event."""
+        return np.repeat(np.arange(len(self.stays)), self.lengths)
+
+    def fingerprint(self) -> str:
+        """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
+        digest = hashlib.md5(usedforsecurity=False)
+        of_stays = (self.stays["icu_stay_id"].to_numpy(), self.offsets, self.labels)
+        of_events = (self.event_type, self.text, self.minutes_to_end, self.known_minutes_since_intime)
+        of_texts = pd.util.hash_array(np.asarray(self.texts, dtype=object))
+        for array in (*of_stays, *of_events, of_texts):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> StayTable:
+        """Return the table of these stays (indices in their order, or a mask) and of events that `keep_event` marks."""
+        stays = np.arange(len(self.stays))[stays]
+        lengths = self.lengths[stays]
+        offsets = sums_before(lengths)
+        moved_by = self.offsets[stays] - offsets[:-1]
+        events = np.arange(offsets[-1]) + np.repeat(moved_by, lengths)
+        if keep_event is not None:
+            is_kept = keep_event[events]
+            events, offsets = events[is_kept], sums_before(is_kept)[offsets]
+        arrays = {name: getattr(self, name)[events] for name in EVENT_ARRAYS}
+        return StayTable(self.stays.iloc[stays].reset_index(drop=True), offsets, texts=self.texts, **arrays)
+
+    def with_own_texts(self) -> StayTable:
+        """Return the table without the texts that none of its events has: they need no vector."""
+        used = np.flatnonzero(np.bincount(self.text, minlength=len(self.texts)))
+        number = np.zeros(len(self.texts), np.int32)
+        number[used] = np.arange(len(used))
+        return replace(self, text=number[self.text], texts=self.texts[used])
+
+
+def sums_before(counts: np.ndarray) -> np.ndarray:
+    """Return the sum of what stands before each place, and of all: (n,) -> (n + 1) int64."""
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def stacked(tables: Sequence[StayTable]) -> StayTable:
+    """Return one table of the stays of all, which have the same texts."""
+    stays = pd.concat([table.stays for table in tables], ignore_index=True)
+    offsets = sums_before(np.concatenate([table.lengths for table in tables]))
+    arrays = {name: np.concatenate([getattr(table, name) for table in tables]) for name in EVENT_ARRAYS}
+    return StayTable(stays, offsets, texts=tables[0].texts, **arrays)
+
+
+# ---- The report of reading ----
+
+REASONS = {  # why a stay, an event or a label was left out or mended
+    "stay_without_intime": "stays without icu_intime (icustays.intime)",
+    "stay_without_end": "stays without icu_outtime (icustays.outtime) or a death time (admissions.deathtime)",
+    "stay_after_death": "stays that begin after the death of their patient (admissions.deathtime)",
+    "stay_ends_before_it_begins": "stays whose icu_outtime (icustays.outtime) is before their icu_intime",
+    "stay_with_unfit_label": f"stays whose {LABEL} (admissions.hospital_expire_flag) is neither 0 nor 1",
+    "stay_with_death_and_label_0": f"stays that end with a death (admissions.deathtime) though {LABEL} is 0",
+    "stay_without_events": "stays without events",
+    "length_recomputed": "stays whose icu_length_of_stay_in_days was not the record's, recomputed",
+    "event_without_time": "events without a time",
+    "event_before_admission": "events before ICU admission",
+    "event_after_the_end": "events after the final event (they leak the label)",
+    "event_repeated": "duplicate events",
+    "event_of_unknown_type": "events of unknown type, kept (their type is all zeros)",
+    "label_after_death": "labels at or after the patient's death",
+    "label_of_ended_stay": "ICU stays that had ended by the prediction and the gap after it",
+}
+
+
+@dataclass
+class SourceAccount:
+    """Where the rows of a table went: read = of other patients + in_stays + lost; what is not known is None."""
+
+    table: str
+    read: int
+    # Of the ICU stays' patients (orders: admissions; procedures, ingredients: the stays themselves).
+    of_cohort: int | None = None
+    in_stays: int | None = None
+    lost: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)  # rows of the cohort with something to know, kept or not
+
+
+@dataclass
+class ReadReport:
+    """What was left out or mended on reading, by keys of REASONS, and where the rows of a MIMIC-IV folder went."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)  # counts of what is no fault
+    sources: list[SourceAccount] = field(default_factory=list)
+
+    def log(self) -> None:
+        """Log what was left out, and the account of the source tables with a warning of those that give nothing."""
+        if self.sources:
+            logger.info("Rows        table                         read        used   not used, and why")
+        for source in self.sources:
+            used = "" if source.in_stays is None else f"{source.in_stays:12,}"
+            elsewhere = 0 if source.of_cohort is None else source.read - source.of_cohort
+            reasons = {"of patients or admissions without an ICU stay": elsewhere} | source.lost | source.noted
+            words = ", ".join(f"{count:,} {reason}" for reason, count in without_zeros(reasons).items())
+            logger.info(f"            {source.table:22s} {source.read:11,}{used}   {words}".rstrip())
+            if source.in_stays == 0:
+                logger.warning(
+                    f"Rows        WARNING: {source.table} contributes nothing: {source.read:,} rows read, "
+                    f"{source.of_cohort:,} of the cohort. Is it of the same release as icu/icustays?"
+                )
+        dropped = "; ".join(f"{count:,} {REASONS[code]}" for code, count in self.counts.items())
+        counted = " (counted by table above, too)" if dropped and self.sources else ""
+        logger.info(f"Dropped     {dropped or 'nothing'}{counted}")
+
+
+def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
+    """Write a table into a new folder: one .npy for each array, the stays and the texts as Parquet."""
+    folder.mkdir()
+    for name in ("offsets", *EVENT_ARRAYS):
+        np.save(folder / f"{name}.npy", getattr(table, name), allow_pickle=False)
+    table.stays.to_parquet(folder / "stays.parquet")
+    pd.DataFrame({"text": table.texts}).to_parquet(folder / "texts.parquet")
+    (folder / "report.json").write_text(json.dumps(asdict(report)), "utf-8")
+
+
+def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, ReadReport]:
+    """Read what `save_arrays` wrote; events are mapped into memory, not read.
+
+    Raises OSError where it is not there, ValueError where it is damaged, or has none of a feature: its source, read for
+    others, may lack the column.
+    """
+    arrays = {name: np.load(folder / f"{name}.npy", "c", allow_pickle=False) for name in ("offsets", *EVENT_ARRAYS)}
+    table = StayTable(
+        stays=pd.read_parquet(folder / "stays.parquet"),
+        texts=pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object),
+        **{name: np.asarray(array) for name, array in arrays.items()},
+    )
+    if any(table.stays[name].isna().all() for name in static_features if name in table.stays):
+        raise ValueError("a column is missing")
+    content = read_json(folder / "report.json")
+    sources = [SourceAccount(**account) for account in content["sources"]]
+    return table, ReadReport(content["counts"], content["notes"], sources)
+
+
+# ---- The cohort ----
+
+
+class CohortStep(NamedTuple):
+    name: str
+    stays: int
+    patients: int
+    events: int
+    deaths: int
+
+
+def choose_cohort(
+    table: StayTable, first_stay_only: bool = False, observation_hours: float = 0.0, gap_hours: float = 0.0
+) -> tuple[StayTable, list[CohortStep]]:
+    """Return the stays to analyse, and the flow of numbers from all stays to these. Raises InputError if none is left.
+
+    With observation_hours the stays that end later than that and the gap, each with what was known by then.
+    """
+    flow: list[CohortStep] = []
+
+    def record_step(name: str, current: StayTable) -> StayTable:
+        n_patients, n_deaths = current.stays["patient_id"].nunique(), int(np.nansum(current.labels))
+        flow.append(CohortStep(name, len(current.stays), n_patients, len(current.text), n_deaths))
+        if not len(current.stays):
+            steps = "; ".join(f"{step.name}: {step.stays}" for step in flow)
+            raise InputError(f"no stay is left ({steps}). Lower --observation-hours or --gap-hours.")
+        return current
+
+    table = record_step("all stays with events", table)
+    if first_stay_only:
+        by_time = table.stays.sort_values(["icu_intime", "icu_stay_id"], kind="stable")
+        first = by_time.drop_duplicates("patient_id").index
+        table = record_step("first ICU stay of each patient", table.take(np.sort(first)))
+    if observation_hours > 0:
+        least = observation_hours + gap_hours
+        longer = table.take(stay_hours(table) > least)
+        table = record_step(f"still in the ICU and alive {least:g} h after admission", longer)
+        described = table.stays.set_index("icu_stay_id")[list(KNOWN_ONLY_LATER)]  # in subgroups, never a feature
+        table = known_at(table, observation_hours)
+        later = described.loc[table.stays["icu_stay_id"]].reset_index(drop=True)
+        table = replace(table, stays=table.stays.assign(**later))
+        table = record_step(f"with an event known {observation_hours:g} h after admission", table)
+    return table, flow
+
+
+def stay_hours(table: StayTable) -> np.ndarray:
+    """(n_stays) hours from ICU admission to the final event, ICU discharge or death, whichever is first."""
+    final = table.stays[["icu_outtime", "patient_death_time"]].min(axis=1)
+    return ((final - table.stays.icu_intime).dt.total_seconds() / 3600).to_numpy()
+
+
+def known_at(table: StayTable, hours: float) -> StayTable:
+    """Return what the ward knew `hours` after ICU admission; stays of which nothing was known go.
+
+    Times count to that moment, and columns known only later are missing, as where a model is trained to predict then.
+    """
+    minutes = hours * 60
+    known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
+    n_known = np.bincount(table.stay_of_event[known], minlength=len(table.stays))
+    part = table.take(n_known > 0, keep_event=known)
+    stays = part.stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
+    return replace(part, stays=stays, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
+
+
+# ---- The split ----
+
+
+class Split(NamedTuple):
+    """Indices of the stays of each part."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def has_both_outcomes(table: StayTable, stays: np.ndarray) -> bool:
+    """Return whether there are deaths and survivors among these stays."""
+    return {0, 1} <= set(table.labels[stays])
+
+
+def split_by_patient(table: StayTable, seed: int, test_fraction: float = 0.2) -> Split:
+    """Return 64 / 16 / 20 % of the patients, stratified by whether any of their stays ended in death.
+
+    A test_fraction of 0 leaves 80 / 20 % to train and validate. Raises InputError where a part lacks an outcome.
+    """
+    from sklearn.model_selection import train_test_split
+
+    outcome = pd.Series(table.labels).groupby(table.stays["patient_id"]).max()
+    rest, test = outcome.index, outcome.index[:0]
+    try:
+        if test_fraction:
+            rest, test = train_test_split(rest, test_size=test_fraction, stratify=outcome, random_state=seed)
+        train, validation = train_test_split(rest, test_size=0.2, stratify=outcome[rest], random_state=seed)
+    except ValueError:
+        raise InputError(
+            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split by patient with both "
+            "outcomes in each part. It takes some 10 patients of either outcome."
+        ) from None
+    parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
+    if not all(has_both_outcomes(table, part) for part in parts if len(part)):
+        raise InputError(
+            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. "
+            "Use more patients."
+        )
+    return Split(*parts)
+
+
+def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator[Split]:
+    """Yield patient-level folds; a fifth of the other patients of each fold validates."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    inner = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+    labels, patients = table.labels, table.stays["patient_id"].to_numpy()
+    deaths = len(np.unique(patients[labels == 1]))
+    if deaths < folds + 4:
+        raise InputError(f"--cross-validate {folds}: only {deaths} patients died; use fewer folds.")
+    for rest, test in splitter.split(labels, labels, patients):
+        train, validation = next(inner.split(labels[rest], labels[rest], patients[rest]))
+        yield Split(rest[train], rest[validation], test)
+
+
+def split_of_parts(table: StayTable, part_of_patient: pd.Series) -> Split:
+    """Return the split that `part_of_patient` (train, validation, test by patient) makes; others are in none."""
+    parts = table.stays["patient_id"].map(part_of_patient).to_numpy()
+    return Split(*(np.flatnonzero(parts == name) for name in Split._fields))
+
+
+def split_from_file(table: StayTable, path: Path) -> Split:
+    """Return the stays of the patients that a CSV file (patient_id, part) puts into train, validation and test."""
+    try:
+        part_of_patient = pd.read_csv(path).drop_duplicates().set_index("patient_id")["part"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
+    if part_of_patient.index.has_duplicates:
+        raise InputError(f"--split {path}: a patient is in two parts. Give each patient one.")
+    split = split_of_parts(table, part_of_patient)
+    if left_out := len(table.stays) - sum(map(len, split)):
+        logger.warning(f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out")
+    for name, stays in zip(Split._fields, split):
+        if not has_both_outcomes(table, stays) and (len(stays) or name != "test"):
+            raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")
+    return split
