@@ -738,7 +738,7 @@ def discrimination(
     known = ~np.isnan(labels)
     found: dict[str, Any] = {"deaths": int(np.nansum(labels)), "n": int(known.sum())}
     if not 0 < found["deaths"] < found["n"]:
-        return [Check("discrimination unknown", found)]
+        return [Check("discrimination, unknown", found)]
     columns = (labels[known], probabilities[known], patients[known])
     figures = metrics.evaluate_predictions(*columns, n_bootstrap, seed)
     auroc, slope = figures["auroc"], figures["calibration_slope"]
@@ -757,10 +757,10 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
     spread, unseen = float(np.std(run.logits)), float(np.mean(run.is_new_item[run.table.text]))
     checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR or len(risks) <= 2))
-    checks.append(Check("patients" if run.held_out else "other patients", {}))
+    checks.append(Check("patients" if run.held_out else "patients, other", {}))
     checks.append(Check("likeness", {"value": unseen}, unseen <= UNSEEN_SHARE))
     worst = max(leaks, key=lambda text: leaks[text], default="")
-    found = {"n": len(leaks), "texts": "texts" if len(leaks) > 1 else "text", "worst": worst}
+    found = {"n": len(leaks), "worst": worst}
     checks.append(Check("single texts", found | {"value": leaks.get(worst, math.nan)}, not leaks))
     sequence = checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     with torch.no_grad():
@@ -1133,7 +1133,7 @@ def explain_stays(
     mean = float(of_layers.mean())
     name = "layer attention" if mean > FLOOR else "layer attention, idle"
     has_layers = len(run.checkpoint.model.transformer_encoder) > 0
-    verdict.append(Check(name if has_layers else "no layers", {"value": mean}))
+    verdict.append(Check(name if has_layers else "layer attention, none", {"value": mean}))
     tables["verdict"] = explain_report.check_table(verdict + [Check("quick", {})] * settings.quick)
     of_interest = [explained[stay] for stay in reasons or chosen[:1]]
     best = max(of_interest, key=lambda found: found.stay["probability"])
@@ -1412,7 +1412,7 @@ TABLE_FILES = {
     "systems": "organ_systems.csv",
     "decisive": "decisive_events.csv",
 }
-LOGGED_CHECKS = ("discrimination", "calibration", "patients", "other patients", "time", "time, unused", "quick")
+LOGGED_CHECKS = ("discrimination", "calibration", "patients", "patients, other", "time", "time, unused", "quick")
 ITEMS_LOGGED = 5
 
 

@@ -8,20 +8,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from clinical_lf.files import wording
 from clinical_lf.items import mask_numbers
 from clinical_lf.metrics import TOO_FEW, fewest
-from clinical_lf.tables import LABEL, REASONS, ReadReport, Split, StayTable, stay_hours
+from clinical_lf.tables import LABEL, ReadReport, Split, StayTable, stay_hours
 
 MIN_STAYS_OF_TEXT = 20  # fewer stays say little of a text
 PURE = 0.98  # share of the stays with a text that end alike, above which it knows the outcome
 LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; what does knows the outcome
-IMPOSSIBLE = {
-    "event_after_the_end": "They happened after ICU discharge or death; the query should have cut them off.",
-    "event_known_after_prediction": "A bedside model could not have read them.",
-    "patient_in_two_parts": "The same patient is trained on and tested on.",
-    "admission_in_two_parts": "The same hospital admission, hence the same outcome, is trained on and tested on.",
-    "admission_with_two_labels": "Stays of one admission disagree on the outcome.",
-}
 # What is left out or mended on reading, but belongs into the audit.
 REPAIRED = (
     "stay_without_end",
@@ -30,12 +24,6 @@ REPAIRED = (
     "length_recomputed",
     "event_after_the_end",
 )
-COUNT_WORDS = REASONS | {
-    "event_known_after_prediction": "events known only after the moment of prediction",
-    "patient_in_two_parts": "patients in two parts of the split",
-    "admission_in_two_parts": "admissions in two parts of the split",
-    "admission_with_two_labels": "admissions with conflicting labels",
-}
 Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of the stays to fit on, and of those to judge by
 
 
@@ -58,7 +46,7 @@ def audit_table(
     }
     stays, known = table.stays, report.counts | report.notes
     end_hours = observation_hours or record[table.stay_of_event]
-    counts = dict.fromkeys(IMPOSSIBLE, 0) | {code: known[code] for code in REPAIRED if code in known}
+    counts = dict.fromkeys(wording("impossible"), 0) | {code: known[code] for code in REPAIRED if code in known}
     counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
     counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
@@ -79,7 +67,7 @@ def leakage_audit(
     """Return what, alone, tells the outcome, and what cannot be: a row per column (n rows), and per count.
 
     Each column gets the AUROC of its own small model, cross-validated on the training patients only. counts: how often
-    impossible things occur (keys of IMPOSSIBLE, or REPAIRED, which are allowed). What became known only after the
+    impossible things occur (keys of words.yaml's `impossible`, or REPAIRED, which are allowed). What became known only after the
     moment of prediction is to be expected in retrospective mode, hence flagged only if prospective.
     """
     y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
@@ -93,14 +81,14 @@ def leakage_audit(
             reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
         rows.append((name, "column", auroc, pd.NA, bool(flagged), reason))
     for code, count in counts.items():
-        reason = IMPOSSIBLE.get(code, "This should not occur.")
+        reason = wording("impossible").get(code, "This should not occur.")
         is_excused = code in REPAIRED
         if is_excused:
             reason = "Left out or mended while reading."
         elif code == "event_known_after_prediction" and not prospective:
             is_excused, reason = True, f"Expected: the retrospective mode reads the whole stay. {reason}"
         flagged = count > 0 and not is_excused
-        rows.append((COUNT_WORDS[code], "count", np.nan, int(count), flagged, reason if count else ""))
+        rows.append((wording("reasons")[code], "count", np.nan, int(count), flagged, reason if count else ""))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
     return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
 

@@ -17,10 +17,8 @@ MISSING = ("", "nan", "NaN", "inf", "-inf", "None", "NULL")
 
 # One CSV file, every column as text; nothing about its form is guessed. A buffer of one longest line: DuckDB's own, of
 # sixteen, costs a quarter more CPU time.
-CSV_ROWS = """
-    read_csv({path}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"', comment = '',
-             max_line_size = 16000000, buffer_size = 16000000, nullstr = {missing})
-"""
+CSV_ROWS = """read_csv({path}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"', comment = '',
+    max_line_size = 16000000, buffer_size = 16000000, nullstr = {missing})"""
 
 
 def open_duckdb(memory_limit: str, spill: Path, database: str | Path = ":memory:") -> DuckDBPyConnection:
@@ -29,31 +27,29 @@ def open_duckdb(memory_limit: str, spill: Path, database: str | Path = ":memory:
     Raises InputError for a limit that is none.
     """
     con = duckdb.connect(database)
-    con.execute("SET preserve_insertion_order = false")  # what needs an order states it
-    con.execute("SET TimeZone = 'UTC'")
-    con.execute(f"SET temp_directory = {sql_quoted(spill)}")
+    con.execute("SET preserve_insertion_order = false; SET TimeZone = 'UTC'")  # what needs an order states it
+    con.execute(f"SET temp_directory = {quoted(spill)}")
     try:
-        con.execute(f"SET memory_limit = {sql_quoted(memory_limit)}")
+        con.execute(f"SET memory_limit = {quoted(memory_limit)}")
     except duckdb.Error:
         con.close()
         raise InputError(f"--memory-limit {memory_limit}: give a size like 16GB, or a share like 33%.") from None
     return con
 
 
-def sql_quoted(text: str | Path) -> str:
+def quoted(text: str | Path) -> str:
     """Return `text` as an SQL string literal."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
 def sql_case(conditions: dict[str, str]) -> str:
     """Return the SQL for the first name whose condition holds in a row, NULL where none does."""
-    cases = [f"WHEN {condition} THEN {sql_quoted(name)}" for name, condition in conditions.items()]
-    return f"CASE {' '.join(cases)} END"
+    return f"CASE {' '.join(f'WHEN {condition} THEN {quoted(name)}' for name, condition in conditions.items())} END"
 
 
 def csv_rows(path: Path, missing: Sequence[str] = ("",)) -> str:
     """Return the SQL that reads a CSV file as text; a value in `missing` is NULL."""
-    return CSV_ROWS.format(path=sql_quoted(path), missing=list(missing))
+    return CSV_ROWS.format(path=quoted(path), missing=list(missing))
 
 
 def first_value(con: DuckDBPyConnection, statement: str, *values: Any) -> Any:
@@ -77,12 +73,11 @@ def reason_without_rows(error: Exception) -> str:
     reason = re.split(r"[\n:\"']", re.sub(r"^(\w+ )+Error: ", "", text))[0].strip()
     if "sniffing" in reason:
         reason = "a row with more or fewer values than the header, or a quote that never closes"
-    reason = f"{type(error).__name__}: {reason}"
-    if line := re.search(r"Line: ?(\d+)", text):
-        reason += f" at line {line[1]}"
+    line = re.search(r"Line: ?(\d+)", text)
     known = r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote"
     cause = re.search(known, text)
-    return f"{reason}, {cause[0]}" if cause else reason
+    parts = [f"{type(error).__name__}: {reason}{f' at line {line[1]}' if line else ''}", cause[0] if cause else ""]
+    return ", ".join(filter(None, parts))
 
 
 def out_of_memory_error(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:

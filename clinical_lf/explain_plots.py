@@ -14,24 +14,11 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clinical_lf.explain_report import (
-    DISCLAIMER,
-    FLOOR,
-    METHOD_WORDS,
-    TYPE_WORDS,
-    counted,
-    cut,
-    outcome,
-    percent,
-    plain_number,
-    replaced_in_words,
-    short_text,
-    signed,
-)
+from clinical_lf import explain_report as report
+from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, replaced_in_words, short_text, signed
 from clinical_lf.files import InputError
 from clinical_lf.findings import (
     CLOCK_WINDOWS,
-    CLOCK_WINDOWS_HOURS,
     clock_window,
     column_means,
     important_items,
@@ -50,13 +37,12 @@ LOGIT = "logit (right: towards death)"
 PART_WORDS = {f"attribution_{part}": part for part in ("text", "history", "type", "time")}
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
 SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
-OVER_TIME = {  # measures of an event, and whether they are pushes
-    "attention": ("pooling attention", False),
-    "rollout": ("attention rollout", False),
-    "attribution": ("push", True),
-    "if_unremarkable": ("if unremarkable", True),
+OVER_TIME = {  # measures of an event: word, is it a push, colour and marker
+    "attention": ("pooling attention", False, BLUE, "o"),
+    "rollout": ("attention rollout", False, ORANGE, "s"),
+    "attribution": ("push", True, GREEN, "D"),
+    "if_unremarkable": ("if unremarkable", True, VERMILLION, "^"),
 }
-COLOURS, MARKERS = (BLUE, ORANGE, GREEN, VERMILLION, GREY), "osD^v"
 ORDER_STYLES: dict[str, dict[str, Any]] = {
     "attribution": {"color": "#9ecae1", "linewidth": 4},
     "if_unremarkable": {"color": "black", "linestyle": "--", "linewidth": 1.2},
@@ -72,7 +58,7 @@ def plain(text: object, width: int = 46, shorten: Callable[[Any, int], str] = sh
 
 def page(question: str, caption: str, height: float) -> Figure:
     """Return a page-wide figure with its question, caption and the line that none of them goes without."""
-    return new_figure(question, f"{caption} · {DISCLAIMER}" if caption else DISCLAIMER, height)
+    return new_figure(question, " · ".join(filter(None, (caption, report.DISCLAIMER))), height)
 
 
 def bands(figure: Any, heights: Sequence[float]) -> list[Any]:
@@ -113,15 +99,15 @@ def few_ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
 
 def legend_above(subfigure: Any, axes: Axes) -> None:
     """Name the marks of a panel in one line above all panels."""
-    handles, words = axes.get_legend_handles_labels()
-    subfigure.legend(handles, words, loc="outside upper center", ncols=4, fontsize=7.5, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    subfigure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=7.5, frameon=False)
 
 
-def small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, words: Any = None) -> None:
+def small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, names: Any = None) -> None:
     """Draw the bar of a picture's colours."""
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=40, ticks=ticks)
-    if words is not None:
-        bar.set_ticks(ticks, labels=words)
+    if names is not None:
+        bar.set_ticks(ticks, labels=names)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -131,9 +117,10 @@ def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
     return table[table["icu_stay_id"] == icu_stay_id]
 
 
-def verdict_on(tables: Tables, name: str) -> str:
-    """Return the sentence of the verdict whose name begins so, or nothing."""
-    return " ".join(tables["verdict"]["sentence"][tables["verdict"]["check"].str.startswith(name)])
+def verdict_on_layers(tables: Tables) -> str:
+    """Return what the verdict says of the layers' attention."""
+    verdict = tables["verdict"]
+    return " ".join(verdict["sentence"][verdict["check"].str.startswith("layer attention")])
 
 
 def draw_stems(
@@ -144,14 +131,11 @@ def draw_stems(
     Pushes are in logit, weights in multiples of an even share.
     """
     grid = subfigure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
-    for (name, values, is_push), (axes, words) in zip(rows, grid):
-        sizes = np.nan_to_num(np.abs(values))
+    for (name, values, is_push), (axes, beside) in zip(rows, grid):
+        sizes, level = np.nan_to_num(np.abs(values)), 0 if is_push else 1
         top = np.argsort(-sizes, kind="stable")[:3]
-        level = 0 if is_push else 1
-        said = []
-        for event in top:
-            amount = signed(values[event]) if is_push else f"{values[event]:.1f} ×"
-            said.append(f"{amount} at {hours[event]:.1f} h: {plain(texts[event], 44)}")
+        amounts = [signed(values[event]) if is_push else f"{values[event]:.1f} ×" for event in top]
+        said = [f"{said} at {hours[event]:.1f} h: {plain(texts[event], 44)}" for event, said in zip(top, amounts)]
         if is_push and sizes.max() < FLOOR:
             said = [f"no event mattered: none moves the logit by {FLOOR}"]
         elif not is_push and sizes.max() < 1.5:
@@ -164,24 +148,23 @@ def draw_stems(
         tidy(axes, TO_END if axes is grid[-1][0] else "", "")
         axes.set_ylabel(name, fontsize=7.5)
         axes.yaxis.set_major_locator(MaxNLocator(3))
-        words.axis("off")
+        beside.axis("off")
         for line, text in enumerate(said):
-            words.text(0, 0.85 - 0.34 * line, text, fontsize=6.5, va="center", transform=words.transAxes)
+            beside.text(0, 0.85 - 0.34 * line, text, fontsize=6.5, va="center", transform=beside.transAxes)
     grid[-1][0].invert_xaxis()
 
 
 def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     """Draw `attention`: layer_maps (layers, heads, bins, bins), rows look, columns are looked at; hours (L,)."""
     attention = tables["attention"]
-    maps, n_mapped = np.asarray(attention["layer_maps"], dtype=float), attention["n_mapped"]
-    hours = np.asarray(attention["hours"], dtype=float)[-n_mapped:]  # maps of a longer stay are those of its end
+    maps = np.asarray(attention["layer_maps"], dtype=float)
+    hours = np.asarray(attention["hours"], dtype=float)[-attention["n_mapped"] :]  # of a long stay, its end
     n_layers, n_heads, n_bins, _ = maps.shape
     maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
     doublings = np.log2(np.maximum(maps * len(hours), 2.0**-9))  # 0: an even share, 1/L
     reach = 4 if np.nanquantile(np.abs(doublings), 0.9) > 2 else 2
     question = f"Which events does each head of each layer look at? Stay {attention['icu_stay_id']}, "
-    caption = f"{verdict_on(tables, 'layer attention')} {caption}".strip()
-    figure = page(f"{question}{len(hours)} events", caption, 0.85 * n_layers + 1.4)
+    figure = page(f"{question}{len(hours)} events", f"{verdict_on_layers(tables)} {caption}", 0.85 * n_layers + 1.4)
     grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
     ticks, places = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)], [0, n_bins / 2, n_bins]
     style: dict[str, Any] = {"cmap": SHARES, "vmin": -reach, "vmax": reach, "extent": (0, n_bins, n_bins, 0)}
@@ -198,16 +181,15 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     label = f"event looked at: {TO_END}; event that looks: downwards, same scale"
     grid[-1, n_heads // 2].set_xlabel(label, fontsize=8)
     steps = np.linspace(-reach, reach, 5)
-    words = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
-    small_bar(figure, image, grid, "attention, times an even share", steps, words)
+    names = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
+    small_bar(figure, image, grid, "attention, times an even share", steps, names)
     return figure
 
 
 def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays a head looks."""
     attention, events = tables["attention"], tables["events"]
-    pooling = np.asarray(attention["pooling"], dtype=float)
-    hours = np.asarray(attention["hours"], dtype=float)
+    pooling, hours = (np.asarray(attention[name], dtype=float) for name in ("pooling", "hours"))
     question = "Which events, and which part of the stay, does each pooling head weigh?"
     figure = page(question, caption, len(pooling) + 3.4)
     upper, lower = bands(figure, [len(pooling), 2.0])
@@ -242,21 +224,20 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{replaced_in_words(own)}"
     upper.suptitle(title, fontsize=9)
     rows = []
-    for column, (word, is_push) in OVER_TIME.items():
-        rows.append((word.replace(" ", "\n"), own[column].to_numpy(float) * (1 if is_push else len(own)), is_push))
+    for column, (name, is_push, _, _) in OVER_TIME.items():
+        rows.append((name.replace(" ", "\n"), own[column].to_numpy(float) * (1 if is_push else len(own)), is_push))
     draw_stems(upper, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
-    bins = clock_window(events["hours_to_end"])
+    bins, axes = clock_window(events["hours_to_end"]), lower.subplots()
     used = [name for name in CLOCK_WINDOWS if name in set(bins)]
     position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
-    axes = lower.subplots()
     even = column_means(stay_shares(events, bins)[used])
     axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
-    for at, (column, (word, _)) in enumerate(OVER_TIME.items()):
+    for at, (column, (name, _, *style)) in enumerate(OVER_TIME.items()):
         shares = column_means(100 * stay_shares(events, bins, column)[used])
-        error_dots(axes, shares, position + 0.1 * (at - 1.5), COLOURS[at], MARKERS[at], word, upright=True)
+        error_dots(axes, shares, position + 0.1 * (at - 1.5), *style, name, upright=True)
     reach = events.groupby("icu_stay_id")["hours_to_end"].max()
-    starts = dict(zip(CLOCK_WINDOWS, CLOCK_WINDOWS_HOURS))
-    axes.set_xticks(position, [f"{name}\n{counted((reach >= starts[name]).sum(), 'stay')}" for name in used])
+    n_reaching = [counted((reach >= start).sum(), "stay") for name, start in CLOCK_WINDOWS.items() if name in used]
+    axes.set_xticks(position, [f"{name}\n{n_stays}" for name, n_stays in zip(used, n_reaching)])
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
     title = f"Mean of {counted(len(reach), 'stay')} and its 95 % interval; sizes of pushes{replaced_in_words(events)}"
@@ -279,16 +260,17 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     matters = grid["effect"][names].to_numpy(float) > FLOOR
     question += f" {matters.any(0).sum()} of {len(names)} heads matter"
     figure = page(question, caption, 0.28 * len(properties) + 1.9)
-    axes, style = figure.subplots(), {"cmap": SIGNED, "vmin": -1, "vmax": 1, "aspect": "auto"}
-    image = axes.imshow(grid["correlation"][names].to_numpy(float), alpha=np.where(matters, 1.0, 0.35), **style)
+    axes, style = figure.subplots(), {"cmap": SIGNED, "norm": Normalize(-1, 1), "aspect": "auto"}
+    strength = np.where(matters, 1.0, 0.35)
+    image = axes.imshow(grid["correlation"][names].to_numpy(float), alpha=strength, **style)  # type: ignore[arg-type]
     for at, (layer, head) in enumerate(names):
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
             axes.axvline(at - 0.5, color="black", linewidth=1)
     tidy(axes, f"head; pale: switched off, it moves the logit by less than {FLOOR}", "")
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
-    words = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in properties]
-    axes.set_yticks(range(len(properties)), words, fontsize=7.5)
+    labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in properties]
+    axes.set_yticks(range(len(properties)), labels, fontsize=7.5)
     small_bar(figure, image, axes, "rank correlation within the stay")
     return figure
 
@@ -296,14 +278,14 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
 def draw_feature_importance(tables: Tables, caption: str) -> Figure:
     """Draw event types and items per event, organ systems and statics per stay, each pair on an axis of its own."""
     events, statics = tables["events"], tables["statics"]
-    names, least = important_items(events, 12)
-    kinds = events["event_type"].map(TYPE_WORDS).fillna(events["event_type"])
-    of_items = events[events["item"].isin(names)]
-    systems = system_table(events).rename(columns={"system": "group", "push": "attribution"})
+    items, least = important_items(events, 12)
+    of_items = events[events["item"].isin(items)]
     blocks = {
-        ("Event types, per event", "events"): events.assign(group=kinds),
+        ("Event types, per event", "events"): events.assign(group=events["event_type"].replace(TYPE_WORDS)),
         (f"Items, per event (of {least} patients or more)", "events"): of_items.assign(group=of_items["item"]),
-        ("Organ systems, sum of a stay's events", "stays"): systems,
+        ("Organ systems, sum of a stay's events", "stays"): system_table(events).assign(
+            group=lambda table: table["system"], attribution=lambda table: table["push"]
+        ),
         ("Patient and admission, per stay", "stays"): statics.assign(group=statics["feature"]),
     }
     n_rows = [table["group"].nunique() for table in blocks.values()]
@@ -319,9 +301,8 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
         error_dots(right, size, at, "black")
         tidy(left, "", "")
         tidy(right, "", "")
-        counts = [f"{n:,} / {patients:,}" for n, patients in zip(size["n"], size["n_patients"])]
-        name_rows(left, [plain(name, 44, cut) for name in size.index])
-        name_rows(right, [""] * len(at), counts)
+        name_rows(left, [plain(name, 44, report.cut) for name in size.index])
+        name_rows(right, [""] * len(at), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])])
         left.set_title(title, fontsize=8.5, loc="left")
         right.set_title(f"{unit} / patients", fontsize=7.5, loc="right")
     for grid in grids:
@@ -339,23 +320,22 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
     question = "Which items push, and is it their high or their low values?"
     figure = page(question, caption, 0.26 * len(items) + 1.7)
     axes, norm, draw = figure.subplots(), Normalize(0, 1), np.random.default_rng(0)
-    for at, item in enumerate(items["item"]):
-        part = events[events["item"] == item]
+    names, rho = [], []
+    for at, item in enumerate(items.itertuples()):
+        part = events[events["item"] == item.item]
         part = part.assign(place=part["value"].rank(pct=True)).sample(min(len(part), 400), random_state=0)
         height, known = at + draw.uniform(-0.32, 0.32, len(part)), part["place"].notna().to_numpy()
         axes.scatter(part["attribution"][~known], height[~known], s=5, color="#bbbbbb", linewidths=0)
         style = {"c": part["place"][known], "s": 6, "cmap": "viridis", "norm": norm, "linewidths": 0}
         axes.scatter(part["attribution"][known], height[known], **style)
+        names.append(("(!) " if item.tells_outcome else "") + plain(item.item, 40, report.cut))
+        rho.append("" if np.isnan(item.rho) else f"{item.rho:+.2f} ({item.n_values})".replace("-", "−"))
     tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
     few_ticks(axes, 6)
-    names, rho = [], []
-    for row in items.itertuples():
-        names.append(("(!) " if row.tells_outcome else "") + plain(row.item, 40, cut))
-        rho.append("" if np.isnan(row.rho) else f"{row.rho:+.2f} ({row.n_values})".replace("-", "−"))
     name_rows(axes, names, rho)
     axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
-    words = ["lowest", "middle", "highest"]
-    small_bar(figure, ScalarMappable(norm, "viridis"), axes, "value among those of its item", [0, 0.5, 1], words)
+    label, ends = "value among those of its item", ["lowest", "middle", "highest"]
+    small_bar(figure, ScalarMappable(norm, "viridis"), axes, label, [0, 0.5, 1], ends)
     return figure
 
 
@@ -363,9 +343,8 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
     """Draw `query_similarity`, one row per pooling head and event type: similarity, low, high, n_events."""
     table = tables["query_similarity"].rename(columns={"similarity": "mean"})
     kinds = [kind for kind in (*EVENT_TYPES, "unknown") if kind in set(table["event_type"])]
-    heads = table["head"].unique()
     question = "Which types of event does the learned query look for, by pooling head?"
-    figure = page(question, caption, 0.25 * len(kinds) + 1.9)
+    figure, heads = page(question, caption, 0.25 * len(kinds) + 1.9), table["head"].unique()
     panels = np.atleast_1d(figure.subplots(1, len(heads), sharex=True, sharey=True))
     for axes, head in zip(panels, heads):
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
@@ -392,25 +371,24 @@ def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
 
 
 def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
-    """Draw one stay, by default that of the highest risk: its risk as events arrive, pushes, strongest events, statics."""
-    stays = tables["stays"]
+    """Draw one stay, by default that of the highest risk: pushes and risk over time, strongest events, statics."""
+    stays, everyone = tables["stays"], tables["events"]
     icu_stay_id = icu_stay_id or stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
     row = of_stay(stays, icu_stay_id).iloc[0]
     events, statics, arriving = (of_stay(tables[name], icu_stay_id) for name in ("events", "statics", "trajectory"))
-    question = f"Which events push the prediction of stay {icu_stay_id}? Risk {percent(row['probability'])}, "
-    figure = page(question + outcome(row["label"]), caption, 8.0)
+    question = f"Which events push the prediction of stay {icu_stay_id}? Risk {report.percent(row['probability'])}, "
+    figure = page(question + report.outcome(row["label"]), caption, 8.0)
     line, middle, below = bands(figure, [1, 2.2, 1.3])
-    words = f"All {counted(len(events), 'event')}: sum {signed(events['attribution'].sum())}; patient and admission "
-    words += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
-    words += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
+    said = f"All {counted(len(events), 'event')}: sum {signed(events['attribution'].sum())}; patient and admission "
+    said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
+    said += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
     axes, push = line.subplots(), events["attribution"]
     axes.vlines(events["hours_to_end"], 0, push, color=np.where(push >= 0, VERMILLION, BLUE), linewidth=1.1)
     axes.axhline(0, color="black", linewidth=0.5)
-    tidy(axes, TO_END, "logit\n(up: towards death)", words)
+    tidy(axes, TO_END, "logit\n(up: towards death)", said)
     if len(arriving):
-        length = events["hours_since_admission"].max() + events["hours_to_end"].min()
-        risk = axes.twinx()
-        risk.plot(length - arriving["hours_since_admission"], 100 * arriving["probability"], color=GREY, linewidth=1.2)
+        risk, end = axes.twinx(), events["hours_since_admission"].max() + events["hours_to_end"].min()
+        risk.plot(end - arriving["hours_since_admission"], 100 * arriving["probability"], color=GREY, linewidth=1.2)
         risk.set_ylim(0, 100)
         risk.set_ylabel("grey: risk as\nevents arrive, %", fontsize=8, color=GREY)
         risk.tick_params(labelsize=8)
@@ -420,16 +398,14 @@ def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> F
     away = events.nsmallest(7, "attribution").query("attribution <= -0.0005")
     named, texts = pd.concat([towards, away[::-1]]), []
     for event in named.itertuples():
-        history = f"  {event.in_history}" if event.in_history else ""
-        mark = "(!) " if event.tells_outcome else ""
+        history, mark = f"  {event.in_history}" if event.in_history else "", "(!) " if event.tells_outcome else ""
         texts.append(f"{mark}{plain(event.event_text, 56)}{history}  {event.hours_to_end:.1f} h")
     signed_bars(middle.subplots(), named["attribution"].to_numpy(), texts)
     left, right = below.subplots(1, 2, width_ratios=[1.5, 1])
     top = statics.sort_values("attribution", key=abs, ascending=False).head(8)
-    texts = [plain(f"{name}: {plain_number(value)}", 38) for name, value in zip(top["feature"], top["value"])]
+    texts = [plain(f"{name}: {report.plain_number(value)}", 38) for name, value in zip(top["feature"], top["value"])]
     signed_bars(left, top["attribution"].to_numpy(), texts)
     left.set_title("Patient and admission", fontsize=9)
-    everyone = tables["events"]
     used = [column for column in PART_WORDS if everyone[column].any()]
     parts = everyone.melt("patient_id", used, "part", "size").replace({"part": PART_WORDS})
     table = means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values("mean", ascending=False)
@@ -446,10 +422,10 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): one stay over its events, all stays below."""
     layers, stays = tables["layers"], tables["stays"]
     names = layers["layer"].unique()
-    words = [name.replace("_", " ") for name in names]
+    labels, at = [name.replace("_", " ") for name in names], np.arange(len(names))
     chosen = stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])]
     stay = chosen.loc[chosen["probability"].idxmax(), "icu_stay_id"]
-    caption = f"{verdict_on(tables, 'layer attention')} Patient and admission: held fixed. {caption}".strip()
+    caption = f"{verdict_on_layers(tables)} Patient and admission: held fixed. {caption}"
     figure = page("Does the evidence stay with its events on the way through the layers?", caption, 5.4)
     upper, lower = bands(figure, [1.2, 1])
     wide = of_stay(layers, stay).pivot(index="layer", columns="event", values="attribution").loc[names]
@@ -457,23 +433,22 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
     image = axes.imshow(wide, aspect="auto", cmap=SIGNED, vmin=-top, vmax=top, interpolation="nearest")
     small_bar(upper, image, axes, "logit (up: towards death)")
-    axes.set_yticks(range(len(names)), words)
+    axes.set_yticks(at, labels)
     title = f"Stay {stay}: Integrated Gradients at each layer, {counted(len(hours), 'event')}"
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
-    axes.set_xticks(ticks, [f"{hours[at]:.0f}" for at in ticks])
+    axes.set_xticks(ticks, [f"{hours[tick]:.0f}" for tick in ticks])
     first = layers[layers["layer"] == names[0]][["icu_stay_id", "event", "attribution"]]
     both = layers.merge(first, on=["icu_stay_id", "event"], suffixes=("", "_first"))
-    keys = ["layer", "icu_stay_id", "patient_id"]
-    found = rank_agreement(both, keys, "attribution", "attribution_first")
-    axes, at = lower.subplots(), np.arange(len(names))
+    found = rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
+    axes = lower.subplots()
     heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
     axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
     error_dots(axes, means_by(found, "layer", "correlation").reindex(names), at, "black")
     gap, n_stays = layers["gap_error"].abs().max(), counted(layers["icu_stay_id"].nunique(), "stay")
     label = f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval"
-    tidy(axes, label, "", f"Agreement with {words[0]}; the sums miss at most {gap:.2g} logit")
-    name_rows(axes, words)
+    tidy(axes, label, "", f"Agreement with {labels[0]}; the sums miss at most {gap:.2g} logit")
+    name_rows(axes, labels)
     axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
     few_ticks(axes, 6)
     return figure
@@ -488,30 +463,29 @@ def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     figure = page(question, caption, 0.23 * sum(sizes) + 5.2)
     upper, lower = bands(figure, [0.23 * sum(sizes) + 1.6, 2.6])
     panels = upper.subplots(len(kinds), 1, height_ratios=sizes, squeeze=False)[:, 0]
-    measures = (("attribution", "push, summed", BLUE, "o"), ("ablation", "if unremarkable", VERMILLION, "s"))
     for axes, kind in zip(panels, kinds):
         rows = groups[groups["kind"] == kind]
         names = sorted(rows["group"].unique(), key=lambda name: order.index(name) if name in order else 0)
-        for shift, (value, word, color, marker) in zip((-0.14, 0.14), measures):
-            means = means_by(rows, "group", value).reindex(names)
-            error_dots(axes, means, np.arange(len(names)) + shift, color, marker, word)
+        at, stays = np.arange(len(names)), rows.groupby("group")["icu_stay_id"].nunique()
+        error_dots(axes, means_by(rows, "group", "attribution").reindex(names), at - 0.14, BLUE, "o", "push, summed")
+        means = means_by(rows, "group", "ablation").reindex(names)
+        error_dots(axes, means, at + 0.14, VERMILLION, "s", "if unremarkable")
         tidy(axes, "", "")
-        stays = rows.groupby("group")["icu_stay_id"].nunique()
-        words = [TYPE_WORDS.get(name, plain(name, 40)) for name in names]
-        name_rows(axes, words, [counted(stays[name], "stay") for name in names])
+        labels = [TYPE_WORDS.get(name, plain(name, 40)) for name in names]
+        name_rows(axes, labels, [counted(stays[name], "stay") for name in names])
         axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
         few_ticks(axes, 6)
     label = f"mean per stay that has the group, {LOGIT}; each panel has its own scale"
     panels[-1].set_xlabel(label, fontsize=8)
     legend_above(upper, panels[0])
     axes, known = lower.subplots(), events.dropna(subset=["if_unremarkable"])
-    style = {
+    style: dict[str, Any] = {
         "gridsize": 60,
         "bins": "log",
         "vmin": 0.1,
         "cmap": "Greys",
         "mincnt": 1,
-    }  # so that one event is no white dot
+    }  # one event shows
     axes.hexbin(known["attribution"], known["if_unremarkable"], **style)
     axes.axline((0, 0), slope=1, color=VERMILLION, linewidth=0.7, linestyle="--")
     agreement = rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
@@ -535,7 +509,7 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
         for order, style in ORDER_STYLES.items():
             line = means[direction, order]
-            axes.plot(100 * line.index, line, label=METHOD_WORDS.get(order, "random order"), **style)
+            axes.plot(100 * line.index, line, label=report.METHOD_WORDS.get(order, "random order"), **style)
         axes.axhline(0, color="black", linewidth=0.5)
         tidy(axes, "% of the events, highest first", "change of the logit", title)
         few_ticks(axes, 5, 5)

@@ -15,98 +15,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from scipy.special import expit
 
+from clinical_lf.files import wording
 from clinical_lf.metrics import calibration_table
-from clinical_lf.tables import EVENT_TYPES
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
 EVENTS_LISTED = 10  # of a stay, in the report, on either side
 DISCLAIMER = "explains this model, not causes of death"
-TYPE_WORDS = dict(zip(EVENT_TYPES, ("Prescription", "Procedure", "Lab", "Culture", "IV ingredient")))
-METHOD_WORDS = {"attribution": "push", "if_unremarkable": "replacement", "attention": "pooling attention"}
-STATIC_WORDS = {
-    "patient_gender": "gender",
-    "patient_age": "age (years)",
-    "patient_race": "race",
-    "icu_length_of_stay_in_days": "length of ICU stay (days)",
-    "first_icu_careunit": "first care unit",
-    "last_icu_careunit": "last care unit",
-}
+TYPE_WORDS, METHOD_WORDS, STATIC_WORDS = wording("event_types"), wording("methods"), wording("static")
 LESS_SAID = "Reference Flag Priority Comment Status Form Strength Test Location".split()
 APPENDIX = (
     "sequence_importance layer_attention_weights captum_layer_attributions head_specialization query_vector_analysis "
     "deletion_insertion"
 ).split()
-# What each check asks, and what it says where it passed (or asks nothing) and where it did not. {is} is the value with
-# its interval, to two digits; {method} the method.
-QUESTIONS = {
-    "completeness": "{method} adds up to the prediction",
-    "deletion": "{method} ranks first what counts (events made unremarkable)",
-    "insertion": "{method} ranks first what counts (events given back)",
-    "infidelity": "{method} foretells what replacing several events does",
-    "randomisation": "{method} is this model's own, not any model's",
-    "randomisation, model and reset": "likeness to the push in random models",
-    "randomisation, reset and reset": "likeness of random models to each other",
-    "agreement": "{method} ranks a stay's events as the push does",
-}
-SENTENCES: dict[str, str | tuple[str, str]] = {
-    "discrimination": (
-        "This model discriminates: AUROC {auroc} on {n} stays, {deaths} deaths.",
-        "This model does not discriminate: AUROC {auroc} on {n} stays, {deaths} deaths. What follows explains noise.",
-    ),
-    "discrimination unknown": "Outcomes known: {n} stays, {deaths} deaths. Whether the model discriminates here cannot "
-    "be said.",
-    "calibration": "Calibration: {risk} predicted on average, {rate} died; slope {slope}; 1 is right, below it risks "
-    "are too extreme.",
-    "spread": (
-        "Its predictions differ between stays (standard deviation of the logits {value:.2f}).",
-        "Its predictions hardly differ between stays (standard deviation of the logits {value:.3f}): there is nothing "
-        "to explain.",
-    ),
-    "patients": "These patients are the model's own held-out test patients.",
-    "other patients": "None of these patients is in the data that the model was made from: what follows holds for "
-    "them only.",
-    "likeness": (
-        "{value:.0%} of their events are of items that training never saw.",
-        "These stays are not like those it was trained on: {value:.0%} of their events are of items that training "
-        "never saw.",
-    ),
-    "single texts": (
-        "No text alone tells the outcome of these stays.",
-        "{n} {texts} alone tell the outcome, most of all: {worst} (AUROC {value:.2f} by its presence). It may be "
-        "written because of the outcome.",
-    ),
-    "baseline": "Pushes are counted from a stay whose events say nothing: risk {risk:.2g} %, while these stays have "
-    "{mean} on average, and {died} died. It is no patient: each of its events is the mean of all training events, so "
-    "that none stands out; {above} of {n} stays lie above it.",
-    "time": "With its events shuffled over its times, a stay's logit moves by {is} on average: the model uses when "
-    "things happened.",
-    "time, unused": "With its events shuffled over its times, a stay's logit moves by {is} on average: this model hardly "
-    "uses when things happened.",
-    "layer attention": "Without the layers' attention, a stay's logit moves by {value:.2f} on average.",
-    "layer attention, idle": "Without the layers' attention, a stay's logit moves by {value:.2f} on average: its maps "
-    "say next to nothing about the predictions.",
-    "no layers": "The model has no layers: events meet in the pooling alone.",
-    "quick": "A quick look: its figures come from fewer stays, checks and resamples than a full run's, and may differ.",
-    "completeness": "Attributions sum to the difference of the logits (within 0.02 + 1 %) for {value:.1%} of {n} stays; "
-    "{at_once:.1%} needed no more than {steps} steps; what remains is flagged.",
-    "deletion": "Making events unremarkable in order of {method} moves the logit {is} further than in random order.",
-    "insertion": "Giving events to a stay whose events say nothing in order of {method} moves the logit {is} further "
-    "than in random order.",
-    "infidelity": "The values of {method} predict what making several of these events unremarkable does with {is} of "
-    "the error that the same values dealt out at random have.",
-    "randomisation": "Attributions agree with those of random models more than random models do with each other by "
-    "{value:.3f} [{low:.3f}, {high:.3f}], squared rank correlations paired by stay.",
-    "randomisation, model and reset": "With all weights reset, attributions keep a squared rank correlation of "
-    "{value:.3f} with the model's own (mean of {resets} random models for each of {n} stays).",
-    "randomisation, reset and reset": "Two random models agree by a squared rank correlation of {value:.3f}: stays are "
-    "short, and similar texts look alike to any model.",
-    "agreement": "{method} and the size of pushes rank a stay's events with a correlation of {is}, over the events "
-    "that both know.",
-}
 
 
 class Check(NamedTuple):
-    """One thing measured of the model (the verdict) or of its explanations; its words are `SENTENCES`'."""
+    """One thing measured of the model (the verdict) or of its explanations; its words are in words.yaml."""
 
     name: str
     found: dict[str, Any]  # value, low, high, n where there are any, and what the sentence needs beside them
@@ -119,8 +43,8 @@ def check_table(checks: list[Check]) -> pd.DataFrame:
     """Return checks as a table: check, method, value, low, high, n, threshold, passed, sentence."""
     rows = []
     for check in checks:
-        words, found = SENTENCES[check.name], check.found
-        sentence = words if isinstance(words, str) else words[check.passed is False]
+        says, found = wording("says")[check.name], check.found
+        sentence = says if isinstance(says, str) else says[check.passed is False]
         facts = found | {"is": with_interval(found), "method": METHOD_WORDS.get(check.method, "")}
         asked = f" (Asked: {check.threshold}: {'yes' if check.passed else 'NO'}.)" if check.threshold else ""
         numbers = {name: found.get(name, math.nan) for name in ("value", "low", "high", "n")}
@@ -290,7 +214,7 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
 
 def question_of(row: Any) -> str:
     """Return what a check asks."""
-    return capital(QUESTIONS[row.check].format(method=METHOD_WORDS.get(row.method, "")))
+    return capital(wording("asks")[row.check].format(method=METHOD_WORDS.get(row.method, "")))
 
 
 def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ class Progress(tqdm):
         super().__init__(*arguments, disable=not active, leave=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Show how far it is; an empty message wipes the bar."""
         if self.is_watched:
             super().display(msg, pos)
         elif msg is None and time.monotonic() - self.last_shown > SECONDS_BETWEEN_LINES:
@@ -53,7 +53,6 @@ class Progress(tqdm):
 def log_to_stdout() -> None:
     """Send the log, plain messages of the first process, to the standard output."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
 
@@ -62,18 +61,17 @@ def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> in
     """Do the work; return 0 if it is done, 2 where a person can mend something, 130 if interrupted: said in a line."""
     try:
         work()
+        return 0
     except InputError as error:
-        words = str(error)
+        problem = str(error)
     except OSError as error:
-        words = f"{error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?"
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?"
     except MemoryError as error:
-        words = f"the memory does not suffice ({error}): take fewer stays or a larger machine."
+        problem = f"the memory does not suffice ({error}): take fewer stays or a larger machine."
     except KeyboardInterrupt:
         print(f"\nInterrupted. {what_is_kept()}", file=sys.stderr)
         return 130
-    else:
-        return 0
-    print(f"error: {words}", file=sys.stderr)
+    print(f"error: {problem}", file=sys.stderr)
     return 2
 
 
@@ -145,8 +143,7 @@ def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
 
 def size_and_time(path: Path) -> tuple[int, int]:
     """Return what changes with a file: its bytes and when it was written, in nanoseconds."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def cache_key(*parts: Any) -> str:
@@ -156,8 +153,7 @@ def cache_key(*parts: Any) -> str:
 
 def free_disk(folder: Path) -> int:
     """Return how many bytes are free where a folder is, or will be."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
 def without_zeros(counts: dict[str, int]) -> dict[str, int]:
@@ -165,6 +161,9 @@ def without_zeros(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def in_few_words(names: list[str], most: int = 3) -> str:
-    """Return the first names, separated by commas, and dots where there are more."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+@cache
+def wording(section: str) -> Any:
+    """Return a section of words.yaml, which says what keys mean."""
+    import yaml
+
+    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))[section]

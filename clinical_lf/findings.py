@@ -16,8 +16,9 @@ from scipy.stats import rankdata
 from clinical_lf.explain_report import item_sentence, window_sentence
 from clinical_lf.metrics import mean_with_interval
 
-CLOCK_WINDOWS_HOURS = (0, 6, 12, 24, 48, 96, math.inf)  # before the end of what is read
-CLOCK_WINDOWS = ("last 6 h", "6 to 12 h", "12 to 24 h", "24 to 48 h", "48 to 96 h", "more than 96 h")
+# Windows before the end of what is read, and the hour at which each begins.
+CLOCK_WINDOWS = {"last 6 h": 0, "6 to 12 h": 6, "12 to 24 h": 12, "24 to 48 h": 24, "48 to 96 h": 48}
+CLOCK_WINDOWS["more than 96 h"] = 96
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -52,9 +53,8 @@ def means_by(
 
 def clock_window(hours_to_end: Any) -> pd.Categorical:
     """Return the windows before the end that (n,) hours lie in, from the last hours back."""
-    place = np.searchsorted(CLOCK_WINDOWS_HOURS, np.asarray(hours_to_end), "right") - 1
-    codes = np.clip(place, 0, len(CLOCK_WINDOWS) - 1)
-    return pd.Categorical.from_codes(codes, CLOCK_WINDOWS, ordered=True)
+    place = np.searchsorted(list(CLOCK_WINDOWS.values()), np.asarray(hours_to_end), "right") - 1
+    return pd.Categorical.from_codes(np.maximum(place, 0), list(CLOCK_WINDOWS), ordered=True)
 
 
 def stay_shares(events: pd.DataFrame, bins: Any, column: str = "") -> pd.DataFrame:

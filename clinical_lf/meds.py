@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from clinical_lf.duck import column_types, first_value, sql_quoted
+from clinical_lf.duck import column_types, first_value, quoted
 from clinical_lf.files import InputError, logger
 from clinical_lf.tables import LABEL, Split, StayTable, has_both_outcomes, split_of_parts
 
@@ -37,8 +37,8 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[s
     """
     text = Path(__file__).with_name("meds.sql").read_text("utf-8")
     statements = dict(part.split("\n", 1) for part in text.split("-- name: ")[1:])
-    con.execute(statements["rows"].replace("{data}", sql_quoted(root / "data" / "**" / "*.parquet")))
-    con.execute(statements["codes"].replace("{codes}", sql_quoted(root / "metadata" / "codes.parquet")))
+    con.execute(statements["rows"].replace("{data}", quoted(root / "data" / "**" / "*.parquet")))
+    con.execute(statements["codes"].replace("{codes}", quoted(root / "metadata" / "codes.parquet")))
     if made := MADE_LABELS.fullmatch(task.labels):
         hours = float(made[1])
         con.execute(statements["made labels"], {"hours": hours, "gap": task.gap_hours})
@@ -68,7 +68,7 @@ def read_labels(con: DuckDBPyConnection, path: Path) -> None:
         raise InputError(
             f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself."
         )
-    files = sql_quoted(path / "**" / "*.parquet" if path.is_dir() else path)
+    files = quoted(path / "**" / "*.parquet" if path.is_dir() else path)
     con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
     present = column_types(con, "label_rows")
     if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in present]:

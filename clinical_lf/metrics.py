@@ -17,13 +17,9 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 from scipy.special import logit as log_odds
 
-METRIC_WORDS = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "brier": "Brier score",
-    "calibration_intercept": "calibration intercept",
-    "calibration_slope": "calibration slope",
-}
+from clinical_lf.files import wording
+
+METRIC_WORDS = wording("metrics")
 METRICS = tuple(METRIC_WORDS)
 TOO_FEW = 10  # stays of either outcome, of a part as of a subgroup: with fewer, a figure is luck
 SENSITIVITY = 0.8  # of the operating point: this share of the deaths is found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -13,36 +16,18 @@ from duckdb import DuckDBPyConnection
 
 from clinical_lf import duck, files
 from clinical_lf.files import InputError, Progress
-from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable, columns_of
+from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable
 
-QUERY_FILE = Path(__file__).resolve().parent.parent / "query.sql"
+HERE = Path(__file__).resolve().parent
+QUERY_FILE = HERE.parent / "query.sql"
 ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tables went; no reader of Parquet minds it
 ROWS_PER_SLICE = 2_000_000  # event rows of the tables behind one slice of patients: what has to fit in memory at once
 
-# The tables and columns that query.sql reads, with their types. Types are stated, never sniffed: a column that looks
-# like numbers or is empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
-MIMIC_TABLES = {
-    "icu/icustays": "subject_id BIGINT, hadm_id BIGINT, stay_id BIGINT, intime TIMESTAMP, outtime TIMESTAMP, "
-    "first_careunit VARCHAR, last_careunit VARCHAR",
-    "hosp/patients": "subject_id BIGINT, gender VARCHAR, anchor_age BIGINT, anchor_year BIGINT",
-    "hosp/admissions": "hadm_id BIGINT, deathtime TIMESTAMP, admission_type VARCHAR, admission_location VARCHAR, "
-    "discharge_location VARCHAR, insurance VARCHAR, marital_status VARCHAR, race VARCHAR, "
-    "hospital_expire_flag BIGINT",
-    "hosp/d_labitems": "itemid BIGINT, label VARCHAR, fluid VARCHAR, category VARCHAR",
-    "icu/d_items": "itemid BIGINT, label VARCHAR, category VARCHAR",
-    "hosp/prescriptions": "hadm_id BIGINT, starttime TIMESTAMP, drug VARCHAR, prod_strength VARCHAR, "
-    "dose_val_rx VARCHAR, dose_unit_rx VARCHAR, form_unit_disp VARCHAR, route VARCHAR",
-    "icu/procedureevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, value DOUBLE, "
-    "valueuom VARCHAR, location VARCHAR, statusdescription VARCHAR",
-    "hosp/labevents": "subject_id BIGINT, hadm_id BIGINT, itemid BIGINT, charttime TIMESTAMP, storetime TIMESTAMP, "
-    "value VARCHAR, valuenum DOUBLE, valueuom VARCHAR, ref_range_lower DOUBLE, ref_range_upper DOUBLE, "
-    "flag VARCHAR, comments VARCHAR",
-    "hosp/microbiologyevents": "subject_id BIGINT, hadm_id BIGINT, chartdate TIMESTAMP, charttime TIMESTAMP, "
-    "storedate TIMESTAMP, storetime TIMESTAMP, spec_type_desc VARCHAR, test_name VARCHAR, org_name VARCHAR, "
-    "ab_name VARCHAR, interpretation VARCHAR, comments VARCHAR",
-    "icu/ingredientevents": "stay_id BIGINT, starttime TIMESTAMP, endtime TIMESTAMP, itemid BIGINT, amount DOUBLE, "
-    "amountuom VARCHAR, rate DOUBLE, rateuom VARCHAR, statusdescription VARCHAR",
-}
+# {table: {column: type}} that query.sql reads. Types are stated, never sniffed: a column that looks like numbers or is
+# empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
+with open(HERE / "mimic_tables.csv", encoding="utf-8", newline="") as file:
+    _ROWS = groupby(list(csv.DictReader(file)), key=lambda row: row["table"])
+    MIMIC_TABLES = {table: {row["column"]: row["type"] for row in rows} for table, rows in _ROWS}
 MIMIC_KEYS = {  # a key that stood twice would double whatever is joined to it
     "icu/icustays": "stay_id",
     "hosp/patients": "subject_id",
@@ -57,34 +42,29 @@ EVENT_TABLES = {  # when the rows of an event table happen; EVENT_TYPES in this 
     "hosp/microbiologyevents": "coalesce(charttime, chartdate)",
     "icu/ingredientevents": "starttime",
 }
-
 # Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
 # alone. Beside it what is no event for a fault of its own, for the account. Rows are numbered as they pass, those that
 # are not stored too: counting them apart would read the file twice.
-EVENT_TABLE = """
-CREATE TABLE {name} AS
+OTHER_TABLE = "SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0"
+EVENT_TABLE = f"""
 SELECT r.* EXCLUDE (number)
 FROM (
-    SELECT r.*, patient, nextval('{name}_of_cohort') AS number
-    FROM (SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0) AS r
-    JOIN (SELECT DISTINCT {key}, subject_id AS patient FROM icustays) AS k ON k.{key} = r.{key}
+    SELECT r.*, patient, nextval('{{name}}_of_cohort') AS number
+    FROM ({OTHER_TABLE}) AS r
+    JOIN (SELECT DISTINCT {{key}}, subject_id AS patient FROM icustays) AS k ON k.{{key}} = r.{{key}}
 ) AS r
-WHERE number > 0 AND ({fault} IS NOT NULL OR EXISTS (
+WHERE number > 0 AND ({{fault}} IS NOT NULL OR EXISTS (
     FROM icustays AS i
-    WHERE i.{key} = r.{key} AND {time} >= i.intime - INTERVAL 1 DAY
-        AND {time} <= coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
+    WHERE i.{{key}} = r.{{key}} AND {{time}} >= i.intime - INTERVAL 1 DAY
+        AND {{time}} <= coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
 ))
 ORDER BY patient
-"""
-OTHER_TABLE = """
-CREATE TABLE {name} AS
-SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0
 """
 LOST_STAYS = """
     SELECT CASE WHEN icu.hadm_id IS NULL THEN 'without hadm_id'
                 WHEN adm.hadm_id IS NULL THEN 'whose hadm_id is not in hosp/admissions'
                 WHEN pat.subject_id IS NULL THEN 'whose subject_id is not in hosp/patients'
-           END AS reason, count(*)
+                ELSE '' END AS reason, count(*)
     FROM icustays AS icu
     LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
     LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id
@@ -96,16 +76,13 @@ LAST_NUMBER = "SELECT coalesce(max(last_value), 0) FROM duckdb_sequences() WHERE
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
     """Return the file of every table that query.sql reads; InputError names what is missing or double."""
-    found, missing = {}, []
+    found = {}
     for table in MIMIC_TABLES:
         paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
         if len(paths) == 2:
             raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
-        if paths:
-            found[table] = paths[0]
-        else:
-            missing.append(f"{table}.csv[.gz]")
-    if missing:
+        found |= {table: path for path in paths}
+    if missing := [f"{table}.csv[.gz]" for table in MIMIC_TABLES if table not in found]:
         raise InputError(
             f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
             "folder that holds hosp/ and icu/, as downloaded from PhysioNet."
@@ -125,7 +102,7 @@ def query_for_duckdb(text: str) -> str:
 
 
 def faults_of_rows(query: str) -> dict[str, str]:
-    """Return, for each event table, the SQL of why a row is no event, as the conditions of query.sql end: `-- else: why`.
+    """Return, by event table, the SQL of why a row is no event: conditions of query.sql that end in `-- else: why`.
 
     What has no such fault and is no event lies outside the ICU stays of its patient.
     """
@@ -140,25 +117,23 @@ def faults_of_rows(query: str) -> dict[str, str]:
     return {table: duck.sql_case(conditions) for table, conditions in faults.items()}
 
 
-def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault: str = "") -> None:
+def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
     """Copy one CSV file into `database`, typed; of event tables the rows about ICU stays and those with a `fault`.
 
     Raises InputError for a file that is damaged, another table, or has a key twice.
     """
-    name, rows = Path(table).name, duck.csv_rows(path, duck.MISSING)
-    columns = columns_of(MIMIC_TABLES[table])
+    name, rows, columns = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table]
     typed = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
-    parts = {"name": name, "typed": typed, "rows": rows, "fault": fault}
-    if table in EVENT_TABLES:
-        key = next(key for key in ("stay_id", "subject_id", "hadm_id") if key in columns)
-        parts |= {"time": EVENT_TABLES[table], "key": key}
+    parts = {"name": name, "typed": typed, "rows": rows, "fault": fault, "time": EVENT_TABLES.get(table)}
+    parts["key"] = next((key for key in ("stay_id", "subject_id", "hadm_id") if key in columns), None)
+    statement = EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE
     try:
         header = duck.column_types(database, rows)
         if absent := [column for column in columns if column not in header]:
             raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
         for counted in ("read", "of_cohort"):
             database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{counted}")
-        database.execute((EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts)).fetchall()
+        database.execute(f"CREATE TABLE {name} AS {statement.format(**parts)}").fetchall()
     except duckdb.ConversionException:
         unfit = []
         for column, kind in columns.items():
@@ -173,36 +148,37 @@ def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault
             f"{path} cannot be read ({duck.reason_without_rows(error)}). Is the download complete? Compare the file "
             "with SHA256SUMS.txt of the data set and fetch it again."
         ) from None
-    if key := MIMIC_KEYS.get(table):
-        where = f"WHERE {key} IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}"
-        if twice := database.execute(f"SELECT {key} FROM {name} {where}").fetchall():
+    if unique := MIMIC_KEYS.get(table):
+        where = f"WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1 ORDER BY {unique}"
+        if twice := database.execute(f"SELECT {unique} FROM {name} {where}").fetchall():
             raise InputError(
-                f"{table}: {len(twice)} values of {key} stand in more than one row, first {duck.first_three(twice)}. "
-                "Are two releases or two copies mixed? Each may stand once."
+                f"{table}: {len(twice)} values of {unique} stand in more than one row, first {duck.first_three(twice)}."
+                " Are two releases or two copies mixed? Each may stand once."
             )
     if table == "icu/icustays":
         database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
 
 def account_for_rows(database: DuckDBPyConnection, faults: dict[str, str]) -> list[SourceAccount]:
-    """Count the rows of every table: read, of the cohort, lost and why. Events in stays are counted by `complete`."""
+    """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
     accounts = []
     for table in MIMIC_TABLES:
         name = Path(table).name
         account = SourceAccount(table, duck.first_value(database, LAST_NUMBER, f"{name}_read"))
         if table == "icu/icustays":
-            account.lost = dict(database.execute(LOST_STAYS).fetchall())
-            account.of_cohort, account.in_stays = account.read, account.lost.pop(None, 0)
-            account.lost["without stay_id"] = account.read - account.in_stays - sum(account.lost.values())
-            account.lost = files.without_zeros(account.lost)
+            lost: dict[str, int] = dict(database.execute(LOST_STAYS).fetchall())
+            account.of_cohort, account.in_stays = account.read, lost.pop("", 0)
+            lost["without stay_id"] = account.read - account.in_stays - sum(lost.values())
+            account.lost = files.without_zeros(lost)
         elif table in EVENT_TABLES:
-            grouped = f"SELECT {faults[table]} AS fault, count(*) FROM {name} GROUP BY fault ORDER BY fault"
-            account.lost = dict(database.execute(grouped).fetchall())
-            account.lost.pop(None, 0)
+            counts = (
+                f"SELECT {faults[table]} AS fault, count(*) FROM {name} WHERE fault IS NOT NULL GROUP BY 1 ORDER BY 1"
+            )
+            account.lost = dict(database.execute(counts).fetchall())
             account.of_cohort = duck.first_value(database, LAST_NUMBER, f"{name}_of_cohort")
         if table == "hosp/microbiologyevents":
-            days = duck.first_value(database, DAYS_ONLY)
-            account.noted = {"(used or not) have a day without a time: its end is taken": days}
+            reason = "(used or not) have a day without a time: its end is taken"
+            account.noted = {reason: duck.first_value(database, DAYS_ONLY)}
         accounts.append(account)
     return accounts
 
@@ -227,9 +203,8 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
 
     It is kept in `cache_dir`/query_results and used again while query and folder are unchanged. Tables go to a DuckDB
     file on disk first, patients are then worked through in slices, each of which becomes one Parquet file. What is done
-    when a run is stopped or fails for want of memory or disk is kept: the next run goes on from there.
-
-    Raises InputError for a folder that is not MIMIC-IV or is damaged.
+    when a run is stopped or fails for want of memory or disk is kept: the next run goes on from there. Raises
+    InputError for a folder that is not MIMIC-IV or is damaged.
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
@@ -250,7 +225,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
                 done = {row[0] for row in database.execute("SHOW TABLES").fetchall()}
                 for table, path in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
                     if Path(table).name not in done:
-                        load_mimic_table(database, table, path, faults.get(table, ""))
+                        load_mimic_table(database, table, path, faults.get(table, "NULL"))
                 accounts = [asdict(account) for account in account_for_rows(database, faults)]
                 files.write_json(working / target.name / ACCOUNT, accounts)
                 collect_stays(database, query_for_duckdb(query), working / target.name)
@@ -264,15 +239,14 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     return target
 
 
-def _working_database(working: Path, memory_limit: str) -> DuckDBPyConnection:
+def _working_database(working: Path, memory_limit: str) -> Any:
     """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
     working.mkdir(exist_ok=True)
     try:
         return duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb")
     except (duckdb.SerializationException, duckdb.FatalException):
         files.delete_quietly(working)
-        working.mkdir()
-        return duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb")
+        return _working_database(working, memory_limit)
 
 
 def collect_stays(database: DuckDBPyConnection, query: str, result: Path) -> None:
@@ -281,20 +255,16 @@ def collect_stays(database: DuckDBPyConnection, query: str, result: Path) -> Non
     patients = database.execute(f"SELECT DISTINCT subject_id FROM mimic.icustays WHERE {known}").fetchall()
     if not patients:
         raise InputError("icu/icustays has no rows: nothing to learn from.")
-    names = [Path(table).name for table in EVENT_TABLES]
-    count = " + ".join(f"(SELECT count(*) FROM mimic.{name})" for name in names)
-    n_slices = min(len(patients), 1 + duck.first_value(database, f"SELECT {count}") // ROWS_PER_SLICE)
+    key_of = {"icustays": "subject_id"} | {Path(table).name: "patient" for table in EVENT_TABLES}
+    counts = [duck.first_value(database, f"SELECT count(*) FROM mimic.{name}") for name in key_of if name != "icustays"]
+    n_slices = min(len(patients), 1 + sum(counts) // ROWS_PER_SLICE)
     for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
         path = result / f"part_{number:04d}.parquet"
         if path.exists():
             continue
-        for name, patient in [("icustays", "subject_id"), *((name, "patient") for name in names)]:
-            database.execute(
-                f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM mimic.{name} "
-                f"WHERE {patient} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
-            )
-        rows = f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id"
-        options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048"
-        files.write_whole(
-            path, lambda name: database.execute(f"COPY ({rows}) TO {duck.sql_quoted(name)} ({options})").fetchall()
-        )
+        for name, key in key_of.items():
+            rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
+            database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
+        copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
+        options = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)"
+        files.write_whole(path, lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall())

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from clinical_lf import duck, files
+from clinical_lf import duck, files, tables
 from clinical_lf.files import InputError, logger
 from clinical_lf.meds import MedsTask, is_meds, register_meds
 from clinical_lf.mimic import complete_account, run_mimic_query
@@ -22,19 +22,16 @@ from clinical_lf.tables import (
     EVENT_COLUMNS,
     EVENT_TYPES,
     LABEL,
-    REASONS,
     STATIC_COLUMNS,
     STAY_COLUMNS,
     ReadReport,
     StayTable,
-    load_arrays,
-    save_arrays,
-    sums_before,
 )
 
 # What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
 ARRAYS_VERSION = 4  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
+IDS = ("patient_id", "admission_id", "icu_stay_id")
 
 # given: a value as trimmed text, NULL where it only says that it is missing. Here infinity is an error.
 MACROS = """
@@ -43,14 +40,13 @@ MACROS = """
     CREATE TEMP MACRO text_of(value) AS
     CASE WHEN given(value) IS NULL AND trim(value) <> '' THEN '' ELSE coalesce(CAST(value AS VARCHAR), '') END
 """
+FLAT_ROWS = "CREATE VIEW stay_rows AS SELECT * FROM {rows}; CREATE VIEW event_rows AS SELECT * FROM {rows}"
 # BigQuery's exports wrap each element of an array in structs called list and element.
 NESTED_ROWS = """
     CREATE VIEW stay_rows AS SELECT * EXCLUDE events FROM {rows};
     CREATE VIEW event_rows AS
     SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})
 """
-FLAT_ROWS = "CREATE VIEW stay_rows AS SELECT * FROM {rows}; CREATE VIEW event_rows AS SELECT * FROM {rows}"
-
 # Values that are no number or time. A column that has its type already has none: it is not written out to look.
 UNREADABLE = "(TRY_CAST({0} AS {1}) IS NULL AND given({0}) IS NOT NULL)"
 # Values that a type takes but a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a
@@ -68,7 +64,7 @@ DOUBLE_STAYS = """
     SELECT icu_stay_id, list_sort(list(DISTINCT file_of_row)) AS files
     FROM stay_rows GROUP BY icu_stay_id HAVING count(*) > 1 ORDER BY icu_stay_id
 """
-# Why a stay is left out: the first condition that holds. Keys are those of REASONS.
+# Why a stay or an event is left out: the first condition that holds. Keys are those of words.yaml's reasons.
 STAY_FAULTS = {
     "stay_without_intime": "icu_intime IS NULL",
     "stay_without_end": "final_time IS NULL",
@@ -87,10 +83,9 @@ ALL_STAYS = """
     CREATE TEMP TABLE all_stays AS
     SELECT *, {fault} AS fault
     FROM (
-        SELECT * REPLACE (
-                   CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
-                   AS icu_length_of_stay_in_days
-               ), icu_length_of_stay_in_days AS stated_days
+        SELECT * REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
+                          AS icu_length_of_stay_in_days),
+               icu_length_of_stay_in_days AS stated_days
         FROM (SELECT *, least(icu_outtime, patient_death_time) AS final_time FROM ({stays}))
     )
 """
@@ -115,16 +110,12 @@ ALL_TEXTS = """
 """
 EVENTS = """
     CREATE TEMP TABLE events AS
-    SELECT stay, event_type, code, stated,
-           epoch(event_time - icu_intime) / 60 AS minutes,
-           epoch(known_time - icu_intime) / 60 AS known,
-           epoch(final_time - event_time) / 60 AS to_end
+    SELECT stay, event_type, code, stated, epoch(event_time - icu_intime) / 60 AS minutes,
+           epoch(known_time - icu_intime) / 60 AS known, epoch(final_time - event_time) / 60 AS to_end
     FROM (
-        SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id,
-               TRY_CAST(event_time AS TIMESTAMP) AS event_time,
-               TRY_CAST(event_known_time AS TIMESTAMP) AS known_time,
+        SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id, TRY_CAST(event_time AS TIMESTAMP) AS event_time,
+               TRY_CAST(event_known_time AS TIMESTAMP) AS known_time, event_text AS written,
                coalesce(list_position($types, given(event_type)) - 1, len($types))::TINYINT AS event_type,
-               event_text AS written,
                TRY_CAST(relative_time_to_final_event AS DOUBLE) AS stated
         FROM event_rows
     ) AS e
@@ -192,14 +183,14 @@ def read_stays(
     if kept is None:
         return read(path, str(data))
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-        return load_arrays(kept, static_features)
+        return tables.load_arrays(kept, static_features)
     with files.lock_folder(results):
         with contextlib.suppress(OSError, ValueError):  # another run made them while this one waited
-            return load_arrays(kept, static_features)
+            return tables.load_arrays(kept, static_features)
         content = read(path, str(data))
         files.delete_quietly(kept)
-        files.write_whole(kept, lambda folder: save_arrays(folder, *content))
-    return load_arrays(kept)
+        files.write_whole(kept, lambda folder: tables.save_arrays(folder, *content))
+    return tables.load_arrays(kept)
 
 
 def existing_source(data: str, task: MedsTask | None) -> Path:
@@ -224,9 +215,7 @@ def kept_arrays(path: Path, results: Path, need_label: bool, task: MedsTask | No
     if task:
         labels = Path(task.labels)
         patterns = [path / "**" / "*.parquet", labels, labels / "**" / "*.parquet"]
-    names: list[str] = []
-    for pattern in patterns:
-        names += sorted(glob.glob(str(pattern), recursive=True))
+    names = [name for pattern in patterns for name in sorted(glob.glob(str(pattern), recursive=True))]
     stats = [(str(file.absolute()), *files.size_and_time(file)) for file in map(Path, names)]
     if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
         return None
@@ -243,21 +232,20 @@ def _read_tables(
     static_features: Sequence[str],
 ) -> tuple[StayTable, ReadReport]:
     """Check and load the stays of a source; DuckDB's own errors for what cannot be read. Messages name the `source`."""
-    con.execute(MACROS.format(missing=", ".join(duck.sql_quoted(word) for word in duck.MISSING if "inf" not in word)))
-    left_out: dict[str, int] = {}
+    con.execute(MACROS.format(missing=", ".join(duck.quoted(word) for word in duck.MISSING if "inf" not in word)))
+    kind, counts = "meds", {}
     if task:
-        kind, left_out = "meds", register_meds(con, Path(source), task)
+        counts = register_meds(con, Path(source), task)
     else:
         kind = _register_source(con, data)
     _check_columns(con, source, need_label, static_features)
     _check_values(con, source, kind, need_label)
-    _load_stays(con, kind, need_label, left_out)
-    length_recomputed = duck.first_value(con, OTHER_LENGTHS)
-    table, counts = _load_events(con, source, left_out)
-    report = ReadReport(files.without_zeros(counts), {"length_recomputed": length_recomputed})
-    if kind == "nested":
-        report.sources = complete_account(con, Path(str(data)).parent, table)
-    return table, report
+    _check_rows_of_stays(con, source, kind)
+    _load_stays(con, kind, need_label, counts)
+    notes = {"length_recomputed": duck.first_value(con, OTHER_LENGTHS)}
+    table = _load_events(con, source, counts)
+    sources = complete_account(con, Path(str(data)).parent, table) if kind == "nested" else []
+    return table, ReadReport(files.without_zeros(counts), notes, sources)
 
 
 def _register_source(con: DuckDBPyConnection, path: Path | pd.DataFrame) -> str:
@@ -271,7 +259,7 @@ def _register_source(con: DuckDBPyConnection, path: Path | pd.DataFrame) -> str:
         raise InputError(f"{path}: --data takes a folder, *.parquet, *.csv or *.csv.gz.")
     if path.exists() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty. Copy or export it again.")
-    rows = duck.csv_rows(path) if is_csv else f"read_parquet({duck.sql_quoted(path)}, filename = 'file_of_row')"
+    rows = duck.csv_rows(path) if is_csv else f"read_parquet({duck.quoted(path)}, filename = 'file_of_row')"
     types = duck.column_types(con, rows)
     if "events" not in types:
         con.execute(FLAT_ROWS.format(rows=rows))
@@ -286,15 +274,12 @@ def _check_columns(con: DuckDBPyConnection, source: str, need_label: bool, stati
     stay_columns, event_columns = duck.column_types(con, "stay_rows"), duck.column_types(con, "event_rows")
     unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {LABEL})
     missing = [name for name in STAY_COLUMNS if name not in stay_columns and name not in unneeded]
-    missing += [name for name in EVENT_COLUMNS if name not in event_columns]
-    if missing:
+    if missing := missing + [name for name in EVENT_COLUMNS if name not in event_columns]:
         raise InputError(
             f"{source}: missing columns {', '.join(missing)}. query.sql yields them all; the README's data table lists "
             "them. A static column that --static-features leaves out may be missing."
         )
-    for name in ("patient_id", "admission_id", "icu_stay_id"):
-        if stay_columns[name] not in ("DOUBLE", "FLOAT"):
-            continue
+    for name in [name for name in IDS if stay_columns[name] in ("DOUBLE", "FLOAT")]:
         if lost := duck.first_value(con, f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992"):
             raise InputError(
                 f"{source}: column {name} is stored as floating point and passes 2^53 in {lost} rows, where ids "
@@ -308,24 +293,21 @@ def _typed(name: str, kind: str) -> str:
 
 
 def _check_values(con: DuckDBPyConnection, source: str, kind: str, need_label: bool) -> None:
-    """Refuse unreadable values, missing keys and stays that contradict themselves; the message names the first places.
+    """Refuse unreadable and missing values; the message names the first rows.
 
     A flat table is somebody's own make: a stay without admission time or label is a mistake of making it. In what the
     query returned it is a fault of the data: `_load_stays` drops that stay.
     """
-    needed = ["patient_id", "admission_id", "icu_stay_id"] + ([] if kind == "nested" else ["icu_intime"])
+    needed = IDS if kind == "nested" else (*IDS, "icu_intime")
     for view, columns in (("stay_rows", STAY_COLUMNS), ("event_rows", EVENT_COLUMNS)):
         present, checks = duck.column_types(con, view), {}
-        for name, column_kind in columns.items():
-            if name in present and column_kind != "VARCHAR":
-                checks[name] = UNFIT[column_kind][0].format(name)
-                if present[name] != column_kind:
-                    checks[name] += f" OR {UNREADABLE.format(name, column_kind)}"
-                if name in needed:
-                    checks[name] += f" OR {_typed(name, column_kind)} IS NULL"
-        if LABEL in checks and kind != "nested":
-            value = f"TRY_CAST({LABEL} AS DOUBLE)"
-            checks[LABEL] += f" OR {value} NOT IN (0, 1)" + (f" OR {value} IS NULL" if need_label else "")
+        for name in [name for name in columns if name in present and columns[name] != "VARCHAR"]:
+            value, own = _typed(name, columns[name]), UNFIT[columns[name]][0].format(name)
+            is_bad = [own, UNREADABLE.format(name, columns[name]) if present[name] != columns[name] else ""]
+            is_bad.append(f"{value} IS NULL" if name in needed else "")
+            if name == LABEL and kind != "nested":
+                is_bad += [f"{value} NOT IN (0, 1)", f"{value} IS NULL" if need_label else ""]
+            checks[name] = " OR ".join(filter(None, is_bad))
         counts = [f"count(*) FILTER (WHERE {condition})" for condition in checks.values()]
         found = con.execute(f"SELECT {', '.join(counts)} FROM {view}").fetchall()[0]  # all in one pass
         for (name, condition), count in zip(checks.items(), found):
@@ -336,29 +318,30 @@ def _check_values(con: DuckDBPyConnection, source: str, kind: str, need_label: b
                     f"{source}: column {name} is not {meaning} in {count} rows, first row {duck.first_three(bad)} "
                     "after the header. Mend or remove these rows."
                 )
+
+
+def _check_rows_of_stays(con: DuckDBPyConnection, source: str, kind: str) -> None:
+    """Refuse a stay in two rows of nested Parquet, and stays of a flat table whose rows contradict each other."""
     if kind == "nested":  # most often shards of an earlier export beside those of a later one
         if twice := con.execute(DOUBLE_STAYS).fetchall():
-            stay, shards = twice[0]
             raise InputError(
-                f"{source}: {len(twice)} stays stand in more than one row, first icu_stay_id {stay} in "
-                f"{', '.join(shards[:3])}. Are these files of two exports? Keep those of one."
+                f"{source}: {len(twice)} stays stand in more than one row, first icu_stay_id {twice[0][0]} in "
+                f"{', '.join(twice[0][1][:3])}. Are these files of two exports? Keep those of one."
             )
         return
-    # In a flat table each row of a stay repeats the stay's columns: they must agree.
     present, conflicts = duck.column_types(con, "stay_rows"), {}
-    for name, column_kind in STAY_COLUMNS.items():
-        if name != "icu_stay_id" and name in present:
-            value = f"coalesce(CAST({_typed(name, column_kind)} AS VARCHAR), '')"
-            conflicts[name] = f"count(DISTINCT {value}) > 1"
-    disagreeing = con.execute(
+    for name in [name for name in STAY_COLUMNS if name in present and name != "icu_stay_id"]:
+        value = f"coalesce(CAST({_typed(name, STAY_COLUMNS[name])} AS VARCHAR), '')"
+        conflicts[name] = f"count(DISTINCT {value}) > 1"
+    found = con.execute(
         f"SELECT TRY_CAST(icu_stay_id AS BIGINT) AS stay, {', '.join(conflicts.values())} FROM stay_rows "
         f"GROUP BY stay HAVING {' OR '.join(conflicts.values())} ORDER BY stay"
     ).fetchall()
-    if disagreeing:
-        names = [name for name, bad in zip(conflicts, disagreeing[0][1:]) if bad]
+    if found:
+        names = [name for name, is_bad in zip(conflicts, found[0][1:]) if is_bad]
         raise InputError(
-            f"{source}: {len(disagreeing)} stays contradict themselves, first icu_stay_id {duck.first_three(disagreeing)} "
-            f"in {', '.join(names)}. A stay has one value of each stay column on all its rows."
+            f"{source}: {len(found)} stays contradict themselves, first icu_stay_id {duck.first_three(found)} in "
+            f"{', '.join(names)}. A stay has one value of each stay column on all its rows."
         )
 
 
@@ -374,13 +357,12 @@ def _load_stays(con: DuckDBPyConnection, kind: str, need_label: bool, counts: di
     con.execute(statement, {"is_meds": kind == "meds", "need_label": need_label})
     for code, count, first in con.execute(FAULTY_STAYS).fetchall():
         counts[code] = count
-        logger.warning(
-            f"Dropped     {count:,} {REASONS[code]}: icu_stay_id {files.in_few_words(list(map(str, first)))}"
-        )
+        ids = ", ".join(map(str, first[:3])) + ", ..." * (count > 3)
+        logger.warning(f"Dropped     {count:,} {files.wording('reasons')[code]}: icu_stay_id {ids}")
     con.execute(STAYS)
 
 
-def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -> tuple[StayTable, dict[str, int]]:
+def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -> StayTable:
     """Load stays, events and distinct texts, sorted; add to the counts what was left out of events.
 
     The work is DuckDB's, Python sees only flat arrays. Contradicting times are an InputError.
@@ -402,15 +384,15 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
     for code, condition in EVENT_FAULTS.items():
         counts[code] = duck.first_value(con, f"DELETE FROM events WHERE {condition}")
     before = duck.first_value(con, "SELECT count(*) FROM events")
-    after = duck.first_value(con, "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events")
-    counts["event_repeated"] = before - after
+    distinct = "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events"
+    counts["event_repeated"] = before - duck.first_value(con, distinct)
     con.execute(TEXTS)
     stays = con.execute("SELECT * EXCLUDE (stay, final_time) FROM stays ORDER BY stay").df()
     if stays.empty and not any(counts.values()):
         raise InputError(f"{source}: the table has a header but no rows.")
     counted = con.execute("SELECT stay, count(*) AS events FROM events GROUP BY stay ORDER BY stay").fetchnumpy()
     counts["stay_without_events"] = len(stays) - len(counted["stay"])
-    offsets = sums_before(counted["events"])
+    offsets = tables.sums_before(counted["events"])
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in EVENT_ARRAYS.items()}
     filled = 0
     for batch in con.sql(ARRAYS).to_arrow_reader(2**20):  # never all of them twice in memory
@@ -419,10 +401,11 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
         filled += len(batch)
     counts["event_of_unknown_type"] = int((arrays["event_type"] == len(EVENT_TYPES)).sum())
     if not filled:
-        dropped = "; ".join(f"{count} {REASONS[code]}" for code, count in files.without_zeros(counts).items())
+        reasons = [f"{count} {files.wording('reasons')[code]}" for code, count in counts.items() if count]
         raise InputError(
-            f"{source}: no stay has an event between icu_intime and the final event (dropped: {dropped or 'nothing'})."
+            f"{source}: no stay has an event between icu_intime and the final event "
+            f"(dropped: {'; '.join(reasons) or 'nothing'})."
         )
     stays = stays.iloc[counted["stay"]].reset_index(drop=True)
     texts = con.execute("SELECT event_text FROM texts ORDER BY text").fetchnumpy()["event_text"]
-    return StayTable(stays, offsets, texts=texts, **arrays), counts
+    return StayTable(stays, offsets, texts=texts, **arrays)

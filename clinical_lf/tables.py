@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from clinical_lf.files import InputError, logger, read_json, without_zeros
+from clinical_lf.files import InputError, logger, read_json, without_zeros, wording
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 
@@ -129,24 +129,6 @@ def stacked(tables: Sequence[StayTable]) -> StayTable:
 
 # ---- The report of reading ----
 
-REASONS = {  # why a stay, an event or a label was left out or mended
-    "stay_without_intime": "stays without icu_intime (icustays.intime)",
-    "stay_without_end": "stays without icu_outtime (icustays.outtime) or a death time (admissions.deathtime)",
-    "stay_after_death": "stays that begin after the death of their patient (admissions.deathtime)",
-    "stay_ends_before_it_begins": "stays whose icu_outtime (icustays.outtime) is before their icu_intime",
-    "stay_with_unfit_label": f"stays whose {LABEL} (admissions.hospital_expire_flag) is neither 0 nor 1",
-    "stay_with_death_and_label_0": f"stays that end with a death (admissions.deathtime) though {LABEL} is 0",
-    "stay_without_events": "stays without events",
-    "length_recomputed": "stays whose icu_length_of_stay_in_days was not the record's, recomputed",
-    "event_without_time": "events without a time",
-    "event_before_admission": "events before ICU admission",
-    "event_after_the_end": "events after the final event (they leak the label)",
-    "event_repeated": "duplicate events",
-    "event_of_unknown_type": "events of unknown type, kept (their type is all zeros)",
-    "label_after_death": "labels at or after the patient's death",
-    "label_of_ended_stay": "ICU stays that had ended by the prediction and the gap after it",
-}
-
 
 @dataclass
 class SourceAccount:
@@ -163,7 +145,7 @@ class SourceAccount:
 
 @dataclass
 class ReadReport:
-    """What was left out or mended on reading, by keys of REASONS, and where the rows of a MIMIC-IV folder went."""
+    """What was left out or mended on reading, by keys of words.yaml's reasons, and where the rows of a MIMIC-IV folder went."""
 
     counts: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)  # counts of what is no fault
@@ -177,14 +159,14 @@ class ReadReport:
             used = "" if source.in_stays is None else f"{source.in_stays:12,}"
             elsewhere = 0 if source.of_cohort is None else source.read - source.of_cohort
             reasons = {"of patients or admissions without an ICU stay": elsewhere} | source.lost | source.noted
-            words = ", ".join(f"{count:,} {reason}" for reason, count in without_zeros(reasons).items())
-            logger.info(f"            {source.table:22s} {source.read:11,}{used}   {words}".rstrip())
+            lost = ", ".join(f"{count:,} {reason}" for reason, count in without_zeros(reasons).items())
+            logger.info(f"            {source.table:22s} {source.read:11,}{used}   {lost}".rstrip())
             if source.in_stays == 0:
                 logger.warning(
                     f"Rows        WARNING: {source.table} contributes nothing: {source.read:,} rows read, "
                     f"{source.of_cohort:,} of the cohort. Is it of the same release as icu/icustays?"
                 )
-        dropped = "; ".join(f"{count:,} {REASONS[code]}" for code, count in self.counts.items())
+        dropped = "; ".join(f"{count:,} {wording('reasons')[code]}" for code, count in self.counts.items())
         counted = " (counted by table above, too)" if dropped and self.sources else ""
         logger.info(f"Dropped     {dropped or 'nothing'}{counted}")
 
