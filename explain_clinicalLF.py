@@ -579,7 +579,7 @@ MEASURES = {
 
 
 def judged(name: str, method: str, found: dict[str, Any], threshold: str = "", limit: str = "value") -> Check:
-    """Return a check; `limit` names what must hold the threshold: the value, or a limit of its interval if it has one."""
+    """Return a check; `limit` names what must hold the threshold: the value, or its interval's limit if it has one."""
     held = found["value"] if math.isnan(found.get(limit, math.nan)) else found[limit]
     if not threshold or math.isnan(held):
         return Check(name, found, None, method)
@@ -908,8 +908,8 @@ def explain_stay(
         "why_shown": reason,
     }
     by_layer = pd.concat(parts, ignore_index=True)
-    tables = (table.assign(**ids) for table in (pd.DataFrame(statics), groups, by_layer))
-    return Explained(row, events, *tables, attention)
+    static, by_group, layered = (table.assign(**ids) for table in (pd.DataFrame(statics), groups, by_layer))
+    return Explained(row, events, static, by_group, layered, attention)
 
 
 def events_to_replace(push: np.ndarray, most: int) -> np.ndarray:
@@ -1000,8 +1000,8 @@ def head_table(
     for number, (layer, head) in enumerate(names if measured else ()):
         for column, name in enumerate(properties):
             of_stays = np.array([found[number, column] for found in measured])
-            found = mean_with_interval(of_stays, patients, settings.n_bootstrap, settings.seed)
-            rows.append((layer, head, name, found["value"], found["low"], found["high"], effects[number], found["n"]))
+            mean = mean_with_interval(of_stays, patients, settings.n_bootstrap, settings.seed)
+            rows.append((layer, head, name, mean["value"], mean["low"], mean["high"], effects[number], mean["n"]))
     return pd.DataFrame(rows, columns=[*columns, "n_stays"])
 
 
@@ -1128,8 +1128,8 @@ def explain_stays(
     tables["items"], tables["systems"] = findings.item_table(tables["events"]), findings.system_table(tables["events"])
     tables["decisive"] = pd.concat([pd.DataFrame(columns=DECISIVE_COLUMNS), *decisive], ignore_index=True)
     moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
-    found = mean_with_interval(moved, stays["patient_id"].to_numpy(), *resampling)
-    verdict = [*verdict_of(run, leaks), Check("time" if found["value"] > FLOOR else "time, unused", found)]
+    by_time = mean_with_interval(moved, stays["patient_id"].to_numpy(), *resampling)
+    verdict = [*verdict_of(run, leaks), Check("time" if by_time["value"] > FLOOR else "time, unused", by_time)]
     mean = float(of_layers.mean())
     name = "layer attention" if mean > FLOOR else "layer attention, idle"
     has_layers = len(run.checkpoint.model.transformer_encoder) > 0

@@ -10,8 +10,7 @@
 
 Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer
 turns each distinct text into a vector once; a transformer reads the stay's events and pools them by attention. The
-sections stand in the order in which data flow: settings, preprocessing, text embedding, dataset, model, loss,
-checkpoints, training, main. Sources, figures, pictures and pages are in clinical_lf/.
+sections stand in the order in which data flow. Sources, figures, pictures and pages are in clinical_lf/.
 
 Axes: B stays in a batch, L events of a stay, N events of a whole batch without padding, E text dimension, D model
 dimension, S static dimension, H heads. Times carry their unit in the name. Masks are True at real events.
@@ -84,33 +83,23 @@ class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
     data: str = setting(
-        "",
-        "MIMIC-IV or MEDS folder, nested Parquet (or a glob), or a flat CSV/Parquet file; default: the bundled sample, "
-        "with --evaluate the data that the model was trained on.",
+        "", "MIMIC-IV or MEDS folder, nested Parquet (or a glob), flat CSV or Parquet; else the sample."
     )
     output_dir: str = setting("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = setting("clinical_LF_precomp_emb", "Folder for vectors, query results and encoder weights.")
     memory_limit: str = setting("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
 
-    text_encoder: str = setting(
-        CLINICAL_LONGFORMER, "Hugging Face id (id@revision for another branch or commit), a folder, or 'hashing'."
-    )
+    text_encoder: str = setting(CLINICAL_LONGFORMER, "Hugging Face id (or id@revision), a folder, or 'hashing'.")
     max_text_tokens: int = setting(512, "Texts are cut after this many tokens.", low=1)
-    item_history: bool = setting(
-        False, "More inputs per event: what its item was until then in this stay (number, extremes, mean, count, ...)."
-    )
+    item_history: bool = setting(False, "Nine more inputs per event: what its item was until then in this stay.")
     static_features: list[str] = setting([], "Static columns to use; default: all that are known at the prediction.")
 
-    observation_hours: float = setting(
-        0.0, "Predict this many hours after ICU admission; 0 reads the whole stay.", low=0
-    )
-    gap_hours: float = setting(0.0, "Leave out stays that end within this many hours after the prediction.", low=0)
+    observation_hours: float = setting(0.0, "Predict this many hours after ICU admission; 0 reads whole stays.", low=0)
+    gap_hours: float = setting(0.0, "Leave out stays that end within so many hours after the prediction.", low=0)
     labels: str = setting(
         "", "With a MEDS data set: file or folder of its labels, or mortality-in-icu@24h to make them."
     )
-    history_hours: float = setting(
-        0.0, "With a MEDS data set: hours before the prediction to read; 0 reads all.", low=0
-    )
+    history_hours: float = setting(0.0, "With MEDS data: hours before the prediction to read; 0 reads all.", low=0)
     first_stay_only: bool = setting(False, "Keep only the first ICU stay of each patient.")
 
     d_model: int = setting(256, "Width of the transformer.", low=1)
@@ -118,26 +107,19 @@ class Settings:
     n_heads: int = setting(8, "Attention heads of each layer.", low=1)
     n_pooling_heads: int = setting(4, "Attention heads that pool the events.", low=1)
     dropout: float = setting(
-        0.1, "Dropout everywhere but inside attention (fused kernels take none there).", low=0, below=1
+        0.1, "Dropout everywhere but inside attention (its fused kernels take none).", low=0, below=1
     )
 
-    temporal_weight: float = setting(
-        0.0, "Share of the loss given to the events' own predictions; 0 is plain BCE.", low=0, high=1
-    )
-    tau_hours: float = setting(24.0, "An event that lies tau hours earlier weighs 1/e in the temporal loss.", above=0)
+    temporal_weight: float = setting(0.0, "Share of the loss given to the events' own predictions.", low=0, high=1)
+    tau_hours: float = setting(24.0, "An event tau hours earlier weighs 1/e in the temporal loss.", above=0)
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.", above=0)
     weight_decay: float = setting(0.1, "Weight decay of AdamW.", low=0)
     max_epochs: int = setting(10, "Epochs at most; the learning rate falls to 0 over them.", low=1)
     patience: int = setting(8, "Stop after this many epochs without a better validation loss.", low=1)
-    batch_size: int = setting(
-        32,
-        "Stays per step at most, of all processes together: a step is the same however many share it, so the learning "
-        "rate is not scaled with them. With many GPUs raise it, and the rate by the square root of the factor.",
-        low=1,
-    )
-    max_events_per_batch: int = setting(
-        16384, "Events per step and process at most (a longer stay is alone): bounds a GPU's memory.", low=1
-    )
+    # A step is the same however many processes share it, so the learning rate is not scaled with them. With many GPUs
+    # raise the batch, and the rate by the square root of the factor.
+    batch_size: int = setting(32, "Stays per step at most, of all processes together.", low=1)
+    max_events_per_batch: int = setting(16384, "Events per step and process at most; bounds a GPU's memory.", low=1)
     mixed_precision: Literal["auto", "no", "bf16"] = setting("auto", "auto is bf16 on CUDA devices that have it.")
     seed: int = setting(
         0, "Seed of the split, the weights, the order of batches and the bootstrap.", low=0, below=2**31
@@ -150,12 +132,10 @@ class Settings:
         "", "CSV file of patient_id and part (train, validation, test), as a run writes its split.csv."
     )
     seeds: int = setting(1, "Train this many times on one split, seeds from --seed on, and report the spread.", low=1)
-    cross_validate: int = setting(0, "Repeat training over this many patient-level folds and report the spread.", low=0)
+    cross_validate: int = setting(0, "Train once for each of so many patient-level folds and report the spread.", low=0)
     resume: bool = setting(False, "Go on from latest_checkpoint.pth in the output folder.")
-    evaluate: str = setting("", "Checkpoint with which to score --data, without training.")
-    trajectory: str = setting(
-        "", "With --evaluate: hours after admission at which to score each stay, e.g. 6,12,24,48."
-    )
+    evaluate: str = setting("", "Checkpoint with which to score --data (default: its own), without training.")
+    trajectory: str = setting("", "With --evaluate: hours after admission at which to score stays, e.g. 6,12,24,48.")
     report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Also send each epoch's figures to a tracker.")
     dry_run: bool = setting(False, "Read the data, say what the run will do and need, and stop.")
 
@@ -187,28 +167,20 @@ def check_settings(settings: Settings) -> Settings:
     modes = [name for name in ("evaluate", "cross_validate") if getattr(settings, name)]
     modes += ["seeds"] * (settings.seeds > 1) + ["resume"] * (settings.resume and bool(settings.evaluate))
     parts = [name for name in ("evaluate", "cross_validate", "no_test") if getattr(settings, name)]
-    parts += ["split"] * (bool(settings.split) and not parts[:1] == ["no_test"])
+    parts += ["split"] * (bool(settings.split) and parts[:1] != ["no_test"])
+    divisors, later = (settings.n_heads, settings.n_pooling_heads, 2), "known only after the prediction"
+    is_retrospective, has_labels = not settings.prospective, bool(settings.labels)
     rules = (
         (unknown, f"--static-features {unknown}: no such column. Choose from {', '.join(STATIC_COLUMNS)}."),
+        (late, f"--static-features {late}: {later}. Leave these columns out, or drop --observation-hours."),
         (
-            late,
-            f"--static-features {late}: known only after the prediction. "
-            "Leave these columns out, or drop --observation-hours.",
-        ),
-        (
-            any(settings.d_model % divisor for divisor in (settings.n_heads, settings.n_pooling_heads, 2)),
+            any(settings.d_model % divisor for divisor in divisors),
             f"--d-model {settings.d_model}: out of range; it must be a multiple of --n-heads, --n-pooling-heads and 2.",
         ),
         (settings.cross_validate == 1, "--cross-validate 1: out of range; it takes at least 2 folds."),
-        (
-            settings.gap_hours and not settings.prospective,
-            "--gap-hours needs --observation-hours: there is no gap where the whole stay is read.",
-        ),
-        (
-            settings.labels and settings.observation_hours,
-            "--observation-hours and --labels: a MEDS label has its own time of prediction. Give one of the two.",
-        ),
-        (settings.history_hours and not settings.labels, "--history-hours needs a MEDS data set and its --labels."),
+        (settings.gap_hours and is_retrospective, "--gap-hours needs --observation-hours: whole stays have no gap."),
+        (has_labels and settings.observation_hours, "--observation-hours and --labels: labels have their own times."),
+        (settings.history_hours and not has_labels, "--history-hours needs a MEDS data set and its --labels."),
         (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
         (len(modes) > 1, f"{', '.join(map(cli_name, modes))}: these do not go together. Run one after the other."),
         (len(parts) > 1, f"{', '.join(map(cli_name, parts))}: each says which stays test the model. Give one of them."),
@@ -1602,7 +1574,7 @@ class Trainer:
 def attention_record(
     model: ClinicalTransformer, dataset: ClinicalSequenceDataset, stay: int, device: torch.device
 ) -> dict[str, Any]:
-    """Return what `model(..., return_attention=True)` gives for a stay's last 1,024 events, and which events they are."""
+    """Return what `model(..., return_attention=True)` gives for a stay's last 1,024 events, and which they are."""
     model.eval()
     sequence, static, _ = dataset[stay]
     sequence = sequence[-MAX_MAP_EVENTS:].to(device)
@@ -1709,6 +1681,7 @@ def run(settings: Settings) -> dict[str, Any]:
             return {}
         vectors = embed_texts(encoder, source.table.texts, settings, accelerator)
         data = [TrainingData(source.table, split, vectors, encoder.id) for split in splits]
+        del encoder  # its weights leave memory, before the model trains
         if settings.cross_validate or settings.seeds > 1:
             return train_repeatedly(source, data, settings, accelerator)
         return train_and_report(source, data[0], settings, accelerator)[0]
@@ -1785,9 +1758,10 @@ def read_source(
     """Read the settings' data set, or a data frame, choose its cohort and describe it in the log."""
     logger.info(f"Reading     {settings.data}")
     data = data_path(settings.data) if frame is None else frame
-    options = {"memory_limit": settings.memory_limit, "static_features": settings.static_features}
     with accelerator.main_process_first():  # one process runs the query, the others find its result
-        whole, report = read_stays(data, settings.cache_dir, need_label, settings.meds_task, **options)
+        whole, report = read_stays(
+            data, settings.cache_dir, need_label, settings.meds_task, settings.memory_limit, settings.static_features
+        )
     moment = (settings.observation_hours, settings.gap_hours)
     table, flow = choose_cohort(whole, settings.first_stay_only, *moment)
     if not settings.trajectory:  # which scores more of each stay than its cohort has

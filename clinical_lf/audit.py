@@ -30,7 +30,7 @@ Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of the stays to fit on, a
 def audit_table(
     table: StayTable, split: Split, report: ReadReport, observation_hours: float = 0.0, prospective: bool = False
 ) -> pd.DataFrame:
-    """Return the audit of a table and its split: `leakage_audit` of its columns, of times of each stay, and of counts."""
+    """Return the audit of a table and its split: `leakage_audit` of its columns, of stays' times, and of counts."""
     part = np.empty(len(table.stays), dtype=object)
     for name, members in split._asdict().items():
         part[members] = name
@@ -67,8 +67,8 @@ def leakage_audit(
     """Return what, alone, tells the outcome, and what cannot be: a row per column (n rows), and per count.
 
     Each column gets the AUROC of its own small model, cross-validated on the training patients only. counts: how often
-    impossible things occur (keys of words.yaml's `impossible`, or REPAIRED, which are allowed). What became known only after the
-    moment of prediction is to be expected in retrospective mode, hence flagged only if prospective.
+    impossible things occur (keys of words.yaml's `impossible`, or REPAIRED, which are allowed). What became known only
+    after the moment of prediction is to be expected in retrospective mode, hence flagged only if prospective.
     """
     y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
     folds, rows = patient_folds(y, patients), []

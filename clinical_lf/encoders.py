@@ -194,7 +194,7 @@ class HuggingFaceEncoder:
             return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
 
     def load(self, cache_folder: Path) -> None:
-        """Load the weights onto every device; refuse others than those that the vectors in the folder were made with."""
+        """Load the weights onto every device; refuse others than those that the folder's vectors were made with."""
         import transformers
 
         if self._models:
@@ -443,8 +443,7 @@ def download_encoder(name: str, folder: Path) -> None:
             siblings = HfApi(token=False).model_info(hub_id, revision=revision or None, timeout=10).siblings or []
             is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in siblings)
             wanted = ["*.json", "*.txt", "*.model", "model*.safetensors" if is_safe else "pytorch_model*.bin"]
-            options = {"revision": revision or None, "local_dir": partial, "token": False}
-            snapshot_download(hub_id, **options, allow_patterns=wanted)
+            snapshot_download(hub_id, revision=revision or None, local_dir=partial, token=False, allow_patterns=wanted)
             partial.rename(folder)
         except Exception as error:
             raise EncoderUnreachable(

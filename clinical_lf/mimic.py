@@ -76,12 +76,12 @@ LAST_NUMBER = "SELECT coalesce(max(last_value), 0) FROM duckdb_sequences() WHERE
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
     """Return the file of every table that query.sql reads; InputError names what is missing or double."""
-    found = {}
+    found: dict[str, Path] = {}
     for table in MIMIC_TABLES:
         paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
         if len(paths) == 2:
             raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
-        found |= {table: path for path in paths}
+        found.update(zip([table], paths))
     if missing := [f"{table}.csv[.gz]" for table in MIMIC_TABLES if table not in found]:
         raise InputError(
             f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "

@@ -1,4 +1,4 @@
-"""Pictures of a run: each function returns a matplotlib Figure, drawn without pyplot so that no global state changes."""
+"""Pictures of a run: each function returns a matplotlib Figure, drawn without pyplot: no global state changes."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
     lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
     if "low" in curve:
-        style = {"color": BLUE, "alpha": 0.15, "linewidth": 0, "label": "95 % interval"}
-        axes.fill_between(thresholds, curve["low"], curve["high"], **style)
+        band = axes.fill_between(thresholds, curve["low"], curve["high"], color=BLUE, alpha=0.15, linewidth=0)
+        band.set_label("95 % interval")
         lowest, highest = min(lowest, curve["low"].min()), max(highest, curve["high"].max())
     axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
     tidy(axes, "risk threshold at which one would treat", "net benefit per stay", legend="best")

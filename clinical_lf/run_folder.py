@@ -198,7 +198,7 @@ class RunFolder:
         patients: dict[str, list[int]],
         history: pd.DataFrame,
     ) -> dict[str, Any]:
-        """Write metrics, predictions, plots and model card of the held-out stays; log the summary; return the metrics."""
+        """Write metrics, predictions, plots and model card of the held-out stays; log them; return the metrics."""
         part, encoder = "test" if "test" in predictions else "validation", described["text_encoder"]
         scored, validation = predictions[part], predictions["validation"]
         figures, subgroups = self.write_evaluation(scored, f"text encoder: {encoder} · {scored.words(part)}")
@@ -305,7 +305,7 @@ class RunFolder:
             self.figure("risk_trajectories.png", figure)
 
     def report_spread(self, outcomes: Sequence[tuple[dict[str, Any], Any]], unit: str) -> dict[str, Any]:
-        """Write and log the figures of each fold or seed, their mean and spread, and those of the pooled predictions."""
+        """Write and log the figures of each fold or seed, their mean and spread, and the pooled predictions'."""
         rows = []
         for content, _ in outcomes:
             figures = content["metrics"].get("test", content["metrics"]["validation"])

@@ -145,7 +145,7 @@ class SourceAccount:
 
 @dataclass
 class ReadReport:
-    """What was left out or mended on reading, by keys of words.yaml's reasons, and where the rows of a MIMIC-IV folder went."""
+    """What was left out or mended on reading, by keys of words.yaml's reasons, and where a folder's rows went."""
 
     counts: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)  # counts of what is no fault

@@ -1,8 +1,9 @@
-"""The paths of a GPU box, on a pretended cuda device (a file beside the checkout, whose scenarios these add to) and in
-several processes. `python tests/test_devices.py packed_input` runs one scenario."""
+"""The paths of a GPU box, on a pretended cuda device (a file beside the checkout) and in several processes.
+
+`python tests/test_devices.py packed_input` runs one scenario; that file has more of them.
+"""
 
 import ctypes
-import importlib.util
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,80 +20,64 @@ PRETENDED = ROOT.parent / "shared" / "pretended_cuda" / "test_pretended_cuda.py"
 PATHS = [str(ROOT), str(ROOT / "tests")]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "REPO": str(ROOT), "PYTHONPATH": os.pathsep.join(PATHS)}
 
+if __name__ == "__main__":  # the library of the pretended machine must be loaded before torch
+    sys.path[:0] = [*PATHS, str(PRETENDED.parent)]
+    import test_pretended_cuda as pretended
 
-def make_machine():
-    """The pretended machine; its library must be loaded before torch."""
-    spec = importlib.util.spec_from_file_location("pretended", PRETENDED)
-    pretended = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pretended)
     pretended.LIBRARY = ctypes.CDLL(pretended.build())
-    import torch
 
-    pretended.torch = torch
-    torch.set_num_threads(1)
-    return pretended.Machine()
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from conftest import save_tokenizer  # noqa: E402
+from make_sample import make_sample  # noqa: E402
+from torch import distributed, futures  # noqa: E402
+
+import train  # noqa: E402
 
 
 def small_settings(**changes):
     """Settings of a training that takes seconds, on a small sample written to the working folder."""
-    from make_sample import make_sample
-
-    import train
-
     if not Path("data.csv").exists():
         make_sample(70, seed=1).table.to_csv("data.csv", index=False)
-    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_pooling_heads": 2, "d_feedforward": 32, "max_epochs": 1}
-    options = {"data": "data.csv", "text_encoder": "hashing", "cache_dir": "cache", "output_dir": "out"}
-    return train.Settings(**(sizes | options | {"save_attention_every": 0, "batch_size": 4} | changes))
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_pooling_heads": 2, "max_epochs": 1, "batch_size": 4}
+    options = {"data": "data.csv", "text_encoder": "hashing", "cache_dir": "cache", "save_attention_every": 0}
+    return train.Settings(**(sizes | options | {"output_dir": "out", "mixed_precision": "no"} | changes))
 
 
 def packed_input(machine):
     """At most two waits a step, wherever the vectors live; the same logits as the padded path on the CPU."""
-    import numpy as np
-    import torch
-
-    import train
-
-    logits = {}
-    for where in ("device", "host"):
-        trainer, checkpoint = train.train_model(small_settings(vectors_on=where, mixed_precision="no"))
-        assert trainer.train_set.device.type == ("cuda" if where == "device" else "cpu")
+    on_gpu, on_host = train.place_vectors, lambda vectors, device: torch.from_numpy(vectors)
+    for place, where in ((on_gpu, "cuda"), (on_host, "cpu")):
+        train.place_vectors = place
+        trainer, checkpoint = train.train_model(small_settings())
+        assert trainer.train_set.device.type == where
         n_steps = len(trainer.plan_epoch(1))
         machine.reset()
         trainer.train_epoch(1)
-        counts = machine.counts()
-        waits = sum(count for name, count in counts.items() if name.startswith("SYNC"))
-        copies = counts.get("COPY host to device", 0)
-        print(f"vectors on the {where}: {n_steps} steps, {waits} waits, {copies} copies to the device")
+        waits = sum(count for name, count in machine.counts().items() if name.startswith("SYNC"))
         assert waits <= 2 * n_steps, waits / n_steps
-        logits[where] = train.predict_logits(
-            checkpoint.model, trainer.test_set, checkpoint.settings, trainer.accelerator
-        )
+        found = train.predict_logits(checkpoint.model, trainer.test_set, checkpoint.settings, trainer.accelerator)
         on_cpu = train.load_checkpoint("out/checkpoints/best_model.pth")
         vectors = trainer.test_set.text_vectors.cpu()
         dataset = train.ClinicalSequenceDataset(trainer.test_set.table, on_cpu.preprocessor, vectors)
         batch = train.collate_stays([dataset[stay] for stay in range(len(dataset))])
         with torch.no_grad():
             padded = on_cpu.model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
-        assert np.allclose(logits[where], padded[:, 0].numpy(), atol=1e-4)
+        assert np.allclose(found, padded[:, 0].numpy(), atol=1e-4)
 
 
 def another_encoder(machine):
     """An encoder that is no Longformer (here RoBERTa), on the device in fp32 and bf16, against the CPU."""
-    import numpy as np
-    import torch
-    from conftest import save_tokenizer
-    from transformers import RobertaConfig, RobertaModel
-
-    import train
-
     folder = Path("roberta")
     folder.mkdir()
     save_tokenizer(folder)
     torch.manual_seed(0)
     sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = RobertaConfig(**sizes, intermediate_size=64, max_position_embeddings=514, initializer_range=0.2)
-    RobertaModel(config).save_pretrained(folder)
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 514}
+    config = transformers.RobertaConfig(**sizes, initializer_range=0.2)
+    transformers.RobertaModel(config).save_pretrained(folder)
     texts = [f"Lab: Lactate | Value: {i} mmol/L" + " and so on" * (i % 40) for i in range(40)] + [""]
     ways = {"cpu": {"devices": ["cpu"], "dtype": "float32"}, "cuda": {"dtype": "float32"}, "bf16": {}}
     found = {}
@@ -104,19 +90,7 @@ def another_encoder(machine):
 
 def join_processes():
     """Join the launcher's processes. Gloo knows no pretended tensors: what it sends goes to the host and back."""
-    from torch import distributed, futures
-
-    class Done(distributed._Work):
-        def __init__(self, result):
-            super().__init__()
-            self.future = futures.Future()
-            self.future.set_result(result)
-
-        def wait(self, timeout=None):
-            return True
-
-        def get_future(self):
-            return self.future
+    from torch._C._distributed_c10d import _create_work_from_future
 
     class ThroughHost(distributed.ProcessGroup):
         def __init__(self, store, rank, size, timeout):
@@ -128,7 +102,9 @@ def join_processes():
             collective(there, options).wait()
             for tensor, result in zip(tensors, there):
                 tensor.copy_(result)
-            return Done(tensors)
+            future = futures.Future()
+            future.set_result(tensors)
+            return _create_work_from_future(future)
 
         def allreduce(self, tensors, options):
             return self._on_host(self.gloo.allreduce, tensors, options)
@@ -150,18 +126,14 @@ def join_processes():
 
 def two_processes(machine):
     """Each on a device of its own, they take the steps that one process takes; the first saves attention meanwhile."""
-    import pandas as pd
-
-    import train
-
     machine.n_devices = 2
-    is_one_of_two = "LOCAL_RANK" in os.environ
-    if is_one_of_two:
+    rank = os.environ.get("LOCAL_RANK")
+    if rank:
         join_processes()
-    changes = {"output_dir": "two" if is_one_of_two else "one", "mixed_precision": "no", "max_epochs": 2}
-    trainer, _ = train.train_model(small_settings(vectors_on="device", dropout=0.0, save_attention_every=5, **changes))
-    assert str(trainer.train_set.device) == f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not is_one_of_two:
+    changes = {"output_dir": "two" if rank else "one", "max_epochs": 2, "dropout": 0.0, "save_attention_every": 5}
+    trainer, _ = train.train_model(small_settings(**changes))
+    assert str(trainer.train_set.device) == f"cuda:{rank or 0}"
+    if not rank:
         subprocess.run([*two_of(), __file__, "two_processes", os.getcwd()], check=True, env=ENVIRONMENT)
         one, two = (pd.read_csv(Path(name) / "history.csv").drop(columns="seconds") for name in ("one", "two"))
         pd.testing.assert_frame_equal(one, two, rtol=1e-4)
@@ -177,16 +149,14 @@ def two_of():
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
 
 
-SCENARIOS = [packed_input, another_encoder, two_processes]
+SCENARIOS = {scenario.__name__: scenario for scenario in (packed_input, another_encoder, two_processes)}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PRETENDED.exists(), reason="no pretended device beside the checkout")
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_pretended_device(scenario):
-    done = subprocess.run(
-        [sys.executable, __file__, scenario.__name__], capture_output=True, text=True, env=ENVIRONMENT
-    )
+    done = subprocess.run([sys.executable, __file__, scenario], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-2500:]
 
 
@@ -202,23 +172,17 @@ accelerator.wait_for_everyone()
 """
 
 
-def wait_in_two_processes(timeout_s: float, work_s: float, folder: Path) -> subprocess.CompletedProcess:
-    """Two processes, of which the first works while the second waits."""
-    script = folder / "waiting.py"
-    script.write_text(WAITING_SCRIPT)
-    command = [*two_of(), str(script), str(timeout_s), str(work_s)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-
-
 @pytest.mark.slow
-def test_processes_wait_for_the_first_as_long_as_the_timeout_says(tmp_path):
-    assert wait_in_two_processes(600, 5, tmp_path).returncode == 0
-    assert wait_in_two_processes(2, 60, tmp_path).returncode != 0
+@pytest.mark.parametrize("timeout_s, work_s", [("600", "5"), ("2", "60")])
+def test_processes_wait_for_the_first_as_long_as_the_timeout_says(tmp_path, timeout_s, work_s):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING_SCRIPT)
+    command = [*two_of(), str(script), timeout_s, work_s]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert (done.returncode == 0) == (timeout_s == "600"), done.stderr[-2500:]
 
 
 def test_default_timeout_outlasts_days_of_encoding(monkeypatch):
-    import train
-
     handlers = {}
     monkeypatch.setattr(train, "Accelerator", lambda **options: handlers.update(options))
     train.make_accelerator(train.Settings())
@@ -227,14 +191,18 @@ def test_default_timeout_outlasts_days_of_encoding(monkeypatch):
 
 
 def test_apple_gpus_are_left_alone_with_a_sentence(monkeypatch, caplog):
-    import torch
-
-    import train
-
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with caplog.at_level("INFO", logger="clinical_LF"):
         assert train.only_cpu()
     assert "float64" in caplog.text
+
+
+@pytest.mark.parametrize("device, free, moves", [("cuda", 1000, True), ("cuda", 900, False), ("cpu", 1000, False)])
+def test_vectors_live_on_a_gpu_where_they_take_less_than_half_of_its_free_memory(device, free, moves, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10_000))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: "moved")
+    vectors = train.place_vectors(np.zeros((12, 10), np.float32), torch.device(device))  # 480 bytes
+    assert isinstance(vectors, str) == moves
 
 
 @pytest.mark.parametrize(
@@ -243,22 +211,16 @@ def test_apple_gpus_are_left_alone_with_a_sentence(monkeypatch, caplog):
     + [((9, 0), 264, "bfloat16", False), ((9, 0), 32, "float32", False)],
 )
 def test_variable_length_kernel_is_taken_where_it_runs(capability, width, dtype, expected, monkeypatch):
-    from types import SimpleNamespace
-
-    import torch
-
-    import train
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     query = SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype), shape=(9, 4, width), device="cuda")
     assert train.has_variable_length_kernel(query) == expected
 
 
 if __name__ == "__main__":
-    sys.path[:0] = PATHS
-    MACHINE = make_machine()
-    SCENARIO = next(scenario for scenario in SCENARIOS if scenario.__name__ == sys.argv[1])
+    pretended.torch = torch
+    torch.set_num_threads(1)
+    MACHINE = pretended.Machine()
     with tempfile.TemporaryDirectory() as SCRATCH:
         os.chdir(sys.argv[2] if sys.argv[2:] else SCRATCH)
-        SCENARIO(MACHINE)
+        SCENARIOS[sys.argv[1]](MACHINE)
         os.chdir("/")

@@ -12,7 +12,10 @@ import pytest
 from small_table import TINY, arguments, leftovers, small_table
 
 import train
+from clinical_lf.reading import read_stays
+from clinical_lf.tables import split_by_patient
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ACCELERATE = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 # Without MPI, accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts them all.
 LAUNCHERS = {
@@ -23,32 +26,23 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launcher_trains_with_one_writer_and_each_stay_once(launcher, tmp_path, tiny_longformer):
-    n_processes, command = LAUNCHERS[launcher]
+@pytest.mark.parametrize("n_processes, command", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, command, tmp_path, tiny_longformer):
     data = small_table()
     data["event_text"] = [f"Lab: Lactate | Value: {i} mmol/L" + " and so on" * (i % 40) for i in range(len(data))]
     data.to_csv(tmp_path / "data.csv", index=False)
     argv = arguments(tmp_path, tmp_path / "data.csv", encoder=tiny_longformer)
-    done = subprocess.run(
-        [sys.executable, *command, train.__file__, *argv],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, *command, train.__file__, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    where = "on the CPU" if n_processes == 1 else f"on {n_processes} processes, each on the CPU"
-    assert where in done.stdout and done.stdout.count("epoch  1/1") == 1 and done.stdout.count("Written ") == 1
-    predictions, content = (
-        pd.read_csv(tmp_path / "out" / "predictions.csv"),
-        json.loads((tmp_path / "out" / "metrics.json").read_text()),
-    )
-    test = train.split_by_patient(train.read_stays(tmp_path / "data.csv")[0], 0).test
+    assert "on the CPU, float32" in done.stdout and (", 2 processes" in done.stdout) == (n_processes == 2)
+    assert done.stdout.count("epoch  1/1") == 1 and done.stdout.count("Written ") == 1
+    predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    test = split_by_patient(read_stays(tmp_path / "data.csv")[0], 0).test
     assert predictions.icu_stay_id.is_unique and len(predictions) == len(test) == content["metrics"]["test"]["n_stays"]
-    assert len(list(tmp_path.glob("cache/*/part-*"))) == n_processes and not leftovers(
-        tmp_path
-    )  # each process saved its share
+    assert len(list(tmp_path.glob("cache/*/part-*"))) == n_processes  # each process saved its share
+    assert not leftovers(tmp_path)
 
 
 # Two processes as torchrun would start them, forked from one that has imported the program: half as much work.
@@ -72,16 +66,13 @@ sys.exit(max(process.exitcode for process in processes))
 
 def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
     """On the bundled sample, here a small one beside a copy of the program, with nobody at the hub's address."""
-    for name in ("train.py", "query.sql"):
-        shutil.copy(Path(train.__file__).parent / name, tmp_path / name)
+    program = Path(train.__file__).parent
+    shutil.copy(program / "train.py", tmp_path)
+    shutil.copytree(program / "clinical_lf", tmp_path / "clinical_lf")
     small_table().to_csv(tmp_path / "sample_train.csv", index=False)
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, *TINY],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)},
-    )
+    environment = ENVIRONMENT | {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", FORK, *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("read with the hashing encoder instead") == 2  # one warning of each process
     metrics = json.loads((tmp_path / "trained_models" / "clinical_LF" / "metrics.json").read_text())

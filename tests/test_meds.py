@@ -1,253 +1,214 @@
 """MEDS in and out, on tiny data sets made here: a label row becomes a stay, predictions go back in that standard."""
 
 import datetime
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from small_table import TINY, best_model
 
 import train
+from clinical_lf.files import InputError
+from clinical_lf.meds import MedsTask, meds_split
+from clinical_lf.reading import read_stays
+from clinical_lf.run_folder import moment_of_prediction
 
 T0 = datetime.datetime(2150, 1, 1)
 CREATININE = "LAB//50912//mg/dL"
+PARTS = ("train", "train", "train", "tuning", "held_out")
 
 
 def hours(number):
-    return T0 + datetime.timedelta(hours=number)
+    return None if number is None else T0 + datetime.timedelta(hours=number)
 
 
-def write_meds(root, rows, codes=(), labels=None, splits=None):
-    """A MEDS data set of rows (subject, hour or None, code, number, further columns), and its label file."""
-    frames = [{"subject_id": s, "time": None if h is None else hours(h), "code": c, "numeric_value": n, **more}
-              for s, h, c, n, more in rows]  # fmt: skip
-    (root / "data" / "train").mkdir(parents=True)
-    (root / "metadata").mkdir()
-    table = pd.DataFrame(frames).astype({"time": "datetime64[us]", "numeric_value": "float32", "code": str})
+def write_meds(root, rows, labels=None, codes=(), splits=None):
+    """A MEDS data set of these rows, and the file of its labels (subject, hour, value)."""
+    for folder in ("data/train", "metadata"):
+        (root / folder).mkdir(parents=True)
+    table = pd.DataFrame(rows).astype({"time": "datetime64[us]", "numeric_value": "float32", "code": str})
     table.to_parquet(root / "data" / "train" / "0.parquet")
     pd.DataFrame(list(codes), columns=["code", "description"]).astype(str).to_parquet(root / "metadata/codes.parquet")
     if splits is not None:
         frame = pd.DataFrame(splits.items(), columns=["subject_id", "split"])
         frame.to_parquet(root / "metadata" / "subject_splits.parquet")
     if labels is not None:
-        frame = pd.DataFrame(labels, columns=["subject_id", "prediction_time", "boolean_value"])
-        frame.assign(prediction_time=[hours(h) for h in frame["prediction_time"]]).to_parquet(root / "labels.parquet")
+        labels = [(subject, hours(hour), value) for subject, hour, value in labels]
+        kinds = {"subject_id": "int64", "prediction_time": "datetime64[us]", "boolean_value": bool}
+        pd.DataFrame(labels, columns=list(kinds)).astype(kinds).to_parquet(root / "labels.parquet")
     return root
 
 
 def lab(subject, hour, number, code=CREATININE, **more):
-    return subject, hour, code, number, more
+    """A row at an hour; None is no time."""
+    return {"subject_id": subject, "time": hours(hour), "code": code, "numeric_value": number, **more}
 
 
 def read(root, labels=None, history_hours=0.0, gap_hours=0.0):
-    """The stays of a data set, and what was left out."""
-    task = train.MedsTask(str(labels or root / "labels.parquet"), history_hours, gap_hours)
-    return train.read_stays(root, root / "cache", task=task)
+    """The stays of a data set, and the report of reading it."""
+    task = MedsTask(str(labels or root / "labels.parquet"), history_hours, gap_hours)
+    return read_stays(root, root / "cache", task=task)
 
 
-def texts_of(table):
-    return [str(table.texts[number]) for number in table.text]
+def test_each_label_of_a_subject_is_a_stay_that_ends_with_the_prediction_and_times_count_to_it(tmp_path):
+    root = write_meds(tmp_path, [lab(1, h, h) for h in (1, 2, 5, 5.01)], [(1, 5, True), (1, 2, False)])
+    table, report = read(root)
+    assert table.lengths.tolist() == [2, 3] and table.minutes_to_end.tolist() == [60, 0, 240, 180, 0]
+    assert table.known_minutes_since_intime.tolist() == table.minutes_since_intime.tolist() == [0, 60, 0, 60, 240]
+    assert table.labels.tolist() == [0, 1] and not report.counts
+    assert table.stays["patient_id"].tolist() == [1, 1] and table.stays["icu_stay_id"].is_unique
+    assert read(root, history_hours=4)[0].minutes_to_end.tolist() == [60, 0, 180, 0]  # the last hours alone
 
 
-def test_stay_of_a_label_row_ends_with_the_prediction_and_times_count_to_it(tmp_path):
-    root = write_meds(tmp_path, [lab(1, h, h) for h in (1, 2, 5, 5.01)], labels=[(1, 5, True)])
-    table, _ = read(root)
-    assert table.minutes_to_end.tolist() == [240, 180, 0]
-    assert table.known_minutes_since_intime.tolist() == table.minutes_since_intime.tolist() == [0, 60, 240]
-    assert table.labels.tolist() == [1]
-
-
-def test_history_hours_keep_the_last_hours_alone(tmp_path):
-    root = write_meds(tmp_path, [lab(1, h, h) for h in (1, 2, 4, 5)], labels=[(1, 5, False)])
-    assert read(root, history_hours=3)[0].minutes_to_end.tolist() == [60, 0]
-
-
-def test_two_labels_of_a_subject_are_two_sequences(tmp_path):
-    root = write_meds(tmp_path, [lab(1, h, h) for h in (1, 2)], labels=[(1, 1, False), (1, 2, True)])
-    table, _ = read(root)
-    assert table.lengths.tolist() == [1, 2]
-    assert table.stays["patient_id"].tolist() == [1, 1]
-    assert table.stays["icu_stay_id"].is_unique
-
-
-@pytest.mark.parametrize(
-    "row, text",
-    [
-        (lab(1, 1, 2.4), "Lab: Creatinine [Mass/volume] | Value: 2.4 mg/dL"),
-        (lab(1, 1, 2.399999, unit="umol/L"), "Lab: Creatinine [Mass/volume] | Value: 2.4 umol/L"),
-        (lab(1, 1, 137.0, "LAB//SODIUM//mEq/L"), "Lab: SODIUM | Value: 137 mEq/L"),
-        (lab(1, 1, None, "LAB//URINE//UNK", text_value="cloudy"), "Lab: URINE | Value: cloudy"),
-        (
-            lab(1, 1, None, "MEDICATION//START//Aspirin", route="PO"),
-            "Prescription: Aspirin | Route: PO | Status: start",
-        ),
-        (lab(1, 1, 0.123456, "INFUSION_START//7", unit="mcg"), "Ingredient: 7 | Rate: 0.12 mcg"),
-        (lab(1, 1, None, "PROCEDURE//CHEST_XRAY"), "Procedure: CHEST_XRAY"),
-        (lab(1, 1, None, "TRANSFER_TO//Ward"), "TRANSFER TO: Ward"),
-        (lab(1, 1, None, "Blood Pressure", text_value="120/80"), "Blood Pressure | Value: 120/80"),
-    ],
-)
-def test_event_text_says_what_the_query_would(tmp_path, row, text):
-    codes = [(CREATININE, "Creatinine [Mass/volume]")]
-    assert texts_of(read(write_meds(tmp_path, [row], codes, labels=[(1, 2, True)]))[0]) == [text]
-
-
-def test_event_type_follows_from_the_first_part_of_the_code(tmp_path):
-    codes = ["MEDICATION//START//a", "PROCEDURE//b", "LAB//c", "MICROBIOLOGY//d", "INFUSION_START//e", "TRANSFER_TO//f"]
-    root = write_meds(tmp_path, [lab(1, h, None, c) for h, c in enumerate(codes)], labels=[(1, 9, True)])
-    assert read(root)[0].event_type.tolist() == [0, 1, 2, 3, 4, len(train.EVENT_TYPES)]
-
-
-@pytest.mark.parametrize("code", ["HOSPITAL_DISCHARGE//DIED", "DISCHARGE//EXPIRED", "MEDS_BIRTH"])
-def test_codes_that_tell_the_outcome_are_no_events(tmp_path, code):
-    root = write_meds(tmp_path, [lab(1, 1, 2.4), lab(1, 2, None, code)], labels=[(1, 9, True)])
-    assert len(read(root)[0].text) == 1
+def test_event_says_what_the_query_would_and_has_the_type_of_its_code(tmp_path):
+    """Codes that tell the outcome are no events."""
+    expected = [
+        (lab(1, 1, 2.4), 2, "Lab: Creatinine [Mass/volume] | Value: 2.4 mg/dL"),
+        (lab(1, 2, 2.399999, unit="umol/L"), 2, "Lab: Creatinine [Mass/volume] | Value: 2.4 umol/L"),
+        (lab(1, 3, 137.0, "LAB//SODIUM//mEq/L"), 2, "Lab: SODIUM | Value: 137 mEq/L"),
+        (lab(1, 4, None, "LAB//URINE//UNK", text_value="cloudy"), 2, "Lab: URINE | Value: cloudy"),
+        (lab(1, 5, None, "MEDICATION//START//Pill", route="PO"), 0, "Prescription: Pill | Route: PO | Status: start"),
+        (lab(1, 6, 0.123456, "INFUSION_START//7", unit="mcg"), 4, "Ingredient: 7 | Rate: 0.12 mcg"),
+        (lab(1, 7, None, "PROCEDURE//CHEST_XRAY"), 1, "Procedure: CHEST_XRAY"),
+        (lab(1, 8, None, "MICROBIOLOGY//BLOOD"), 3, "Microbiology: BLOOD"),
+        (lab(1, 9, None, "TRANSFER_TO//Ward"), 5, "TRANSFER TO: Ward"),
+        (lab(1, 10, None, "Blood Pressure", text_value="120/80"), 5, "Blood Pressure | Value: 120/80"),
+    ]
+    codes = [(CREATININE, "Creatinine  [Mass/volume]")]
+    of_outcome = [lab(1, 2, None, c) for c in ("HOSPITAL_DISCHARGE//DIED", "DISCHARGE//EXPIRED", "MEDS_BIRTH")]
+    table, _ = read(write_meds(tmp_path, [row for row, *_ in expected] + of_outcome, [(1, 11, True)], codes))
+    found = zip(table.event_type.tolist(), table.texts[table.text].tolist())
+    assert list(found) == [(event_type, text) for _, event_type, text in expected]
 
 
 def test_static_columns_are_those_known_at_the_prediction(tmp_path):
     rows = [
-        (1, None, "GENDER//F", None, {}),
-        (1, -24 * 365.25 * 60, "MEDS_BIRTH", None, {}),
-        (1, 0, "HOSPITAL_ADMISSION//URGENT//ED", None, {"race": "WHITE"}),
-        (1, 1, "ICU_ADMISSION//MICU", None, {}),
-        (1, 9, "ICU_ADMISSION//SICU", None, {"race": "later"}),
+        lab(1, None, None, "GENDER//F"),
+        lab(1, -24 * 365.25 * 60, None, "MEDS_BIRTH"),
+        lab(1, 0, None, "HOSPITAL_ADMISSION//URGENT//ED", race="WHITE"),
+        lab(1, 1, None, "ICU_ADMISSION//MICU"),
+        lab(1, 9, None, "ICU_ADMISSION//SICU", race="later"),
     ]
-    stays = read(write_meds(tmp_path, rows, labels=[(1, 5, False)]))[0].stays
-    names = ["patient_gender", "patient_age", "patient_race", "admission_type", "admission_location"]
-    assert stays.loc[0, names].tolist() == ["F", 60, "WHITE", "URGENT", "ED"]
-    assert stays.loc[0, "first_icu_careunit"] == "MICU"
-    assert pd.isna(stays.loc[0, "icu_length_of_stay_in_days"])
+    stay = read(write_meds(tmp_path, rows, [(1, 5, False)]))[0].stays.loc[0]
+    names = "patient_gender patient_age patient_race admission_type admission_location first_icu_careunit".split()
+    assert stay[names].tolist() == ["F", 60, "WHITE", "URGENT", "ED", "MICU"]
+    assert pd.isna(stay["icu_length_of_stay_in_days"])
 
 
 def icu_stay(subject, end, discharge_code, discharge, death=None):
-    rows = [
-        lab(subject, 0, None, "ICU_ADMISSION//MICU"),
-        lab(subject, 1, 2.4),
-        lab(subject, end, None, "ICU_DISCHARGE"),
-    ]
-    rows.append(lab(subject, discharge, None, discharge_code))
-    return rows + ([lab(subject, death, None, "MEDS_DEATH")] if death else [])
+    codes = [(0, "ICU_ADMISSION//MICU"), (end, "ICU_DISCHARGE"), (discharge, f"HOSPITAL_DISCHARGE//{discharge_code}")]
+    rows = [lab(subject, hour, None, code) for hour, code in codes + [(death, "MEDS_DEATH")] * bool(death)]
+    return [*rows, lab(subject, 1, 2.4)]
 
 
 def test_made_labels_are_deaths_in_hospital_of_stays_that_last(tmp_path):
     rows = [
-        *icu_stay(1, 30, "HOSPITAL_DISCHARGE//HOME", 90),
-        *icu_stay(2, 30, "HOSPITAL_DISCHARGE//DIED", 90, death=90),
-        *icu_stay(3, 30, "HOSPITAL_DISCHARGE//HOME", 90, death=900),
-        *icu_stay(4, 20, "HOSPITAL_DISCHARGE//HOME", 90),
-        *icu_stay(5, 30, "HOSPITAL_DISCHARGE//DIED", 22, death=22),
-        *icu_stay(6, 30, "HOSPITAL_DISCHARGE//UNK", 90, death=89),
+        *icu_stay(1, 30, "HOME", 90),
+        *icu_stay(2, 30, "DIED", 90, death=90),
+        *icu_stay(3, 30, "HOME", 90, death=900),
+        *icu_stay(4, 20, "HOME", 90),
+        *icu_stay(5, 30, "DIED", 22, death=22),
+        *icu_stay(6, 30, "UNK", 90, death=89),
     ]
-    table, left_out = read(write_meds(tmp_path, rows), labels="mortality-in-icu@24h")
+    table, report = read(write_meds(tmp_path, rows), labels="mortality-in-icu@24h")
     assert dict(zip(table.stays["patient_id"], table.labels)) == {1: 0, 2: 1, 3: 0, 6: 1}
-    assert left_out["ICU stays that ended or whose patient died within 24 h, without a label"] == 2
+    assert report.counts["label_of_ended_stay"] == 2
     assert len(read(tmp_path, labels="mortality-in-icu@24h", gap_hours=5)[0].stays) == 4
-    with pytest.raises(train.InputError, match="no ICU stay lasts"):
+    with pytest.raises(InputError, match="no ICU stay lasts 31 h"):
         read(tmp_path, labels="mortality-in-icu@24h", gap_hours=7)
 
 
-def test_label_after_the_death_is_left_out_and_counted(tmp_path):
+def test_label_at_or_after_the_death_is_left_out_and_counted(tmp_path):
     rows = [lab(1, 1, 2.4), lab(1, 5, None, "MEDS_DEATH"), lab(2, 1, 2.4)]
-    table, left_out = read(write_meds(tmp_path, rows, labels=[(1, 6, True), (1, 4, True), (2, 4, False)]))
-    assert table.stays["patient_id"].tolist() == [1, 2]
-    assert left_out["labels at or after the patient's death, left out"] == 1
+    table, report = read(write_meds(tmp_path, rows, [(1, 6, True), (1, 5, True), (1, 4, True), (2, 4, False)]))
+    assert table.stays["patient_id"].tolist() == [1, 2] and report.counts == {"label_after_death": 2}
 
 
-def test_labels_that_contradict_each_other_are_refused(tmp_path):
-    root = write_meds(tmp_path, [lab(1, 1, 2.4)], labels=[(1, 4, True), (1, 4, False)])
-    with pytest.raises(train.InputError, match="contradict"):
+BAD_LABELS = {
+    "contradictions": ([(1, 4, True), (1, 4, False)], "1 subjects and times have labels that contradict"),
+    "other subjects": ([(7, 4, True)], "no stay has an event"),
+    "before any event": ([(1, 0.5, True)], "no stay has an event"),
+    "none": ([], "no rows"),
+    "no file": (None, "labels.parquet: no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+def test_bad_labels_are_refused_in_a_sentence(name, tmp_path):
+    labels, message = BAD_LABELS[name]
+    with pytest.raises(InputError, match=message):
+        read(write_meds(tmp_path, [lab(1, 1, 2.4)], labels))
+
+
+@pytest.mark.parametrize("name", ["data/train/0.parquet", "metadata/codes.parquet", "labels.parquet"])
+def test_damaged_file_or_one_without_its_columns_is_refused_in_a_sentence(name, tmp_path):
+    root = write_meds(tmp_path, [lab(1, 1, 2.4)], [(1, 4, True)])
+    pd.DataFrame({"subject_id": [1]}).to_parquet(root / name)
+    with pytest.raises(InputError, match="no column prediction_time, boolean_value|cannot be read"):
+        read(root)
+    (root / name).write_bytes(b"PAR1 no more")
+    with pytest.raises(InputError, match="cannot be read"):
         read(root)
 
 
 def test_meds_without_labels_and_labels_without_meds_are_refused(tmp_path):
     root = write_meds(tmp_path / "meds", [lab(1, 1, 2.4)])
-    with pytest.raises(train.InputError, match="--labels"):
-        train.read_stays(root, tmp_path / "cache")
-    with pytest.raises(train.InputError, match="MEDS"):
-        train.read_stays(train.SAMPLE, tmp_path / "cache", task=train.MedsTask("mortality-in-icu@24h"))
-
-
-@pytest.mark.parametrize("damage", ["data/train/0.parquet", "metadata/codes.parquet", "labels.parquet"])
-def test_damaged_file_is_refused_in_a_sentence(tmp_path, damage):
-    root = write_meds(tmp_path, [lab(1, 1, 2.4)], labels=[(1, 4, True)])
-    (root / damage).write_bytes(b"PAR1 no more")
-    with pytest.raises(train.InputError, match="cannot be read"):
-        read(root)
+    for data, task in ((root, None), (train.SAMPLE, MedsTask("mortality-in-icu@24h"))):
+        with pytest.raises(InputError, match="a MEDS data set and --labels go together"):
+            read_stays(data, tmp_path / "cache", task=task)
 
 
 @pytest.fixture(scope="module")
 def hospital(tmp_path_factory):
     """A hospital of 60 subjects whose deaths follow from lactate, with a split of its own."""
-    rng = np.random.default_rng(0)
-    rows, labels, splits = [], [], {}
+    rng, rows = np.random.default_rng(0), []
     for subject in range(60):
-        died = subject % 3 == 0
-        values = rng.normal(6 if died else 2, 0.5, 4).clip(0.5)
+        values = rng.normal(2 if subject % 3 else 6, 0.5, 4).clip(0.5)
         rows += [lab(subject, hour, value, "LAB//lactate//mmol/L") for hour, value in enumerate(values)]
-        labels.append((subject, 10, died))
-        splits[subject] = ("train", "train", "train", "tuning", "held_out")[subject // 3 % 5]
-    return write_meds(tmp_path_factory.mktemp("hospital"), rows, labels=labels, splits=splits)
+    labels = [(subject, 10, subject % 3 == 0) for subject in range(60)]
+    splits = {subject: PARTS[subject // 3 % 5] for subject in range(60)}
+    return write_meds(tmp_path_factory.mktemp("hospital"), rows, labels, splits=splits)
 
 
-SMALL = ["--text-encoder", "hashing", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--n-pooling-heads", "2"]
+def run(root, *options):
+    places = ["--data", root, "--labels", root / "labels.parquet", "--cache-dir", root / "cache"]
+    assert train.main([*TINY, "--text-encoder", "hashing", *map(str, [*places, *options])]) == 0
 
 
-def run(root, *arguments):
-    labels = ["--data", str(root), "--labels", str(root / "labels.parquet"), "--cache-dir", str(root / "cache")]
-    assert train.main([*labels, *SMALL, "--n-bootstrap", "10", *map(str, arguments)]) == 0
-
-
-def test_predictions_pass_meds_evaluation_and_the_data_sets_own_split_is_used(hospital, tmp_path):
-    evaluation = pytest.importorskip("meds_evaluation.evaluate")
-    polars = pytest.importorskip("polars")
-    run(hospital, "--output-dir", tmp_path, "--max-epochs", 2)
-    predictions = polars.read_parquet(tmp_path / "predictions.parquet")
-    splits = pd.read_parquet(hospital / "metadata" / "subject_splits.parquet").set_index("subject_id")["split"]
-    assert sorted(predictions["subject_id"]) == splits.index[splits == "held_out"].tolist()
-    assert set(predictions["prediction_time"]) == {hours(10)}
-    scores = evaluation.evaluate_binary_classification(predictions)
+def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital, tmp_path):
+    run(hospital, "--output-dir", tmp_path / "out")
+    predictions = pd.read_parquet(tmp_path / "out" / "predictions.parquet").sort_values("subject_id")
+    held_out = [subject for subject in range(60) if PARTS[subject // 3 % 5] == "held_out"]
+    assert predictions["subject_id"].tolist() == held_out and set(predictions["prediction_time"]) == {hours(10)}
+    assert predictions["boolean_value"].tolist() == [subject % 3 == 0 for subject in held_out]
+    risk = predictions["predicted_boolean_probability"]
+    assert (predictions["predicted_boolean_value"] == (risk >= 0.5)).all() and risk.between(0, 1).all()
+    new = []
+    for subject in (91, 92):
+        new += [lab(subject, 0, 2.0, "LAB//lactate//x"), lab(subject, 1, 2.0, "LAB//glucose//x")]
+    other = write_meds(tmp_path / "other", new, [(91, 10, True), (92, 10, False)])
+    run(other, "--evaluate", best_model(tmp_path), "--output-dir", tmp_path / "scored")
+    scored = tmp_path / "scored" / "evaluation"
+    assert pd.read_parquet(scored / "predictions.parquet")["subject_id"].tolist() == [91, 92]
+    unseen = pd.read_csv(scored / "unseen_in_training.csv").to_numpy().tolist()
+    assert unseen == [["Lab: glucose", 2, 2], ["Lab: lactate", 2, 0]]
+    assert json.loads((scored / "metrics.json").read_text())["unseen_in_training"] == {"of_new_item": 0.5}
+    evaluation, polars = pytest.importorskip("meds_evaluation.evaluate"), pytest.importorskip("polars")
+    scores = evaluation.evaluate_binary_classification(polars.read_parquet(tmp_path / "out" / "predictions.parquet"))
     assert 0 <= scores["samples_equally_weighted"]["roc_auc_score"] <= 1
-    run(hospital, "--evaluate", tmp_path / "checkpoints" / "best_model.pth", "--output-dir", tmp_path / "other")
-    assert len(list((tmp_path / "other").rglob("predictions.parquet"))) == 1
 
 
 def test_split_of_the_data_set_is_left_where_a_part_lacks_an_outcome(hospital, tmp_path):
     table, _ = read(hospital)
     rows = pd.read_parquet(hospital / "metadata" / "subject_splits.parquet")
     (tmp_path / "metadata").mkdir()
+    assert meds_split(table, tmp_path) is None
     rows[rows["split"] != "train"].to_parquet(tmp_path / "metadata" / "subject_splits.parquet")
-    assert train.meds_split(table, tmp_path) is None
-    split = train.meds_split(table, hospital)
-    assert [len(part) for part in split] == [36, 12, 12]
-
-
-def test_evaluation_says_which_items_training_never_saw(hospital, tmp_path):
-    table, _ = read(hospital)
-    texts = table.texts
-    state = {"training_items": [train.item_hash("Lab: glucose")], "training_texts": torch.tensor([0])}
-    checkpoint = train.Checkpoint(*[None] * 7, state=state)
-    unseen = train.unseen_in_training(checkpoint, table)
-    assert unseen.to_numpy().tolist() == [["Lab: lactate", 240, 240, 240]]
-    state["training_items"] = [train.item_hash(texts[0])]
-    state["training_texts"] = torch.from_numpy(train.text_numbers(texts[:1]))
-    shares = train.shares_unseen(train.unseen_in_training(checkpoint, table))
-    assert shares == {"of_new_item": 0, "of_new_text": pytest.approx(1 - (table.text == 0).mean(), abs=1e-4)}
-
-
-@pytest.mark.parametrize("labels", [[(7, 4, True)], [(1, 0.5, True)]], ids=["other subjects", "before any event"])
-def test_labels_that_fit_no_event_are_refused_in_a_sentence(tmp_path, labels):
-    with pytest.raises(train.InputError, match="no stay has an event"):
-        read(write_meds(tmp_path, [lab(1, 1, 2.4)], labels=labels))
-
-
-def test_empty_label_file_is_refused_in_a_sentence(tmp_path):
-    root = write_meds(tmp_path, [lab(1, 1, 2.4)], labels=[(1, 4, True)])
-    pd.read_parquet(root / "labels.parquet").head(0).to_parquet(root / "labels.parquet")
-    with pytest.raises(train.InputError, match="no rows"):
-        read(root)
+    assert meds_split(table, tmp_path) is None
+    assert [len(part) for part in meds_split(table, hospital)] == [36, 12, 12]
 
 
 def test_model_of_meds_labels_is_not_said_to_read_whole_stays():
-    assert "MEDS label" in train.moment_of_prediction(0.0, "labels.parquet")
-    assert "24 h after" in train.moment_of_prediction(24.0, "")
-    assert train.moment_of_prediction(0.0, "") == train.RETROSPECTIVE
+    assert "MEDS label" in moment_of_prediction(0.0, "l.parquet") and "24 h after" in moment_of_prediction(24.0, "")
+    assert "foresees nothing" in moment_of_prediction(0.0, "")

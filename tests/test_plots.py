@@ -1,4 +1,4 @@
-"""The plots of train.py: they draw what was computed, survive small and odd data, move no global state."""
+"""The pictures of a run: they draw what was computed, survive small and odd data, move no global state."""
 
 import matplotlib
 import numpy as np
@@ -7,16 +7,11 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.special import expit
 
-import train
+from clinical_lf import metrics, plots
 
+RISES_AND_FALLS = {"train_loss": [0.6, 0.5, 0.4], "validation_loss": [0.62, 0.55, 0.58]}
 HISTORY = pd.DataFrame(
-    {
-        "epoch": [1, 2, 3],
-        "train_loss": [0.6, 0.5, 0.4],
-        "validation_loss": [0.62, 0.55, 0.58],
-        "validation_auroc": [0.6, 0.7, np.nan],
-        "learning_rate": [1e-4, 3e-4, 1e-4],
-    }
+    {"epoch": [1, 2, 3], "validation_auroc": [0.6, 0.7, np.nan], "learning_rate": [1e-4, 3e-4, 1e-4]} | RISES_AND_FALLS
 )
 
 
@@ -26,32 +21,42 @@ def predictions(n=60):
     return (generator.random(n) < expit(logits)).astype(int), expit(logits)
 
 
+def trajectories(n=60):
+    labels, risks = predictions(n)
+    columns = {"icu_stay_id": np.repeat(range(n), 2), "hours_after_admission": [6, 24] * n}
+    return pd.DataFrame(columns | {"probability": np.repeat(risks, 2), "label": np.repeat(labels, 2)})
+
+
+def record_of_attention(n):
+    """What `train.load_attention_weights` reads of a file."""
+    layers, pooling = [np.full((1, 2, 5, 5), 0.2)] * 4, np.full((1, 4, 1, n), 1 / n)
+    names = {"icu_stay_id": 3, "probability": 0.25, "hours_to_final_event": np.arange(n)}
+    return names | {"layer_attention_weights": layers, "pooling_weights": pooling}
+
+
 def figure_of(name, n=60):
     labels, risks = predictions(n)
-    metrics = train.evaluate_predictions(labels, risks, np.arange(n), n_bootstrap=20)
+    figures = metrics.evaluate_predictions(labels, risks, np.arange(n), n_bootstrap=20)
+    curve = metrics.decision_curve(labels, risks, patient_ids=np.arange(n), n_bootstrap=20)
     return {
-        "training": lambda: train.plot_training_curves(HISTORY, "made up"),
-        "roc": lambda: train.plot_roc_and_pr(labels, risks, metrics, "made up"),
-        "calibration": lambda: train.plot_calibration(labels, risks, metrics, "made up"),
-        "decision": lambda: train.plot_decision_curve(train.decision_curve(labels, risks), "made up"),
-        "attention": lambda: train.plot_attention_heatmap(
+        "training": lambda: plots.plot_training_curves(HISTORY, "made up"),
+        "roc": lambda: plots.plot_roc_and_pr(labels, risks, figures, "made up"),
+        "calibration": lambda: plots.plot_calibration(labels, risks, figures, "made up"),
+        "decision": lambda: plots.plot_decision_curve(curve, "made up"),
+        "attention": lambda: plots.plot_attention_heatmap(
             np.full((4, 5, 5), 0.2), np.full((4, n), 1 / n), np.arange(n), "Where?", "made up"
         ),
-        "trajectories": lambda: train.plot_risk_trajectories(
-            pd.DataFrame(
-                {
-                    "icu_stay_id": np.repeat(range(n), 2),
-                    "hours_after_admission": [6, 24] * n,
-                    "probability": np.repeat(risks, 2),
-                    "label": np.repeat(labels, 2),
-                }
-            ),
-            "made up",
+        "attention without layers": lambda: plots.plot_attention_heatmap(
+            [], np.full((4, 1300), 1 / n), np.arange(1300), "Where?", "made up"
         ),
+        "trajectories": lambda: plots.plot_risk_trajectories(trajectories(n), "made up"),
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["training", "roc", "calibration", "decision", "attention", "trajectories"])
+ALL = ("training", "roc", "calibration", "decision", "attention", "attention without layers", "trajectories")
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(name, tmp_path):
     before, figure = dict(matplotlib.rcParams), figure_of(name)
     assert isinstance(figure, Figure) and figure.get_suptitle().endswith("?") and figure.get_supxlabel() == "made up"
@@ -66,34 +71,34 @@ def test_plot_of_two_stays_can_be_drawn(name, tmp_path):
 
 
 def test_training_curves_mark_the_epoch_of_the_lowest_validation_loss():
-    loss = train.plot_training_curves(HISTORY).axes[0]
+    loss = plots.plot_training_curves(HISTORY).axes[0]
     assert loss.get_title() == "Loss (validation lowest in epoch 2)" and list(loss.lines[-1].get_xdata()) == [2, 2]
 
 
 def test_calibration_points_are_the_table():
     labels, risks = predictions(150)
-    metrics = train.evaluate_predictions(labels, risks, np.arange(150), n_bootstrap=20)
-    points = train.plot_calibration(labels, risks, metrics).axes[0].lines[1].get_xydata()
-    table = train.calibration_table(labels, risks, 10)
+    figures = metrics.evaluate_predictions(labels, risks, np.arange(150), n_bootstrap=20)
+    points = plots.plot_calibration(labels, risks, figures).axes[0].lines[1].get_xydata()
+    table = metrics.calibration_table(labels, risks, 10)
     assert points == pytest.approx(table[["mean_risk", "observed_rate"]].to_numpy())
 
 
 def test_prevalence_line_lies_at_the_death_rate():
-    labels, risks = predictions()
-    metrics = train.evaluate_predictions(labels, risks, np.arange(60), n_bootstrap=20)
-    lines = {line.get_label(): line for line in train.plot_roc_and_pr(labels, risks, metrics).axes[1].lines}
+    labels, _ = predictions()
+    lines = {line.get_label(): line for line in figure_of("roc").axes[1].lines}
     assert lines[f"chance: the death rate, {labels.mean():.2f}"].get_ydata() == pytest.approx([labels.mean()] * 2)
 
 
+def test_saved_attention_is_drawn_with_its_stay_risk_and_encoder():
+    figure = plots.draw_saved_attention(record_of_attention(9), "attention_epoch_1_batch_0", "hashing", "hours before")
+    assert "ICU stay 3?" in figure.get_suptitle()
+    caption = " ".join(figure.get_supxlabel().split())
+    assert caption == "attention epoch 1 batch 0, a training stay · risk 0.25 · text encoder: hashing"
+    assert any(axes.get_xlabel().startswith("hours before (each event") for axes in figure.axes)
+
+
 def test_trajectory_means_come_with_their_numbers():
-    trajectories = pd.DataFrame(
-        {
-            "icu_stay_id": [1, 1, 2, 3],
-            "hours_after_admission": [6, 24, 6, 6],
-            "probability": [0.2, 0.4, 0.6, 0.1],
-            "label": [1, 1, 1, 0],
-        }
-    )
-    mean = train.plot_risk_trajectories(trajectories).axes[1]
+    columns = {"icu_stay_id": [1, 1, 2, 3], "hours_after_admission": [6, 24, 6, 6], "label": [1, 1, 1, 0]}
+    mean = plots.plot_risk_trajectories(pd.DataFrame(columns | {"probability": [0.2, 0.4, 0.6, 0.1]})).axes[1]
     assert mean.lines[0].get_xydata().tolist() == [[6, pytest.approx(0.4)], [24, pytest.approx(0.4)]]
     assert [text.get_text() for text in mean.texts] == ["n=2", "n=1", "n=1", "n=0"]

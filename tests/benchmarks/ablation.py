@@ -25,7 +25,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
+import torch
 from common import Ranking, log_epochs, machine, markdown, ranking, train, train_and_test
+
+from clinical_lf import files
+from clinical_lf.settings import settings_from
+from clinical_lf.tables import StayTable, cross_validation_splits
 
 N_FOLDS = 5
 HEADER = ["variant", "AUROC", "AUPRC", "AUROC less the default's", "AUPRC less the default's"]
@@ -81,7 +86,9 @@ def raw_inputs(trainer: train.Trainer) -> None:
 
 def inputs_scaled_by_column(trainer: train.Trainer) -> None:
     """Each column gets variance 1: the time is then one voice among 774, instead of each part of an event."""
-    share = trainer.train_set.share_of_variance
+    n_types, n_text = trainer.train_set.type_columns.shape[1], trainer.train_set.text_vectors.shape[1]
+    share = torch.full((n_types + n_text + 1,), (1 - train.TEXT_SHARE) / (n_types + 1))
+    share[n_types:-1] = train.TEXT_SHARE / n_text
     for model in fresh_models(trainer):
         model.event_scale[: len(share)] *= (share * len(share)).sqrt().to(model.event_scale)
 
@@ -123,8 +130,6 @@ VARIANTS = {
     "item history, no layer": Variant({"item_history": True, "n_layers": 0}),
     "item history, no layer, every event shown": Variant({"item_history": True, "n_layers": 0}, every_event_shown),
     "temporal loss 0.3": Variant({"temporal_weight": 0.3}),
-    "sparsity 0.2": Variant({"sparsity_weight": 0.2}),
-    "temporal loss 0.3, sparsity 0.2": Variant({"temporal_weight": 0.3, "sparsity_weight": 0.2}),
     "number of events unseen": Variant({}, unseen_number_of_events),
     "static numbers weigh as flags": Variant({}, light_static_numbers),
     "inputs as they are": Variant({}, raw_inputs),
@@ -133,11 +138,9 @@ VARIANTS = {
     "pooling query of size 1": Variant({}, unit_pooling_query),
     "learning rate half": Variant({"learning_rate": train.Settings.learning_rate / 2}),
     "learning rate double": Variant({"learning_rate": 2 * train.Settings.learning_rate}),
-    "no warm-up": Variant({"warmup_steps": 0}),
     "dropout 0": Variant({"dropout": 0.0}),
     "dropout 0.3": Variant({"dropout": 0.3}),
     "weight decay 1": Variant({"weight_decay": 1.0}),
-    "no averaging of weights": Variant({"weight_averaging": 0.0}),
 }
 
 
@@ -146,14 +149,14 @@ VARIANTS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def recipe_folder(folder: Path, settings: train.Settings, table: train.StayTable) -> Path:
+def recipe_folder(folder: Path, settings: train.Settings, table: StayTable) -> Path:
     """Return the folder, which holds runs of one recipe only: its recipe.json says which."""
-    where = ("output_dir", "cache_dir", "hf_cache", "memory_limit", "threads", "n_bootstrap")
+    where = ("output_dir", "cache_dir", "memory_limit", "n_bootstrap")
     recipe = {name: value for name, value in asdict(settings).items() if name not in where}
     recipe |= {"data": Path(settings.data).name, "stays": len(table.stays), "events": len(table.text)}
     path = folder / "recipe.json"
     if not path.exists():
-        return train.write_json(path, recipe).parent
+        return files.write_json(path, recipe).parent
     before = json.loads(path.read_text("utf-8"))
     changed = [name for name, value in recipe.items() if before.get(name) != value]
     if changed:
@@ -212,7 +215,7 @@ def write_table(folder: Path, settings: train.Settings, command: str) -> str:
     facts = f"{recipe['stays']:,} stays, {recipe['events']:,} events; not as usual: {', '.join(changed)}."
     table = markdown(HEADER, rows)
     text = "\n\n".join(["# Ablation", f"`{command}`", facts, table, machine()]) + "\n"
-    train.write_whole(folder / "ablation.md", lambda path: path.write_text(text, "utf-8"))
+    files.write_whole(folder / "ablation.md", lambda path: path.write_text(text, "utf-8"))
     return table
 
 
@@ -234,17 +237,19 @@ def main() -> None:
     if options.verbose:
         log_epochs()
     of_train = ["--text-encoder", "hashing", *of_train]
-    default = train.check_settings(train.settings_from(of_train, train.Settings, __doc__))
+    default = train.check_settings(settings_from(of_train, train.Settings, __doc__))
     accelerator = train.make_accelerator(default)
-    table = train.read_source(default.data, default, accelerator).table
+    table = train.read_source(default, accelerator).table
     folder = recipe_folder(options.out, default, table)
 
     @cache
     def encoded(item_history: bool) -> tuple[str, np.ndarray]:
-        return train.embed_texts(table.texts, replace(default, item_history=item_history), accelerator)
+        settings = replace(default, item_history=item_history)
+        settings, encoder = train.make_text_encoder(settings, table.texts, accelerator)
+        return encoder.id, train.embed_texts(encoder, table.texts, settings, accelerator)
 
     for seed in options.seeds:
-        splits = list(train.cross_validation_splits(table, N_FOLDS, seed))
+        splits = list(cross_validation_splits(table, N_FOLDS, seed))
         for fold in options.folds:
             for name in options.variants:
                 path = folder / name.replace(" ", "_") / f"seed_{seed}_fold_{fold}.csv"
@@ -254,7 +259,7 @@ def main() -> None:
                 encoder, vectors = encoded(settings.item_history)
                 data = train.TrainingData(table, splits[fold], vectors, encoder)
                 run = run_fold(data, settings, VARIANTS[name])
-                train.write_whole(path, lambda place: run.to_csv(place, index=False))
+                files.write_whole(path, lambda place: run.to_csv(place, index=False))
             print(write_table(folder, default, shlex.join(["python", *sys.argv])), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Reading a big table, at three sizes: seconds and peak memory of train.read_stays; then padding and reading of items.
+"""Reading a big table, at three sizes: seconds and peak memory of read_stays; then padding and reading of items.
 
     python tests/benchmarks/bench_data.py                                       # up to 5,000,000 events, 20,000 stays
     python tests/benchmarks/bench_data.py --stays 1000 2000 --data ../shared/mimic-iv-demo
@@ -18,6 +18,10 @@ from pathlib import Path
 import duckdb
 import numpy as np
 from common import machine, peak_memory_gb, run_alone, train
+
+from clinical_lf.duck import quoted
+from clinical_lf.reading import read_stays
+from clinical_lf.tables import StayTable
 
 STAYS = """
     SELECT i // 2 AS patient_id, i AS admission_id, i AS icu_stay_id,
@@ -50,13 +54,13 @@ def write_table(path: Path, n_stays: int, form: str) -> None:
     with duckdb.connect() as con:
         con.execute("CREATE TABLE stays AS " + STAYS.format(stays=n_stays))
         con.execute("CREATE VIEW events AS " + EVENTS.format(texts=25 * n_stays))
-        con.execute(f"COPY ({FORMS[form]}) TO {train.sql_quoted(path)} (FORMAT parquet, COMPRESSION zstd)")
+        con.execute(f"COPY ({FORMS[form]}) TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd)")
 
 
 def load(path: str) -> None:
     """In this process: read the table and print what it took."""
     before, started = peak_memory_gb(), time.perf_counter()
-    table, dropped = train.read_stays(path)
+    table, report = read_stays(path)
     print(
         json.dumps(
             {
@@ -66,7 +70,7 @@ def load(path: str) -> None:
                 "events": len(table.text),
                 "stays": len(table.stays),
                 "texts": len(np.unique(table.text)),
-                "dropped": sum(dropped.values()),
+                "dropped": sum(report.counts.values()),
             }
         )
     )
@@ -107,7 +111,7 @@ def fastest(work, times=3) -> float:
     return min(seconds)
 
 
-def padding_and_items(table: train.StayTable) -> None:
+def padding_and_items(table: StayTable) -> None:
     """Padding of the batches of training and scoring, and the time of one item against a loop over its events."""
     settings, lengths = train.Settings(), table.lengths
     training, scoring = (
@@ -142,7 +146,7 @@ def main():
         return load(options.load)
     for form in options.forms:
         compare_sizes(form, options.stays)
-    padding_and_items(train.read_stays(options.data or train.SAMPLE, options.cache_dir)[0])
+    padding_and_items(read_stays(options.data or train.SAMPLE, options.cache_dir)[0])
     print(machine())
 
 

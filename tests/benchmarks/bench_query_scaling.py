@@ -19,7 +19,9 @@ from pathlib import Path
 import duckdb
 from common import machine, markdown, peak_memory_gb, run_alone
 
-import train
+from clinical_lf import reading
+from clinical_lf.duck import quoted
+from clinical_lf.mimic import find_mimic_files, run_mimic_query
 
 ID_STEP = 100_000_000  # the ids of MIMIC-IV have eight digits
 NOISE = "sqrt(-2 * ln(1 - random())) * cos(2 * pi() * random())"  # standard normal
@@ -40,8 +42,8 @@ JITTERED = {
 
 def make_folder(source: Path, target: Path, copies: int) -> None:
     """Write a stand-in of `copies` times the MIMIC-IV folder `source` into `target`, as csv.gz."""
-    for table, path in train.find_mimic_files(source).items():
-        rows = f"read_csv({train.sql_quoted(path)}, all_varchar=true, header=true)"
+    for table, path in find_mimic_files(source).items():
+        rows = f"read_csv({quoted(path)}, all_varchar=true, header=true)"
         columns = [row[0] for row in duckdb.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()]
         changed = [part.split(":", 1) for part in JITTERED.get(table, "").split(";") if part]
         changed += [
@@ -55,7 +57,7 @@ def make_folder(source: Path, target: Path, copies: int) -> None:
             times = int(copies * OUTSIDE.get(table, 1))
             statement = f"SELECT * EXCLUDE copy REPLACE ({replaced}) FROM {rows}, range({times}) AS copies(copy)"
         (target / table).parent.mkdir(parents=True, exist_ok=True)
-        output = train.sql_quoted(target / f"{table}.csv.gz")
+        output = quoted(target / f"{table}.csv.gz")
         duckdb.execute(f"COPY ({statement}) TO {output} (HEADER, COMPRESSION gzip)")
 
 
@@ -63,12 +65,12 @@ def run_stage(stage: str, folder: Path, cache: Path, memory_limit: str) -> None:
     """Run one stage in this process and print its row: what it took of CPU, clock and memory, and what it gave."""
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     if stage == "query":
-        result = train.run_mimic_query(folder, cache, memory_limit)
+        result = run_mimic_query(folder, cache, memory_limit)
         parts = list(result.glob("*.parquet"))
         gave = f"{len(parts)} parts, {sum(part.stat().st_size for part in parts) / 2**20:,.0f} MB"
     else:
-        train.KEEP_ARRAYS_FROM = 0
-        table, _ = train.read_stays(folder, cache, memory_limit=memory_limit)
+        reading.KEEP_ARRAYS_FROM = 0
+        table, _ = reading.read_stays(folder, cache, memory_limit=memory_limit)
         gave = f"{len(table.stays):,} stays, {len(table.text):,} events, {len(table.texts):,} texts"
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

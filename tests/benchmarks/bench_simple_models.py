@@ -29,15 +29,19 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from clinical_lf.items import mask_numbers, read_text
+from clinical_lf.reading import read_stays
+from clinical_lf.tables import EVENT_TYPES, Split, StayTable, choose_cohort, cross_validation_splits, split_by_patient
+
 TREES = "boosted trees, item summaries"
 
 
 class Data(NamedTuple):
     """What the models of one split and seed are given."""
 
-    table: train.StayTable
+    table: StayTable
     vectors: np.ndarray  # (n_texts, 768)
-    split: train.Split
+    split: Split
     settings: train.Settings
 
 
@@ -55,7 +59,7 @@ def static_features(data: Data) -> np.ndarray:
 def mean_text_features(data: Data) -> np.ndarray:
     """(n_stays, S + 6 + E): static features, event counts per type and the mean text vector."""
     table, stay, n = data.table, data.table.stay_of_event, len(data.table.stays)
-    counts = np.zeros((n, len(train.EVENT_TYPES) + 1))
+    counts = np.zeros((n, len(EVENT_TYPES) + 1))
     np.add.at(counts, (stay, table.event_type), 1)
     per_text = pd.DataFrame({"stay": stay, "text": table.text}).value_counts().reset_index()
     means = np.zeros((n, data.vectors.shape[1]))
@@ -67,8 +71,9 @@ def mean_text_features(data: Data) -> np.ndarray:
 
 def item_of_text(text: str) -> tuple[str, float]:
     """Item and number. What has no number is its whole text, numbers masked: an organism is in it, not in its head."""
-    item, value = train.parse_value(text)
-    return (item, value) if math.isfinite(value) else (train.without_numbers(text), value)
+    read = read_text(text)
+    item = f"{read.item} {read.unit}".strip()
+    return (item if math.isfinite(read.value) else mask_numbers(text)), read.value
 
 
 def count_features(data: Data) -> np.ndarray:
@@ -78,7 +83,7 @@ def count_features(data: Data) -> np.ndarray:
     A text still has its level word and its priority, so that "Lactate, far above range" is a column of its own.
     """
     table = data.table
-    kinds, _ = pd.factorize(np.array([train.without_numbers(text) for text in table.texts], dtype=object))
+    kinds, _ = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))
     counts = pd.crosstab(table.stay_of_event, kinds[table.text])
     frequent = (counts.iloc[data.split.train] > 0).mean() >= 0.01
     return np.hstack([static_features(data), counts.loc[:, frequent]])
@@ -218,7 +223,7 @@ MODELS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def held_out(name: str, data: Data, splits: list[train.Split]) -> tuple[np.ndarray, np.ndarray, float]:
+def held_out(name: str, data: Data, splits: list[Split]) -> tuple[np.ndarray, np.ndarray, float]:
     """Stays and their probabilities over all splits (one, or folds), and the seconds that took."""
     started = time.monotonic()
     risks = [MODELS[name](data._replace(split=split)) for split in splits]
@@ -275,19 +280,17 @@ def read_data(options) -> tuple[Data, np.ndarray | None, str]:
         )
     )
     table, true_risk = (
-        synthetic_stays(options.sample)
-        if not options.data
-        else (train.read_stays(options.data, options.cache_dir)[0], None)
+        synthetic_stays(options.sample) if not options.data else (read_stays(options.data, options.cache_dir)[0], None)
     )
     if options.observation_hours:
         id_of_risk = table.stays.icu_stay_id
-        table, _ = train.choose_cohort(table, settings)
+        table, _ = choose_cohort(table, observation_hours=options.observation_hours)
         true_risk = None if true_risk is None else true_risk[id_of_risk.isin(table.stays.icu_stay_id)]
     title = (
         f"{len(table.stays):,} stays of {table.stays.patient_id.nunique():,} patients, "
         f"{len(table.text):,} events, {table.labels.mean():.1%} died; hashing encoder"
     )
-    undivided = train.Split(*np.split(np.arange(len(table.stays)), [0, 0]))  # `held_out` sets the splits of a seed
+    undivided = Split(*np.split(np.arange(len(table.stays)), [0, 0]))  # `held_out` sets the splits of a seed
     return Data(table, hashing_vectors(table), undivided, settings), true_risk, title
 
 
@@ -318,9 +321,9 @@ def main():
     parts, figures = [title], []
     for seed in options.seeds:
         splits = (
-            list(train.cross_validation_splits(data.table, options.cross_validate, seed))
+            list(cross_validation_splits(data.table, options.cross_validate, seed))
             if options.cross_validate
-            else [train.split_by_patient(data.table, seed)]
+            else [split_by_patient(data.table, seed)]
         )
         seeded = data._replace(settings=replace(data.settings, seed=seed))
         rows, figure = compare(seeded, splits, names, true_risk)

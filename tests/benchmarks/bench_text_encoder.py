@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,13 +25,15 @@ from tokenizers import ByteLevelBPETokenizer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from clinical_lf.reading import read_stays  # noqa: E402
+from clinical_lf.tables import EVENT_TYPES  # noqa: E402
 
 
 def lab_texts(path: str | Path, count: int) -> list[str]:
     """Return `count` distinct lab texts, drawn with a fixed seed, so that short and long ones come as they are."""
     with tempfile.TemporaryDirectory() as cache:
-        table, _ = train.read_stays(path, cache)
-    is_lab = table.event_type == train.EVENT_TYPES.index("labevent")
+        table, _ = read_stays(path, cache)
+    is_lab = table.event_type == EVENT_TYPES.index("labevent")
     texts = pd.Series(table.texts[np.unique(table.text[is_lab])])
     return texts.sample(min(count, len(texts)), random_state=0).tolist()
 
@@ -42,21 +45,11 @@ def save_random_longformer(folder: Path, texts: list[str], vocabulary: int) -> N
     bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special, show_progress=False)
     bpe.save_model(str(folder))
     torch.manual_seed(0)
-    config = transformers.LongformerConfig(
-        vocab_size=50265,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        attention_window=[512] * 12,
-        max_position_embeddings=4098,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        sep_token_id=2,
-    )
+    sizes: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 4098, "type_vocab_size": 1}
+    sizes |= {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    sizes |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
+    sizes |= {"attention_window": [512] * 12, "layer_norm_eps": 1e-5}
+    config = transformers.LongformerConfig(**sizes)
     transformers.LongformerModel(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 

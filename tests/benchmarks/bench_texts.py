@@ -22,6 +22,11 @@ import pandas as pd
 from bench_simple_models import MODELS, Data, boosted_trees, item_features, item_of_text
 from common import ROOT, Ranking, hashing_vectors, machine, markdown, ranking, train
 
+from clinical_lf import mimic
+from clinical_lf.items import items_and_values
+from clinical_lf.reading import read_stays
+from clinical_lf.tables import StayTable, choose_cohort, cross_validation_splits
+
 Words = list[tuple[str, str]]  # what is written now, and what stood there before
 RULES: dict[str, Words] = {
     "infusions: amount beside the rate, 3 digits": [
@@ -96,39 +101,39 @@ def put_back(text: str, words: Words) -> str:
     return text
 
 
-def read_folder(folder: str, cache: str, rules: list[str], settings: train.Settings) -> train.StayTable:
+def read_folder(folder: str, cache: str, rules: list[str], settings: train.Settings) -> StayTable:
     """Return the cohort of a MIMIC-IV folder, by query.sql with some of the former rules, and print its counts."""
     query = (ROOT / "query.sql").read_text("utf-8")
     for rule in rules:
         query = put_back(query, RULES[rule])
-    labs = train.MIMIC_TABLES["hosp/labevents"]
+    labs = mimic.MIMIC_TABLES["hosp/labevents"]
     with tempfile.TemporaryDirectory() as place:
-        train.QUERY_FILE = Path(place) / "query.sql"
-        train.QUERY_FILE.write_text(query, "utf-8")
-        train.MIMIC_TABLES["hosp/labevents"] = labs + ", priority VARCHAR"
-        table, repairs = train.read_stays(folder, cache)
-        train.MIMIC_TABLES["hosp/labevents"] = labs
-    doubles = repairs["duplicate events, dropped"]
+        mimic.QUERY_FILE = Path(place) / "query.sql"
+        mimic.QUERY_FILE.write_text(query, "utf-8")
+        mimic.MIMIC_TABLES["hosp/labevents"] = labs + ", priority VARCHAR"
+        table, report = read_stays(folder, cache)
+        mimic.MIMIC_TABLES["hosp/labevents"] = labs
+    doubles = report.counts.get("event_repeated", 0)
     print(f"{len(table.text) + doubles:,} rows, {doubles} doubles, {len(table.texts):,} texts with {rules}", flush=True)
-    return train.choose_cohort(table, settings)[0]
+    return choose_cohort(table, observation_hours=settings.observation_hours)[0]
 
 
-def read_sample(n_stays: int, seed: int, words: Words) -> train.StayTable:
+def read_sample(n_stays: int, seed: int, words: Words) -> StayTable:
     """Return synthetic stays by tests/make_sample.py with some of its words put back."""
     module = types.ModuleType("former_sample")
     sys.modules["former_sample"] = module
     exec(put_back((ROOT / "tests/make_sample.py").read_text("utf-8"), words), module.__dict__)
-    table, _ = train.read_stays(module.make_sample(n_stays, seed).table)
+    table, _ = read_stays(module.make_sample(n_stays, seed).table)
     print(f"{len(table.text):,} events, {len(table.texts):,} texts", flush=True)
     return table
 
 
-def items_changed(before: train.StayTable, now: train.StayTable) -> str:
+def items_changed(before: StayTable, now: StayTable) -> str:
     """Return how many items (what trees read) stand in one of the two only, and how far their numbers lie apart."""
     items = [{item_of_text(text)[0] for text in table.texts[np.unique(table.text)]} for table in (before, now)]
     last = []
     for table in (before, now):
-        item, value = train.items_and_values(table)
+        item, value = items_and_values(table)
         events = pd.DataFrame({"stay": table.stay_of_event, "item": item.astype(object), "value": value}).dropna()
         last.append(events.groupby(["stay", "item"]).value.mean())
     both = pd.concat(last, axis=1, join="inner", keys=["before", "now"])
@@ -140,12 +145,12 @@ def items_changed(before: train.StayTable, now: train.StayTable) -> str:
     )
 
 
-def held_out(name: str, table: train.StayTable, settings: train.Settings, seed: int) -> np.ndarray:
+def held_out(name: str, table: StayTable, settings: train.Settings, seed: int) -> np.ndarray:
     """Return the held-out risk (n_stays,) of each stay over five folds by patient."""
     needs_vectors = "item summaries" not in name
     vectors = hashing_vectors(table) if needs_vectors else np.zeros((len(table.texts), 1), np.float32)
     risks = np.full(len(table.stays), np.nan)
-    for split in train.cross_validation_splits(table, 5, seed):
+    for split in cross_validation_splits(table, 5, seed):
         risks[split.test] = CHOICES[name](Data(table, vectors, split, replace(settings, seed=seed)))
     return risks
 
@@ -157,9 +162,7 @@ def mean_of(rankings: list[Ranking]) -> Ranking:
     )
 
 
-def compare(
-    name: str, before: train.StayTable, now: train.StayTable, settings: train.Settings, seeds: list[int]
-) -> list[str]:
+def compare(name: str, before: StayTable, now: StayTable, settings: train.Settings, seeds: list[int]) -> list[str]:
     """Return a row: AUROC and AUPRC before, now, and now less before, means over the seeds."""
     found: dict[str, list[Ranking]] = {"before": [], "now": []}
     for seed in seeds:

@@ -1,5 +1,6 @@
 """What several benchmarks share: memory, the machine's name, the synthetic stays, and one training run of train.py."""
 
+import importlib.metadata
 import logging
 import os
 import platform
@@ -22,6 +23,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from make_sample import make_sample  # noqa: E402
 
 import train  # noqa: E402
+from clinical_lf import metrics  # noqa: E402
+from clinical_lf.reading import read_stays  # noqa: E402
+from clinical_lf.run_folder import PACKAGES, Predictions  # noqa: E402
+from clinical_lf.tables import StayTable  # noqa: E402
 
 
 def machine() -> str:
@@ -31,7 +36,7 @@ def machine() -> str:
     place = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     if torch.cuda.is_available():
         place += f", {torch.cuda.get_device_name()}"
-    versions = ", ".join(f"{name} {number}" for name, number in train.versions().items())
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return (
         f"{place}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}, {versions}"
@@ -49,22 +54,23 @@ def run_alone(script: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
 
 
-def synthetic_stays(n_stays: int, seed: int = 0) -> tuple[train.StayTable, np.ndarray]:
+def synthetic_stays(n_stays: int, seed: int = 0) -> tuple[StayTable, np.ndarray]:
     """`n_stays` synthetic stays, read as a user's table would be, and each stay's true risk (n_stays,)."""
     sample = make_sample(n_stays, seed)
     with tempfile.TemporaryDirectory() as folder:
         sample.table.to_parquet(Path(folder) / "sample.parquet")
-        table, _ = train.read_stays(Path(folder) / "sample.parquet")
+        table, _ = read_stays(Path(folder) / "sample.parquet")
     risks = sample.stays.set_index("icu_stay_id").true_risk
     return table, risks[table.stays.icu_stay_id].to_numpy()
 
 
-def hashing_vectors(table: train.StayTable, item_history: bool = False) -> np.ndarray:
+def hashing_vectors(table: StayTable, item_history: bool = False) -> np.ndarray:
     """Return vectors (n_texts, 768) of the hashing encoder; with item_history of texts without their number."""
     with tempfile.TemporaryDirectory() as cache:
         settings = train.Settings(text_encoder="hashing", cache_dir=cache, item_history=item_history)
-        _, vectors = train.embed_texts(table.texts, settings, train.make_accelerator(settings))
-        return np.array(vectors)  # in memory: the folder goes
+        accelerator = train.make_accelerator(settings)
+        settings, encoder = train.make_text_encoder(settings, table.texts, accelerator)
+        return train.embed_texts(encoder, table.texts, settings, accelerator)
 
 
 class TrainingRun(NamedTuple):
@@ -82,12 +88,12 @@ def train_and_test(
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no bars
         AcceleratorState._reset_state()  # it would keep the precision of the run before
         settings = replace(settings, output_dir=folder, save_attention_every=0)
-        trainer, checkpoint = train.train_model(settings, data, at_start=at_start)
+        trainer, _ = train.train_model(settings, data, at_start=at_start)
         assert trainer.test_set is not None
-        probabilities = checkpoint.probabilities(trainer.predict(trainer.test_set))
+        scored = Predictions.of_logits(trainer.test_set.table.stays, trainer.predict(trainer.test_set))
         trainer.accelerator.free_memory()  # it would keep every model of the process
     loss = min(row["validation_loss"] for row in trainer.history)
-    return TrainingRun(probabilities, loss, trainer.epochs_done, time.monotonic() - started)
+    return TrainingRun(scored.probabilities, loss, trainer.epochs_done, time.monotonic() - started)
 
 
 class Ranking(NamedTuple):
@@ -102,7 +108,7 @@ class Ranking(NamedTuple):
     def words(self, signed: bool = False) -> list[str]:
         """Return both with their 95 % intervals."""
         sign = "+" if signed else ""
-        intervals = [train.interval_of(draws) for draws in self.draws.T]
+        intervals = [metrics.interval_of(draws) for draws in self.draws.T]
         return [
             f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
             for value, (low, high) in zip(self.value, intervals, strict=True)
@@ -112,11 +118,11 @@ class Ranking(NamedTuple):
 def ranking(died: np.ndarray, risks: np.ndarray, patients: np.ndarray, n_bootstrap: int) -> Ranking:
     """Return how well the risks (n,) rank those who died; resamples without both outcomes are skipped."""
     draws = [np.empty((0, 2))]
-    for weights in train.patient_resamples(patients, len(died), n_bootstrap, seed=0):
+    for weights in metrics.patient_resamples(patients, len(died), n_bootstrap, seed=0):
         deaths = weights @ died
         both = (deaths > 0) & (deaths < weights.sum(1))
-        draws.append(train.weighted_ranking(weights[both], died, risks))
-    return Ranking(train.weighted_ranking(np.ones((1, len(died))), died, risks)[0], np.concatenate(draws))
+        draws.append(metrics.weighted_ranking(weights[both], died, risks))
+    return Ranking(metrics.weighted_ranking(np.ones((1, len(died))), died, risks)[0], np.concatenate(draws))
 
 
 def log_epochs() -> None:

@@ -38,7 +38,7 @@ def start(argv, log):
         return pid
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
-    train.TextEncoder.flush_seconds = 0.05
+    train.ClinicalTextEncoder.flush_seconds = 0.05
     train.PLAN_CHUNK = 64
     signal.alarm(300)  # a run that hangs is a failure
     os._exit(train.main(argv))
@@ -70,10 +70,8 @@ def kill_after(seconds, argv, log):
 
 
 def checkpoints(folder):
-    return {
-        path.name: torch.load(path, weights_only=True)
-        for path in sorted((folder / "out" / "checkpoints").glob("*.pth"))
-    }
+    paths = sorted((folder / "out" / "checkpoints").glob("*.pth"))
+    return {path.name: torch.load(path, weights_only=True) for path in paths}
 
 
 def saved_keys(folder):
@@ -125,24 +123,13 @@ def main():
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         table = small_table(60, 20)
-        table["event_text"] = [
-            f"Lab: Lactate (Blood, Blood Gas) | Value: {i} mmol/L" + " | Comment: repeated" * (i % 40)
-            for i in range(len(table))
-        ]
+        lactate = "Lab: Lactate (Blood, Blood Gas)"
+        repeated = [" | Comment: repeated" * (i % 40) for i in range(len(table))]
+        table["event_text"] = [f"{lactate} | Value: {i} mmol/L{more}" for i, more in enumerate(repeated)]
         table.to_csv(root / "data.csv", index=False)
         encoder = make_encoder(root / "encoder")
-        run = lambda folder: arguments(
-            folder,
-            root / "data.csv",
-            "--max-epochs",
-            EPOCHS,
-            "--patience",
-            99,
-            "--batch-size",
-            2,
-            "--resume",
-            encoder=encoder,
-        )
+        options_of_all = ["--max-epochs", EPOCHS, "--patience", 99, "--batch-size", 2, "--resume"]
+        run = lambda folder: arguments(folder, root / "data.csv", *options_of_all, encoder=encoder)
         started = time.monotonic()
         finish(run(root / "reference"), root / "log")
         whole = time.monotonic() - started
@@ -158,11 +145,8 @@ def main():
             finish(run(folder), root / "log")
             assert_same_result(folder, root / "reference")
     counts = {name: kills.count(name) for name in sorted(set(kills))}
-    print(
-        json.dumps(
-            {"kills": len(kills), "runs": runs, "during": counts, "seconds_of_an_uninterrupted_run": round(whole, 1)}
-        )
-    )
+    found = {"kills": len(kills), "runs": runs, "during": counts, "seconds_of_an_uninterrupted_run": round(whole, 1)}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

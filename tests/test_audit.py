@@ -1,0 +1,147 @@
+"""The leakage audit: what tells the outcome and should not, columns, counts and texts."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_table import small_table
+
+from clinical_lf import audit
+from clinical_lf.reading import read_stays
+from clinical_lf.tables import EVENT_ARRAYS, LABEL, ReadReport, Split, StayTable
+
+LATE = "events known only after the moment of prediction"
+COUNTS = {"event_known_after_prediction": 7, "patient_in_two_parts": 1, "admission_in_two_parts": 0}
+
+
+def audit_input(n=240):
+    """Columns, labels, patients and which stays train: four columns know the label, three do not."""
+    generator = np.random.default_rng(3)
+    labels = (np.arange(n) % 6 == 0).astype(int)
+    columns = {
+        "copy": labels,
+        "where": np.where(labels == 1, "DIED", generator.choice(["HOME", "REHAB"], n)),
+        "noise": generator.normal(size=n),
+        "unit": generator.choice(list("abcdefgh"), n),
+        "death_time": pd.Series(pd.NaT, range(n)).mask(labels == 1, pd.Timestamp("2150-01-01")),
+        "number of events": generator.poisson(50, n),
+        "both ends": np.where(labels == 1, generator.choice([1, 9], n), generator.uniform(3, 7, n)),
+    }
+    return pd.DataFrame(columns), labels, np.arange(n) // 2 * 2 + labels, np.arange(n) < n * 3 // 4
+
+
+def test_audit_flags_what_equals_the_label_and_not_noise():
+    found = audit.leakage_audit(*audit_input(), counts={"event_after_the_end": 0}).set_index("name")
+    assert found.index[found.flagged].tolist() == ["copy", "where", "death_time", "both ends"]
+    assert (found.auroc[found.flagged] == 1).all()
+    assert found.auroc[["noise", "unit", "number of events"]].between(0.2, 0.8).all()
+    assert "AUROC 1.00" in found.reason["where"] and found.reason["noise"] == ""
+    assert "FLAGGED: copy (AUROC 1.00 alone), where" in audit.audit_summary(found.reset_index())
+
+
+def test_audit_looks_at_training_patients_only():
+    columns, labels, patients, is_train = audit_input()
+    columns["copy"] = np.where(is_train, 0, labels)  # the label, but in the test split only
+    found = audit.leakage_audit(columns, labels, patients, is_train, counts={}).set_index("name")
+    assert found.auroc["copy"] == 0.5 and not found.flagged["copy"]
+
+
+@pytest.mark.parametrize("prospective", [False, True])
+def test_audit_counts_late_knowledge_but_flags_it_only_in_prospective_mode(prospective):
+    columns, *others = audit_input()
+    found = audit.leakage_audit(columns[["noise"]], *others, COUNTS, prospective)
+    rows = found[found.kind == "count"]
+    assert rows.flagged.tolist() == [prospective, True, False]
+    assert rows["count"].iloc[0] == 7 and rows.reason.iloc[0] and rows.reason.iloc[2] == ""
+    assert "1 patients in two parts of the split" in audit.audit_summary(found)
+
+
+def test_audit_judges_no_column_with_one_death():
+    table = pd.DataFrame({"age": [1, 2, 3, 4]})
+    found = audit.leakage_audit(table, [1, 0, 0, 0], np.arange(4), np.ones(4, bool), counts={})
+    assert found.auroc.isna().all() and not found.flagged.any() and "too few" in audit.audit_summary(found)
+
+
+def test_constant_column_alone_has_auroc_one_half():
+    labels = np.random.default_rng(0).integers(0, 2, 150)
+    folds = audit.patient_folds(labels, np.arange(150))
+    for column in (pd.Series(["x"] * 150), pd.Series(np.ones(150)), pd.Series([pd.NA] * 150, dtype="Int64")):
+        assert audit.single_column_auroc(column, labels, folds) == 0.5
+
+
+def test_folds_keep_patients_whole_and_are_no_more_than_the_deaths():
+    patients = np.repeat(["c", "a", "d", "b", "e", "f"], 2)
+    labels = np.isin(patients, ["a", "b", "c"]).astype(int)
+    held_out = [stays for _, stays in audit.patient_folds(labels, patients)]
+    assert sorted(np.concatenate(held_out)) == list(range(12)) and len(held_out) == 3
+    assert sum(len(set(patients[stays])) for stays in held_out) == 6
+    assert [labels[stays].sum() for stays in held_out] == [2, 2, 2]  # one patient who died, two stays, in each
+
+
+def test_audit_of_a_table_counts_what_crosses_the_split_and_what_came_late(tmp_path):
+    frame = small_table(60)
+    frame["icu_length_of_stay_in_days"] = "9"  # far beyond the record of 47 or 48 h
+    of_stay = np.repeat(np.arange(60), 3)
+    frame.loc[of_stay == 1, "admission_id"] = frame["admission_id"][0]  # with the other label, too
+    frame.loc[of_stay == 50, "patient_id"] = frame["patient_id"][0]
+    frame.loc[frame.index % 30 == 2, "event_known_time"] = "2150-03-09 08:00:00"
+    table, report = read_stays(frame, tmp_path)
+    stays = np.arange(len(table.stays))
+    split = Split(stays[:40], stays[40:50], stays[50:])
+    found = {flag: audit.audit_table(table, split, report, 0, flag).set_index("name") for flag in (False, True)}
+    counts = found[True]["count"]
+    assert counts["patients in two parts of the split"] == 1 and counts["admissions in two parts of the split"] == 0
+    assert counts["admissions with conflicting labels"] == 1 and counts[LATE] == 6
+    (recomputed,) = found[True][found[True].index.str.endswith("recomputed")].to_dict("records")
+    assert recomputed["count"] == 60 and not recomputed["flagged"]
+    flagged = {flag: set(table.index[table.flagged & (table.kind == "count")]) for flag, table in found.items()}
+    assert flagged[True] - flagged[False] == {LATE}
+    is_column = found[True].kind == "column"
+    assert found[True].flagged[is_column]["discharge_location"] and not found[True].flagged[is_column]["patient_age"]
+    early = audit.audit_table(table, split, ReadReport(), observation_hours=2.5).set_index("name")
+    assert early["count"][LATE] > 6  # the third hour's, known at 3.5 h
+
+
+# ---- Texts
+
+
+def test_audit_of_texts_flags_an_item_that_only_the_dead_have_and_no_other(tmp_path):
+    table = small_table(120)
+    died = table[LABEL] == "1"
+    first = table.index % 3 == 0
+    table.loc[died & first, "event_text"] = "Discharge: expired"
+    table.loc[first & ~died, "event_text"] = [f"Lab: Sodium | Value: {i}" for i in range(60)]
+    table.loc[table.index % 3 == 1, "event_text"] = "Prescription: Heparin | Dose: 5000 UNIT"
+    texts = audit.audit_texts(read_stays(table, tmp_path)[0]).set_index("text")
+    assert texts.index[texts.flagged].tolist() == ["Discharge: expired", "Lab: Sodium | Value: #"]
+    assert texts.loc["Discharge: expired", ["stays", "deaths", "auroc", "purity"]].tolist() == [60, 60, 1.0, 1.0]
+    assert texts.loc["Discharge: expired", "median_hours_to_end"] == 46
+    assert texts.loc["Prescription: Heparin | Dose: # UNIT", "auroc"] == 0.5
+
+
+LABELS = np.tile([1.0, 0, 0, 0], 20)
+
+
+def table_of(events, labels=LABELS):
+    """Stays with these labels that have a text each time their number is among its stays: text -> stays."""
+    rows = pd.DataFrame([(stay, text) for text, stays in events.items() for stay in stays], columns=["stay", "text"])
+    rows = rows.sort_values("stay", kind="stable")
+    codes, texts = pd.factorize(rows["text"])
+    offsets = np.searchsorted(rows["stay"], np.arange(len(labels) + 1))
+    arrays = {name: np.zeros(len(rows), kind) for name, kind in EVENT_ARRAYS.items()} | {"text": codes}
+    return StayTable(pd.DataFrame({LABEL: labels}), offsets, texts=np.array(texts, object), **arrays)
+
+
+def test_planted_leak_is_named_and_a_common_text_is_not():
+    deaths = np.flatnonzero(LABELS == 1)
+    common, planted = {"Lab: Sodium": range(80)}, {"Procedure: Comfort measures": [*deaths, *deaths]}
+    assert audit.leaking_texts(table_of(common | planted)) == {"Procedure: Comfort measures": 1.0}
+    assert audit.leaking_texts(table_of(common)) == {}
+
+
+def test_a_text_that_only_survivors_have_is_a_leak_too_and_few_deaths_say_nothing():
+    events = {"Procedure: Discharge teaching": np.flatnonzero(LABELS == 0)}
+    assert audit.leaking_texts(table_of(events)) == {"Procedure: Discharge teaching": 1.0}
+    nine_deaths = np.where(np.arange(80) < 36, LABELS, np.nan)
+    assert audit.leaking_texts(table_of(events, nine_deaths)) == {}
+    unknown = audit.audit_texts(table_of(events, nine_deaths)).iloc[0]
+    assert (unknown["stays"], unknown["deaths"], unknown["flagged"]) == (27, 0, True)  # of 36 stays

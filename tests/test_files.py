@@ -1,0 +1,125 @@
+"""Files are whole or not there, a folder has one writer, a log gets lines of progress, errors are one line."""
+
+import multiprocessing
+import sys
+import time
+from unittest.mock import Mock
+
+import pytest
+
+from clinical_lf import files
+from clinical_lf.files import HALF_WRITTEN, InputError
+
+
+def left_by_a_killed_run(folder):
+    half = folder / f".0123{HALF_WRITTEN}part-x"
+    half.mkdir(parents=True)
+    return half
+
+
+STOPS = {
+    "No space left.*Free space": OSError(28, "No space left on device"),
+    "unexpected pos 5.*--output-dir": RuntimeError("unexpected pos 5\nat write"),  # as torch.save says it
+    "by hand": KeyboardInterrupt("by hand"),
+}
+
+
+@pytest.mark.parametrize("words, error", STOPS.items())
+def test_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, words, error):
+    path = files.write_whole(tmp_path / "new" / "file", lambda name: name.write_text("old"))
+
+    def stop_half_way(name):
+        name.write_text("half")
+        raise error
+
+    with pytest.raises(KeyboardInterrupt if words == "by hand" else InputError, match=words):
+        files.write_whole(path, stop_half_way)
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_folder_below_a_file_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot be written"):
+        files.write_json(tmp_path / "file" / "state.json", {})
+    with pytest.raises(InputError, match="cannot be written"), files.lock_folder(tmp_path / "file" / "cache"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def write_in(folder):
+    with files.lock_folder(folder):
+        (folder / "written").touch()
+
+
+def test_what_a_living_writer_holds_is_left_alone_and_a_dead_ones_removed(tmp_path):
+    with files.lock_folder(tmp_path):
+        orphan = left_by_a_killed_run(tmp_path)
+        writer = multiprocessing.get_context("fork").Process(target=write_in, args=(tmp_path,))
+        writer.start()
+        time.sleep(0.2)
+        assert orphan.exists() and not (tmp_path / "written").exists()  # the other writer waits
+    writer.join()
+    assert not orphan.exists() and (tmp_path / "written").exists()
+
+
+def test_folder_that_cannot_lock_is_written_all_the_same(tmp_path, monkeypatch):
+    orphan = left_by_a_killed_run(tmp_path)
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=OSError(37, "No locks available")))
+    write_in(tmp_path)
+    assert orphan.exists() and (tmp_path / "written").exists()  # it may be a living writer's
+
+
+def test_folder_held_by_another_run_is_refused_without_waiting(tmp_path):
+    with files.lock_folder(tmp_path):
+        with pytest.raises(InputError, match="another run writes here"), files.lock_folder(tmp_path, wait=False):
+            pass
+    with files.lock_folder(tmp_path, wait=False):
+        pass
+
+
+def test_half_written_in_a_folder_that_another_holds_is_left(tmp_path):
+    with files.lock_folder(tmp_path / "cache"):
+        half = left_by_a_killed_run(tmp_path / "cache")
+        orphan = left_by_a_killed_run(tmp_path / "plots")  # whose folder has no lock of its own
+        with files.lock_folder(tmp_path):
+            assert half.exists() and not orphan.exists()
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_progress_is_lines_with_the_time_left_in_a_log_and_a_bar_where_watched(is_watched, monkeypatch, caplog, capfd):
+    monkeypatch.setattr(files, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(files.logger, "handlers", [])
+    monkeypatch.setattr(files.logger, "propagate", True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_watched)
+    with caplog.at_level("INFO", logger="clinical_LF"):
+        for _ in files.Progress(range(3), desc="counting", unit=" sheep", mininterval=0):
+            pass
+    bar = capfd.readouterr().err
+    assert ("counting" in bar and "3/3" in bar) == is_watched and ("" == bar) == (not is_watched)
+    in_log = "counting" in caplog.text and "of 3 sheep" in caplog.text and " left" in caplog.text
+    assert in_log == (not is_watched)
+
+
+SAID = {
+    "error: give other data": InputError("give other data"),
+    "error: data.csv: No space left on device. Is the disk full": OSError(28, "No space left on device", "data.csv"),
+    "error: the memory does not suffice (17 GiB)": MemoryError("17 GiB"),
+    "Interrupted. The texts are kept.": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("words, error", SAID.items())
+def test_error_that_a_person_can_mend_is_one_line(words, error, capfd):
+    def work():
+        raise error
+
+    code = 130 if words.startswith("Interrupted") else 2
+    assert files.exit_code(work, lambda: "The texts are kept.") == code
+    (line,) = capfd.readouterr().err.strip().split("\n")
+    assert line.startswith(words)
+
+
+def test_work_that_is_done_says_nothing_and_other_errors_keep_their_traceback(capfd):
+    assert files.exit_code(lambda: "done", str) == 0 and capfd.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        files.exit_code(lambda: 1 / 0, str)

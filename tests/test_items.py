@@ -1,0 +1,101 @@
+"""What an event's text says, and what its item was until then in the stay: hand examples."""
+
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_table import LACTATE, small_table
+
+from clinical_lf import items
+from clinical_lf.reading import read_stays
+
+IN_UNIT = f"{LACTATE} mmol/L"
+
+
+@pytest.mark.parametrize(
+    "marked, item, value, unit",
+    [
+        (f"{LACTATE} | Value: {{2.4}} mmol/L | Reference: 0.5-2 | Level: above range", LACTATE, 2.4, "mmol/L"),
+        ("Lab: Base Excess | Value: {-3} mEq/L", "Lab: Base Excess", -3, "mEq/L"),
+        ("Lab: Troponin T | Value: <{0.01}", "Lab: Troponin T", 0.01, ""),
+        ("Prescription: Heparin | Strength: 5000 Units / mL | Dose: {50} UNIT", "Prescription: Heparin", 50, "UNIT"),
+        ("Ingredient: Dextrose 5% | Amount: {50} ml | Rate: {25} mL/hour", "Ingredient: Dextrose", 25, "mL/hour"),
+        ("Ingredient: Ca (ingr) | Rate: {1.1e-05} grams/hour", "Ingredient: Ca (ingr)", 1.1e-05, "grams/hour"),
+        ("Lab: pH (Urine, Hematology) | Value: NEG", "Lab: pH (Urine, Hematology)", math.nan, ""),
+        ("Prescription: Heparin | Dose: 5-10 mg", "Prescription: Heparin", math.nan, ""),
+        ("Lab: Vitamin B12 (Blood)", "Lab: Vitamin B12 (Blood)", math.nan, ""),
+        ("", "", math.nan, ""),
+    ],
+)
+def test_text_is_read_as_item_number_unit_and_the_rest(marked, item, value, unit):
+    """Braces mark what is a measurement."""
+    text, without_value = re.sub("[{}]", "", marked), re.sub("{.*?}", "#", marked)
+    assert items.read_text(text) == pytest.approx((item, value, unit, without_value), nan_ok=True)
+
+
+def test_masked_numbers_are_those_that_stand_alone():
+    assert items.mask_numbers("Lab: PaO2 5% | Value: 4.1 mmol/L | 1.1e-05") == "Lab: PaO2 #% | Value: # mmol/L | #"
+
+
+def test_item_hash_is_of_the_item_alone():
+    low, high, other = map(items.item_hash, (f"{LACTATE} | Value: 1", f"{LACTATE} | Value: 9", "Lab: Glucose"))
+    assert low == high != other and len(low) == 16
+
+
+@pytest.fixture(scope="module")
+def lactates():
+    """Two stays: lactates of 2, 6 and 1 with a culture among them, and one lactate of 6."""
+    rows = small_table(n_patients=2, n_events=4).iloc[:5].copy()
+    values = [f"{LACTATE} | Value: {value} mmol/L" for value in (2, 6, 1, 6)]
+    rows["event_text"] = [values[0], "Microbiology: Blood | Test: Culture", *values[1:]]
+    return read_stays(rows)[0]
+
+
+def test_item_history_of_lactates_counts_events_up_to_it(lactates):
+    history = items.item_history(lactates)
+    expected = {
+        "value": [2, 6, 1, 6],
+        "minimum": [2, 2, 1, 6],
+        "maximum": [2, 6, 6, 6],
+        "mean": [2, 4, 3, 6],
+        "first": [2, 2, 2, 6],
+        "previous": [2, 2, 6, 6],
+        "count": [1, 2, 3, 1],
+        "is_latest": [False, False, True, True],
+    }
+    assert history[history["item"] == IN_UNIT][list(expected)].to_dict("list") == expected
+
+
+def test_item_history_does_not_know_what_follows(lactates):
+    """Only is_latest may change where a stay is cut off after its second lactate."""
+    until_then = lactates.minutes_since_intime <= 3 * 60
+    cut = items.item_history(lactates.take(np.arange(2), keep_event=until_then))
+    known = items.item_history(lactates)[until_then].reset_index(drop=True)
+    pd.testing.assert_frame_equal(cut.drop(columns="is_latest"), known.drop(columns="is_latest"))
+
+
+def test_quantiles_of_an_item_are_its_values_and_65_at_most(lactates):
+    (name,), (values,) = zip(*items.item_quantiles(lactates).items())
+    assert name == IN_UNIT and len(values) == 65 and values == sorted(values) and set(values) == {1, 2, 6}
+
+
+def test_quantiles_are_clipped_and_zero_without_a_number():
+    assert items.quantiles_in([0.0, 1.0, 2.0, 3.0], np.array([-5, 1.5, 99, math.nan])).tolist() == [-1, 0, 1, 0]
+
+
+def test_encoded_history_by_hand_and_no_number_for_items_that_training_never_saw(lactates):
+    low, high = -2 / 3, 2 / 3  # of 1 and 6 among 1, 2, 6; 2 is at 0, the mean 4 between 2 and 6, 3 as well
+    expected = [
+        [0, 0, 0, 0, 0, 0, 1, math.log(2), 0],
+        [0, 0, 0, 0, 0, 0, 0, math.log(2), 1],
+        [high, 0, high, 1 / 3, 0, 0, 1, math.log(3), 0],
+        [low, low, high, 1 / 3, 0, high, 1, math.log(4), 1],
+        [high, high, high, high, high, high, 1, math.log(2), 1],
+    ]
+    encoded = items.encode_history(lactates, {IN_UNIT: [1.0, 2.0, 6.0]})
+    assert encoded.shape == (5, len(items.HISTORY)) and encoded.dtype == np.float32
+    np.testing.assert_allclose(encoded, expected, atol=1e-6)
+    unknown = items.encode_history(lactates, {})
+    assert not unknown[:, :7].any() and np.array_equal(unknown[:, 7:], encoded[:, 7:])

@@ -1,0 +1,176 @@
+"""The command line of both scripts: help, limits, a file of settings, places that cannot be written: code 2, a line."""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+from small_table import arguments, leftovers, small_table
+from test_mimic import broken_mimic
+
+import explain_clinicalLF as explain
+import train
+from clinical_lf.files import InputError
+from clinical_lf.settings import check_limits, same_setting, setting, settings_from
+
+
+def exit_code(main, *argv):
+    try:
+        return main([*map(str, argv)])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def assert_refused(result, fragment, capfd, folder, more=""):
+    output = capfd.readouterr()
+    assert result == 2 and output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert fragment in output.err and more in output.err and "Traceback" not in output.out and not leftovers(folder)
+
+
+@pytest.mark.parametrize("script, kind", [(train, train.Settings), (explain, explain.ExplainSettings)])
+def test_help_names_every_setting_and_its_sentence(script, kind, capsys):
+    assert exit_code(script.main, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "95 % interval" in shown and script.__doc__.split("\n\n")[0] in shown
+    for field in dataclasses.fields(kind):
+        assert f"--{field.name}" in shown and field.metadata["help"].replace("%%", "%")[:30] in shown
+
+
+@pytest.mark.slow
+def test_help_takes_less_than_three_seconds_of_cpu_time():
+    resource = pytest.importorskip("resource")
+    seconds = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before = seconds()
+    subprocess.run([sys.executable, train.__file__, "--help"], check=True, capture_output=True)
+    assert seconds() - before < 3
+
+
+def test_options_overrule_the_file_and_the_file_the_defaults(tmp_path):
+    (tmp_path / "s.yml").write_text(
+        "{max_epochs: 3, learning_rate: 1, item_history: true, static_features: [insurance]}"
+    )
+    options = "--max-epochs 4 --static-features patient_age patient_race --mixed-precision bf16 --no-test --seed=7"
+    argv = [str(tmp_path / "s.yml"), *options.split(), "--cache-dir", "a b", "--n_heads", "1"]
+    expected = {"static_features": ["patient_age", "patient_race"], "mixed_precision": "bf16", "item_history": True}
+    expected |= {"max_epochs": 4, "learning_rate": 1, "no_test": True, "seed": 7, "n_heads": 1, "cache_dir": "a b"}
+    assert settings_from(argv, train.Settings, "") == train.Settings(**expected)
+    check_limits(train.Settings(**expected))
+
+
+OUT_OF_RANGE = """n-heads 0|learning-rate nan|learning-rate -1|dropout 1|temporal-weight 2|observation-hours nan|seeds 0
+observation-hours -6|gap-hours inf|seed -1|batch-size 0|cross-validate 1|d-model 30|tau-hours 0"""
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE.replace("\n", "|").split("|"))
+def test_number_out_of_range_is_refused(option, tmp_path, capfd):
+    argv = arguments(tmp_path, "none.csv", *f"--{option}".split())
+    assert_refused(exit_code(train.main, *argv), f"error: --{option}", capfd, tmp_path, ": out of range; it ")
+
+
+BAD_OPTIONS = [
+    ("--nonsense 3", "unknown option --nonsense 3"),
+    ("--max-epoch 3", "unknown option --max-epoch 3"),  # no abbreviations
+    ("--d-model wide", "invalid int value"),
+    ("--item-history maybe", "--item-history"),
+    ("--mixed-precision fp8", "--mixed-precision: invalid choice: 'fp8'"),
+    ("--report-to nobody", "--report-to: invalid choice"),
+    ("--gap-hours 6", "--gap-hours needs --observation-hours"),
+    ("--history-hours 6", "--history-hours needs a MEDS data set"),
+    ("--labels x --observation-hours 6", "a MEDS label has its own time of prediction"),
+    ("--static-features shoe_size", "no such column"),
+    ("--static-features discharge_location --observation-hours 6", "known only after the prediction"),
+    ("--static-features discharge_location --labels x", "known only after the prediction"),
+    ("--trajectory 6", "--trajectory needs --evaluate"),
+    *((f"--evaluate x.pth --trajectory {hours}", "give hours above 0") for hours in ("six", "6,-1", "inf")),
+    ("--evaluate x.pth --resume", "--evaluate, --resume: these do not go together"),
+    ("--evaluate x.pth --cross-validate 3", "do not go together"),
+    ("--seeds 2 --cross-validate 3", "do not go together"),
+    ("--no-test --cross-validate 3", "each says which stays test the model"),
+    ("--split x.csv --cross-validate 3", "each says which stays test the model"),
+    ("--evaluate none.pth", "none.pth: no such checkpoint"),
+]
+BAD_OPTIONS_OF_THE_EXPLAINER = [
+    ("--d-model 64", "unknown option --d-model 64"),
+    ("--stays -1", "--stays -1: out of range; it must be at least 0"),
+    ("--decision-threshold 1", "--decision-threshold 1.0: out of range; it must be above 0 and below 1"),
+    ("--max-stays many", "invalid int value"),
+    ("--checkpoint none.pth", "none.pth: no such checkpoint"),
+]
+
+
+@pytest.mark.parametrize("options, fragment", BAD_OPTIONS)
+def test_bad_option_is_refused(options, fragment, tmp_path, capfd):
+    argv = arguments(tmp_path, "none.csv", *options.split())
+    assert_refused(exit_code(train.main, *argv), fragment, capfd, tmp_path)
+
+
+@pytest.mark.parametrize("options, fragment", BAD_OPTIONS_OF_THE_EXPLAINER)
+def test_bad_option_of_the_explainer_is_refused(options, fragment, tmp_path, capfd):
+    argv = ["--save-dir", tmp_path / "out", *options.split()]
+    assert_refused(exit_code(explain.main, *argv), fragment, capfd, tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    size: int = setting(3, "Of something.", low=1, high=5)
+    share: float = setting(0.5, "100 % of it.", above=0, below=1)
+    names: list[str] = setting([], "Of things.")
+    kind: Literal["one", "other"] = setting("one", "Which.")
+    is_on: bool = setting(False, "Whether.")
+    copied: float = same_setting(train.Settings, "tau_hours", 1.0)
+
+
+NOT_TAKEN = {
+    "size": ([0, 6, 2.0, True, "3", None], "it must be at least 1 and at most 5"),
+    "share": ([0, 1, float("inf"), float("nan")], "it must be above 0 and below 1"),
+    "names": (["abc", None], "it must be of type list"),
+    "kind": (["third", 1], "it must be one of one, other"),
+    "is_on": ([1, "yes"], "it must be of type bool"),
+    "copied": ([0.0], "it must be above 0"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_value_beyond_its_limits_or_of_another_type_is_refused(name):
+    """Values of a notebook or a file of settings, which no argparse has seen."""
+    check_limits(Example(size=1, share=0.999, names=["a"], kind="other"))
+    values, message = NOT_TAKEN[name]
+    for value in values:
+        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: out of range; {message}\\.$"):
+            check_limits(Example(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "content, fragment",
+    [
+        (None, "cannot be read as a settings file"),
+        ("a: [", "cannot be read as a settings file"),
+        ("- 3", "no settings file"),
+        ("", "no settings file"),
+        ("max_epoch: 3", "unknown settings max_epoch"),
+        ("mixed_precision: fp8", "--mixed-precision fp8: out of range; it must be one of auto, no, bf16"),
+        ("d_model: wide", "invalid int value"),
+        ("patience: [1]", "--patience [1]: out of range; it must be at least 1"),
+    ],
+)
+def test_bad_settings_file_is_refused(content, fragment, tmp_path, capfd):
+    if content is not None:
+        (tmp_path / "s.yaml").write_text(content)
+    assert_refused(exit_code(train.main, tmp_path / "s.yaml"), fragment, capfd, tmp_path)
+
+
+PLACES = [("--output-dir", place, "data.csv") for place in ("file", "file/below", "/proc/none", "with_a_file")]
+PLACES += [("--cache-dir", "file", data) for data in ("data.csv", "mimic")]
+
+
+@pytest.mark.parametrize("option, place, data", PLACES)
+def test_unwritable_folder_is_refused(option, place, data, tmp_path, capfd):
+    small_table().to_csv(tmp_path / "data.csv", index=False)
+    broken_mimic(tmp_path / "mimic")
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "with_a_file").mkdir()
+    (tmp_path / "with_a_file" / "checkpoints").write_text("not a folder")
+    argv = arguments(tmp_path, tmp_path / data, option, tmp_path / place)
+    assert_refused(exit_code(train.main, *argv), "cannot be written", capfd, tmp_path)
+    assert (tmp_path / "file").read_text() == "not a folder"

@@ -1,0 +1,366 @@
+"""Shapes and truths of the dataset, the batches, the model and the loss; torch's own layers are the oracle."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from make_sample import make_sample
+
+import train
+from clinical_lf.files import InputError
+from clinical_lf.items import HISTORY, read_text
+from clinical_lf.reading import read_stays
+
+B, L, INPUT, S = 3, 7, 21, 4
+SIZES = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_feedforward": 48}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    return train.ClinicalTransformer(INPUT, S, **SIZES).eval()
+
+
+@pytest.fixture
+def batch():
+    """Sequences of 7, 4 and 4 events, static features and the mask."""
+    mask = torch.arange(L) < torch.tensor([7, 4, 4]).unsqueeze(1)
+    return torch.randn(B, L, INPUT) * mask.unsqueeze(2), torch.randn(B, S), mask
+
+
+@pytest.fixture(scope="module")
+def table():
+    return read_stays(make_sample(30, seed=5).table)[0]
+
+
+@pytest.fixture(scope="module")
+def preprocessor(table):
+    return train.ClinicalDataPreprocessor().fit(table)
+
+
+@pytest.fixture(scope="module")
+def dataset(table, preprocessor):
+    vectors = np.random.default_rng(0).normal(size=(len(table.texts), 768)).astype(np.float32)
+    return train.ClinicalSequenceDataset(table, preprocessor, vectors)
+
+
+@pytest.fixture
+def small_model(dataset):
+    return train.ClinicalTransformer(dataset.input_dim, dataset.static.shape[1], **SIZES).eval()
+
+
+def padded_logits(model, dataset, stays):
+    batch = train.collate_stays([dataset[stay] for stay in stays])
+    return model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
+
+
+def test_default_model_has_the_shapes_of_the_specification():
+    model = train.ClinicalTransformer(774, 40).eval()
+    inputs = torch.randn(2, 9, 774), torch.randn(2, 40), torch.ones(2, 9, dtype=torch.bool)
+    probability, attention = model(*inputs, return_attention=True)
+    assert probability.shape == (2, 1) and attention["transformer_output"].shape == (2, 9, 256)
+    assert attention["pooling_weights"].shape == (2, 4, 1, 9) and attention["query_vector"].shape == (2, 1, 256)
+    assert [w.shape for w in attention["layer_attention_weights"]] == [(2, 8, 9, 9)] * 4
+    linear = [tuple(layer.weight.shape) for layer in model.classifier if hasattr(layer, "weight")]
+    assert linear == [(256, 296), (128, 256), (1, 128)] and model.query_vector.shape == (1, 1, 256)
+
+
+@pytest.mark.parametrize("shape", [(5, INPUT), (1, 5, INPUT - 1)])
+def test_sequences_that_are_no_batch_of_this_width_are_refused_in_a_sentence(shape, model):
+    with pytest.raises(InputError, match=r"give \(B, L, 21\), a single stay with B = 1"):
+        model(torch.ones(shape), torch.zeros(1, S))
+
+
+def test_padding_changes_no_output_whatever_it_holds(model, batch):
+    sequences, static, mask = batch
+    longer = torch.cat([sequences, torch.full((B, 5, INPUT), 1e6)], dim=1)
+    longer[:, :L][~mask] = -7.0
+    padded = model(longer, static, torch.cat([mask, torch.zeros(B, 5, dtype=torch.bool)], dim=1))
+    assert torch.allclose(padded, model(*batch), atol=1e-5)
+
+
+def test_output_of_a_stay_depends_on_no_other_of_its_batch(model, batch):
+    sequences, static, mask = batch
+    single = [model(sequences[i : i + 1, : mask[i].sum()], static[i : i + 1]) for i in range(B)]
+    assert torch.allclose(torch.cat(single), model(*batch), atol=1e-5)
+    order = torch.tensor([2, 0, 1])
+    assert torch.allclose(model(*batch)[order], model(*(part[order] for part in batch)), atol=1e-6)
+
+
+def test_stays_without_events_have_a_finite_output(model, batch):
+    sequences, static, mask = batch
+    assert torch.isfinite(model(sequences, static, torch.zeros_like(mask))).all()
+
+
+def test_attention_rows_sum_to_one_over_events_and_are_zero_on_padding(model, batch):
+    mask, (_, attention) = batch[2], model(*batch, return_attention=True)
+    for weights in attention["layer_attention_weights"]:
+        assert torch.allclose(weights.sum(-1), mask[:, None, :].expand(-1, 4, -1).float(), atol=1e-5)
+        assert not weights.transpose(2, 3)[~mask[:, None, :, None].expand_as(weights)].any()
+    pooling = attention["pooling_weights"]
+    assert torch.allclose(pooling.sum(-1), torch.ones(B, 4, 1), atol=1e-5)
+    assert not pooling[~mask[:, None, None, :].expand_as(pooling)].any()
+
+
+def test_attention_is_that_of_the_pass_that_made_the_probability(model, batch):
+    """From the returned weights and the values, the probability can be made again."""
+    probability, attention = model(*batch, return_attention=True)
+    pooling, events = model.attention_pooling, attention["transformer_output"]
+    values = pooling.value(events).unflatten(2, (4, -1)).transpose(1, 2)
+    pooled = pooling.output((attention["pooling_weights"] @ values).transpose(1, 2).flatten(2)).squeeze(1)
+    again = torch.sigmoid(model.classifier(torch.cat([pooled, batch[1]], dim=1)))
+    assert torch.allclose(again, probability, atol=1e-6) and torch.allclose(probability, model(*batch), atol=1e-6)
+
+
+def test_layer_weights_equal_what_the_fused_pass_used(model, batch):
+    layer, seen, mask = model.transformer_encoder[0], {}, batch[2]
+    layer.query_key_value.register_forward_hook(lambda m, i, o: seen.update(qkv=o))
+    layer.attention_output.register_forward_hook(lambda m, i, o: seen.update(attended=i[0]))
+    _, attention = model(*batch, return_attention=True)
+    value = train.unpack(seen["qkv"], train.layout_of_mask(mask)).unflatten(2, (3, 4, -1))[:, :, 2].transpose(1, 2)
+    by_weights = (attention["layer_attention_weights"][0] @ value).transpose(1, 2).flatten(2)[mask]
+    assert torch.allclose(by_weights, seen["attended"], atol=1e-5)
+
+
+def test_packed_layer_is_the_pre_norm_layer_of_torch():
+    packed = train.EncoderLayer(32, 4, 48, 0.1).eval()
+    plain = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=True).eval()
+    parts = {"self_attn.in_proj_": "query_key_value.", "self_attn.out_proj.": "attention_output."}
+    parts |= {"linear1.": "feedforward.0.", "linear2.": "feedforward.3."}
+    parts |= {"norm1.": "norm_attention.", "norm2.": "norm_feedforward."}
+    torch.nn.init.ones_(packed.attention_scale)
+    torch.nn.init.ones_(packed.feedforward_scale)
+    weights, kinds = packed.state_dict(), ("weight", "bias")
+    plain.load_state_dict({its + kind: weights[ours + kind] for its, ours in parts.items() for kind in kinds})
+    events, lengths = torch.randn(12, 32), np.array([7, 5])
+    found = packed(events, train.layout_of_lengths(lengths, torch.device("cpu"))).split(lengths.tolist())
+    for ours, stay in zip(found, events.split(lengths.tolist()), strict=True):
+        assert torch.allclose(ours, plain(stay[None])[0], atol=1e-5)
+
+
+def test_pooling_is_the_multi_head_attention_of_torch():
+    ours, theirs = train.AttentionPooling(16, 4), torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    projections = [ours.query_projection, ours.key, ours.value]
+    for projection in projections:
+        torch.nn.init.normal_(projection.bias)
+    theirs.in_proj_weight.data = torch.cat([projection.weight.data for projection in projections])
+    theirs.in_proj_bias.data = torch.cat([projection.bias.data for projection in projections])
+    theirs.out_proj.load_state_dict(ours.output.state_dict())
+    query, events, mask = torch.randn(3, 1, 16), torch.randn(3, 7, 16), torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    expected = theirs(query, events, events, key_padding_mask=~mask, average_attn_weights=False)
+    for found, right in zip(ours(query, events, mask), expected, strict=True):
+        assert torch.allclose(found, right, atol=1e-6)
+
+
+def test_pooling_in_training_is_not_shown_a_share_of_the_events():
+    pooling = train.AttentionPooling(8, 2, event_dropout=0.25)
+    query, events, mask = torch.randn(1, 1, 8), torch.randn(1, 400, 8), torch.ones(1, 400, dtype=torch.bool)
+    shown = [pooling(query, events, mask)[1][0, :, 0] > 0 for _ in range(2)]  # (2 heads, 400) at each of two steps
+    assert all((heads[0] == heads[1]).all() and 270 < heads[0].sum() < 330 for heads in shown)
+    assert (shown[0] != shown[1]).any()
+    pooled, weights = pooling(query, events, mask)
+    alone = pooling.eval()(query, events[:, weights[0, 0, 0] > 0], mask[:, weights[0, 0, 0] > 0])[0]
+    assert torch.allclose(pooled, alone, atol=1e-6)
+    assert (pooling(query, events, mask)[1] > 0).all()
+
+
+def test_stay_with_every_event_hidden_has_finite_output_and_gradient():
+    pooling = train.AttentionPooling(8, 2, event_dropout=1 - 1e-9)
+    events = torch.randn(1, 3, 8, requires_grad=True)
+    pooled, weights = pooling(torch.randn(1, 1, 8), events, torch.ones(1, 3, dtype=torch.bool))
+    pooled.sum().backward()
+    assert (weights == 0).all() and torch.equal(pooled[0, 0], pooling.output.bias) and (events.grad == 0).all()
+
+
+def test_events_are_hidden_in_training_only_where_one_speaks_for_its_item():
+    sizes = {"d_model": 8, "n_layers": 0, "n_pooling_heads": 2}
+    default, history = (train.ClinicalTransformer(774 + n, 3, n_history=n, **sizes) for n in (0, len(HISTORY)))
+    assert default.attention_pooling.event_dropout == 0
+    assert history.attention_pooling.event_dropout == train.EVENT_DROPOUT > 0
+
+
+def test_positions_are_made_for_any_length():
+    positions = train.sinusoidal_positions(torch.tensor([0, 100_000]), 4)
+    expected = [[0, 1, 0, 1], [math.sin(1e5), math.cos(1e5), math.sin(1e3), math.cos(1e3)]]
+    assert torch.allclose(positions, torch.tensor(expected), atol=2e-2)
+
+
+def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
+    n_items, n_columns, variances = 40, 30, torch.tensor([1.0, 4.0, 25.0])  # along three directions
+    scores = torch.randn(n_items, 3)
+    scores = torch.linalg.qr(scores - scores.mean(0))[0] * (n_items * variances).sqrt()
+    items = scores @ torch.linalg.qr(torch.randn(n_columns, 3))[0].T
+    projection = train.ItemHistoryProjection(n_columns + 1, 8)
+    projection.whiten(items)
+    identity = torch.nn.Linear(n_columns, n_columns)
+    identity.weight.data, identity.bias.data = torch.eye(n_columns), torch.zeros(n_columns)
+    covariance = torch.cov(projection.of_item(identity, items).T, correction=0)
+    expected = torch.zeros(n_columns)
+    expected[:3] = variances / (variances + 1e-3 * 25)
+    assert torch.allclose(covariance, torch.diag(expected), atol=1e-4)
+
+
+def test_history_reaches_the_projection_only_where_a_number_is():
+    """Without a number the six quantiles mean nothing: count, time and text still do."""
+    projection = train.ItemHistoryProjection(INPUT, 8)
+    events = torch.randn(4, INPUT + len(HISTORY)).clamp(-1, 1)
+    events[:, INPUT + HISTORY.index("has_value")] = torch.tensor([0.0, 0, 1, 1])
+    other = events.clone()
+    other[:, INPUT] = -events[:, INPUT]  # another value
+    changed = (projection(events) - projection(other)).abs().amax(1) > 1e-4
+    assert changed.tolist() == [False, False, True, True]
+
+
+# ---- Dataset and batches
+
+
+def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
+    sequence, static, label = dataset[3]
+    assert sequence.shape == (dataset.table.lengths[3], 774)
+    assert label.shape == (1,) and static.shape == (dataset.static.shape[1],)
+    assert (sequence[:-1, 773] >= sequence[1:, 773]).all()  # minutes to the final event fall
+    assert torch.equal(sequence[:, :5].sum(1), torch.ones(len(sequence)))
+    first = dataset.table.offsets[3]
+    assert torch.equal(sequence[0, 5:773], dataset.text_vectors[int(dataset.table.text[first])])
+
+
+@torch.no_grad()
+def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model, preprocessor):
+    stays = np.array([4, 0, 9, 1])
+    batch = dataset.packed(stays)
+    assert batch.layout.lengths == dataset.lengths[stays].tolist() and len(batch.events) == dataset.lengths[stays].sum()
+    logits, _ = small_model.score_packed(batch.events, batch.static_features, batch.layout)
+    assert torch.allclose(logits, padded_logits(small_model, dataset, stays), atol=1e-6)
+    assert torch.equal(batch.labels, dataset.labels[stays])
+    objective = train.TrainingObjective(small_model, train.TemporalAwareLoss(32), preprocessor)
+    padded = train.collate_stays([dataset[stay] for stay in stays])
+    assert padded["attention_mask"].sum(1).tolist() == dataset.lengths[stays].tolist()
+    assert not padded["sequences"][~padded["attention_mask"]].any()
+    assert torch.allclose(objective(batch, 773), objective(padded, 773), atol=1e-6)
+
+
+def test_layouts_of_lengths_and_of_a_mask_agree():
+    lengths = np.array([3, 1, 2])
+    attention_mask = torch.arange(3) < torch.from_numpy(lengths).unsqueeze(1)
+    by_lengths, by_mask = train.layout_of_lengths(lengths, torch.device("cpu")), train.layout_of_mask(attention_mask)
+    assert by_lengths.lengths == by_mask.lengths == [3, 1, 2] and by_lengths.ends.tolist() == [0, 3, 4, 6]
+    assert by_lengths.position.tolist() == [0, 1, 2, 0, 0, 1] and by_mask.place.tolist() == [0, 1, 2, 3, 6, 7]
+    assert all(torch.equal(a, b) for a, b in zip(by_lengths[1:], by_mask[1:]))
+
+
+def test_batches_gathered_ahead_are_those_gathered_in_turn(dataset, monkeypatch):
+    """On a device without the vectors, threads gather; here the device is the CPU under another name."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(train, "send_to_device", lambda batch, device, non_blocking: batch)
+    batches = [np.array([stay, stay + 1]) for stay in range(0, 20, 2)]
+    in_turn = train.packed_batches(dataset, batches, torch.device("cpu"))
+    ahead = list(train.packed_batches(dataset, batches, torch.device("cuda")))
+    assert len(ahead) == 10 and all(torch.equal(a.events, b.events) for a, b in zip(ahead, in_turn, strict=True))
+
+
+@torch.no_grad()
+def test_logits_leave_bf16_autocast_in_fp32(dataset, small_model):
+    """No ties: only the events' representations are rounded, not the sums that make the logit."""
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = dataset.packed(np.arange(30))
+        logits, details = small_model.score_packed(batch.events, batch.static_features, batch.layout)
+        event_logits = train.in_full_precision(torch.nn.Linear(32, 1), details["transformer_output"].bfloat16())
+    assert logits.dtype == event_logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    exact = padded_logits(small_model, dataset, range(30))
+    assert len(logits.unique()) == 30 and (logits - exact).abs().max() < 0.02
+
+
+def test_batches_hold_every_stay_once_and_respect_the_event_budget():
+    lengths = np.random.default_rng(0).integers(1, 500, 300)
+    batches, again, other = (
+        train.plan_batches(lengths, batch_size=8, max_events=1000, seed=seed) for seed in (1, 1, 2)
+    )
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    assert all(len(b) <= 8 and (len(b) == 1 or lengths[b].sum() <= 1000) for b in batches)
+    assert all((np.diff(lengths[b]) <= 0).all() for b in batches)
+    assert all(map(np.array_equal, batches, again)) and not all(map(np.array_equal, batches, other))
+
+
+def test_batches_of_training_mix_lengths_and_those_of_scoring_hardly_pad():
+    lengths = np.random.default_rng(0).lognormal(5.7, 1.1, 500).astype(int) + 1
+    mixed, sorted_by_length = (train.plan_batches(lengths, 16, 16384, seed=seed) for seed in (0, None))
+    assert 1 - lengths.sum() / sum(lengths[b].max() * len(b) for b in sorted_by_length) < 0.10
+    means = [np.log(lengths[b]).mean() for b in mixed if len(b) == 16]
+    assert len(means) > 25 and np.std(means) < 1.5 * np.log(lengths).std() / 4  # as of 16 stays drawn at random
+
+
+def test_a_stay_longer_than_the_budget_is_a_batch_of_its_own():
+    assert [b.tolist() for b in train.plan_batches(np.array([3, 50, 4]), batch_size=8, max_events=10)] == [[1], [2, 0]]
+    assert train.plan_batches(np.array([], int), batch_size=8, max_events=10) == []
+
+
+def test_processes_share_stays_and_event_budget_of_a_step():
+    lengths = np.random.default_rng(0).integers(1, 500, 300)
+    batches = train.plan_batches(lengths, batch_size=64, max_events=1000, seed=1, world=4)
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    for batch in batches:
+        shares = [train.share_of_batch(batch, rank, 4)[0] for rank in range(4)]
+        assert all(len(share) == 1 or lengths[share].sum() <= 1000 for share in shares)
+    assert len(batches) < len(train.plan_batches(lengths, batch_size=64, max_events=1000, seed=1))
+    shares = [train.share_of_batch(np.array([4, 7, 9]), rank, 4) for rank in range(4)]  # one is left without
+    assert sorted(stay for stays, weight in shares if weight for stay in stays) == [4, 7, 9]
+    assert all(len(stays) for stays, _ in shares)
+
+
+def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_three_quarters(dataset):
+    mean, scale = train.input_statistics(dataset)
+    events = torch.cat([dataset[i][0] for i in range(len(dataset))])
+    assert torch.allclose(mean, events.mean(0), atol=1e-4)
+    variance = ((events - mean) / scale).var(0, correction=0)
+    assert variance[5:773].sum() == pytest.approx(0.75 * 774, rel=0.01)
+    assert variance.sum() == pytest.approx(774, rel=0.01)
+
+
+def test_items_of_events_are_their_texts_without_numbers(dataset, table):
+    items = train.items_of_events(dataset)
+    assert len(items) == len({read_text(text).without_value for text in table.texts[np.unique(table.text)]})
+    assert items.shape[1] == dataset.input_dim - 1 and (items[:, :5].sum(1) == 1).all()
+
+
+# ---- Loss, and attention files
+
+
+def test_temporal_weights_and_loss_of_two_events_by_hand():
+    hours, mask = torch.tensor([[24.0, 0.0, 99.0]]), torch.tensor([[True, True, False]])
+    older = math.exp(-1) / (1 + math.exp(-1))
+    weights = train.temporal_weights(hours, mask, tau_hours=24.0)
+    assert torch.allclose(weights, torch.tensor([[older, 1 - older, 0.0]]), atol=1e-6)
+    loss = train.TemporalAwareLoss(d_model=1, tau_hours=24.0, weight=0.3)
+    torch.nn.init.ones_(loss.event_head.weight)
+    torch.nn.init.zeros_(loss.event_head.bias)
+    value = loss(torch.tensor([[0.5]]), torch.tensor([[[2.0], [-1.0], [7.0]]]), torch.ones(1, 1), hours, mask)
+    bce = lambda logit: math.log1p(math.exp(-logit))
+    assert value.item() == pytest.approx(0.7 * bce(0.5) + 0.3 * (older * bce(2.0) + (1 - older) * bce(-1.0)), abs=1e-6)
+
+
+def test_temporal_weight_zero_is_plain_bce():
+    loss = train.TemporalAwareLoss(d_model=1, weight=0.0)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    value = loss(torch.zeros(1, 1), torch.zeros(1, 2, 1), torch.ones(1, 1), torch.zeros(1, 2), mask)
+    assert value.item() == pytest.approx(math.log(2)) and not list(loss.parameters())
+
+
+@torch.no_grad()
+def test_attention_of_a_pass_is_written_and_read_again_bounded_however_long_the_stay(model, batch, tmp_path):
+    _, attention = model(*batch, return_attention=True)
+    path = train.save_attention_weights(attention, 50, 2, save_dir=tmp_path)
+    assert path.name == "attention_epoch_2_batch_50.npz"
+    read = train.load_attention_weights(path)
+    assert np.allclose(read["pooling_weights"], attention["pooling_weights"]) and "transformer_output" not in read
+    for found, weights in zip(read["layer_attention_weights"], attention["layer_attention_weights"], strict=True):
+        assert np.allclose(found, weights, atol=1e-3)
+    _, attention = model(torch.randn(1, 500, INPUT), torch.randn(1, S), return_attention=True)
+    read = train.load_attention_weights(train.save_attention_weights(attention, 0, 1, tmp_path))
+    assert read["layer_attention_weights"][0].shape == (1, 4, 64, 64)
