@@ -232,9 +232,9 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
     even = column_means(stay_shares(events, bins)[used])
     axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
-    for at, (column, (name, _, *style)) in enumerate(OVER_TIME.items()):
+    for at, (column, (name, _, color, marker)) in enumerate(OVER_TIME.items()):
         shares = column_means(100 * stay_shares(events, bins, column)[used])
-        error_dots(axes, shares, position + 0.1 * (at - 1.5), *style, name, upright=True)
+        error_dots(axes, shares, position + 0.1 * (at - 1.5), color, marker, name, upright=True)
     reach = events.groupby("icu_stay_id")["hours_to_end"].max()
     n_reaching = [counted((reach >= start).sum(), "stay") for name, start in CLOCK_WINDOWS.items() if name in used]
     axes.set_xticks(position, [f"{name}\n{n_stays}" for name, n_stays in zip(used, n_reaching)])
