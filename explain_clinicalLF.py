@@ -744,7 +744,11 @@ def discrimination(
     auroc, slope = figures["auroc"], figures["calibration_slope"]
     low = auroc["value"] if auroc["low"] is None else auroc["low"]
     found |= {"value": auroc["value"], "low": low, "high": auroc["high"], "auroc": figure_text(auroc)}
-    calibration = {"value": slope["value"], "slope": figure_text(slope), "n": found["n"]}
+    calibration = {
+        "value": math.nan if slope["value"] is None else slope["value"],
+        "slope": figure_text(slope),
+        "n": found["n"],
+    }
     calibration |= {"risk": percent(columns[1].mean()), "rate": percent(columns[0].mean())}
     return [Check("discrimination", found, low > 0.5), Check("calibration", calibration)]
 

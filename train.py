@@ -179,7 +179,10 @@ def check_settings(settings: Settings) -> Settings:
         ),
         (settings.cross_validate == 1, "--cross-validate 1: out of range; it takes at least 2 folds."),
         (settings.gap_hours and is_retrospective, "--gap-hours needs --observation-hours: whole stays have no gap."),
-        (has_labels and settings.observation_hours, "--observation-hours and --labels: labels have their own times."),
+        (
+            has_labels and settings.observation_hours,
+            "--observation-hours and --labels: a MEDS label has its own time of prediction.",
+        ),
         (settings.history_hours and not has_labels, "--history-hours needs a MEDS data set and its --labels."),
         (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
         (len(modes) > 1, f"{', '.join(map(cli_name, modes))}: these do not go together. Run one after the other."),

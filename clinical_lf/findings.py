@@ -124,16 +124,17 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
 
 
 @cache
-def organ_systems() -> list[tuple[str, str]]:
-    """Return the rows of organ_systems.csv: what stands in an item's name, and the system that it is then of."""
+def organ_systems() -> list[tuple[re.Pattern[str], str]]:
+    """Return the rows of organ_systems.csv: what stands in an item's name (_ is the edge of a word), and its system."""
     with open(Path(__file__).with_name("organ_systems.csv"), encoding="utf-8", newline="") as file:
-        return [(re.sub(r"\W", "_", row["in_the_name"]), row["organ_system"]) for row in csv.DictReader(file)]
+        rows = [(re.escape(row["in_the_name"]), row["organ_system"]) for row in csv.DictReader(file)]
+    return [(re.compile(part.replace("_", r"\b")), system) for part, system in rows]
 
 
 def organ_system(item: str) -> str:
-    """Return the organ system of an item, or `other`: the first row found decides; _ is the edge of a word."""
-    name = "_" + re.sub(r"\W", "_", item.lower()) + "_"
-    return next((system for part, system in organ_systems() if part in name), "other")
+    """Return the organ system of an item, or `other`: the first row found decides."""
+    name = item.lower()
+    return next((system for part, system in organ_systems() if part.search(name)), "other")
 
 
 def system_table(events: pd.DataFrame) -> pd.DataFrame:

@@ -118,7 +118,7 @@ SYSTEMS = {
     "Estimated GFR (MDRD equation) (Blood, Chemistry); Lab: Magnesium (Blood, Chemistry); Lab: Potassium (Blood, "
     "Chemistry); Lab: Sodium (Blood, Chemistry); Lab: Urea Nitrogen (Blood, Chemistry); Prescription: Furosemide; "
     "Prescription: Potassium Chloride; Prescription: Sodium Chloride Flush; Procedure: Foley Catheter (GI/GU); Lab: "
-    "Phosphate (Blood, Chemistry); Lab: pH (Urine, Hematology); Procedure: Dialysis - CRRT",
+    "Phosphate (Blood, Chemistry); Lab: pH (Urine, Hematology); Procedure: Dialysis - CRRT; Lab: Phosphatidylglycerol",
     "other": "Ingredient: Oral/Gastric Ingredient; Lab: Anisocytosis (Blood, Hematology); Lab: Specimen Type (Blood, "
     "Blood Gas); Prescription: Atropine Sulfate; Procedure: Family updated by RN (7-Communication); Procedure: Gauge "
     "(Access Lines - Peripheral); Lab: Lactate Dehydrogenase (LD) (Blood, Chemistry); Lab: Acid Phosphatase (Blood, "
