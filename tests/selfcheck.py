@@ -8,7 +8,6 @@ Every criterion stands in the log with its value, its interval over patients and
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -25,8 +24,7 @@ import make_sample
 
 import explain_clinicalLF as explain
 import train
-
-logger = logging.getLogger("clinical_LF")
+from clinical_lf import files, metrics, tables
 
 # Of the sample's effects: a cause then moves the logit by 1.5 (median). With the full effects seven in ten true logits
 # lie beyond 4, and training has no reason to learn how far beyond: attributions cannot have the size of the truth.
@@ -44,42 +42,48 @@ class Size:
     cache_dir: str = "clinical_LF_precomp_emb"
 
 
-def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain._Run, pd.DataFrame]:
+def criterion(
+    name: str, method: str, found: dict[str, Any], words: str, threshold: str = "", limit: str = "value"
+) -> dict[str, Any]:
+    """Return one thing measured, and whether it reaches the threshold: a row, as the checks of an explanation are."""
+    row = {"check": name, "method": method} | {part: found.get(part, np.nan) for part in ("value", "low", "high", "n")}
+    passed = explain.judged(name, method, found, threshold, limit).passed
+    return row | {"threshold": threshold, "passed": passed, "sentence": words.format(**row)}
+
+
+def run_of(checkpoint: train.Checkpoint, table: tables.StayTable, vectors: Any) -> explain.Run:
+    """Return a model and stays it has not seen, ready to be explained."""
+    dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
+    accelerator = explain.float32_accelerator()
+    logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
+    return explain.Run(checkpoint, table, dataset, logits, True, checkpoint.is_new_item(table.texts))
+
+
+def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, pd.DataFrame]:
     """Return a model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
     sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
     make_sample.write_csv(sample, folder / "sample.csv")
-    settings = train.Settings(
-        data=str(folder / "sample.csv"),
-        text_encoder="hashing",
-        output_dir=str(folder),
-        cache_dir=size.cache_dir,
-        seed=seed,
-        max_epochs=size.epochs,
-        save_attention_every=0,
-    )
-    accelerator = explain._full_precision()
-    trainer, checkpoint = train.train_model(settings, accelerator=accelerator)
-    test = trainer.test_set
-    assert test is not None
-    run = explain._make_run(checkpoint, test.table, test.text_vectors.cpu().numpy(), True, accelerator)
+    places = {"data": str(folder / "sample.csv"), "output_dir": str(folder), "cache_dir": size.cache_dir}
+    small: dict[str, Any] = {"seed": seed, "max_epochs": size.epochs, "save_attention_every": 0}
+    settings = train.Settings(**places | small, text_encoder="hashing")
+    trainer, checkpoint = train.train_model(settings, accelerator=explain.float32_accelerator())
+    assert trainer.test_set is not None
+    run = run_of(checkpoint, trainer.test_set.table, trainer.test_set.text_vectors)
     return run, sample.events.assign(event_text=sample.table["event_text"])
 
 
-def truth_of(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Return the truth about events, matched by stay, text and order; ValueError where they do not belong together."""
+def with_truth(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """Return the events with true_effect, role and group, matched by stay, text and order.
+
+    Raises ValueError where they do not belong together.
+    """
     keys = ["icu_stay_id", "event_text"]
     left = events[keys].assign(again=events.groupby(keys).cumcount())
     right = truth.assign(again=truth.groupby(keys).cumcount())
     found = left.merge(right, on=[*keys, "again"], how="left", validate="one_to_one")
     if found["true_effect"].isna().any():
         raise ValueError("some events are not in the truth: events and truth are of different samples.")
-    return found
-
-
-def with_truth(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Return the events with true_effect, role and group of the truth, which has the same rows."""
-    columns = {name: truth[name].to_numpy() for name in ("true_effect", "role", "group")}
-    return events.assign(**columns)
+    return events.assign(**{name: found[name].to_numpy() for name in truth.columns.difference(keys)})
 
 
 def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
@@ -91,15 +95,12 @@ def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
     for (stay, patient), part in events.groupby(["icu_stay_id", "patient_id"], sort=False):
         effect = part["true_effect"].to_numpy()
         causal = effect != 0
-        if not causal.any():
-            continue
-        for order in explain.ORDERS:
-            score = part[order].to_numpy(float)
+        for method in explain.METHODS if causal.any() else ():
+            score = part[method].to_numpy(float)
             top = np.argsort(-np.abs(score), kind="stable")[: causal.sum()]
-            row = {"icu_stay_id": stay, "patient_id": patient, "method": order}
-            row |= {"precision": causal[top].mean(), "chance": causal.mean()}
+            row = {"icu_stay_id": stay, "patient_id": patient, "method": method}
+            row |= {"precision": causal[top].mean(), "chance": causal.mean(), "cause": np.abs(score[causal]).mean()}
             row["right_sign"] = (np.sign(score[causal]) == np.sign(effect[causal])).mean()
-            row["cause"] = np.abs(score[causal]).mean()
             for name, roles in HARMLESS.items():
                 of_role = part["role"].isin(roles).to_numpy()
                 row[name] = np.abs(score[of_role]).mean() if of_role.any() else np.nan
@@ -107,7 +108,7 @@ def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def redundant_groups(run: explain._Run, events: pd.DataFrame) -> pd.DataFrame:
+def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
     """Return each group of redundant events: size, IG sum, the model's effects of it, and the true effect.
 
     `joint` is how far the logit falls if the group were unremarkable and all else stayed, `alone` how far it rises if
@@ -122,7 +123,7 @@ def redundant_groups(run: explain._Run, events: pd.DataFrame) -> pd.DataFrame:
         is_member = np.isin(np.arange(sequence.shape[1]), part["event"])
         keep = np.stack([is_member | True, ~is_member, is_member, is_member & False])
         of_statics = np.repeat([[True], [False]], 2, axis=0) & np.ones(static.shape, bool)  # each end has its own
-        logits = explain._replaced_logits(model, sequence, static, keep, baseline, of_statics)
+        logits = explain.replaced_logits(model, sequence, static, keep, baseline, of_statics)
         row = {"patient_id": part["patient_id"].iloc[0], "size": len(part), "true": part["true_effect"].sum()}
         row |= {"joint": logits[0] - logits[1], "alone": logits[2] - logits[3]}
         rows.append(row | {"attribution": part["attribution"].sum()})
@@ -132,49 +133,41 @@ def redundant_groups(run: explain._Run, events: pd.DataFrame) -> pd.DataFrame:
 def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
     """Return what is asked of planted truth, per method; attention is measured too, and nothing is asked of it."""
     rows = []
-    for order, title in explain.ORDERS.items():
-        part, asked = scores[scores["method"] == order], order != "attention"
-        patients = part["patient_id"].to_numpy()
-        precision, sign = (
-            explain._bootstrap(part[name].to_numpy(), patients, settings.n_bootstrap, settings.seed)
-            for name in ("precision", "right_sign")
-        )
-        words = f"of the events that {title} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes "
+    for method in explain.METHODS:
+        part, asked = scores[scores["method"] == method], method != "attention"
+        means = {}
+        for name in ("precision", "right_sign"):
+            columns = part[name].to_numpy(), part["patient_id"].to_numpy()
+            means[name] = metrics.mean_with_interval(*columns, settings.n_bootstrap, settings.seed)
+        words = f"of the events that {method} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes "
         words += f"(chance {part['chance'].mean():.2f})"
-        bar = (">=", 0.9) if asked else None
-        rows.append(explain._criterion("planted precision@k", order, precision, bar, words, limit="low"))
+        bar = ">= 0.9" if asked else ""
+        rows.append(criterion("planted precision@k", method, means["precision"], words, bar, "low"))
         if asked:
-            words = f"{title} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign"
-            rows.append(explain._criterion("planted sign", order, sign, (">=", 0.95), words))
+            words = f"{method} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign"
+            rows.append(criterion("planted sign", method, means["right_sign"], words, ">= 0.95"))
         for name in HARMLESS:
-            found = explain._without_interval(float(part["cause"].mean() / part[name].mean()), int(part[name].count()))
-            bar = (">=", 10.0) if asked and name == "decoys" else None
-            words = f"{title} gives a cause {{value:.1f}} times as much as one of the {name} ({{n}} stays)"
-            rows.append(explain._criterion(f"causes over {name}", order, found, bar, words))
+            found = {"value": float(part["cause"].mean() / part[name].mean()), "n": int(part[name].count())}
+            words = f"{method} gives a cause {{value:.1f}} times as much as one of the {name} ({{n}} stays)"
+            bar = ">= 10" if asked and name == "decoys" else ""
+            rows.append(criterion(f"causes over {name}", method, found, words, bar))
     return rows
-
-
-def miss(found: float, wanted: float) -> float:
-    """Return by which share of what is wanted a number misses it."""
-    return float(abs(found / wanted - 1))
 
 
 def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the explanation's error (IG against the model's effects) and the model's (against the truth), by size."""
     rows = []
     for size, part in groups.groupby("size"):
-        means = part[["attribution", "joint", "alone", "true"]].mean()
-        both_ends = (means["joint"] + means["alone"]) / 2
-        group = f"redundant evidence of {size} events"
-        found = explain._without_interval(miss(means["attribution"], both_ends), len(part))
-        words = f"pushes of {group} miss the model's effect of it, mean of both ends, by {{value:.0%}}"
-        rows.append(explain._criterion(f"redundant, {size}", "attribution", found, ("<=", 0.25), words))
-        found = explain._without_interval(miss(means["attribution"], means["joint"]), len(part))
-        words = f"pushes of {group} miss the effect of replacing it in its stay by {{value:.0%}}"
-        rows.append(explain._criterion(f"redundant, {size}: in the stay", "attribution", found, None, words))
-        found = explain._without_interval(miss(means["joint"], means["true"]), len(part))
-        words = f"the model's own effect of replacing {group} misses the truth by {{value:.0%}}"
-        rows.append(explain._criterion(f"redundant, {size}: model", "model", found, None, words))
+        push, joint, alone, true = part[["attribution", "joint", "alone", "true"]].mean()
+        group, by = f"redundant evidence of {size} events", " by {value:.0%}"
+        error = lambda found, wanted: {"value": float(abs(found / wanted - 1)), "n": len(part)}
+        words = f"pushes of {group} miss the model's effect of it, mean of both ends,{by}"
+        found = error(push, (joint + alone) / 2)
+        rows.append(criterion(f"redundant, {size}", "attribution", found, words, "<= 0.25"))
+        words = f"pushes of {group} miss the effect of replacing it in its stay{by}"
+        rows.append(criterion(f"redundant, {size}: in the stay", "attribution", error(push, joint), words))
+        words = f"the model's own effect of replacing {group} misses the truth{by}"
+        rows.append(criterion(f"redundant, {size}: model", "model", error(joint, true), words))
     return rows
 
 
@@ -187,9 +180,9 @@ def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for column, method in (("if_unremarkable", "model"), ("attribution", "attribution")):
         size = events[column].abs()
-        found = explain._without_interval(float(size[is_trap].mean() / size[is_cause].mean()), int(is_trap.sum()))
+        found = {"value": float(size[is_trap].mean() / size[is_cause].mean()), "n": int(is_trap.sum())}
         words = f"{column} of a trap is {{value:.2f}} of a cause's, {size[is_cause].mean():.2f} (truth: 0)"
-        rows.append(explain._criterion("traps in shares of causes", method, found, None, words))
+        rows.append(criterion("traps in shares of causes", method, found, words))
     return rows
 
 
@@ -199,14 +192,14 @@ def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, A
     for seed in range(size.seeds):
         with tempfile.TemporaryDirectory() as folder:
             run, truth = train_on_sample(seed, Path(folder), size)
-        tables = explain._explain(run, replace(settings, seed=seed))
-        logger.info(f"Seed {seed}      {len(tables['stays'])} stays explained")
-        events = with_truth(tables["events"], truth_of(tables["events"], truth))
+        found = explain.explain_stays(run, replace(settings, seed=seed))
+        files.logger.info(f"Seed {seed}      {len(found['stays'])} stays explained")
+        events = with_truth(found["events"], truth)
         groups.append(redundant_groups(run, events))
         events["patient_id"] = events["patient_id"].astype(str) + f" of sample {seed}"
         scores.append(planted_scores(events))
         traps.append(events[["role", "true_effect", "if_unremarkable", "attribution"]])
-        runs.append(tables["faithfulness"].assign(seed=seed))
+        runs.append(found["faithfulness"].assign(seed=seed))
     criteria = of_rank(pd.concat(scores), settings) + of_redundancy(pd.concat(groups)) + of_traps(pd.concat(traps))
     return [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
 
@@ -216,11 +209,11 @@ def say(rows: pd.DataFrame) -> int:
     for row in rows.itertuples():
         verdict = {True: "ok", False: "SHORT"}.get(row.passed, "")
         interval = "" if np.isnan(row.low) else f" [{row.low:.3g}, {row.high:.3g}]"
-        asked = f"  asked: {row.threshold}" if isinstance(row.threshold, str) else ""
+        asked = f"  asked: {row.threshold}" if row.threshold else ""
         name = f"{verdict:6s}seed {row.seed!s:4s}{row.check:32s}{row.method:16s}"
-        logger.info(f"{name}{row.value:9.3g}{interval}{asked}")
+        files.logger.info(f"{name}{row.value:9.3g}{interval}{asked}")
     fallen = int(rows["passed"].eq(False).sum())
-    logger.info(f"Self-check  {fallen} of {rows['passed'].notna().sum()} criteria fall short")
+    files.logger.info(f"Self-check  {fallen} of {rows['passed'].notna().sum()} criteria fall short")
     return 1 if fallen else 0
 
 
@@ -232,11 +225,11 @@ def main() -> int:
     parser.add_argument("--cache-dir", default=Size.cache_dir)
     parser.add_argument("--out", type=Path, help="JSON file for the criteria")
     options = parser.parse_args()
-    train.log_to_stdout()
+    files.log_to_stdout()
     size = Size(options.stays, options.epochs, options.seeds, options.cache_dir)
-    rows = pd.DataFrame(selfcheck(size, explain.ExplainSettings(stays=0, layer_stays=0)))
+    rows = pd.DataFrame(selfcheck(size, explain.ExplainSettings(stays=0)))
     if options.out:
-        train.write_json(options.out, json.loads(rows.to_json(orient="records")))
+        files.write_json(options.out, json.loads(rows.to_json(orient="records")))
     return say(rows)
 
 

@@ -5,70 +5,37 @@ import pandas as pd
 import pytest
 import selfcheck
 
-import explain_clinicalLF as explain
-
 
 def test_planted_scores_of_the_truth_itself_are_perfect():
-    events = pd.DataFrame(
-        {
-            "icu_stay_id": 1,
-            "patient_id": 1,
-            "attribution": [2.0, 0, -1, 0.1, 0.5],
-            "if_unremarkable": [0.0, 3, 0, 0, 0],
-            "attention": 0.2,
-            "true_effect": [2.0, 0, -1, 0, 0],
-            "role": ["cause", "decoy", "cause", "background", "lone"],
-        }
-    )
+    columns = {"attribution": [2.0, 0, -1, 0.1, 0.5], "if_unremarkable": [0.0, 3, 0, 0, 0], "attention": 0.2}
+    columns |= {"true_effect": [2.0, 0, -1, 0, 0], "role": ["cause", "decoy", "cause", "background", "lone"]}
+    events = pd.DataFrame({"icu_stay_id": 1, "patient_id": 1} | columns)
     scores = selfcheck.planted_scores(events).set_index("method")
-    assert scores.loc["attribution", ["precision", "right_sign", "cause", "decoys", "traps"]].tolist() == [
-        1,
-        1,
-        1.5,
-        0,
-        0.5,
-    ]
+    names = ["precision", "right_sign", "cause", "decoys", "traps"]
+    assert scores.loc["attribution", names].tolist() == [1, 1, 1.5, 0, 0.5]
     assert scores.loc["if_unremarkable", "precision"] == 0.5 and scores.loc["attention", "chance"] == 0.4
 
 
-def test_errors_of_redundant_groups_are_told_apart_by_size():
-    groups = pd.DataFrame(
-        {
-            "size": [1, 2, 2],
-            "attribution": [1.5, 1.5, 1.5],
-            "joint": [1.0, 3, 1],
-            "alone": [2.0, 2, 2],
-            "true": [2.0, 2, 2],
-        }
-    )
-    rows = {row["check"]: row["value"] for row in selfcheck.of_redundancy(groups)}
+def test_errors_of_redundant_groups_are_told_apart_by_size_and_traps_that_move_the_model_are_its_error():
+    columns = {"size": [1, 2, 2], "attribution": 1.5, "joint": [1.0, 3, 1], "alone": 2.0, "true": 2.0}
+    rows = {row["check"]: row["value"] for row in selfcheck.of_redundancy(pd.DataFrame(columns))}
     assert rows["redundant, 1"] == 0 and rows["redundant, 1: in the stay"] == rows["redundant, 1: model"] == 0.5
     assert rows["redundant, 2"] == pytest.approx(0.25) and rows["redundant, 2: model"] == 0
-
-
-def test_a_trap_that_moves_the_model_as_a_cause_does_is_the_models_error():
-    events = pd.DataFrame(
-        {
-            "role": ["cause", "cause", "early", "lone", "decoy"],
-            "true_effect": [2.0, -2, 0, 0, 0],
-            "if_unremarkable": [1.0, -1, 1, 0.5, 0],
-            "attribution": [2.0, -2, 2, 1, 0],
-        }
-    )
-    assert [row["value"] for row in selfcheck.of_traps(events)] == [0.75, 0.75]
+    columns = {"role": ["cause", "cause", "early", "lone", "decoy"], "true_effect": [2.0, -2, 0, 0, 0]}
+    columns |= {"if_unremarkable": [1.0, -1, 1, 0.5, 0], "attribution": [2.0, -2, 2, 1, 0]}
+    assert [row["value"] for row in selfcheck.of_traps(pd.DataFrame(columns))] == [0.75, 0.75]
 
 
 def test_truth_is_matched_by_stay_text_and_order_and_another_samples_is_an_error():
     truth = pd.DataFrame({"icu_stay_id": 1, "event_text": ["a", "b", "a"], "true_effect": [1.0, 2, 3]})
     events = pd.DataFrame({"icu_stay_id": 1, "event_text": ["a", "a", "b"]})
-    assert selfcheck.truth_of(events, truth)["true_effect"].tolist() == [1, 3, 2]
+    assert selfcheck.with_truth(events, truth)["true_effect"].tolist() == [1, 3, 2]
     with pytest.raises(ValueError, match="different samples"):
-        selfcheck.truth_of(events.assign(event_text="c"), truth)
+        selfcheck.with_truth(events.assign(event_text="c"), truth)
 
 
 def test_what_falls_short_is_returned():
-    found = explain._without_interval(0.1, 3)
-    short = explain._criterion("c", "m", found, (">=", 0.9), "it is {value:.1f}") | {"seed": "all"}
+    short = selfcheck.criterion("c", "m", {"value": 0.1, "n": 3}, "it is {value:.1f}", ">= 0.9") | {"seed": "all"}
+    assert short["sentence"] == "it is 0.1" and short["passed"] is False and np.isnan(short["low"])
     assert selfcheck.say(pd.DataFrame([short])) == 1
     assert selfcheck.say(pd.DataFrame([short | {"passed": True}])) == 0
-    assert np.isnan(short["low"])

@@ -92,6 +92,13 @@ def test_output_of_a_stay_depends_on_no_other_of_its_batch(model, batch):
     assert torch.allclose(model(*batch)[order], model(*(part[order] for part in batch)), atol=1e-6)
 
 
+def test_events_are_normalised_and_static_features_weighed_as_training_says(model, batch):
+    (sequences, static, mask), mean, scale = batch, torch.randn(INPUT), torch.rand(INPUT) + 0.5
+    by_hand = model((sequences - mean) / scale, 2 * static, mask)
+    model.set_input_statistics(mean, scale, torch.full((S,), 2.0))
+    assert torch.allclose(model(*batch), by_hand, atol=1e-5)
+
+
 def test_stays_without_events_have_a_finite_output(model, batch):
     sequences, static, mask = batch
     assert torch.isfinite(model(sequences, static, torch.zeros_like(mask))).all()
@@ -206,18 +213,28 @@ def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
     assert torch.allclose(covariance, torch.diag(expected), atol=1e-4)
 
 
-def test_history_reaches_the_projection_only_where_a_number_is():
-    """Without a number the six quantiles mean nothing: count, time and text still do."""
-    projection = train.ItemHistoryProjection(INPUT, 8)
-    events = torch.randn(4, INPUT + len(HISTORY)).clamp(-1, 1)
-    events[:, INPUT + HISTORY.index("has_value")] = torch.tensor([0.0, 0, 1, 1])
-    other = events.clone()
-    other[:, INPUT] = -events[:, INPUT]  # another value
-    changed = (projection(events) - projection(other)).abs().amax(1) > 1e-4
-    assert changed.tolist() == [False, False, True, True]
+def test_numbers_enter_as_eight_soft_steps_and_only_where_an_event_has_one():
+    projection = train.ItemHistoryProjection(INPUT, 52)  # 6 quantiles of 8 steps, 3 other numbers, the time
+    for layer in (projection.text, projection.product):
+        torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(projection.text.bias)
+    torch.nn.init.eye_(projection.numbers.weight)
+    events = torch.zeros(4, INPUT + len(HISTORY))
+    events[:, INPUT] = torch.tensor([-1, 0.125, 1, 1])  # quantiles of the value
+    events[:, INPUT + HISTORY.index("has_value")] = torch.tensor([1.0, 1, 1, 0])
+    expected = [[-0.5] * 8, [0.5] * 4 + [0] + [-0.5] * 3, [0.5] * 8, [0] * 8]
+    assert projection(events)[:, :8].tolist() == expected
 
 
-# ---- Dataset and batches
+def test_bias_multiplies_what_the_latest_event_of_an_item_weighs():
+    model = train.ClinicalTransformer(INPUT + len(HISTORY), S, n_history=len(HISTORY), **SIZES).eval()
+    sequences, odds = torch.randn(1, 2, INPUT + len(HISTORY)), []
+    sequences[0, :, INPUT + HISTORY.index("is_latest")] = torch.tensor([0.0, 1])
+    for bias in (train.LATEST_BIAS, 0.0):
+        torch.nn.init.constant_(model.latest_bias, bias)
+        weights = model(sequences, torch.zeros(1, S), return_attention=True)[1]["pooling_weights"][0, :, 0]
+        odds.append(weights[:, 1] / weights[:, 0])  # of each head
+    assert torch.allclose(odds[0], math.exp(4) * odds[1], rtol=1e-4)
 
 
 def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
@@ -235,14 +252,19 @@ def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model
     stays = np.array([4, 0, 9, 1])
     batch = dataset.packed(stays)
     assert batch.layout.lengths == dataset.lengths[stays].tolist() and len(batch.events) == dataset.lengths[stays].sum()
-    logits, _ = small_model.score_packed(batch.events, batch.static_features, batch.layout)
+    logits, details = small_model.score_packed(batch.events, batch.static_features, batch.layout)
     assert torch.allclose(logits, padded_logits(small_model, dataset, stays), atol=1e-6)
     assert torch.equal(batch.labels, dataset.labels[stays])
-    objective = train.TrainingObjective(small_model, train.TemporalAwareLoss(32), preprocessor)
+    loss = train.TemporalAwareLoss(32)
+    objective = train.TrainingObjective(small_model, loss, preprocessor)
     padded = train.collate_stays([dataset[stay] for stay in stays])
     assert padded["attention_mask"].sum(1).tolist() == dataset.lengths[stays].tolist()
     assert not padded["sequences"][~padded["attention_mask"]].any()
     assert torch.allclose(objective(batch, 773), objective(padded, 773), atol=1e-6)
+    table = dataset.table.take(stays)
+    hours = train.unpack(torch.from_numpy(table.minutes_to_end[:, None] / 60), batch.layout).squeeze(2)
+    by_hand = loss(logits, details["transformer_output"], batch.labels, hours, batch.layout.attention_mask)
+    assert torch.allclose(objective(batch, 773), by_hand, atol=1e-5)
 
 
 def test_layouts_of_lengths_and_of_a_mask_agree():
@@ -327,9 +349,6 @@ def test_items_of_events_are_their_texts_without_numbers(dataset, table):
     items = train.items_of_events(dataset)
     assert len(items) == len({read_text(text).without_value for text in table.texts[np.unique(table.text)]})
     assert items.shape[1] == dataset.input_dim - 1 and (items[:, :5].sum(1) == 1).all()
-
-
-# ---- Loss, and attention files
 
 
 def test_temporal_weights_and_loss_of_two_events_by_hand():

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +65,6 @@ def test_training_writes_every_output_with_each_patient_in_one_part(sample_run):
     assert len(together) == len(set(together)) == 69 and set(patients) == {"train", "validation", "test"}
 
 
-@pytest.mark.parametrize("script, settings", [(train, train.Settings), (explain, explain.ExplainSettings)])
-def test_help_names_every_setting_of_both_scripts(script, settings, capsys):
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0 and "95 % interval" in " ".join(shown.split())
-    assert all(f"--{field.name}" in shown for field in fields(settings))
-
-
 def test_attention_is_saved_at_most_five_times_an_epoch_spread_evenly(finished, tmp_path):
     changes = {"output_dir": str(tmp_path), "batch_size": 3, "save_attention_every": 1}
     trainer, _ = train.train_model(replace(train.load_checkpoint(best_model(finished)).settings, **changes))
@@ -84,7 +75,8 @@ def test_attention_is_saved_at_most_five_times_an_epoch_spread_evenly(finished, 
     assert saved["pooling_weights"][0, :, 0].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
 
 
-def test_learning_rate_warms_up_then_falls_along_half_a_cosine(finished, tmp_path):
+def test_learning_rate_averaging_and_static_weights_follow_their_formulas(finished, tmp_path):
+    """Half a cosine after a warm-up of 50 steps or a tenth; a mean that looks back over ever more steps, 50 at most."""
     settings = replace(train.load_checkpoint(best_model(finished)).settings, output_dir=str(tmp_path))
     trainer, _ = train.train_model(settings)
     shares = {(0, 0): 0.02, (24, 0): 0.5, (49, 0): 1, (0, 0.1): 0.97553, (99, 0.5): 0.5, (99, 1): 0}
@@ -92,6 +84,20 @@ def test_learning_rate_warms_up_then_falls_along_half_a_cosine(finished, tmp_pat
         trainer.set_learning_rate(fraction)
         rate = trainer.optimizer.param_groups[0]["lr"]
         assert rate == pytest.approx(share * settings.learning_rate, abs=1e-7)
+    for trainer.step, share in {0: 1, 10: 0.5, 10_000: 0.02}.items():
+        averaged = [torch.zeros(1)]
+        trainer.average_weights(averaged, [torch.ones(1)], 0)
+        assert averaged[0].item() == pytest.approx(share)
+    is_number = [category is None for _, category in trainer.preprocessor.static_names]
+    assert trainer.model.static_weight.tolist() == [3 if number else 1 for number in is_number]
+
+
+def test_weights_of_the_lowest_validation_loss_are_kept_and_patience_ends_training(finished, tmp_path, monkeypatch):
+    found = iter([{"validation_loss": loss, "validation_auroc": 0.5} for loss in (0.7, 0.5, 0.6, 0.6, 0.4)])
+    monkeypatch.setattr(train.Trainer, "validate", lambda trainer: next(found))
+    changes = {"output_dir": str(tmp_path), "max_epochs": 5, "patience": 2}
+    trainer, best = train.train_model(replace(train.load_checkpoint(best_model(finished)).settings, **changes))
+    assert (trainer.epochs_done, trainer.best_epoch, best.state["epochs_done"]) == (4, 2, 2)
 
 
 def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(sample_run, tmp_path, monkeypatch):
@@ -160,20 +166,20 @@ def test_prospective_run_uses_no_column_known_only_later(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
-    """A run on stays of which the first two are alike until hour 3; one dies, in another unit."""
+    """A run on stays of which the first two are alike until hour 2; an event of hour 3 is known half an hour later."""
     folder = tmp_path_factory.mktemp("twins")
     table = small_table(n_events=6).assign(last_icu_careunit=lambda t: "MICU " + t[LABEL])
     first, second = table[:6], table.index[6:12]
     same = ["patient_gender", "patient_age"]
     table.loc[second, same] = first[same].to_numpy()
-    table.loc[second[:3], "event_text"] = first["event_text"][:3].to_numpy()
+    table.loc[second[:2], "event_text"] = first["event_text"][:2].to_numpy()
     table.drop(index=second[4]).to_csv(folder / "data.csv", index=False)  # later on, they differ in number, too
     features = [name for name in STATIC_COLUMNS if name != "discharge_location"]
     assert train.main(arguments(folder, folder / "data.csv", "--static-features", *features)) == 0
     return folder
 
 
-def test_stays_equal_until_hour_3_have_equal_risks_at_3_hours_though_they_differ_later(twins):
+def test_stays_of_which_the_same_is_known_at_3_hours_have_equal_risks_though_they_differ_later(twins):
     out, _ = evaluated(twins, twins / "data.csv", best_model(twins), "--trajectory", "3,6")
     risks = pd.read_csv(out / "risk_trajectories.csv").set_index(["hours_after_admission", "icu_stay_id"])
     at_3, at_6 = (risks["probability"].loc[hour] for hour in (3, 6))
@@ -207,7 +213,7 @@ def test_item_history_and_another_encoder_train_and_explain(tiny_longformer, fin
     monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 1, 100))  # checked, layered, replaced
     given = {"cache_dir": str(tmp_path / "cache"), "text_encoder": str(tiny_longformer), "n_bootstrap": 20}
     found = explain.run_explainability_analysis(best_model(tmp_path), stays=1, max_stays=3, **given)
-    assert "no layers" in set(found.verdict["check"])
+    assert "no layers" in found.verdict.set_index("check")["sentence"]["layer attention, none"]
     assert not {"layer_attention_weights", "captum_layer_attributions"} & set(found.figures)
 
 

@@ -13,52 +13,50 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import machine, markdown, peak_memory_gb, run_alone, train
+from common import machine, markdown, peak_memory_gb, run_alone
 
 import explain_clinicalLF as explain
+from clinical_lf.tables import EVENT_ARRAYS, StayTable
 
 
-def long_stays(table: train.StayTable, n_stays: int, n_events: int) -> train.StayTable:
+def long_stays(table: StayTable, n_stays: int, n_events: int) -> StayTable:
     """Stays of other patients of `n_events` each: the table's events round and round, by their time to the end."""
     rows = np.arange(n_stays * n_events).reshape(n_stays, n_events) % len(table.text)
     order = np.argsort(-table.minutes_to_end[rows], axis=1, kind="stable")
     events = np.take_along_axis(rows, order, axis=1).ravel()
-    arrays = {name: getattr(table, name)[events] for name in train.EVENT_ARRAYS}
+    arrays = {name: getattr(table, name)[events] for name in EVENT_ARRAYS}
     numbers = np.arange(n_stays)
     stays = table.stays.iloc[numbers % len(table.stays)].reset_index(drop=True)
     stays = stays.assign(icu_stay_id=numbers, patient_id=numbers)
     return replace(table, stays=stays, offsets=n_events * np.arange(n_stays + 1), **arrays)
 
 
-def steps(run: explain._Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
+def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
     """Seconds of the single steps on the one stay of the run, and of all of them together as the program takes them."""
     model, (sequence, static), baseline = run.checkpoint.model, run.inputs(0), run.checkpoint.baseline
-    removed = np.arange(min(settings.max_replacements, sequence.shape[1]))
+    removed = np.arange(min(explain.Effort().replaced, sequence.shape[1]))
+    attribute = partial(explain.captum_analysis, model, sequence, static, baseline=baseline, n_steps=explain.IG_STEPS)
+    replace_events = partial(explain.replace_each_event, model, sequence, static, baseline, removed)
     for name, step in (
-        (
-            f"Integrated Gradients, {settings.ig_steps} steps",
-            lambda: explain.captum_analysis(model, sequence, static, baseline=baseline, n_steps=settings.ig_steps),
-        ),
-        (
-            f"replacement of {len(removed)} events",
-            lambda: explain._replace_each_event(model, sequence, static, baseline, removed),
-        ),
-        ("attention of every layer and head", lambda: explain._attend(model, sequence, static)),
-        ("everything, as the program does it", lambda: explain._explain(run, settings)),
+        (f"Integrated Gradients, {explain.IG_STEPS} steps", attribute),
+        (f"replacement of {len(removed)} events", replace_events),
+        ("attention of every layer and head", lambda: explain.attend(model, sequence, static)),
+        ("everything, as the program does it", lambda: explain.explain_stays(run, settings)),
     ):
         started = time.monotonic()
         step()
         yield name, time.monotonic() - started
 
 
-def whole(run: explain._Run) -> Iterator[tuple[str, float]]:
+def whole(run: explain.Run) -> Iterator[tuple[str, float]]:
     """CPU seconds of explaining all stays of the run as the program does it, tables of stays written, no pictures."""
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, explain._stay_files(Path(folder)) as write:
-        explain._explain(run, explain.ExplainSettings(max_stays=0), write)
+    with tempfile.TemporaryDirectory() as folder, explain.stay_files(Path(folder)) as write:
+        explain.explain_stays(run, explain.ExplainSettings(max_stays=0), write)
     yield f"CPU seconds of all {len(run.table.stays)} stays", time.process_time() - started
 
 
@@ -70,7 +68,7 @@ def measure(n_events: int, n_stays: int) -> None:
         size = selfcheck.Size(max(100, n_events // 4), 1, cache_dir=folder)  # twice the events of one such stay
         trained, _ = selfcheck.train_on_sample(0, Path(folder), size)
     table = long_stays(trained.table, n_stays, n_events)
-    run = explain._make_run(trained.checkpoint, table, trained.vectors, True, explain._full_precision())
+    run = selfcheck.run_of(trained.checkpoint, table, trained.dataset.text_vectors)
     before = peak_memory_gb()
     for name, seconds in whole(run) if n_stays > 1 else steps(run, explain.ExplainSettings(stays=1)):
         print(f"{n_events}|{name}|{seconds:.1f}|{before:.2f}|{peak_memory_gb():.2f}", flush=True)

@@ -110,7 +110,7 @@ def read_folder(folder: str, cache: str, rules: list[str], settings: train.Setti
     with tempfile.TemporaryDirectory() as place:
         mimic.QUERY_FILE = Path(place) / "query.sql"
         mimic.QUERY_FILE.write_text(query, "utf-8")
-        mimic.MIMIC_TABLES["hosp/labevents"] = labs + ", priority VARCHAR"
+        mimic.MIMIC_TABLES["hosp/labevents"] = labs | {"priority": "VARCHAR"}
         table, report = read_stays(folder, cache)
         mimic.MIMIC_TABLES["hosp/labevents"] = labs
     doubles = report.counts.get("event_repeated", 0)
