@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -25,9 +25,24 @@ from clinical_lf.findings import (
     means_by,
     rank_agreement,
     stay_shares,
-    system_table,
 )
-from clinical_lf.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, tidy
+from clinical_lf.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SHARES,
+    SIGNED,
+    VERMILLION,
+    bands,
+    error_dots,
+    few_ticks,
+    legend_above,
+    name_rows,
+    new_figure,
+    small_bar,
+    tidy,
+)
 from clinical_lf.tables import EVENT_TYPES
 
 Tables = dict[str, Any]
@@ -35,8 +50,6 @@ Tables = dict[str, Any]
 TO_END = "hours before the final event or observation limit"
 LOGIT = "logit (right: towards death)"
 PART_WORDS = {f"attribution_{part}": part for part in ("text", "history", "type", "time")}
-SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
-SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
 OVER_TIME = {  # measures of an event: word, is it a push, colour and marker
     "attention": ("pooling attention", False, BLUE, "o"),
     "rollout": ("attention rollout", False, ORANGE, "s"),
@@ -61,66 +74,9 @@ def page(question: str, caption: str, height: float) -> Figure:
     return new_figure(question, " · ".join(filter(None, (caption, report.DISCLAIMER))), height)
 
 
-def bands(figure: Any, heights: Sequence[float]) -> list[Any]:
-    """Return subfigures one below the other."""
-    return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-
-
-def error_dots(
-    axes: Axes, table: pd.DataFrame, at: Any, color: Any, marker: str = "o", label: str = "", upright: bool = False
-) -> None:
-    """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
-    (axes.vlines if upright else axes.hlines)(at, table["low"], table["high"], color=color, linewidth=1.1)
-    x, y = (at, table["mean"]) if upright else (table["mean"], at)
-    axes.scatter(x, y, color=color, marker=marker, s=16, label=label or None, zorder=3)
-
-
-def name_rows(axes: Axes, left: Sequence[str], right: Sequence[str] = ()) -> None:
-    """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
-    axes.axvline(0, color="black", linewidth=0.7)
-    axes.set_yticks(range(len(left)), left, fontsize=7.5)
-    axes.set_ylim(len(left) - 0.4, -0.6)
-    axes.grid(axis="x", color="#eeeeee")
-    axes.set_axisbelow(True)
-    if len(right):
-        other = axes.secondary_yaxis("right")
-        other.set_yticks(range(len(left)), right, fontsize=7)
-        other.tick_params(length=0)
-        other.spines["right"].set_visible(False)
-
-
-def few_ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
-    """Have at most so many ticks, and no offset or power of ten beside an axis."""
-    axes.xaxis.set_major_locator(MaxNLocator(x))
-    if y:
-        axes.yaxis.set_major_locator(MaxNLocator(y))
-    axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
-
-
-def legend_above(subfigure: Any, axes: Axes) -> None:
-    """Name the marks of a panel in one line above all panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    subfigure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=7.5, frameon=False)
-
-
-def small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, names: Any = None) -> None:
-    """Draw the bar of a picture's colours."""
-    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=40, ticks=ticks)
-    if names is not None:
-        bar.set_ticks(ticks, labels=names)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-
-
 def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
     """Return the rows of one stay."""
     return table[table["icu_stay_id"] == icu_stay_id]
-
-
-def verdict_on_layers(tables: Tables) -> str:
-    """Return what the verdict says of the layers' attention."""
-    verdict = tables["verdict"]
-    return " ".join(verdict["sentence"][verdict["check"].str.startswith("layer attention")])
 
 
 def draw_stems(
@@ -164,12 +120,13 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     doublings = np.log2(np.maximum(maps * len(hours), 2.0**-9))  # 0: an even share, 1/L
     reach = 4 if np.nanquantile(np.abs(doublings), 0.9) > 2 else 2
     question = f"Which events does each head of each layer look at? Stay {attention['icu_stay_id']}, "
-    figure = page(f"{question}{len(hours)} events", f"{verdict_on_layers(tables)} {caption}", 0.85 * n_layers + 1.4)
+    caption = f"{report.verdict_on_layers(tables['verdict'])} {caption}"
+    figure = page(f"{question}{len(hours)} events", caption, 0.85 * n_layers + 1.4)
     grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
     ticks, places = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)], [0, n_bins / 2, n_bins]
-    style: dict[str, Any] = {"cmap": SHARES, "vmin": -reach, "vmax": reach, "extent": (0, n_bins, n_bins, 0)}
     for (layer, head), axes in np.ndenumerate(grid):
-        image = axes.imshow(doublings[layer, head], aspect="auto", **style)
+        image = axes.imshow(doublings[layer, head], SHARES, vmin=-reach, vmax=reach, extent=(0, n_bins, n_bins, 0))
+        axes.set_aspect("auto")
         axes.set_xticks(places, ticks, fontsize=6)
         axes.set_yticks(places, ticks, fontsize=6)
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
@@ -178,8 +135,7 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
             axes.set_title(f"head {head + 1}" if head < n_heads else "mean", fontsize=8)
         if head == 0:
             axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
-    label = f"event looked at: {TO_END}; event that looks: downwards, same scale"
-    grid[-1, n_heads // 2].set_xlabel(label, fontsize=8)
+    grid[-1, n_heads // 2].set_xlabel(f"event looked at: {TO_END}; event that looks: downwards, same scale", fontsize=8)
     steps = np.linspace(-reach, reach, 5)
     names = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
     small_bar(figure, image, grid, "attention, times an even share", steps, names)
@@ -260,9 +216,8 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     matters = grid["effect"][names].to_numpy(float) > FLOOR
     question += f" {matters.any(0).sum()} of {len(names)} heads matter"
     figure = page(question, caption, 0.28 * len(properties) + 1.9)
-    axes, style = figure.subplots(), {"cmap": SIGNED, "norm": Normalize(-1, 1), "aspect": "auto"}
-    strength = np.where(matters, 1.0, 0.35)
-    image = axes.imshow(grid["correlation"][names].to_numpy(float), alpha=strength, **style)  # type: ignore[arg-type]
+    axes, values = figure.subplots(), grid["correlation"][names].to_numpy(float)
+    image = axes.imshow(values, SIGNED, Normalize(-1, 1), aspect="auto", alpha=np.where(matters, 1.0, 0.35))
     for at, (layer, head) in enumerate(names):
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
@@ -280,12 +235,11 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
     events, statics = tables["events"], tables["statics"]
     items, least = important_items(events, 12)
     of_items = events[events["item"].isin(items)]
+    systems = tables["systems"].rename(columns={"system": "group", "push": "attribution"})
     blocks = {
         ("Event types, per event", "events"): events.assign(group=events["event_type"].replace(TYPE_WORDS)),
         (f"Items, per event (of {least} patients or more)", "events"): of_items.assign(group=of_items["item"]),
-        ("Organ systems, sum of a stay's events", "stays"): system_table(events).assign(
-            group=lambda table: table["system"], attribution=lambda table: table["push"]
-        ),
+        ("Organ systems, sum of a stay's events", "stays"): systems,
         ("Patient and admission, per stay", "stays"): statics.assign(group=statics["feature"]),
     }
     n_rows = [table["group"].nunique() for table in blocks.values()]
@@ -317,8 +271,7 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
 def draw_item_importance(tables: Tables, caption: str) -> Figure:
     """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place in the item."""
     events, items = tables["events"], tables["items"]
-    question = "Which items push, and is it their high or their low values?"
-    figure = page(question, caption, 0.26 * len(items) + 1.7)
+    figure = page("Which items push, and is it their high or their low values?", caption, 0.26 * len(items) + 1.7)
     axes, norm, draw = figure.subplots(), Normalize(0, 1), np.random.default_rng(0)
     names, rho = [], []
     for at, item in enumerate(items.itertuples()):
@@ -425,7 +378,7 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     labels, at = [name.replace("_", " ") for name in names], np.arange(len(names))
     chosen = stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])]
     stay = chosen.loc[chosen["probability"].idxmax(), "icu_stay_id"]
-    caption = f"{verdict_on_layers(tables)} Patient and admission: held fixed. {caption}"
+    caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
     figure = page("Does the evidence stay with its events on the way through the layers?", caption, 5.4)
     upper, lower = bands(figure, [1.2, 1])
     wide = of_stay(layers, stay).pivot(index="layer", columns="event", values="attribution").loc[names]
@@ -479,14 +432,8 @@ def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     panels[-1].set_xlabel(label, fontsize=8)
     legend_above(upper, panels[0])
     axes, known = lower.subplots(), events.dropna(subset=["if_unremarkable"])
-    style: dict[str, Any] = {
-        "gridsize": 60,
-        "bins": "log",
-        "vmin": 0.1,
-        "cmap": "Greys",
-        "mincnt": 1,
-    }  # one event shows
-    axes.hexbin(known["attribution"], known["if_unremarkable"], **style)
+    pushes, falls = known["attribution"], known["if_unremarkable"]
+    axes.hexbin(pushes, falls, gridsize=60, bins="log", vmin=0.1, cmap="Greys", mincnt=1)  # one event shows
     axes.axline((0, 0), slope=1, color=VERMILLION, linewidth=0.7, linestyle="--")
     agreement = rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
     median = f"median rank correlation within a stay {agreement.median():.2f}"

@@ -212,6 +212,11 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     return f"{who} with {counted(n_events, 'event')}. {ends} {adds}"
 
 
+def verdict_on_layers(verdict: pd.DataFrame) -> str:
+    """Return what the verdict says of the layers' attention."""
+    return " ".join(verdict["sentence"][verdict["check"].str.startswith("layer attention")])
+
+
 def question_of(row: Any) -> str:
     """Return what a check asks."""
     return capital(wording("asks")[row.check].format(method=METHOD_WORDS.get(row.method, "")))

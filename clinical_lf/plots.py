@@ -1,23 +1,27 @@
-"""Pictures of a run: each function returns a matplotlib Figure, drawn without pyplot: no global state changes."""
+"""What all pictures are drawn with, and those of a run: Figures made without pyplot, so no global state changes."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from clinical_lf.files import write_whole
 from clinical_lf.metrics import METRIC_WORDS, calibration_table, checked_predictions, figure_text
 
 BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"  # of Okabe and Ito, for all eyes
 GREEN, GREY = "#009E73", "#767676"
+SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
+SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
 Corner = Literal["", "best", "lower right", "upper center"]
 
@@ -40,6 +44,62 @@ def tidy(axes: Axes, xlabel: str, ylabel: str, title: str = "", legend: Corner =
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         axes.legend(fontsize=8, frameon=False, loc=legend)
+
+
+def bands(figure: Any, heights: Sequence[float]) -> list[Any]:
+    """Return subfigures one below the other."""
+    return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+
+
+def error_dots(
+    axes: Axes, table: pd.DataFrame, at: Any, color: Any, marker: str = "o", label: str = "", upright: bool = False
+) -> None:
+    """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
+    (axes.vlines if upright else axes.hlines)(at, table["low"], table["high"], color=color, linewidth=1.1)
+    x, y = (at, table["mean"]) if upright else (table["mean"], at)
+    axes.scatter(x, y, color=color, marker=marker, s=16, label=label or None, zorder=3)
+
+
+def name_rows(axes: Axes, left: Sequence[str], right: Sequence[str] = ()) -> None:
+    """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
+    axes.axvline(0, color="black", linewidth=0.7)
+    axes.set_yticks(range(len(left)), left, fontsize=7.5)
+    axes.set_ylim(len(left) - 0.4, -0.6)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    if len(right):
+        other = axes.secondary_yaxis("right")
+        other.set_yticks(range(len(left)), right, fontsize=7)
+        other.tick_params(length=0)
+        other.spines["right"].set_visible(False)
+
+
+def few_ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
+    """Have at most so many ticks, and no offset or power of ten beside an axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(x))
+    if y:
+        axes.yaxis.set_major_locator(MaxNLocator(y))
+    axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
+
+
+def legend_above(subfigure: Any, axes: Axes) -> None:
+    """Name the marks of a panel in one line above all panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    subfigure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=7.5, frameon=False)
+
+
+def small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, names: Any = None) -> None:
+    """Draw the bar of a picture's colours."""
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=40, ticks=ticks)
+    if names is not None:
+        bar.set_ticks(ticks, labels=names)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG."""
+    write_whole(path, lambda name: figure.savefig(name, dpi=150, format="png"))
 
 
 def metric_text(figures: dict[str, Any], name: str) -> str:

@@ -123,7 +123,7 @@ class RunFolder:
 
     def figure(self, name: str, figure: Figure) -> None:
         """Write a picture into plots/."""
-        write_whole(self.folder / "plots" / name, lambda path: figure.savefig(path, dpi=150, format="png"))
+        plots.save_figure(self.folder / "plots" / name, figure)
 
     def end(self) -> None:
         """Write how long the run took, and log what its folder holds."""

@@ -14,16 +14,14 @@ from small_table import arguments, best_model, small_table  # noqa: E402
 
 import explain_clinicalLF as explain  # noqa: E402
 import train  # noqa: E402
-from clinical_lf import files  # noqa: E402
-from clinical_lf.run_folder import RunFolder  # noqa: E402
+from clinical_lf import files, plots  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def unpainted(monkeypatch):
     """Figures are made and not painted, which is half of a small run's time; those of the shared runs are painted."""
     empty = lambda path, figure: files.write_whole(path, lambda name: name.write_bytes(b""))
-    monkeypatch.setattr(train, "save_figure", empty)
-    monkeypatch.setattr(RunFolder, "figure", lambda self, name, figure: empty(self.folder / "plots" / name, figure))
+    monkeypatch.setattr(plots, "save_figure", empty)
 
 
 @pytest.fixture(scope="session")
