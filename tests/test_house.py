@@ -39,7 +39,7 @@ def imported(path):
     ],
     ids=["train.py", "explain_clinicalLF.py", "clinical_lf", "tests"],
 )
-@pytest.mark.xfail(strict=True, reason="the house still stands above its ceilings: 2,118, 1,598, 4,615 and 8,000 lines")
+@pytest.mark.xfail(strict=True, reason="the house still stands above its ceilings")
 def test_lines_stay_below_their_ceiling(paths, most):
     assert 0 < n_lines(paths) <= most
 
