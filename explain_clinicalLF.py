@@ -24,6 +24,7 @@ import logging
 import math
 import operator
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ __all__ = [
     "stay_of",
 ]
 
-MAX_MAP_EVENTS, MAX_MAP_BINS = 3000, 64  # layer maps grow with the square of the events
+MAX_MAP_EVENTS = 3000  # layer maps grow with the square of the events
 GRADIENT_EVENTS = 2048  # of a pass with gradients, some 100 kB each
 FORWARD_EVENTS = 8192  # of a pass without, some 30 kB each
 IG_STEPS = 12  # nine in ten stays are complete with them; the others are tried again with 4 and 16 times as many
@@ -167,24 +168,23 @@ def load_unseen(
 
     Raises InputError where a file cannot be read, the encoder is another one, or no such stay exists.
     """
-    settings = settings or ExplainSettings()
-    trained = train.load_checkpoint(checkpoint_path).settings
-    is_frame = isinstance(test_data_path, pd.DataFrame)
-    data = "the data frame" if is_frame else str(test_data_path)
+    settings, accelerator = settings or ExplainSettings(), float32_accelerator()
+    checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
+    trained, frame = checkpoint.settings, test_data_path if isinstance(test_data_path, pd.DataFrame) else None
+    data = str(test_data_path) if frame is None else "the data frame"
     if not data and not train.data_path(trained.data).exists() and "*" not in trained.data:
         raise InputError(f"{trained.data}: the data that the checkpoint was trained on are not there. Give --data.")
     # The folder given, else the one that training used, where this machine has it, else train.py's default.
     own = trained.cache_dir if os.access(trained.cache_dir, os.W_OK) else train.Settings.cache_dir
     given = {"data": data, "cache_dir": settings.cache_dir or own, "memory_limit": settings.memory_limit}
     given |= {"labels": settings.labels, "text_encoder": settings.text_encoder}
-    frame = test_data_path if isinstance(test_data_path, pd.DataFrame) else None
-    loaded = train.load_run(checkpoint_path, given, float32_accelerator(), frame, only_unseen=True)
+    loaded = train.load_run(checkpoint, given, accelerator, frame, only_unseen=True)
     of_all = loaded.source.table.stays
-    held_out = bool(of_all["patient_id"].isin(loaded.checkpoint.patients["test"]).any())
-    if not held_out and not loaded.checkpoint.is_seen(of_all).any():
+    held_out = bool(of_all["patient_id"].isin(checkpoint.patients["test"]).any())
+    if not held_out and not checkpoint.is_seen(of_all).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
-    is_new_item = loaded.checkpoint.is_new_item(loaded.table.texts)
-    return Run(loaded.checkpoint, loaded.table, loaded.dataset, loaded.logits, held_out, is_new_item)
+    is_new_item = checkpoint.is_new_item(loaded.table.texts)
+    return Run(checkpoint, loaded.table, loaded.dataset, loaded.logits, held_out, is_new_item)
 
 
 def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:
@@ -229,8 +229,7 @@ class ReducedMaps(list):
     """Takes each layer's weights (1, H, L, L) as the layer makes them and keeps what is needed of them."""
 
     def append(self, weights: Tensor) -> None:
-        bins = min(weights.shape[-1], MAX_MAP_BINS)
-        super().append((weights[0].mean(1), F.adaptive_avg_pool2d(weights[0], bins), weights[0].mean(0)))
+        super().append((weights[0].mean(1), train.binned(weights)[0], weights[0].mean(0)))
 
 
 @torch.no_grad()
@@ -244,7 +243,7 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
         model.score_packed(events[recent:], static, layout_of(events[recent:]), layers)
     pooling, outputs = pooled["pooling_weights"][0, :, 0], pooled["transformer_output"][0]  # (Hp, L), (L, D)
     n_heads, n_recent = model.architecture["n_heads"], len(outputs) - recent
-    n_bins = min(n_recent, MAX_MAP_BINS)
+    n_bins = min(n_recent, train.MAX_MAP_BINS)
     received, maps = pooling.new_zeros(0, n_heads, n_recent), pooling.new_zeros(0, n_heads, n_bins, n_bins)
     for of_events, binned, _ in layers:
         received, maps = torch.cat([received, of_events[None]]), torch.cat([maps, binned[None]])
@@ -779,6 +778,7 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
 
 OFF_STAYS = 10  # whose attention is switched off
 TIME_SHUFFLES = 5
+ABNORMAL = re.compile(r"\| Flag: abnormal|\| Level: (?!within range)")
 KEPT_STAYS = 1000  # drawn at random: their tables stay in memory for summaries and pictures; the files have all stays
 
 
@@ -821,9 +821,7 @@ def describe_events(run: Run, stay: int, leaks: Mapping[str, float]) -> pd.DataF
         "item": [reading.item for reading in readings],
         "value": [reading.value for reading in readings],
         "in_history": history_in_words(item_history(table.take(np.array([stay])))) if uses_history else "",
-        "is_abnormal": [
-            " | Flag: abnormal" in text or " | Level: " in text.replace(" | Level: within range", "") for text in texts
-        ],
+        "is_abnormal": [bool(ABNORMAL.search(text)) for text in texts],
         "is_new_item": run.is_new_item[table.text[rows]],
         "tells_outcome": [mask_numbers(text) in leaks for text in texts],
     }

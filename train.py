@@ -1197,11 +1197,6 @@ class TrainingObjective(nn.Module):
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_figure(path: Path, figure: Any) -> Path:
-    """Write a matplotlib figure as PNG."""
-    return write_whole(path, lambda name: figure.savefig(name, dpi=150, format="png"))
-
-
 class Checkpoint(NamedTuple):
     """A trained model and all that is needed to apply and explain it."""
 
@@ -1520,7 +1515,7 @@ class Trainer:
             "preprocessor": self.preprocessor.state_dict(),
         }
         own = "text_encoder patients data_fingerprint baseline training_items history epochs_done step"
-        state |= {name: getattr(self, name) for name in own.split()}
+        state |= {part: getattr(self, part) for part in own.split()}
         if name == "latest_checkpoint.pth":
             state["objective"] = self.accelerator.unwrap_model(self.objective).state_dict()
             state |= {"n_averaged": self.average.n_averaged, "optimizer": self.optimizer.state_dict()}
@@ -1557,7 +1552,7 @@ class Trainer:
         self.finish_writing()
 
         def write() -> None:
-            from clinical_lf.plots import draw_saved_attention
+            from clinical_lf.plots import draw_saved_attention, save_figure
 
             path = save_attention_weights(record, batch, epoch, self.output / "attention_weights")
             hours_label = f"hours before the {'prediction' if self.settings.prospective else 'final event'}"
@@ -1678,13 +1673,13 @@ def run(settings: Settings) -> dict[str, Any]:
         source = read_source(settings, accelerator)
         # Split first: a table too small for it is refused before hours of encoding.
         splits = choose_splits(source.table, settings)
-        settings, encoder = make_text_encoder(settings, source.table.texts, accelerator)
-        describe_plan(source.table, splits, settings, encoder)
+        texts = texts_to_encode(source.table.texts, settings)
+        settings, encoder = make_text_encoder(settings, texts, accelerator)
+        describe_plan(source.table, splits, texts, settings, encoder)
         if settings.dry_run:
             return {}
-        vectors = embed_texts(encoder, source.table.texts, settings, accelerator)
+        vectors = embed_texts(encoder, texts, accelerator)
         data = [TrainingData(source.table, split, vectors, encoder.id) for split in splits]
-        del encoder  # its weights leave memory, before the model trains
         if settings.cross_validate or settings.seeds > 1:
             return train_repeatedly(source, data, settings, accelerator)
         return train_and_report(source, data[0], settings, accelerator)[0]
@@ -1796,7 +1791,9 @@ def choose_splits(table: StayTable, settings: Settings) -> list[Split]:
     return [own or split_by_patient(table, settings.seed, 0.0 if settings.no_test else 0.2)]
 
 
-def describe_plan(table: StayTable, splits: list[Split], settings: Settings, encoder: ClinicalTextEncoder) -> None:
+def describe_plan(
+    table: StayTable, splits: list[Split], texts: list[str], settings: Settings, encoder: ClinicalTextEncoder
+) -> None:
     """Log the sizes of the parts, with a warning where figures will be luck, and what the run will do and need."""
     from clinical_lf.metrics import is_too_few, too_few_in_words
 
@@ -1813,7 +1810,7 @@ def describe_plan(table: StayTable, splits: list[Split], settings: Settings, enc
                 logger.info(f"Split       {words}; which epoch is best is partly luck")
             else:
                 logger.warning(f"Split       WARNING: {words}; --cross-validate 5 tests on every stay once")
-    keys = np.unique(text_keys(map(clean_text, texts_to_encode(table.texts, settings))))
+    keys = np.unique(text_keys(texts))
     n_missing = int(encoder.cache.missing(keys).sum())
     n_trainings = max(len(splits), settings.seeds)
     again = f"{n_trainings} times " if n_trainings > 1 else ""
@@ -1836,7 +1833,7 @@ def texts_to_encode(texts: np.ndarray, settings: Settings) -> list[str]:
 
 
 def make_text_encoder(
-    settings: Settings, texts: np.ndarray, accelerator: Accelerator
+    settings: Settings, texts: list[str], accelerator: Accelerator
 ) -> tuple[Settings, ClinicalTextEncoder]:
     """Return the settings with the encoder that is to be had, and it, loaded where a text has no vector yet.
 
@@ -1849,8 +1846,7 @@ def make_text_encoder(
         encoder = ClinicalTextEncoder(
             settings.text_encoder, settings.max_text_tokens, Path(settings.cache_dir), devices=devices
         )
-        keys = text_keys(map(clean_text, texts_to_encode(texts, settings)))
-        if not settings.dry_run and encoder.cache.missing(keys).any():
+        if not settings.dry_run and encoder.cache.missing(text_keys(texts)).any():
             encoder.load()
     except InputError as error:
         failure = error
@@ -1867,23 +1863,24 @@ def make_text_encoder(
     return make_text_encoder(replace(settings, text_encoder=HashingEncoder.id), texts, accelerator)
 
 
-def embed_texts(
-    encoder: ClinicalTextEncoder, texts: np.ndarray, settings: Settings, accelerator: Accelerator
-) -> np.ndarray:
-    """Return the texts' vectors (n_texts, E); only new ones are computed, by all processes together."""
+def embed_texts(encoder: ClinicalTextEncoder, texts: list[str], accelerator: Accelerator) -> np.ndarray:
+    """Return the texts' vectors (n_texts, E); only new ones are computed, by all processes together.
+
+    The encoder's weights leave memory then: a model is going to train or score there.
+    """
     started, failure = time.monotonic(), None
-    to_encode = texts_to_encode(texts, settings)
     try:
-        encoder.embed(to_encode, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process)
+        encoder.embed(texts, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process)
     except InputError as error:
         failure = error
     if failures := list(filter(None, gather_object([failure]))):  # waits until all have done their share
         raise failures[0]
     logger.info(
-        f"Encoder     {encoder.id}: {len(set(to_encode)):,} distinct texts, {encoder.n_encoded:,} of them new, "
+        f"Encoder     {encoder.id}: {len(set(texts)):,} distinct texts, {encoder.n_encoded:,} of them new, "
         f"{time.monotonic() - started:.1f} s"
     )
-    return encoder.vectors(to_encode)
+    encoder.encoder.unload()
+    return encoder.vectors(texts)
 
 
 def train_model(
@@ -1914,8 +1911,14 @@ def read_training_data(settings: Settings, accelerator: Accelerator) -> Training
     """Return the data that the settings name, split and encoded."""
     table = read_source(settings, accelerator).table
     split = choose_splits(table, settings)[0]
-    settings, encoder = make_text_encoder(settings, table.texts, accelerator)
-    return TrainingData(table, split, embed_texts(encoder, table.texts, settings, accelerator), encoder.id)
+    texts = texts_to_encode(table.texts, settings)
+    settings, encoder = make_text_encoder(settings, texts, accelerator)
+    return TrainingData(table, split, embed_texts(encoder, texts, accelerator), encoder.id)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many numbers training sets."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def train_and_report(
@@ -1934,10 +1937,7 @@ def train_and_report(
             folder.begin(settings.resume)
             folder.write_split(trainer.patients)
             folder.write_audit(data.table, data.split, source.report)
-        n_parameters, world = (
-            sum(parameter.numel() for parameter in trainer.model.parameters()),
-            accelerator.num_processes,
-        )
+        n_parameters, world = count_parameters(trainer.model), accelerator.num_processes
         device = {"cpu": "the CPU", "cuda": "the GPU"}.get(accelerator.device.type, accelerator.device.type)
         precision = "bfloat16 where it suffices" if accelerator.mixed_precision == "bf16" else "float32"
         logger.info(
@@ -1969,7 +1969,7 @@ def train_and_report(
         "epochs": trainer.epochs_done,
         "best_epoch": trainer.best_epoch,
         "seconds": round(sum(row["seconds"] for row in trainer.history), 1),  # of all parts, where it was resumed
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "parameters": count_parameters(trainer.model),
     }
     described = {"text_encoder": data.text_encoder, "training": training, **source.origin()}
     content = folder.report_training(
@@ -1995,7 +1995,7 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(
-    checkpoint_path: str | Path,
+    checkpoint: Checkpoint,
     given: dict[str, Any],
     accelerator: Accelerator,
     frame: pd.DataFrame | None = None,
@@ -2004,10 +2004,9 @@ def load_run(
     """Return the stays of some data, a frame or what `given` names, scored by a checkpoint; nothing is refitted.
 
     given: settings that overrule the checkpoint's; empty ones do not. only_unseen: leave out patients that the model
-    was trained or tuned on. Raises InputError where a file cannot be read, the encoder is another one, or no stay is
+    was trained or tuned on. Raises InputError where the data cannot be read, the encoder is another one, or no stay is
     left.
     """
-    checkpoint = load_checkpoint(checkpoint_path, accelerator.device)
     trained = checkpoint.settings
     given = {name: value for name, value in given.items() if value != ""}
     if not given.get("history_hours"):
@@ -2041,13 +2040,14 @@ def load_run(
         logger.log(
             level, f"Data        {words}{column}: {count} of {len(table.stays)} stays have values unknown to the model"
         )
-    settings, text_encoder = make_text_encoder(settings, table.texts, accelerator)
+    texts = texts_to_encode(table.texts, settings)
+    settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if text_encoder.id != checkpoint.text_encoder:
         raise InputError(
             f"the checkpoint was trained on vectors of {checkpoint.text_encoder}, but --text-encoder gives "
             f"{text_encoder.id}. Give the same encoder."
         )
-    vectors = embed_texts(text_encoder, table.texts, settings, accelerator)
+    vectors = embed_texts(text_encoder, texts, accelerator)
     dataset = ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = predict_logits(checkpoint.model, dataset, settings, accelerator)
     return LoadedRun(checkpoint, settings, source, table, dataset, logits)
@@ -2058,11 +2058,13 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     from clinical_lf import run_folder
 
     names = (
-        "data output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate trajectory"
+        "data output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate trajectory "
+        "n_bootstrap no_test split resume"
     )
-    given = {name: getattr(settings, name) for name in f"{names} n_bootstrap no_test split resume".split()}
-    loaded = load_run(settings.evaluate, given, accelerator)
-    checkpoint, table = loaded.checkpoint, loaded.table
+    given = {name: getattr(settings, name) for name in names.split()}
+    checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
+    loaded = load_run(checkpoint, given, accelerator)
+    table, is_seen = loaded.table, checkpoint.is_seen(loaded.table.stays)
     rows = []
     for hour in trajectory_hours(settings.trajectory):
         present = known_at(loaded.source.whole.take(stay_hours(loaded.source.whole) > hour), hour)
@@ -2076,7 +2078,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
         return {}
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(loaded.settings))
     folder.begin()
-    n_events = np.bincount(table.take(~checkpoint.is_seen(table.stays)).text, minlength=len(table.texts))
+    n_events = np.bincount(table.take(~is_seen).text, minlength=len(table.texts))
     read = [items.read_text(text).item for text in table.texts]
     unseen = pd.DataFrame(
         {"item": read, "events": n_events, "of_new_item": n_events * checkpoint.is_new_item(table.texts)}
@@ -2089,7 +2091,6 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     }
     predictions = run_folder.Predictions.of_logits(table.stays, loaded.logits)
     trajectories = pd.concat(rows, ignore_index=True) if rows else None
-    is_seen = checkpoint.is_seen(table.stays)
     return folder.report_evaluation(
         described, predictions, is_seen, unseen, trajectories, checkpoint.settings.prospective
     )
@@ -2101,10 +2102,8 @@ def train_repeatedly(
     """Train once for each fold, or with several seeds on one split; write the spread, and pooled figures."""
     from clinical_lf import run_folder
 
-    unit, folder = (
-        "fold" if settings.cross_validate else "seed",
-        run_folder.RunFolder(Path(settings.output_dir), asdict(settings)),
-    )
+    unit = "fold" if settings.cross_validate else "seed"
+    folder = run_folder.RunFolder(Path(settings.output_dir), asdict(settings))
     if accelerator.is_main_process:
         folder.begin(settings.resume)
     numbers, outcomes = range(1, 1 + (settings.cross_validate or settings.seeds)), []

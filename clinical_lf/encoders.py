@@ -110,6 +110,9 @@ class HashingEncoder:
             FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
         )
 
+    def unload(self) -> None:
+        """Free nothing: there are no weights."""
+
     def tokenise(self, texts: Sequence[str]) -> list[str]:
         """Return the texts in lower case: a character counts as a token."""
         return [without_surrogates(text).lower() for text in texts]
@@ -222,6 +225,10 @@ class HuggingFaceEncoder:
             use_one_dnn(model)
         others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]  # the last takes the model itself
         self._models = [*others, model.to(self._devices[-1])]
+
+    def unload(self) -> None:
+        """Free the weights; `load` loads them again."""
+        self._models = []
 
     def _check_weights(self, model: nn.Module, cache_folder: Path) -> None:
         """Refuse weights other than those the cache was made with; describe them there, where nothing does."""

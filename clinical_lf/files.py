@@ -162,8 +162,13 @@ def without_zeros(counts: dict[str, int]) -> dict[str, int]:
 
 
 @cache
-def wording(section: str) -> Any:
-    """Return a section of words.yaml, which says what keys mean."""
+def all_words() -> dict[str, Any]:
+    """Return words.yaml, which says what keys mean."""
     import yaml
 
-    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))[section]
+    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
+
+
+def wording(section: str) -> Any:
+    """Return a section of words.yaml."""
+    return all_words()[section]

@@ -81,7 +81,8 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
         paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
         if len(paths) == 2:
             raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
-        found.update(zip([table], paths))
+        if paths:
+            found[table] = paths[0]
     if missing := [f"{table}.csv[.gz]" for table in MIMIC_TABLES if table not in found]:
         raise InputError(
             f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "

@@ -245,8 +245,9 @@ def main() -> None:
     @cache
     def encoded(item_history: bool) -> tuple[str, np.ndarray]:
         settings = replace(default, item_history=item_history)
-        settings, encoder = train.make_text_encoder(settings, table.texts, accelerator)
-        return encoder.id, train.embed_texts(encoder, table.texts, settings, accelerator)
+        texts = train.texts_to_encode(table.texts, settings)
+        settings, encoder = train.make_text_encoder(settings, texts, accelerator)
+        return encoder.id, train.embed_texts(encoder, texts, accelerator)
 
     for seed in options.seeds:
         splits = list(cross_validation_splits(table, N_FOLDS, seed))

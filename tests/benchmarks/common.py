@@ -69,8 +69,9 @@ def hashing_vectors(table: StayTable, item_history: bool = False) -> np.ndarray:
     with tempfile.TemporaryDirectory() as cache:
         settings = train.Settings(text_encoder="hashing", cache_dir=cache, item_history=item_history)
         accelerator = train.make_accelerator(settings)
-        settings, encoder = train.make_text_encoder(settings, table.texts, accelerator)
-        return train.embed_texts(encoder, table.texts, settings, accelerator)
+        texts = train.texts_to_encode(table.texts, settings)
+        settings, encoder = train.make_text_encoder(settings, texts, accelerator)
+        return train.embed_texts(encoder, texts, accelerator)
 
 
 class TrainingRun(NamedTuple):
