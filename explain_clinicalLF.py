@@ -59,27 +59,14 @@ from clinical_lf.tables import EVENT_TYPES, LABEL, known_at, stacked
 from train import ClinicalTransformer
 
 __all__ = [
-    "Ablation",
-    "Attribution",
-    "ExplainSettings",
-    "Explanation",
-    "Stay",
-    "ablation_analysis",
-    "analyze_critical_time_periods",
-    "analyze_feature_importance_over_time",
-    "analyze_layer_attention_patterns",
-    "analyze_static_feature_attribution",
-    "analyze_temporal_feature_attribution",
-    "captum_analysis",
-    "draw_figure",
-    "draw_figures",
-    "layer_analysis",
-    "map_features_to_clinical",
-    "name_inputs",
-    "run_explainability_analysis",
-    "stay_of",
-]
+    "Ablation", "Attribution", "ExplainSettings", "Explanation", "Stay", "ablation_analysis",
+    "analyze_critical_time_periods", "analyze_feature_importance_over_time", "analyze_layer_attention_patterns",
+    "analyze_static_feature_attribution", "analyze_temporal_feature_attribution", "captum_analysis",
+    "draw_figure", "draw_figures", "layer_analysis", "map_features_to_clinical", "name_inputs",
+    "run_explainability_analysis", "stay_of",
+]  # fmt: skip
 
+Baseline = dict[str, Tensor] | None  # an event (C,) and statics (S,), by the names "event" and "static"; None: zeros
 MAX_MAP_EVENTS = 3000  # layer maps grow with the square of the events
 GRADIENT_EVENTS = 2048  # of a pass with gradients, some 100 kB each
 FORWARD_EVENTS = 8192  # of a pass without, some 30 kB each
@@ -97,19 +84,11 @@ class ExplainSettings:
 
     checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
-    save_dir: str = setting(
-        "", "Folder for figures, tables and the report; default: explainability beside the checkpoint's folder."
-    )
-    stays: int = setting(
-        4, "Stays shown in full: highest, lowest, most uncertain, most wrong, and so on in turn.", low=0
-    )
+    save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
+    stays: int = setting(4, "Stays shown in full: highest, lowest, most uncertain, most wrong risk in turn.", low=0)
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
-    decision_threshold: float = setting(
-        0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
-    )
-    quick: bool = setting(
-        False, "Show what matters in half a minute: 12 stays, few checks, no layers; a full run's findings may differ."
-    )
+    decision_threshold: float = setting(0.5, "Risk at which a decision would change.", above=0, below=1)
+    quick: bool = setting(False, "Show what matters in half a minute: 12 stays, few checks, no layers.")
     # As in train.py; empty, they are the checkpoint's.
     text_encoder: str = same_setting(train.Settings, "text_encoder")
     labels: str = same_setting(train.Settings, "labels")
@@ -164,10 +143,7 @@ def float32_accelerator() -> Accelerator:
 def load_unseen(
     checkpoint_path: str | Path, test_data_path: str | Path | pd.DataFrame = "", settings: ExplainSettings | None = None
 ) -> Run:
-    """Return the checkpoint with the stays of patients it was neither trained nor tuned on, in its own cohort settings.
-
-    Raises InputError where a file cannot be read, the encoder is another one, or no such stay exists.
-    """
+    """Return the checkpoint with the stays of patients it was neither trained nor tuned on. Raises InputError."""
     settings, accelerator = settings or ExplainSettings(), float32_accelerator()
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
     trained, frame = checkpoint.settings, test_data_path if isinstance(test_data_path, pd.DataFrame) else None
@@ -236,7 +212,7 @@ class ReducedMaps(list):
 def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Attention:
     """Return the attention of the pass over one stay, (1, L, C) and (1, S); the layers' of its last 3,000 events."""
     layers, recent = ReducedMaps(), max(0, sequence.shape[1] - MAX_MAP_EVENTS)
-    layout_of = lambda events: train.layout_of_mask(torch.ones(1, len(events), dtype=torch.bool, device=events.device))
+    layout_of = lambda events: train.layout_of_lengths(np.array([len(events)]), events.device)
     events = sequence[0]
     pooled = model.score_packed(events, static, layout_of(events), None if recent else layers)[1]
     if recent:
@@ -302,7 +278,7 @@ def captum_analysis(
     sequences: Tensor,
     static_features: Tensor,
     attention_mask: Tensor | None = None,
-    baseline: dict[str, Tensor] | None = None,
+    baseline: Baseline = None,
     n_steps: int = 50,
     retry: bool = True,
 ) -> Attribution:
@@ -352,14 +328,13 @@ def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) ->
 
 
 def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
+    """Raise ValueError for an input that nothing can be attributed to."""
     if not (torch.isfinite(sequence[is_event]).all() and torch.isfinite(static).all()):
-        raise ValueError(
-            "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it. "
-            "Look for missing text vectors, or for times that were not encoded."
-        )
+        reason = "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it"
+        raise ValueError(f"{reason}. Look for missing text vectors, or for times that were not encoded.")
 
 
-def baselines_like(sequence: Tensor, static: Tensor, baseline: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+def baselines_like(sequence: Tensor, static: Tensor, baseline: Baseline) -> tuple[Tensor, Tensor]:
     """(1, L, C) and (1, S): the baseline event at every position, and the baseline statics."""
     if baseline is None:
         return torch.zeros_like(sequence), torch.zeros_like(static)
@@ -367,22 +342,13 @@ def baselines_like(sequence: Tensor, static: Tensor, baseline: dict[str, Tensor]
 
 
 def integrated_gradients(
-    model: ClinicalTransformer,
-    sequence: Tensor,
-    static: Tensor,
-    is_event: Tensor,
-    baseline: dict[str, Tensor] | None,
-    n_steps: int,
+    model: ClinicalTransformer, sequence: Tensor, static: Tensor, is_event: Tensor, baseline: Baseline, n_steps: int
 ) -> tuple[Tensor, Tensor]:
     """Return the attributions (1, L, C) and (1, S) of one stay."""
-    events, statics = IntegratedGradients(model.logits).attribute(
-        (sequence, static),
-        baselines_like(sequence, static, baseline),
-        additional_forward_args=(is_event,),
-        n_steps=n_steps,
-        method="gausslegendre",
-        internal_batch_size=max(1, GRADIENT_EVENTS // max(1, sequence.shape[1])),
-    )
+    starts, per_pass = baselines_like(sequence, static, baseline), max(1, GRADIENT_EVENTS // max(1, sequence.shape[1]))
+    options = {"n_steps": n_steps, "method": "gausslegendre", "internal_batch_size": per_pass}
+    gradients = IntegratedGradients(model.logits)
+    events, statics = gradients.attribute((sequence, static), starts, additional_forward_args=(is_event,), **options)
     return (events * is_event[..., None]).detach(), statics.detach()
 
 
@@ -391,13 +357,13 @@ def layer_analysis(
     sequences: Tensor,
     static_features: Tensor,
     attention_mask: Tensor | None = None,
-    baseline: dict[str, Tensor] | None = None,
+    baseline: Baseline = None,
     n_steps: int = 50,
 ) -> list[dict[str, Any]]:
     """Attribute (B, L, C) events to the outputs of `input_projection` and of each layer, per event.
 
-    Another question than `captum_analysis` answers: statics are held fixed, and deeper layers have already mixed the
-    events. Return dicts of layer, attribution (B, L), exactly 0 at padding, and gap_error (B,), complete (B,).
+    Statics are held fixed, and deeper layers have already mixed the events. Return dicts of layer, attribution (B, L),
+    exactly 0 at padding, and gap_error (B,), complete (B,).
 
     >>> [row["layer"] for row in layer_analysis(model, sequences, static_features, attention_mask)]
     ['input_projection', 'encoder layer 1', 'encoder layer 2']
@@ -407,10 +373,8 @@ def layer_analysis(
     check_finite(sequences, static_features, mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    rows: list[dict[str, Any]] = []
-    for name in layers:
-        empty = {"gap_error": np.zeros(len(mask)), "complete": np.zeros(len(mask), bool)}
-        rows.append({"layer": name, "attribution": np.zeros(mask.shape), **empty})
+    empty = lambda: {"gap_error": np.zeros(len(mask)), "complete": np.zeros(len(mask), bool)}
+    rows: list[Any] = [{"layer": name, "attribution": np.zeros(mask.shape), **empty()} for name in layers]
     for stay, is_event in enumerate(mask):
         sequence, static = sequences[stay, None, is_event], static_features[stay, None]
         start, _ = baselines_like(sequence, static, baseline)
@@ -419,14 +383,12 @@ def layer_analysis(
         for row, layer in zip(rows, layers.values()):
             for steps in (n_steps, 4 * n_steps):
                 # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
-                found = LayerIntegratedGradients(model.logits, layer).attribute(
-                    sequence,
-                    start,
-                    additional_forward_args=(static,),
-                    n_steps=steps,
-                    method="gausslegendre",
-                    internal_batch_size=max(GRADIENT_EVENTS, sequence.shape[1]),
+                per_pass, gradients = (
+                    max(GRADIENT_EVENTS, sequence.shape[1]),
+                    LayerIntegratedGradients(model.logits, layer),
                 )
+                options = {"n_steps": steps, "method": "gausslegendre", "internal_batch_size": per_pass}
+                found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
                 attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
                 gap = float(attribution.sum()) - (logits[0] - logits[1])
                 is_complete = adds_up(gap, logits[0] - logits[1])
@@ -443,7 +405,7 @@ def replaced_logits(
     sequence: Tensor,
     static: Tensor,
     keep: np.ndarray,
-    baseline: dict[str, Tensor] | None,
+    baseline: Baseline,
     keep_static: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the float64 logits (n,) of n variants of one stay, (1, L, C) and (1, S).
@@ -473,16 +435,9 @@ def replaced_logits(
 
 
 def replace_each_event(
-    model: ClinicalTransformer,
-    sequence: Tensor,
-    static: Tensor,
-    baseline: dict[str, Tensor] | None,
-    which: np.ndarray | None = None,
+    model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: Baseline, which: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return (L,): by how much the logit falls if this event were unremarkable; positive pushes towards death.
-
-    With `which` (positions) the others are NaN. The cost grows with L per event replaced, the memory does not.
-    """
+    """Return (L,): by how much the logit falls if this event were unremarkable; NaN but at the positions `which`."""
     n_events = sequence.shape[1]
     which = np.arange(n_events) if which is None else np.asarray(which)
     scores = np.full(n_events, math.nan)
@@ -512,17 +467,16 @@ def ablation_analysis(
     sequences: Tensor,
     static_features: Tensor,
     attention_mask: Tensor | None = None,
-    baseline: dict[str, Tensor] | None = None,
+    baseline: Baseline = None,
     event_groups: Mapping[str, Sequence[str] | np.ndarray] | None = None,
     static_names: Sequence[str] | None = None,
     which: np.ndarray | None = None,
 ) -> Ablation:
     """Measure by how much the logits of (B, L, C) events and (B, S) statics fall if an event, or a group, says nothing.
 
-    To say nothing, to be unremarkable, is to be as in the baseline: single events (at the positions `which`, else all),
-    the events of one value of each entry of `event_groups` (kind -> L labels), the static inputs of one name (S names,
-    a one-hot group repeats its name). The number of events is held. No gradient is computed. Masked events are left
-    out: a stay is its real events, in their order.
+    To say nothing is to be as in the baseline: single events (at the positions `which`, else all), the events of one
+    value of each entry of `event_groups` (kind -> L labels), the static inputs of one name (S names, a one-hot group
+    repeats its name). The number of events is held. Masked events are left out.
 
     >>> found = ablation_analysis(model, sequences, static_features, attention_mask)
     >>> found.if_unremarkable.shape == sequences.shape[:2]
@@ -587,17 +541,12 @@ def judged(name: str, method: str, found: dict[str, Any], threshold: str = "", l
 
 
 def deletion_insertion(
-    model: ClinicalTransformer,
-    sequence: Tensor,
-    static: Tensor,
-    baseline: dict[str, Tensor] | None,
-    scores: dict[str, np.ndarray],
+    model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: Baseline, scores: dict[str, np.ndarray]
 ) -> pd.DataFrame:
     """Return how the logit of one stay changes as events become unremarkable (deletion) or stop being so (insertion).
 
-    The highest of `scores` (order -> (L,)) come first; NaN (not replaced one by one) counts as 0. Columns direction,
-    order, fraction, change: the logit minus that of the whole stay (deletion) or of a stay whose events say nothing
-    (insertion).
+    The highest of `scores` (order -> (L,)) come first; NaN counts as 0. Columns direction, order, fraction, change: the
+    logit less that of the whole stay (deletion) or of a stay whose events say nothing (insertion).
     """
     n_events, fractions = sequence.shape[1], np.array([0.0, *FRACTIONS])
     known = [np.nan_to_num(score) for score in scores.values()]
@@ -630,13 +579,13 @@ def infidelity(
     sequence: Tensor,
     static: Tensor,
     scores: dict[str, np.ndarray],
-    baseline: dict[str, Tensor] | None,
+    baseline: Baseline,
     seed: int,
 ) -> dict[str, float]:
     """Return the infidelity (Yeh et al. 2019) of (L,) scores, relative to the same values dealt at random.
 
-    How well their sums predict by how much the logit falls when a random tenth of the events becomes unremarkable, of
-    those events that all scores know: where only the strongest are replaced one by one, the others say nothing of it.
+    How well their sums predict by how much the logit falls when a random tenth of the events, of those that all scores
+    know, becomes unremarkable.
     """
     known = ~np.isnan(np.array(list(scores.values()))).any(0)  # (L,)
     rng, n_known = np.random.default_rng(seed), known.sum()
@@ -655,16 +604,11 @@ def infidelity(
 
 
 def randomisation(
-    models: Sequence[ClinicalTransformer],
-    sequence: Tensor,
-    static: Tensor,
-    baseline: dict[str, Tensor] | None,
-    own: np.ndarray,
+    models: Sequence[ClinicalTransformer], sequence: Tensor, static: Tensor, baseline: Baseline, own: np.ndarray
 ) -> dict[str, float]:
     """Return squared rank correlations: the model's own attributions with random models', and theirs with each other.
 
-    Chance alone gives sqrt(2 / (pi (L - 1))), and similar texts look alike to any model: what counts is the excess
-    (Adebayo et al. 2018).
+    Similar texts look alike to any model: what counts is the excess (Adebayo et al. 2018).
     """
     is_event, resets = event_mask(sequence, None), []
     for model in models:
@@ -699,10 +643,8 @@ def check_stays(
         scores = {method: part[method].to_numpy(float) for method in METHODS}
         own, replacement = scores["attribution"], scores["if_unremarkable"]
         known = ~np.isnan(replacement)
-        row = {
-            "attention agreement": rank_correlation(scores["attention"], np.abs(own))[0, 0],
-            "replacement agreement": rank_correlation(replacement[known], own[known])[0, 0],
-        }
+        row = {"attention agreement": rank_correlation(scores["attention"], np.abs(own))[0, 0]}
+        row["replacement agreement"] = rank_correlation(replacement[known], own[known])[0, 0]
         inputs = run.inputs(stay)
         named = {"infidelity attribution": own, "infidelity replacement": replacement}
         row |= infidelity(model, *inputs, named, baseline, settings.seed)
@@ -743,12 +685,8 @@ def discrimination(
     auroc, slope = figures["auroc"], figures["calibration_slope"]
     low = auroc["value"] if auroc["low"] is None else auroc["low"]
     found |= {"value": auroc["value"], "low": low, "high": auroc["high"], "auroc": figure_text(auroc)}
-    calibration = {
-        "value": math.nan if slope["value"] is None else slope["value"],
-        "slope": figure_text(slope),
-        "n": found["n"],
-    }
-    calibration |= {"risk": percent(columns[1].mean()), "rate": percent(columns[0].mean())}
+    calibration = {"value": math.nan if slope["value"] is None else slope["value"], "slope": figure_text(slope)}
+    calibration |= {"n": found["n"], "risk": percent(columns[1].mean()), "rate": percent(columns[0].mean())}
     return [Check("discrimination", found, low > 0.5), Check("calibration", calibration)]
 
 
@@ -785,12 +723,8 @@ KEPT_STAYS = 1000  # drawn at random: their tables stay in memory for summaries 
 def event_parts(input_dim: int, item_history: bool = False) -> dict[str, slice]:
     """Return which of an event's inputs are its type, text, time and (with `--item-history`) its item's history."""
     n_types, last = len(EVENT_TYPES), input_dim - (len(HISTORY) if item_history else 0)
-    return {
-        "type": slice(0, n_types),
-        "text": slice(n_types, last - 1),
-        "time": slice(last - 1, last),
-        "history": slice(last, input_dim),
-    }
+    parts = {"type": slice(0, n_types), "text": slice(n_types, last - 1), "time": slice(last - 1, last)}
+    return parts | {"history": slice(last, input_dim)}
 
 
 def history_in_words(history: pd.DataFrame) -> list[str]:
@@ -838,10 +772,6 @@ class Explained(NamedTuple):
     layers: pd.DataFrame
     attention: Attention
 
-    def without_maps(self) -> Explained:
-        """Return all but the layers' maps: half a megabyte that only the pictures of a stay shown in full need."""
-        return self._replace(attention=self.attention._replace(maps=np.empty(0)))
-
 
 def explain_stay(
     run: Run,
@@ -860,10 +790,8 @@ def explain_stay(
     found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=IG_STEPS)
     attention = attend(model, sequence, static)
     values = found.events[0].double().cpu().numpy()  # (L, C)
-    kinds = {
-        "event type": events["event_type"].to_numpy(),
-        "clock window": clock_window(events["hours_to_end"]).astype(object),
-    }
+    kinds = {"event type": events["event_type"].to_numpy()}
+    kinds["clock window"] = clock_window(events["hours_to_end"]).astype(object)
     which = events_to_replace(values.sum(1), effort.replaced)
     columns = [column for column, _ in names]
     ablation = ablation_analysis(model, sequence, static, None, baseline, kinds, columns, which)
@@ -880,12 +808,9 @@ def explain_stay(
     groups = ablation.groups.drop(columns="stay")
     falls = groups[groups["kind"] == "static"].set_index("group")["ablation"]
     said = run.table.take(np.array([stay])).static_columns.loc[0, list(of_columns.index)]
-    statics = {
-        "feature": [static_word(column) for column in of_columns.index],
-        "value": ["Unknown" if pd.isna(value) else str(value) for value in said],
-        "attribution": of_columns.to_numpy(),
-        "ablation": falls[list(of_columns.index)].to_numpy(),
-    }
+    statics: dict[str, Any] = {"feature": [static_word(column) for column in of_columns.index]}
+    statics["value"] = ["Unknown" if pd.isna(value) else str(value) for value in said]
+    statics |= {"attribution": of_columns.to_numpy(), "ablation": falls[list(of_columns.index)].to_numpy()}
     sums = {("static", column): value for column, value in of_columns.items()}
     for kind, labels in kinds.items():
         sums |= {(kind, name): value for name, value in events["attribution"].groupby(labels).sum().items()}
@@ -974,8 +899,7 @@ def head_table(
 ) -> pd.DataFrame:
     """Return the rank correlation of each head's weights with properties of the events, over a stay's events.
 
-    Columns layer, head (from 1; the pooling heads come last), property, correlation, low, high, effect (how far the
-    logit moves without the head), n_stays.
+    Heads count from 1, the pooling heads come last; effect: how far the logit moves without the head.
     """
     usable = [found for found in explained.values() if len(found.events) >= MIN_EVENTS]
     columns, measured, properties = ["layer", "head", "property", "correlation", "low", "high", "effect"], [], {}
@@ -994,10 +918,9 @@ def head_table(
         measured.append(rank_correlation(weights[:, seen], values[:, seen]))
     patients = np.array([found.stay["patient_id"] for found in usable])
     sizes = run.checkpoint.model.architecture
-    names = [
-        (f"layer {layer}", head) for layer in range(1, sizes["n_layers"] + 1) for head in range(1, sizes["n_heads"] + 1)
-    ]
-    names += [("pooling", head) for head in range(1, sizes["n_pooling_heads"] + 1)]
+    layers = np.repeat([f"layer {layer}" for layer in range(1, sizes["n_layers"] + 1)], sizes["n_heads"]).tolist()
+    heads = [*range(1, sizes["n_heads"] + 1)] * sizes["n_layers"] + [*range(1, sizes["n_pooling_heads"] + 1)]
+    names = list(zip(layers + ["pooling"] * sizes["n_pooling_heads"], heads))
     rows = []
     for number, (layer, head) in enumerate(names if measured else ()):
         for column, name in enumerate(properties):
@@ -1043,8 +966,7 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
     """Find the smallest set of a stay's events without which its risk would lie on the other side of the threshold.
 
     Events are replaced by the mean event, the most attributed to the present side first, until the decision changes;
-    then each is given back that the change does not need. Return a row per event of the set: icu_stay_id, threshold,
-    probability, probability_without (of the whole set), event, event_text; none where no set of 64 events is enough.
+    then each is given back that is not needed. Return a row of `DECISIVE_COLUMNS` per event; none if 64 do not suffice.
     """
     sequence, static = run.inputs(stay)
 
@@ -1103,8 +1025,9 @@ def explain_stays(
         found = explain_stay(run, stay, settings, effort, leaks, reasons.get(stay, ""), stay in with_layers)
         write(found)
         rows.append(found.stay)
-        if stay in kept:
-            explained[stay] = found if stay in [*reasons, chosen[0]] else found.without_maps()
+        if stay in kept:  # of others than those shown in full without half a megabyte of maps
+            no_maps = found.attention._replace(maps=np.empty(0))
+            explained[stay] = found if stay in [*reasons, chosen[0]] else found._replace(attention=no_maps)
         bar.update(int(explaining[stay]))
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
@@ -1139,15 +1062,10 @@ def explain_stays(
     tables["verdict"] = explain_report.check_table(verdict + [Check("quick", {})] * settings.quick)
     of_interest = [explained[stay] for stay in reasons or chosen[:1]]
     best = max(of_interest, key=lambda found: found.stay["probability"])
-    tables["attention"] = {
-        "icu_stay_id": best.stay["icu_stay_id"],
-        "layer_maps": best.attention.maps,
-        "n_mapped": min(len(best.events), MAX_MAP_EVENTS),
-        "pooling": best.attention.pooling,
-        "hours": best.events["hours_to_end"].to_numpy(),
-        "texts": best.events["event_text"].tolist(),
-    }
-    return tables
+    seen = {"icu_stay_id": best.stay["icu_stay_id"], "layer_maps": best.attention.maps}
+    seen |= {"pooling": best.attention.pooling, "n_mapped": min(len(best.events), MAX_MAP_EVENTS)}
+    seen |= {"hours": best.events["hours_to_end"].to_numpy(), "texts": best.events["event_text"].tolist()}
+    return tables | {"attention": seen}
 
 
 # ---- In a notebook: names of inputs, and small analyses of one pass --------------------------------------------------
@@ -1190,11 +1108,9 @@ def map_features_to_clinical(
     values, is_frame = to_numpy(position_features), isinstance(feature_mapping, pd.DataFrame)
     parts = feature_mapping.loc[feature_mapping["input"] == "event", "part"].to_numpy() if is_frame else np.array([])
     if values.ndim != 2 or values.shape[1] != len(parts):
-        raise InputError(
-            "hidden units have no clinical meaning: attribute the inputs, found = captum_analysis(model, sequences, "
-            "static_features, attention_mask), and call map_features_to_clinical(found.events[0], "
-            "name_inputs(preprocessor), pos)."
-        )
+        inputs = "attribute the inputs, found = captum_analysis(model, sequences, static_features, attention_mask)"
+        call = "map_features_to_clinical(found.events[0], name_inputs(preprocessor), pos)"
+        raise InputError(f"hidden units have no clinical meaning: {inputs}, and call {call}.")
     table = pd.DataFrame({"part": parts, "attribution": values[pos]})
     return table.groupby("part", sort=False)["attribution"].sum().reset_index()
 
@@ -1242,10 +1158,8 @@ def weights_and_events(
     events = [np.flatnonzero(row) for row in is_used]
     for positions in events:
         if record is not None and len(positions) != len(record.events):
-            raise InputError(
-                f"the pass is over a stay of {len(positions)} events, the record is of one of {len(record.events)}: "
-                "give the record of the stay that the model read."
-            )
+            sizes = f"over a stay of {len(positions)} events, the record is of one of {len(record.events)}"
+            raise InputError(f"the pass is {sizes}: give the record of the stay that the model read.")
     return list(zip(weights, events))
 
 
@@ -1314,9 +1228,8 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     """Measure, per stay and layer, how much events look at others within `near` positions and beyond.
 
     Return dicts of stay, layer (1-based), `attention_matrix` (L, L), the mean over heads without padding, and the mean
-    weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if there are none); the same per head
-    in `head_matrices` (H, L, L), `head_local_attention`, `head_global_attention` (H,), and `head_local_share` of all
-    weight beside `local_share_by_chance`. Maps read from a file are of equal bins of events: L is then their number.
+    weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if none); the same per head (`head_`),
+    and `head_local_share` of all weight beside `local_share_by_chance`. Maps read from a file are of L equal bins.
 
     >>> [(row["layer"], row["attention_matrix"].shape) for row in analyze_layer_attention_patterns(attention_weights)]
     [(1, (4, 4)), (1, (2, 2))]
@@ -1331,9 +1244,8 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
             is_near = np.abs(place[:, None] - place) <= near
             local = matrices[:, is_near].mean(1)
             beyond = matrices[:, ~is_near].mean(1) if (~is_near).any() else np.full(len(matrices), math.nan)
-            row = {
-                "stay": stay,
-                "layer": layer,
+            row: dict[str, Any] = {"stay": stay, "layer": layer, "local_share_by_chance": float(is_near.mean())}
+            row |= {
                 "attention_matrix": matrices.mean(0),
                 "local_attention": float(local.mean()),
                 "global_attention": float(beyond.mean()),
@@ -1341,7 +1253,6 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
                 "head_local_attention": local,
                 "head_global_attention": beyond,
                 "head_local_share": matrices[:, is_near].sum(1) / matrices.sum((1, 2)),
-                "local_share_by_chance": float(is_near.mean()),
             }
             rows.append(row)
     return rows
@@ -1359,10 +1270,8 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
     [['last 6 h', 2, 2.0], ['6 to 12 h', 1, -1.0], ['24 to 48 h', 1, 1.0]]
     """
     if not isinstance(feature_mapping, Stay):
-        raise InputError(
-            "attention weighs whole events, not features: give the stay that was read, as in "
-            "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
-        )
+        call = "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))"
+        raise InputError(f"attention weighs whole events, not features: give the stay that was read, as in {call}.")
     events, first = feature_mapping.events, {"pooling_weights": attention_weights["pooling_weights"][:1]}
     pooling, inside = weights_and_events(first, feature_mapping)[0]
     columns = {"window": clock_window(events["hours_to_end"]), "n_events": 1}
@@ -1384,10 +1293,9 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], static
     """
     statics = static_features.statics if isinstance(static_features, Stay) else None
     if statics is None or "attribution" not in static_features.events:
-        raise InputError(
-            "attention never reaches the static features: give the stay with its attributions, as in "
-            "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))."
-        )
+        call = "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))"
+        reason = "attention never reaches the static features: give the stay with its attributions"
+        raise InputError(f"{reason}, as in {call}.")
     table, size = statics[["feature", "value", "attribution"]], statics["attribution"].abs()
     share = size / (size.sum() + static_features.events["attribution"].abs().sum())
     table = table.assign(share_of_attribution=share)
@@ -1468,10 +1376,8 @@ def run_explainability_analysis(
     """Explain held-out stays with a checkpoint alone; return the tables, and write them and the pictures.
 
     The data default to the checkpoint's own and may be a data frame; `save_dir` defaults to a folder beside the
-    checkpoint's, None writes nothing.
-
-    `options` are fields of `ExplainSettings` (stays, max_stays, text_encoder, cache_dir, seed, ...). The keys of the
-    result are those of `TABLE_FILES`, faithfulness and attention. Raises InputError for what the caller can mend.
+    checkpoint's, None writes nothing. `options` are fields of `ExplainSettings`; the keys of the result are those of
+    `TABLE_FILES`, faithfulness and attention. Raises InputError for what the caller can mend.
 
     >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
     """
@@ -1484,9 +1390,8 @@ def run_explainability_analysis(
     try:
         settings = ExplainSettings(checkpoint=str(checkpoint_path), **options)
     except TypeError as error:
-        reason = str(error).split("() ")[-1]
-        words = f"run_explainability_analysis: {reason}; the options are the fields of ExplainSettings."
-        raise InputError(words) from None
+        reason = f"{str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
+        raise InputError(f"run_explainability_analysis: {reason}") from None
     check_limits(settings)
     if settings.quick:  # never more than was asked for
         stays, most = min(settings.stays, SHOWN_QUICK), min(settings.max_stays or STAYS_QUICK, STAYS_QUICK)
@@ -1540,13 +1445,9 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     for name, picture in pictures.items():
         files.write_whole(folder / f"{name}.png", partial(Path.write_bytes, data=picture["png"]))
     trained, labels = run.checkpoint.settings, run.table.labels
-    info = {
-        "data": data,
-        "checkpoint": checkpoint,
-        "text_encoder": found.text_encoder,
-        "setting": run_folder.moment_of_prediction(trained.observation_hours, trained.labels),
-        "calibration": explain_report.calibration_of(labels, expit(run.logits)),
-    }
+    info: dict[str, Any] = {"data": data, "checkpoint": checkpoint, "text_encoder": found.text_encoder}
+    info["setting"] = run_folder.moment_of_prediction(trained.observation_hours, trained.labels)
+    info["calibration"] = explain_report.calibration_of(labels, expit(run.logits))
     writer.text("report.html", explain_report.render_report(found, pictures, info))
 
 
@@ -1556,7 +1457,6 @@ def stay_files(folder: Path) -> Iterator[Callable[[Explained], None]]:
     folder.mkdir(parents=True, exist_ok=True)
     waiting: list[tuple[pd.DataFrame, ...]] = []
     parquet: list[pq.ParquetWriter] = []  # the one of the events, once their columns are known
-
     with tempfile.TemporaryDirectory(prefix=".partial_", dir=folder) as hidden:
 
         def append_waiting() -> None:

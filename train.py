@@ -31,7 +31,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -49,28 +49,14 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from clinical_lf import files, items
+from clinical_lf import files, items, tables
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable, HashingEncoder, HuggingFaceEncoder
 from clinical_lf.files import InputError, Progress, logger, write_whole
 from clinical_lf.items import HISTORY, STATISTICS
 from clinical_lf.meds import MedsTask, is_meds, meds_split
 from clinical_lf.reading import read_stays
 from clinical_lf.settings import check_limits, cli_name, setting, settings_from
-from clinical_lf.tables import (
-    EVENT_TYPES,
-    KNOWN_ONLY_LATER,
-    STATIC_COLUMNS,
-    CohortStep,
-    ReadReport,
-    Split,
-    StayTable,
-    choose_cohort,
-    cross_validation_splits,
-    known_at,
-    split_by_patient,
-    split_from_file,
-    stay_hours,
-)
+from clinical_lf.tables import EVENT_TYPES, STATIC_COLUMNS, CohortStep, ReadReport, Split, StayTable
 
 SAMPLE = Path(__file__).resolve().parent / "sample_train.csv"
 CHECKPOINT_FORMAT = 3
@@ -96,9 +82,7 @@ class Settings:
 
     observation_hours: float = setting(0.0, "Predict this many hours after ICU admission; 0 reads whole stays.", low=0)
     gap_hours: float = setting(0.0, "Leave out stays that end within so many hours after the prediction.", low=0)
-    labels: str = setting(
-        "", "With a MEDS data set: file or folder of its labels, or mortality-in-icu@24h to make them."
-    )
+    labels: str = setting("", "With MEDS data: file or folder of its labels, or mortality-in-icu@24h to make them.")
     history_hours: float = setting(0.0, "With MEDS data: hours before the prediction to read; 0 reads all.", low=0)
     first_stay_only: bool = setting(False, "Keep only the first ICU stay of each patient.")
 
@@ -106,9 +90,7 @@ class Settings:
     n_layers: int = setting(4, "Transformer layers; with 0 events meet in the pooling alone.", low=0)
     n_heads: int = setting(8, "Attention heads of each layer.", low=1)
     n_pooling_heads: int = setting(4, "Attention heads that pool the events.", low=1)
-    dropout: float = setting(
-        0.1, "Dropout everywhere but inside attention (its fused kernels take none).", low=0, below=1
-    )
+    dropout: float = setting(0.1, "Dropout everywhere but inside attention.", low=0, below=1)
 
     temporal_weight: float = setting(0.0, "Share of the loss given to the events' own predictions.", low=0, high=1)
     tau_hours: float = setting(24.0, "An event tau hours earlier weighs 1/e in the temporal loss.", above=0)
@@ -121,16 +103,12 @@ class Settings:
     batch_size: int = setting(32, "Stays per step at most, of all processes together.", low=1)
     max_events_per_batch: int = setting(16384, "Events per step and process at most; bounds a GPU's memory.", low=1)
     mixed_precision: Literal["auto", "no", "bf16"] = setting("auto", "auto is bf16 on CUDA devices that have it.")
-    seed: int = setting(
-        0, "Seed of the split, the weights, the order of batches and the bootstrap.", low=0, below=2**31
-    )
+    seed: int = setting(0, "Seed of split, weights, order of batches and bootstrap.", low=0, below=2**31)
     n_bootstrap: int = setting(1000, "Bootstrap samples of patients behind every 95 % interval.", low=0)
     save_attention_every: int = setting(50, "Save the attention of every so many batches; 0 saves none.", low=0)
 
     no_test: bool = setting(False, "Keep no test stays: split 80/20 to train and validate, and test elsewhere.")
-    split: str = setting(
-        "", "CSV file of patient_id and part (train, validation, test), as a run writes its split.csv."
-    )
+    split: str = setting("", "CSV file of patient_id and part (train, validation, test), as a run's split.csv.")
     seeds: int = setting(1, "Train this many times on one split, seeds from --seed on, and report the spread.", low=1)
     cross_validate: int = setting(0, "Train once for each of so many patient-level folds and report the spread.", low=0)
     resume: bool = setting(False, "Go on from latest_checkpoint.pth in the output folder.")
@@ -144,11 +122,6 @@ class Settings:
         """Whether the end of what is read is a moment of prediction, not the end of the stay."""
         return self.observation_hours > 0 or bool(self.labels)
 
-    @property
-    def meds_task(self) -> MedsTask | None:
-        """What is predicted from a MEDS data set; None for any other table."""
-        return MedsTask(self.labels, self.history_hours, self.gap_hours) if self.labels else None
-
 
 DEFAULT_STATIC_FEATURES = (
     "patient_gender patient_age patient_race marital_status admission_type admission_location insurance "
@@ -160,7 +133,7 @@ NUMERIC_STATIC_FEATURES = ("patient_age", "icu_length_of_stay_in_days", "number_
 def check_settings(settings: Settings) -> Settings:
     """Fill in the static features of the mode and refuse settings that contradict each other (InputError)."""
     check_limits(settings)
-    hidden = KNOWN_ONLY_LATER if settings.prospective else ()
+    hidden = tables.KNOWN_ONLY_LATER if settings.prospective else ()
     chosen = settings.static_features or [name for name in DEFAULT_STATIC_FEATURES if name not in hidden]
     unknown = " ".join(name for name in chosen if name not in STATIC_COLUMNS)
     late = " ".join(name for name in chosen if name in hidden)
@@ -169,27 +142,23 @@ def check_settings(settings: Settings) -> Settings:
     parts = [name for name in ("evaluate", "cross_validate", "no_test") if getattr(settings, name)]
     parts += ["split"] * (bool(settings.split) and parts[:1] != ["no_test"])
     divisors, later = (settings.n_heads, settings.n_pooling_heads, 2), "known only after the prediction"
+    own_time = "a MEDS label has its own time of prediction"
     is_retrospective, has_labels = not settings.prospective, bool(settings.labels)
-    rules = (
-        (unknown, f"--static-features {unknown}: no such column. Choose from {', '.join(STATIC_COLUMNS)}."),
-        (late, f"--static-features {late}: {later}. Leave these columns out, or drop --observation-hours."),
-        (
-            any(settings.d_model % divisor for divisor in divisors),
-            f"--d-model {settings.d_model}: out of range; it must be a multiple of --n-heads, --n-pooling-heads and 2.",
-        ),
-        (settings.cross_validate == 1, "--cross-validate 1: out of range; it takes at least 2 folds."),
-        (settings.gap_hours and is_retrospective, "--gap-hours needs --observation-hours: whole stays have no gap."),
-        (
-            has_labels and settings.observation_hours,
-            "--observation-hours and --labels: a MEDS label has its own time of prediction.",
-        ),
-        (settings.history_hours and not has_labels, "--history-hours needs a MEDS data set and its --labels."),
-        (settings.trajectory and not settings.evaluate, "--trajectory needs --evaluate CHECKPOINT."),
-        (len(modes) > 1, f"{', '.join(map(cli_name, modes))}: these do not go together. Run one after the other."),
-        (len(parts) > 1, f"{', '.join(map(cli_name, parts))}: each says which stays test the model. Give one of them."),
-    )
-    for broken, message in rules:
-        if broken:
+    width = f"--d-model {settings.d_model}: out of range; it must be a multiple of"
+    rules = {
+        f"--static-features {unknown}: no such column. Choose from {', '.join(STATIC_COLUMNS)}.": unknown,
+        f"--static-features {late}: {later}. Leave these columns out, or drop --observation-hours.": late,
+        f"{width} --n-heads, --n-pooling-heads and 2.": any(settings.d_model % divisor for divisor in divisors),
+        "--cross-validate 1: out of range; it takes at least 2 folds.": settings.cross_validate == 1,
+        "--gap-hours needs --observation-hours: whole stays have no gap.": settings.gap_hours and is_retrospective,
+        f"--observation-hours and --labels: {own_time}.": has_labels and settings.observation_hours,
+        "--history-hours needs a MEDS data set and its --labels.": settings.history_hours and not has_labels,
+        "--trajectory needs --evaluate CHECKPOINT.": settings.trajectory and not settings.evaluate,
+        f"{', '.join(map(cli_name, modes))}: these do not go together. Run one after the other.": len(modes) > 1,
+        f"{', '.join(map(cli_name, parts))}: each says which stays test the model. Give one of them.": len(parts) > 1,
+    }
+    for message, is_broken in rules.items():
+        if is_broken:
             raise InputError(message)
     trajectory_hours(settings.trajectory)
     data = settings.data or ("" if settings.evaluate else SAMPLE.name)
@@ -211,10 +180,7 @@ def trajectory_hours(text: str) -> list[float]:
 
 
 class ClinicalDataPreprocessor:
-    """Encoders of event types, times and static columns, fitted on the training stays alone.
-
-    The state is plain data (`state_dict`), so that a checkpoint loads without pickle.
-    """
+    """Encoders of event types, times and static columns, fitted on the training stays alone; their state is plain."""
 
     def __init__(self, static_features: Sequence[str] = DEFAULT_STATIC_FEATURES, item_history: bool = False) -> None:
         self.numeric = [name for name in static_features if name in NUMERIC_STATIC_FEATURES]
@@ -254,10 +220,10 @@ class ClinicalDataPreprocessor:
         self.time_scaler = _scaler(state["time_mean"], state["time_scale"])
         of_categories = zip(self.categorical, state["categories"], strict=True)
         self.static_encoders: dict[str, Any] = {name: _one_hot(categories) for name, categories in of_categories}
-        of_numbers = zip(self.numeric, state["means"], state["scales"], strict=True)
-        self.static_encoders |= {name: _scaler(mean, scale) for name, mean, scale in of_numbers}
-        limits = zip(state["smallest"], state["largest"], strict=True)
-        self._limits = dict(zip(self.numeric, limits, strict=True))  # least and greatest that training saw
+        self._limits = {}  # least and greatest that training saw
+        of_numbers = (state[name] for name in ("numeric", "means", "scales", "smallest", "largest"))
+        for name, mean, scale, *limits in zip(*of_numbers, strict=True):
+            self.static_encoders[name], self._limits[name] = _scaler(mean, scale), limits
         return self
 
     @property
@@ -304,14 +270,14 @@ class ClinicalDataPreprocessor:
         return files.without_zeros(counts)
 
     def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
-        """Return (n, S) float32 of n stays, as `StayTable.static_columns`: one-hot groups, then numbers.
+        """Return (n, S) float32 of n stays' columns (default: those fitted on): one-hot groups, then numbers.
 
-        `static_columns` names other columns. A missing number is the training mean. One beyond what training saw counts
-        as the nearest seen: six hours into a stay few events have happened yet.
+        A missing number is the training mean. One beyond what training saw counts as the nearest seen: six hours into a
+        stay few events have happened yet.
         """
         columns = [*self.categorical, *self.numeric] if static_columns is None else list(static_columns)
-        if unknown := [column for column in columns if column not in self.static_encoders]:
-            raise InputError(f"not among the static columns that the preprocessor was fitted on: {', '.join(unknown)}.")
+        if unknown := ", ".join(column for column in columns if column not in self.static_encoders):
+            raise InputError(f"not among the static columns that the preprocessor was fitted on: {unknown}.")
         parts = [np.zeros((len(stays), 0))]
         for column in columns:
             encoder = self.static_encoders[column]
@@ -352,15 +318,13 @@ T = TypeVar("T")
 
 def clean_text(text: Any) -> str:
     """Return the text itself, or the empty string where it is missing (None, NaN)."""
-    if isinstance(text, str):
-        return text
-    return "" if pd.isna(text) else str(text)
+    return text if isinstance(text, str) else "" if pd.isna(text) else str(text)
 
 
 def text_keys(texts: Iterable[str]) -> np.ndarray:
     """Return the MD5 of each text's UTF-8, lone surrogates included: (n,) keys of 16 bytes."""
-    encoded = (text.encode("utf-8", "surrogatepass") for text in texts)
-    return np.frombuffer(b"".join(hashlib.md5(text, usedforsecurity=False).digest() for text in encoded), KEY)
+    hashes = (hashlib.md5(text.encode("utf-8", "surrogatepass"), usedforsecurity=False) for text in texts)
+    return np.frombuffer(b"".join(md5.digest() for md5 in hashes), KEY)
 
 
 class EmbeddingCache:
@@ -368,8 +332,7 @@ class EmbeddingCache:
 
     Each append makes one immutable part, `part-<time>-<id>/` with `keys.npy` (n, 16) uint8 and `vectors.npy` (n, dim)
     float32, written whole: several processes may append, and a killed one leaves no half part. Vectors are
-    memory-mapped, only keys are read. Row numbers from `locate` stay valid for the life of the object.
-    A part that is cut short, of another dimension or not plain arrays is ignored with a warning: its texts are missing.
+    memory-mapped, only keys are read. A part that is no such part is ignored with a warning: its texts are missing.
     """
 
     def __init__(self, folder: Path, dim: int, legacy_folders: Sequence[Path] = ()) -> None:
@@ -383,7 +346,7 @@ class EmbeddingCache:
 
     def refresh(self) -> None:
         """Take in the parts that any process has added since the last look."""
-        self._is_stale, keys, damaged = False, [self._keys], []
+        keys, damaged = [self._keys], []
         for path in sorted(self.folder.glob("part-*")):
             if path.name in self._seen:
                 continue
@@ -391,20 +354,17 @@ class EmbeddingCache:
             try:
                 part_keys = np.load(path / "keys.npy", allow_pickle=False)
                 vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
-                if part_keys.dtype != np.uint8 or part_keys.shape != (len(vectors), 16):
-                    raise ValueError("no keys of this cache")
-                if vectors.dtype != np.float32 or vectors.shape != (len(part_keys), self.dim):
-                    raise ValueError("no vectors of this cache")
+                shapes = (part_keys.shape, vectors.shape) == ((len(vectors), 16), (len(part_keys), self.dim))
+                if not shapes or (part_keys.dtype, vectors.dtype) != (np.uint8, np.float32):
+                    raise ValueError("no part of this cache")
             except Exception:  # numpy parses a damaged header as Python text, and many things can go wrong there
                 damaged.append(path.name)
                 continue
             keys.append(np.ascontiguousarray(part_keys).view(KEY)[:, 0])
             self._parts.append(np.asarray(vectors))
         if damaged:
-            logger.warning(
-                f"{len(damaged)} damaged parts of the embedding cache are ignored, their texts are encoded anew: "
-                + ", ".join(damaged[:3])
-            )
+            words = "damaged parts of the embedding cache are ignored, their texts are encoded anew"
+            logger.warning(f"{len(damaged)} {words}: {', '.join(damaged[:3])}")
         self._keys = np.concatenate(keys)
         self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
         # Of equal keys the later part's counts.
@@ -413,8 +373,6 @@ class EmbeddingCache:
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """Return the row number of each key, -1 where there is none: (n,) int64."""
-        if self._is_stale:
-            self.refresh()
         if not len(self._sorted_keys):
             return np.full(len(keys), -1)
         place = np.searchsorted(self._sorted_keys, keys).clip(max=len(self._sorted_keys) - 1)
@@ -424,8 +382,9 @@ class EmbeddingCache:
         """Return (n,) True where a key has no vector."""
         return self.locate(keys) < 0
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors of rows that `locate` found: (n,) -> (n, dim) float32. Raises KeyError for a -1."""
+    def gather(self, keys: np.ndarray) -> np.ndarray:
+        """Return the keys' vectors, (n, dim) float32. Raises KeyError where a key has none."""
+        rows = self.locate(keys)
         if (n_missing := (rows < 0).sum()) > 0:
             raise KeyError(f"{n_missing} of {len(rows)} texts have no vector in {self.folder}")
         vectors = np.empty((len(rows), self.dim), np.float32)
@@ -435,10 +394,6 @@ class EmbeddingCache:
             first_row = self._ends[part] - len(self._parts[part])
             vectors[here] = self._parts[part][rows[here] - first_row]
         return vectors
-
-    def gather(self, keys: np.ndarray) -> np.ndarray:
-        """Return the keys' vectors, (n, dim) float32. Raises KeyError where a key has none."""
-        return self.take(self.locate(keys))
 
     def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
         """Add (n,) keys and their (n, dim) float32 vectors as one part. Raises InputError for NaN or a full disk."""
@@ -454,7 +409,7 @@ class EmbeddingCache:
 
         with files.lock_folder(self.folder):
             write_whole(self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex}", write)
-        self._is_stale = True
+        self.refresh()
 
     def adopt_legacy(self, keys: np.ndarray) -> None:
         """Copy vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts, for keys that have none yet."""
@@ -464,28 +419,25 @@ class EmbeddingCache:
             named = [(key, f"{key.tobytes().hex()}.npy") for key in keys[self.missing(keys)]]
             found = [(key, folder / name) for key, name in named if name in names]
             for start in range(0, len(found), 50_000):  # bounds memory
-                block, vectors = found[start : start + 50_000], []
-                for _, path in block:
-                    try:
-                        vectors.append(np.load(path, allow_pickle=False).astype(np.float32).reshape(self.dim))
-                    except Exception:  # whatever is wrong with it
-                        vectors.append(np.full(self.dim, np.nan, np.float32))
+                block = found[start : start + 50_000]
+                vectors = np.full((len(block), self.dim), np.nan, np.float32)
+                for vector, (_, path) in zip(vectors, block):
+                    with suppress(Exception):  # whatever is wrong with it
+                        vector[:] = np.load(path, allow_pickle=False).astype(np.float32).reshape(self.dim)
                 is_good = np.isfinite(vectors).all(axis=1)
                 n_damaged += (~is_good).sum()
                 if is_good.any():
-                    self.append(np.array([key for key, _ in block], KEY)[is_good], np.stack(vectors)[is_good])
+                    self.append(np.array([key for key, _ in block], KEY)[is_good], vectors[is_good])
         if n_damaged:
-            logger.warning(
-                f"{n_damaged} single .npy files are damaged or of another dimension, their texts are encoded"
-            )
+            words = "single .npy files are damaged or of another dimension, their texts are encoded"
+            logger.warning(f"{n_damaged} {words}")
 
 
 class ClinicalTextEncoder:
     """Vectors of texts: distinct texts only, planned in batches, cached under their MD5.
 
-    name: `hashing`, or what `encoders.HuggingFaceEncoder` takes (a hub id or a folder); that object, `encoder`, loads,
-    tokenises and computes. Vectors are kept in a folder of `cache_dir` of their own for each id, pooling and
-    max_tokens, for a local folder each content. They are reused whatever dtype or device made them.
+    name: `hashing`, or what `encoders.HuggingFaceEncoder` takes; that object, `encoder`, loads, tokenises and computes.
+    Each id (of a local folder: its content), pooling and max_tokens has a cache of its own, whatever dtype or device.
     """
 
     flush_seconds = 30.0  # a killed run loses at most this much work
@@ -509,11 +461,7 @@ class ClinicalTextEncoder:
         self.cache = EmbeddingCache(cache_dir / self.encoder.cache_name, self.dim, [cache_dir] if is_default else [])
 
     def encode_event_text_batch(self, texts: Iterable[Any], batch_size: int = 32) -> np.ndarray:
-        """Return the texts' vectors, (n, dim) float32; missing text is the empty string.
-
-        Each distinct text is computed once and kept in the cache. A batch has at most as many tokens as `batch_size`
-        texts of full length, so that short texts come by the hundred.
-        """
+        """Return the texts' vectors, (n, dim) float32, new ones computed and kept; missing text is the empty string."""
         return self.cache.gather(self.embed(texts, progress=False, batch_size=batch_size))
 
     def vectors(self, texts: Iterable[Any]) -> np.ndarray:
@@ -521,18 +469,13 @@ class ClinicalTextEncoder:
         self.cache.refresh()  # another process may have encoded them
         return self.cache.gather(text_keys(map(clean_text, texts)))
 
-    def load(self) -> None:
-        """Load what encodes. Raises InputError where the weights are unusable or nowhere to be had."""
-        self.encoder.load(self.cache.folder)
-
     def embed(
         self, texts: Iterable[Any], rank: int = 0, world: int = 1, progress: bool = True, batch_size: int = 64
     ) -> np.ndarray:
         """See to it that every text is in the cache; return the texts' keys (n,).
 
-        Of several processes each calls this with all texts and its rank, and has done its share when it returns.
-        Batches are planned over all texts, cached or not: a run that was killed and started again forms the same
-        batches and gives the same vectors, bit for bit. What is done is kept when the run is stopped.
+        Each of several processes calls this with all texts and does its share. Batches are planned over all texts,
+        cached or not: a run that was stopped keeps what it did, and, started again, gives the same vectors bit for bit.
         """
         texts = [clean_text(text) for text in texts]
         keys = text_keys(texts)
@@ -548,9 +491,15 @@ class ClinicalTextEncoder:
         is_missing[own] = self.cache.missing(keys[own])
         if not is_missing.any():
             return keys
-        self.load()
+        self.encoder.load(self.cache.folder)
         done: list[tuple[np.ndarray, np.ndarray]] = []  # keys and vectors of a batch
         flushed = time.monotonic()
+
+        def keep() -> None:
+            if done:
+                self.cache.append(*map(np.concatenate, zip(*done)))
+                done.clear()
+
         with Progress(total=int(is_missing.sum()), desc="encoding", unit=" texts", active=progress) as bar:
             try:
                 for numbers, vectors in self._encoded(self._batches(texts, chunks, is_missing, batch_size)):
@@ -558,39 +507,28 @@ class ClinicalTextEncoder:
                     self.n_encoded += len(numbers)
                     bar.update(len(numbers))
                     if time.monotonic() - flushed > self.flush_seconds:
-                        self._keep(done)
+                        keep()
                         flushed = time.monotonic()
             finally:  # also on Ctrl-C
-                self._keep(done)
+                keep()
         return keys
-
-    def _keep(self, done: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write the batches as one part of the cache, and empty the list."""
-        if done:
-            keys, vectors = zip(*done)
-            self.cache.append(np.concatenate(keys), np.concatenate(vectors))
-            done.clear()
 
     def _batches(
         self, texts: list[str], chunks: list[np.ndarray], is_missing: np.ndarray, batch_size: int
     ) -> Iterator[tuple[np.ndarray, list]]:
         """Yield numbers of missing texts and their tokens, longest first, so that memory peaks at once."""
-        budget = min(self.encoder.budget, batch_size * self.encoder.max_tokens)
+        budget = min(self.encoder.budget, batch_size * self.encoder.max_tokens)  # short texts come by the hundred
         for chunk in chunks:
             if not is_missing[chunk].any():
                 continue
             tokens: list = self.encoder.tokenise([texts[i] for i in chunk])
             for batch in split_by_budget(np.array([len(text_tokens) for text_tokens in tokens]), budget):
-                missing = [place for place in batch if is_missing[chunk[place]]]
-                if missing:
+                if missing := [place for place in batch if is_missing[chunk[place]]]:
                     yield chunk[missing], [tokens[place] for place in missing]
 
     def _encoded(self, batches: Iterable[tuple[np.ndarray, list]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield numbers and vectors in the order of the batches; one thread per device, two batches ahead."""
-
-        def encode(device: int, numbers: np.ndarray, tokens: list) -> tuple[np.ndarray, np.ndarray]:
-            return numbers, self.encoder.forward(device, tokens)
-
+        encode = lambda device, numbers, tokens: (numbers, self.encoder.forward(device, tokens))
         pools = [ThreadPoolExecutor(1) for _ in range(self.encoder.n_devices)]
         devices = cycle(enumerate(pools))
         started = (pool.submit(encode, device, *batch) for (device, pool), batch in zip(devices, batches))
@@ -614,9 +552,8 @@ def run_ahead(started: Iterable[Future[T]], ahead: int) -> Iterator[T]:
 
 def split_by_budget(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     """Yield batches of places, longest first, each with at most `budget` padded tokens and a quarter of padding."""
-    order = np.argsort(-lengths, kind="stable")
+    order, start = np.argsort(-lengths, kind="stable"), 0
     falling = lengths[order]
-    start = 0
     while start < len(order):
         longest = max(1, falling[start])
         alike = np.searchsorted(-falling, -0.75 * longest, side="right") - start
@@ -685,9 +622,8 @@ class PackedStays(NamedTuple):
 class ClinicalSequenceDataset(Dataset):
     """One item per ICU stay, whole: `(sequence (L, 5 + E + 1), static (S,), label (1,))`, oldest event first.
 
-    The columns of an event are its type (5), its text vector (E, 768 for Clinical-Longformer), its time (1) and, with
-    `--item-history`, its HISTORY (9). All tensors live where the text vectors live; `packed` gives
-    batches without padding, made there.
+    An event is its type (5), text vector (E, 768 for Clinical-Longformer), time (1) and, with `--item-history`, HISTORY
+    (9). All tensors live where the text vectors live; `packed` makes batches without padding there.
     """
 
     def __init__(
@@ -743,12 +679,6 @@ def collate_stays(stays: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, T
     }
 
 
-def pack_stays(padded: dict[str, Tensor]) -> PackedStays:
-    """Return what `collate_stays` gave, without its padding."""
-    layout = layout_of_mask(padded["attention_mask"])
-    return PackedStays(pack(padded["sequences"], layout), padded["static_features"], padded["labels"], layout)
-
-
 def place_vectors(text_vectors: np.ndarray, device: torch.device) -> Tensor:
     """Return (n_texts, E) on a GPU, if they take less than half of its free memory, else where they are."""
     vectors = torch.from_numpy(text_vectors)
@@ -782,21 +712,17 @@ def plan_batches(
     """Return the stays of each batch, each stay once: in random order with a seed, else the longest first.
 
     A batch holds at most `batch_size` stays, its longest first, and each of `world` processes at most `max_events`
-    events of it (a longer stay is alone). In training, lengths mix: batches of stays of similar length cost 0.004 of
-    AUROC on real stays (with item history), and packed events need no such thing.
+    events of it (a longer stay is alone). In training lengths mix: batches of similar ones cost 0.004 of AUROC on real
+    stays (with item history).
     """
-    sizes = lengths.tolist()
-    order = np.argsort(-lengths, kind="stable")
-    if seed is not None:
-        order = np.random.default_rng(seed).permutation(len(lengths))
+    longest_first, sizes = np.argsort(-lengths, kind="stable"), lengths.tolist()
+    order = longest_first if seed is None else np.random.default_rng(seed).permutation(len(lengths))
     batches: list[list[int]] = [[]]
     for stay in order.tolist():
         batch = sorted([*batches[-1], stay], key=lambda member: -sizes[member])
         n_events = sum(sizes[member] for member in batch[::world])  # of the process that has most
-        if len(batch) <= batch_size and (n_events <= max_events or len(batch) <= world):
-            batches[-1] = batch
-        else:
-            batches.append([stay])
+        fits = len(batch) <= batch_size and (n_events <= max_events or len(batch) <= world)
+        batches[-1:] = [batch] if fits else [batches[-1], [stay]]
     return [np.array(batch) for batch in batches if batch]
 
 
@@ -821,36 +747,28 @@ def sinusoidal_positions(positions: Tensor, d_model: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
-def full_precision(values: Tensor) -> torch.autocast:
-    """Return a context in which autocast is off where the values are."""
-    return torch.autocast(values.device.type, enabled=False)
-
-
 def in_full_precision(layer: nn.Module, values: Tensor) -> Tensor:
     """Apply a layer in fp32 also under autocast: logits out of bf16 tie, and are up to 0.4 % off."""
-    with full_precision(values):
+    with torch.autocast(values.device.type, enabled=False):
         return layer(values.float())
 
 
 def has_variable_length_kernel(query: Tensor) -> bool:
     """Say if the variable-length kernel takes (N, H, D/H): GPU since Ampere, half precision, width 8, 16, ... 256."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    width = query.shape[2]
-    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    width, is_half = query.shape[2], query.dtype in (torch.bfloat16, torch.float16)
+    fits = query.is_cuda and is_half and width % 8 == 0 and width <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    """Softmax attention of packed events (N, H, D/H), each within its own stay; memory grows with N, not its square.
-
-    One variable-length kernel for the batch where there is one, else a fused call per run of stays of equal length.
-    """
+    """Softmax attention of packed events (N, H, D/H), each within its own stay; memory grows with N, not its square."""
     if has_variable_length_kernel(query):
         from torch.nn.attention.varlen import varlen_attn  # here: it brings a compiler, two seconds of every start
 
         longest = max(layout.lengths)
         of_all = varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
         return cast(Tensor, of_all)  # without the auxiliary output, which nobody asked for
+    # Without such a kernel: one fused call per run of stays of equal length.
     runs = [(len(list(alike)), length) for length, alike in groupby(layout.lengths) if length]
     sizes = [n_stays * length for n_stays, length in runs]
     attended = []
@@ -876,10 +794,9 @@ def softmax_among(scores: Tensor, is_member: Tensor) -> Tensor:
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer (Xiong et al. 2020) over packed events.
+    """Pre-norm transformer layer (Xiong et al. 2020) over packed events; what it adds starts small (LayerScale).
 
-    What a layer adds starts small and is scaled per channel (LayerScale, Touvron et al. 2021): with a thousand stays a
-    model first has to learn what each event says by itself, and context only as far as the data ask for it.
+    Touvron et al. 2021: a model first learns what each event says by itself, context as far as the data ask for it.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_feedforward: int, dropout: float) -> None:
@@ -888,9 +805,8 @@ class EncoderLayer(nn.Module):
         self.norm_attention, self.norm_feedforward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.attention_output = nn.Linear(d_model, d_model)
-        self.feedforward = nn.Sequential(
-            nn.Linear(d_model, d_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_feedforward, d_model)
-        )
+        widen, narrow = nn.Linear(d_model, d_feedforward), nn.Linear(d_feedforward, d_model)
+        self.feedforward = nn.Sequential(widen, nn.ReLU(), nn.Dropout(dropout), narrow)
         self.dropout = nn.Dropout(dropout)
         self.attention_scale = nn.Parameter(torch.full((d_model,), LAYER_SCALE))
         self.feedforward_scale = nn.Parameter(torch.full((d_model,), LAYER_SCALE))
@@ -907,10 +823,9 @@ class EncoderLayer(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Multi-head attention of one learnable query over a stay's events.
+    """Multi-head attention of one learnable query over a stay's events; in training a share of them is hidden.
 
-    In training it is not shown a share of them, another one at each step: dropout of keys before the softmax (Li et al.
-    2023, arXiv 2208.02646).
+    Another one at each step: dropout of keys before the softmax (Li et al. 2023, arXiv 2208.02646).
     """
 
     def __init__(self, d_model: int, n_heads: int, event_dropout: float = 0.0) -> None:
@@ -921,7 +836,7 @@ class AttentionPooling(nn.Module):
     def scores(self, query: Tensor, events: Tensor) -> Tensor:
         """query (B, 1, D), events (B, L, D) -> (B, H, L): its scaled similarity with each event's key, in fp32."""
         split = (self.n_heads, -1)
-        with full_precision(events):
+        with torch.autocast(events.device.type, enabled=False):
             q = self.query_projection(query.squeeze(1).float()).unflatten(1, split)  # (B, H, C)
             key = torch.einsum("bhc,hcd->bhd", q, self.key.weight.unflatten(0, split))  # (B, H, D)
             of_bias = (q * self.key.bias.unflatten(0, split)).sum(2, keepdim=True)  # (B, H, 1)
@@ -930,19 +845,16 @@ class AttentionPooling(nn.Module):
     def forward(
         self, query: Tensor, events: Tensor, attention_mask: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """query (B, 1, D), events (B, L, D) -> pooled (B, 1, D), weights (B, H, 1, L), all in fp32.
+        """query (B, 1, D), events (B, L, D), bias of the scores (B, H, 1, L) -> pooled (B, 1, D), weights (B, H, 1, L).
 
-        `bias (B, H, 1, L)` is added to the scores. The query and what it pools pass the projections of keys and values,
-        not each event: the numbers are the same, and padding costs next to nothing.
+        All in fp32. The query and what it pools pass the projections of keys and values, not each event: the same sums.
         """
         if self.training and self.event_dropout > 0:
-            is_shown = torch.rand(attention_mask.shape, device=events.device) >= self.event_dropout  # (B, L)
-            attention_mask = attention_mask & is_shown
+            hidden = torch.rand(attention_mask.shape, device=events.device) < self.event_dropout  # (B, L)
+            attention_mask = attention_mask & ~hidden
         split = (self.n_heads, -1)
-        with full_precision(events):
-            scores = self.scores(query, events).unsqueeze(2)  # (B, H, 1, L)
-            if bias is not None:
-                scores = scores + bias
+        with torch.autocast(events.device.type, enabled=False):
+            scores = self.scores(query, events).unsqueeze(2) + (0 if bias is None else bias)  # (B, H, 1, L)
             weights = softmax_among(scores, attention_mask[:, None, None, :])
             shares = weights.squeeze(2)  # (B, H, L)
             pooled = shares @ events.float()  # (B, H, D)
@@ -954,9 +866,8 @@ class AttentionPooling(nn.Module):
 class ItemHistoryProjection(nn.Module):
     """Projects events with their history: what their numbers say depends on the text, as a low-rank product of the two.
 
-    Quantiles enter in eight soft steps (piecewise linear encoding, Gorishniy et al. 2022, arXiv 2203.05556): an item's
-    low and high values can then both be bad. The text stands for the item. Texts of any encoder look much alike, so its
-    columns are whitened over the items of training (as sentence vectors are, Su et al. 2021, arXiv 2103.15316).
+    Quantiles enter in eight soft steps (Gorishniy et al. 2022, arXiv 2203.05556): low and high values can both be bad.
+    Texts of any encoder look much alike: their columns are whitened over items (Su et al. 2021, arXiv 2103.15316).
     """
 
     n_steps = 8
@@ -972,11 +883,6 @@ class ItemHistoryProjection(nn.Module):
         self.product = nn.Linear(d_model, d_model, bias=False)
         self.register_buffer("item_axes", torch.eye(n_plain - 1))
 
-    @property
-    def bias(self) -> nn.Parameter:
-        """What an average event is."""
-        return self.text.bias
-
     def whiten(self, training_items: Tensor) -> None:
         """Take over the directions in which items (K, 5 + E), each once and normalised, differ, and how far."""
         centred = (training_items - training_items.mean(0)).double()
@@ -988,11 +894,10 @@ class ItemHistoryProjection(nn.Module):
         self.item_axes[: len(spread)] = (axes[:, is_known] / spread).T
 
     def of_item(self, projection: nn.Linear, text: Tensor) -> Tensor:
-        """Project text (N, 5 + E) -> (N, D) by its whitened columns; in fp32, since whitening makes rounding loud.
-
-        The axes join the weights, of which there are fewer than events.
-        """
-        with full_precision(text):
+        """Project text (N, 5 + E) -> (N, D) by its whitened columns; in fp32, since whitening makes rounding loud."""
+        with torch.autocast(
+            text.device.type, enabled=False
+        ):  # the axes join the weights, of which there are fewer than events
             return F.linear(text.float(), projection.weight @ self.item_axes, projection.bias)
 
     def forward(self, events: Tensor) -> Tensor:
@@ -1010,8 +915,7 @@ class ItemHistoryProjection(nn.Module):
 class ClinicalTransformer(nn.Module):
     """Probability of death in hospital, from a stay's events and its static features.
 
-    Pre-norm layers, inputs normalised by the training events' mean and spread and again after the projection, positions
-    at a learnable small scale, a small query vector: tests/benchmarks/ablation.py measures what each is worth.
+    What its normalised inputs, scaled positions and small query are worth is measured by tests/benchmarks/ablation.py.
     """
 
     event_mean: Tensor  # (input_dim,)
@@ -1038,19 +942,18 @@ class ClinicalTransformer(nn.Module):
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.register_buffer("static_weight", torch.ones(static_dim))
-        self.input_projection: ItemHistoryProjection | nn.Linear = (
-            ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
-        )
+        projection = ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
+        self.input_projection: ItemHistoryProjection | nn.Linear = projection
         # An average event is all bias. Were that tiny, the LayerNorm would blow the smallest difference from it up,
         # and a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
         # Events with their history start out more alike: the same bias would drown what tells them apart.
-        nn.init.normal_(self.input_projection.bias, std=0.3 if n_history else 1.0)
+        bias = projection.text.bias if isinstance(projection, ItemHistoryProjection) else projection.bias
+        nn.init.normal_(bias, std=0.3 if n_history else 1.0)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
-        self.transformer_encoder = nn.ModuleList(
-            EncoderLayer(d_model, n_heads, d_feedforward, dropout) for _ in range(n_layers)
-        )
+        layers = [EncoderLayer(d_model, n_heads, d_feedforward, dropout) for _ in range(n_layers)]
+        self.transformer_encoder = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(d_model)
         self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, d_model))
         self.attention_pooling = AttentionPooling(d_model, n_pooling_heads, EVENT_DROPOUT if n_history else 0.0)
@@ -1062,10 +965,7 @@ class ClinicalTransformer(nn.Module):
     def set_input_statistics(
         self, mean: Tensor, scale: Tensor, static_weight: Tensor, training_items: Tensor | None = None
     ) -> None:
-        """Set mean and spread of the events' columns before their history, and the factor of each static column (S).
-
-        A model with item history needs the training events' items (K, 5 + E), type and text of each.
-        """
+        """Set mean and spread of the columns before the history, the statics' factors (S), and items (K, 5 + E)."""
         self.event_mean[: self.n_plain] = mean
         self.event_scale[: self.n_plain] = scale
         self.static_weight.copy_(static_weight)
@@ -1114,8 +1014,7 @@ class ClinicalTransformer(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return logits (B, 1), and the dict that `forward` describes, of events without padding (N, input_dim).
 
-        With `rows` (N,) a stay's events are rows of fewer events, each projected once. `layer_weights` takes each
-        layer's attention weights (B, H, L, L).
+        With `rows` (N,) a stay's events are rows of fewer events, each projected once.
         """
         normalised = (events - self.event_mean) / self.event_scale  # (N, input_dim)
         outputs = self.input_norm(self.input_projection(normalised))  # (N, D)
@@ -1133,13 +1032,8 @@ class ClinicalTransformer(nn.Module):
             bias = (self.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
         pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask, bias)
         inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1)  # (B, D + S)
-        attention = {
-            "transformer_output": outputs,
-            "pooling_weights": pooling_weights,
-            "query_vector": query,
-            "layer_attention_weights": layer_weights,
-        }
-        return in_full_precision(self.classifier, inputs), attention
+        attention = {"transformer_output": outputs, "pooling_weights": pooling_weights, "query_vector": query}
+        return in_full_precision(self.classifier, inputs), attention | {"layer_attention_weights": layer_weights}
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
@@ -1187,11 +1081,13 @@ class TrainingObjective(nn.Module):
 
     def forward(self, batch: PackedStays | dict[str, Tensor], time_column: int) -> Tensor:
         """Return the loss of each stay of the batch (B,), packed or as `collate_stays` pads it."""
-        stays = pack_stays(batch) if isinstance(batch, dict) else batch
-        logits, attention = self.model.score_packed(stays.events, stays.static_features, stays.layout)
-        times = unpack(stays.events[:, time_column, None], stays.layout).squeeze(2)  # (B, L)
-        hours, is_event = self.preprocessor.decode_hours(times), stays.layout.attention_mask
-        return self.loss(logits, attention["transformer_output"], stays.labels, hours, is_event)
+        if isinstance(batch, dict):
+            layout = layout_of_mask(batch["attention_mask"])
+            batch = PackedStays(pack(batch["sequences"], layout), batch["static_features"], batch["labels"], layout)
+        logits, attention = self.model.score_packed(batch.events, batch.static_features, batch.layout)
+        times = unpack(batch.events[:, time_column, None], batch.layout).squeeze(2)  # (B, L)
+        hours, is_event = self.preprocessor.decode_hours(times), batch.layout.attention_mask
+        return self.loss(logits, attention["transformer_output"], batch.labels, hours, is_event)
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1225,17 +1121,13 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
     except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
-        raise InputError(
-            f"{path}: not a checkpoint of this program, or damaged ({type(error).__name__}). Train again, or use "
-            "another file."
-        ) from None
+        reason = f"not a checkpoint of this program, or damaged ({type(error).__name__})"
+        raise InputError(f"{path}: {reason}. Train again, or use another file.") from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
         raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
     if state["format"] != CHECKPOINT_FORMAT or state.get("temperature", 1.0) != 1.0:
-        raise InputError(
-            f"{path}: written by another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}, "
-            "without temperature). Train anew, or explain it with the train.py that wrote it."
-        )
+        reason = f"another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}, without temperature)"
+        raise InputError(f"{path}: written by {reason}. Train anew, or explain it with the train.py that wrote it.")
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
         model.load_state_dict(state["model"])
@@ -1250,9 +1142,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         encoder, patients = state["text_encoder"], state["patients"]
         return Checkpoint(model.eval(), preprocessor, check_settings(settings), encoder, patients, baseline, state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: the checkpoint lacks parts or they do not fit together ({type(error).__name__}). Train again."
-        ) from None
+        reason = f"the checkpoint lacks parts or they do not fit together ({type(error).__name__})"
+        raise InputError(f"{path}: {reason}. Train again.") from None
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -1269,21 +1160,18 @@ WARMUP_STEPS = 50  # Adam's second moments settle in about so many
 GRADIENT_CLIP = 1.0  # norm; that of most steps is below
 AVERAGING = 0.98  # decay per step of the running mean of the weights, which is validated and kept
 MOST_ATTENTION_FILES = 5  # of an epoch
+ATTENTION_FOLDER = f"{Settings.output_dir}/attention_weights"
 MAX_MAP_EVENTS, MAX_MAP_BINS = 1024, 64
 
 
 def input_statistics(dataset: ClinicalSequenceDataset) -> tuple[Tensor, Tensor]:
-    """Return mean (input_dim,) and scale (6 + E,) of the dataset's events; so scaled, the text makes 3/4 of a variance.
-
-    A column that never varies keeps its size.
-    """
-    parts = []
-    for rows, index in ((dataset.type_columns, dataset.event_type), (dataset.text_vectors, dataset.text)):
-        parts.append(weighted_sums(rows, torch.bincount(index, minlength=len(rows))))
+    """Return mean (input_dim,) and scale (6 + E,) of the events; so scaled, text makes 3/4 of an event's variance."""
+    indexed = ((dataset.type_columns, dataset.event_type), (dataset.text_vectors, dataset.text))
+    parts = [weighted_sums(rows, torch.bincount(index, minlength=len(rows))) for rows, index in indexed]
     parts.append(weighted_sums(dataset.event_columns, torch.ones_like(dataset.text)))
     mean, mean_square = torch.cat(parts, dim=1).cpu() / len(dataset.text)  # (input_dim,) each
     scale = (mean_square - mean.square()).clamp(min=0).sqrt()
-    scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))
+    scale = torch.where(scale > 1e-6, scale, torch.ones_like(scale))  # a column that never varies keeps its size
     n_types, n_text = len(EVENT_TYPES), dataset.text_vectors.shape[1]
     share = torch.full((n_types + n_text + 1,), (1 - TEXT_SHARE) / (n_types + 1))
     share[n_types:-1] = TEXT_SHARE / n_text
@@ -1323,17 +1211,15 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.settings, self.accelerator, self.text_encoder = settings, accelerator, data.text_encoder
         self.output, self.is_main = Path(settings.output_dir), accelerator.is_main_process
-        table, split = data.table, data.split
-        train_table = table.take(split.train)
-        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history)
-        self.preprocessor.fit(train_table)
+        table, split, train_table = data.table, data.split, data.table.take(data.split.train)
+        preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history)
+        self.preprocessor = preprocessor.fit(train_table)
         vectors = place_vectors(data.text_vectors, accelerator.device)
         dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
         self.train_set, self.validation_set = dataset_of(train_table), dataset_of(table.take(split.validation))
         self.test_set = dataset_of(table.take(split.test)) if len(split.test) else None
         self.time_column = len(EVENT_TYPES) + vectors.shape[1]
-        used = table.texts[np.unique(train_table.text)]
-        self.training_items = sorted({items.item_hash(text) for text in used})
+        self.training_items = sorted(set(map(items.item_hash, table.texts[np.unique(train_table.text)])))
         self.data_fingerprint = table.fingerprint()
         patient_ids = table.stays["patient_id"]
         self.patients = {name: patient_ids.iloc[part].unique().tolist() for name, part in split._asdict().items()}
@@ -1342,21 +1228,23 @@ class Trainer:
         objective = TrainingObjective(model, loss, self.preprocessor)
         rate, decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.AdamW(objective.parameters(), lr=rate, weight_decay=decay)
-        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=self.average_weights)
+        self.step = self.epochs_done = 0
+        # The mean's memory grows with the steps, so that the beginning is forgotten.
+        memory = lambda: min(AVERAGING, self.step / (self.step + 10))
+        move = lambda averaged, current, _: torch._foreach_lerp_(averaged, current, 1 - memory())
+        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=move)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.threads = ThreadPoolExecutor(2)  # write attention and read losses while training goes on
         self.writing: Future[None] | None = None
         self.history: list[dict[str, float]] = []
-        self.step = self.epochs_done = 0
+        self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def new_model(self) -> ClinicalTransformer:
         """Return a model with fresh weights that knows the training events' mean and spread."""
         settings, dataset = self.settings, self.train_set
         names = ("d_model", "n_layers", "n_heads", "n_pooling_heads", "dropout")
-        sizes = {name: getattr(settings, name) for name in names}
-        model = ClinicalTransformer(
-            dataset.input_dim, self.preprocessor.static_dim, n_history=dataset.n_history, **sizes
-        )
+        sizes = {name: getattr(settings, name) for name in names} | {"n_history": dataset.n_history}
+        model = ClinicalTransformer(dataset.input_dim, self.preprocessor.static_dim, **sizes)
         mean, scale = input_statistics(dataset)
         is_number = [category is None for _, category in self.preprocessor.static_names]
         static_weight = torch.where(torch.tensor(is_number), NUMBER_WEIGHT, 1.0)  # (S,)
@@ -1372,9 +1260,8 @@ class Trainer:
 
     def plan_epoch(self, epoch: int) -> list[np.ndarray]:
         """Return the stays of each step of an epoch, of all processes together."""
-        settings, world = self.settings, self.accelerator.num_processes
-        most = settings.max_events_per_batch
-        return plan_batches(self.train_set.lengths, settings.batch_size, most, settings.seed + epoch, world)
+        sizes, seed = (self.settings.batch_size, self.settings.max_events_per_batch), self.settings.seed + epoch
+        return plan_batches(self.train_set.lengths, *sizes, seed, self.accelerator.num_processes)
 
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training stays; return the mean loss of a stay. Depends on seed and epoch alone."""
@@ -1414,37 +1301,27 @@ class Trainer:
         sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
         return float(sums[0]) / n_stays
 
+    def set_learning_rate(self, fraction_of_training: float) -> None:
+        """Raise it over the first steps (a tenth of them where they are few), then lower it along half a cosine."""
+        warmth = min(1.0, max((self.step + 1) / WARMUP_STEPS, 10 * fraction_of_training))
+        cosine = 0.5 * (1 + math.cos(math.pi * fraction_of_training))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * warmth * cosine
+
     def read_losses(self, stays: np.ndarray, reading: Future[Tensor]) -> float:
         """Return the sum of the losses of a step, checked: the loop waits for the device only here."""
         losses = reading.result()
         self.stop_if_not_finite(losses, self.train_set, stays)
         return float(losses.sum())
 
-    @torch.no_grad()
-    def average_weights(self, averaged: Any, current: Any, n_averaged: Tensor | int) -> None:
-        """Move the running mean of the weights; its memory grows with the steps, so that the beginning is forgotten."""
-        torch._foreach_lerp_(averaged, current, 1 - min(AVERAGING, self.step / (self.step + 10)))
-
-    def set_learning_rate(self, fraction_of_training: float) -> None:
-        """Raise it linearly over the first steps, then lower it along half a cosine: no single validation decides.
-
-        Where steps are few, the first tenth of them warms up.
-        """
-        warmth = min(1.0, max((self.step + 1) / WARMUP_STEPS, 10 * fraction_of_training))
-        cosine = 0.5 * (1 + math.cos(math.pi * fraction_of_training))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * warmth * cosine
-
     def stop_if_not_finite(self, losses: Tensor, dataset: ClinicalSequenceDataset, stays: np.ndarray) -> None:
         """Raise InputError that names the first stays whose loss is not finite."""
         wrong = stays[~torch.isfinite(losses).numpy()][:5]
         if len(wrong):
             ids = ", ".join(map(str, dataset.table.stays["icu_stay_id"].iloc[wrong]))
-            raise InputError(
-                f"the loss is not finite for icu_stay_id {ids}. The best checkpoint so far stays in "
-                f"{self.output / 'checkpoints'}. Lower --learning-rate and train anew, or --resume with "
-                "--mixed-precision no."
-            )
+            kept = f"The best checkpoint so far stays in {self.output / 'checkpoints'}"
+            mended = "Lower --learning-rate and train anew, or --resume with --mixed-precision no"
+            raise InputError(f"the loss is not finite for icu_stay_id {ids}. {kept}. {mended}.")
 
     def fit(self) -> None:
         """Train until the validation loss has rested for `patience` epochs; best_model.pth has the best weights."""
@@ -1452,13 +1329,11 @@ class Trainer:
             self.save("latest_checkpoint.pth")
         while self.epochs_done < self.settings.max_epochs and not self.out_of_patience():
             started = time.monotonic()
-            row: dict[str, float] = {"epoch": self.epochs_done + 1}
-            row["train_loss"] = self.train_epoch(self.epochs_done + 1)
-            row |= self.validate()
-            row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-            row["seconds"] = time.monotonic() - started
+            epoch = self.epochs_done + 1
+            row: dict[str, float] = {"epoch": epoch, "train_loss": self.train_epoch(epoch), **self.validate()}
+            row |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
             self.history.append(row)
-            self.epochs_done += 1
+            self.epochs_done = epoch
             self.log_epoch()
             if self.best_epoch == self.epochs_done:
                 self.save("best_model.pth")
@@ -1480,13 +1355,12 @@ class Trainer:
         self.accelerator.log(row, step=self.epochs_done)
         if not self.is_main:
             return
-        frame = pd.DataFrame(self.history)
-        write_whole(self.output / "history.csv", lambda path: frame.to_csv(path, index=False))
+        write_whole(self.output / "history.csv", partial(pd.DataFrame(self.history).to_csv, index=False))
+        rate, best = self.train_set.lengths.sum() / row["seconds"], "  best" * (self.best_epoch == self.epochs_done)
         logger.info(
             f"epoch {self.epochs_done:2d}/{self.settings.max_epochs}  train loss {row['train_loss']:.4f}  "
             f"validation loss {row['validation_loss']:.4f}  AUROC {row['validation_auroc']:.3f}  "
-            f"lr {row['learning_rate']:.1e}  {self.train_set.lengths.sum() / row['seconds']:7,.0f} events/s  "
-            f"{row['seconds']:5.1f} s{'  best' if self.best_epoch == self.epochs_done else ''}"
+            f"lr {row['learning_rate']:.1e}  {rate:7,.0f} events/s  {row['seconds']:5.1f} s{best}"
         )
 
     def out_of_patience(self) -> bool:
@@ -1506,14 +1380,9 @@ class Trainer:
         """Write a checkpoint: plain data and tensors only."""
         if not self.is_main:
             return
-        state = {
-            "program": "clinical_LF",
-            "format": CHECKPOINT_FORMAT,
-            "settings": asdict(self.settings),
-            "architecture": self.model.architecture,
-            "model": self.model.state_dict(),
-            "preprocessor": self.preprocessor.state_dict(),
-        }
+        state = {"program": "clinical_LF", "format": CHECKPOINT_FORMAT, "settings": asdict(self.settings)}
+        state |= {"architecture": self.model.architecture, "model": self.model.state_dict()}
+        state["preprocessor"] = self.preprocessor.state_dict()
         own = "text_encoder patients data_fingerprint baseline training_items history epochs_done step"
         state |= {part: getattr(self, part) for part in own.split()}
         if name == "latest_checkpoint.pth":
@@ -1532,23 +1401,28 @@ class Trainer:
         changed = [name for name in SETTINGS_OF_A_RUN if before[name] != now[name]]
         then = (saved.state.get("data_fingerprint"), saved.patients, saved.text_encoder, saved.model.architecture)
         if changed or then != (self.data_fingerprint, self.patients, self.text_encoder, self.model.architecture):
-            differences = ", ".join(changed) or "other data, patients, encoder or model sizes"
-            raise InputError(
-                f"{path}: this run differs from the one to resume ({differences}). Give the same settings, or train "
-                "anew without --resume."
-            )
+            reason = ", ".join(changed) or "other data, patients, encoder or model sizes"
+            mended = "Give the same settings, or train anew without --resume"
+            raise InputError(f"{path}: this run differs from the one to resume ({reason}). {mended}.")
         self.accelerator.unwrap_model(self.objective).load_state_dict(saved.state["objective"])
         self.model.load_state_dict(saved.state["model"])
         self.average.n_averaged.copy_(saved.state["n_averaged"])
         self.optimizer.load_state_dict(saved.state["optimizer"])
-        self.history, self.step = saved.state["history"], saved.state["step"]
-        self.epochs_done = saved.state["epochs_done"]
+        self.history, self.step, self.epochs_done = (saved.state[name] for name in ("history", "step", "epochs_done"))
         logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
 
+    @torch.no_grad()
     def save_attention(self, epoch: int, batch: int, stays: np.ndarray) -> None:
-        """Save and draw the attention of one stay of the batch, in a pass of its own, while training goes on."""
+        """Save and draw the attention of a stay's last 1,024 events, in a pass of its own, while training goes on."""
         stay = int(min(stays, key=lambda s: abs(int(self.train_set.lengths[s]) - 512)))
-        record = attention_record(self.model, self.train_set, stay, self.accelerator.device)
+        model, table, device = self.model.eval(), self.train_set.table, self.accelerator.device
+        sequence, static, _ = self.train_set[stay]
+        sequence, end = sequence[-MAX_MAP_EVENTS:].to(device), table.offsets[stay + 1]
+        probability, record = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
+        record["layer_attention_weights"] = [binned(weights) for weights in record["layer_attention_weights"]]
+        record |= {"icu_stay_id": int(table.stays["icu_stay_id"].iloc[stay]), "probability": float(probability)}
+        events = slice(end - len(sequence), end)
+        record |= {"hours_to_final_event": table.minutes_to_end[events] / 60, "event_type": table.event_type[events]}
         self.finish_writing()
 
         def write() -> None:
@@ -1568,59 +1442,26 @@ class Trainer:
         self.writing = None
 
 
-@torch.no_grad()
-def attention_record(
-    model: ClinicalTransformer, dataset: ClinicalSequenceDataset, stay: int, device: torch.device
-) -> dict[str, Any]:
-    """Return what `model(..., return_attention=True)` gives for a stay's last 1,024 events, and which they are."""
-    model.eval()
-    sequence, static, _ = dataset[stay]
-    sequence = sequence[-MAX_MAP_EVENTS:].to(device)
-    probability, attention = model(sequence.unsqueeze(0), static.unsqueeze(0).to(device), return_attention=True)
-    end = dataset.table.offsets[stay + 1]
-    events = slice(end - len(sequence), end)
-    attention["layer_attention_weights"] = [binned(weights) for weights in attention["layer_attention_weights"]]
-    return attention | {
-        "icu_stay_id": int(dataset.table.stays["icu_stay_id"].iloc[stay]),
-        "probability": float(probability),
-        "hours_to_final_event": dataset.table.minutes_to_end[events] / 60,
-        "event_type": dataset.table.event_type[events],
-    }
-
-
 def binned(weights: Tensor) -> Tensor:
     """(B, H, L, L) -> (B, H, bins, bins): means over at most 64 equal bins of events."""
     return F.adaptive_avg_pool2d(weights, min(weights.shape[-1], MAX_MAP_BINS))
 
 
 def save_attention_weights(
-    attention_weights: dict[str, Any],
-    batch_idx: int,
-    epoch: int,
-    save_dir: str | Path = "trained_models/clinical_LF/attention_weights",
+    attention_weights: dict[str, Any], batch_idx: int, epoch: int, save_dir: str | Path = ATTENTION_FOLDER
 ) -> Path:
-    """Write the attention of a pass (`return_attention=True`) as attention_epoch_{epoch}_batch_{batch_idx}.npz.
-
-    Bounded however long the stays: layers' weights are binned and in half precision, `transformer_output` is left out.
-    """
-    arrays = {name: value for name, value in attention_weights.items() if name != "transformer_output"}
-    layers = [binned(torch.as_tensor(weights).float()) for weights in arrays["layer_attention_weights"]]
-    # (n_layers, B, H, bins, bins)
-    arrays["layer_attention_weights"] = torch.stack(layers).half() if layers else torch.zeros(0)
-    arrays = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in arrays.items()}
-
-    def write(path: Path) -> None:
-        with open(path, "wb") as file:  # savez would add a suffix to a path
-            np.savez_compressed(file, **arrays)
-
-    return write_whole(Path(save_dir) / f"attention_epoch_{epoch}_batch_{batch_idx}.npz", write)
+    """Write a pass's attention as attention_epoch_{epoch}_batch_{batch_idx}.npz, binned, without transformer_output."""
+    layers = [binned(torch.as_tensor(weights).float()) for weights in attention_weights["layer_attention_weights"]]
+    maps = torch.stack(layers).half() if layers else torch.zeros(0)  # (n_layers, B, H, bins, bins)
+    kept = attention_weights | {"layer_attention_weights": maps}
+    kept.pop("transformer_output", None)
+    arrays: dict[str, Any] = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in kept.items()}
+    path = Path(save_dir) / f"attention_epoch_{epoch}_batch_{batch_idx}.npz"
+    return write_whole(path, lambda name: np.savez_compressed(name, **arrays))
 
 
 def load_attention_weights(path: str | Path) -> dict[str, Any]:
-    """Return what `save_attention_weights` wrote, as the `analyze_*` functions of the explainer take it.
-
-    `pooling_weights (B, 4, 1, L)` are exact; `layer_attention_weights`, (B, 8, bins, bins) a layer, are means.
-    """
+    """Return what `save_attention_weights` wrote: exact `pooling_weights`, layers' means (B, H, bins, bins)."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     arrays["layer_attention_weights"] = list(arrays["layer_attention_weights"].astype(np.float32))
@@ -1637,8 +1478,8 @@ def predict_logits(
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     loader = packed_batches(dataset, mine, accelerator.device)
     parts = [torch.zeros(0, 1, device=accelerator.device)]  # a process may have no batch
-    options = {"active": accelerator.is_main_process, "delay": 2}
-    for batch in Progress(loader, total=len(mine), desc="predicting", unit=" batches", **options):
+    options = {"desc": "predicting", "unit": " batches", "active": accelerator.is_main_process, "delay": 2}
+    for batch in Progress(loader, total=len(mine), **options):
         with accelerator.autocast():
             parts.append(model.score_packed(batch.events, batch.static_features, batch.layout)[0])
     logits = torch.cat(parts).squeeze(1).cpu().double()
@@ -1670,42 +1511,26 @@ def run(settings: Settings) -> dict[str, Any]:
     with files.lock_folder(Path(settings.output_dir), wait=False) if accelerator.is_main_process else nullcontext():
         if settings.evaluate:
             return evaluate_checkpoint(settings, accelerator)
-        source = read_source(settings, accelerator)
-        # Split first: a table too small for it is refused before hours of encoding.
-        splits = choose_splits(source.table, settings)
-        texts = texts_to_encode(source.table.texts, settings)
-        settings, encoder = make_text_encoder(settings, texts, accelerator)
-        describe_plan(source.table, splits, texts, settings, encoder)
+        settings, source, data = read_training_data(settings, accelerator)
         if settings.dry_run:
             return {}
-        vectors = embed_texts(encoder, texts, accelerator)
-        data = [TrainingData(source.table, split, vectors, encoder.id) for split in splits]
         if settings.cross_validate or settings.seeds > 1:
             return train_repeatedly(source, data, settings, accelerator)
         return train_and_report(source, data[0], settings, accelerator)[0]
 
 
 def make_accelerator(settings: Settings, timeout: timedelta = timedelta(days=7)) -> Accelerator:
-    """Return where to compute, and what it reports to: bf16 on GPUs that have it themselves, not by emulation.
-
-    timeout: how long processes wait for one another. The first runs the query and encodes for hours; others wait then.
-    """
+    """Return where to compute, and what it reports to: bf16 on GPUs that have it themselves, not by emulation."""
     precision, tracker = settings.mixed_precision, settings.report_to
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise InputError(f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}")
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "no"
-    return Accelerator(
-        mixed_precision=precision,
-        cpu=only_cpu(),
-        log_with=None if tracker == "none" else tracker,
-        project_dir=settings.output_dir,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    # The others wait for the first process, which may run the query and encode for hours.
+    handlers = [InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(broadcast_buffers=False)]
+    options: dict[str, Any] = {"log_with": None if tracker == "none" else tracker, "kwargs_handlers": handlers}
+    return Accelerator(mixed_precision=precision, cpu=only_cpu(), project_dir=settings.output_dir, **options)
 
 
 def only_cpu() -> bool:
@@ -1718,10 +1543,9 @@ def only_cpu() -> bool:
 
 def output_folder(settings: Settings) -> Path:
     """Return where a run writes: --output-dir; an evaluation into its `evaluation`, or that beside its checkpoint."""
-    if not settings.evaluate:
-        return Path(settings.output_dir)
-    is_chosen = settings.output_dir != Settings.output_dir
-    return (Path(settings.output_dir) if is_chosen else folder_of_run(settings.evaluate)) / "evaluation"
+    chosen, is_chosen = Path(settings.output_dir), settings.output_dir != Settings.output_dir
+    own = chosen if is_chosen else folder_of_run(settings.evaluate)
+    return own / "evaluation" if settings.evaluate else chosen
 
 
 def folder_of_run(checkpoint: str | Path) -> Path:
@@ -1745,8 +1569,7 @@ class Source(NamedTuple):
 
     def origin(self) -> dict[str, Any]:
         """Return what metrics.json says of how the stays came to be these."""
-        report = asdict(self.report)
-        cohort = [step._asdict() for step in self.flow]
+        report, cohort = asdict(self.report), [step._asdict() for step in self.flow]
         return {"cohort": cohort, "dropped_or_repaired": report["counts"], "source_tables": report["sources"]}
 
 
@@ -1755,13 +1578,15 @@ def read_source(
 ) -> Source:
     """Read the settings' data set, or a data frame, choose its cohort and describe it in the log."""
     logger.info(f"Reading     {settings.data}")
-    data = data_path(settings.data) if frame is None else frame
+    data, limits = (
+        data_path(settings.data) if frame is None else frame,
+        (settings.memory_limit, settings.static_features),
+    )
+    task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
     with accelerator.main_process_first():  # one process runs the query, the others find its result
-        whole, report = read_stays(
-            data, settings.cache_dir, need_label, settings.meds_task, settings.memory_limit, settings.static_features
-        )
-    moment = (settings.observation_hours, settings.gap_hours)
-    table, flow = choose_cohort(whole, settings.first_stay_only, *moment)
+        whole, report = read_stays(data, settings.cache_dir, need_label, task, *limits)
+    cohort = (settings.first_stay_only, settings.observation_hours, settings.gap_hours)
+    table, flow = tables.choose_cohort(whole, *cohort)
     if not settings.trajectory:  # which scores more of each stay than its cohort has
         table = table.with_own_texts()
     known = table.labels[~np.isnan(table.labels)]
@@ -1774,21 +1599,19 @@ def read_source(
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
     report.log()
     for step in flow if len(flow) > 1 else ():
-        logger.info(
-            f"Cohort      {step.stays:7,} stays {step.patients:7,} patients "
-            f"{step.events:11,} events {step.deaths:6,} deaths  {step.name}"
-        )
+        who = f"{step.stays:7,} stays {step.patients:7,} patients"
+        logger.info(f"Cohort      {who} {step.events:11,} events {step.deaths:6,} deaths  {step.name}")
     return Source(table, flow, report, whole)
 
 
 def choose_splits(table: StayTable, settings: Settings) -> list[Split]:
     """Return the split that the settings ask for; with --cross-validate one for each fold."""
     if settings.cross_validate:
-        return list(cross_validation_splits(table, settings.cross_validate, settings.seed))
+        return list(tables.cross_validation_splits(table, settings.cross_validate, settings.seed))
     if settings.split:
-        return [split_from_file(table, Path(settings.split))]
+        return [tables.split_from_file(table, Path(settings.split))]
     own = meds_split(table, Path(settings.data)) if settings.labels else None
-    return [own or split_by_patient(table, settings.seed, 0.0 if settings.no_test else 0.2)]
+    return [own or tables.split_by_patient(table, settings.seed, 0.0 if settings.no_test else 0.2)]
 
 
 def describe_plan(
@@ -1800,9 +1623,8 @@ def describe_plan(
     for split in splits:
         stays = " / ".join(str(len(part)) for part in split)
         deaths = " / ".join(f"{table.labels[part].sum():.0f}" for part in split)
-        logger.info(
-            f"Split       {stays} stays, {deaths} deaths (training, validation, test), no patient in two of them"
-        )
+        parts = "(training, validation, test), no patient in two of them"
+        logger.info(f"Split       {stays} stays, {deaths} deaths {parts}")
     for name, part in splits[0]._asdict().items() if len(splits) == 1 else ():  # of folds, all are read together
         if len(part) and is_too_few(table.labels[part]):
             words = f"{name}: {too_few_in_words(table.labels[part])}"
@@ -1810,15 +1632,12 @@ def describe_plan(
                 logger.info(f"Split       {words}; which epoch is best is partly luck")
             else:
                 logger.warning(f"Split       WARNING: {words}; --cross-validate 5 tests on every stay once")
-    keys = np.unique(text_keys(texts))
-    n_missing = int(encoder.cache.missing(keys).sum())
-    n_trainings = max(len(splits), settings.seeds)
-    again = f"{n_trainings} times " if n_trainings > 1 else ""
-    vector_bytes = 4 * encoder.dim
-    disk, free = vector_bytes * n_missing, files.free_disk(Path(settings.cache_dir))
+    keys, megabytes, n_trainings = np.unique(text_keys(texts)), 4e-6 * encoder.dim, max(len(splits), settings.seeds)
+    n_missing, again = int(encoder.cache.missing(keys).sum()), f"{n_trainings} times " if n_trainings > 1 else ""
+    disk, free = megabytes * n_missing, files.free_disk(Path(settings.cache_dir)) / 1e6
     logger.info(
-        f"Plan        encode {n_missing:,} of {len(keys):,} texts with {encoder.id}, {disk / 1e6:,.1f} MB of disk "
-        f"({free / 1e9:,.0f} GB free); hold {vector_bytes * len(table.texts) / 1e6:,.1f} MB of vectors in memory; "
+        f"Plan        encode {n_missing:,} of {len(keys):,} texts with {encoder.id}, {disk:,.1f} MB of disk "
+        f"({free / 1e3:,.0f} GB free); hold {megabytes * len(table.texts):,.1f} MB of vectors in memory; "
         f"train {again}at most {settings.max_epochs} epochs"
     )
     if disk > free:
@@ -1837,37 +1656,30 @@ def make_text_encoder(
 ) -> tuple[Settings, ClinicalTextEncoder]:
     """Return the settings with the encoder that is to be had, and it, loaded where a text has no vector yet.
 
-    Of several processes each has a device; a failure of one is one of all, so that none waits for another in vain. For
-    the bundled sample alone, `hashing` takes the place of a Clinical-Longformer that is not to be had.
+    A failure of one process is one of all: none waits in vain. For the bundled sample alone, `hashing` takes the place
+    of a Clinical-Longformer that is not to be had.
     """
-    devices = [accelerator.device] if accelerator.num_processes > 1 else None
-    failure = None
+    devices, failure = [accelerator.device] if accelerator.num_processes > 1 else None, None
+    name, cache_dir = settings.text_encoder, Path(settings.cache_dir)
     try:
-        encoder = ClinicalTextEncoder(
-            settings.text_encoder, settings.max_text_tokens, Path(settings.cache_dir), devices=devices
-        )
+        encoder = ClinicalTextEncoder(name, settings.max_text_tokens, cache_dir, devices=devices)
         if not settings.dry_run and encoder.cache.missing(text_keys(texts)).any():
-            encoder.load()
+            encoder.encoder.load(encoder.cache.folder)
     except InputError as error:
         failure = error
     failures = list(filter(None, gather_object([failure])))
     if not failures:
         return settings, encoder
     is_sample = data_path(settings.data).resolve() == SAMPLE.resolve()
-    if settings.text_encoder != CLINICAL_LONGFORMER or not is_sample or not isinstance(failures[0], EncoderUnreachable):
+    if name != CLINICAL_LONGFORMER or not is_sample or not isinstance(failures[0], EncoderUnreachable):
         raise failures[0]
-    logger.warning(
-        "Encoder     WARNING: Clinical-Longformer cannot be reached; the sample is read with the hashing "
-        "encoder instead. Results say nothing about Clinical-Longformer."
-    )
+    instead = "the sample is read with the hashing encoder instead. Results say nothing about Clinical-Longformer."
+    logger.warning(f"Encoder     WARNING: Clinical-Longformer cannot be reached; {instead}")
     return make_text_encoder(replace(settings, text_encoder=HashingEncoder.id), texts, accelerator)
 
 
 def embed_texts(encoder: ClinicalTextEncoder, texts: list[str], accelerator: Accelerator) -> np.ndarray:
-    """Return the texts' vectors (n_texts, E); only new ones are computed, by all processes together.
-
-    The encoder's weights leave memory then: a model is going to train or score there.
-    """
+    """Return the texts' vectors (n_texts, E), new ones computed by all processes together; then free the encoder."""
     started, failure = time.monotonic(), None
     try:
         encoder.embed(texts, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process)
@@ -1875,10 +1687,8 @@ def embed_texts(encoder: ClinicalTextEncoder, texts: list[str], accelerator: Acc
         failure = error
     if failures := list(filter(None, gather_object([failure]))):  # waits until all have done their share
         raise failures[0]
-    logger.info(
-        f"Encoder     {encoder.id}: {len(set(texts)):,} distinct texts, {encoder.n_encoded:,} of them new, "
-        f"{time.monotonic() - started:.1f} s"
-    )
+    counted = f"{len(set(texts)):,} distinct texts, {encoder.n_encoded:,} of them new"
+    logger.info(f"Encoder     {encoder.id}: {counted}, {time.monotonic() - started:.1f} s")
     encoder.encoder.unload()
     return encoder.vectors(texts)
 
@@ -1889,13 +1699,12 @@ def train_model(
     accelerator: Accelerator | None = None,
     at_start: Callable[[Trainer], Any] | None = None,
 ) -> tuple[Trainer, Checkpoint]:
-    """Train on the data, by default those that the settings name, and write no report.
+    """Train on the data, by default those that the settings name, and write no report; `at_start` gets the trainer.
 
-    Return the trainer, whose datasets are the parts of the split, and the checkpoint of the best weights, which the
-    trainer then has, too. `at_start` is given the trainer before its first epoch.
+    Return the trainer, whose datasets are the parts of the split, and the checkpoint of the best weights, its own then.
     """
     settings, accelerator = check_settings(settings), accelerator or make_accelerator(settings)
-    trainer = Trainer(settings, data or read_training_data(settings, accelerator), accelerator)
+    trainer = Trainer(settings, data or read_training_data(settings, accelerator)[2][0], accelerator)
     if settings.resume:
         trainer.resume()
     if at_start:
@@ -1907,27 +1716,22 @@ def train_model(
     return trainer, best
 
 
-def read_training_data(settings: Settings, accelerator: Accelerator) -> TrainingData:
-    """Return the data that the settings name, split and encoded."""
-    table = read_source(settings, accelerator).table
-    split = choose_splits(table, settings)[0]
-    texts = texts_to_encode(table.texts, settings)
+def read_training_data(settings: Settings, accelerator: Accelerator) -> tuple[Settings, Source, list[TrainingData]]:
+    """Return the settings with the encoder that is to be had, and the data by split, encoded unless in a dry run."""
+    source = read_source(settings, accelerator)
+    # Split first: a table too small for it is refused before hours of encoding.
+    splits = choose_splits(source.table, settings)
+    texts = texts_to_encode(source.table.texts, settings)
     settings, encoder = make_text_encoder(settings, texts, accelerator)
-    return TrainingData(table, split, embed_texts(encoder, texts, accelerator), encoder.id)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return how many numbers training sets."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    describe_plan(source.table, splits, texts, settings, encoder)
+    vectors = np.zeros(0) if settings.dry_run else embed_texts(encoder, texts, accelerator)
+    return settings, source, [TrainingData(source.table, split, vectors, encoder.id) for split in splits]
 
 
 def train_and_report(
     source: Source, data: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> tuple[dict[str, Any], Any]:
-    """Train, score the held-out stays once with the best weights, and write everything.
-
-    Return what metrics.json holds, and the scored stays (None in processes but the first).
-    """
+    """Train, score the held-out stays once and write everything; return what metrics.json holds, and these stays."""
     from clinical_lf import run_folder
 
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(settings))
@@ -1937,15 +1741,14 @@ def train_and_report(
             folder.begin(settings.resume)
             folder.write_split(trainer.patients)
             folder.write_audit(data.table, data.split, source.report)
-        n_parameters, world = count_parameters(trainer.model), accelerator.num_processes
+        n_steps, world = len(trainer.plan_epoch(1)), accelerator.num_processes
         device = {"cpu": "the CPU", "cuda": "the GPU"}.get(accelerator.device.type, accelerator.device.type)
         precision = "bfloat16 where it suffices" if accelerator.mixed_precision == "bf16" else "float32"
+        processes = f", {world} processes" if world > 1 else ""
         logger.info(
-            f"Model       {n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, "
-            f"{trainer.preprocessor.static_dim} of the stay, on {device}, {precision}"
-            + (f", {world} processes" if world > 1 else "")
+            f"Model       {trainer.n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, "
+            f"{trainer.preprocessor.static_dim} of the stay, on {device}, {precision}{processes}"
         )
-        n_steps = len(trainer.plan_epoch(1))
         logger.info(
             f"Steps       {n_steps:,} an epoch, of {trainer.train_set.lengths.sum() / n_steps / world:,.0f} events on "
             'average in a process; "best" marks the lowest validation loss so far: those weights are kept'
@@ -1958,23 +1761,18 @@ def train_and_report(
     trainer, _ = train_model(settings, data, accelerator, begin)
     for tracker in accelerator.trackers:
         tracker.finish()
-    datasets = {"validation": trainer.validation_set, "test": trainer.test_set}
-    logits = {part: trainer.predict(dataset) for part, dataset in datasets.items() if dataset is not None}
+    scored = lambda dataset: run_folder.Predictions.of_logits(dataset.table.stays, trainer.predict(dataset))
+    predictions = {"validation": scored(trainer.validation_set)}
+    if trainer.test_set is not None:
+        predictions["test"] = scored(trainer.test_set)
     if not accelerator.is_main_process:
         return {}, None
-    predictions = {}
-    for part, values in logits.items():
-        predictions[part] = run_folder.Predictions.of_logits(cast(Any, datasets[part]).table.stays, values)
-    training = {
-        "epochs": trainer.epochs_done,
-        "best_epoch": trainer.best_epoch,
-        "seconds": round(sum(row["seconds"] for row in trainer.history), 1),  # of all parts, where it was resumed
-        "parameters": count_parameters(trainer.model),
-    }
+    training: dict[str, float] = {"epochs": trainer.epochs_done, "best_epoch": trainer.best_epoch}
+    seconds = round(sum(row["seconds"] for row in trainer.history), 1)  # of all parts, where it was resumed
+    training |= {"seconds": seconds, "parameters": trainer.n_parameters}
     described = {"text_encoder": data.text_encoder, "training": training, **source.origin()}
-    content = folder.report_training(
-        described, predictions, data.table, trainer.patients, pd.DataFrame(trainer.history)
-    )
+    history = pd.DataFrame(trainer.history)
+    content = folder.report_training(described, predictions, data.table, trainer.patients, history)
     return content, predictions.get("test", predictions["validation"])
 
 
@@ -1988,11 +1786,6 @@ class LoadedRun(NamedTuple):
     dataset: ClinicalSequenceDataset
     logits: np.ndarray  # (n_stays) float64
 
-    def score(self, table: StayTable, accelerator: Accelerator) -> np.ndarray:
-        """Return the logits (n,) of other stays with the same texts."""
-        dataset = ClinicalSequenceDataset(table, self.checkpoint.preprocessor, self.dataset.text_vectors)
-        return predict_logits(self.checkpoint.model, dataset, self.settings, accelerator)
-
 
 def load_run(
     checkpoint: Checkpoint,
@@ -2003,12 +1796,10 @@ def load_run(
 ) -> LoadedRun:
     """Return the stays of some data, a frame or what `given` names, scored by a checkpoint; nothing is refitted.
 
-    given: settings that overrule the checkpoint's; empty ones do not. only_unseen: leave out patients that the model
-    was trained or tuned on. Raises InputError where the data cannot be read, the encoder is another one, or no stay is
-    left.
+    given: settings that overrule the checkpoint's, unless empty. only_unseen: leave out patients that it was trained or
+    tuned on. Raises InputError where the data cannot be read, the encoder is another one, or no stay is left.
     """
-    trained = checkpoint.settings
-    given = {name: value for name, value in given.items() if value != ""}
+    trained, given = checkpoint.settings, {name: value for name, value in given.items() if value != ""}
     if not given.get("history_hours"):
         given["history_hours"] = trained.history_hours
     if given.get("labels"):
@@ -2020,33 +1811,28 @@ def load_run(
     if encoder == CLINICAL_LONGFORMER:
         encoder = "hashing" if checkpoint.text_encoder == "hashing" else trained.text_encoder
         if encoder != CLINICAL_LONGFORMER and Path(encoder).exists():
-            raise InputError(
-                f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}; "
-                "paths inside a checkpoint are not followed. Give its folder as --text-encoder PATH."
-            )
+            made_by = f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}"
+            mended = "paths inside a checkpoint are not followed. Give its folder as --text-encoder PATH."
+            raise InputError(f"{made_by}; {mended}")
     settings = replace(trained, **(given | {"text_encoder": encoder, "dry_run": False}))
     source = read_source(settings, accelerator, need_label=False, frame=frame)
     table = source.table
     if only_unseen:
         is_seen = checkpoint.is_seen(table.stays)
         if is_seen.all():
-            raise InputError(
-                f"{settings.data}: all {len(is_seen)} stays are of patients that this model was trained or tuned on; "
-                "explaining them would flatter it. Give --data with other patients."
-            )
+            reason = f"all {len(is_seen)} stays are of patients that this model was trained or tuned on"
+            mended = "explaining them would flatter it. Give --data with other patients."
+            raise InputError(f"{settings.data}: {reason}; {mended}")
         table = table.take(~is_seen).with_own_texts()
     for column, count in checkpoint.preprocessor.unknown_categories(table.static_columns).items():
         level, words = (30, "WARNING: ") if count > 0.2 * len(table.stays) else (20, "")
-        logger.log(
-            level, f"Data        {words}{column}: {count} of {len(table.stays)} stays have values unknown to the model"
-        )
+        counted = f"{count} of {len(table.stays)} stays have values unknown to the model"
+        logger.log(level, f"Data        {words}{column}: {counted}")
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if text_encoder.id != checkpoint.text_encoder:
-        raise InputError(
-            f"the checkpoint was trained on vectors of {checkpoint.text_encoder}, but --text-encoder gives "
-            f"{text_encoder.id}. Give the same encoder."
-        )
+        made_by = f"the checkpoint was trained on vectors of {checkpoint.text_encoder}"
+        raise InputError(f"{made_by}, but --text-encoder gives {text_encoder.id}. Give the same encoder.")
     vectors = embed_texts(text_encoder, texts, accelerator)
     dataset = ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = predict_logits(checkpoint.model, dataset, settings, accelerator)
@@ -2057,20 +1843,20 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     """Score a table with a trained model; figures where labels are known, trajectories if asked."""
     from clinical_lf import run_folder
 
-    names = (
-        "data output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate trajectory "
-        "n_bootstrap no_test split resume"
-    )
-    given = {name: getattr(settings, name) for name in names.split()}
+    taken = "data output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate"
+    taken += " trajectory n_bootstrap no_test split resume"
+    given = {name: getattr(settings, name) for name in taken.split()}
     checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
     loaded = load_run(checkpoint, given, accelerator)
-    table, is_seen = loaded.table, checkpoint.is_seen(loaded.table.stays)
+    table, whole, is_seen = loaded.table, loaded.source.whole, checkpoint.is_seen(loaded.table.stays)
     rows = []
     for hour in trajectory_hours(settings.trajectory):
-        present = known_at(loaded.source.whole.take(stay_hours(loaded.source.whole) > hour), hour)
+        present = tables.known_at(whole.take(tables.stay_hours(whole) > hour), hour)
         if len(present.stays):
             frame = present.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hour)
-            scored = run_folder.Predictions.of_logits(present.stays, loaded.score(present, accelerator))
+            dataset = ClinicalSequenceDataset(present, checkpoint.preprocessor, loaded.dataset.text_vectors)
+            logits = predict_logits(checkpoint.model, dataset, loaded.settings, accelerator)
+            scored = run_folder.Predictions.of_logits(present.stays, logits)
             rows.append(frame.assign(probability=scored.probabilities, label=present.labels))
     if settings.trajectory and not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
@@ -2079,21 +1865,14 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(loaded.settings))
     folder.begin()
     n_events = np.bincount(table.take(~is_seen).text, minlength=len(table.texts))
-    read = [items.read_text(text).item for text in table.texts]
-    unseen = pd.DataFrame(
-        {"item": read, "events": n_events, "of_new_item": n_events * checkpoint.is_new_item(table.texts)}
-    )
-    described = {
-        "text_encoder": checkpoint.text_encoder,
-        "checkpoint": settings.evaluate,
-        **loaded.source.origin(),
-        "unknown_categories": checkpoint.preprocessor.unknown_categories(table.static_columns),
-    }
+    of_new_item = n_events * checkpoint.is_new_item(table.texts)
+    names = [items.read_text(text).item for text in table.texts]
+    unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
+    described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **loaded.source.origin()}
+    described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table.static_columns)
     predictions = run_folder.Predictions.of_logits(table.stays, loaded.logits)
-    trajectories = pd.concat(rows, ignore_index=True) if rows else None
-    return folder.report_evaluation(
-        described, predictions, is_seen, unseen, trajectories, checkpoint.settings.prospective
-    )
+    trajectories, is_prospective = pd.concat(rows, ignore_index=True) if rows else None, checkpoint.settings.prospective
+    return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)
 
 
 def train_repeatedly(

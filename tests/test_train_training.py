@@ -86,7 +86,7 @@ def test_learning_rate_averaging_and_static_weights_follow_their_formulas(finish
         assert rate == pytest.approx(share * settings.learning_rate, abs=1e-7)
     for trainer.step, share in {0: 1, 10: 0.5, 10_000: 0.02}.items():
         averaged = [torch.zeros(1)]
-        trainer.average_weights(averaged, [torch.ones(1)], 0)
+        trainer.average.multi_avg_fn(averaged, [torch.ones(1)], 0)
         assert averaged[0].item() == pytest.approx(share)
     is_number = [category is None for _, category in trainer.preprocessor.static_names]
     assert trainer.model.static_weight.tolist() == [3 if number else 1 for number in is_number]
@@ -252,7 +252,7 @@ data, cache, output, result = sys.argv[1:]
 sizes = {"d_model": 32, "n_layers": 1, "n_heads": 2, "dropout": 0.0, "batch_size": 12, "save_attention_every": 0}
 settings = train.Settings(data=data, cache_dir=cache, output_dir=output, text_encoder="hashing", **sizes)
 settings, accelerator = train.check_settings(settings), Accelerator(cpu=True)
-trainer = train.Trainer(settings, train.read_training_data(settings, accelerator), accelerator)
+trainer = train.Trainer(settings, train.read_training_data(settings, accelerator)[2][0], accelerator)
 loss = trainer.train_epoch(1)
 gradients = [p.grad for p in accelerator.unwrap_model(trainer.objective).parameters()]
 logits = torch.from_numpy(trainer.predict(trainer.test_set).copy())

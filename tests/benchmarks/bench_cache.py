@@ -35,7 +35,7 @@ rows = cache.locate(asked)
 located = time.process_time() - start
 assert (rows >= 0).all() and (cache.locate(unknown) < 0).all()
 start = time.process_time()
-vectors = cache.take(rows)
+vectors = cache.gather(asked)
 taken = time.process_time() - start
 assert vectors.shape == (len(asked), 768)
 print(opened, after - before, after, located, taken)

@@ -120,7 +120,11 @@ def measure(
     torch.manual_seed(0)
     model = make_side(side).to(device).train()
     batch = make_batch(shape, longest, device)
-    stays = train.pack_stays(batch | {"labels": torch.ones(len(batch["sequences"]), 1, device=device)})
+    layout, labels = (
+        train.layout_of_mask(batch["attention_mask"]),
+        torch.ones(len(batch["sequences"]), 1, device=device),
+    )
+    stays = train.PackedStays(train.pack(batch["sequences"], layout), batch["static_features"], labels, layout)
     seconds = min([step(side, model, batch, stays, precision) for _ in range(steps + 1)][1:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak_memory_gb()
     print(json.dumps({"seconds": seconds, "events": int(batch["attention_mask"].sum()), "peak_gb": peak}))
