@@ -10,58 +10,38 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clinical_lf import explain_report as report
 from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, replaced_in_words, short_text, signed
 from clinical_lf.files import InputError
-from clinical_lf.findings import (
-    CLOCK_WINDOWS,
-    clock_window,
-    column_means,
-    important_items,
-    means_by,
-    rank_agreement,
-    stay_shares,
-)
-from clinical_lf.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SHARES,
-    SIGNED,
-    VERMILLION,
-    bands,
-    error_dots,
-    few_ticks,
-    legend_above,
-    name_rows,
-    new_figure,
-    small_bar,
-    tidy,
-)
+from clinical_lf.findings import CLOCK_WINDOWS, clock_window, column_means, means_by, rank_agreement, stay_shares
+from clinical_lf.findings import important_items as items_that_matter
+from clinical_lf.plots import BLUE, GREY, ORANGE, VERMILLION, bands, new_figure, small_bar, tidy
 from clinical_lf.tables import EVENT_TYPES
 
 Tables = dict[str, Any]
 
+SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
+SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
 TO_END = "hours before the final event or observation limit"
 LOGIT = "logit (right: towards death)"
 PART_WORDS = {f"attribution_{part}": part for part in ("text", "history", "type", "time")}
-OVER_TIME = {  # measures of an event: word, is it a push, colour and marker
-    "attention": ("pooling attention", False, BLUE, "o"),
-    "rollout": ("attention rollout", False, ORANGE, "s"),
-    "attribution": ("push", True, GREEN, "D"),
-    "if_unremarkable": ("if unremarkable", True, VERMILLION, "^"),
-}
-ORDER_STYLES: dict[str, dict[str, Any]] = {
-    "attribution": {"color": "#9ecae1", "linewidth": 4},
-    "if_unremarkable": {"color": "black", "linestyle": "--", "linewidth": 1.2},
-    "attention": {"color": ORANGE, "linestyle": "-.", "linewidth": 1.4},
-    "random": {"color": "0.5", "linestyle": ":", "linewidth": 1.4},
-}
+OVER_TIME = (  # measures of an event: column, word, is it a push, colour and marker
+    ("attention", "pooling attention", False, BLUE, "o"),
+    ("rollout", "attention rollout", False, ORANGE, "s"),
+    ("attribution", "push", True, "#009E73", "D"),
+    ("if_unremarkable", "if unremarkable", True, VERMILLION, "^"),
+)
+ORDERS = (  # of the events in a curve: order, colour, line and its width
+    ("attribution", "#9ecae1", "-", 4),
+    ("if_unremarkable", "black", "--", 1.2),
+    ("attention", ORANGE, "-.", 1.4),
+    ("random", "0.5", ":", 1.4),
+)
+ABOVE = {"loc": "outside upper center", "ncols": 4, "fontsize": 7.5, "frameon": False}  # a legend above all panels
 
 
 def plain(text: object, width: int = 46, shorten: Callable[[Any, int], str] = short_text) -> str:
@@ -79,19 +59,50 @@ def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
     return table[table["icu_stay_id"] == icu_stay_id]
 
 
-def draw_stems(
-    subfigure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]
+def error_dots(
+    axes: Axes, table: pd.DataFrame, at: Any, color: Any, marker: str = "o", label: str = "", upright: bool = False
 ) -> None:
+    """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
+    (axes.vlines if upright else axes.hlines)(at, table["low"], table["high"], color=color, linewidth=1.1)
+    x, y = (at, table["mean"]) if upright else (table["mean"], at)
+    axes.scatter(x, y, color=color, marker=marker, s=16, label=label or None, zorder=3)
+
+
+def few_ticks(axes: Axes, x: int, y: int = 0) -> None:
+    """Have at most so many ticks, and no offset or power of ten beside an axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(x))
+    if y:
+        axes.yaxis.set_major_locator(MaxNLocator(y))
+    axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
+
+
+def name_rows(axes: Axes, n_ticks: int, left: Sequence[str], right: Sequence[str] = ()) -> None:
+    """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
+    axes.axvline(0, color="black", linewidth=0.7)
+    axes.set_yticks(range(len(left)), left, fontsize=7.5)
+    axes.set_ylim(len(left) - 0.4, -0.6)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    few_ticks(axes, n_ticks)
+    if len(right):
+        other = axes.secondary_yaxis("right")
+        other.set_yticks(range(len(left)), right, fontsize=7)
+        other.tick_params(length=0)
+        other.spines["right"].set_visible(False)
+
+
+def draw_stems(figure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]) -> None:
     """Draw a panel per (name, values (L,), is it a push) over hours to the end; the three largest are dark, and named.
 
-    Pushes are in logit, weights in multiples of an even share.
+    Pushes are in logit, weights are drawn as multiples of an even share.
     """
-    grid = subfigure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
+    grid = figure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
     for (name, values, is_push), (axes, beside) in zip(rows, grid):
-        sizes, level = np.nan_to_num(np.abs(values)), 0 if is_push else 1
+        values, level = (values, 0) if is_push else (values * len(hours), 1)
+        sizes = np.nan_to_num(np.abs(values))
         top = np.argsort(-sizes, kind="stable")[:3]
         amounts = [signed(values[event]) if is_push else f"{values[event]:.1f} ×" for event in top]
-        said = [f"{said} at {hours[event]:.1f} h: {plain(texts[event], 44)}" for event, said in zip(top, amounts)]
+        said = [f"{amount} at {hours[event]:.1f} h: {plain(texts[event], 44)}" for event, amount in zip(top, amounts)]
         if is_push and sizes.max() < FLOOR:
             said = [f"no event mattered: none moves the logit by {FLOOR}"]
         elif not is_push and sizes.max() < 1.5:
@@ -101,13 +112,13 @@ def draw_stems(
         axes.vlines(hours[top], level, values[top], linewidth=1.4, color=dark)
         axes.axhline(level, color="black", linewidth=0.5)
         axes.margins(x=0.01)
-        tidy(axes, TO_END if axes is grid[-1][0] else "", "")
+        tidy(axes, TO_END if axes is grid[-1, 0] else "", "")
         axes.set_ylabel(name, fontsize=7.5)
         axes.yaxis.set_major_locator(MaxNLocator(3))
         beside.axis("off")
         for line, text in enumerate(said):
             beside.text(0, 0.85 - 0.34 * line, text, fontsize=6.5, va="center", transform=beside.transAxes)
-    grid[-1][0].invert_xaxis()
+    grid[-1, 0].invert_xaxis()
 
 
 def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
@@ -131,14 +142,12 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
         axes.set_yticks(places, ticks, fontsize=6)
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
             label.set_horizontalalignment(side)
+        axes.set_ylabel("" if head else f"layer {layer + 1}", fontsize=8)
         if layer == 0:
             axes.set_title(f"head {head + 1}" if head < n_heads else "mean", fontsize=8)
-        if head == 0:
-            axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
     grid[-1, n_heads // 2].set_xlabel(f"event looked at: {TO_END}; event that looks: downwards, same scale", fontsize=8)
-    steps = np.linspace(-reach, reach, 5)
-    names = [f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in steps]
-    small_bar(figure, image, grid, "attention, times an even share", steps, names)
+    names = {step: f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in np.linspace(-reach, reach, 5)}
+    small_bar(figure, image, grid, "attention, times an even share", names)
     return figure
 
 
@@ -147,11 +156,10 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     attention, events = tables["attention"], tables["events"]
     pooling, hours = (np.asarray(attention[name], dtype=float) for name in ("pooling", "hours"))
     question = "Which events, and which part of the stay, does each pooling head weigh?"
-    figure = page(question, caption, len(pooling) + 3.4)
-    upper, lower = bands(figure, [len(pooling), 2.0])
+    upper, lower = bands(page(question, caption, len(pooling) + 3.4), [len(pooling), 2.0])
     title = "weight of every event, times an even share; its three heaviest are dark"
     upper.suptitle(f"Stay {attention['icu_stay_id']}: {title}", fontsize=9)
-    rows = [(f"head {head}", weights * len(hours), False) for head, weights in enumerate(pooling, 1)]
+    rows = [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)]
     draw_stems(upper, rows, hours, attention["texts"])
     length = events["hours_since_admission"] + events["hours_to_end"]
     place, tenths = events["hours_since_admission"] / length.clip(lower=1e-9), np.arange(1, 11)
@@ -167,45 +175,41 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     lower.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
     n_stays = counted(events["icu_stay_id"].nunique(), "stay")
     lower.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
-    return figure
+    return lower.figure
 
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time, and their shares in the windows before the end of all."""
     events, icu_stay_id = tables["events"], tables["attention"]["icu_stay_id"]
     question = "When in the stay lies the evidence: by attention, and by what moves the prediction?"
-    figure = page(question, caption, 7.2)
-    upper, lower = bands(figure, [1.25, 1])
+    upper, lower = bands(page(question, caption, 7.2), [1.25, 1])
     own = of_stay(events, icu_stay_id).sort_values("event")
     title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{replaced_in_words(own)}"
     upper.suptitle(title, fontsize=9)
-    rows = []
-    for column, (name, is_push, _, _) in OVER_TIME.items():
-        rows.append((name.replace(" ", "\n"), own[column].to_numpy(float) * (1 if is_push else len(own)), is_push))
+    rows = [(name.replace(" ", "\n"), own[column].to_numpy(float), is_push) for column, name, is_push, *_ in OVER_TIME]
     draw_stems(upper, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
     bins, axes = clock_window(events["hours_to_end"]), lower.subplots()
     used = [name for name in CLOCK_WINDOWS if name in set(bins)]
     position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
     even = column_means(stay_shares(events, bins)[used])
     axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
-    for at, (column, (name, _, color, marker)) in enumerate(OVER_TIME.items()):
+    for at, (column, name, _, color, marker) in enumerate(OVER_TIME):
         shares = column_means(100 * stay_shares(events, bins, column)[used])
         error_dots(axes, shares, position + 0.1 * (at - 1.5), color, marker, name, upright=True)
     reach = events.groupby("icu_stay_id")["hours_to_end"].max()
-    n_reaching = [counted((reach >= start).sum(), "stay") for name, start in CLOCK_WINDOWS.items() if name in used]
+    n_reaching = [counted((reach >= CLOCK_WINDOWS[name]).sum(), "stay") for name in used]
     axes.set_xticks(position, [f"{name}\n{n_stays}" for name, n_stays in zip(used, n_reaching)])
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
     title = f"Mean of {counted(len(reach), 'stay')} and its 95 % interval; sizes of pushes{replaced_in_words(events)}"
     tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
     lower.supxlabel(textwrap.fill(" ".join(tables["windows"]["sentence"][:2]), 115), fontsize=7.5)
-    return figure
+    return lower.figure
 
 
 def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     """Draw `heads`, one row per layer, head and property: correlation, effect (pale where it is below FLOOR)."""
-    heads = tables["heads"]
-    question = "What do a head's weights go with?"
+    heads, question = tables["heads"], "What do a head's weights go with?"
     if heads.empty:
         figure = page(question, caption, 1.5)
         figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
@@ -226,45 +230,43 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
     labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in properties]
     axes.set_yticks(range(len(properties)), labels, fontsize=7.5)
-    small_bar(figure, image, axes, "rank correlation within the stay")
+    small_bar(figure, image, axes, "rank correlation within the stay", {})
     return figure
 
 
 def draw_feature_importance(tables: Tables, caption: str) -> Figure:
     """Draw event types and items per event, organ systems and statics per stay, each pair on an axis of its own."""
     events, statics = tables["events"], tables["statics"]
-    items, least = important_items(events, 12)
+    items, least = items_that_matter(events, 12)
     of_items = events[events["item"].isin(items)]
-    systems = tables["systems"].rename(columns={"system": "group", "push": "attribution"})
-    blocks = {
-        ("Event types, per event", "events"): events.assign(group=events["event_type"].replace(TYPE_WORDS)),
-        (f"Items, per event (of {least} patients or more)", "events"): of_items.assign(group=of_items["item"]),
-        ("Organ systems, sum of a stay's events", "stays"): systems,
-        ("Patient and admission, per stay", "stays"): statics.assign(group=statics["feature"]),
-    }
-    n_rows = [table["group"].nunique() for table in blocks.values()]
+    systems = tables["systems"].rename(columns={"push": "attribution"})
+    blocks = (
+        ("Event types, per event", "events", events.replace({"event_type": TYPE_WORDS}), "event_type"),
+        (f"Items, per event (of {least} patients or more)", "events", of_items, "item"),
+        ("Organ systems, sum of a stay's events", "stays", systems, "system"),
+        ("Patient and admission, per stay", "stays", statics, "feature"),
+    )
+    n_rows = [table[group].nunique() for _, _, table, group in blocks]
     question = "What moves this model's prediction, in which direction and how far?"
     figure = page(question, caption, 0.2 * sum(n_rows) + 3.6)
     halves = bands(figure, [sum(n_rows[:2]) + 4, sum(n_rows[2:]) + 4])
     grids = [half.subplots(2, 2, sharex="col", height_ratios=n) for half, n in zip(halves, (n_rows[:2], n_rows[2:]))]
-    for ((title, unit), table), (left, right) in zip(blocks.items(), [*grids[0], *grids[1]]):
-        size = means_by(table.assign(size=table["attribution"].abs()), "group", "size")
+    for (title, unit, table, group), (left, right) in zip(blocks, np.concatenate(grids)):
+        size = means_by(table.assign(size=table["attribution"].abs()), group, "size")
         size = size.sort_values("mean", ascending=False)
-        mean, at = means_by(table, "group", "attribution").loc[size.index], np.arange(len(size))
+        mean, at = means_by(table, group, "attribution").loc[size.index], np.arange(len(size))
         error_dots(left, mean, at, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
         error_dots(right, size, at, "black")
         tidy(left, "", "")
         tidy(right, "", "")
-        name_rows(left, [plain(name, 44, report.cut) for name in size.index])
-        name_rows(right, [""] * len(at), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])])
+        name_rows(left, 3, [plain(name, 44, report.cut) for name in size.index])
+        name_rows(right, 3, [""] * len(at), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])])
         left.set_title(title, fontsize=8.5, loc="left")
         right.set_title(f"{unit} / patients", fontsize=7.5, loc="right")
-    for grid in grids:
-        grid[1, 1].set_xlim(left=0)
-        grid[1, 0].set_xlabel(f"mean push, {LOGIT}", fontsize=8)
-        grid[1, 1].set_xlabel("mean size, logit", fontsize=8)
-        for axes in grid[1]:
-            few_ticks(axes, 3)
+    for _, (left, right) in grids:
+        right.set_xlim(left=0)
+        left.set_xlabel(f"mean push, {LOGIT}", fontsize=8)
+        right.set_xlabel("mean size, logit", fontsize=8)
     return figure
 
 
@@ -284,11 +286,10 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
         names.append(("(!) " if item.tells_outcome else "") + plain(item.item, 40, report.cut))
         rho.append("" if np.isnan(item.rho) else f"{item.rho:+.2f} ({item.n_values})".replace("-", "−"))
     tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
-    few_ticks(axes, 6)
-    name_rows(axes, names, rho)
+    name_rows(axes, 6, names, rho)
     axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
-    label, ends = "value among those of its item", ["lowest", "middle", "highest"]
-    small_bar(figure, ScalarMappable(norm, "viridis"), axes, label, [0, 0.5, 1], ends)
+    ends = {0: "lowest", 0.5: "middle", 1: "highest"}
+    small_bar(figure, ScalarMappable(norm, "viridis"), axes, "value among those of its item", ends)
     return figure
 
 
@@ -298,13 +299,13 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
     kinds = [kind for kind in (*EVENT_TYPES, "unknown") if kind in set(table["event_type"])]
     question = "Which types of event does the learned query look for, by pooling head?"
     figure, heads = page(question, caption, 0.25 * len(kinds) + 1.9), table["head"].unique()
-    panels = np.atleast_1d(figure.subplots(1, len(heads), sharex=True, sharey=True))
+    panels = figure.subplots(1, len(heads), sharex=True, sharey=True, squeeze=False)[0]
     for axes, head in zip(panels, heads):
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
         error_dots(axes, rows, np.arange(len(kinds)), BLUE)
-        name_rows(axes, [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in zip(kinds, rows["n_events"])])
+        names = [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in rows["n_events"].items()]
+        name_rows(axes, 3, names)
         tidy(axes, "", "", f"head {head}")
-        few_ticks(axes, 3)
     label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
     panels[len(panels) // 2].set_xlabel(label, fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
     return figure
@@ -312,15 +313,11 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
 
 def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
     """Draw horizontal bars, first on top, with their values; colours by sign."""
-    at = np.arange(len(values))
-    axes.barh(at, values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
+    bars = axes.barh(range(len(values)), values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
+    axes.bar_label(bars, [f" {signed(value)} " for value in values], fontsize=6.5)
     axes.margins(x=0.27)
     tidy(axes, LOGIT, "")
-    name_rows(axes, names)
-    few_ticks(axes, 5)
-    for y, value in zip(at, values):
-        side = "left" if value >= 0 else "right"
-        axes.annotate(f" {signed(value)} ", (value, y), ha=side, va="center", fontsize=6.5)
+    name_rows(axes, 5, names)
 
 
 def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
@@ -329,18 +326,19 @@ def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> F
     icu_stay_id = icu_stay_id or stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
     row = of_stay(stays, icu_stay_id).iloc[0]
     events, statics, arriving = (of_stay(tables[name], icu_stay_id) for name in ("events", "statics", "trajectory"))
+    push, hours = events["attribution"], events["hours_to_end"]
     question = f"Which events push the prediction of stay {icu_stay_id}? Risk {report.percent(row['probability'])}, "
     figure = page(question + report.outcome(row["label"]), caption, 8.0)
     line, middle, below = bands(figure, [1, 2.2, 1.3])
-    said = f"All {counted(len(events), 'event')}: sum {signed(events['attribution'].sum())}; patient and admission "
+    said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
     said += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
-    axes, push = line.subplots(), events["attribution"]
-    axes.vlines(events["hours_to_end"], 0, push, color=np.where(push >= 0, VERMILLION, BLUE), linewidth=1.1)
+    axes = line.subplots()
+    axes.vlines(hours, 0, push, color=np.where(push >= 0, VERMILLION, BLUE), linewidth=1.1)
     axes.axhline(0, color="black", linewidth=0.5)
     tidy(axes, TO_END, "logit\n(up: towards death)", said)
     if len(arriving):
-        risk, end = axes.twinx(), events["hours_since_admission"].max() + events["hours_to_end"].min()
+        risk, end = axes.twinx(), events["hours_since_admission"].max() + hours.min()
         risk.plot(end - arriving["hours_since_admission"], 100 * arriving["probability"], color=GREY, linewidth=1.2)
         risk.set_ylim(0, 100)
         risk.set_ylabel("grey: risk as\nevents arrive, %", fontsize=8, color=GREY)
@@ -363,11 +361,9 @@ def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> F
     parts = everyone.melt("patient_id", used, "part", "size").replace({"part": PART_WORDS})
     table = means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values("mean", ascending=False)
     error_dots(right, table, np.arange(len(table)), "black")
-    name_rows(right, table.index)
+    name_rows(right, 3, table.index)
     right.set_xlim(left=0)
-    title = f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}"
-    tidy(right, "mean size per event, logit", "", title)
-    few_ticks(right, 3)
+    tidy(right, "mean size per event, logit", "", f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}")
     return figure
 
 
@@ -384,8 +380,8 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     wide = of_stay(layers, stay).pivot(index="layer", columns="event", values="attribution").loc[names]
     hours = of_stay(tables["events"], stay).sort_values("event")["hours_to_end"].to_numpy()
     axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
-    image = axes.imshow(wide, aspect="auto", cmap=SIGNED, vmin=-top, vmax=top, interpolation="nearest")
-    small_bar(upper, image, axes, "logit (up: towards death)")
+    image = axes.imshow(wide, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest")
+    small_bar(upper, image, axes, "logit (up: towards death)", {})
     axes.set_yticks(at, labels)
     title = f"Stay {stay}: Integrated Gradients at each layer, {counted(len(hours), 'event')}"
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
@@ -401,9 +397,8 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     gap, n_stays = layers["gap_error"].abs().max(), counted(layers["icu_stay_id"].nunique(), "stay")
     label = f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval"
     tidy(axes, label, "", f"Agreement with {labels[0]}; the sums miss at most {gap:.2g} logit")
-    name_rows(axes, labels)
+    name_rows(axes, 6, labels)
     axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
-    few_ticks(axes, 6)
     return figure
 
 
@@ -420,20 +415,18 @@ def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
         rows = groups[groups["kind"] == kind]
         names = sorted(rows["group"].unique(), key=lambda name: order.index(name) if name in order else 0)
         at, stays = np.arange(len(names)), rows.groupby("group")["icu_stay_id"].nunique()
-        error_dots(axes, means_by(rows, "group", "attribution").reindex(names), at - 0.14, BLUE, "o", "push, summed")
-        means = means_by(rows, "group", "ablation").reindex(names)
-        error_dots(axes, means, at + 0.14, VERMILLION, "s", "if unremarkable")
+        pushes, falls = (means_by(rows, "group", value).reindex(names) for value in ("attribution", "ablation"))
+        error_dots(axes, pushes, at - 0.14, BLUE, "o", "push, summed")
+        error_dots(axes, falls, at + 0.14, VERMILLION, "s", "if unremarkable")
         tidy(axes, "", "")
         labels = [TYPE_WORDS.get(name, plain(name, 40)) for name in names]
-        name_rows(axes, labels, [counted(stays[name], "stay") for name in names])
+        name_rows(axes, 6, labels, [counted(stays[name], "stay") for name in names])
         axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
-        few_ticks(axes, 6)
-    label = f"mean per stay that has the group, {LOGIT}; each panel has its own scale"
-    panels[-1].set_xlabel(label, fontsize=8)
-    legend_above(upper, panels[0])
+    panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
+    upper.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
     axes, known = lower.subplots(), events.dropna(subset=["if_unremarkable"])
-    pushes, falls = known["attribution"], known["if_unremarkable"]
-    axes.hexbin(pushes, falls, gridsize=60, bins="log", vmin=0.1, cmap="Greys", mincnt=1)  # one event shows
+    shown = known["attribution"], known["if_unremarkable"]
+    axes.hexbin(*shown, gridsize=60, bins="log", vmin=0.1, cmap="Greys", mincnt=1)  # one event shows
     axes.axline((0, 0), slope=1, color=VERMILLION, linewidth=0.7, linestyle="--")
     agreement = rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
     median = f"median rank correlation within a stay {agreement.median():.2f}"
@@ -454,13 +447,13 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
     titles = {"deletion": "Events made unremarkable", "insertion": "Events given to a stay that says nothing"}
     for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
-        for order, style in ORDER_STYLES.items():
-            line = means[direction, order]
-            axes.plot(100 * line.index, line, label=report.METHOD_WORDS.get(order, "random order"), **style)
+        for order, color, line, width in ORDERS:
+            curve, label = means[direction, order], report.METHOD_WORDS.get(order, "random order")
+            axes.plot(100 * curve.index, curve, color=color, linestyle=line, linewidth=width, label=label)
         axes.axhline(0, color="black", linewidth=0.5)
         tidy(axes, "% of the events, highest first", "change of the logit", title)
         few_ticks(axes, 5, 5)
-    legend_above(body, axes)
+    body.legend(*axes.get_legend_handles_labels(), **ABOVE)
     return figure
 
 

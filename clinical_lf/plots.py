@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
@@ -18,11 +18,10 @@ from numpy.typing import ArrayLike
 from clinical_lf.files import write_whole
 from clinical_lf.metrics import METRIC_WORDS, calibration_table, checked_predictions, figure_text
 
-BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"  # of Okabe and Ito, for all eyes
-GREEN, GREY = "#009E73", "#767676"
-SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
-SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
+BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#767676"  # of Okabe and Ito, for all eyes
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
+FROM_START = "hours after ICU admission"
+BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}  # between the ends of intervals
 Corner = Literal["", "best", "lower right", "upper center"]
 
 
@@ -51,48 +50,12 @@ def bands(figure: Any, heights: Sequence[float]) -> list[Any]:
     return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
 
-def error_dots(
-    axes: Axes, table: pd.DataFrame, at: Any, color: Any, marker: str = "o", label: str = "", upright: bool = False
-) -> None:
-    """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
-    (axes.vlines if upright else axes.hlines)(at, table["low"], table["high"], color=color, linewidth=1.1)
-    x, y = (at, table["mean"]) if upright else (table["mean"], at)
-    axes.scatter(x, y, color=color, marker=marker, s=16, label=label or None, zorder=3)
-
-
-def name_rows(axes: Axes, left: Sequence[str], right: Sequence[str] = ()) -> None:
-    """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
-    axes.axvline(0, color="black", linewidth=0.7)
-    axes.set_yticks(range(len(left)), left, fontsize=7.5)
-    axes.set_ylim(len(left) - 0.4, -0.6)
-    axes.grid(axis="x", color="#eeeeee")
-    axes.set_axisbelow(True)
-    if len(right):
-        other = axes.secondary_yaxis("right")
-        other.set_yticks(range(len(left)), right, fontsize=7)
-        other.tick_params(length=0)
-        other.spines["right"].set_visible(False)
-
-
-def few_ticks(axes: Axes, x: int = 5, y: int = 0) -> None:
-    """Have at most so many ticks, and no offset or power of ten beside an axis."""
-    axes.xaxis.set_major_locator(MaxNLocator(x))
-    if y:
-        axes.yaxis.set_major_locator(MaxNLocator(y))
-    axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
-
-
-def legend_above(subfigure: Any, axes: Axes) -> None:
-    """Name the marks of a panel in one line above all panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    subfigure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=7.5, frameon=False)
-
-
-def small_bar(figure: Any, image: Any, axes: Any, label: str, ticks: Any = None, names: Any = None) -> None:
-    """Draw the bar of a picture's colours."""
-    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=40, ticks=ticks)
-    if names is not None:
-        bar.set_ticks(ticks, labels=names)
+def small_bar(figure: Any, image: Any, axes: Any, label: str, names: dict[float, str], **options: Any) -> None:
+    """Draw the bar of a picture's colours with names at their places, or ticks of its own where there are none."""
+    bar = figure.colorbar(image, ax=axes, pad=0.01, **{"aspect": 40, **options})
+    if names:
+        bar.set_ticks(list(names), labels=list(names.values()))
+        bar.minorticks_off()
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -113,14 +76,13 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     loss, auroc, rate = figure.subplots(1, 3)
     style = {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
     held_out = {"color": VERMILLION, "linestyle": "--", **style}
-    epochs, validation = history["epoch"], history["validation_loss"]
-    loss.plot(epochs, history["train_loss"], color=BLUE, label="training, all terms", **style)
-    loss.plot(epochs, validation, label="validation, BCE", **held_out)
-    auroc.plot(epochs, history["validation_auroc"], **held_out)
-    rate.plot(epochs, history["learning_rate"], color=GREY, **style)
-    loss_title = "Loss"
-    if validation.notna().any():
-        best = int(epochs[validation.idxmin()])
+    curves, loss_title = history.set_index("epoch"), "Loss"
+    loss.plot(curves["train_loss"], color=BLUE, label="training, all terms", **style)
+    loss.plot(curves["validation_loss"], label="validation, BCE", **held_out)
+    auroc.plot(curves["validation_auroc"], **held_out)
+    rate.plot(curves["learning_rate"], color=GREY, **style)
+    if curves["validation_loss"].notna().any():
+        best = int(curves["validation_loss"].idxmin())
         loss_title = f"Loss (validation lowest in epoch {best})"
         for axes in (loss, auroc):
             axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
@@ -150,13 +112,12 @@ def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, figures: dict[s
         pr.step(recall, precision, where="post", color=BLUE, label="model")
     else:
         roc.text(0.5, 0.6, "only one outcome: no curve", ha="center", fontsize=8)
-    prevalence = died.mean() if len(died) else 0.0
     roc.plot([0, 1], [0, 1], label="no better than chance", **REFERENCE)
+    prevalence = died.mean() if len(died) else 0.0
     pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **REFERENCE)
-    alarms, deaths = "1 - specificity (survivors called deaths)", "sensitivity (deaths found)"
-    tidy(roc, alarms, deaths, metric_text(figures, "auroc"), legend="lower right")
-    alarms, deaths = "precision (alarms that were deaths)", "recall (deaths found)"
-    tidy(pr, deaths, alarms, metric_text(figures, "auprc"), legend="best")
+    auroc, auprc = metric_text(figures, "auroc"), metric_text(figures, "auprc")
+    tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", auroc, "lower right")
+    tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", auprc, "best")
     for axes in (roc, pr):
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     return figure
@@ -169,11 +130,11 @@ def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, figures: dict[
     figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.6, width=5.6)
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top = min(1.0, np.ceil(10 * max(table["high"].max(), risks.max()) + 0.2) / 10)
-    rate, sizes = table["observed_rate"], sorted({int(table["n"].min()), int(table["n"].max())})
-    label = f"{len(table)} bins of {' to '.join(map(str, sizes))} stays, 95 % interval (Wilson, by stay)"
+    rate, sizes = table["observed_rate"], " to ".join(map(str, sorted({table["n"].min(), table["n"].max()})))
+    label = f"{len(table)} bins of {sizes} stays, 95 % interval (Wilson, by stay)"
     bars = np.clip([rate - table["low"], table["high"] - rate], 0, None)
-    style = {"fmt": "o", "color": BLUE, "capsize": 2, "markersize": 4, "linewidth": 1}
     curve.plot([0, top], [0, top], label="perfect agreement", **REFERENCE)
+    style = {"fmt": "o", "color": BLUE, "capsize": 2, "markersize": 4, "linewidth": 1}
     curve.errorbar(table["mean_risk"], rate, yerr=bars, label=label, **style)
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
     words = [metric_text(figures, name) for name in ("calibration_intercept", "calibration_slope", "brier")]
@@ -195,11 +156,10 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     axes.plot(thresholds, curve["treat_all"], color=ORANGE, linestyle="--", label="treat all")
     axes.plot(thresholds, curve["treat_none"], color=GREY, linestyle=":", label="treat none")
     axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
-    lowest, highest = curve["model"].min(), max(curve["model"].max(), curve["treat_all"].max(), 0.01)
     if "low" in curve:
-        band = axes.fill_between(thresholds, curve["low"], curve["high"], color=BLUE, alpha=0.15, linewidth=0)
-        band.set_label("95 % interval")
-        lowest, highest = min(lowest, curve["low"].min()), max(highest, curve["high"].max())
+        axes.fill_between(thresholds, curve["low"], curve["high"], color=BLUE, label="95 % interval", **BAND)
+    shown = curve.filter(["model", "low", "high"])
+    lowest, highest = shown.min(axis=None), max(shown.max(axis=None), curve["treat_all"].max(), 0.01)
     axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
     tidy(axes, "risk threshold at which one would treat", "net benefit per stay", legend="best")
     return figure
@@ -208,24 +168,15 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
 def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, hours_label: str) -> Figure:
     """Draw what `train.load_attention_weights` read of a file of this name."""
     layer_maps = [weights[0].mean(0) for weights in record["layer_attention_weights"]]  # (bins, bins) each
+    pooling, hours = record["pooling_weights"][0, :, 0], record["hours_to_final_event"]  # (heads, L), (L,)
+    title = f"Where does the model look in ICU stay {record['icu_stay_id']}?"
     caption = f"{name.replace('_', ' ')}, a training stay · risk {record['probability']:.2f}"
-    return plot_attention_heatmap(
-        layer_maps,
-        record["pooling_weights"][0, :, 0],  # (heads, L)
-        record["hours_to_final_event"],
-        title=f"Where does the model look in ICU stay {record['icu_stay_id']}?",
-        caption=f"{caption} · text encoder: {text_encoder}",
-        hours_label=hours_label,
-    )
+    caption += f" · text encoder: {text_encoder}"
+    return plot_attention_heatmap(layer_maps, pooling, hours, title, caption, hours_label)
 
 
 def plot_attention_heatmap(
-    layer_maps: Sequence[np.ndarray],
-    pooling: ArrayLike,
-    hours: ArrayLike,
-    title: str,
-    caption: str = "",
-    hours_label: str = "hours after ICU admission",
+    layer_maps: Any, pooling: ArrayLike, hours: ArrayLike, title: str, caption: str = "", hours_label: str = FROM_START
 ) -> Figure:
     """Draw self-attention of each layer (bins, bins) over pooling weights (heads, n) of one stay's n events.
 
@@ -235,14 +186,12 @@ def plot_attention_heatmap(
     weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
     n_events = weights.shape[1]
     figure = new_figure(title, caption, height=4.6 if len(layer_maps) else 2.5)
-    heights = [1.2, 1] if len(layer_maps) else [1]
-    *upper, lower = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    *upper, lower = bands(figure, [1.2, 1] if len(layer_maps) else [1])
     for part in upper:  # none where the model has no layers
         panels = np.atleast_1d(part.subplots(1, len(layer_maps), sharey=True))
         draw_shares(part, panels, n_events * np.asarray(layer_maps, dtype=float), extent=(0, 100, 100, 0))
         for layer, axes in enumerate(panels, start=1):
-            looks = "event that looks, % of stay" if layer == 1 else ""
-            tidy(axes, "event looked at, %", looks, f"layer {layer}")
+            tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
     per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
@@ -260,14 +209,11 @@ def draw_shares(figure: SubFigure, panels: np.ndarray, shares: np.ndarray, **opt
     """Draw multiples of even attention (panels, rows, columns) on one scale: 1 is white, less purple, more orange."""
     # A few pairs take most of the weight: a cap at the 99.5th percentile keeps the rest visible.
     top = max(float(np.quantile(shares, 0.995)), 2.0)
-    options |= {"norm": LogNorm(1 / top, top), "cmap": "PuOr_r", "aspect": "auto", "interpolation": "nearest"}
+    options |= {"cmap": "PuOr_r", "norm": LogNorm(1 / top, top, clip=True)}
     for axes, panel_shares in zip(panels, shares):
-        image = axes.imshow(np.clip(panel_shares, 1 / top, top), **options)
-    bar = figure.colorbar(image, ax=panels, pad=0.01, extend="both")
-    bar.set_ticks([1 / top, 1, top], labels=[f"1/{top:.2g}", "1", f"{top:.2g}"])
-    bar.minorticks_off()
-    bar.set_label("weight, 1 where it is even", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+        image = axes.imshow(panel_shares, aspect="auto", interpolation="nearest", **options)
+    names = {1 / top: f"1/{top:.2g}", 1: "1", top: f"{top:.2g}"}
+    small_bar(figure, image, panels, "weight, 1 where it is even", names, aspect=20, extend="both")
 
 
 def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_individual: int = 4) -> Figure:
@@ -281,24 +227,22 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
     times = np.sort(trajectories["hours_after_admission"].unique())
     for label, color, line, word in ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived")):
         group = trajectories[trajectories["label"] == label].sort_values("hours_after_admission")
-        style = {"color": color, "linestyle": line, "marker": "o"}
         if group.empty:
             continue
-        followed = group.groupby("icu_stay_id").size().sort_index().sort_values(ascending=False, kind="stable")
+        style = {"color": color, "linestyle": line, "marker": "o"}
+        followed = group.groupby("icu_stay_id").size().sort_values(ascending=False, kind="stable")
         for number, icu_stay_id in enumerate(followed.index[:n_individual]):
-            one = group[group["icu_stay_id"] == icu_stay_id]
-            named = {"label": word} if number == 0 else {}
-            single.plot(one["hours_after_admission"], one["probability"], markersize=3, linewidth=1, **named, **style)
+            one = group[group["icu_stay_id"] == icu_stay_id].set_index("hours_after_admission")["probability"]
+            single.plot(one, markersize=3, linewidth=1, label=None if number else word, **style)
         by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
-        mean.plot(by_hour.index, by_hour["mean"], label=word, markersize=4, **style)
-        mean.fill_between(by_hour.index, by_hour["25%"], by_hour["75%"], color=color, alpha=0.15, linewidth=0)
+        mean.plot(by_hour["mean"], label=word, markersize=4, **style)
+        mean.fill_between(by_hour.index, by_hour["25%"], by_hour["75%"], color=color, **BAND)
+        above = {"transform": mean.get_xaxis_transform(), "color": color, "fontsize": 7, "ha": "center"}
         for hour, n_stays in by_hour["count"].reindex(times, fill_value=0).items():
-            place = (hour, 1.07 if label else 1.02)
-            options = {"xycoords": ("data", "axes fraction"), "color": color, "fontsize": 7, "ha": "center"}
-            mean.annotate(f"n={n_stays:.0f}", place, **options)
+            mean.text(hour, 1.07 if label else 1.02, f"n={n_stays:.0f}", **above)
     words = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the n stays still there")
     for axes, title, ylabel in zip((single, mean), words, ("predicted risk of death", "")):
-        tidy(axes, "hours after ICU admission (log scale)", ylabel, legend="best")
+        tidy(axes, f"{FROM_START} (log scale)", ylabel, legend="best")
         axes.set_title(title, fontsize=9, pad=24)
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
