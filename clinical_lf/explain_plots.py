@@ -8,22 +8,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import cm, ticker
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from clinical_lf import explain_report as report
+from clinical_lf import findings
 from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, replaced_in_words, short_text, signed
-from clinical_lf.files import InputError
+from clinical_lf.files import InputError, wording
 from clinical_lf.findings import CLOCK_WINDOWS, clock_window, column_means, means_by, rank_agreement, stay_shares
-from clinical_lf.findings import important_items as items_that_matter
 from clinical_lf.plots import BLUE, GREY, ORANGE, VERMILLION, bands, new_figure, small_bar, tidy
 from clinical_lf.tables import EVENT_TYPES
 
 Tables = dict[str, Any]
-
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
 SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
 TO_END = "hours before the final event or observation limit"
@@ -35,12 +33,8 @@ OVER_TIME = (  # measures of an event: column, word, is it a push, colour and ma
     ("attribution", "push", True, "#009E73", "D"),
     ("if_unremarkable", "if unremarkable", True, VERMILLION, "^"),
 )
-ORDERS = (  # of the events in a curve: order, colour, line and its width
-    ("attribution", "#9ecae1", "-", 4),
-    ("if_unremarkable", "black", "--", 1.2),
-    ("attention", ORANGE, "-.", 1.4),
-    ("random", "0.5", ":", 1.4),
-)
+ORDERS = {"attribution": ("#9ecae1", "-", 4), "if_unremarkable": ("black", "--", 1.2)}  # colour, line and its width
+ORDERS |= {"attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
 ABOVE = {"loc": "outside upper center", "ncols": 4, "fontsize": 7.5, "frameon": False}  # a legend above all panels
 
 
@@ -49,9 +43,10 @@ def plain(text: object, width: int = 46, shorten: Callable[[Any, int], str] = sh
     return shorten(text, width).replace("$", r"\$")
 
 
-def page(question: str, caption: str, height: float) -> Figure:
+def page(name: str, caption: str, height: float, **facts: Any) -> Figure:
     """Return a page-wide figure with its question, caption and the line that none of them goes without."""
-    return new_figure(question, " · ".join(filter(None, (caption, report.DISCLAIMER))), height)
+    caption = " · ".join(filter(None, (caption, report.DISCLAIMER)))
+    return new_figure(wording("questions")[name].format(**facts), caption, height)
 
 
 def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
@@ -59,31 +54,20 @@ def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
     return table[table["icu_stay_id"] == icu_stay_id]
 
 
-def error_dots(
-    axes: Axes, table: pd.DataFrame, at: Any, color: Any, marker: str = "o", label: str = "", upright: bool = False
-) -> None:
+def error_dots(axes: Axes, table: pd.DataFrame, at: Any, color: Any, upright: bool = False, **style: Any) -> None:
     """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
     (axes.vlines if upright else axes.hlines)(at, table["low"], table["high"], color=color, linewidth=1.1)
     x, y = (at, table["mean"]) if upright else (table["mean"], at)
-    axes.scatter(x, y, color=color, marker=marker, s=16, label=label or None, zorder=3)
+    axes.scatter(x, y, color=color, s=16, zorder=3, **style)
 
 
-def few_ticks(axes: Axes, x: int, y: int = 0) -> None:
-    """Have at most so many ticks, and no offset or power of ten beside an axis."""
-    axes.xaxis.set_major_locator(MaxNLocator(x))
-    if y:
-        axes.yaxis.set_major_locator(MaxNLocator(y))
-    axes.ticklabel_format(axis="both" if y else "x", useOffset=False, style="plain")
-
-
-def name_rows(axes: Axes, n_ticks: int, left: Sequence[str], right: Sequence[str] = ()) -> None:
+def name_rows(axes: Axes, left: Any, right: Any = (), n_ticks: int = 6, size: float = 7.5, **words: Any) -> None:
     """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
+    tidy(axes, ticks=(n_ticks,), **words)
     axes.axvline(0, color="black", linewidth=0.7)
-    axes.set_yticks(range(len(left)), left, fontsize=7.5)
-    axes.set_ylim(len(left) - 0.4, -0.6)
+    axes.set_yticks(range(len(left)), left, fontsize=size)
+    axes.set(ylim=(len(left) - 0.4, -0.6), axisbelow=True)
     axes.grid(axis="x", color="#eeeeee")
-    axes.set_axisbelow(True)
-    few_ticks(axes, n_ticks)
     if len(right):
         other = axes.secondary_yaxis("right")
         other.set_yticks(range(len(left)), right, fontsize=7)
@@ -92,10 +76,7 @@ def name_rows(axes: Axes, n_ticks: int, left: Sequence[str], right: Sequence[str
 
 
 def draw_stems(figure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]) -> None:
-    """Draw a panel per (name, values (L,), is it a push) over hours to the end; the three largest are dark, and named.
-
-    Pushes are in logit, weights are drawn as multiples of an even share.
-    """
+    """Draw a panel per (name, values (L,), is it a push or a weight) over hours to the end; name the three largest."""
     grid = figure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
     for (name, values, is_push), (axes, beside) in zip(rows, grid):
         values, level = (values, 0) if is_push else (values * len(hours), 1)
@@ -114,7 +95,7 @@ def draw_stems(figure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.
         axes.margins(x=0.01)
         tidy(axes, TO_END if axes is grid[-1, 0] else "", "")
         axes.set_ylabel(name, fontsize=7.5)
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(3))
         beside.axis("off")
         for line, text in enumerate(said):
             beside.text(0, 0.85 - 0.34 * line, text, fontsize=6.5, va="center", transform=beside.transAxes)
@@ -123,16 +104,15 @@ def draw_stems(figure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.
 
 def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     """Draw `attention`: layer_maps (layers, heads, bins, bins), rows look, columns are looked at; hours (L,)."""
-    attention = tables["attention"]
+    attention, stay = tables["attention"], tables["attention"]["icu_stay_id"]
     maps = np.asarray(attention["layer_maps"], dtype=float)
     hours = np.asarray(attention["hours"], dtype=float)[-attention["n_mapped"] :]  # of a long stay, its end
     n_layers, n_heads, n_bins, _ = maps.shape
     maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
     doublings = np.log2(np.maximum(maps * len(hours), 2.0**-9))  # 0: an even share, 1/L
     reach = 4 if np.nanquantile(np.abs(doublings), 0.9) > 2 else 2
-    question = f"Which events does each head of each layer look at? Stay {attention['icu_stay_id']}, "
     caption = f"{report.verdict_on_layers(tables['verdict'])} {caption}"
-    figure = page(f"{question}{len(hours)} events", caption, 0.85 * n_layers + 1.4)
+    figure = page("layer_attention_weights", caption, 0.85 * n_layers + 1.4, stay=stay, n=len(hours))
     grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
     ticks, places = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)], [0, n_bins / 2, n_bins]
     for (layer, head), axes in np.ndenumerate(grid):
@@ -155,8 +135,7 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays a head looks."""
     attention, events = tables["attention"], tables["events"]
     pooling, hours = (np.asarray(attention[name], dtype=float) for name in ("pooling", "hours"))
-    question = "Which events, and which part of the stay, does each pooling head weigh?"
-    upper, lower = bands(page(question, caption, len(pooling) + 3.4), [len(pooling), 2.0])
+    upper, lower = bands(page("sequence_importance", caption, len(pooling) + 3.4), [len(pooling), 2.0])
     title = "weight of every event, times an even share; its three heaviest are dark"
     upper.suptitle(f"Stay {attention['icu_stay_id']}: {title}", fontsize=9)
     rows = [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)]
@@ -170,19 +149,19 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
         error_dots(axes, column_means(100 * more), tenths, "black", upright=True)
         axes.axhline(0, color="black", linewidth=0.5)
         axes.set_xticks([1, 4, 7, 10])
-        tidy(axes, "", "", f"head {head}")
+        tidy(axes, title=f"head {head}")
     panels[0].set_ylabel("points more than\nan even share, %", fontsize=8)
     lower.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
-    n_stays = counted(events["icu_stay_id"].nunique(), "stay")
-    lower.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
+    lower.suptitle(
+        f"Mean of {counted(events['icu_stay_id'].nunique(), 'stay')}, 95 % interval over patients", fontsize=9
+    )
     return lower.figure
 
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time, and their shares in the windows before the end of all."""
     events, icu_stay_id = tables["events"], tables["attention"]["icu_stay_id"]
-    question = "When in the stay lies the evidence: by attention, and by what moves the prediction?"
-    upper, lower = bands(page(question, caption, 7.2), [1.25, 1])
+    upper, lower = bands(page("sequence_importance_combined", caption, 7.2), [1.25, 1])
     own = of_stay(events, icu_stay_id).sort_values("event")
     title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{replaced_in_words(own)}"
     upper.suptitle(title, fontsize=9)
@@ -195,7 +174,7 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
     for at, (column, name, _, color, marker) in enumerate(OVER_TIME):
         shares = column_means(100 * stay_shares(events, bins, column)[used])
-        error_dots(axes, shares, position + 0.1 * (at - 1.5), color, marker, name, upright=True)
+        error_dots(axes, shares, position + 0.1 * (at - 1.5), color, True, marker=marker, label=name)
     reach = events.groupby("icu_stay_id")["hours_to_end"].max()
     n_reaching = [counted((reach >= CLOCK_WINDOWS[name]).sum(), "stay") for name in used]
     axes.set_xticks(position, [f"{name}\n{n_stays}" for name, n_stays in zip(used, n_reaching)])
@@ -209,17 +188,17 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
 
 def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     """Draw `heads`, one row per layer, head and property: correlation, effect (pale where it is below FLOOR)."""
-    heads, question = tables["heads"], "What do a head's weights go with?"
+    heads = tables["heads"]
     if heads.empty:
-        figure = page(question, caption, 1.5)
+        figure = page("head_specialization", caption, 1.5, found="")
         figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
         return figure
     properties = heads["property"].unique()
     names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
     grid = heads.pivot(index="property", columns=["layer", "head"]).loc[properties]
     matters = grid["effect"][names].to_numpy(float) > FLOOR
-    question += f" {matters.any(0).sum()} of {len(names)} heads matter"
-    figure = page(question, caption, 0.28 * len(properties) + 1.9)
+    found = f" {matters.any(0).sum()} of {len(names)} heads matter"
+    figure = page("head_specialization", caption, 0.28 * len(properties) + 1.9, found=found)
     axes, values = figure.subplots(), grid["correlation"][names].to_numpy(float)
     image = axes.imshow(values, SIGNED, Normalize(-1, 1), aspect="auto", alpha=np.where(matters, 1.0, 0.35))
     for at, (layer, head) in enumerate(names):
@@ -236,44 +215,41 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
 
 def draw_feature_importance(tables: Tables, caption: str) -> Figure:
     """Draw event types and items per event, organ systems and statics per stay, each pair on an axis of its own."""
-    events, statics = tables["events"], tables["statics"]
-    items, least = items_that_matter(events, 12)
-    of_items = events[events["item"].isin(items)]
-    systems = tables["systems"].rename(columns={"push": "attribution"})
+    events, systems = tables["events"], tables["systems"].rename(columns={"push": "attribution"})
+    items, least = findings.important_items(events, 12)
+    types, of_items = events.replace({"event_type": TYPE_WORDS}), events[events["item"].isin(items)]
     blocks = (
-        ("Event types, per event", "events", events.replace({"event_type": TYPE_WORDS}), "event_type"),
-        (f"Items, per event (of {least} patients or more)", "events", of_items, "item"),
-        ("Organ systems, sum of a stay's events", "stays", systems, "system"),
-        ("Patient and admission, per stay", "stays", statics, "feature"),
+        ("Event types, per event", "events / patients", types, "event_type"),
+        (f"Items, per event (of {least} patients or more)", "events / patients", of_items, "item"),
+        ("Organ systems, sum of a stay's events", "stays / patients", systems, "system"),
+        ("Patient and admission, per stay", "stays / patients", tables["statics"], "feature"),
     )
-    n_rows = [table[group].nunique() for _, _, table, group in blocks]
-    question = "What moves this model's prediction, in which direction and how far?"
-    figure = page(question, caption, 0.2 * sum(n_rows) + 3.6)
-    halves = bands(figure, [sum(n_rows[:2]) + 4, sum(n_rows[2:]) + 4])
+    n_rows = [table[group].nunique() for *_, table, group in blocks]
+    halves = bands(
+        page("feature_importance", caption, 0.2 * sum(n_rows) + 3.6), [sum(n_rows[:2]) + 4, sum(n_rows[2:]) + 4]
+    )
     grids = [half.subplots(2, 2, sharex="col", height_ratios=n) for half, n in zip(halves, (n_rows[:2], n_rows[2:]))]
-    for (title, unit, table, group), (left, right) in zip(blocks, np.concatenate(grids)):
+    for (title, counted_in, table, group), (left, right) in zip(blocks, np.concatenate(grids)):
         size = means_by(table.assign(size=table["attribution"].abs()), group, "size")
         size = size.sort_values("mean", ascending=False)
         mean, at = means_by(table, group, "attribution").loc[size.index], np.arange(len(size))
         error_dots(left, mean, at, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
         error_dots(right, size, at, "black")
-        tidy(left, "", "")
-        tidy(right, "", "")
-        name_rows(left, 3, [plain(name, 44, report.cut) for name in size.index])
-        name_rows(right, 3, [""] * len(at), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])])
+        name_rows(left, [plain(name, 44, report.cut) for name in size.index], n_ticks=3)
+        name_rows(right, [""] * len(at), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])], n_ticks=3)
         left.set_title(title, fontsize=8.5, loc="left")
-        right.set_title(f"{unit} / patients", fontsize=7.5, loc="right")
+        right.set_title(counted_in, fontsize=7.5, loc="right")
     for _, (left, right) in grids:
         right.set_xlim(left=0)
         left.set_xlabel(f"mean push, {LOGIT}", fontsize=8)
         right.set_xlabel("mean size, logit", fontsize=8)
-    return figure
+    return halves[0].figure
 
 
 def draw_item_importance(tables: Tables, caption: str) -> Figure:
     """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place in the item."""
     events, items = tables["events"], tables["items"]
-    figure = page("Which items push, and is it their high or their low values?", caption, 0.26 * len(items) + 1.7)
+    figure = page("item_importance", caption, 0.26 * len(items) + 1.7)
     axes, norm, draw = figure.subplots(), Normalize(0, 1), np.random.default_rng(0)
     names, rho = [], []
     for at, item in enumerate(items.itertuples()):
@@ -285,11 +261,10 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
         axes.scatter(part["attribution"][known], height[known], **style)
         names.append(("(!) " if item.tells_outcome else "") + plain(item.item, 40, report.cut))
         rho.append("" if np.isnan(item.rho) else f"{item.rho:+.2f} ({item.n_values})".replace("-", "−"))
-    tidy(axes, f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome", "")
-    name_rows(axes, 6, names, rho)
+    name_rows(axes, names, rho, xlabel=f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome")
     axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
     ends = {0: "lowest", 0.5: "middle", 1: "highest"}
-    small_bar(figure, ScalarMappable(norm, "viridis"), axes, "value among those of its item", ends)
+    small_bar(figure, cm.ScalarMappable(norm, "viridis"), axes, "value among those of its item", ends)
     return figure
 
 
@@ -297,15 +272,13 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
     """Draw `query_similarity`, one row per pooling head and event type: similarity, low, high, n_events."""
     table = tables["query_similarity"].rename(columns={"similarity": "mean"})
     kinds = [kind for kind in (*EVENT_TYPES, "unknown") if kind in set(table["event_type"])]
-    question = "Which types of event does the learned query look for, by pooling head?"
-    figure, heads = page(question, caption, 0.25 * len(kinds) + 1.9), table["head"].unique()
+    figure, heads = page("query_vector_analysis", caption, 0.25 * len(kinds) + 1.9), table["head"].unique()
     panels = figure.subplots(1, len(heads), sharex=True, sharey=True, squeeze=False)[0]
     for axes, head in zip(panels, heads):
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
         error_dots(axes, rows, np.arange(len(kinds)), BLUE)
         names = [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in rows["n_events"].items()]
-        name_rows(axes, 3, names)
-        tidy(axes, "", "", f"head {head}")
+        name_rows(axes, names, n_ticks=3, size=8, title=f"head {head}")
     label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
     panels[len(panels) // 2].set_xlabel(label, fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
     return figure
@@ -316,20 +289,18 @@ def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
     bars = axes.barh(range(len(values)), values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
     axes.bar_label(bars, [f" {signed(value)} " for value in values], fontsize=6.5)
     axes.margins(x=0.27)
-    tidy(axes, LOGIT, "")
-    name_rows(axes, 5, names)
+    name_rows(axes, names, n_ticks=5, xlabel=LOGIT)
 
 
 def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
     """Draw one stay, by default that of the highest risk: pushes and risk over time, strongest events, statics."""
-    stays, everyone = tables["stays"], tables["events"]
-    icu_stay_id = icu_stay_id or stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
-    row = of_stay(stays, icu_stay_id).iloc[0]
+    stays, everyone = tables["stays"].set_index("icu_stay_id"), tables["events"]
+    icu_stay_id = icu_stay_id or stays["probability"].idxmax()
+    row = stays.loc[icu_stay_id]
     events, statics, arriving = (of_stay(tables[name], icu_stay_id) for name in ("events", "statics", "trajectory"))
     push, hours = events["attribution"], events["hours_to_end"]
-    question = f"Which events push the prediction of stay {icu_stay_id}? Risk {report.percent(row['probability'])}, "
-    figure = page(question + report.outcome(row["label"]), caption, 8.0)
-    line, middle, below = bands(figure, [1, 2.2, 1.3])
+    facts = {"stay": icu_stay_id, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
+    line, middle, below = bands(page("captum_attributions", caption, 8.0, **facts), [1, 2.2, 1.3])
     said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
     said += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
@@ -361,22 +332,20 @@ def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> F
     parts = everyone.melt("patient_id", used, "part", "size").replace({"part": PART_WORDS})
     table = means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values("mean", ascending=False)
     error_dots(right, table, np.arange(len(table)), "black")
-    name_rows(right, 3, table.index)
+    title = f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}"
+    name_rows(right, table.index, n_ticks=3, size=8, xlabel="mean size per event, logit", title=title)
     right.set_xlim(left=0)
-    tidy(right, "mean size per event, logit", "", f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}")
-    return figure
+    return line.figure
 
 
 def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): one stay over its events, all stays below."""
-    layers, stays = tables["layers"], tables["stays"]
+    layers, risks = tables["layers"], tables["stays"].set_index("icu_stay_id")["probability"]
     names = layers["layer"].unique()
     labels, at = [name.replace("_", " ") for name in names], np.arange(len(names))
-    chosen = stays[stays["icu_stay_id"].isin(layers["icu_stay_id"])]
-    stay = chosen.loc[chosen["probability"].idxmax(), "icu_stay_id"]
+    stay = risks[layers["icu_stay_id"].unique()].idxmax()
     caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
-    figure = page("Does the evidence stay with its events on the way through the layers?", caption, 5.4)
-    upper, lower = bands(figure, [1.2, 1])
+    upper, lower = bands(page("captum_layer_attributions", caption, 5.4), [1.2, 1])
     wide = of_stay(layers, stay).pivot(index="layer", columns="event", values="attribution").loc[names]
     hours = of_stay(tables["events"], stay).sort_values("event")["hours_to_end"].to_numpy()
     axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
@@ -387,8 +356,7 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
     axes.set_xticks(ticks, [f"{hours[tick]:.0f}" for tick in ticks])
-    first = layers[layers["layer"] == names[0]][["icu_stay_id", "event", "attribution"]]
-    both = layers.merge(first, on=["icu_stay_id", "event"], suffixes=("", "_first"))
+    both = layers.merge(layers[layers["layer"] == names[0]], on=["icu_stay_id", "event"], suffixes=("", "_first"))
     found = rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
     axes = lower.subplots()
     heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
@@ -396,31 +364,27 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     error_dots(axes, means_by(found, "layer", "correlation").reindex(names), at, "black")
     gap, n_stays = layers["gap_error"].abs().max(), counted(layers["icu_stay_id"].nunique(), "stay")
     label = f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval"
-    tidy(axes, label, "", f"Agreement with {labels[0]}; the sums miss at most {gap:.2g} logit")
-    name_rows(axes, 6, labels)
+    title = f"Agreement with {labels[0]}; the sums miss at most {gap:.2g} logit"
+    name_rows(axes, labels, xlabel=label, title=title)
     axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
-    return figure
+    return lower.figure
 
 
 def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     """Draw `groups` (attribution, ablation per stay, kind and group) and `events` (attribution, if_unremarkable)."""
     groups, events = tables["groups"], tables["events"]
-    kinds, order = groups["kind"].unique(), [*EVENT_TYPES, *CLOCK_WINDOWS]
-    sizes = [groups[groups["kind"] == kind]["group"].nunique() for kind in kinds]
-    question = "What would the prediction be if a group of events, or one event, were unremarkable?"
-    figure = page(question, caption, 0.23 * sum(sizes) + 5.2)
-    upper, lower = bands(figure, [0.23 * sum(sizes) + 1.6, 2.6])
-    panels = upper.subplots(len(kinds), 1, height_ratios=sizes, squeeze=False)[:, 0]
-    for axes, kind in zip(panels, kinds):
-        rows = groups[groups["kind"] == kind]
+    order, sizes = [*EVENT_TYPES, *CLOCK_WINDOWS], groups.groupby("kind", sort=False)["group"].nunique()
+    height = 0.23 * sizes.sum()
+    upper, lower = bands(page("captum_ablation_attributions", caption, height + 5.2), [height + 1.6, 2.6])
+    panels = upper.subplots(len(sizes), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    for axes, (kind, rows) in zip(panels, groups.groupby("kind", sort=False)):
         names = sorted(rows["group"].unique(), key=lambda name: order.index(name) if name in order else 0)
         at, stays = np.arange(len(names)), rows.groupby("group")["icu_stay_id"].nunique()
         pushes, falls = (means_by(rows, "group", value).reindex(names) for value in ("attribution", "ablation"))
-        error_dots(axes, pushes, at - 0.14, BLUE, "o", "push, summed")
-        error_dots(axes, falls, at + 0.14, VERMILLION, "s", "if unremarkable")
-        tidy(axes, "", "")
+        error_dots(axes, pushes, at - 0.14, BLUE, label="push, summed")
+        error_dots(axes, falls, at + 0.14, VERMILLION, marker="s", label="if unremarkable")
         labels = [TYPE_WORDS.get(name, plain(name, 40)) for name in names]
-        name_rows(axes, 6, labels, [counted(stays[name], "stay") for name in names])
+        name_rows(axes, labels, [counted(stays[name], "stay") for name in names])
         axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
     panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
     upper.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
@@ -431,9 +395,8 @@ def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     agreement = rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
     median = f"median rank correlation within a stay {agreement.median():.2f}"
     title = f"{len(known):,} of {counted(len(events), 'event')} (dashed: equal); {median}"
-    tidy(axes, "push, logit", "if unremarkable, logit", title)
-    few_ticks(axes, 6, 5)
-    return figure
+    tidy(axes, "push, logit", "if unremarkable, logit", title, ticks=(6, 5))
+    return lower.figure
 
 
 def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
@@ -442,51 +405,32 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     n_stays = counted(curves["icu_stay_id"].nunique(), "stay")
     replaced = replaced_in_words(events[events["icu_stay_id"].isin(curves["icu_stay_id"])])
     caption = f"{caption} · measured on {n_stays}{replaced}{', the others count as 0' if replaced else ''}"
-    figure = page("Do the events that an explanation ranks first move the prediction most?", caption, 3.4)
-    (body,) = bands(figure, [1])
+    (body,) = bands(page("deletion_insertion", caption, 3.4), [1])
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
     titles = {"deletion": "Events made unremarkable", "insertion": "Events given to a stay that says nothing"}
     for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
-        for order, color, line, width in ORDERS:
+        for order, (color, line, width) in ORDERS.items():
             curve, label = means[direction, order], report.METHOD_WORDS.get(order, "random order")
             axes.plot(100 * curve.index, curve, color=color, linestyle=line, linewidth=width, label=label)
         axes.axhline(0, color="black", linewidth=0.5)
-        tidy(axes, "% of the events, highest first", "change of the logit", title)
-        few_ticks(axes, 5, 5)
+        tidy(axes, "% of the events, highest first", "change of the logit", title, ticks=(5, 5))
     body.legend(*axes.get_legend_handles_labels(), **ABOVE)
-    return figure
+    return body.figure
 
 
-FIGURES: dict[str, Callable[[Tables, str], Figure]] = {
-    "layer_attention_weights": draw_layer_attention_weights,
-    "sequence_importance": draw_sequence_importance,
-    "sequence_importance_combined": draw_sequence_importance_combined,
-    "head_specialization": draw_head_specialization,
-    "feature_importance": draw_feature_importance,
-    "item_importance": draw_item_importance,
-    "query_vector_analysis": draw_query_vector_analysis,
-    "captum_attributions": draw_stay,
-    "captum_layer_attributions": draw_captum_layer_attributions,
-    "captum_ablation_attributions": draw_captum_ablation_attributions,
-    "deletion_insertion": draw_deletion_insertion,
-}
+draw_captum_attributions = draw_stay  # of the highest risk
+FIGURES: dict[str, Callable[[Tables, str], Figure]] = {name: globals()[f"draw_{name}"] for name in wording("questions")}
 
 
 def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
-    """Draw one picture (`FIGURES` names them) from the tables of `run_explainability_analysis`.
-
-    >>> draw_figure("captum_attributions", tables)  # doctest: +SKIP
-    """
+    """Draw one picture (`FIGURES` names them) from the tables of `run_explainability_analysis`."""
     if name not in FIGURES:
         raise InputError(f"no picture is called {name}; there are {', '.join(FIGURES)}.")
     return FIGURES[name](tables, caption)
 
 
 def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
-    """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any.
-
-    >>> draw_figures(tables)["item_importance"].savefig("items.png")  # doctest: +SKIP
-    """
+    """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any."""
     left_out = set() if len(tables["curves"]) else {"deletion_insertion"}
     if not len(tables["attention"]["layer_maps"]):
         left_out |= {"layer_attention_weights", "captum_layer_attributions"}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
@@ -22,7 +20,6 @@ BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#767676"  # o
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
 FROM_START = "hours after ICU admission"
 BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}  # between the ends of intervals
-Corner = Literal["", "best", "lower right", "upper center"]
 
 
 def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> Figure:
@@ -34,8 +31,8 @@ def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> F
     return figure
 
 
-def tidy(axes: Axes, xlabel: str, ylabel: str, title: str = "", legend: Corner = "") -> None:
-    """Label the axes, take off the frame's upper and right side, and put the legend, if any, into its corner."""
+def tidy(axes: Any, xlabel: str = "", ylabel: str = "", title: str = "", legend: str = "", ticks: Any = ()) -> None:
+    """Label the axes, take off half the frame; `legend`: its corner; `ticks`: at most so many, plain, along x and y."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.set_title(title, fontsize=9)
@@ -43,9 +40,12 @@ def tidy(axes: Axes, xlabel: str, ylabel: str, title: str = "", legend: Corner =
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         axes.legend(fontsize=8, frameon=False, loc=legend)
+    for axis, most in zip((axes.xaxis, axes.yaxis), ticks):
+        axis.set_major_locator(MaxNLocator(most))
+        axes.ticklabel_format(axis=axis.axis_name, useOffset=False, style="plain")
 
 
-def bands(figure: Any, heights: Sequence[float]) -> list[Any]:
+def bands(figure: Any, heights: list[float]) -> list[Any]:
     """Return subfigures one below the other."""
     return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
@@ -89,10 +89,9 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     rate.yaxis.get_offset_text().set_fontsize(8)
     rate.set_ylim(bottom=0)
-    tidy(loss, "epoch", "loss", loss_title, legend="best")
-    tidy(auroc, "epoch", "AUROC", "Validation AUROC")
-    tidy(rate, "epoch", "learning rate", "Learning rate")
-    for axes in (loss, auroc, rate):
+    titles = {"loss": loss_title, "AUROC": "Validation AUROC", "learning rate": "Learning rate"}
+    for axes, (ylabel, title) in zip((loss, auroc, rate), titles.items()):
+        tidy(axes, "epoch", ylabel, title, "best" if axes is loss else "")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
@@ -150,8 +149,7 @@ def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, figures: dict[
 
 def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     """Draw a curve as `decision_curve` returns it; what treating all would lose beyond the axes is not shown."""
-    question = "At which risk thresholds does acting on the model beat treating all or none?"
-    figure = new_figure(question, caption, height=3.8)
+    figure = new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
     axes, thresholds = figure.subplots(), curve["threshold"]
     axes.plot(thresholds, curve["treat_all"], color=ORANGE, linestyle="--", label="treat all")
     axes.plot(thresholds, curve["treat_none"], color=GREY, linestyle=":", label="treat none")
@@ -178,11 +176,7 @@ def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, h
 def plot_attention_heatmap(
     layer_maps: Any, pooling: ArrayLike, hours: ArrayLike, title: str, caption: str = "", hours_label: str = FROM_START
 ) -> Figure:
-    """Draw self-attention of each layer (bins, bins) over pooling weights (heads, n) of one stay's n events.
-
-    Weights are shown as multiples of 1/n, the share that each event has where attention is even. A map's rows look, its
-    columns are looked at; hours (n,) are the events' times, first event first.
-    """
+    """Draw layers' attention (bins, bins), whose rows look, over the pooling's (heads, n) to events at hours (n,)."""
     weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
     n_events = weights.shape[1]
     figure = new_figure(title, caption, height=4.6 if len(layer_maps) else 2.5)
@@ -217,11 +211,7 @@ def draw_shares(figure: SubFigure, panels: np.ndarray, shares: np.ndarray, **opt
 
 
 def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_individual: int = 4) -> Figure:
-    """Draw trajectories, one row per stay and time: icu_stay_id, hours_after_admission, probability, label (0/1).
-
-    Single stays are chosen without looking at their risk: the longest followed of each outcome, then by stay. Above the
-    means stands how many stays are still there.
-    """
+    """Draw trajectories, one row per stay and time: icu_stay_id, hours_after_admission, probability, label (0/1)."""
     figure = new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
     single, mean = figure.subplots(1, 2, sharey=True)
     times = np.sort(trajectories["hours_after_admission"].unique())
@@ -230,6 +220,7 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
         if group.empty:
             continue
         style = {"color": color, "linestyle": line, "marker": "o"}
+        # Chosen without looking at their risk: the longest followed, then by stay.
         followed = group.groupby("icu_stay_id").size().sort_values(ascending=False, kind="stable")
         for number, icu_stay_id in enumerate(followed.index[:n_individual]):
             one = group[group["icu_stay_id"] == icu_stay_id].set_index("hours_after_admission")["probability"]
