@@ -225,10 +225,9 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
         ("Patient and admission, per stay", "stays / patients", tables["statics"], "feature"),
     )
     n_rows = [table[group].nunique() for *_, table, group in blocks]
-    halves = bands(
-        page("feature_importance", caption, 0.2 * sum(n_rows) + 3.6), [sum(n_rows[:2]) + 4, sum(n_rows[2:]) + 4]
-    )
-    grids = [half.subplots(2, 2, sharex="col", height_ratios=n) for half, n in zip(halves, (n_rows[:2], n_rows[2:]))]
+    pairs = (n_rows[:2], n_rows[2:])
+    halves = bands(page("feature_importance", caption, 0.2 * sum(n_rows) + 3.6), [sum(pair) + 4 for pair in pairs])
+    grids = [half.subplots(2, 2, sharex="col", height_ratios=pair) for half, pair in zip(halves, pairs)]
     for (title, counted_in, table, group), (left, right) in zip(blocks, np.concatenate(grids)):
         size = means_by(table.assign(size=table["attribution"].abs()), group, "size")
         size = size.sort_values("mean", ascending=False)
@@ -419,6 +418,7 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
 
 
 draw_captum_attributions = draw_stay  # of the highest risk
+# Each picture has its question in words.yaml, and the function named after it.
 FIGURES: dict[str, Callable[[Tables, str], Figure]] = {name: globals()[f"draw_{name}"] for name in wording("questions")}
 
 
