@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from dataclasses import asdict, replace
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
+import yaml
 from duckdb import DuckDBPyConnection
 
 from clinical_lf import duck, files
@@ -23,42 +21,25 @@ QUERY_FILE = HERE.parent / "query.sql"
 ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tables went; no reader of Parquet minds it
 ROWS_PER_SLICE = 2_000_000  # event rows of the tables behind one slice of patients: what has to fit in memory at once
 
-# {table: {column: type}} that query.sql reads. Types are stated, never sniffed: a column that looks like numbers or is
-# empty in the rows sniffed (labevents.value, location) would change its type, and so its text.
-with open(HERE / "mimic_tables.csv", encoding="utf-8", newline="") as file:
-    _ROWS = groupby(list(csv.DictReader(file)), key=lambda row: row["table"])
-    MIMIC_TABLES = {table: {row["column"]: row["type"] for row in rows} for table, rows in _ROWS}
-MIMIC_KEYS = {  # a key that stood twice would double whatever is joined to it
-    "icu/icustays": "stay_id",
-    "hosp/patients": "subject_id",
-    "hosp/admissions": "hadm_id",
-    "hosp/d_labitems": "itemid",
-    "icu/d_items": "itemid",
-}
-EVENT_TABLES = {  # when the rows of an event table happen; EVENT_TYPES in this order
-    "hosp/prescriptions": "starttime",
-    "icu/procedureevents": "starttime",
-    "hosp/labevents": "charttime",
-    "hosp/microbiologyevents": "coalesce(charttime, chartdate)",
-    "icu/ingredientevents": "starttime",
-}
+_TABLES = yaml.safe_load((HERE / "mimic_tables.yaml").read_text("utf-8"))
+MIMIC_TABLES = {name: table["columns"] for name, table in _TABLES.items()}  # {table: {column: type}}
+MIMIC_KEYS = {name: table["key"] for name, table in _TABLES.items() if "key" in table}
+EVENT_TABLES = {name: table["time"] for name, table in _TABLES.items() if "time" in table}
 # Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
 # alone. Beside it what is no event for a fault of its own, for the account. Rows are numbered as they pass, those that
 # are not stored too: counting them apart would read the file twice.
 OTHER_TABLE = "SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0"
 EVENT_TABLE = f"""
-SELECT r.* EXCLUDE (number)
-FROM (
-    SELECT r.*, patient, nextval('{{name}}_of_cohort') AS number
-    FROM ({OTHER_TABLE}) AS r
-    JOIN (SELECT DISTINCT {{key}}, subject_id AS patient FROM icustays) AS k ON k.{{key}} = r.{{key}}
-) AS r
-WHERE number > 0 AND ({{fault}} IS NOT NULL OR EXISTS (
-    FROM icustays AS i
-    WHERE i.{{key}} = r.{{key}} AND {{time}} >= i.intime - INTERVAL 1 DAY
-        AND {{time}} <= coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
-))
-ORDER BY patient
+    SELECT r.* EXCLUDE (number)
+    FROM (
+        SELECT *, nextval('{{name}}_of_cohort') AS number
+        FROM ({OTHER_TABLE}) JOIN (SELECT DISTINCT {{key}}, subject_id AS patient FROM icustays) USING ({{key}})
+    ) AS r
+    WHERE number > 0 AND ({{fault}} IS NOT NULL OR EXISTS (
+        FROM icustays AS i WHERE i.{{key}} = r.{{key}} AND {{time}} BETWEEN i.intime - INTERVAL 1 DAY
+            AND coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
+    ))
+    ORDER BY patient
 """
 LOST_STAYS = """
     SELECT CASE WHEN icu.hadm_id IS NULL THEN 'without hadm_id'
@@ -70,8 +51,6 @@ LOST_STAYS = """
     LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id
     GROUP BY reason ORDER BY reason
 """
-DAYS_ONLY = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
-LAST_NUMBER = "SELECT coalesce(max(last_value), 0) FROM duckdb_sequences() WHERE sequence_name = ?"
 
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
@@ -84,22 +63,16 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
         if paths:
             found[table] = paths[0]
     if missing := [f"{table}.csv[.gz]" for table in MIMIC_TABLES if table not in found]:
-        raise InputError(
-            f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. Give the "
-            "folder that holds hosp/ and icu/, as downloaded from PhysioNet."
-        )
+        wanted = "Give the folder that holds hosp/ and icu/, as downloaded from PhysioNet."
+        raise InputError(f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. {wanted}")
     return found
 
 
 def query_for_duckdb(text: str) -> str:
-    """Return query.sql in DuckDB's dialect, its BigQuery tables replaced by local ones of the same name."""
+    """Return SQL of BigQuery in DuckDB's dialect, its tables replaced by local ones of the same name."""
     import sqlglot
 
-    tree = sqlglot.parse_one(text, read="bigquery")
-    for table in list(tree.find_all(sqlglot.exp.Table)):
-        if table.db:  # a common table expression has no data set
-            table.replace(sqlglot.exp.to_table(table.name, alias=table.alias))
-    return tree.sql(dialect="duckdb")
+    return sqlglot.transpile(re.sub(r"`[\w.-]+\.(\w+)`", r"\1", text), read="bigquery", write="duckdb")[0]
 
 
 def faults_of_rows(query: str) -> dict[str, str]:
@@ -107,13 +80,10 @@ def faults_of_rows(query: str) -> dict[str, str]:
 
     What has no such fault and is no event lies outside the ICU stays of its patient.
     """
-    import sqlglot
-
     faults = {table: {"without a time": f"{time} IS NULL"} for table, time in EVENT_TABLES.items()}
     aliases = {alias: f"{part}/{name}" for part, name, alias in re.findall(r"_(hosp|icu)\.(\w+)` AS (\w+)", query)}
     for condition, alias, reason in re.findall(r"^\s+AND (.*?\b(\w+)\..*?)\s+-- else: (.+)$", query, re.MULTILINE):
-        fails = f"NOT ({sqlglot.transpile(condition.replace(f'{alias}.', ''), read='bigquery', write='duckdb')[0]})"
-        of_table = faults[aliases[alias]]
+        of_table, fails = faults[aliases[alias]], f"NOT ({query_for_duckdb(condition.replace(f'{alias}.', ''))})"
         of_table[reason] = f"{of_table[reason]} OR {fails}" if reason in of_table else fails
     return {table: duck.sql_case(conditions) for table, conditions in faults.items()}
 
@@ -124,62 +94,58 @@ def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault
     Raises InputError for a file that is damaged, another table, or has a key twice.
     """
     name, rows, columns = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table]
-    typed = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
-    parts = {"name": name, "typed": typed, "rows": rows, "fault": fault, "time": EVENT_TABLES.get(table)}
+    parts = {"name": name, "rows": rows, "fault": fault, "time": EVENT_TABLES.get(table)}
+    parts["typed"] = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
     parts["key"] = next((key for key in ("stay_id", "subject_id", "hadm_id") if key in columns), None)
     statement = EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE
     try:
         header = duck.column_types(database, rows)
         if absent := [column for column in columns if column not in header]:
             raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
-        for counted in ("read", "of_cohort"):
-            database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{counted}")
+        database.execute(f"CREATE OR REPLACE SEQUENCE {name}_read; CREATE OR REPLACE SEQUENCE {name}_of_cohort")
         database.execute(f"CREATE TABLE {name} AS {statement.format(**parts)}").fetchall()
     except duckdb.ConversionException:
-        unfit = []
-        for column, kind in columns.items():
-            is_unfit = f"{column} IS NOT NULL AND TRY_CAST({column} AS {kind}) IS NULL"
-            if count := duck.first_value(database, f"SELECT count(*) FROM {rows} WHERE {is_unfit}"):
-                unfit.append(f"{column} ({kind}) in {count} rows")
+        counted = [f"count({column}) - count(TRY_CAST({column} AS {kind}))" for column, kind in columns.items()]
+        counts = database.execute(f"SELECT {', '.join(counted)} FROM {rows}").fetchall()[0]
+        unfit = [f"{column} ({columns[column]}) in {count} rows" for column, count in zip(columns, counts) if count]
         raise InputError(f"{path} has values that do not fit: {', '.join(unfit)}.") from None
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
-        raise InputError(
-            f"{path} cannot be read ({duck.reason_without_rows(error)}). Is the download complete? Compare the file "
-            "with SHA256SUMS.txt of the data set and fetch it again."
-        ) from None
+        advice = "Is the download complete? Compare the file with SHA256SUMS.txt of the data set and fetch it again."
+        raise InputError(f"{path} cannot be read ({duck.reason_without_rows(error)}). {advice}") from None
     if unique := MIMIC_KEYS.get(table):
         where = f"WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1 ORDER BY {unique}"
         if twice := database.execute(f"SELECT {unique} FROM {name} {where}").fetchall():
-            raise InputError(
+            found = (
                 f"{table}: {len(twice)} values of {unique} stand in more than one row, first {duck.first_three(twice)}."
-                " Are two releases or two copies mixed? Each may stand once."
             )
+            raise InputError(f"{found} Are two releases or two copies mixed? Each may stand once.")
     if table == "icu/icustays":
         database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
 
 def account_for_rows(database: DuckDBPyConnection, faults: dict[str, str]) -> list[SourceAccount]:
     """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
-    accounts = []
+    passed = "SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()"
+    accounts, n_passed = [], dict(database.execute(passed).fetchall())
     for table in MIMIC_TABLES:
         name = Path(table).name
-        account = SourceAccount(table, duck.first_value(database, LAST_NUMBER, f"{name}_read"))
+        account = SourceAccount(table, n_passed[f"{name}_read"])
         if table == "icu/icustays":
             lost: dict[str, int] = dict(database.execute(LOST_STAYS).fetchall())
             account.of_cohort, account.in_stays = account.read, lost.pop("", 0)
             lost["without stay_id"] = account.read - account.in_stays - sum(lost.values())
             account.lost = files.without_zeros(lost)
         elif table in EVENT_TABLES:
-            counts = (
-                f"SELECT {faults[table]} AS fault, count(*) FROM {name} WHERE fault IS NOT NULL GROUP BY 1 ORDER BY 1"
-            )
-            account.lost = dict(database.execute(counts).fetchall())
-            account.of_cohort = duck.first_value(database, LAST_NUMBER, f"{name}_of_cohort")
+            counts = f"SELECT {faults[table]} AS fault, count(*) FROM {name} WHERE fault IS NOT NULL"
+            account.lost = dict(database.execute(f"{counts} GROUP BY fault ORDER BY fault").fetchall())
+            account.of_cohort = n_passed[f"{name}_of_cohort"]
         if table == "hosp/microbiologyevents":
-            reason = "(used or not) have a day without a time: its end is taken"
-            account.noted = {reason: duck.first_value(database, DAYS_ONLY)}
+            days = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
+            account.noted = {
+                "(used or not) have a day without a time: its end is taken": duck.first_value(database, days)
+            }
         accounts.append(account)
     return accounts
 
@@ -240,7 +206,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     return target
 
 
-def _working_database(working: Path, memory_limit: str) -> Any:
+def _working_database(working: Path, memory_limit: str) -> DuckDBPyConnection:
     """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
     working.mkdir(exist_ok=True)
     try:
@@ -252,18 +218,19 @@ def _working_database(working: Path, memory_limit: str) -> Any:
 
 def collect_stays(database: DuckDBPyConnection, query: str, result: Path) -> None:
     """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
-    known = "subject_id IS NOT NULL ORDER BY subject_id"
-    patients = database.execute(f"SELECT DISTINCT subject_id FROM mimic.icustays WHERE {known}").fetchall()
+    found = "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY subject_id"
+    patients = database.execute(found).fetchall()
     if not patients:
         raise InputError("icu/icustays has no rows: nothing to learn from.")
-    key_of = {"icustays": "subject_id"} | {Path(table).name: "patient" for table in EVENT_TABLES}
-    counts = [duck.first_value(database, f"SELECT count(*) FROM mimic.{name}") for name in key_of if name != "icustays"]
-    n_slices = min(len(patients), 1 + sum(counts) // ROWS_PER_SLICE)
+    keys = {Path(table).name: "patient" for table in EVENT_TABLES}
+    n_rows = sum(duck.first_value(database, f"SELECT count(*) FROM mimic.{name}") for name in keys)
+    n_slices = min(len(patients), 1 + n_rows // ROWS_PER_SLICE)
+    keys["icustays"] = "subject_id"
     for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
         path = result / f"part_{number:04d}.parquet"
         if path.exists():
             continue
-        for name, key in key_of.items():
+        for name, key in keys.items():
             rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
             database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
         copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
