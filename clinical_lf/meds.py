@@ -37,37 +37,33 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[s
     """
     text = Path(__file__).with_name("meds.sql").read_text("utf-8")
     statements = dict(part.split("\n", 1) for part in text.split("-- name: ")[1:])
-    con.execute(statements["rows"].replace("{data}", quoted(root / "data" / "**" / "*.parquet")))
-    con.execute(statements["codes"].replace("{codes}", quoted(root / "metadata" / "codes.parquet")))
+    data, codes = root / "data" / "**" / "*.parquet", root / "metadata" / "codes.parquet"
+    con.execute(statements["codes"].format(data=quoted(data), codes=quoted(codes)))
     if made := MADE_LABELS.fullmatch(task.labels):
         hours = float(made[1])
         con.execute(statements["made labels"], {"hours": hours, "gap": task.gap_hours})
         left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE lasts IS NOT TRUE")}
         if not first_value(con, "SELECT count(*) FROM label_rows"):
-            least = f"{hours + task.gap_hours:g} h"
-            raise InputError(
-                f"--labels {task.labels}: no ICU stay lasts {least}, or no code begins with ICU_ADMISSION."
-            )
+            why = f"no ICU stay lasts {hours + task.gap_hours:g} h, or no code begins with ICU_ADMISSION."
+            raise InputError(f"--labels {task.labels}: {why}")
     else:
         read_labels(con, Path(task.labels))
-        if conflicts := first_value(con, statements["label conflicts"]):
-            words = f"{conflicts} subjects and times have labels that contradict each other."
-            raise InputError(f"--labels {task.labels}: {words}")
-        left_out = {"label_after_death": first_value(con, statements["late labels"])}
-    history = {"history_hours": task.history_hours}
-    con.execute(statements["samples"], history)
-    con.execute(statements["facts"])
-    con.execute(statements["events"], history)
-    con.execute(statements["stays"], history)
+        twice = "FROM label_rows GROUP BY subject_id, prediction_time HAVING count(DISTINCT boolean_value) > 1"
+        if conflicts := first_value(con, f"SELECT count(*) FROM (SELECT subject_id {twice})"):
+            why = f"{conflicts} subjects and times have labels that contradict each other."
+            raise InputError(f"--labels {task.labels}: {why}")
+        late = "m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time <= prediction_time"
+        left_out = {"label_after_death": first_value(con, f"DELETE FROM label_rows USING meds_rows AS m WHERE {late}")}
+    con.execute(statements["samples"], {"history_hours": task.history_hours})
+    con.execute(statements["stays"])
     return left_out
 
 
 def read_labels(con: DuckDBPyConnection, path: Path) -> None:
     """Make the table `label_rows` of a Parquet file or a folder of them, in the MEDS label schema."""
     if not path.exists():
-        raise InputError(
-            f"--labels {path}: no such file or folder; or give mortality-in-icu@24h, which makes labels itself."
-        )
+        other = "or give mortality-in-icu@24h, which makes labels itself"
+        raise InputError(f"--labels {path}: no such file or folder; {other}.")
     files = quoted(path / "**" / "*.parquet" if path.is_dir() else path)
     con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
     present = column_types(con, "label_rows")

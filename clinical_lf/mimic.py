@@ -46,9 +46,7 @@ LOST_STAYS = """
                 WHEN adm.hadm_id IS NULL THEN 'whose hadm_id is not in hosp/admissions'
                 WHEN pat.subject_id IS NULL THEN 'whose subject_id is not in hosp/patients'
                 ELSE '' END AS reason, count(*)
-    FROM icustays AS icu
-    LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
-    LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id
+    FROM icustays AS icu LEFT JOIN admissions AS adm USING (hadm_id) LEFT JOIN patients AS pat USING (subject_id)
     GROUP BY reason ORDER BY reason
 """
 
@@ -117,10 +115,8 @@ def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault
     if unique := MIMIC_KEYS.get(table):
         where = f"WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1 ORDER BY {unique}"
         if twice := database.execute(f"SELECT {unique} FROM {name} {where}").fetchall():
-            found = (
-                f"{table}: {len(twice)} values of {unique} stand in more than one row, first {duck.first_three(twice)}."
-            )
-            raise InputError(f"{found} Are two releases or two copies mixed? Each may stand once.")
+            found = f"{len(twice)} values of {unique} stand in more than one row, first {duck.first_three(twice)}"
+            raise InputError(f"{table}: {found}. Are two releases or two copies mixed? Each may stand once.")
     if table == "icu/icustays":
         database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
@@ -143,9 +139,8 @@ def account_for_rows(database: DuckDBPyConnection, faults: dict[str, str]) -> li
             account.of_cohort = n_passed[f"{name}_of_cohort"]
         if table == "hosp/microbiologyevents":
             days = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
-            account.noted = {
-                "(used or not) have a day without a time: its end is taken": duck.first_value(database, days)
-            }
+            reason = "(used or not) have a day without a time: its end is taken"
+            account.noted[reason] = duck.first_value(database, days)
         accounts.append(account)
     return accounts
 
@@ -183,9 +178,8 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     with files.lock_folder(results):
         if target.exists():  # another run made it while this one waited
             return target
-        for unfinished in results.glob("unfinished-*"):
-            if unfinished != working:
-                files.delete_quietly(unfinished)
+        for unfinished in set(results.glob("unfinished-*")) - {working}:
+            files.delete_quietly(unfinished)
         faults = faults_of_rows(query)
         try:
             with _working_database(working, memory_limit) as database:
