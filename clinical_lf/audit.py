@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,13 +17,7 @@ MIN_STAYS_OF_TEXT = 20  # fewer stays say little of a text
 PURE = 0.98  # share of the stays with a text that end alike, above which it knows the outcome
 LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; what does knows the outcome
 # What is left out or mended on reading, but belongs into the audit.
-REPAIRED = (
-    "stay_without_end",
-    "stay_after_death",
-    "stay_with_death_and_label_0",
-    "length_recomputed",
-    "event_after_the_end",
-)
+REPAIRED = "stay_without_end stay_after_death stay_with_death_and_label_0 length_recomputed event_after_the_end".split()
 Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of the stays to fit on, and of those to judge by
 
 
@@ -34,24 +28,21 @@ def audit_table(
     part = np.empty(len(table.stays), dtype=object)
     for name, members in split._asdict().items():
         part[members] = name
-    first = table.minutes_since_intime[table.offsets[:-1]] / 60
-    last = table.minutes_since_intime[table.offsets[1:] - 1] / 60
-    record, hours = stay_hours(table), 24 * table.stays["icu_length_of_stay_in_days"].astype(float)
+    stays, record = table.stays.assign(part=part), stay_hours(table)
+    hours, last = 24 * stays["icu_length_of_stay_in_days"].astype(float), table.offsets[1:] - 1
     numbers = {
-        "first event, hours after ICU admission": first,
-        "last event, hours after ICU admission": last,
+        "first event, hours after ICU admission": table.minutes_since_intime[table.offsets[:-1]] / 60,
+        "last event, hours after ICU admission": table.minutes_since_intime[last] / 60,
         # What two columns tell together: a length that ran past the record would know who died before it.
         "length of stay less the record's span, hours": hours - record,
-        "length of stay less the last event, hours": hours - last,
+        "length of stay less the last event, hours": hours - table.minutes_since_intime[last] / 60,
     }
-    stays, known = table.stays, report.counts | report.notes
-    end_hours = observation_hours or record[table.stay_of_event]
+    known, end_hours = report.counts | report.notes, observation_hours or record[table.stay_of_event]
     counts = dict.fromkeys(wording("impossible"), 0) | {code: known[code] for code in REPAIRED if code in known}
     counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
     counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
-        n_parts = pd.Series(part).groupby(stays[f"{unit}_id"].to_numpy()).nunique()
-        counts[f"{unit}_in_two_parts"] = int((n_parts > 1).sum())
+        counts[f"{unit}_in_two_parts"] = int((stays.groupby(f"{unit}_id")["part"].nunique() > 1).sum())
     columns = pd.concat([table.static_columns, pd.DataFrame(numbers)], axis=1)
     return leakage_audit(columns, table.labels, stays["patient_id"].to_numpy(), part == "train", counts, prospective)
 
@@ -73,32 +64,35 @@ def leakage_audit(
     y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
     folds, rows = patient_folds(y, patients), []
     for name in columns:
-        auroc = single_column_auroc(columns.loc[is_train, name], y, folds)
-        flagged, reason = max(auroc, 1 - auroc) > LEAK_AUROC, ""
+        auroc, reason = single_column_auroc(columns.loc[is_train, name], y, folds), ""
+        flagged = either_way(auroc) > LEAK_AUROC
         if np.isnan(auroc):
             reason = "Not judged: too few training patients of one outcome to cross-validate."
         elif flagged:
             reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
-        rows.append((name, "column", auroc, pd.NA, bool(flagged), reason))
+        rows.append((name, "column", auroc, pd.NA, flagged, reason))
     for code, count in counts.items():
-        reason = wording("impossible").get(code, "This should not occur.")
-        is_excused = code in REPAIRED
+        is_excused, reason = code in REPAIRED, wording("impossible").get(code, "This should not occur.")
         if is_excused:
             reason = "Left out or mended while reading."
         elif code == "event_known_after_prediction" and not prospective:
             is_excused, reason = True, f"Expected: the retrospective mode reads the whole stay. {reason}"
         flagged = count > 0 and not is_excused
-        rows.append((wording("reasons")[code], "count", np.nan, int(count), flagged, reason if count else ""))
+        rows.append((wording("reasons")[code], "count", np.nan, count, flagged, reason if count else ""))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
     return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
+
+
+def either_way(auroc: Any) -> Any:
+    """Return how far one or many AUROCs tell the outcomes apart, whichever way round."""
+    return np.maximum(auroc, 1 - auroc)
 
 
 def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> Folds:
     """Return at most five folds of whole patients, deaths spread; none where an outcome has one patient only."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    died = pd.Series(labels).groupby(patient_ids).max()
-    n_folds = int(min(5, died.sum(), (1 - died).sum()))
+    n_folds = min(5, fewest(pd.Series(labels).groupby(patient_ids).max().to_numpy()))
     if n_folds < 2:
         return []
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
@@ -133,7 +127,7 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: Folds) -> 
             model.fit(values[to_fit], labels[to_fit])
             pairs += fold_pairs
             total += fold_pairs * roc_auc_score(labels[held_out], score(values[held_out]).ravel())
-    return float(total / pairs) if pairs else math.nan
+    return float(total / pairs) if pairs else np.nan
 
 
 def audit_texts(table: StayTable) -> pd.DataFrame:
@@ -146,26 +140,24 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     """
     table = table.take(~np.isnan(table.labels))
     codes, texts = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))
-    columns = {"text": codes[table.text], "stay": table.stay_of_event, "hours_to_end": table.minutes_to_end / 60}
-    events = pd.DataFrame(columns)
+    events = pd.DataFrame({"text": codes[table.text], "stay": table.stay_of_event, "hours": table.minutes_to_end / 60})
     present = events[["text", "stay"]].drop_duplicates()
     died = present.assign(died=table.labels[present["stay"]]).groupby("text")["died"]
     stays, deaths = died.size(), died.sum()  # with each text
     survivors = stays - deaths
     n_deaths, n_survivors = table.labels.sum(), (1 - table.labels).sum()
     auroc = 0.5 + (deaths / max(n_deaths, 1) - survivors / max(n_survivors, 1)) / 2
-    is_telling = np.maximum(auroc, 1 - auroc) > LEAK_AUROC
     purity = np.maximum(deaths, survivors) / stays
     rate = np.where(deaths > survivors, n_deaths, n_survivors) / max(len(table.stays), 1)
-    is_chance = len(stays) * rate**stays >= 0.05  # all alike, times the texts looked at
+    is_pure = (purity > PURE) & (len(stays) * rate**stays < 0.05)  # all alike, times the texts looked at: no chance
     columns = {
         "text": texts[stays.index],
         "stays": stays,
         "deaths": deaths.astype(int),
         "auroc": auroc,
         "purity": purity,
-        "median_hours_to_end": events.groupby("text")["hours_to_end"].median(),
-        "flagged": (stays >= MIN_STAYS_OF_TEXT) & (((purity > PURE) & ~is_chance) | is_telling),
+        "median_hours_to_end": events.groupby("text")["hours"].median(),
+        "flagged": (stays >= MIN_STAYS_OF_TEXT) & (is_pure | (either_way(auroc) > LEAK_AUROC)),
     }
     return pd.DataFrame(columns).sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
@@ -174,9 +166,8 @@ def leaking_texts(table: StayTable) -> dict[str, float]:
     """Return the flagged texts of `audit_texts` and their AUROC, either way; none with too few of an outcome."""
     if fewest(table.labels[~np.isnan(table.labels)]) < TOO_FEW:
         return {}
-    found = audit_texts(table)
-    found = found[found["flagged"]]
-    return dict(zip(found["text"], np.maximum(found["auroc"], 1 - found["auroc"])))
+    found = audit_texts(table).query("flagged")
+    return dict(zip(found["text"], either_way(found["auroc"])))
 
 
 def audit_summary(audit: pd.DataFrame) -> str:
