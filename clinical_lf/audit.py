@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -58,14 +56,13 @@ def leakage_audit(
     """Return what, alone, tells the outcome, and what cannot be: a row per column (n rows), and per count.
 
     Each column gets the AUROC of its own small model, cross-validated on the training patients only. counts: how often
-    impossible things occur (keys of words.yaml's `impossible`, or REPAIRED, which are allowed). What became known only
-    after the moment of prediction is to be expected in retrospective mode, hence flagged only if prospective.
+    impossible things occur, by keys of words.yaml's `impossible`, or REPAIRED, which are allowed.
     """
     y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
     folds, rows = patient_folds(y, patients), []
     for name in columns:
         auroc, reason = single_column_auroc(columns.loc[is_train, name], y, folds), ""
-        flagged = either_way(auroc) > LEAK_AUROC
+        flagged = max(auroc, 1 - auroc) > LEAK_AUROC
         if np.isnan(auroc):
             reason = "Not judged: too few training patients of one outcome to cross-validate."
         elif flagged:
@@ -81,11 +78,6 @@ def leakage_audit(
         rows.append((wording("reasons")[code], "count", np.nan, count, flagged, reason if count else ""))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
     return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
-
-
-def either_way(auroc: Any) -> Any:
-    """Return how far one or many AUROCs tell the outcomes apart, whichever way round."""
-    return np.maximum(auroc, 1 - auroc)
 
 
 def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> Folds:
@@ -157,7 +149,7 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
         "auroc": auroc,
         "purity": purity,
         "median_hours_to_end": events.groupby("text")["hours"].median(),
-        "flagged": (stays >= MIN_STAYS_OF_TEXT) & (is_pure | (either_way(auroc) > LEAK_AUROC)),
+        "flagged": (stays >= MIN_STAYS_OF_TEXT) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC)),
     }
     return pd.DataFrame(columns).sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
@@ -167,7 +159,7 @@ def leaking_texts(table: StayTable) -> dict[str, float]:
     if fewest(table.labels[~np.isnan(table.labels)]) < TOO_FEW:
         return {}
     found = audit_texts(table).query("flagged")
-    return dict(zip(found["text"], either_way(found["auroc"])))
+    return dict(zip(found["text"], np.maximum(found["auroc"], 1 - found["auroc"])))
 
 
 def audit_summary(audit: pd.DataFrame) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +12,6 @@ import pandas as pd
 
 from clinical_lf.tables import StayTable
 
-N_QUANTILES = 65
 DIGITS = r"\d+(?:\.\d+)?(?:e-?\d+)?"  # 4, 4.1 or 1.1e-05, as SQL writes a rate below 0.0001
 NUMBER = re.compile(rf"(?<![\w.]){DIGITS}")  # also before a unit, but not the 2 of PaO2
 NUMBER_IN_NAME = re.compile(rf"{NUMBER.pattern}(?![\w-])\s*%?")
@@ -36,10 +34,8 @@ class TextReading(NamedTuple):
 def read_text(text: str) -> TextReading:
     """Return item, number and unit of an event's text."""
     item = " ".join(NUMBER_IN_NAME.sub("", text.split(" | ", 1)[0]).split())
-    found = MEASUREMENT.findall(text)
-    if not found:
-        return TextReading(item, math.nan, "", text)
-    _, _, number, unit = min(found, key=lambda parts: parts[1] == "Amount")
+    nothing = ("", "", "nan", "")
+    _, _, number, unit = min(MEASUREMENT.findall(text), key=lambda parts: parts[1] == "Amount", default=nothing)
     return TextReading(item, float(number), unit.strip(), MEASUREMENT.sub(r"\1#\4", text))
 
 
@@ -63,10 +59,9 @@ def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
 
 
 def item_history(table: StayTable) -> pd.DataFrame:
-    """Return what each event's item was in its stay until then, the event included, in the units of its text.
+    """Return (n_events) rows: what each event's item was in its stay until then, in the units of its text.
 
-    (n_events) rows: `item`, then its STATISTICS (NaN without a number; the first value's previous is itself), `count`,
-    and `is_latest`: no event of the item follows.
+    STATISTICS are NaN without a number; the first value's previous is itself. `is_latest`: none of the item follows.
     """
     items, values = items_and_values(table)
     key = pd.Series(table.stay_of_event.astype(np.int64) * max(len(items.categories), 1) + items.codes)
@@ -90,9 +85,8 @@ def item_history(table: StayTable) -> pd.DataFrame:
 def item_quantiles(table: StayTable) -> dict[str, list[float]]:
     """Return at most 65 quantiles of each item's values over the events, sorted."""
     items, values = items_and_values(table)
-    grid = np.linspace(0, 1, N_QUANTILES)
     groups = pd.Series(values).dropna().groupby(items[np.isfinite(values)], observed=True)
-    return {item: np.quantile(group, grid, method="nearest").tolist() for item, group in groups}
+    return {item: np.quantile(group, np.linspace(0, 1, 65), method="nearest").tolist() for item, group in groups}
 
 
 def quantiles_in(sorted_values: Sequence[float], numbers: np.ndarray) -> np.ndarray:
@@ -103,10 +97,7 @@ def quantiles_in(sorted_values: Sequence[float], numbers: np.ndarray) -> np.ndar
 
 
 def encode_history(table: StayTable, quantiles: dict[str, list[float]]) -> np.ndarray:
-    """Return `item_history` as the model reads it: (n_events, 9) float32, columns as HISTORY names them.
-
-    Numbers are quantiles in -1..1 of the item's values in training (`item_quantiles`), 0 where it has none.
-    """
+    """Return `item_history` as (n_events, 9) float32 HISTORY: numbers as places -1..1 among the item's quantiles."""
     history = item_history(table)
     encoded = np.zeros((len(history), len(HISTORY)), np.float32)
     numbers = history[list(STATISTICS)].to_numpy()  # (n_events, 6)

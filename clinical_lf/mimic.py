@@ -10,18 +10,16 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import yaml
-from duckdb import DuckDBPyConnection
 
 from clinical_lf import duck, files
 from clinical_lf.files import InputError, Progress
 from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable
 
-HERE = Path(__file__).resolve().parent
-QUERY_FILE = HERE.parent / "query.sql"
+QUERY_FILE = Path(__file__).resolve().parent.parent / "query.sql"
 ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tables went; no reader of Parquet minds it
 ROWS_PER_SLICE = 2_000_000  # event rows of the tables behind one slice of patients: what has to fit in memory at once
 
-_TABLES = yaml.safe_load((HERE / "mimic_tables.yaml").read_text("utf-8"))
+_TABLES = yaml.safe_load(Path(__file__).with_name("mimic_tables.yaml").read_text("utf-8"))
 MIMIC_TABLES = {name: table["columns"] for name, table in _TABLES.items()}  # {table: {column: type}}
 MIMIC_KEYS = {name: table["key"] for name, table in _TABLES.items() if "key" in table}
 EVENT_TABLES = {name: table["time"] for name, table in _TABLES.items() if "time" in table}
@@ -32,10 +30,10 @@ OTHER_TABLE = "SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number F
 EVENT_TABLE = f"""
     SELECT r.* EXCLUDE (number)
     FROM (
-        SELECT *, nextval('{{name}}_of_cohort') AS number
+        SELECT *, {{fault}} AS fault, nextval('{{name}}_of_cohort') AS number
         FROM ({OTHER_TABLE}) JOIN (SELECT DISTINCT {{key}}, subject_id AS patient FROM icustays) USING ({{key}})
     ) AS r
-    WHERE number > 0 AND ({{fault}} IS NOT NULL OR EXISTS (
+    WHERE number > 0 AND (fault IS NOT NULL OR EXISTS (
         FROM icustays AS i WHERE i.{{key}} = r.{{key}} AND {{time}} BETWEEN i.intime - INTERVAL 1 DAY
             AND coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
     ))
@@ -86,7 +84,7 @@ def faults_of_rows(query: str) -> dict[str, str]:
     return {table: duck.sql_case(conditions) for table, conditions in faults.items()}
 
 
-def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
+def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
     """Copy one CSV file into `database`, typed; of event tables the rows about ICU stays and those with a `fault`.
 
     Raises InputError for a file that is damaged, another table, or has a key twice.
@@ -95,13 +93,13 @@ def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault
     parts = {"name": name, "rows": rows, "fault": fault, "time": EVENT_TABLES.get(table)}
     parts["typed"] = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
     parts["key"] = next((key for key in ("stay_id", "subject_id", "hadm_id") if key in columns), None)
-    statement = EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE
+    statement = (EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts)
     try:
         header = duck.column_types(database, rows)
         if absent := [column for column in columns if column not in header]:
             raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
         database.execute(f"CREATE OR REPLACE SEQUENCE {name}_read; CREATE OR REPLACE SEQUENCE {name}_of_cohort")
-        database.execute(f"CREATE TABLE {name} AS {statement.format(**parts)}").fetchall()
+        database.execute(f"CREATE TABLE {name} AS {statement}").fetchall()
     except duckdb.ConversionException:
         counted = [f"count({column}) - count(TRY_CAST({column} AS {kind}))" for column, kind in columns.items()]
         counts = database.execute(f"SELECT {', '.join(counted)} FROM {rows}").fetchall()[0]
@@ -121,7 +119,7 @@ def load_mimic_table(database: DuckDBPyConnection, table: str, path: Path, fault
         database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
 
-def account_for_rows(database: DuckDBPyConnection, faults: dict[str, str]) -> list[SourceAccount]:
+def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceAccount]:
     """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
     passed = "SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()"
     accounts, n_passed = [], dict(database.execute(passed).fetchall())
@@ -134,8 +132,8 @@ def account_for_rows(database: DuckDBPyConnection, faults: dict[str, str]) -> li
             lost["without stay_id"] = account.read - account.in_stays - sum(lost.values())
             account.lost = files.without_zeros(lost)
         elif table in EVENT_TABLES:
-            counts = f"SELECT {faults[table]} AS fault, count(*) FROM {name} WHERE fault IS NOT NULL"
-            account.lost = dict(database.execute(f"{counts} GROUP BY fault ORDER BY fault").fetchall())
+            counts = f"SELECT fault, count(*) FROM {name} WHERE fault IS NOT NULL GROUP BY fault ORDER BY fault"
+            account.lost = dict(database.execute(counts).fetchall())
             account.of_cohort = n_passed[f"{name}_of_cohort"]
         if table == "hosp/microbiologyevents":
             days = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
@@ -145,7 +143,7 @@ def account_for_rows(database: DuckDBPyConnection, faults: dict[str, str]) -> li
     return accounts
 
 
-def complete_account(con: DuckDBPyConnection, folder: Path, table: StayTable) -> list[SourceAccount]:
+def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTable) -> list[SourceAccount]:
     """Return the account that lies beside a query's result, with the events that were read: every row is in it once."""
     if not (folder / ACCOUNT).is_file():
         return []
@@ -163,10 +161,9 @@ def complete_account(con: DuckDBPyConnection, folder: Path, table: StayTable) ->
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") -> Path:
     """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay) as a folder of Parquet files.
 
-    It is kept in `cache_dir`/query_results and used again while query and folder are unchanged. Tables go to a DuckDB
-    file on disk first, patients are then worked through in slices, each of which becomes one Parquet file. What is done
-    when a run is stopped or fails for want of memory or disk is kept: the next run goes on from there. Raises
-    InputError for a folder that is not MIMIC-IV or is damaged.
+    It is kept in `cache_dir`/query_results and used again while query and folder are unchanged. A run that was stopped
+    or lacked memory or disk is gone on with: the tables it has in a DuckDB file, and the Parquet files of slices of
+    patients, stay. Raises InputError for a folder that is not MIMIC-IV or is damaged.
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
@@ -187,7 +184,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
                 for table, path in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
                     if Path(table).name not in done:
                         load_mimic_table(database, table, path, faults.get(table, "NULL"))
-                accounts = [asdict(account) for account in account_for_rows(database, faults)]
+                accounts = [asdict(account) for account in account_for_rows(database)]
                 files.write_json(working / target.name / ACCOUNT, accounts)
                 collect_stays(database, query_for_duckdb(query), working / target.name)
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:  # the next run goes on from here
@@ -200,7 +197,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     return target
 
 
-def _working_database(working: Path, memory_limit: str) -> DuckDBPyConnection:
+def _working_database(working: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:
     """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
     working.mkdir(exist_ok=True)
     try:
@@ -210,7 +207,7 @@ def _working_database(working: Path, memory_limit: str) -> DuckDBPyConnection:
         return _working_database(working, memory_limit)
 
 
-def collect_stays(database: DuckDBPyConnection, query: str, result: Path) -> None:
+def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
     """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
     found = "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY subject_id"
     patients = database.execute(found).fetchall()
