@@ -35,10 +35,12 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[s
 
     Raises InputError for labels that are none; DuckDB's own errors for files that cannot be read.
     """
+    data, codes = quoted(root / "data" / "**" / "*.parquet"), quoted(root / "metadata" / "codes.parquet")
+    kinds, facts = (quoted(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("kinds", "facts"))
     text = Path(__file__).with_name("meds.sql").read_text("utf-8")
-    statements = dict(part.split("\n", 1) for part in text.split("-- name: ")[1:])
-    data, codes = root / "data" / "**" / "*.parquet", root / "metadata" / "codes.parquet"
-    con.execute(statements["codes"].format(data=quoted(data), codes=quoted(codes)))
+    parts = text.format(data=data, codes=codes, kinds=kinds, facts=facts).split("-- name: ")[1:]
+    statements = dict(part.split("\n", 1) for part in parts)
+    con.execute(statements["codes"])
     if made := MADE_LABELS.fullmatch(task.labels):
         hours = float(made[1])
         con.execute(statements["made labels"], {"hours": hours, "gap": task.gap_hours})

@@ -1,5 +1,5 @@
 -- A MEDS data set as the tables stay_rows and event_rows, in DuckDB: parts with names (`-- name:`), run by meds.py.
--- Parameters in dollars are bound; those in braces are lists of files.
+-- Parameters in dollars are bound; those in braces are files.
 
 -- name: codes
 -- The columns that say something; a data set without one of them has it empty.
@@ -22,39 +22,30 @@ WITH used AS (
 described AS (
     SELECT code, any_value(nullif(trim(regexp_replace(description, '\s+', ' ', 'g')), '')) AS description
     FROM read_parquet({codes}) GROUP BY code
-),
-kinds(kind, event_type, text_word, number_word) AS (VALUES
-    ('LAB', 'labevent', 'Lab', 'Value'), ('MEDICATION', 'prescription', 'Prescription', 'Dose'),
-    ('INFUSION_START', 'ingredient', 'Ingredient', 'Rate'), ('INFUSION_END', 'ingredient', 'Ingredient', 'Amount'),
-    ('PROCEDURE', 'procedure_event', 'Procedure', 'Value'), ('MICROBIOLOGY', 'microbiology', 'Microbiology', 'Value')
 )
 SELECT code, parts[1] AS kind, event_type, coalesce(number_word, 'Value') AS number_word,
        CASE WHEN has_numbers AND len(parts) > 2 AND NOT regexp_full_match(parts[-1], '\d*|UNK')
             THEN parts[-1] END AS code_unit,
        CASE WHEN parts[2] IN ('START', 'STOP', 'END') THEN lower(parts[2]) END AS code_status,
-       list_filter(parts[2:], lambda part: part NOT IN ('START', 'STOP', 'END', 'UNK', '', coalesce(code_unit, '')))
-       AS words,
-       concat_ws(': ', coalesce(text_word, replace(parts[1], '_', ' ')),
-                 coalesce(description, nullif(array_to_string(words, ' '), ''))) AS item
-FROM used LEFT JOIN described USING (code) LEFT JOIN kinds ON kinds.kind = parts[1]
+       nullif(array_to_string(list_filter(parts[2:], lambda part:
+           part NOT IN ('START', 'STOP', 'END', 'UNK', '', coalesce(code_unit, ''))), ' '), '') AS words,
+       concat_ws(': ', coalesce(text_word, replace(parts[1], '_', ' ')), coalesce(description, words)) AS item
+FROM used LEFT JOIN described USING (code) LEFT JOIN read_csv({kinds}, header = true) AS k ON k.kind = parts[1]
 
 -- name: made labels
 -- `--labels mortality-in-icu@24h`: one label per ICU stay that lasts until the prediction and the gap after it. A code
 -- of discharge says DIED or EXPIRED; a death before the discharge is one too.
 CREATE TEMP TABLE label_rows AS
-WITH ends AS (FROM meds_rows WHERE regexp_matches(code, '^(ICU_DISCHARGE|HOSPITAL_DISCHARGE|MEDS_DEATH$)')),
-stays AS (
-    SELECT subject_id, i.time AS intime,
-           min(e.time) FILTER (e.time > i.time AND e.code LIKE 'ICU_DISCHARGE%') AS outtime,
-           min_by(struct_pack(at := e.time, died := regexp_matches(e.code, 'DIED|EXPIRED')), e.time)
-           FILTER (e.time > i.time AND e.code LIKE 'HOSPITAL_DISCHARGE%') AS discharge,
-           min(e.time) FILTER (e.code = 'MEDS_DEATH') AS death
-    FROM meds_rows AS i LEFT JOIN ends AS e USING (subject_id) WHERE i.code LIKE 'ICU_ADMISSION%' GROUP BY ALL
-)
-SELECT subject_id, intime + to_seconds($hours * 3600) AS prediction_time,
-       coalesce(discharge.died, false) OR coalesce(death <= coalesce(discharge.at, outtime), false) AS boolean_value,
-       least(outtime, discharge.at, death) > intime + to_seconds(($hours + $gap) * 3600) AS lasts
-FROM stays
+WITH ends AS (FROM meds_rows WHERE regexp_matches(code, '^(ICU_DISCHARGE|HOSPITAL_DISCHARGE|MEDS_DEATH$)'))
+SELECT subject_id, i.time + to_seconds($hours * 3600) AS prediction_time,
+       min(e.time) FILTER (e.time > i.time AND e.code LIKE 'ICU_DISCHARGE%') AS outtime,
+       min_by(struct_pack(at := e.time, died := regexp_matches(e.code, 'DIED|EXPIRED')), e.time)
+       FILTER (e.time > i.time AND e.code LIKE 'HOSPITAL_DISCHARGE%') AS discharge,
+       min(e.time) FILTER (e.code = 'MEDS_DEATH') AS death,
+       coalesce((discharge).died OR death <= coalesce((discharge).at, outtime), false) AS boolean_value,
+       least(outtime, (discharge).at, death) > i.time + to_seconds(($hours + $gap) * 3600) AS lasts
+FROM meds_rows AS i LEFT JOIN ends AS e USING (subject_id) WHERE i.code LIKE 'ICU_ADMISSION%'
+GROUP BY subject_id, i.time
 
 -- name: samples
 -- One sequence per label row: the subject's events up to and including the prediction, the last hours of them if asked.
@@ -84,15 +75,9 @@ JOIN samples AS s ON s.subject_id = r.subject_id AND r.time <= prediction_time A
 WHERE kind NOT IN ('MEDS_BIRTH', 'MEDS_DEATH') AND NOT regexp_matches(code, '(^|//)(DIED|EXPIRED)($|//)');
 -- What is known of a patient beside the events, with the time since when; the latest before the prediction counts.
 CREATE TEMP TABLE stay_rows AS
-WITH from_codes(kind, part, name) AS (VALUES
-    ('GENDER', 2, 'patient_gender'), ('SEX', 2, 'patient_gender'), ('RACE', 2, 'patient_race'),
-    ('ETHNICITY', 2, 'patient_race'), ('INSURANCE', 2, 'insurance'), ('MARITAL_STATUS', 2, 'marital_status'),
-    ('HOSPITAL_ADMISSION', 2, 'admission_type'), ('HOSPITAL_ADMISSION', 3, 'admission_location'),
-    ('ICU_ADMISSION', 2, 'first_icu_careunit')
-),
-facts AS (
+WITH facts AS (
     SELECT subject_id, time, name, split_part(code, '//', part) AS value
-    FROM meds_rows JOIN from_codes ON split_part(code, '//', 1) = kind
+    FROM meds_rows JOIN read_csv({facts}, header = true) ON split_part(code, '//', 1) = kind
     UNION ALL
     UNPIVOT (SELECT subject_id, time, patient_race, insurance, marital_status FROM meds_rows)
     ON patient_race, insurance, marital_status INTO NAME name VALUE value
