@@ -97,19 +97,18 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: Folds) -> 
     Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
     AUROC is taken within folds and averaged by pairs: pooled, the folds' own death rates would bias it below 0.5.
     """
-    from sklearn.metrics import roc_auc_score
-    from sklearn.preprocessing import TargetEncoder
-    from sklearn.tree import DecisionTreeRegressor
+    from sklearn import metrics, preprocessing, tree
 
     is_time = pd.api.types.is_datetime64_any_dtype(column)
     if is_time or pd.api.types.is_numeric_dtype(column):
         numbers = (column - column.min()).dt.total_seconds() if is_time else column
         values = numbers.to_numpy(dtype=float, na_value=np.nan)[:, None]
-        model = DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=max(5, len(values) // 50), random_state=0)
+        least = max(5, len(values) // 50)
+        model = tree.DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=least, random_state=0)
         score = model.predict
     else:
         values = column.astype(object).fillna("Unknown").astype(str).to_numpy(dtype=object)[:, None]
-        model = TargetEncoder(target_type="binary")
+        model = preprocessing.TargetEncoder(target_type="binary")
         score = model.transform
     pairs, total = 0, 0.0
     for to_fit, held_out in folds:
@@ -118,17 +117,15 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: Folds) -> 
         if fold_pairs and len(np.unique(labels[to_fit])) == 2:
             model.fit(values[to_fit], labels[to_fit])
             pairs += fold_pairs
-            total += fold_pairs * roc_auc_score(labels[held_out], score(values[held_out]).ravel())
+            total += fold_pairs * metrics.roc_auc_score(labels[held_out], score(values[held_out]).ravel())
     return float(total / pairs) if pairs else np.nan
 
 
 def audit_texts(table: StayTable) -> pd.DataFrame:
-    """Return how each text, its numbers masked, tells the outcome of n stays by its presence alone.
+    """Return how each text, its numbers masked, tells the outcome by its presence alone; unknown outcomes do not count.
 
-    One row per text: stays with it, deaths among them, purity (share of the more frequent outcome), AUROC of its
-    presence, median hours to the end of what is read. Flagged where at least MIN_STAYS_OF_TEXT stays have it and the
-    AUROC passes LEAK_AUROC either way, or the purity PURE, and that not by chance among so many texts. Stays of unknown
-    outcome do not count.
+    One row per text, purity is the share of the more frequent outcome. Flagged where at least MIN_STAYS_OF_TEXT stays
+    have it and the AUROC passes LEAK_AUROC either way, or the purity PURE, and that not by chance among so many texts.
     """
     table = table.take(~np.isnan(table.labels))
     codes, texts = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))

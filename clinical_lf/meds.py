@@ -31,10 +31,7 @@ def is_meds(folder: Path) -> bool:
 
 
 def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[str, int]:
-    """Make the tables `stay_rows` and `event_rows` of a MEDS data set; return how many labels were left out, and why.
-
-    Raises InputError for labels that are none; DuckDB's own errors for files that cannot be read.
-    """
+    """Make the tables `stay_rows` and `event_rows` of a MEDS data set; return how many labels are left out, and why."""
     data, codes = quoted(root / "data" / "**" / "*.parquet"), quoted(root / "metadata" / "codes.parquet")
     kinds, facts = (quoted(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("kinds", "facts"))
     text = Path(__file__).with_name("meds.sql").read_text("utf-8")

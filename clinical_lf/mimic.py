@@ -85,10 +85,7 @@ def faults_of_rows(query: str) -> dict[str, str]:
 
 
 def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
-    """Copy one CSV file into `database`, typed; of event tables the rows about ICU stays and those with a `fault`.
-
-    Raises InputError for a file that is damaged, another table, or has a key twice.
-    """
+    """Copy a CSV file into `database`, typed; of events those near ICU stays or with a `fault`. InputError if unfit."""
     name, rows, columns = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table]
     parts = {"name": name, "rows": rows, "fault": fault, "time": EVENT_TABLES.get(table)}
     parts["typed"] = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
