@@ -158,9 +158,8 @@ def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTa
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") -> Path:
     """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay) as a folder of Parquet files.
 
-    It is kept in `cache_dir`/query_results and used again while query and folder are unchanged. A run that was stopped
-    or lacked memory or disk is gone on with: the tables it has in a DuckDB file, and the Parquet files of slices of
-    patients, stay. Raises InputError for a folder that is not MIMIC-IV or is damaged.
+    It is kept in `cache_dir`/query_results while query and folder are unchanged. A run that stopped or lacked memory
+    or disk is gone on with, from its tables and its slices of patients. Raises InputError for a folder that is unfit.
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
