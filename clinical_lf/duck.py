@@ -10,22 +10,14 @@ from typing import Any
 import duckdb
 from duckdb import DuckDBPyConnection
 
-from clinical_lf.files import InputError, free_disk
+from clinical_lf.files import InputError, free_disk, refusal
 
 # How programs write a missing value. In capitals NONE is a finding: no bacteria in the urine.
 MISSING = ("", "nan", "NaN", "inf", "-inf", "None", "NULL")
 
-# One CSV file, every column as text; nothing about its form is guessed. A buffer of one longest line: DuckDB's own, of
-# sixteen, costs a quarter more CPU time.
-CSV_ROWS = """read_csv({path}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"', comment = '',
-    max_line_size = 16000000, buffer_size = 16000000, nullstr = {missing})"""
-
 
 def open_duckdb(memory_limit: str, spill: Path, database: str | Path = ":memory:") -> DuckDBPyConnection:
-    """Connect to DuckDB within the limit that all its work here has; what passes it spills into a folder.
-
-    Raises InputError for a limit that is none.
-    """
+    """Connect to DuckDB within a limit; what passes it spills into a folder. Raises InputError where it is none."""
     con = duckdb.connect(database)
     con.execute("SET preserve_insertion_order = false; SET TimeZone = 'UTC'")  # what needs an order states it
     con.execute(f"SET temp_directory = {quoted(spill)}")
@@ -48,8 +40,10 @@ def sql_case(conditions: dict[str, str]) -> str:
 
 
 def csv_rows(path: Path, missing: Sequence[str] = ("",)) -> str:
-    """Return the SQL that reads a CSV file as text; a value in `missing` is NULL."""
-    return CSV_ROWS.format(path=quoted(path), missing=list(missing))
+    """Return the SQL that reads a CSV file as text, guessing nothing of its form; a value in `missing` is NULL."""
+    # A buffer of one longest line: DuckDB's own, of sixteen, costs a quarter more CPU time.
+    return f"""read_csv({quoted(path)}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"',
+    comment = '', max_line_size = 16000000, buffer_size = 16000000, nullstr = {list(missing)})"""
 
 
 def first_value(con: DuckDBPyConnection, statement: str, *values: Any) -> Any:
@@ -73,16 +67,13 @@ def reason_without_rows(error: Exception) -> str:
     reason = re.split(r"[\n:\"']", re.sub(r"^(\w+ )+Error: ", "", text))[0].strip()
     if "sniffing" in reason:
         reason = "a row with more or fewer values than the header, or a quote that never closes"
-    line = re.search(r"Line: ?(\d+)", text)
+    if line := re.search(r"Line: ?(\d+)", text):
+        reason += f" at line {line[1]}"
     known = r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote"
-    cause = re.search(known, text)
-    parts = [f"{type(error).__name__}: {reason}{f' at line {line[1]}' if line else ''}", cause[0] if cause else ""]
-    return ", ".join(filter(None, parts))
+    return ", ".join([f"{type(error).__name__}: {reason}", *re.findall(known, text)[:1]])
 
 
 def out_of_memory_error(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:
     """Return the error that says that memory or disk ran out, which no file is to blame for."""
-    return InputError(
-        f"{what} stopped ({type(error).__name__}) with --memory-limit {memory_limit} and {free_disk(folder) / 1e9:.0f} "
-        f"GB left on the disk of {folder}: it needs more of the one or the other. Nothing is wrong with the data."
-    )
+    found = {"error": type(error).__name__, "limit": memory_limit, "free": free_disk(folder) / 1e9, "folder": folder}
+    return refusal("out_of_memory", what=what, **found)

@@ -13,10 +13,10 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ logger = logging.getLogger("clinical_LF")
 HALF_WRITTEN = "-half-written-"  # in temporary names: the next to lock the folder removes what a killed run left
 CHOOSE_ANOTHER_FOLDER = "choose another folder (--output-dir, --cache-dir)"
 SECONDS_BETWEEN_LINES = 30  # of progress, in a log
+WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
 
 
 class InputError(ValueError):
@@ -76,10 +77,7 @@ def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> in
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file, or a folder of files, through a temporary name, which `write` gets: nobody meets half of it.
-
-    Raises InputError where it cannot be written.
-    """
+    """Write a file, or a folder of them, through a temporary name, which `write` gets. Raises InputError."""
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{HALF_WRITTEN}{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,11 +139,6 @@ def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
         lock.release()
 
 
-def size_and_time(path: Path) -> tuple[int, int]:
-    """Return what changes with a file: its bytes and when it was written, in nanoseconds."""
-    return path.stat().st_size, path.stat().st_mtime_ns
-
-
 def cache_key(*parts: Any) -> str:
     """Return the name under which a result is kept, by all that it is made of."""
     return hashlib.md5(repr(parts).encode()).hexdigest()
@@ -161,14 +154,11 @@ def without_zeros(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-@cache
-def all_words() -> dict[str, Any]:
-    """Return words.yaml, which says what keys mean."""
-    import yaml
-
-    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
-
-
 def wording(section: str) -> Any:
-    """Return a section of words.yaml."""
-    return all_words()[section]
+    """Return a section of words.yaml, which says what keys mean."""
+    return WORDS[section]
+
+
+def refusal(key: str, **found: Any) -> InputError:
+    """Return the error that words.yaml has for what is wrong with a source of data, filled with what was found."""
+    return InputError(wording("refusals")[key].format(**found))

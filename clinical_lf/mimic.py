@@ -163,7 +163,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
-    stats = [(str(path.relative_to(folder)), *files.size_and_time(path)) for path in paths.values()]
+    stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
     key = files.cache_key(query, MIMIC_TABLES, EVENT_TABLES, EVENT_TABLE, duck.MISSING, ROWS_PER_SLICE, stats)
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
     if target.exists():

@@ -12,38 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from clinical_lf.files import InputError, logger, read_json, without_zeros, wording
+from clinical_lf.files import InputError, logger, read_json, refusal, without_zeros, wording
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
-
-
-def columns_of(text: str) -> dict[str, str]:
-    """Return columns and their SQL types: `patient_id BIGINT, ...`."""
-    return dict(column.split() for column in text.split(", "))
-
-
-STAY_COLUMNS = columns_of(
-    "patient_id BIGINT, admission_id BIGINT, icu_stay_id BIGINT, icu_intime TIMESTAMP, icu_outtime TIMESTAMP, "
-    "patient_death_time TIMESTAMP, patient_expired_in_hospital DOUBLE, patient_gender VARCHAR, patient_age DOUBLE, "
-    "patient_race VARCHAR, marital_status VARCHAR, admission_type VARCHAR, admission_location VARCHAR, "
-    "insurance VARCHAR, first_icu_careunit VARCHAR, last_icu_careunit VARCHAR, icu_length_of_stay_in_days DOUBLE, "
-    "discharge_location VARCHAR"
-)
-EVENT_COLUMNS = columns_of(
-    "event_time TIMESTAMP, event_known_time TIMESTAMP, event_type VARCHAR, event_text VARCHAR, "
-    "relative_time_to_final_event DOUBLE"
-)
+# {column: SQL type} of stays and of their events, in the order of the file.
+_TABLES = pd.read_csv(Path(__file__).with_name("columns.csv")).groupby("table", sort=False)
+STAY_COLUMNS, EVENT_COLUMNS = (dict(zip(rows["column"], rows["type"])) for _, rows in _TABLES)
 LABEL = "patient_expired_in_hospital"
 STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
 # What a prospective model cannot know at the moment of prediction.
 KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
-EVENT_ARRAYS = {
-    "event_type": np.int8,
-    "text": np.int32,
-    "minutes_since_intime": np.float32,
-    "known_minutes_since_intime": np.float32,
-    "minutes_to_end": np.float32,
-}
+MINUTES = ("minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
+EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES, np.float32)
 
 
 @dataclass(frozen=True)
@@ -127,9 +107,6 @@ def stacked(tables: Sequence[StayTable]) -> StayTable:
     return StayTable(stays, offsets, texts=tables[0].texts, **arrays)
 
 
-# ---- The report of reading ----
-
-
 @dataclass
 class SourceAccount:
     """Where the rows of a table went: read = of other patients + in_stays + lost; what is not known is None."""
@@ -162,10 +139,7 @@ class ReadReport:
             lost = ", ".join(f"{count:,} {reason}" for reason, count in without_zeros(reasons).items())
             logger.info(f"            {source.table:22s} {source.read:11,}{used}   {lost}".rstrip())
             if source.in_stays == 0:
-                logger.warning(
-                    f"Rows        WARNING: {source.table} contributes nothing: {source.read:,} rows read, "
-                    f"{source.of_cohort:,} of the cohort. Is it of the same release as icu/icustays?"
-                )
+                logger.warning(wording("warnings")["table_gives_nothing"].format(source=source))
         dropped = "; ".join(f"{count:,} {wording('reasons')[code]}" for code, count in self.counts.items())
         counted = " (counted by table above, too)" if dropped and self.sources else ""
         logger.info(f"Dropped     {dropped or 'nothing'}{counted}")
@@ -187,20 +161,15 @@ def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[Stay
     Raises OSError where it is not there, ValueError where it is damaged, or has none of a feature: its source, read for
     others, may lack the column.
     """
-    arrays = {name: np.load(folder / f"{name}.npy", "c", allow_pickle=False) for name in ("offsets", *EVENT_ARRAYS)}
-    table = StayTable(
-        stays=pd.read_parquet(folder / "stays.parquet"),
-        texts=pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object),
-        **{name: np.asarray(array) for name, array in arrays.items()},
-    )
-    if any(table.stays[name].isna().all() for name in static_features if name in table.stays):
+    paths = {name: folder / f"{name}.npy" for name in ("offsets", *EVENT_ARRAYS)}
+    arrays = {name: np.asarray(np.load(path, "c", allow_pickle=False)) for name, path in paths.items()}
+    stays = pd.read_parquet(folder / "stays.parquet")
+    texts = pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object)
+    if any(stays[name].isna().all() for name in static_features if name in stays):
         raise ValueError("a column is missing")
-    content = read_json(folder / "report.json")
-    sources = [SourceAccount(**account) for account in content["sources"]]
-    return table, ReadReport(content["counts"], content["notes"], sources)
-
-
-# ---- The cohort ----
+    report = read_json(folder / "report.json")
+    sources = [SourceAccount(**account) for account in report["sources"]]
+    return StayTable(stays, texts=texts, **arrays), ReadReport(report["counts"], report["notes"], sources)
 
 
 class CohortStep(NamedTuple):
@@ -237,11 +206,8 @@ def choose_cohort(
         least = observation_hours + gap_hours
         longer = table.take(stay_hours(table) > least)
         table = record_step(f"still in the ICU and alive {least:g} h after admission", longer)
-        described = table.stays.set_index("icu_stay_id")[list(KNOWN_ONLY_LATER)]  # in subgroups, never a feature
-        table = known_at(table, observation_hours)
-        later = described.loc[table.stays["icu_stay_id"]].reset_index(drop=True)
-        table = replace(table, stays=table.stays.assign(**later))
-        table = record_step(f"with an event known {observation_hours:g} h after admission", table)
+        known = known_at(table, observation_hours, is_described=True)  # in subgroups; it is never a feature
+        table = record_step(f"with an event known {observation_hours:g} h after admission", known)
     return table, flow
 
 
@@ -251,20 +217,20 @@ def stay_hours(table: StayTable) -> np.ndarray:
     return ((final - table.stays.icu_intime).dt.total_seconds() / 3600).to_numpy()
 
 
-def known_at(table: StayTable, hours: float) -> StayTable:
+def known_at(table: StayTable, hours: float, is_described: bool = False) -> StayTable:
     """Return what the ward knew `hours` after ICU admission; stays of which nothing was known go.
 
-    Times count to that moment, and columns known only later are missing, as where a model is trained to predict then.
+    Times count to that moment, and columns known only later are missing, as where a model is trained to predict then,
+    unless `is_described`.
     """
     minutes = hours * 60
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     n_known = np.bincount(table.stay_of_event[known], minlength=len(table.stays))
     part = table.take(n_known > 0, keep_event=known)
-    stays = part.stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
-    return replace(part, stays=stays, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
-
-
-# ---- The split ----
+    stays, left = part.stays, (minutes - part.minutes_since_intime).astype(np.float32)
+    if not is_described:
+        stays = stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
+    return replace(part, stays=stays, minutes_to_end=left)
 
 
 class Split(NamedTuple):
@@ -288,22 +254,17 @@ def split_by_patient(table: StayTable, seed: int, test_fraction: float = 0.2) ->
     from sklearn.model_selection import train_test_split
 
     outcome = pd.Series(table.labels).groupby(table.stays["patient_id"]).max()
+    counted = f"{len(outcome)} patients, {int(outcome.sum())} of whom died"
     rest, test = outcome.index, outcome.index[:0]
     try:
         if test_fraction:
             rest, test = train_test_split(rest, test_size=test_fraction, stratify=outcome, random_state=seed)
         train, validation = train_test_split(rest, test_size=0.2, stratify=outcome[rest], random_state=seed)
     except ValueError:
-        raise InputError(
-            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: too few to split by patient with both "
-            "outcomes in each part. It takes some 10 patients of either outcome."
-        ) from None
+        raise refusal("too_few_patients", patients=counted) from None
     parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
     if not all(has_both_outcomes(table, part) for part in parts if len(part)):
-        raise InputError(
-            f"{len(outcome)} patients, {int(outcome.sum())} of whom died: a part of the split has one outcome only. "
-            "Use more patients."
-        )
+        raise InputError(f"{counted}: a part of the split has one outcome only. Use more patients.")
     return Split(*parts)
 
 
@@ -311,8 +272,7 @@ def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator
     """Yield patient-level folds; a fifth of the other patients of each fold validates."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    inner = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+    splitter, inner = (StratifiedGroupKFold(n, shuffle=True, random_state=seed) for n in (folds, 5))
     labels, patients = table.labels, table.stays["patient_id"].to_numpy()
     deaths = len(np.unique(patients[labels == 1]))
     if deaths < folds + 4:
