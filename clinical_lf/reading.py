@@ -6,7 +6,6 @@ import contextlib
 import uuid
 from collections.abc import Sequence
 from glob import glob
-from itertools import chain
 from pathlib import Path
 
 import duckdb
@@ -32,7 +31,8 @@ UNFIT = {
     "TIMESTAMP": ("NOT isfinite(TRY_CAST({0} AS TIMESTAMP))", "a time like 2150-01-31 23:59:00"),
     "DOUBLE": ("abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30", "a finite number"),
 }
-FIRST_STAYS = "array_to_string(list_sort(list(DISTINCT icu_stay_id))[:3], ', ')"
+FIRST = "array_to_string(list_sort(list(DISTINCT {}))[:3], ', ')"  # the first three of a column, for a message
+FIRST_STAYS = FIRST.format("icu_stay_id")
 # Why a stay or an event is left out: the first condition that holds. Keys are those of words.yaml's reasons.
 STAY_FAULTS = {
     "stay_without_intime": "icu_intime IS NULL",
@@ -59,9 +59,8 @@ def read_stays(
 ) -> tuple[StayTable, ReadReport]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
-    data may be a data frame, one row per event. task: what is predicted, where the folder is a MEDS data set. Of the
-    columns that describe a stay, only the static_features must be there. Raises InputError for a table that cannot
-    be read as it was meant.
+    data may be a data frame, one row per event. task: what is predicted of a MEDS data set. Of what describes a stay,
+    only the static_features must be there. Raises InputError for a table that cannot be read as it was meant.
     """
     results = Path(cache_dir) / "query_results"
 
@@ -110,7 +109,7 @@ def kept_arrays(path: Path, results: Path, need_label: bool, task: MedsTask | No
     patterns = [path]
     if task:
         patterns = [path / "**" / "*.parquet", Path(task.labels), Path(task.labels) / "**" / "*.parquet"]
-    names = chain.from_iterable(sorted(glob(str(pattern), recursive=True)) for pattern in patterns)
+    names: list[str] = sum((sorted(glob(str(pattern), recursive=True)) for pattern in patterns), [])
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path, names)]
     if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
         return None
@@ -162,8 +161,7 @@ def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, st
         if lost := duck.first_value(con, f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992"):
             raise files.refusal("ids_without_digits", source=source, column=name, count=lost)
     needed = IDS if kind == "nested" else (*IDS, "icu_intime", *[LABEL] * need_label)
-    views = (("stay_rows", STAY_COLUMNS, stay_types), ("event_rows", EVENT_COLUMNS, event_types))
-    for view, columns, present in views:
+    for view, columns, present in (("stay_rows", STAY_COLUMNS, stay_types), ("event_rows", EVENT_COLUMNS, event_types)):
         checks = {}
         for name in [name for name in columns if name in present and columns[name] != "VARCHAR"]:
             value = f"TRY_CAST({name} AS {columns[name]})"
@@ -187,19 +185,14 @@ def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, st
 
 
 def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, counts: dict[str, int]) -> int:
-    """Make the table `stays`, one row each; return how many had another length than that of their record.
+    """Make the table `stays`, count and log those left out; return how many state another length than their record's.
 
-    Adds to the counts how many were left out, and logs their first ids. Refuses a stay in two rows of nested Parquet,
-    and stays of a flat table whose rows contradict each other.
+    Refuses a stay in two rows of nested Parquet, and stays of a flat table whose rows contradict each other.
     """
     if kind == "nested":  # most often shards of an earlier export beside those of a later one
-        twice = con.execute("""
-            SELECT icu_stay_id, list_sort(list(DISTINCT file_of_row))[:3]
-            FROM stay_rows GROUP BY icu_stay_id HAVING count(*) > 1 ORDER BY icu_stay_id
-        """).fetchall()
-        if twice:
-            stay, paths = twice[0]
-            raise files.refusal("repeated_stays", source=source, count=len(twice), stay=stay, files=", ".join(paths))
+        twice = f"SELECT icu_stay_id, {FIRST.format('file_of_row')} FROM stay_rows GROUP BY 1 HAVING count(*) > 1"
+        if found := con.execute(f"{twice} ORDER BY 1").fetchall():
+            raise files.refusal("repeated_stays", source=source, count=len(found), stay=found[0][0], files=found[0][1])
     present, values, conflicts = duck.column_types(con, "stay_rows"), [], []
     for name, sql_type in STAY_COLUMNS.items():
         value = f"given({name})" if sql_type == "VARCHAR" else f"TRY_CAST({name} AS {sql_type})"
@@ -212,7 +205,7 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
     statement = f"""
         CREATE TEMP TABLE stays AS
         SELECT conflicts, least(icu_outtime, patient_death_time) AS final_time, {duck.sql_case(STAY_FAULTS)} AS fault,
-               icu_length_of_stay_in_days AS stated_days,
+               icu_length_of_stay_in_days AS said_days,
                * EXCLUDE conflicts REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
                                             AS icu_length_of_stay_in_days)
         FROM (SELECT {", ".join(values)}, concat_ws(', ', {", ".join(conflicts)}) AS conflicts
@@ -227,18 +220,13 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
         counts[code], more = count, ", ..." * (count > 3)
         logger.warning(f"Dropped     {count:,} {files.wording('reasons')[code]}: icu_stay_id {first}{more}")
     con.execute("DELETE FROM stays WHERE fault <> ''")
-    other_length = "abs(stated_days - icu_length_of_stay_in_days) > 0.01"
-    return duck.first_value(con, f"SELECT count(*) FROM stays WHERE {other_length}")
+    return duck.first_value(con, "SELECT count(*) FROM stays WHERE abs(said_days - icu_length_of_stay_in_days) > 0.01")
 
 
 def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -> StayTable:
-    """Load stays, events and distinct texts, sorted; add to the counts what was left out of events.
-
-    The work is DuckDB's, Python sees only flat arrays. Contradicting times are an InputError.
-    """
+    """Return the table of stays and events, sorted; count what is left out of events. Refuses contradicting times."""
     # Texts are numbered first: what is compared, sorted and counted of events are numbers, which are small and of one
     # size. Each is read as it is written, and cleaned once.
-    types = list(EVENT_TYPES)
     con.execute("""
         CREATE TEMP TABLE texts AS
         SELECT *, dense_rank() OVER (ORDER BY cleaned) - 1 AS text
@@ -246,6 +234,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
                                    ELSE coalesce(CAST(written AS VARCHAR), '') END AS cleaned
               FROM (SELECT DISTINCT event_text AS written FROM event_rows))
     """)
+    types = list(EVENT_TYPES)
     con.execute(f"""
         CREATE TEMP TABLE events AS
         SELECT icu_stay_id, event_type, text, stated, epoch(event_time - icu_intime) / 60 AS minutes,
@@ -276,7 +265,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
     distinct = "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events"
     counts["event_repeated"] = before - duck.first_value(con, distinct)
     stays = con.execute("""
-        SELECT icu_stay_id, stays.* EXCLUDE (icu_stay_id, final_time, fault, stated_days, conflicts),
+        SELECT icu_stay_id, stays.* EXCLUDE (icu_stay_id, final_time, fault, said_days, conflicts),
                coalesce(number, 0) AS n_events
         FROM stays LEFT JOIN (SELECT icu_stay_id, count(*) AS number FROM events GROUP BY 1) USING (icu_stay_id)
         ORDER BY icu_stay_id

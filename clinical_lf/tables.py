@@ -113,8 +113,7 @@ class SourceAccount:
 
     table: str
     read: int
-    # Of the ICU stays' patients (orders: admissions; procedures, ingredients: the stays themselves).
-    of_cohort: int | None = None
+    of_cohort: int | None = None  # of the ICU stays' patients (orders: admissions; procedures, ingredients: stays)
     in_stays: int | None = None
     lost: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)  # rows of the cohort with something to know, kept or not
@@ -158,8 +157,8 @@ def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
 def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, ReadReport]:
     """Read what `save_arrays` wrote; events are mapped into memory, not read.
 
-    Raises OSError where it is not there, ValueError where it is damaged, or has none of a feature: its source, read for
-    others, may lack the column.
+    Raises OSError where it is not there, ValueError where it is damaged or all of a feature is missing: a source that
+    was read for others may lack its column.
     """
     paths = {name: folder / f"{name}.npy" for name in ("offsets", *EVENT_ARRAYS)}
     arrays = {name: np.asarray(np.load(path, "c", allow_pickle=False)) for name, path in paths.items()}
@@ -220,17 +219,16 @@ def stay_hours(table: StayTable) -> np.ndarray:
 def known_at(table: StayTable, hours: float, is_described: bool = False) -> StayTable:
     """Return what the ward knew `hours` after ICU admission; stays of which nothing was known go.
 
-    Times count to that moment, and columns known only later are missing, as where a model is trained to predict then,
-    unless `is_described`.
+    Times count to that moment. What is known only later is missing, as where a model learns it, unless `is_described`.
     """
     minutes = hours * 60
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     n_known = np.bincount(table.stay_of_event[known], minlength=len(table.stays))
     part = table.take(n_known > 0, keep_event=known)
-    stays, left = part.stays, (minutes - part.minutes_since_intime).astype(np.float32)
     if not is_described:
-        stays = stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
-    return replace(part, stays=stays, minutes_to_end=left)
+        stays = part.stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
+        part = replace(part, stays=stays)
+    return replace(part, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
 
 
 class Split(NamedTuple):
