@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import field, fields
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
+
 from clinical_lf.files import InputError
 
-LIMITS = {
-    "low": ("at least", operator.ge),
-    "high": ("at most", operator.le),
-    "above": ("above", operator.gt),
-    "below": ("below", operator.lt),
-}
+LIMITS = {"low": ("at least", ge), "high": ("at most", le), "above": ("above", gt), "below": ("below", lt)}
 
 
 def setting(default: Any, help_text: str, **limits: Any) -> Any:
     """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
     metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # a lone percent sign is argparse's
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**start, metadata=metadata)
 
 
 def same_setting(kind: Any, name: str, default: Any = "") -> Any:
@@ -41,7 +37,7 @@ def cli_name(name: str) -> str:
 def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None) -> Any:
     """Return the settings of a command line (default: the program's own); options overrule a first argument *.yaml.
 
-    Ends the program with code 2, as argparse does, where the line makes no sense.
+    Ends the program with code 2, as argparse does, where the line or the file makes no sense.
     """
     from transformers import HfArgumentParser
 
@@ -52,38 +48,25 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
         def error(self, message: str) -> Any:
             self.exit(2, f"error: {message}. --help lists all options.\n")
 
-    parser = SettingsParser(
-        kind,
-        usage="%(prog)s [settings.yaml] [options]",
-        description=str(description).split("\n\n")[0],
-        epilog="A first argument *.yaml names a file of settings, such as a run's settings.yaml; options overrule it.",
-        allow_abbrev=False,
-    )
+    usage, summary = "%(prog)s [settings.yaml] [options]", str(description).split("\n\n")[0]
+    epilog = "A first argument *.yaml names a file of settings, such as a run's settings.yaml; options overrule it."
+    parser = SettingsParser(kind, usage=usage, description=summary, epilog=epilog, allow_abbrev=False)
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml")):
-        parser.set_defaults(**read_settings_file(parser, Path(words.pop(0))))
-    settings, unknown = parser.parse_args_into_dataclasses(
-        args=words, return_remaining_strings=True, look_for_args_file=False
-    )
+        path = Path(words.pop(0))
+        try:
+            content = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            parser.error(f"{path}: cannot be read as a settings file ({type(error).__name__})")
+        if not isinstance(content, dict):
+            parser.error(f"{path}: no settings file; it holds lines such as 'max_epochs: 20'")
+        if unknown := [str(name) for name in content if name not in kind.__dataclass_fields__]:
+            parser.error(f"{path}: unknown settings {', '.join(unknown)}")
+        parser.set_defaults(**content)
+    options, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(f"unknown option {' '.join(unknown)}")
-    return settings
-
-
-def read_settings_file(parser: Any, path: Path) -> dict[str, Any]:
-    """Return what a settings file says: names of settings and their values."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"{path}: cannot be read as a settings file ({type(error).__name__})")
-    if not isinstance(content, dict):
-        parser.error(f"{path}: no settings file; it holds lines such as 'max_epochs: 20'")
-    known = {action.dest for action in parser._actions}
-    if unknown := [str(name) for name in content if name not in known]:
-        parser.error(f"{path}: unknown settings {', '.join(unknown)}")
-    return content
+    return kind(**vars(options))
 
 
 def check_limits(settings: Any) -> None:
