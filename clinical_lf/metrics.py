@@ -38,17 +38,11 @@ def evaluate_predictions(
     died, risks = checked_predictions(labels, probabilities)
     n_stays, n_deaths = len(died), int(died.sum())
     figures_of = partial(weighted_metrics, labels=died, probabilities=risks)
-    draws = bootstrap_draws(figures_of, patient_ids, n_stays, n_bootstrap, seed)  # (R, 5)
+    draws = bootstrap(figures_of, patient_ids, n_stays, n_bootstrap, seed)  # (R, 5)
     values = figures_of(np.ones((1, n_stays)))[0] if n_stays else np.full(len(METRICS), np.nan)
-    result: dict[str, Any] = {
-        "n_stays": n_stays,
-        "n_patients": len(np.unique(np.asarray(patient_ids))),
-        "n_deaths": n_deaths,
-        "prevalence": n_deaths / n_stays if n_stays else None,
-        "n_bootstrap": n_bootstrap,
-        "n_resamples_skipped": int(np.isnan(draws[:, 0]).sum()),
-        "too_few_to_read": is_too_few(died),
-    }
+    result: dict[str, Any] = {"n_stays": n_stays, "n_patients": len(np.unique(np.asarray(patient_ids)))}
+    result |= {"n_deaths": n_deaths, "prevalence": n_deaths / n_stays if n_stays else None, "n_bootstrap": n_bootstrap}
+    result |= {"n_resamples_skipped": int(np.isnan(draws[:, 0]).sum()), "too_few_to_read": is_too_few(died)}
     return result | {name: with_interval(values[i], draws[:, i]) for i, name in enumerate(METRICS)}
 
 
@@ -82,26 +76,26 @@ def too_few_in_words(died: np.ndarray) -> str:
 # ---- Intervals ----
 
 
-def patient_resamples(patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield weights of stays (R, n): how often each patient, with all of their stays, was drawn; 16 MB at a time."""
+def bootstrap(statistic: Callable, patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int) -> np.ndarray:
+    """Return what a statistic of stay weights, (R, n) -> (R, ...), gives when patients are resampled: (R, ...).
+
+    A weight is how often the stay's patient was drawn; 16 MB of them are made at a time, none for a single patient.
+    """
     patient_of_stay, patients = pd.factorize(np.asarray(patient_ids))
     if len(patient_of_stay) != n_stays:
         raise ValueError(f"{n_stays} labels but {len(patient_of_stay)} patient ids")
-    if len(patients) < 2:
-        return
-    generator, chunk = np.random.default_rng(seed), max(1, 2_000_000 // n_stays)
-    for first in range(0, n_bootstrap, chunk):
+    draws, generator, chunk = [], np.random.default_rng(seed), max(1, 2_000_000 // max(1, n_stays))
+    for first in range(0, n_bootstrap if len(patients) > 1 else 0, chunk):
         size = min(chunk, n_bootstrap - first)
         times_drawn = generator.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size)
-        yield times_drawn[:, patient_of_stay].astype(float)
+        draws.append(statistic(times_drawn[:, patient_of_stay].astype(float)))
+    return np.concatenate(draws or [statistic(np.empty((0, n_stays)))])
 
 
-def bootstrap_draws(
-    statistic: Callable[[np.ndarray], np.ndarray], patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int
-) -> np.ndarray:
-    """Return what a statistic of stay weights (R, n) gives for all resamples of the patients: (R, ...)."""
-    resamples = patient_resamples(patient_ids, n_stays, n_bootstrap, seed)
-    return np.concatenate([statistic(np.empty((0, n_stays))), *map(statistic, resamples)])
+@lru_cache(maxsize=1)  # most means are of the same patients
+def patients_drawn(n_patients: int, n_bootstrap: int, seed: int) -> np.ndarray:
+    """Return how often each patient is drawn in each resample: (R, n_patients)."""
+    return bootstrap(lambda weights: weights, np.arange(n_patients), n_patients, n_bootstrap, seed)
 
 
 def mean_with_interval(
@@ -116,15 +110,10 @@ def mean_with_interval(
     names, patient = np.unique(np.asarray(patient_ids)[~np.isnan(values)], return_inverse=True)
     low = high = math.nan
     if len(names) >= 3:
-        drawn = _patients_drawn(len(names), n_bootstrap, seed)
+        drawn = patients_drawn(len(names), n_bootstrap, seed)
         low, high = interval_of((drawn @ np.bincount(patient, known)) / (drawn @ np.bincount(patient)))
     mean = float(known.mean()) if len(known) else math.nan
     return {"value": mean, "low": low, "high": high, "n": len(known), "n_patients": len(names)}
-
-
-@lru_cache(maxsize=1)  # most figures are of the same patients
-def _patients_drawn(n_patients: int, n_bootstrap: int, seed: int) -> np.ndarray:
-    return np.concatenate(list(patient_resamples(np.arange(n_patients), n_patients, n_bootstrap, seed)))
 
 
 def interval_of(draws: np.ndarray) -> tuple[float, float]:
@@ -166,17 +155,11 @@ def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.
     figures[:, 2] = weights @ (probabilities - labels) ** 2 / weights.sum(1)
     both = (weights @ labels > 0) & (weights @ (1 - labels) > 0)
     if both.any():
-        logits = finite_log_odds(probabilities)
-        constant = np.ones((len(labels), 1))
+        logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))  # those of 0 and 1 are infinite
         figures[both, :2] = weighted_ranking(weights[both], labels, probabilities)
-        figures[both, 3:4] = logistic_fits(weights[both], labels, constant, offset=logits)
+        figures[both, 3:4] = logistic_fits(weights[both], labels, np.ones((len(labels), 1)), offset=logits)
         figures[both, 4] = calibration_slopes(weights[both], labels, logits)
     return figures
-
-
-def finite_log_odds(probabilities: np.ndarray) -> np.ndarray:
-    """Return the logits of risks, those of 0 and 1 as of a ten-millionth from there."""
-    return log_odds(probabilities.clip(1e-7, 1 - 1e-7))
 
 
 def weighted_ranking(weights: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -245,12 +228,9 @@ def race_group(race: Any) -> str:
 def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
     """Return the groups reported on, one row per stay: sex, age band, race, care unit (from the table's columns)."""
     edges, names = [-np.inf, 45, 65, 80, np.inf], ["under 45", "45 to 64", "65 to 79", "80 and over"]
-    groups = {
-        "sex": stays["patient_gender"],
-        "age band": pd.cut(stays["patient_age"].astype(float), edges, right=False, labels=names),
-        "race": stays["patient_race"].map(race_group),
-        "care unit": stays["first_icu_careunit"],
-    }
+    ages = pd.cut(stays["patient_age"].astype(float), edges, right=False, labels=names)
+    races = stays["patient_race"].map(race_group)
+    groups = {"sex": stays["patient_gender"], "age band": ages, "race": races, "care unit": stays["first_icu_careunit"]}
     return pd.DataFrame({name: group.astype(object).fillna("Unknown") for name, group in groups.items()})
 
 
@@ -258,9 +238,8 @@ def members_of_groups(groups: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarr
     """Yield grouping, value and which stays (n,) belong to it: first all stays, then every value of each column."""
     yield "all", "all stays", np.ones(len(groups), dtype=bool)
     for name, column in groups.items():
-        values = sorted(column.unique(), key=str)
-        values.sort(key=lambda value: not str(value).startswith("under"))  # the youngest before "45 to 64"
-        for value in values:
+        youngest_first = lambda value: (not str(value).startswith("under"), str(value))  # else behind "45 to 64"
+        for value in sorted(column.unique(), key=youngest_first):
             yield str(name), value, (column == value).to_numpy()
 
 
@@ -282,30 +261,21 @@ def subgroup_table(
     if died.any():
         threshold = float(np.sort(risks[died == 1])[-math.ceil(SENSITIVITY * died.sum())])
     for name, value, is_member in members_of_groups(groups):
-        own, too_few = died[is_member], is_too_few(died[is_member])
-        alarm, dead = risks[is_member] >= threshold, own == 1
-        resamples = 0 if too_few else n_bootstrap
-        figures = evaluate_predictions(own, risks[is_member], patients[is_member], resamples, seed)
+        own = died[is_member], risks[is_member], patients[is_member]
+        dead, alarm, too_few = own[0] == 1, own[1] >= threshold, is_too_few(own[0])
+        figures = evaluate_predictions(*own, 0 if too_few else n_bootstrap, seed)
         cost = partial(alarms_per_death, is_alarm=alarm, died=dead)
-        low, high = interval_of(bootstrap_draws(cost, patients[is_member], len(dead), n_bootstrap, seed))
-        n_found, n_deaths = int((alarm & dead).sum()), int(dead.sum())
-        row = {
-            "group": name,
-            "value": value,
-            "stays": len(dead),
-            "patients": figures["n_patients"],
-            "deaths": n_deaths,
-            "prevalence": figures["prevalence"],
-            "too_few_to_read": too_few,
-            "threshold": threshold,
-            "alarms": int(alarm.sum()),
-            "deaths_found": n_found,
-            "sensitivity": n_found / n_deaths if n_deaths else math.nan,
-            "specificity": float((~alarm & ~dead).sum() / (~dead).sum()) if not dead.all() else math.nan,
-            "alarms_per_true_death": float(cost(np.ones((1, len(dead))))[0]),
-            "alarms_low": low,
-            "alarms_high": high,
-        }
+        low, high = interval_of(bootstrap(cost, own[2], len(dead), n_bootstrap, seed))
+        row = {"group": name, "value": value, "stays": len(dead), "patients": figures["n_patients"]}
+        row |= {"deaths": figures["n_deaths"], "prevalence": figures["prevalence"], "too_few_to_read": too_few}
+        row |= {"threshold": threshold, "alarms": int(alarm.sum()), "deaths_found": int(alarm[dead].sum())}
+        row["sensitivity"] = alarm[dead].mean() if dead.any() else math.nan
+        row["specificity"] = (~alarm[~dead]).mean() if not dead.all() else math.nan
+        row["alarms_per_true_death"], row["alarms_low"], row["alarms_high"] = (
+            cost(np.ones((1, len(dead))))[0],
+            low,
+            high,
+        )
         for metric in METRICS:
             for part, column in (("value", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high")):
                 row[column] = math.nan if too_few or figures[metric][part] is None else figures[metric][part]
@@ -340,16 +310,11 @@ def decision_curve(
     is_treated = risks >= limits[:, None]  # (thresholds, n)
     odds, prevalence = limits / (1 - limits), died.mean()
     gains = np.where(died == 1, 1.0, -odds[:, None]) * is_treated
-    columns = {
-        "threshold": limits,
-        "model": gains.mean(1),
-        "treat_all": prevalence - (1 - prevalence) * odds,
-        "treat_none": 0.0,
-        "share_treated": is_treated.mean(1),
-    }
+    columns = {"threshold": limits, "model": gains.mean(1), "treat_all": prevalence - (1 - prevalence) * odds}
+    columns |= {"treat_none": 0.0, "share_treated": is_treated.mean(1)}
     if n_bootstrap:
         mean_gains = lambda weights: weights @ gains.T / weights.sum(1, keepdims=True)
-        draws = bootstrap_draws(mean_gains, patient_ids, len(died), n_bootstrap, seed)
+        draws = bootstrap(mean_gains, patient_ids, len(died), n_bootstrap, seed)
         if len(draws):
             columns["low"], columns["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
     return pd.DataFrame(columns)

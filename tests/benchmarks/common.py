@@ -118,12 +118,14 @@ class Ranking(NamedTuple):
 
 def ranking(died: np.ndarray, risks: np.ndarray, patients: np.ndarray, n_bootstrap: int) -> Ranking:
     """Return how well the risks (n,) rank those who died; resamples without both outcomes are skipped."""
-    draws = [np.empty((0, 2))]
-    for weights in metrics.patient_resamples(patients, len(died), n_bootstrap, seed=0):
+
+    def of_resamples(weights: np.ndarray) -> np.ndarray:
         deaths = weights @ died
         both = (deaths > 0) & (deaths < weights.sum(1))
-        draws.append(metrics.weighted_ranking(weights[both], died, risks))
-    return Ranking(metrics.weighted_ranking(np.ones((1, len(died))), died, risks)[0], np.concatenate(draws))
+        return metrics.weighted_ranking(weights[both], died, risks)
+
+    draws = metrics.bootstrap(of_resamples, patients, len(died), n_bootstrap, seed=0)
+    return Ranking(metrics.weighted_ranking(np.ones((1, len(died))), died, risks)[0], draws)
 
 
 def log_epochs() -> None:
