@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -73,9 +73,6 @@ def too_few_in_words(died: np.ndarray) -> str:
     return f"too few to read: {fewest(died)} stays of one outcome, below {TOO_FEW}"
 
 
-# ---- Intervals ----
-
-
 def bootstrap(statistic: Callable, patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int) -> np.ndarray:
     """Return what a statistic of stay weights, (R, n) -> (R, ...), gives when patients are resampled: (R, ...).
 
@@ -98,9 +95,7 @@ def patients_drawn(n_patients: int, n_bootstrap: int, seed: int) -> np.ndarray:
     return bootstrap(lambda weights: weights, np.arange(n_patients), n_patients, n_bootstrap, seed)
 
 
-def mean_with_interval(
-    values: np.ndarray, patient_ids: np.ndarray, n_bootstrap: int = 1000, seed: int = 0
-) -> dict[str, float]:
+def mean_with_interval(values: np.ndarray, patient_ids: np.ndarray, n_bootstrap: int = 1000, seed: int = 0) -> dict:
     """Return the mean of (n,) values and its 95 % interval over resampled patients; NaN values are left out.
 
     The interval is NaN with fewer than three patients: resampling them says nothing.
@@ -146,9 +141,6 @@ def figure_text(figure: dict[str, Any], digits: int = 2, words: str = "95 % inte
     return value if parts[1:] == [None, None] else f"{value} ({words}{low} to {high})"
 
 
-# ---- Figures of all resamples at once ----
-
-
 def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Return the figures in METRICS per row of stay weights (R, n), as (R, 5); NaN where a row lacks an outcome."""
     figures = np.full((len(weights), len(METRICS)), np.nan)
@@ -157,7 +149,7 @@ def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.
     if both.any():
         logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))  # those of 0 and 1 are infinite
         figures[both, :2] = weighted_ranking(weights[both], labels, probabilities)
-        figures[both, 3:4] = logistic_fits(weights[both], labels, np.ones((len(labels), 1)), offset=logits)
+        figures[both, 3:4] = logistic_fits(weights[both], labels, np.ones((len(labels), 1)), logits)
         figures[both, 4] = calibration_slopes(weights[both], labels, logits)
     return figures
 
@@ -185,20 +177,16 @@ def calibration_slopes(weights: np.ndarray, labels: np.ndarray, logits: np.ndarr
     lowest_death, lowest_survivor = (np.where(part, logits, np.inf).min(1) for part in (died, survived))
     highest_death, highest_survivor = (np.where(part, logits, -np.inf).max(1) for part in (died, survived))
     deaths_above, deaths_below = highest_survivor <= lowest_death, highest_death <= lowest_survivor
-    slopes = np.full(len(weights), np.nan)  # stays so where all are tied: no slope at all
-    slopes[deaths_above & ~deaths_below] = np.inf
-    slopes[deaths_below & ~deaths_above] = -np.inf
-    finite = ~(deaths_above | deaths_below)
-    if finite.any():
+    neither = ~(deaths_above | deaths_below)
+    slopes = np.select([neither, deaths_above & deaths_below, deaths_above], [0, np.nan, np.inf], -np.inf)
+    if neither.any():
         scale = logits.std()
         features = np.column_stack([np.ones(len(logits)), (logits - logits.mean()) / scale])
-        slopes[finite] = logistic_fits(weights[finite], labels, features)[:, 1] / scale
+        slopes[neither] = logistic_fits(weights[neither], labels, features, np.zeros(1))[:, 1] / scale
     return slopes
 
 
-def logistic_fits(
-    weights: np.ndarray, labels: np.ndarray, features: np.ndarray, offset: np.ndarray | float = 0.0
-) -> np.ndarray:
+def logistic_fits(weights: np.ndarray, labels: np.ndarray, features: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """Return weighted logistic regressions by Newton, one per row of weights (R, n) at once: coefficients (R, k)."""
     n_features = features.shape[1]
     products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)  # (n, k * k)
@@ -215,9 +203,6 @@ def logistic_fits(
     return np.where(np.abs(step).max(1, keepdims=True) < 1e-4, coefficients, np.nan)
 
 
-# ---- Subgroups and clinical use ----
-
-
 def race_group(race: Any) -> str:
     """Return MIMIC's 30-odd values by their first words: `BLACK/CAPE VERDEAN` is BLACK; not saying is UNKNOWN."""
     words = "" if pd.isna(race) else str(race).strip().upper()
@@ -232,15 +217,6 @@ def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
     races = stays["patient_race"].map(race_group)
     groups = {"sex": stays["patient_gender"], "age band": ages, "race": races, "care unit": stays["first_icu_careunit"]}
     return pd.DataFrame({name: group.astype(object).fillna("Unknown") for name, group in groups.items()})
-
-
-def members_of_groups(groups: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield grouping, value and which stays (n,) belong to it: first all stays, then every value of each column."""
-    yield "all", "all stays", np.ones(len(groups), dtype=bool)
-    for name, column in groups.items():
-        youngest_first = lambda value: (not str(value).startswith("under"), str(value))  # else behind "45 to 64"
-        for value in sorted(column.unique(), key=youngest_first):
-            yield str(name), value, (column == value).to_numpy()
 
 
 def subgroup_table(
@@ -260,13 +236,18 @@ def subgroup_table(
     patients, rows, threshold = np.asarray(patient_ids), [], math.nan
     if died.any():
         threshold = float(np.sort(risks[died == 1])[-math.ceil(SENSITIVITY * died.sum())])
-    for name, value, is_member in members_of_groups(groups):
+    members: list[tuple[str, str, np.ndarray]] = [("all", "all stays", np.ones(len(groups), dtype=bool))]
+    for name, column in groups.items():
+        youngest_first = lambda value: (not str(value).startswith("under"), str(value))  # else behind "45 to 64"
+        values = sorted(column.unique(), key=youngest_first)
+        members += [(str(name), value, (column == value).to_numpy()) for value in values]
+    for group, value, is_member in members:
         own = died[is_member], risks[is_member], patients[is_member]
         dead, alarm, too_few = own[0] == 1, own[1] >= threshold, is_too_few(own[0])
         figures = evaluate_predictions(*own, 0 if too_few else n_bootstrap, seed)
         cost = partial(alarms_per_death, is_alarm=alarm, died=dead)
         low, high = interval_of(bootstrap(cost, own[2], len(dead), n_bootstrap, seed))
-        row = {"group": name, "value": value, "stays": len(dead), "patients": figures["n_patients"]}
+        row = {"group": group, "value": value, "stays": len(dead), "patients": figures["n_patients"]}
         row |= {"deaths": figures["n_deaths"], "prevalence": figures["prevalence"], "too_few_to_read": too_few}
         row |= {"threshold": threshold, "alarms": int(alarm.sum()), "deaths_found": int(alarm[dead].sum())}
         row["sensitivity"] = alarm[dead].mean() if dead.any() else math.nan
@@ -283,11 +264,11 @@ def subgroup_table(
     return pd.DataFrame(rows)
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def alarms_per_death(weights: np.ndarray, is_alarm: np.ndarray, died: np.ndarray) -> np.ndarray:
     """Return alarms for each death found (R,) by rows of stay weights (R, n); infinite where none is found."""
-    alarms, found = weights @ is_alarm, weights @ (is_alarm & died)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(alarms > 0, alarms / found, np.nan)
+    alarms = weights @ is_alarm
+    return np.where(alarms > 0, alarms / (weights @ (is_alarm & died)), np.nan)
 
 
 def decision_curve(
