@@ -1,4 +1,4 @@
-"""What turns texts into vectors: an exact fast Longformer and any other Hugging Face encoder, and one without weights.
+"""What turns texts into vectors: an exact fast Longformer, any other Hugging Face encoder, and one without weights.
 
 An encoder has id, dim, pooling, max_tokens, budget (tokens in a batch), n_devices, and `load`, `tokenise` (texts ->
 anything with a length), `forward` (device number, tokenised texts -> (n, dim) float32). What is kept of its vectors and
@@ -14,20 +14,25 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import logging
 
-from clinical_lf.files import InputError, lock_folder, read_json, write_json
+from clinical_lf.files import InputError, lock_folder, read_json, wording, write_json
 from clinical_lf.items import NUMBER, mask_numbers
 
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
 POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+WORDS = wording("encoder")
 KIN_OF_ROBERTA = "roberta xlm-roberta camembert longformer roberta-prelayernorm xlm-roberta-xl mpnet".split()
 
 
@@ -43,9 +48,6 @@ def without_surrogates(text: str) -> str:
 def as_file_name(encoder: str) -> str:
     """Return an encoder's id as the name of a folder."""
     return re.sub(r"[^\w.-]", "--", encoder)
-
-
-# ---- Without weights ----
 
 
 def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
@@ -91,10 +93,9 @@ class HashingEncoder:
         words = []
         for part in parts:
             what = f"{item} {mask_numbers(part)}"
-            for place, number in enumerate(NUMBER.findall(part)):
-                for per_octave in self.bins_per_octave:
-                    bins = soft_bins(float(number), per_octave)
-                    words += [(f"{what} {place} {per_octave} {bin_number}", weight) for bin_number, weight in bins]
+            for (place, number), per_octave in product(enumerate(NUMBER.findall(part)), self.bins_per_octave):
+                bins = soft_bins(float(number), per_octave)
+                words += [(f"{what} {place} {per_octave} {bin_number}", weight) for bin_number, weight in bins]
         return words
 
     def load(self, cache_folder: Path) -> None:
@@ -133,73 +134,48 @@ class HashingEncoder:
         return vectors
 
 
-# ---- Frozen transformers ----
-
-
 class HuggingFaceEncoder:
-    """A frozen Hugging Face encoder; a text's vector is the last layer's output at the first (CLS) token, or what a
-    sentence-transformers folder asks for (see `folder_pooling`).
+    """A frozen Hugging Face encoder; a text's vector is its last layer, pooled as `folder_pooling` says.
 
-    name: a hub id, `id@revision`, downloaded once to `weights_dir` (Clinical-Longformer to `clinical_longformer/`
-    there), or a folder, whose content is its identity. devices: None for all CUDA devices, else the CPU (Apple's GPUs
-    are not used). dtype: "auto", "float32" or "bfloat16". Raises InputError when the weights are unusable,
-    EncoderUnreachable when they are nowhere to be had; both when built with an empty cache, else when loaded. Runs no
-    foreign code.
+    name: a hub id, `id@revision`, downloaded once to `weights_dir`, or a folder, whose content is its identity.
+    devices: None for all CUDA devices, else the CPU (Apple's GPUs are not used). dtype: "auto", "float32", "bfloat16".
+    Raises InputError when the weights are unusable, EncoderUnreachable when they are nowhere to be had; both when built
+    with an empty cache, else when loaded. Runs no foreign code.
     """
 
     def __init__(
-        self,
-        name: str,
-        max_tokens: int,
-        cache_dir: Path,
-        weights_dir: Path,
-        devices: Sequence[str | torch.device] | None = None,
-        dtype: str = "auto",
+        self, name: str, max_tokens: int, cache_dir: Path, weights_dir: Path, devices: Sequence | None, dtype: str
     ) -> None:
-        self.max_tokens = max_tokens
+        self.id, self.max_tokens, self._folder = name, max_tokens, Path(name)
         self._is_local = Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", name)
-        self.id, self._folder = name, Path(name)
         if self._is_local:
             self.id = f"{self._folder.resolve().name}@{folder_fingerprint(self._folder)}"
         else:
             self._folder = weights_dir / ("clinical_longformer" if name == CLINICAL_LONGFORMER else as_file_name(name))
-        self.pooling, self.dim = self._pooling_and_dim(cache_dir)
+        is_here = self._is_local or (self._folder / "config.json").is_file()  # else a full cache needs no weights
+        paths = [] if is_here else sorted(cache_dir.glob(f"{as_file_name(name)}-*-{max_tokens}/encoder.json"))
+        described = next((found for found in map(read_description, paths) if found.get("encoder") == name), {})
+        self.dim = described["dim"] if described else self._config().hidden_size
+        with as_input_error(self._folder):
+            self.pooling = described["pooling"] if described else folder_pooling(self._folder)
         self.cache_name = f"{as_file_name(self.id)}-{self.pooling}-{max_tokens}"
         devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
         self._devices = [torch.device(device) for device in devices]
-        self._models: list[nn.Module] = []  # one for each device, once loaded
+        self._models: list[Any] = []  # one for each device, once loaded
         self.n_devices, self._dtype = len(self._devices), encoder_dtype(dtype, self._devices[0])
         self.budget = 32_768 if self._devices[0].type == "cuda" else 2_048
 
-    def _pooling_and_dim(self, cache_dir: Path) -> tuple[str, int]:
-        """Return pooling and dimension: the model's own, or the cache's where its weights are no longer here."""
-        if not self._is_local and not (self._folder / "config.json").is_file():
-            for path in sorted(cache_dir.glob(f"{as_file_name(self.id)}-*-{self.max_tokens}/encoder.json")):
-                described = read_description(path)
-                if described.get("encoder") == self.id:
-                    return described["pooling"], described["dim"]
-        dim = self._config().hidden_size
-        with as_input_error(self._folder):
-            return folder_pooling(self._folder), dim
-
     def _config(self) -> Any:
         """Return the model's configuration, downloaded first where it is not here."""
-        import transformers
-
-        if self._is_local and not (self._folder / "config.json").is_file():
-            raise InputError(
-                f"{self._folder} is no text encoder: a folder with config.json, weights and tokenizer is needed, "
-                "as save_pretrained writes it"
-            )
-        if not self._is_local:
+        if not (self._folder / "config.json").is_file():
+            if self._is_local:
+                raise InputError(WORDS["no_config"].format(folder=self._folder))
             download_encoder(self.id, self._folder)
         with as_input_error(self._folder):
             return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
 
     def load(self, cache_folder: Path) -> None:
         """Load the weights onto every device; refuse others than those that the folder's vectors were made with."""
-        import transformers
-
         if self._models:
             return
         config = self._config()
@@ -214,15 +190,17 @@ class HuggingFaceEncoder:
         if lost or config.is_encoder_decoder:
             raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
         self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
-        self._n_tokens_known = model.get_input_embeddings().num_embeddings
         self._check_weights(model, cache_folder)
-        self.window = common_window(config) if self._length_limit <= 1024 else None  # a longer band takes much memory
-        if self.window is not None:
+        windows = set(config.attention_window) if config.model_type == "longformer" else set()
+        self.window: int | None = None  # of attention; what is no Longformer has none, nor one whose layers differ
+        if len(windows) == 1 and self._length_limit <= 1024:  # a longer band takes much memory
+            self.window = windows.pop()
             model = longformer_as_roberta(model)
         model = model.to(self._dtype).eval().requires_grad_(False)
         is_fp32_on_cpu = self._devices[0].type == "cpu" and self._dtype == torch.float32
         if is_fp32_on_cpu and torch.backends.mkldnn.is_available():
-            use_one_dnn(model)
+            for linear in [layer for layer in model.modules() if type(layer) is nn.Linear]:
+                linear.__class__ = OneDnnLinear
         others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]  # the last takes the model itself
         self._models = [*others, model.to(self._devices[-1])]
 
@@ -235,13 +213,11 @@ class HuggingFaceEncoder:
         path, weights = cache_folder / "encoder.json", model_fingerprint(model, self._tokenizer)
         described = read_description(path)
         if described.get("weights", weights) != weights:
-            raise InputError(
-                f"{cache_folder} holds vectors of other weights than {self._folder}: "
-                "give the old weights, or move that cache folder away"
-            )
-        names = {"encoder": self.id, "pooling": self.pooling, "max_tokens": self.max_tokens, "dim": self.dim}
-        if not described.items() >= (names | {"weights": weights}).items():
-            write_json(path, names | {"weights": weights})
+            raise InputError(WORDS["other_weights"].format(cache=cache_folder, folder=self._folder))
+        facts = {"encoder": self.id, "pooling": self.pooling, "max_tokens": self.max_tokens, "dim": self.dim}
+        facts["weights"] = weights
+        if not described.items() >= facts.items():
+            write_json(path, facts)
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the numbers of each text's tokens."""
@@ -252,27 +228,29 @@ class HuggingFaceEncoder:
     @torch.inference_mode()
     def forward(self, device_number: int, tokens: list[list[int]]) -> np.ndarray:
         """Return the vectors of tokenised texts: (n, dim) float32."""
-        device = self._devices[device_number]
-        texts = [torch.tensor(text_tokens) for text_tokens in tokens]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad)  # (n, L)
-        lengths = torch.tensor([len(text) for text in texts])
-        is_token = torch.arange(ids.shape[1]) < lengths[:, None]  # (n, L)
-        if (highest := int(ids.max())) >= self._n_tokens_known:
-            raise InputError(
-                f"{self._folder}: its tokenizer gives token number {highest}, its model knows {self._n_tokens_known}. "
-                "They are of two models: copy both from one source."
-            )
+        model, device = self._models[device_number], self._devices[device_number]
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        ids = pad([torch.tensor(text) for text in tokens], padding_value=self._pad)  # (n, L)
+        is_token = pad([torch.ones(len(text), dtype=torch.bool) for text in tokens])  # (n, L)
+        highest, n_known = int(ids.max()), model.get_input_embeddings().num_embeddings
+        if highest >= n_known:
+            raise InputError(WORDS["two_models"].format(folder=self._folder, highest=highest, known=n_known))
         mask = is_token.long() if self.window is None else band_mask(is_token, self.window)
         mask = mask if mask is None else mask.to(device)
-        hidden = self._models[device_number](input_ids=ids.to(device), attention_mask=mask).last_hidden_state
-        return pool_tokens(hidden.float(), is_token.to(device), self.pooling).cpu().numpy()
+        hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state.float()  # (n, L, dim)
+        mode, _, unit = self.pooling.partition("-")
+        n_tokens = is_token.sum(1).to(device)  # (n,)
+        if mode == "cls":
+            vectors = hidden[:, 0]
+        elif mode == "mean":
+            vectors = (hidden * is_token[:, :, None].to(device)).sum(1) / n_tokens[:, None]
+        else:
+            vectors = hidden[torch.arange(len(hidden), device=device), n_tokens - 1]
+        return (F.normalize(vectors, dim=1) if unit else vectors).cpu().numpy()
 
 
 def folder_pooling(folder: Path) -> str:
-    """Return how a model folder makes a text's vector: "cls", "mean" or "last" token, "-unit" behind it if normalised.
-
-    A sentence-transformers folder says it in `1_Pooling/config.json` and `modules.json`; CLS where nothing is said.
-    """
+    """Return "cls", "mean" or "last" (and "-unit" if normalised), as sentence-transformers folders ask, else "cls"."""
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return "cls"
@@ -286,41 +264,11 @@ def folder_pooling(folder: Path) -> str:
     return POOLINGS[modes[0]] + ("-unit" if ".Normalize" in listed else "")
 
 
-def pool_tokens(hidden: Tensor, is_token: Tensor, pooling: str) -> Tensor:
-    """Return one vector per text: hidden (n, L, dim), is_token (n, L) -> (n, dim)."""
-    mode, _, unit = pooling.partition("-")
-    if mode == "cls":
-        vectors = hidden[:, 0]
-    elif mode == "mean":
-        vectors = (hidden * is_token[:, :, None]).sum(1) / is_token.sum(1, keepdim=True)
-    else:
-        vectors = hidden[torch.arange(len(hidden), device=hidden.device), is_token.sum(1) - 1]
-    return F.normalize(vectors, dim=1) if unit else vectors
-
-
-class OneDnnLinear(nn.Module):
+class OneDnnLinear(nn.Linear):
     """A Linear through oneDNN, as bfloat16 has it anyway: on AMD processors twice as fast as MKL, torch's choice."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-
-
-def use_one_dnn(model: nn.Module) -> None:
-    """Put a OneDnnLinear in the place of every Linear of the model."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, OneDnnLinear(child))
-
-
-def common_window(config: Any) -> int | None:
-    """Return a Longformer's attention window if all its layers have the same; None for any other model."""
-    windows = set(config.attention_window) if config.model_type == "longformer" else set()
-    return windows.pop() if len(windows) == 1 else None
 
 
 def band_mask(is_token: Tensor, window: int) -> Tensor | None:
@@ -332,21 +280,14 @@ def band_mask(is_token: Tensor, window: int) -> Tensor | None:
     if length <= window // 2 + 1:
         return None if is_token.all() else is_token[:, None, None, :]
     place = torch.arange(length)
-    distance = (place[:, None] - place[None, :]).abs()  # (L, L)
+    distance = (place[:, None] - place).abs()  # (L, L)
     in_window = (distance <= window // 2) & is_token[:, None, :]  # (n, L, L)
-    is_self = distance == 0  # padding looks at itself, so that no softmax runs over nothing
-    return (in_window | is_self)[:, None]
+    return (in_window | (distance == 0))[:, None]  # padding looks at itself, so that no softmax runs over nothing
 
 
-def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
+def longformer_as_roberta(longformer: Any) -> Any:
     """Return the same weights in RoBERTa's layers: without global attention (`*_global`) only the band differs."""
-    import transformers
-
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-        "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
-    )
-    config = transformers.RobertaConfig(**{name: getattr(longformer.config, name) for name in names.split()})
+    config = transformers.RobertaConfig.from_dict(longformer.config.to_dict() | {"model_type": "roberta"})
     roberta = transformers.RobertaModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
     not_there = re.compile(r"_global\.|^pooler\.|position_ids$")
     kept = {name: weight for name, weight in longformer.state_dict().items() if not not_there.search(name)}
@@ -355,12 +296,9 @@ def longformer_as_roberta(longformer: nn.Module) -> nn.Module:
 
 
 def token_limit(config: Any, folder: Path) -> int:
-    """Return after how many tokens a text is cut: where the model's positions end, or where its folder wants it.
-
-    RoBERTa's kin count positions from behind the padding token; a sentence-transformers folder has a wish of its own.
-    """
+    """Return after how many tokens a text is cut: where the model's positions end, or where its folder wants it."""
     positions = getattr(config, "max_position_embeddings", None) or 1_000_000
-    if config.model_type in KIN_OF_ROBERTA:
+    if config.model_type in KIN_OF_ROBERTA:  # they count from behind the padding token
         positions -= config.pad_token_id + 1
     path = folder / "sentence_bert_config.json"
     wishes = read_json(path) if path.is_file() else {}
@@ -368,26 +306,21 @@ def token_limit(config: Any, folder: Path) -> int:
 
 
 def encoder_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the named dtype; "auto" is bfloat16 where the hardware multiplies it, else float32.
-
-    It does on CUDA devices from Ampere, and on processors with AMX or AVX-512-BF16.
-    """
+    """Return the named dtype; "auto" is bfloat16 on GPUs from Ampere, CPUs with AMX or AVX-512-BF16, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-        has_bfloat16 = any(check() for check in checks if check)
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def read_description(path: Path) -> dict[str, Any]:
     """Return what a cache folder's encoder.json says; nothing where it is missing or damaged."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(read_json(path))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return {}
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -415,8 +348,6 @@ def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
 @contextlib.contextmanager
 def as_input_error(folder: Path) -> Iterator[None]:
     """Keep transformers quiet, and turn whatever it raises about a folder into an InputError."""
-    from transformers.utils import logging
-
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -433,29 +364,18 @@ def as_input_error(folder: Path) -> Iterator[None]:
 
 
 def download_encoder(name: str, folder: Path) -> None:
-    """Download a model's files (weights, config, tokenizer; no code) to `folder`, unless they are there.
-
-    Goes on where it was stopped. Of several processes the first one downloads.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    partial = folder.with_name(f".{folder.name}.partial")
-    if (folder / "config.json").is_file():
-        return
+    """Download a model's files, no code, or go on where it was stopped; of several processes the first one does."""
     hub_id, _, revision = name.partition("@")
     with lock_folder(folder.parent):
         if (folder / "config.json").is_file():  # another process was faster
             return
         try:  # one request without retries: on a machine without network this fails within seconds
-            siblings = HfApi(token=False).model_info(hub_id, revision=revision or None, timeout=10).siblings or []
-            is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in siblings)
+            info = HfApi(token=False).model_info(hub_id, revision=revision or None, timeout=10)
+            is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in info.siblings or [])
             wanted = ["*.json", "*.txt", "*.model", "model*.safetensors" if is_safe else "pytorch_model*.bin"]
-            snapshot_download(hub_id, revision=revision or None, local_dir=partial, token=False, allow_patterns=wanted)
-            partial.rename(folder)
+            begun = folder.with_name(f".{folder.name}.partial")
+            snapshot_download(hub_id, revision=revision or None, local_dir=begun, token=False, allow_patterns=wanted)
+            begun.rename(folder)
         except Exception as error:
-            raise EncoderUnreachable(
-                f"the text encoder {name} is neither in {folder} nor can it be downloaded ({type(error).__name__}). "
-                f"Either copy its files there from a machine with network, where `hf download {hub_id} --local-dir "
-                "PATH` gets them (or give that folder as --text-encoder PATH), or run with --text-encoder hashing, "
-                "which needs no weights"
-            ) from error
+            facts = {"name": name, "folder": folder, "error": type(error).__name__, "hub_id": hub_id}
+            raise EncoderUnreachable(WORDS["unreachable"].format(**facts)) from error

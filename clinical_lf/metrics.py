@@ -114,9 +114,7 @@ def mean_with_interval(values: np.ndarray, patient_ids: np.ndarray, n_bootstrap:
 def interval_of(draws: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of draws (R,); an infinite one keeps its rank, so the interval is honestly unbounded."""
     draws = draws[~np.isnan(draws)]
-    if not len(draws):
-        return math.nan, math.nan
-    low, high = np.quantile(draws, [0.025, 0.975], method="inverted_cdf")
+    low, high = np.quantile(draws, [0.025, 0.975], method="inverted_cdf") if len(draws) else (math.nan, math.nan)
     return float(low), float(high)
 
 
@@ -252,11 +250,7 @@ def subgroup_table(
         row |= {"threshold": threshold, "alarms": int(alarm.sum()), "deaths_found": int(alarm[dead].sum())}
         row["sensitivity"] = alarm[dead].mean() if dead.any() else math.nan
         row["specificity"] = (~alarm[~dead]).mean() if not dead.all() else math.nan
-        row["alarms_per_true_death"], row["alarms_low"], row["alarms_high"] = (
-            cost(np.ones((1, len(dead))))[0],
-            low,
-            high,
-        )
+        row |= {"alarms_per_true_death": cost(np.ones((1, len(dead))))[0], "alarms_low": low, "alarms_high": high}
         for metric in METRICS:
             for part, column in (("value", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high")):
                 row[column] = math.nan if too_few or figures[metric][part] is None else figures[metric][part]
@@ -313,8 +307,8 @@ def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int |
     n_bins = n_bins or int(np.clip(len(died) // 10, 2, 10))
     bins = pd.qcut(pd.Series(risks), n_bins, labels=False, duplicates="drop").fillna(0)
     stays = pd.DataFrame({"bin": bins, "risk": risks, "died": died}).groupby("bin")
-    rate, size = ("died", "mean"), ("died", "size")
-    table = stays.agg(n=size, deaths=("died", "sum"), mean_risk=("risk", "mean"), observed_rate=rate)
+    counts = {"n": ("died", "size"), "deaths": ("died", "sum")}
+    table = stays.agg(**counts, mean_risk=("risk", "mean"), observed_rate=("died", "mean"))
     table = table.reset_index(drop=True).astype({"deaths": int})
     intervals = [binomtest(deaths, n).proportion_ci(method="wilson") for deaths, n in zip(table["deaths"], table["n"])]
     return table.assign(low=[bounds.low for bounds in intervals], high=[bounds.high for bounds in intervals])

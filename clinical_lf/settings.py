@@ -83,5 +83,5 @@ def check_limits(settings: Any) -> None:
         else:
             is_sound = isinstance(value, get_origin(kind) or kind)
         if not is_sound:
-            wanted = wanted or f"of type {kind.__name__}"
-            raise InputError(f"{cli_name(entry.name)} {value}: out of range; it must be {wanted}.")
+            must_be = wanted or f"of type {kind.__name__}"
+            raise InputError(f"{cli_name(entry.name)} {value}: out of range; it must be {must_be}.")
