@@ -24,7 +24,6 @@ import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import logging
 
 from clinical_lf.files import InputError, lock_folder, read_json, wording, write_json
@@ -79,7 +78,6 @@ class HashingEncoder:
 
     id, dim, pooling, cache_name, n_features = "hashing", 768, "none", "hashing-v5-768", 2**14
     max_tokens, budget, n_devices = 512, 200_000, 1
-    bins_per_octave = (1, 4, 16)
     weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))  # of items, words, characters, numbers
 
     def parts_of_item(self, text: str) -> list[str]:
@@ -93,7 +91,7 @@ class HashingEncoder:
         words = []
         for part in parts:
             what = f"{item} {mask_numbers(part)}"
-            for (place, number), per_octave in product(enumerate(NUMBER.findall(part)), self.bins_per_octave):
+            for (place, number), per_octave in product(enumerate(NUMBER.findall(part)), (1, 4, 16)):
                 bins = soft_bins(float(number), per_octave)
                 words += [(f"{what} {place} {per_octave} {bin_number}", weight) for bin_number, weight in bins]
         return words
@@ -246,7 +244,7 @@ class HuggingFaceEncoder:
             vectors = (hidden * is_token[:, :, None].to(device)).sum(1) / n_tokens[:, None]
         else:
             vectors = hidden[torch.arange(len(hidden), device=device), n_tokens - 1]
-        return (F.normalize(vectors, dim=1) if unit else vectors).cpu().numpy()
+        return (nn.functional.normalize(vectors, dim=1) if unit else vectors).cpu().numpy()
 
 
 def folder_pooling(folder: Path) -> str:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.special import expit
-from scipy.special import logit as log_odds
+from scipy.special import expit, logit
 
 from clinical_lf.files import wording
 
@@ -145,7 +144,7 @@ def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.
     figures[:, 2] = weights @ (probabilities - labels) ** 2 / weights.sum(1)
     both = (weights @ labels > 0) & (weights @ (1 - labels) > 0)
     if both.any():
-        logits = log_odds(probabilities.clip(1e-7, 1 - 1e-7))  # those of 0 and 1 are infinite
+        logits = logit(probabilities.clip(1e-7, 1 - 1e-7))  # those of 0 and 1 are infinite
         figures[both, :2] = weighted_ranking(weights[both], labels, probabilities)
         figures[both, 3:4] = logistic_fits(weights[both], labels, np.ones((len(labels), 1)), logits)
         figures[both, 4] = calibration_slopes(weights[both], labels, logits)
