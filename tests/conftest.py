@@ -24,6 +24,14 @@ def unpainted(monkeypatch):
     monkeypatch.setattr(plots, "save_figure", empty)
 
 
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """The program's log, also where an earlier test sent it to the standard output."""
+    monkeypatch.setattr(files.logger, "propagate", True)
+    caplog.set_level("INFO", files.logger.name)
+    return caplog
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a finished run of one epoch on 40 stays; tests may evaluate it, and change nothing else.
