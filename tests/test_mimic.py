@@ -21,79 +21,22 @@ from clinical_lf.files import HALF_WRITTEN, InputError, wording
 from clinical_lf.mimic import EVENT_TABLES, MIMIC_KEYS, MIMIC_TABLES, run_mimic_query
 from clinical_lf.reading import read_stays
 
+MIMIC = Path(__file__).resolve().parent / "mimic"
 at = lambda time: datetime.fromisoformat(f"2150-01-{time}")
 IN, OUT = "2150-01-01 10:00:00", "2150-01-03 10:00:00"
-STAY_101 = f"101,MICU,SICU,{IN},{OUT}"
-STAY_201 = f"2,21,201,MICU,MICU,{IN},{OUT},2"
-LAB = (
-    "subject_id,hadm_id,itemid,charttime,storetime,value,valuenum,valueuom,ref_range_lower,ref_range_upper,"
-    "flag,priority,comments"
-)
-
+STAY_101, STAY_201 = f"101,MICU,SICU,{IN},{OUT}", f"2,21,201,MICU,MICU,{IN},{OUT},2"
 # Patient 1: admission 11 with the ICU stays 101 and 102. Patient 2: admission 21, stay 201, dies before ICU discharge.
 # Patient 3: admission 31, stay 301, without any event.
-TABLES = {
-    "patients": """subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod
-1,F,70,2148,2011 - 2013,2150-06-01
-2,M,50,2150,2011 - 2013,2150-01-02
-3,M,91,2150,2011 - 2013,""",
-    "admissions": """hadm_id,deathtime,admission_type,admission_location,discharge_location,insurance,\
-marital_status,race,hospital_expire_flag
-11,,URGENT,EMERGENCY ROOM,HOME,Medicare,,WHITE,0
-21,2150-01-02 09:30:00,EW EMER.,EMERGENCY ROOM,DIED,Other,SINGLE,ASIAN,1
-31,,URGENT,EMERGENCY ROOM,HOME,Other,SINGLE,WHITE,0""",
-    "icustays": f"""subject_id,hadm_id,stay_id,first_careunit,last_careunit,intime,outtime,los
-3,31,301,MICU,MICU,{IN},{OUT},2
-1,11,102,SICU,SICU,2150-01-10 10:00:00,2150-01-11 10:00:00,1
-1,11,101,MICU,SICU,{IN},{OUT},2
-{STAY_201}""",
-    "d_labitems": """itemid,label,fluid,category
-1,Creatinine,Blood,Chemistry
-2,pH,Blood,Blood Gas
-3,Glucose,Urine,Hematology
-4,,Blood,Chemistry""",
-    "d_items": """itemid,label,abbreviation,category
-10,Dextrose  5%,D5,Ingredients
-11,Invasive Ventilation,Vent,2-Ventilation
-12,Chest X-Ray,CXR,5-Imaging""",
-    "labevents": f"""{LAB}
-1,11,1,2150-01-01 09:59:59,2150-01-01 11:00:00,9.1,9.1,mg/dL,0.5,1.2,,STAT,
-1,11,1,2150-01-01 10:00:00,2150-01-01 11:00:00,2.40,2.4,mg/dL,0.5,1.2,abnormal,STAT,___
-1,11,1,2150-01-03 10:00:00,,0.9,0.9,mg/dL,0.5,1.2,,ROUTINE,"CALLED  TO ___
-AT 10:30 PM, titer 1:40"
-1,11,1,2150-01-03 10:00:01,2150-01-03 11:00:00,9.2,9.2,mg/dL,0.5,1.2,,STAT,
-1,11,2,2150-01-10 10:00:00,2150-01-10 11:00:00,7.3200001,7.3200001,units,7.35,7.45,,,
-1,11,3,2150-01-10 11:00:00,2150-01-10 12:00:00,___,,N/A,0,0,,,NEG.
-1,11,3,2150-01-10 12:00:00,2150-01-10 12:00:00,>300,,mg/dL,,,,,
-1,11,4,2150-01-10 13:00:00,2150-01-10 13:00:00,1234.56,1234.56, ,,,,,
-1,,1,2150-01-10 14:00:00,2150-01-10 14:00:00,7,7,mg/dL,0.5,1.2,,,
-2,21,1,2150-01-02 09:30:00,2150-01-02 09:40:00,3,3,mg/dL,0.5,1.2,,STAT,
-2,21,1,2150-01-02 09:31:00,2150-01-02 09:40:00,4,4,mg/dL,0.5,1.2,,STAT,""",
-    "microbiologyevents": """subject_id,hadm_id,chartdate,charttime,storedate,storetime,\
-spec_type_desc,test_name,org_name,ab_name,interpretation,comments
-2,21,2150-01-02 00:00:00,,2150-01-04 00:00:00,,BLOOD CULTURE,"Blood Culture, Routine",ESCHERICHIA COLI,CEFEPIME,R,unused
-2,,2150-01-01 00:00:00,2150-01-01 12:00:00,,,URINE,URINE CULTURE,,,,NO  GROWTH.""",
-    "prescriptions": f"""hadm_id,starttime,stoptime,drug,prod_strength,dose_val_rx,dose_unit_rx,form_unit_disp,route
-21,{IN},2150-01-02 09:30:00,Norepinephrine,8mg/250mL,0.1,mcg/kg/min,BAG,IV
-21,{IN},,Heparin,,"25,000",UNIT,,""",
-    "procedureevents": f"""stay_id,starttime,endtime,itemid,value,valueuom,location,statusdescription
-201,{IN},2150-01-01 22:00:00,11,0.5,day,,FinishedRunning
-201,{IN},2150-01-01 10:01:00,12,1,None,,FinishedRunning
-201,{IN},2150-01-01 10:20:00,12,20,min,,Rewritten
-201,{IN},2150-01-01 09:00:00,12,-60,min,,FinishedRunning""",
-    "ingredientevents": f"""stay_id,starttime,endtime,itemid,amount,amountuom,rate,rateuom,statusdescription
-201,{IN},2150-01-01 11:00:00,10,49.999998807907104,ml,50,mL/hour,FinishedRunning
-201,{IN},2150-01-01 11:30:00,99,0,ml,,,Stopped
-201,{IN},2150-01-01 11:30:00,99,-5,ml,,,FinishedRunning
-201,{IN},2150-01-01 11:30:00,99,5,ml,,,Rewritten""",
-}
+FOLDERS = dict(reversed(table.split("/")) for table in sorted(MIMIC_TABLES))
+TABLES = {name: (MIMIC / part / f"{name}.csv").read_text("utf-8").rstrip("\n") for name, part in FOLDERS.items()}
+HEADERS = {name: text.split("\n")[0] for name, text in TABLES.items()}
+LAB = HEADERS["labevents"]
 
 
 def write_folder(folder, **changed):
-    """The tables above as a MIMIC-IV folder, every second one gzipped; `changed`: other texts, or bytes, by name."""
-    folders = dict(reversed(table.split("/")) for table in MIMIC_TABLES)
+    """The tables as a MIMIC-IV folder, every second one gzipped; `changed`: other texts, or bytes, by name."""
     for number, (name, text) in enumerate((TABLES | changed).items()):
-        path = folder / folders[name] / (f"{name}.csv" if number % 2 else f"{name}.csv.gz")
+        path = folder / FOLDERS[name] / (f"{name}.csv" if number % 2 else f"{name}.csv.gz")
         path.parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
             content = text if isinstance(text, bytes) else text.encode()
@@ -103,7 +46,7 @@ def write_folder(folder, **changed):
 
 def broken_mimic(folder, **changed):
     """A MIMIC-IV folder whose tables have a header and no rows, but those that are given."""
-    return write_folder(folder, **{name: text.split("\n")[0] for name, text in TABLES.items()} | changed)
+    return write_folder(folder, **HEADERS | changed)
 
 
 def swapped(name, old, new):
@@ -205,7 +148,7 @@ def test_lab_belongs_to_the_stay_of_its_time_unless_it_is_of_another_admission(a
 
 def test_orders_of_the_admissions_hour_count_from_the_admission(tmp_path):
     given = [f"21,2150-01-01 {hour}:00:00,,Heparin,,1,UNIT,," for hour in ("09", "10", "11")]
-    orders = "\n".join([TABLES["prescriptions"].split("\n")[0], *given])
+    orders = "\n".join([HEADERS["prescriptions"], *given])
     later = swapped("icustays", f"2,21,201,MICU,MICU,{IN}", "2,21,201,MICU,MICU,2150-01-01 10:23:00")
     events = rows_of(tmp_path, prescriptions=orders, **later)[201]["events"]
     times = [event["event_time"] for event in events if event["event_type"] == "prescription"]
