@@ -1,5 +1,9 @@
 """A flat table of a few rows per stay, for tests that damage it: quick to read, to train on and to look through."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import torch
@@ -92,6 +96,14 @@ def best_model(folder):
 def leftovers(folder):
     """Temporary files below a folder: hidden ones but the locks."""
     return [path for path in folder.rglob(".*") if path.name != ".lock"]
+
+
+def run_python(*words, folder=None, **environment):
+    """Return what Python prints that is called with these words, one thread each; fail with its errors if it fails."""
+    command, environment = [sys.executable, *map(str, words)], os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 class LinearStay(torch.nn.Module):

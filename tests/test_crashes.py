@@ -1,8 +1,8 @@
 """Killed runs end as if they had not been killed; a full disk, Ctrl-C, a second run and a loss of NaN are clear."""
 
-import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_table import arguments, best_model, leftovers, small_table
+from small_table import arguments, best_model, leftovers, run_python, small_table
+from test_mimic import HEADERS, broken_mimic
 
 import train
 from clinical_lf.files import HALF_WRITTEN
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -29,10 +28,7 @@ def data(tmp_path):
 def test_killed_runs_end_with_the_bits_of_the_run_that_was_never_killed():
     """Three kills at random moments; kill_test.py checks weights, predictions, saved texts and temporary files."""
     script = Path(__file__).parent / "benchmarks" / "kill_test.py"
-    command = [sys.executable, script, "--kills", "3", "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
+    assert json.loads(run_python(script, "--kills", 3, "--seed", 3).splitlines()[-1])["kills"] == 3
 
 
 def epochs_done(folder: Path) -> int:
@@ -45,8 +41,8 @@ def epochs_done(folder: Path) -> int:
 def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd):
     """While a run trains, another into its folder is refused; after Ctrl-C, --resume takes up the last checkpoint."""
     argv = arguments(tmp_path, data, "--max-epochs", 9999, "--patience", 9999)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, train.__file__, *argv], env=ENVIRONMENT, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen([sys.executable, train.__file__, *argv], text=True, **pipes)
     end = time.monotonic() + 60
     while epochs_done(tmp_path) < 1:
         if process.poll() is not None or time.monotonic() > end:
@@ -63,28 +59,22 @@ def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capf
     assert epochs_done(tmp_path) == reached + 1
 
 
-def test_resume_without_a_checkpoint_starts_at_the_first_epoch_and_says_so(data, tmp_path, capfd):
-    assert train.main(arguments(tmp_path, data, "--resume")) == 0
-    assert "training starts at epoch 1" in capfd.readouterr().out and epochs_done(tmp_path) == 1
-
-
 def test_cross_validation_goes_on_with_the_fold_it_was_stopped_in(data, tmp_path):
-    argv = arguments(tmp_path, data, "--cross-validate", 2)
+    argv, predictions = arguments(tmp_path, data, "--cross-validate", 2), tmp_path / "out" / "predictions.csv"
     assert train.main(argv) == 0
-    expected = (tmp_path / "out" / "predictions.csv").read_bytes()
+    expected = predictions.read_bytes()
     for path in (tmp_path / "out" / "fold_2").rglob("*.pth"):
         path.unlink()
-    assert train.main([*argv, "--resume"]) == 0
-    assert (tmp_path / "out" / "predictions.csv").read_bytes() == expected
+    assert train.main([*argv, "--resume"]) == 0 and predictions.read_bytes() == expected
 
 
-def test_what_a_killed_run_left_half_written_is_removed_by_the_next(data, tmp_path):
+def test_resume_without_a_checkpoint_says_so_and_starts_anew_without_what_a_killed_run_left(data, tmp_path, capfd):
     folder = tmp_path / "out" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / f".0a1b2c3d{HALF_WRITTEN}best_model.pth").write_bytes(b"half")
     (folder / ".mine").write_text("not the program's")
-    assert train.main(arguments(tmp_path, data)) == 0
-    assert leftovers(tmp_path / "out") == [folder / ".mine"]
+    assert train.main(arguments(tmp_path, data, "--resume")) == 0 and epochs_done(tmp_path) == 1
+    assert "training starts at epoch 1" in capfd.readouterr().out and leftovers(tmp_path / "out") == [folder / ".mine"]
 
 
 def test_same_seed_gives_the_same_bits(finished, tmp_path):
@@ -113,7 +103,7 @@ def test_loss_of_nan_stops_at_most_a_step_later_and_keeps_the_best_checkpoint(da
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path, request):
     """A function that mounts a tmpfs of so many kB and returns its folder."""
 
     def mount(kilobytes):
@@ -122,35 +112,24 @@ def small_disk(tmp_path):
         command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("needs the right to mount a tmpfs")
-        unmounting.callback(subprocess.run, ["umount", folder], check=True)
+        request.addfinalizer(lambda: subprocess.run(["umount", folder], check=True))
         return folder
 
-    with contextlib.ExitStack() as unmounting:
-        yield mount
+    return mount
 
 
-@pytest.mark.parametrize(
-    "option, kilobytes", [("--output-dir", 64), ("--output-dir", 600), ("--output-dir", 1500), ("--cache-dir", 16)]
-)
-def test_full_disk_is_a_clear_error_and_leaves_no_half(option, kilobytes, data, tmp_path, small_disk, capfd):
-    folder = small_disk(kilobytes)
-    assert train.main(arguments(tmp_path, data, option, folder)) == 2
-    message = capfd.readouterr().err.split("error: ")[-1]
-    assert "No space left" in message or "cannot be written" in message or "Is the disk full?" in message
-    assert "Traceback" not in message and not leftovers(folder)
+STAY = f"{HEADERS['icustays']}\n1,2,3,MICU,MICU,2150-01-01 00:00:00,2150-01-02 00:00:00,1"
+FULL, STOPPED = r"No space left|cannot be written|Is the disk full\?", r"query.sql stopped \(IOException\)"
+SMALL_DISKS = [("--output-dir", size, "data.csv", FULL) for size in (64, 600, 1500)]
+SMALL_DISKS += [("--cache-dir", 16, "data.csv", FULL), ("--cache-dir", 8, "mimic", STOPPED)]
+
+
+@pytest.mark.parametrize("option, size, source, words", SMALL_DISKS)
+def test_full_disk_is_a_clear_error_and_leaves_no_half(option, size, source, words, data, tmp_path, small_disk, capfd):
+    folder = small_disk(size)
+    broken_mimic(tmp_path / "mimic", icustays=STAY)
+    assert train.main(arguments(tmp_path, tmp_path / source, option, folder)) == 2
+    message = capfd.readouterr().err
+    assert re.search(words, message) and "Traceback" not in message and not leftovers(folder)
     for path in folder.rglob("*.pth"):
         train.load_checkpoint(path)
-
-
-def test_full_disk_under_the_query_is_a_clear_error(tmp_path, small_disk, capfd):
-    from test_mimic import broken_mimic
-
-    broken_mimic(tmp_path / "mimic")
-    (tmp_path / "mimic" / "icu" / "icustays.csv").write_text(
-        "subject_id,hadm_id,stay_id,intime,outtime,los,first_careunit,last_careunit\n"
-        "1,2,3,2150-01-01 00:00:00,2150-01-02 00:00:00,1,MICU,MICU\n"
-    )
-    folder = small_disk(8)
-    assert train.main(arguments(tmp_path, tmp_path / "mimic", "--cache-dir", folder)) == 2
-    message = capfd.readouterr().err
-    assert "query.sql stopped (IOException)" in message and "Traceback" not in message and not leftovers(folder)

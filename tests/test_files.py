@@ -38,12 +38,12 @@ def test_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, words, erro
 
 
 def test_folder_below_a_file_is_a_clear_error(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="cannot be written"):
-        files.write_json(tmp_path / "file" / "state.json", {})
-    with pytest.raises(InputError, match="cannot be written"), files.lock_folder(tmp_path / "file" / "cache"):
-        pass
-    assert (tmp_path / "file").read_text() == "mine"
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for write in (lambda: files.write_json(path / "state.json", {}), lambda: write_in(path / "cache")):
+        with pytest.raises(InputError, match="cannot be written"):
+            write()
+    assert path.read_text() == "mine"
 
 
 def write_in(folder):
@@ -69,34 +69,28 @@ def test_folder_that_cannot_lock_is_written_all_the_same(tmp_path, monkeypatch):
     assert orphan.exists() and (tmp_path / "written").exists()  # it may be a living writer's
 
 
-def test_folder_held_by_another_run_is_refused_without_waiting(tmp_path):
-    with files.lock_folder(tmp_path):
-        with pytest.raises(InputError, match="another run writes here"), files.lock_folder(tmp_path, wait=False):
+def test_folder_held_by_another_run_is_refused_without_waiting_and_what_it_half_wrote_is_left(tmp_path):
+    held = tmp_path / "cache"
+    with files.lock_folder(held):
+        half, orphan = map(left_by_a_killed_run, (held, tmp_path / "plots"))  # plots has no lock of its own
+        with pytest.raises(InputError, match="another run writes here"), files.lock_folder(held, wait=False):
             pass
-    with files.lock_folder(tmp_path, wait=False):
-        pass
-
-
-def test_half_written_in_a_folder_that_another_holds_is_left(tmp_path):
-    with files.lock_folder(tmp_path / "cache"):
-        half = left_by_a_killed_run(tmp_path / "cache")
-        orphan = left_by_a_killed_run(tmp_path / "plots")  # whose folder has no lock of its own
-        with files.lock_folder(tmp_path):
-            assert half.exists() and not orphan.exists()
+        write_in(tmp_path)
+        assert half.exists() and not orphan.exists()
+    with files.lock_folder(held, wait=False):
+        assert not half.exists()
 
 
 @pytest.mark.parametrize("is_watched", [False, True])
-def test_progress_is_lines_with_the_time_left_in_a_log_and_a_bar_where_watched(is_watched, monkeypatch, caplog, capfd):
+def test_progress_is_lines_with_the_time_left_in_a_log_and_a_bar_where_watched(is_watched, monkeypatch, log, capfd):
     monkeypatch.setattr(files, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(files.logger, "handlers", [])
-    monkeypatch.setattr(files.logger, "propagate", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_watched)
-    with caplog.at_level("INFO", logger="clinical_LF"):
-        for _ in files.Progress(range(3), desc="counting", unit=" sheep", mininterval=0):
-            pass
+    for _ in files.Progress(range(3), desc="counting", unit=" sheep", mininterval=0):
+        pass
     bar = capfd.readouterr().err
     assert ("counting" in bar and "3/3" in bar) == is_watched and ("" == bar) == (not is_watched)
-    in_log = "counting" in caplog.text and "of 3 sheep" in caplog.text and " left" in caplog.text
+    in_log = "counting" in log.text and "of 3 sheep" in log.text and " left" in log.text
     assert in_log == (not is_watched)
 
 
@@ -110,11 +104,8 @@ SAID = {
 
 @pytest.mark.parametrize("words, error", SAID.items())
 def test_error_that_a_person_can_mend_is_one_line(words, error, capfd):
-    def work():
-        raise error
-
     code = 130 if words.startswith("Interrupted") else 2
-    assert files.exit_code(work, lambda: "The texts are kept.") == code
+    assert files.exit_code(Mock(side_effect=error), lambda: "The texts are kept.") == code
     (line,) = capfd.readouterr().err.strip().split("\n")
     assert line.startswith(words)
 

@@ -1,19 +1,19 @@
 """The house's own limits: how many lines the parts may have, what may import what, and that an installed copy works."""
 
 import ast
-import os
+import importlib.util
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from small_table import TINY
+import torch
+from small_table import TINY, run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "clinical_lf"
-SCRIPTS = {"train", "explain_clinicalLF"}
+SCRIPTS = [ROOT / "train.py", ROOT / "explain_clinicalLF.py"]
 CODE = [path for path in sorted(LIBRARY.rglob("*")) if path.suffix in (".py", ".sql", ".j2")]
+ONLY_ON_UNIX = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
 NOT_INSTALLED = ".* tests build *.egg-info __pycache__ hf_cache clinical_LF_precomp_emb trained_models runs".split()
 
 
@@ -29,17 +29,16 @@ def imported(path):
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize(
-    "paths, most",
-    [
-        ([ROOT / "train.py"], 1900),
-        ([ROOT / "explain_clinicalLF.py"], 1500),
-        (CODE, 3600),
-        (sorted((ROOT / "tests").glob("*.py")), 6500),
-    ],
-    ids=["train.py", "explain_clinicalLF.py", "clinical_lf", "tests"],
-)
-@pytest.mark.xfail(strict=True, reason="the house still stands above its ceilings")
+above = pytest.mark.xfail(strict=True, reason="the house still stands above its ceilings")
+CEILINGS = [
+    pytest.param(SCRIPTS[:1], 1900, id="train.py", marks=above),
+    pytest.param(SCRIPTS[1:], 1500, id="explain_clinicalLF.py", marks=above),
+    pytest.param(CODE, 3600, id="clinical_lf", marks=above),
+    pytest.param(sorted((ROOT / "tests").glob("*.py")), 6500, id="tests", marks=above),
+]
+
+
+@pytest.mark.parametrize("paths, most", CEILINGS)
 def test_lines_stay_below_their_ceiling(paths, most):
     assert 0 < n_lines(paths) <= most
 
@@ -48,12 +47,20 @@ def test_lines_stay_below_their_ceiling(paths, most):
 def test_file_of_the_library_is_short_and_knows_no_script(path):
     assert n_lines([path]) <= 500
     if path.suffix == ".py":
-        assert not imported(path) & SCRIPTS
+        assert not imported(path) & {"train", "explain_clinicalLF"}
 
 
-def test_training_knows_nothing_of_the_explainer():
-    assert {"torch", "clinical_lf"} <= imported(ROOT / "train.py")
-    assert not imported(ROOT / "train.py") & {"explain_clinicalLF", "captum"}
+def test_training_knows_nothing_of_the_explainer_and_nothing_is_imported_that_only_unix_has():
+    assert {"torch", "clinical_lf"} <= imported(SCRIPTS[0])
+    assert not imported(SCRIPTS[0]) & {"explain_clinicalLF", "captum"}
+    everywhere = set.union(*(imported(path) for path in [*SCRIPTS, *LIBRARY.glob("*.py")]))
+    assert {"torch", "duckdb", "captum"} <= everywhere and not everywhere & ONLY_ON_UNIX
+
+
+def test_torch_has_attention_within_stays():
+    """With it bf16 training on a GPU attends within stays."""
+    found = importlib.util.find_spec("torch.nn.attention.varlen")
+    assert found, f"torch {torch.__version__} lacks torch.nn.attention.varlen: pip install 'torch>=2.10,<=2.13.0'"
 
 
 @pytest.mark.slow
@@ -64,19 +71,10 @@ def test_installed_copy_trains_and_explains_from_another_folder(tmp_path):
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_INSTALLED))
     elsewhere.mkdir()
     options = "--quiet --no-deps --no-build-isolation --no-index --disable-pip-version-check --target".split()
-    environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
-
-    def python(*words):
-        command = [sys.executable, *map(str, words)]
-        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-        return done.stdout
-
+    python = lambda *words: run_python(*words, folder=elsewhere, PYTHONPATH=str(target))
     python("-m", "pip", "install", *options, target, source)
-    lookup = (
-        "import train, clinical_lf.meds as meds, clinical_lf.mimic as mimic; from pathlib import Path; "
-        "print(train.__file__, train.SAMPLE, mimic.QUERY_FILE, Path(meds.__file__).with_name('meds.sql'), sep='\\n')"
-    )
+    places = "train.__file__, train.SAMPLE, mimic.QUERY_FILE, Path(meds.__file__).with_name('meds.sql')"
+    lookup = f"import train; from pathlib import Path; from clinical_lf import meds, mimic; print({places}, sep='\\n')"
     found = [Path(line) for line in python("-c", lookup).splitlines()]
     wanted = ("train.py", "sample_train.csv", "query.sql", "clinical_lf/meds.sql")
     for path, name in zip(found, wanted, strict=True):

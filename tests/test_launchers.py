@@ -1,21 +1,17 @@
 """The launchers of several processes: one writer, each test stay once, encoding split between the processes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from small_table import TINY, arguments, leftovers, small_table
+from small_table import TINY, arguments, leftovers, run_python, small_table
 
 import train
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import split_by_patient
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ACCELERATE = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 # Without MPI, accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts them all.
 LAUNCHERS = {
@@ -32,11 +28,9 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, command
     data["event_text"] = [f"Lab: Lactate | Value: {i} mmol/L" + " and so on" * (i % 40) for i in range(len(data))]
     data.to_csv(tmp_path / "data.csv", index=False)
     argv = arguments(tmp_path, tmp_path / "data.csv", encoder=tiny_longformer)
-    command = [sys.executable, *command, train.__file__, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "on the CPU, float32" in done.stdout and (", 2 processes" in done.stdout) == (n_processes == 2)
-    assert done.stdout.count("epoch  1/1") == 1 and done.stdout.count("Written ") == 1
+    said = run_python(*command, train.__file__, *argv, folder=tmp_path)
+    assert "on the CPU, float32" in said and (", 2 processes" in said) == (n_processes == 2)
+    assert said.count("epoch  1/1") == 1 and said.count("Written ") == 1
     predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     test = split_by_patient(read_stays(tmp_path / "data.csv")[0], 0).test
@@ -47,8 +41,7 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, command
 
 # Two processes as torchrun would start them, forked from one that has imported the program: half as much work.
 FORK = """
-import multiprocessing, os, sys
-import train
+import multiprocessing, os, sys, train
 
 def run(rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -70,10 +63,8 @@ def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
     shutil.copy(program / "train.py", tmp_path)
     shutil.copytree(program / "clinical_lf", tmp_path / "clinical_lf")
     small_table().to_csv(tmp_path / "sample_train.csv", index=False)
-    environment = ENVIRONMENT | {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", FORK, *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("read with the hashing encoder instead") == 2  # one warning of each process
+    hub_and_program = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)}
+    said = run_python("-c", FORK, *TINY, folder=tmp_path, **hub_and_program)
+    assert said.count("read with the hashing encoder instead") == 2  # one warning of each process
     metrics = json.loads((tmp_path / "trained_models" / "clinical_LF" / "metrics.json").read_text())
     assert metrics["text_encoder"] == "hashing" and not leftovers(tmp_path / "trained_models")

@@ -12,27 +12,20 @@ import train
 from clinical_lf.files import InputError
 from clinical_lf.meds import MedsTask, meds_split
 from clinical_lf.reading import read_stays
-from clinical_lf.run_folder import moment_of_prediction
 
 T0 = datetime.datetime(2150, 1, 1)
 CREATININE = "LAB//50912//mg/dL"
+hours = lambda number: None if number is None else T0 + datetime.timedelta(hours=number)
 PARTS = ("train", "train", "train", "tuning", "held_out")
 
 
-def hours(number):
-    return None if number is None else T0 + datetime.timedelta(hours=number)
-
-
-def write_meds(root, rows, labels=None, codes=(), splits=None):
+def write_meds(root, rows, labels=None, codes=()):
     """A MEDS data set of these rows, and the file of its labels (subject, hour, value)."""
     for folder in ("data/train", "metadata"):
         (root / folder).mkdir(parents=True)
     table = pd.DataFrame(rows).astype({"time": "datetime64[us]", "numeric_value": "float32", "code": str})
     table.to_parquet(root / "data" / "train" / "0.parquet")
     pd.DataFrame(list(codes), columns=["code", "description"]).astype(str).to_parquet(root / "metadata/codes.parquet")
-    if splits is not None:
-        frame = pd.DataFrame(splits.items(), columns=["subject_id", "split"])
-        frame.to_parquet(root / "metadata" / "subject_splits.parquet")
     if labels is not None:
         labels = [(subject, hours(hour), value) for subject, hour, value in labels]
         kinds = {"subject_id": "int64", "prediction_time": "datetime64[us]", "boolean_value": bool}
@@ -45,10 +38,9 @@ def lab(subject, hour, number, code=CREATININE, **more):
     return {"subject_id": subject, "time": hours(hour), "code": code, "numeric_value": number, **more}
 
 
-def read(root, labels=None, history_hours=0.0, gap_hours=0.0):
+def read(root, labels=None, **hours):
     """The stays of a data set, and the report of reading it."""
-    task = MedsTask(str(labels or root / "labels.parquet"), history_hours, gap_hours)
-    return read_stays(root, root / "cache", task=task)
+    return read_stays(root, root / "cache", task=MedsTask(str(labels or root / "labels.parquet"), **hours))
 
 
 def test_each_label_of_a_subject_is_a_stay_that_ends_with_the_prediction_and_times_count_to_it(tmp_path):
@@ -166,9 +158,10 @@ def hospital(tmp_path_factory):
     for subject in range(60):
         values = rng.normal(2 if subject % 3 else 6, 0.5, 4).clip(0.5)
         rows += [lab(subject, hour, value, "LAB//lactate//mmol/L") for hour, value in enumerate(values)]
-    labels = [(subject, 10, subject % 3 == 0) for subject in range(60)]
-    splits = {subject: PARTS[subject // 3 % 5] for subject in range(60)}
-    return write_meds(tmp_path_factory.mktemp("hospital"), rows, labels, splits=splits)
+    root = write_meds(tmp_path_factory.mktemp("hospital"), rows, [(s, 10, s % 3 == 0) for s in range(60)])
+    splits = pd.DataFrame({"subject_id": range(60), "split": [PARTS[subject // 3 % 5] for subject in range(60)]})
+    splits.to_parquet(root / "metadata" / "subject_splits.parquet")
+    return root
 
 
 def run(root, *options):
@@ -207,8 +200,3 @@ def test_split_of_the_data_set_is_left_where_a_part_lacks_an_outcome(hospital, t
     rows[rows["split"] != "train"].to_parquet(tmp_path / "metadata" / "subject_splits.parquet")
     assert meds_split(table, tmp_path) is None
     assert [len(part) for part in meds_split(table, hospital)] == [36, 12, 12]
-
-
-def test_model_of_meds_labels_is_not_said_to_read_whole_stays():
-    assert "MEDS label" in moment_of_prediction(0.0, "l.parquet") and "24 h after" in moment_of_prediction(24.0, "")
-    assert "foresees nothing" in moment_of_prediction(0.0, "")

@@ -1,20 +1,18 @@
 """A MIMIC-IV folder through query.sql, and the account of its rows; made up: no row here comes from a patient."""
 
 import gzip
-import os
 import re
-import subprocess
-import sys
 from dataclasses import astuple
 from datetime import datetime
 from pathlib import Path
 from unittest.mock import Mock
 
 import duckdb
+import pandas as pd
 import pyarrow.parquet
 import pytest
 import sqlglot
-from small_table import leftovers
+from small_table import leftovers, run_python
 
 from clinical_lf import duck, mimic, tables
 from clinical_lf.files import HALF_WRITTEN, InputError, wording
@@ -65,15 +63,24 @@ def of_events(row, column="event_text"):
     return [event[column] for event in row["events"] or []]
 
 
+def expected(name, column):
+    """The rows of a file of what is expected, all text, by the values of a column."""
+    return list(pd.read_csv(MIMIC / f"expected_{name}.csv", dtype=str, keep_default_na=False).groupby(column))
+
+
 @pytest.fixture(scope="module")
 def stays(tmp_path_factory):
     return rows_of(tmp_path_factory.mktemp("query"))
 
 
-def test_query_yields_the_columns_of_the_contract_for_every_stay(stays):
+def test_query_yields_every_stay_with_the_columns_of_the_contract_hospital_death_and_age_at_admission(stays):
+    """Age counts on from the anchor year."""
+    assert {stay: row["patient_expired_in_hospital"] for stay, row in stays.items()} == {101: 0, 102: 0, 201: 1, 301: 0}
     assert list(stays) == [101, 102, 201, 301] and not stays[301]["events"]
     assert set(stays[101]) == {*tables.STAY_COLUMNS, "events"}
     assert set(stays[101]["events"][0]) == set(tables.EVENT_COLUMNS)
+    assert stays[101]["patient_death_time"] is None and stays[201]["patient_death_time"] == at("02 09:30")
+    assert (stays[101]["patient_age"], stays[201]["patient_age"]) == (72, 50)
 
 
 def test_query_has_no_table_but_those_that_are_read():
@@ -82,55 +89,17 @@ def test_query_has_no_table_but_those_that_are_read():
     assert {f"{table.db.rsplit('_', 1)[1]}/{table.name}" for table in used} == set(MIMIC_TABLES)
 
 
-def test_label_is_hospital_death_and_age_counts_on_from_the_anchor_year(stays):
-    assert {stay: row["patient_expired_in_hospital"] for stay, row in stays.items()} == {101: 0, 102: 0, 201: 1, 301: 0}
-    assert stays[101]["patient_death_time"] is None and stays[201]["patient_death_time"] == at("02 09:30")
-    assert (stays[101]["patient_age"], stays[201]["patient_age"]) == (72, 50)
+@pytest.mark.parametrize("stay, wanted", expected("events", "icu_stay_id"))
+def test_events_lie_between_admission_and_the_final_event_with_their_texts_and_known_times(stay, wanted, stays):
+    """Both ends are included, and death counts though ICU discharge is later. What is missing is left out of a text.
 
-
-def test_events_lie_between_admission_and_the_final_event_both_included_and_in_one_stay(stays):
-    """Death counts though ICU discharge is later."""
-    times = {stay: of_events(row, "event_time") for stay, row in stays.items()}
-    assert times[101] == [at("01 10:00"), at("03 10:00")] and len(times[102]) == 5 and max(times[201]) == at("02 09:30")
-    minutes = {stay: of_events(stays[stay], "relative_time_to_final_event") for stay in (101, 201)}
-    assert minutes[101] == [48 * 60, 0] and minutes[201][0] == 23.5 * 60
-
-
-WORDING = {  # in the order of the events
-    101: """\
-Lab: Creatinine (Blood, Chemistry) | Value: 2.4 mg/dL | Reference: 0.5-1.2 | Level: above range | Flag: abnormal
-Lab: Creatinine (Blood, Chemistry) | Value: 0.9 mg/dL | Reference: 0.5-1.2 | Level: within range | \
-Comment: CALLED TO ___ AT ___, titer 1:40""",
-    102: """Lab: pH (Blood, Blood Gas) | Value: 7.32 units | Reference: 7.35-7.45 | Level: slightly below range
-Lab: Glucose (Urine, Hematology) | Reference: 0-0 | Comment: NEG.
-Lab: Glucose (Urine, Hematology) | Value: >300 mg/dL
-Lab: item 4 (Blood, Chemistry) | Value: 1200
-Lab: Creatinine (Blood, Chemistry) | Value: 7 mg/dL | Reference: 0.5-1.2 | Level: far above range""",
-    201: """Ingredient: Dextrose 5% | Rate: 50 mL/hour | Status: FinishedRunning
-Ingredient: item 99 | Amount: 0 ml | Status: Stopped
-Prescription: Heparin | Dose: 25,000 UNIT
-Prescription: Norepinephrine | Strength: 8mg/250mL | Form: BAG | Dose: 0.1 mcg/kg/min | Route: IV
-Procedure: Chest X-Ray (5-Imaging) | Status: FinishedRunning
-Procedure: Invasive Ventilation (2-Ventilation) | Status: FinishedRunning | for 700 min
-Microbiology: URINE | Test: URINE CULTURE | Comment: NO GROWTH.
-Lab: Creatinine (Blood, Chemistry) | Value: 3 mg/dL | Reference: 0.5-1.2 | Level: far above range
-Microbiology: BLOOD CULTURE | Test: Blood Culture, Routine | Organism: ESCHERICHIA COLI | Antibiotic: CEFEPIME | \
-Interpretation: resistant""",
-}
-
-
-@pytest.mark.parametrize("stay", WORDING)
-def test_texts_follow_the_wording_and_leave_out_what_is_missing(stay, stays):
-    assert of_events(stays[stay]) == WORDING[stay].split("\n")
-    keys = [(event["event_time"], event["event_type"], event["event_text"]) for event in stays[stay]["events"]]
+    Known by store and end times, None where unknown; a culture stored on a day is known at its end.
+    """
+    events = stays[int(stay)]["events"]
+    for name in tables.EVENT_COLUMNS:
+        assert [str(event[name]) for event in events] == wanted[name].tolist()
+    keys = [(event["event_time"], event["event_type"], event["event_text"]) for event in events]
     assert keys == sorted(keys)
-
-
-def test_known_time_follows_store_and_end_times_and_is_null_where_unknown(stays):
-    """The culture of blood, the last event, is known at the end of the day of its result."""
-    times = "01 11:00, 01 11:30, 01 10:00, 01 10:00, 01 10:01, 01 22:00, , 02 09:40, 04 23:59:59"
-    assert of_events(stays[201], "event_known_time") == [at(time) if time else None for time in times.split(", ")]
-    assert of_events(stays[101], "event_known_time") == [at("01 11:00"), None]
 
 
 def test_culture_with_a_day_only_counts_from_its_end_but_never_after_the_final_event(stays, tmp_path):
@@ -169,23 +138,12 @@ def test_stay_ends_at_discharge_or_death_whichever_is_known_and_first(discharge,
     assert hours.get(201) == (days and days * 24) and table.minutes_to_end.min() == 0
 
 
-LEVELS = """2.4 0.5 1.2 above range|2.5 0.5 1.2 far above range|1.3 0.5 1.2 slightly above range
-1.2 0.5 1.2 within range|0.5 0.5 1.2 within range|7.0 7.35 7.45 far below range|7.29 7.35 7.45 below range
-150 133 145 slightly above range|160 133 145 above range|170 133 145 far above range|40 150 400 far below range
-140 150 400 slightly below range|-5 -2 2 below range|30 0 0 above range|9 - 4 far above range
-3 4 - below range|5 4 - within range|9 4 2 -"""
-ROUNDED = """49.999998807907104 - - 50|0.0312456 - - 0.031|15432.4 - - 15000|0 - - 0|34.6 40 51 35|1.234 0.5 1.2 1.23
-1.025 1.001 1.035 1.025|4.56 0.5 1.2 4.6|345 70 100 350|0.021 0.27 4.2 0.021|-4.04 -2 2 -4|4.04 4.1 5.1 4"""
-
-
-@pytest.mark.parametrize("cases, word", [(LEVELS, " | Level: "), (ROUNDED, " | Value: ")], ids=["level", "rounding"])
-def test_level_says_how_far_a_value_lies_from_its_range_and_numbers_keep_what_a_clinician_writes(cases, word, tmp_path):
-    """A case is a value, its range, and what the text says."""
-    cases = [case.split(" ", 3) for case in cases.replace("\n", "|").split("|")]
-    rows = [f"1,11,1,2150-01-01 11:{minute:02}:00,,,{x},,{lo},{hi},,," for minute, (x, lo, hi, _) in enumerate(cases)]
-    labs = "\n".join([LAB, *rows]).replace(",-,", ",,").replace(",-,", ",,")
-    written = of_events(rows_of(tmp_path, labevents=labs)[101])
-    assert [text.partition(word)[2].split(" | ")[0] or "-" for text in written] == [expected for *_, expected in cases]
+@pytest.mark.parametrize("part, cases", expected("parts", "part"))
+def test_level_says_how_far_a_value_lies_from_its_range_and_numbers_keep_what_a_clinician_writes(part, cases, tmp_path):
+    values = zip(cases["valuenum"], cases["ref_range_lower"], cases["ref_range_upper"])
+    rows = [f"1,11,1,2150-01-01 11:{minute:02}:00,,,{x},,{lo},{hi},,," for minute, (x, lo, hi) in enumerate(values)]
+    written = of_events(rows_of(tmp_path, labevents="\n".join([LAB, *rows]))[101])
+    assert [text.partition(f" | {part}: ")[2].split(" | ")[0] for text in written] == cases["says"].tolist()
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "inf", "None", "NULL"])
@@ -201,13 +159,6 @@ def test_long_comment_is_read(tmp_path):
     assert len(of_events(rows_of(tmp_path, labevents=long)[102])[0]) > 3_000_000
 
 
-# ---- The result is kept, made in slices, gone on with, within its memory ----
-
-
-def kept_results(cache):
-    return [path for path in (cache / "query_results").iterdir() if path.name != ".lock"]
-
-
 def test_result_is_reused_until_a_file_changes_and_what_killed_runs_left_is_cleared_away(tmp_path):
     for name in (f".query{HALF_WRITTEN}killed", "unfinished-of-another-folder"):
         (tmp_path / "query_results" / name).mkdir(parents=True)
@@ -216,7 +167,7 @@ def test_result_is_reused_until_a_file_changes_and_what_killed_runs_left_is_clea
     first = run_mimic_query(folder, tmp_path)
     made = first.stat().st_mtime_ns
     assert run_mimic_query(folder, tmp_path) == first and first.stat().st_mtime_ns == made
-    assert kept_results(tmp_path) == [first]
+    assert list(tmp_path.glob("query_results/[!.]*")) == [first]
     write_folder(folder, **swapped("prescriptions", "Heparin", "Insulin"))
     assert run_mimic_query(folder, tmp_path) != first and not leftovers(tmp_path)
 
@@ -242,7 +193,7 @@ def test_query_that_runs_out_of_memory_keeps_its_tables_and_goes_on(tmp_path, mo
     loaded = sorted(call.args[1] for call in mimic.load_mimic_table.call_args_list)
     assert loaded == sorted(MIMIC_TABLES) and (result / "part_0000.parquet").stat().st_mtime_ns == first
     assert pyarrow.parquet.read_table(result).equals(pyarrow.parquet.read_table(whole))
-    assert kept_results(tmp_path) == [result] and not leftovers(tmp_path)
+    assert list(tmp_path.glob("query_results/[!.]*")) == [result] and not leftovers(tmp_path)
 
 
 def test_every_connection_has_the_limits(tmp_path, monkeypatch):
@@ -277,9 +228,8 @@ def test_stay_across_a_clock_change_is_as_long_in_every_time_zone(tmp_path):
     later = lambda date: f"2150-03-{int(date[1]) + 6:02d}"
     moved = {name: re.sub(r"2150-01-(\d\d)", later, text) for name, text in TABLES.items()}
     program = "import clinical_lf.reading as r, sys; print(*r.read_stays(*sys.argv[1:])[0].minutes_to_end)"
-    command = [sys.executable, "-c", program, write_folder(tmp_path / "mimic", **moved), tmp_path / "cache"]
-    environment = os.environ | {"TZ": "America/New_York", "PYTHONPATH": str(mimic.QUERY_FILE.parent)}
-    there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    words = ("-c", program, write_folder(tmp_path / "mimic", **moved), tmp_path / "cache")
+    there = run_python(*words, TZ="America/New_York", PYTHONPATH=str(mimic.QUERY_FILE.parent))
     here = read_stays(write_folder(tmp_path / "unmoved"), tmp_path / "here")[0].minutes_to_end
     assert [float(minutes) for minutes in there.split()] == here.tolist() and here.max() == 2880
 
@@ -384,10 +334,9 @@ def test_stale_shards_of_an_earlier_export_are_refused(tmp_path):
         read_stays(tmp_path / "*.parquet")
 
 
-CUT = gzip.compress(TABLES["patients"].encode(), mtime=0)[:-20]
 BAD_TABLES = [
     ({"labevents": None}, r"hosp/labevents\.csv.*not found"),
-    ({"patients": CUT}, "patients.*cannot be read.*SHA256SUMS"),
+    ({"patients": gzip.compress(TABLES["patients"].encode(), mtime=0)[:-20]}, "patients.*cannot be read.*SHA256SUMS"),
     ({"d_labitems": "itemid,label,category\n1,Creatinine,Chemistry"}, "d_labitems.*has no column fluid"),
     ({"d_labitems": TABLES["d_labitems"] + "\n#5,x,Blood,x"}, r"d_labitems.*itemid \(BIGINT\) in 1 rows"),
     (swapped("labevents", "2.40,2.4,", "2.40,sixfold,"), r"labevents.*valuenum \(DOUBLE\) in 1"),
@@ -404,4 +353,4 @@ def test_bad_table_is_an_input_error_without_its_rows(changed, message, tmp_path
     with pytest.raises(InputError, match=message) as caught:
         rows_of(tmp_path, **changed)
     assert "sixfold" not in str(caught.value) and "2150" not in str(caught.value) and caught.value.__cause__ is None
-    assert not (tmp_path / "query_results").exists() or not kept_results(tmp_path)
+    assert not list(tmp_path.glob("query_results/[!.]*")) and not leftovers(tmp_path)

@@ -1,17 +1,14 @@
 """The notebook runs as it stands, and what an analysis returns is at home in one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from small_table import best_model, small_table
+from small_table import best_model, run_python, small_table
 
 import explain_clinicalLF as explain
-from clinical_lf.files import InputError, logger
+from clinical_lf.files import InputError
 
 NOTEBOOK = Path(__file__).resolve().parent / "notebook.ipynb"
 
@@ -28,13 +25,12 @@ def test_explanation_lies_beside_its_checkpoint_and_is_at_home_in_a_notebook(exp
     assert isinstance(figure, Figure) and figure._repr_png_().startswith(b"\x89PNG")
 
 
-def test_data_frame_of_other_patients_is_explained_and_named_as_other_data(sample_run, caplog, monkeypatch):
+def test_data_frame_of_other_patients_is_explained_and_named_as_other_data(sample_run, log, monkeypatch):
     monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 0, 100))  # checked, layered, replaced
-    monkeypatch.setattr(logger, "propagate", True)
     few = {"stays": 1, "max_stays": 3, "n_bootstrap": 20, "cache_dir": str(sample_run / "cache")}
     frame = small_table(12, first_id=90_000_000)
     other = explain.run_explainability_analysis(best_model(sample_run), frame, None, **few)
-    assert len(other.stays) == 3 and "these are other data" in caplog.text and "<table" in other._repr_html_()
+    assert len(other.stays) == 3 and "these are other data" in log.text and "<table" in other._repr_html_()
 
 
 def test_quick_look_takes_no_more_than_was_asked_for_and_says_what_it_is(sample_run):
@@ -56,7 +52,4 @@ def test_notebook_runs_from_top_to_bottom(tmp_path):
     pytest.importorskip("nbclient")
     code = "import nbformat, nbclient, sys; book, place = nbformat.read(sys.argv[1], 4), {'path': sys.argv[2]};"
     code += "run = nbclient.NotebookClient(book, timeout=600, kernel_name='python3', resources={'metadata': place});"
-    command = [sys.executable, "-c", f"{code} run.execute()", str(NOTEBOOK), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(NOTEBOOK.parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-c", f"{code} run.execute()", NOTEBOOK, tmp_path, PYTHONPATH=str(NOTEBOOK.parent.parent))

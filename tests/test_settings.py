@@ -1,8 +1,10 @@
 """The command line of both scripts: help, limits, a file of settings, places that cannot be written: code 2, a line."""
 
+import csv
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -62,51 +64,15 @@ def test_options_overrule_the_file_and_the_file_the_defaults(tmp_path):
     check_limits(train.Settings(**expected))
 
 
-OUT_OF_RANGE = """n-heads 0|learning-rate nan|learning-rate -1|dropout 1|temporal-weight 2|observation-hours nan|seeds 0
-observation-hours -6|gap-hours inf|seed -1|batch-size 0|cross-validate 1|d-model 30|tau-hours 0"""
-BAD_OPTIONS = [
-    *(
-        (f"--{option}", f"error: --{option}...: out of range; it ")
-        for option in OUT_OF_RANGE.replace("\n", "|").split("|")
-    ),
-    ("--nonsense 3", "unknown option --nonsense 3"),
-    ("--max-epoch 3", "unknown option --max-epoch 3"),  # no abbreviations
-    ("--d-model wide", "invalid int value"),
-    ("--item-history maybe", "--item-history"),
-    ("--mixed-precision fp8", "--mixed-precision: invalid choice: 'fp8'"),
-    ("--report-to nobody", "--report-to: invalid choice"),
-    ("--gap-hours 6", "--gap-hours needs --observation-hours"),
-    ("--history-hours 6", "--history-hours needs a MEDS data set"),
-    ("--labels x --observation-hours 6", "a MEDS label has its own time of prediction"),
-    ("--static-features shoe_size", "no such column"),
-    ("--static-features discharge_location --observation-hours 6", "known only after the prediction"),
-    ("--static-features discharge_location --labels x", "known only after the prediction"),
-    ("--trajectory 6", "--trajectory needs --evaluate"),
-    *((f"--evaluate x.pth --trajectory {hours}", "give hours above 0") for hours in ("six", "6,-1", "inf")),
-    ("--evaluate x.pth --resume", "--evaluate, --resume: these do not go together"),
-    ("--evaluate x.pth --cross-validate 3", "do not go together"),
-    ("--seeds 2 --cross-validate 3", "do not go together"),
-    ("--no-test --cross-validate 3", "each says which stays test the model"),
-    ("--split x.csv --cross-validate 3", "each says which stays test the model"),
-    ("--evaluate none.pth", "none.pth: no such checkpoint"),
-]
-BAD_OPTIONS_OF_THE_EXPLAINER = [
-    ("--d-model 64", "unknown option --d-model 64"),
-    ("--stays -1", "--stays -1: out of range; it must be at least 0"),
-    ("--decision-threshold 1", "--decision-threshold 1.0: out of range; it must be above 0 and below 1"),
-    ("--max-stays many", "invalid int value"),
-    ("--checkpoint none.pth", "none.pth: no such checkpoint"),
-]
+with open(Path(__file__).with_name("bad_options.csv"), encoding="utf-8", newline="") as file:
+    BAD_OPTIONS = [tuple(row.values()) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("options, words", BAD_OPTIONS)
-def test_bad_option_is_refused(options, words, tmp_path, assert_refused):
-    assert_refused(words, train.main, *arguments(tmp_path, "none.csv", *options.split()))
-
-
-@pytest.mark.parametrize("options, words", BAD_OPTIONS_OF_THE_EXPLAINER)
-def test_bad_option_of_the_explainer_is_refused(options, words, tmp_path, assert_refused):
-    assert_refused(words, explain.main, "--save-dir", tmp_path / "out", *options.split())
+@pytest.mark.parametrize("script, options, words", BAD_OPTIONS)
+def test_bad_option_is_refused(script, options, words, tmp_path, assert_refused):
+    """An option that is cut short is an unknown one."""
+    starts = {"train": arguments(tmp_path, "none.csv"), "explain": ["--save-dir", tmp_path / "out"]}
+    assert_refused(words, {"train": train, "explain": explain}[script].main, *starts[script], *options.split())
 
 
 @dataclasses.dataclass(frozen=True)

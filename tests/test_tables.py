@@ -6,11 +6,11 @@ import pytest
 from accelerate import Accelerator
 from make_sample import make_sample
 from small_table import arguments, small_table
-from test_reading import assert_same_table
+from test_reading import assert_same_table, put
 
 import train
 from clinical_lf import tables
-from clinical_lf.files import InputError, logger
+from clinical_lf.files import InputError
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import KNOWN_ONLY_LATER, choose_cohort, known_at, split_by_patient, split_from_file
 
@@ -56,24 +56,19 @@ def test_fingerprint_changes_with_what_is_read():
 
 def test_only_what_was_known_by_the_hour_is_read_and_times_count_to_it():
     """Events of hours 1, 2, 3 are known half an hour later; nobody knows when the first stay's were."""
-    frame = small_table(4)
-    frame.loc[:2, "event_known_time"] = ""
-    table = read_stays(frame)[0]
+    table = read_stays(put(small_table(4), {"event_known_time": ""}))[0]
     now = known_at(table, 2.5)
     assert now.stays["icu_stay_id"].tolist() == [30_000_001, 30_000_002, 30_000_003]
     assert now.minutes_to_end.tolist() == [90, 30] * 3 and now.minutes_since_intime.tolist() == [60, 120] * 3
     assert now.stays[list(KNOWN_ONLY_LATER)].isna().all(axis=None)
-    assert not table.stays[list(KNOWN_ONLY_LATER)].isna().any(axis=None)
-    assert len(known_at(table, 1.25).stays) == 0
+    assert not table.stays[list(KNOWN_ONLY_LATER)].isna().any(axis=None) and not len(known_at(table, 1.25).stays)
     foretold = small(4, event_known_time="2150-03-01 08:00:00")  # no event is read before it happens
     assert known_at(foretold, 2).lengths.tolist() == [2] * 4
 
 
 def test_cohort_is_those_still_there_with_something_known_and_the_flow_counts_them():
     """The dead of the small table leave after 47 h, survivors after 48 h."""
-    frame = small_table()
-    frame.loc[:2, "event_known_time"] = ""
-    table = read_stays(frame)[0]
+    table = read_stays(put(small_table(), {"event_known_time": ""}))[0]
     cohort, flow = choose_cohort(table, observation_hours=24)
     assert [step[1:] for step in flow] == [(40, 40, 120, 20), (40, 40, 120, 20), (39, 39, 117, 20)]
     assert flow[1].name == "still in the ICU and alive 24 h after admission"
@@ -138,33 +133,33 @@ def test_folds_of_cross_validation_keep_patients_whole_and_test_every_stay_once(
     assert sorted(tested) == list(range(90))
 
 
-def test_split_file_gives_each_part_its_patients_and_names_those_that_have_none(tmp_path, caplog, monkeypatch):
+def test_split_file_gives_each_part_its_patients_and_names_those_that_have_none(tmp_path, log):
     table, ids = small(), range(10_000_000, 10_000_030)
     parts = ["test"] * 20 + ["train"] * 6 + ["validation"] * 4
     rows = pd.DataFrame({"patient_id": ids, "part": parts, "note": "x"})
     pd.concat([rows, rows[:3]]).sample(frac=1, random_state=0).to_csv(tmp_path / "split.csv", index=False)
-    monkeypatch.setattr(logger, "propagate", True)
     split = split_from_file(table, tmp_path / "split.csv")
     assert patients_of(table, split) == [{*ids[20:26]}, {*ids[26:]}, {*ids[:20]}]
-    assert "10 stays are of patients in no part" in caplog.text
+    assert "10 stays are of patients in no part" in log.text
     rows[20:].to_csv(tmp_path / "untested.csv", index=False)
     assert len(split_from_file(table, tmp_path / "untested.csv").test) == 0
 
 
-BAD_SPLITS = [
-    (["a,b\n1,2\n", "", None], "cannot be read as CSV with patient_id and part"),
-    (["patient_id,part\n10000000,train\n10000000,test\n"], "a patient is in two parts"),
-    (["patient_id,part\n10000000,train\n"], "its part train holds no stays of both outcomes"),
-]
+BAD_SPLITS = {
+    None: "cannot be read as CSV with patient_id and part",
+    "": "cannot be read as CSV with patient_id and part",
+    "a,b\n1,2\n": "cannot be read as CSV with patient_id and part",
+    "patient_id,part\n10000000,train\n10000000,test\n": "a patient is in two parts",
+    "patient_id,part\n10000000,train\n": "its part train holds no stays of both outcomes",
+}
 
 
-@pytest.mark.parametrize("contents, fragment", BAD_SPLITS)
-def test_bad_split_file_is_refused(contents, fragment, tmp_path):
-    for number, content in enumerate(contents):
-        path = tmp_path / f"{number}.csv"
-        path.write_text(content) if content is not None else None
-        with pytest.raises(InputError, match=f"--split .*{number}.csv: {fragment}"):
-            split_from_file(small(4), path)
+@pytest.mark.parametrize("content, words", BAD_SPLITS.items())
+def test_bad_split_file_is_refused(content, words, tmp_path):
+    if content is not None:
+        (tmp_path / "split.csv").write_text(content)
+    with pytest.raises(InputError, match=f"--split .*split.csv: {words}"):
+        split_from_file(small(4), tmp_path / "split.csv")
 
 
 @pytest.mark.parametrize("n_patients, deaths", [(1, 0), (2, 1), (5, 2)])
