@@ -95,14 +95,9 @@ def icu_stay(subject, end, discharge_code, discharge, death=None):
 
 
 def test_made_labels_are_deaths_in_hospital_of_stays_that_last(tmp_path):
-    rows = [
-        *icu_stay(1, 30, "HOME", 90),
-        *icu_stay(2, 30, "DIED", 90, death=90),
-        *icu_stay(3, 30, "HOME", 90, death=900),
-        *icu_stay(4, 20, "HOME", 90),
-        *icu_stay(5, 30, "DIED", 22, death=22),
-        *icu_stay(6, 30, "UNK", 90, death=89),
-    ]
+    stays = [(1, 30, "HOME", 90), (2, 30, "DIED", 90, 90), (3, 30, "HOME", 90, 900)]
+    stays += [(4, 20, "HOME", 90), (5, 30, "DIED", 22, 22), (6, 30, "UNK", 90, 89)]
+    rows = sum((icu_stay(*stay) for stay in stays), [])
     table, report = read(write_meds(tmp_path, rows), labels="mortality-in-icu@24h")
     assert dict(zip(table.stays["patient_id"], table.labels)) == {1: 0, 2: 1, 3: 0, 6: 1}
     assert report.counts["label_of_ended_stay"] == 2
