@@ -6,27 +6,23 @@ import base64
 import io
 import math
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from scipy.special import expit
 
 from clinical_lf.files import wording
 from clinical_lf.metrics import calibration_table
+from clinical_lf.run_folder import render
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
 EVENTS_LISTED = 10  # of a stay, in the report, on either side
 DISCLAIMER = "explains this model, not causes of death"
 TYPE_WORDS, METHOD_WORDS, STATIC_WORDS = wording("event_types"), wording("methods"), wording("static")
 LESS_SAID = "Reference Flag Priority Comment Status Form Strength Test Location".split()
-APPENDIX = (
-    "sequence_importance layer_attention_weights captum_layer_attributions head_specialization query_vector_analysis "
-    "deletion_insertion"
-).split()
 
 
 class Check(NamedTuple):
@@ -43,28 +39,18 @@ def check_table(checks: list[Check]) -> pd.DataFrame:
     """Return checks as a table: check, method, value, low, high, n, threshold, passed, sentence."""
     rows = []
     for check in checks:
-        says, found = wording("says")[check.name], check.found
-        sentence = says if isinstance(says, str) else says[check.passed is False]
-        facts = found | {"is": with_interval(found), "method": METHOD_WORDS.get(check.method, "")}
+        numbers = {name: check.found.get(name, math.nan) for name in ("value", "low", "high", "n")}
+        interval = "" if pd.isna([numbers["low"], numbers["high"]]).any() else " [{low:.2f}, {high:.2f}]"
+        method, says = METHOD_WORDS.get(check.method, ""), wording("says")[check.name]
+        facts = {"is": ("{value:.2f}" + interval).format(**numbers), "method": method, "Method": method.capitalize()}
+        sentence = (says if isinstance(says, str) else says[check.passed is False]).format(**check.found | facts)
         asked = f" (Asked: {check.threshold}: {'yes' if check.passed else 'NO'}.)" if check.threshold else ""
-        numbers = {name: found.get(name, math.nan) for name in ("value", "low", "high", "n")}
         row = {"check": check.name, "method": check.method, **numbers, "threshold": check.threshold}
-        rows.append(row | {"passed": check.passed, "sentence": capital(sentence.format(**facts)) + asked})
+        rows.append(row | {"passed": check.passed, "sentence": sentence + asked})
     return pd.DataFrame(rows).astype({"passed": object})
 
 
 # ---- Words for numbers and texts ----
-
-
-def capital(words: str) -> str:
-    """Return the words, the first letter large."""
-    return words[:1].upper() + words[1:]
-
-
-def with_interval(found: dict[str, Any]) -> str:
-    """Return `0.50 [0.41, 0.60]`, or the value alone where there is no interval."""
-    value, low, high = (found.get(name, math.nan) for name in ("value", "low", "high"))
-    return f"{value:.2f}" if pd.isna(low) or pd.isna(high) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def static_word(column: str) -> str:
@@ -143,18 +129,14 @@ def replaced_in_words(events: pd.DataFrame) -> str:
 # ---- Sentences of findings ----
 
 
-def item_sentence(item: Any) -> str:
+def item_sentence(row: dict[str, Any]) -> str:
     """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87, n 40).`"""
-    direction = "towards" if item.push > 0 else "away from"
-    if math.isnan(item.rho):
-        few = f"; too few values to say whether high or low ones do (n {item.n_values})" if item.n_values else ""
-        return f"{item.item} pushes {direction} death, {signed(item.push)} on average{few}."
-    where, end = f"(rho {item.rho:.2f}, n {item.n_values})", "high" if item.rho > 0 else "low"
-    if abs(item.rho) < 0.3:
-        return f"{item.item} pushes {direction} death, hardly depending on its value {where}."
-    if item.highest_push <= 0:  # all of its events push away
-        return f"{item.item} pushes away from death, least when {end} {where}."
-    return f"{item.item} pushes towards death when {end} {where}."
+    direction, end = "towards" if row["push"] > 0 else "away from", "high" if row["rho"] > 0 else "low"
+    if math.isnan(row["rho"]):
+        kind = "few values" if row["n_values"] else "no values"
+    else:
+        kind = "hardly" if abs(row["rho"]) < 0.3 else "towards" if row["highest_push"] > 0 else "away"
+    return wording("items")[kind].format(**row, direction=direction, end=end, mean=signed(row["push"]))
 
 
 def window_sentence(row: Any) -> str:
@@ -170,30 +152,19 @@ def calibration_sentence(table: pd.DataFrame | None, probability: float) -> str:
     if table is None:
         return "There are too few stays to say how far a risk of this size can be trusted."
     row = table.loc[(table["mean_risk"] - probability).abs().idxmin()]
-    interval = f"95 % interval {100 * row['low']:.0f} to {100 * row['high']:.0f} %"
-    died = f"{row['deaths']:.0f} died: {100 * row['observed_rate']:.0f} %, {interval}."
-    return f"Of the {row['n']:.0f} stays with the most similar risks (mean {percent(row['mean_risk'])}), {died}"
+    percents = dict(100 * row[["observed_rate", "low", "high"]])
+    return wording("page")["similar"].format(**dict(row) | percents, mean=percent(row["mean_risk"]))
 
 
 def decisive_sentence(decisive: pd.DataFrame) -> str:
     """Say without which events the decision would be another one."""
     if decisive.empty:
         return ""
-    row = decisive.iloc[0]
-    which = "this event" if len(decisive) == 1 else f"these {len(decisive)} events"
+    row, n = decisive.iloc[0], len(decisive)
+    risks = {name: percent(row[name]) for name in ("probability", "probability_without", "threshold")}
     texts = "; ".join(short_text(text, 80) for text in decisive["event_text"])
-    without = f"{percent(row['probability_without'])} instead of {percent(row['probability'])}"
-    return f"Without {which} the risk would be {without}, on the other side of {percent(row['threshold'])}: {texts}."
-
-
-def sums_sentence(stay: Any, events: pd.DataFrame, statics: pd.DataFrame) -> str:
-    """Say how a stay's parts add up to its risk."""
-    start = f"{percent(expit(stay.baseline_logit))} (logit {signed(stay.baseline_logit)})"
-    return (
-        f"A stay whose events say nothing starts at {start}. The {counted(len(events), 'event')} add "
-        f"{signed(events['attribution'].sum())}, patient and admission {signed(statics['attribution'].sum())}, "
-        f"which gives logit {signed(stay.logit)}: {percent(stay.probability)}."
-    )
+    which = "this event" if n == 1 else f"these {n} events"
+    return wording("page")["decisive"].format(**risks, which=which, texts=texts)
 
 
 def cohort_sentence(stays: pd.DataFrame) -> str:
@@ -207,8 +178,7 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."
     n_events, n_replaced = stays["n_events"].sum(), stays["n_replaced"].sum()
     if n_replaced < n_events:
-        adds += f" {n_replaced:,} events, the strongest of each stay, were replaced one by one; in orders of "
-        adds += "replacement the others stand as 0."
+        adds += wording("page")["replaced"].format(n=n_replaced)
     return f"{who} with {counted(n_events, 'event')}. {ends} {adds}"
 
 
@@ -219,7 +189,7 @@ def verdict_on_layers(verdict: pd.DataFrame) -> str:
 
 def question_of(row: Any) -> str:
     """Return what a check asks."""
-    return capital(wording("asks")[row.check].format(method=METHOD_WORDS.get(row.method, "")))
+    return wording("asks")[row.check].format(Method=METHOD_WORDS.get(row.method, "").capitalize())
 
 
 def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
@@ -255,55 +225,40 @@ def calibration_of(labels: np.ndarray, risks: np.ndarray) -> pd.DataFrame | None
     return calibration_table(labels[known], risks[known]) if known.sum() >= 20 else None
 
 
+def event_in_words(row: Any) -> str:
+    """Return an event's text, with what its item was until then, and whether the text tells the outcome."""
+    history = f" ({row.in_history})" if row.in_history else ""
+    return f"{row.event_text}{history}{' [this text alone tells the outcome]' if row.tells_outcome else ''}"
+
+
 def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], info: dict[str, Any]) -> str:
     """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, the technical appendix.
 
     tables: those of an explanation; pictures: what `picture_of` makes of figures, by file name without .png; info:
     text_encoder, data, checkpoint, setting (a sentence: which events the model sees), calibration (of all test stays).
-    Every text that goes into the page is escaped: event texts are whatever was typed.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"signed": signed, "percent": percent, "outcome": outcome, "odds": odds}
-    environment.filters |= {"plain": plain_number, "question": question_of}
-    stays, verdict = tables["stays"], tables["verdict"]
+    stays, items, sections = tables["stays"], tables["items"], []
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
-    sections = []
     for stay in shown.itertuples():
-        own = {
-            name: tables[name][tables[name]["icu_stay_id"] == stay.icu_stay_id]
-            for name in ("events", "statics", "systems", "decisive")
-        }
-        push = own["events"]["attribution"]
-        own["towards"] = own["events"][push >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
-        own["away"] = own["events"][push <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
-        own["statics"] = own["statics"].sort_values("attribution", key=abs, ascending=False)
-        words = {
-            "place": f"Percentile {stay.risk_percentile:.0f} of the risks of all held-out stays.",
-            "similar": calibration_sentence(info["calibration"], stay.probability),
-            "sums": sums_sentence(stay, own["events"], own["statics"]),
-            "decisive": decisive_sentence(own["decisive"]),
-        }
-        sections.append((stay, own, words))
-    return environment.get_template("report.html.j2").render(
-        appendix=APPENDIX,
-        checks=tables["faithfulness"],
-        cohort=cohort_sentence(stays),
-        disclaimer=DISCLAIMER,
-        doubling=math.log(2),
-        floor=FLOOR,
-        info=info,
-        items=tables["items"]["sentence"][tables["items"]["rho"].abs() >= 0.3].tolist(),
-        most=EVENTS_LISTED,
-        pictures=pictures,
-        sections=sections,
-        summary=checks_sentence(tables["faithfulness"], verdict),
-        verdict=verdict,
-        verdict_holds=bool(verdict["passed"].ne(False).all()),
-        windows=tables["windows"],
-    )
+        names = ("events", "statics", "systems", "decisive")
+        own = {name: tables[name][tables[name]["icu_stay_id"] == stay.icu_stay_id] for name in names}
+        events, own["statics"] = own["events"], own["statics"].sort_values("attribution", key=abs, ascending=False)
+        own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
+        own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
+        sections.append((stay, own))
+    functions: list[Any] = [calibration_sentence, checks_sentence, cohort_sentence, counted, decisive_sentence]
+    functions += [event_in_words, expit, map, odds, outcome, percent, plain_number, question_of, signed, zip]
+    content = {function.__name__: function for function in functions} | {
+        "disclaimer": DISCLAIMER,
+        "floor": FLOOR,
+        "info": info,
+        "items": items["sentence"][items["rho"].abs() >= 0.3].tolist(),
+        "link": Markup('<a href="#stay-{0}">Stay {0}</a>').format,
+        "most": EVENTS_LISTED,
+        "pictures": pictures,
+        "results": wording("results"),
+        "sections": sections,
+        "shown": shown,
+        "tables": tables,
+    }
+    return render("report.html.j2", content)

@@ -107,20 +107,11 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
         rho = math.nan
         if len(known) >= 10 and known["value"].nunique() > 2:
             rho = float(rank_correlation(known["value"].to_numpy(), known["attribution"].to_numpy())[0, 0])
-        row = {
-            "item": item,
-            "n_events": len(part),
-            "n_patients": part["patient_id"].nunique(),
-            "push": push.mean(),
-            "size": push.abs().mean(),
-            "highest_push": push.max(),
-            "rho": rho,
-            "n_values": len(known),
-            "tells_outcome": bool(part["tells_outcome"].any()),
-        }
+        row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique(), "push": push.mean()}
+        row |= {"size": push.abs().mean(), "highest_push": push.max(), "rho": rho, "n_values": len(known)}
+        row |= {"tells_outcome": bool(part["tells_outcome"].any()), "sentence": item_sentence(row)}
         rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.assign(sentence=[item_sentence(row) for row in table.itertuples()])
+    return pd.DataFrame(rows)
 
 
 @cache

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from matplotlib.figure import Figure
 from scipy.special import expit
 
@@ -231,14 +231,7 @@ class RunFolder:
         figures, settings = content["metrics"][part], self.settings
         slope = figures["calibration_slope"]
         flagged = [row["name"] for row in content["leakage_audit"] if row["flagged"]]
-        environment = Environment(
-            loader=FileSystemLoader(HERE / "templates"),
-            trim_blocks=True,
-            undefined=StrictUndefined,
-            keep_trailing_newline=True,
-        )
-        return environment.get_template("model_card.md.j2").render(
-            content,
+        more = dict(
             data=data_in_words(settings["data"]),
             settings=settings,
             subgroups=subgroups.to_dict("records"),
@@ -251,6 +244,7 @@ class RunFolder:
             flagged=flagged,
             used=sorted(set(flagged) & set(settings["static_features"])),
         )
+        return render("model_card.md.j2", content | more)
 
     def report_evaluation(
         self,
@@ -335,6 +329,15 @@ class RunFolder:
         log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
         self.end()
         return content
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """Return a page of templates/; in HTML every text is escaped: event texts are whatever was typed."""
+    loader, escape = FileSystemLoader(HERE / "templates"), select_autoescape(["html.j2"])
+    pages = Environment(
+        loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    return pages.get_template(template).render(content)
 
 
 def without_nan(content: Any) -> Any:
