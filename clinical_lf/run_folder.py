@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 
 from clinical_lf import audit, metrics, plots
-from clinical_lf.files import delete_quietly, logger, write_json, write_whole
+from clinical_lf.files import delete_quietly, logger, wording, write_json, write_whole
 from clinical_lf.meds import meds_predictions
 from clinical_lf.metrics import METRIC_WORDS, figure_text
 from clinical_lf.tables import EVENT_TYPES, LABEL, ReadReport, Split, StayTable
@@ -39,7 +40,6 @@ LEFT_BY_A_RUN = (
 ).split()
 # A folder that holds this file is the program's own, and of an earlier model.
 FOLDERS_LEFT = ("evaluation/run.json", "explainability/report.html", "fold_*/run.json", "seed_*/run.json")
-ONLY_WHOLE_STAYS = "The model was trained on whole stays: early risks are extrapolations"
 
 
 class Predictions(NamedTuple):
@@ -108,10 +108,8 @@ class RunFolder:
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """Write a table as CSV or Parquet, by the name's ending."""
-        if name.endswith(".parquet"):
-            write_whole(self.folder / name, lambda path: frame.to_parquet(path, index=False))
-        else:
-            write_whole(self.folder / name, lambda path: frame.to_csv(path, index=False, float_format="%.6g"))
+        write = frame.to_parquet if name.endswith(".parquet") else partial(frame.to_csv, float_format="%.6g")
+        write_whole(self.folder / name, partial(write, index=False))
 
     def text(self, name: str, content: str) -> None:
         """Write a text."""
@@ -150,31 +148,25 @@ class RunFolder:
         unused = "; the model does not use it" if flagged and not used else ""
         logger.info(f"Audit       {audit.audit_summary(found)}{unused}")
         if used:
-            logger.warning(
-                f"Audit       WARNING: {', '.join(used)} is used as a feature and tells the label. "
-                "Leave it out of --static-features."
-            )
+            logger.warning(wording("log")["used"].format(names=", ".join(used)))
         if telling := texts["text"][texts["flagged"]].tolist():
             more = f" and {len(telling) - 5} more" if len(telling) > 5 else ""
             named = "; ".join(text[:80] for text in telling[:5])
-            logger.warning(
-                f"Audit       WARNING: the presence of {named}{more} tells the outcome: see leakage_audit_texts.csv"
-            )
+            logger.warning(wording("log")["telling"].format(texts=f"{named}{more}"))
 
     def write_evaluation(
         self, scored: Predictions, caption: str, judged: Predictions | None = None
     ) -> tuple[dict[str, Any], pd.DataFrame]:
         """Write predictions and, where outcomes are known, figures, tables and plots; return figures and subgroups.
 
-        judged: those of the scored stays that figures and plots are of; all, if not given.
+        judged: those of known outcome that figures and plots are of; all, if not given.
         """
         frame = scored.stays.filter(["icu_stay_id", "patient_id", LABEL, "fold"]).astype({LABEL: "Int64"})
         frame.insert(3, "probability", scored.probabilities)
         self.table("predictions.csv", frame)
         if self.settings["labels"]:
             self.table("predictions.parquet", meds_predictions(scored.stays, pd.Series(scored.probabilities)))
-        judged = judged or scored
-        known = judged.take(judged.stays[LABEL].notna().to_numpy())
+        known = judged or scored
         if known.stays.empty:
             return {}, pd.DataFrame()
         labels, risks, patients = known.columns
@@ -217,7 +209,21 @@ class RunFolder:
             },
         }
         self.json("metrics.json", content)
-        self.text("model_card.md", self.model_card(content, part, subgroups))
+        flagged = [row["name"] for row in self.audit if row["flagged"]]
+        more = {
+            "data": data_in_words(self.settings["data"]),
+            "settings": self.settings,
+            "subgroups": subgroups.to_dict("records"),
+            "metrics": metrics,
+            "part": part,
+            "figures": figures,
+            "run": self.record(),
+            "moment": moment_of_prediction(self.settings["observation_hours"], self.settings["labels"]),
+            "flagged": flagged,
+            "used": sorted(set(flagged) & set(self.settings["static_features"])),
+            "limits": wording("limits"),
+        }
+        self.text("model_card.md", render("model_card.md.j2", content | more))
         training = described["training"]
         title = f"{part.capitalize():11s} {scored.words()}; weights of epoch {training['best_epoch']}, trained in "
         log_metrics(figures, f"{title}{training['seconds']:.0f} s")
@@ -225,26 +231,6 @@ class RunFolder:
             logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
         self.end()
         return content
-
-    def model_card(self, content: dict[str, Any], part: str, subgroups: pd.DataFrame) -> str:
-        """Return the model card of a run, from what metrics.json holds and how the run came about."""
-        figures, settings = content["metrics"][part], self.settings
-        slope = figures["calibration_slope"]
-        flagged = [row["name"] for row in content["leakage_audit"] if row["flagged"]]
-        more = dict(
-            data=data_in_words(settings["data"]),
-            settings=settings,
-            subgroups=subgroups.to_dict("records"),
-            metrics=metrics,
-            part=part,
-            figures=figures,
-            run=self.record(),
-            moment=moment_of_prediction(settings["observation_hours"], settings["labels"]),
-            calibrated=None not in (slope["low"], slope["high"]) and slope["low"] <= 1 <= slope["high"],
-            flagged=flagged,
-            used=sorted(set(flagged) & set(settings["static_features"])),
-        )
-        return render("model_card.md.j2", content | more)
 
     def report_evaluation(
         self,
@@ -259,22 +245,29 @@ class RunFolder:
 
         unseen_items: item, events and of_new_item, the events of items that training never saw; one row per text.
         """
-        judged, overlap = predictions, "no patient was trained or tuned on"
+        judged = predictions.take(~is_seen & predictions.stays[LABEL].notna().to_numpy())
+        overlap = "no patient was trained or tuned on"
         if is_seen.any():
-            judged = predictions.take(~is_seen)
             overlap = f"{is_seen.sum()} stays of patients that the model was trained or tuned on are left out"
             logger.warning(f"Evaluation  {overlap} of figures and pictures")
-        known = judged.take(judged.stays[LABEL].notna().to_numpy())
-        caption = f"text encoder: {described['text_encoder']} · {known.words()} · {overlap}"
+        caption = f"text encoder: {described['text_encoder']} · {judged.words()} · {overlap}"
         figures, _ = self.write_evaluation(predictions, caption, judged)
         if figures:
-            log_metrics(figures, f"Evaluation  of known outcome {known.words()}")
+            log_metrics(figures, f"Evaluation  of known outcome {judged.words()}")
         unseen = unseen_items.groupby("item", as_index=False).sum()
         self.table("unseen_in_training.csv", unseen.sort_values("of_new_item", ascending=False, kind="stable"))
         share = float(unseen["of_new_item"].sum() / max(unseen["events"].sum(), 1))
         logger.info(f"Unseen      {share:.1%} of these stays' events are of items that training never saw")
         if trajectories is not None:
-            self.write_trajectories(trajectories, is_seen, predictions, is_prospective, caption)
+            moment = moment_of_prediction(self.settings["observation_hours"], self.settings["labels"])
+            if not is_prospective:
+                moment = wording("moments")["extrapolated"]
+                logger.warning(f"Trajectory  WARNING: {moment}")
+            self.table("risk_trajectories.csv", trajectories)
+            seen_patients = predictions.stays["patient_id"][is_seen]
+            shown = trajectories[~trajectories["patient_id"].isin(seen_patients)].reset_index(drop=True)
+            if len(shown):
+                self.figure("risk_trajectories.png", plots.plot_risk_trajectories(shown, f"{moment} · {caption}"))
         content = described | {
             "seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap},
             "metrics": figures or None,
@@ -284,30 +277,16 @@ class RunFolder:
         self.end()
         return content
 
-    def write_trajectories(
-        self, trajectories: pd.DataFrame, is_seen: np.ndarray, scored: Predictions, is_prospective: bool, caption: str
-    ) -> None:
-        """Write risks at several hours, and their picture without seen patients; warn of a model of whole stays."""
-        mode = moment_of_prediction(self.settings["observation_hours"], self.settings["labels"])
-        if not is_prospective:
-            mode = ONLY_WHOLE_STAYS
-            logger.warning(f"Trajectory  WARNING: {mode}")
-        self.table("risk_trajectories.csv", trajectories)
-        shown = trajectories[~trajectories["patient_id"].isin(scored.stays["patient_id"][is_seen])]
-        if len(shown):
-            figure = plots.plot_risk_trajectories(shown.reset_index(drop=True), f"{mode} · {caption}")
-            self.figure("risk_trajectories.png", figure)
-
     def report_spread(self, outcomes: Sequence[tuple[dict[str, Any], Any]], unit: str) -> dict[str, Any]:
         """Write and log the figures of each fold or seed, their mean and spread, and the pooled predictions'."""
+        contents, parts = zip(*outcomes)
         rows = []
-        for content, _ in outcomes:
+        for content in contents:
             figures = content["metrics"].get("test", content["metrics"]["validation"])
             rows.append({name: figures[name]["value"] for name in METRIC_WORDS})
         spread = pd.DataFrame(rows, index=range(1, 1 + len(rows)), dtype=float)
         moments = spread.agg(["mean", "std"])
         self.table(f"{unit}s.csv", pd.concat([spread, moments]).rename_axis(unit).reset_index())
-        parts: list[Predictions] = [predictions for _, predictions in outcomes]
         risks = [part.probabilities for part in parts]
         if unit == "seed":  # each stay once, with its mean risk over the seeds
             scored, what = Predictions(parts[0].stays, np.mean(risks, axis=0)), f"mean risk of {len(parts)} seeds"
@@ -315,13 +294,13 @@ class RunFolder:
             stays = [part.stays.assign(fold=number) for number, part in enumerate(parts, start=1)]
             scored = Predictions(pd.concat(stays, ignore_index=True), np.concatenate(risks))
             what = "the test stays of all folds"
-        encoder = outcomes[0][0]["text_encoder"]
+        encoder = contents[0]["text_encoder"]
         pooled, _ = self.write_evaluation(scored, f"text encoder: {encoder} · {what}, {scored.words()}")
         summary = {}
         for name, values in spread.items():
             summary[name] = {"mean": values.mean(), "sd": values.std(), f"{unit}s": values.tolist()}
         content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": summary, "pooled": pooled}
-        content["cohort"] = outcomes[0][0]["cohort"]
+        content["cohort"] = contents[0]["cohort"]
         self.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
         for name in ("auroc", "auprc"):
             mean, deviation = moments[name]
@@ -360,13 +339,10 @@ def log_metrics(figures: dict[str, Any], title: str) -> None:
 def data_in_words(data: str) -> str:
     """Return the name of a data set; of the bundled sample also that no patient is behind it."""
     name = Path(data).name
-    return f"{name} (synthetic: its figures say nothing about patients)" if name == SAMPLE_NAME else name
+    return wording("data")["sample"].format(name=name) if name == SAMPLE_NAME else name
 
 
 def moment_of_prediction(observation_hours: float, labels: str) -> str:
     """Return when a model predicts, and from what."""
-    if labels:
-        return "It predicts at the time of each MEDS label, from the events up to it."
-    if observation_hours:
-        return f"It predicts {observation_hours:g} h after ICU admission, from what was known then."
-    return "It reads the whole stay up to discharge or death: it describes a stay that has ended and foresees nothing."
+    kind = "labels" if labels else "hours" if observation_hours else "whole"
+    return wording("moments")[kind].format(hours=observation_hours)
