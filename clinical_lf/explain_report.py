@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.figure import Figure
-from scipy.special import expit
 
 from clinical_lf.files import wording
 from clinical_lf.metrics import calibration_table
@@ -48,9 +46,6 @@ def check_table(checks: list[Check]) -> pd.DataFrame:
         row = {"check": check.name, "method": check.method, **numbers, "threshold": check.threshold}
         rows.append(row | {"passed": check.passed, "sentence": sentence + asked})
     return pd.DataFrame(rows).astype({"passed": object})
-
-
-# ---- Words for numbers and texts ----
 
 
 def static_word(column: str) -> str:
@@ -126,9 +121,6 @@ def replaced_in_words(events: pd.DataFrame) -> str:
     return "" if n_replaced == len(events) else f"; {n_replaced:,} of {len(events):,} events replaced one by one"
 
 
-# ---- Sentences of findings ----
-
-
 def item_sentence(row: dict[str, Any]) -> str:
     """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87, n 40).`"""
     direction, end = "towards" if row["push"] > 0 else "away from", "high" if row["rho"] > 0 else "low"
@@ -202,9 +194,6 @@ def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     return f"{words} Trust the explanations less, since this falls short: {'; '.join(fallen)}." if fallen else words
 
 
-# ---- The page ----
-
-
 def png_of(figure: Figure, dpi: int = 100) -> bytes:
     """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -246,19 +235,6 @@ def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], i
         own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
         own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
         sections.append((stay, own))
-    functions: list[Any] = [calibration_sentence, checks_sentence, cohort_sentence, counted, decisive_sentence]
-    functions += [event_in_words, expit, map, odds, outcome, percent, plain_number, question_of, signed, zip]
-    content = {function.__name__: function for function in functions} | {
-        "disclaimer": DISCLAIMER,
-        "floor": FLOOR,
-        "info": info,
-        "items": items["sentence"][items["rho"].abs() >= 0.3].tolist(),
-        "link": Markup('<a href="#stay-{0}">Stay {0}</a>').format,
-        "most": EVENTS_LISTED,
-        "pictures": pictures,
-        "results": wording("results"),
-        "sections": sections,
-        "shown": shown,
-        "tables": tables,
-    }
-    return render("report.html.j2", content)
+    said = items["sentence"][items["rho"].abs() >= 0.3].tolist()
+    content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections, said_of_items=said)
+    return render("report.html.j2", globals() | content)  # the page calls the functions above by their names

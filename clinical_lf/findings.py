@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from functools import cache
@@ -23,7 +22,7 @@ CLOCK_WINDOWS["more than 96 h"] = 96
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return Spearman correlations (m, n) of the rows of (m, L) with those of (n, L); NaN where a row is constant."""
-    ranks = [rankdata(np.atleast_2d(rows), axis=1) for rows in (first, second)]
+    ranks = [rankdata(np.atleast_2d(np.asarray(rows, float)), axis=1) for rows in (first, second)]
     centred = [rows - rows.mean(1, keepdims=True) for rows in ranks]
     lengths = [np.sqrt((rows**2).sum(1)) for rows in centred]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -34,8 +33,7 @@ def rank_agreement(table: pd.DataFrame, keys: list[str], first: str, second: str
     """Return the rank correlation of two columns in each group: the keys, and `correlation`."""
     rows = []
     for names, part in table.groupby(keys, sort=False):
-        found = rank_correlation(part[first].to_numpy(float), part[second].to_numpy(float))[0, 0]
-        rows.append((*names, found))
+        rows.append((*names, rank_correlation(part[first], part[second])[0, 0]))
     return pd.DataFrame(rows, columns=[*keys, "correlation"])
 
 
@@ -45,8 +43,7 @@ def means_by(
     """Return mean, low, high, n (rows), n_patients of `value` in each group; 95 % intervals over patients."""
     found = {}
     for name, part in table.groupby(keys, observed=True):
-        values, patients = part[value].to_numpy(), part["patient_id"].to_numpy()
-        found[name] = mean_with_interval(values, patients, n_bootstrap, seed)
+        found[name] = mean_with_interval(part[value], part["patient_id"], n_bootstrap, seed)
     columns = ["value", "low", "high", "n", "n_patients"]
     return pd.DataFrame(list(found.values()), list(found), columns).rename(columns={"value": "mean"})
 
@@ -95,10 +92,9 @@ def important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]
 
 
 def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
-    """Return the items that matter most: item, n_events, n_patients, push (mean, logit), size (mean |push|), n_values.
+    """Return the items that matter most, with their mean push (logit), its size, and a sentence that says what they do.
 
-    `rho` is the rank correlation of the value and the push over the item's events that have a value (NaN below 10), and
-    `sentence` says it in words.
+    rho: rank correlation of value and push over the item's events that have a value; NaN below 10 such.
     """
     rows = []
     for item in important_items(events, n_items)[0]:
@@ -106,7 +102,7 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
         known, push = part.dropna(subset=["value"]), part["attribution"]
         rho = math.nan
         if len(known) >= 10 and known["value"].nunique() > 2:
-            rho = float(rank_correlation(known["value"].to_numpy(), known["attribution"].to_numpy())[0, 0])
+            rho = float(rank_correlation(known["value"], known["attribution"])[0, 0])
         row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique(), "push": push.mean()}
         row |= {"size": push.abs().mean(), "highest_push": push.max(), "rho": rho, "n_values": len(known)}
         row |= {"tells_outcome": bool(part["tells_outcome"].any()), "sentence": item_sentence(row)}
@@ -117,9 +113,8 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
 @cache
 def organ_systems() -> list[tuple[re.Pattern[str], str]]:
     """Return the rows of organ_systems.csv: what stands in an item's name (_ is the edge of a word), and its system."""
-    with open(Path(__file__).with_name("organ_systems.csv"), encoding="utf-8", newline="") as file:
-        rows = [(re.escape(row["in_the_name"]), row["organ_system"]) for row in csv.DictReader(file)]
-    return [(re.compile(part.replace("_", r"\b")), system) for part, system in rows]
+    rows = pd.read_csv(Path(__file__).with_name("organ_systems.csv"), dtype=str, keep_default_na=False)
+    return [(re.compile(re.escape(part).replace("_", r"\b")), system) for part, system in rows.to_numpy()]
 
 
 def organ_system(item: str) -> str:

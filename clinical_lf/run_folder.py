@@ -41,6 +41,8 @@ LEFT_BY_A_RUN = (
 # A folder that holds this file is the program's own, and of an earlier model.
 FOLDERS_LEFT = ("evaluation/run.json", "explainability/report.html", "fold_*/run.json", "seed_*/run.json")
 
+Content = dict[str, Any]  # plain data, as JSON holds it
+
 
 class Predictions(NamedTuple):
     """Stays and the risks that a model gave them."""
@@ -70,15 +72,12 @@ class Predictions(NamedTuple):
 
 
 class RunFolder:
-    """The folder of a run, and the one place that writes into it what a person reads: tables, JSON, figures, pages.
+    """The folder of a run with these settings, the one place that writes into it what a person reads."""
 
-    settings: those of the run, as plain data.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Content) -> None:
         self.folder, self.settings, self.started = folder, settings, time.time()
         self.resampling = {"n_bootstrap": settings["n_bootstrap"], "seed": settings["seed"]}
-        self.audit: list[dict[str, Any]] = []
+        self.audit: list[Content] = []
 
     def begin(self, resume: bool = False) -> None:
         """Remove what an earlier run left, unless this one resumes it; write what repeats the run."""
@@ -92,7 +91,7 @@ class RunFolder:
         self.text("settings.yaml", yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True))
         self.json("run.json", self.record())
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Content:
         """Return how the run came about: command, date, commit (with a plus where files differ from it), versions."""
         command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty=+"]
         try:
@@ -154,19 +153,13 @@ class RunFolder:
             named = "; ".join(text[:80] for text in telling[:5])
             logger.warning(wording("log")["telling"].format(texts=f"{named}{more}"))
 
-    def write_evaluation(
-        self, scored: Predictions, caption: str, judged: Predictions | None = None
-    ) -> tuple[dict[str, Any], pd.DataFrame]:
-        """Write predictions and, where outcomes are known, figures, tables and plots; return figures and subgroups.
-
-        judged: those of known outcome that figures and plots are of; all, if not given.
-        """
+    def write_evaluation(self, scored: Predictions, known: Predictions, caption: str) -> tuple[Content, pd.DataFrame]:
+        """Write predictions and, of those of known outcome, figures, tables and plots; return figures and subgroups."""
         frame = scored.stays.filter(["icu_stay_id", "patient_id", LABEL, "fold"]).astype({LABEL: "Int64"})
         frame.insert(3, "probability", scored.probabilities)
         self.table("predictions.csv", frame)
         if self.settings["labels"]:
             self.table("predictions.parquet", meds_predictions(scored.stays, pd.Series(scored.probabilities)))
-        known = judged or scored
         if known.stays.empty:
             return {}, pd.DataFrame()
         labels, risks, patients = known.columns
@@ -184,16 +177,16 @@ class RunFolder:
 
     def report_training(
         self,
-        described: dict[str, Any],
+        described: Content,
         predictions: dict[str, Predictions],
         table: StayTable,
         patients: dict[str, list[int]],
         history: pd.DataFrame,
-    ) -> dict[str, Any]:
+    ) -> Content:
         """Write metrics, predictions, plots and model card of the held-out stays; log them; return the metrics."""
         part, encoder = "test" if "test" in predictions else "validation", described["text_encoder"]
         scored, validation = predictions[part], predictions["validation"]
-        figures, subgroups = self.write_evaluation(scored, f"text encoder: {encoder} · {scored.words(part)}")
+        figures, subgroups = self.write_evaluation(scored, scored, f"text encoder: {encoder} · {scored.words(part)}")
         caption = f"text encoder: {encoder} · {validation.words('validation')}"
         self.figure("training_curves.png", plots.plot_training_curves(history, caption))
         of_validation = metrics.evaluate_predictions(*validation.columns, **self.resampling)
@@ -209,24 +202,10 @@ class RunFolder:
             },
         }
         self.json("metrics.json", content)
-        flagged = [row["name"] for row in self.audit if row["flagged"]]
-        more = {
-            "data": data_in_words(self.settings["data"]),
-            "settings": self.settings,
-            "subgroups": subgroups.to_dict("records"),
-            "metrics": metrics,
-            "part": part,
-            "figures": figures,
-            "run": self.record(),
-            "moment": moment_of_prediction(self.settings["observation_hours"], self.settings["labels"]),
-            "flagged": flagged,
-            "used": sorted(set(flagged) & set(self.settings["static_features"])),
-            "limits": wording("limits"),
-        }
-        self.text("model_card.md", render("model_card.md.j2", content | more))
-        training = described["training"]
-        title = f"{part.capitalize():11s} {scored.words()}; weights of epoch {training['best_epoch']}, trained in "
-        log_metrics(figures, f"{title}{training['seconds']:.0f} s")
+        more = {"folder": self, "part": part, "figures": figures, "subgroups": subgroups.to_dict("records")}
+        self.text("model_card.md", render("model_card.md.j2", content | globals() | more))
+        facts = described["training"] | {"part": part.capitalize(), "words": scored.words()}
+        log_metrics(figures, wording("log")["trained"].format(**facts))
         if part == "validation":
             logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
         self.end()
@@ -234,13 +213,13 @@ class RunFolder:
 
     def report_evaluation(
         self,
-        described: dict[str, Any],
+        described: Content,
         predictions: Predictions,
         is_seen: np.ndarray,
         unseen_items: pd.DataFrame,
         trajectories: pd.DataFrame | None,
         is_prospective: bool,
-    ) -> dict[str, Any]:
+    ) -> Content:
         """Write and log what a checkpoint says of other stays; of patients it has seen (n,) no figure is made.
 
         unseen_items: item, events and of_new_item, the events of items that training never saw; one row per text.
@@ -251,7 +230,7 @@ class RunFolder:
             overlap = f"{is_seen.sum()} stays of patients that the model was trained or tuned on are left out"
             logger.warning(f"Evaluation  {overlap} of figures and pictures")
         caption = f"text encoder: {described['text_encoder']} · {judged.words()} · {overlap}"
-        figures, _ = self.write_evaluation(predictions, caption, judged)
+        figures, _ = self.write_evaluation(predictions, judged, caption)
         if figures:
             log_metrics(figures, f"Evaluation  of known outcome {judged.words()}")
         unseen = unseen_items.groupby("item", as_index=False).sum()
@@ -277,7 +256,7 @@ class RunFolder:
         self.end()
         return content
 
-    def report_spread(self, outcomes: Sequence[tuple[dict[str, Any], Any]], unit: str) -> dict[str, Any]:
+    def report_spread(self, outcomes: Sequence[tuple[Content, Any]], unit: str) -> Content:
         """Write and log the figures of each fold or seed, their mean and spread, and the pooled predictions'."""
         contents, parts = zip(*outcomes)
         rows = []
@@ -295,7 +274,7 @@ class RunFolder:
             scored = Predictions(pd.concat(stays, ignore_index=True), np.concatenate(risks))
             what = "the test stays of all folds"
         encoder = contents[0]["text_encoder"]
-        pooled, _ = self.write_evaluation(scored, f"text encoder: {encoder} · {what}, {scored.words()}")
+        pooled, _ = self.write_evaluation(scored, scored, f"text encoder: {encoder} · {what}, {scored.words()}")
         summary = {}
         for name, values in spread.items():
             summary[name] = {"mean": values.mean(), "sd": values.std(), f"{unit}s": values.tolist()}
@@ -310,12 +289,13 @@ class RunFolder:
         return content
 
 
-def render(template: str, content: dict[str, Any]) -> str:
+def render(template: str, content: Content) -> str:
     """Return a page of templates/; in HTML every text is escaped: event texts are whatever was typed."""
     loader, escape = FileSystemLoader(HERE / "templates"), select_autoescape(["html.j2"])
     pages = Environment(
-        loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=escape, loader=loader
     )
+    pages.globals |= {"expit": expit, "map": map, "zip": zip}
     return pages.get_template(template).render(content)
 
 
@@ -328,7 +308,7 @@ def without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def log_metrics(figures: dict[str, Any], title: str) -> None:
+def log_metrics(figures: Content, title: str) -> None:
     """Log each figure with its interval."""
     logger.info(f"{title}; in brackets 95 % intervals")
     for name, words in METRIC_WORDS.items():
