@@ -110,8 +110,7 @@ def short_text(text: str, width: int = 46) -> str:
     first, *parts = str(text).split(" | ")
     kept = [part for part in parts if part.split(":")[0] not in LESS_SAID]
     kept = kept or [part for part in parts if part.startswith(("Test", "Comment"))][:1]
-    said = [re.sub(r"^Lab: | \((Blood, |\d-)[^)]*\)", "", first)]
-    said += [re.sub(r"^[A-Z]\w+: ", "", part) for part in kept]
+    said = [re.sub(r"^Lab: | \((Blood, |\d-)[^)]*\)", "", first), *(re.sub(r"^[A-Z]\w+: ", "", part) for part in kept)]
     return cut(" · ".join(said), width)
 
 

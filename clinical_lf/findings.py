@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ from clinical_lf.metrics import mean_with_interval
 # Windows before the end of what is read, and the hour at which each begins.
 CLOCK_WINDOWS = {"last 6 h": 0, "6 to 12 h": 6, "12 to 24 h": 12, "24 to 48 h": 24, "48 to 96 h": 48}
 CLOCK_WINDOWS["more than 96 h"] = 96
+# What stands in an item's name (_ is the edge of a word), and the organ system that it is of.
+NAMES = pd.read_csv(Path(__file__).with_name("organ_systems.csv"), dtype=str, keep_default_na=False)
+ORGAN_SYSTEMS = [(re.compile(re.escape(part).replace("_", r"\b")), system) for part, system in NAMES.to_numpy()]
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -110,17 +112,10 @@ def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@cache
-def organ_systems() -> list[tuple[re.Pattern[str], str]]:
-    """Return the rows of organ_systems.csv: what stands in an item's name (_ is the edge of a word), and its system."""
-    rows = pd.read_csv(Path(__file__).with_name("organ_systems.csv"), dtype=str, keep_default_na=False)
-    return [(re.compile(re.escape(part).replace("_", r"\b")), system) for part, system in rows.to_numpy()]
-
-
 def organ_system(item: str) -> str:
     """Return the organ system of an item, or `other`: the first row found decides."""
     name = item.lower()
-    return next((system for part, system in organ_systems() if part.search(name)), "other")
+    return next((system for part, system in ORGAN_SYSTEMS if part.search(name)), "other")
 
 
 def system_table(events: pd.DataFrame) -> pd.DataFrame:

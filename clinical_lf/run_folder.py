@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from clinical_lf.metrics import METRIC_WORDS, figure_text
 from clinical_lf.tables import EVENT_TYPES, LABEL, ReadReport, Split, StayTable
 
 HERE = Path(__file__).resolve().parent
-SAMPLE_NAME = "sample_train.csv"
 PACKAGES = ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
 # What a run writes and a shorter or other one would not write again; models are replaced after the first epoch.
 LEFT_BY_A_RUN = (
@@ -301,11 +299,7 @@ def render(template: str, content: Content) -> str:
 
 def without_nan(content: Any) -> Any:
     """Return nested plain data with None for NaN and infinity."""
-    if isinstance(content, dict):
-        return {name: without_nan(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return json.loads(json.dumps(content, default=str), parse_constant=lambda word: None)
 
 
 def log_metrics(figures: Content, title: str) -> None:
@@ -319,7 +313,7 @@ def log_metrics(figures: Content, title: str) -> None:
 def data_in_words(data: str) -> str:
     """Return the name of a data set; of the bundled sample also that no patient is behind it."""
     name = Path(data).name
-    return wording("data")["sample"].format(name=name) if name == SAMPLE_NAME else name
+    return wording("data").get(name, name)
 
 
 def moment_of_prediction(observation_hours: float, labels: str) -> str:
