@@ -132,10 +132,10 @@ def item_sentence(row: dict[str, Any]) -> str:
 
 def window_sentence(row: Any) -> str:
     """Say how much of the push lies in a window: `Events in the last 6 h carry 17 % [13, 21] of all push; ...`"""
-    interval = "" if math.isnan(row.low) else f" [{100 * row.low:.0f}, {100 * row.high:.0f}]"
     where = f"in the {row.window}" if row.window.startswith("last") else f"{row.window} before the end"
-    words = f"Events {where} carry {100 * row.share:.0f} %{interval} of all push; "
-    return f"{words}they are {100 * row.share_of_events:.0f} % of the events."
+    interval = "" if math.isnan(row.low) else f" [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+    carried, present = f"{100 * row.share:.0f} %{interval}", f"{100 * row.share_of_events:.0f} %"
+    return f"Events {where} carry {carried} of all push; they are {present} of the events."
 
 
 def calibration_sentence(table: pd.DataFrame | None, probability: float) -> str:
@@ -186,11 +186,11 @@ def question_of(row: Any) -> str:
 def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     """Say how many checks are passed, and which are not; none is counted where the verdict warns."""
     if verdict["passed"].eq(False).any():
-        return "The verdict warns: how right the explanations are says nothing about patients."
+        return wording("page")["warned"]
     fallen = [question_of(row) for row in faithfulness[faithfulness["passed"].eq(False)].itertuples()]
-    n_judged = int(faithfulness["passed"].notna().sum())
-    words = f"{n_judged - len(fallen)} of {n_judged} checks with a threshold are passed."
-    return f"{words} Trust the explanations less, since this falls short: {'; '.join(fallen)}." if fallen else words
+    n_judged = faithfulness["passed"].notna().sum()
+    words = wording("page")["fallen" if fallen else "passed"]
+    return words.format(passed=n_judged - len(fallen), judged=n_judged, fallen="; ".join(fallen))
 
 
 def png_of(figure: Figure, dpi: int = 100) -> bytes:

@@ -87,24 +87,20 @@ def important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]
     """Return the items of the largest mean |push| among those that enough patients have, and how many that is."""
     sizes = events.assign(size=events["attribution"].abs()).groupby("item")
     table = sizes.agg(size=("size", "mean"), n_patients=("patient_id", "nunique"))
-    # one patient is no finding
-    least = min(max(3, 0.05 * events["patient_id"].nunique()), table["n_patients"].max())
+    n_patients = events["patient_id"].nunique()
+    least = min(max(3, 0.05 * n_patients), table["n_patients"].max())  # one patient is no finding
     common = table[table["n_patients"] >= least]
     return common["size"].nlargest(n_items).index.tolist(), math.ceil(least)
 
 
 def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
-    """Return the items that matter most, with their mean push (logit), its size, and a sentence that says what they do.
-
-    rho: rank correlation of value and push over the item's events that have a value; NaN below 10 such.
-    """
+    """Return the items that matter most; rho is the rank correlation of value and push, NaN below 10 values."""
     rows = []
     for item in important_items(events, n_items)[0]:
         part = events[events["item"] == item]
         known, push = part.dropna(subset=["value"]), part["attribution"]
-        rho = math.nan
-        if len(known) >= 10 and known["value"].nunique() > 2:
-            rho = float(rank_correlation(known["value"], known["attribution"])[0, 0])
+        is_judged = len(known) >= 10 and known["value"].nunique() > 2
+        rho = float(rank_correlation(known["value"], known["attribution"])[0, 0]) if is_judged else math.nan
         row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique(), "push": push.mean()}
         row |= {"size": push.abs().mean(), "highest_push": push.max(), "rho": rho, "n_values": len(known)}
         row |= {"tells_outcome": bool(part["tells_outcome"].any()), "sentence": item_sentence(row)}

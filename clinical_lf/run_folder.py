@@ -182,11 +182,11 @@ class RunFolder:
         history: pd.DataFrame,
     ) -> Content:
         """Write metrics, predictions, plots and model card of the held-out stays; log them; return the metrics."""
-        part, encoder = "test" if "test" in predictions else "validation", described["text_encoder"]
-        scored, validation = predictions[part], predictions["validation"]
-        figures, subgroups = self.write_evaluation(scored, scored, f"text encoder: {encoder} · {scored.words(part)}")
-        caption = f"text encoder: {encoder} · {validation.words('validation')}"
-        self.figure("training_curves.png", plots.plot_training_curves(history, caption))
+        part, validation = "test" if "test" in predictions else "validation", predictions["validation"]
+        scored, encoder = predictions[part], f"text encoder: {described['text_encoder']}"
+        figures, subgroups = self.write_evaluation(scored, scored, f"{encoder} · {scored.words(part)}")
+        curves = plots.plot_training_curves(history, f"{encoder} · {validation.words('validation')}")
+        self.figure("training_curves.png", curves)
         of_validation = metrics.evaluate_predictions(*validation.columns, **self.resampling)
         counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1)
         content = {
@@ -214,14 +214,11 @@ class RunFolder:
         described: Content,
         predictions: Predictions,
         is_seen: np.ndarray,
-        unseen_items: pd.DataFrame,
+        unseen_items: pd.DataFrame,  # item, events and of_new_item (of items that training never saw), a row per text
         trajectories: pd.DataFrame | None,
         is_prospective: bool,
     ) -> Content:
-        """Write and log what a checkpoint says of other stays; of patients it has seen (n,) no figure is made.
-
-        unseen_items: item, events and of_new_item, the events of items that training never saw; one row per text.
-        """
+        """Write and log what a checkpoint says of other stays; of patients it has seen (n,) no figure is made."""
         judged = predictions.take(~is_seen & predictions.stays[LABEL].notna().to_numpy())
         overlap = "no patient was trained or tuned on"
         if is_seen.any():
@@ -279,8 +276,7 @@ class RunFolder:
         content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": summary, "pooled": pooled}
         content["cohort"] = contents[0]["cohort"]
         self.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
-        for name in ("auroc", "auprc"):
-            mean, deviation = moments[name]
+        for name, (mean, deviation) in moments[["auroc", "auprc"]].items():
             logger.info(f"{unit.capitalize() + 's':11s} {METRIC_WORDS[name]} {mean:.3f} (sd {deviation:.3f})")
         log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
         self.end()
