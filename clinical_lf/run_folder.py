@@ -201,6 +201,7 @@ class RunFolder:
         }
         self.json("metrics.json", content)
         more = {"folder": self, "part": part, "figures": figures, "subgroups": subgroups.to_dict("records")}
+        # The content's `metrics` are numbers: the card calls the functions of the module of that name.
         self.text("model_card.md", render("model_card.md.j2", content | globals() | more))
         facts = described["training"] | {"part": part.capitalize(), "words": scored.words()}
         log_metrics(figures, wording("log")["trained"].format(**facts))
