@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import make_sample
 
@@ -54,8 +53,7 @@ def criterion(
 def run_of(checkpoint: train.Checkpoint, table: tables.StayTable, vectors: Any) -> explain.Run:
     """Return a model and stays it has not seen, ready to be explained."""
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
-    accelerator = explain.float32_accelerator()
-    logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, accelerator)
+    logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, explain.float32_accelerator())
     return explain.Run(checkpoint, table, dataset, logits, True, checkpoint.is_new_item(table.texts))
 
 
@@ -63,20 +61,16 @@ def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, p
     """Return a model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
     sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
     make_sample.write_csv(sample, folder / "sample.csv")
-    places = {"data": str(folder / "sample.csv"), "output_dir": str(folder), "cache_dir": size.cache_dir}
-    small: dict[str, Any] = {"seed": seed, "max_epochs": size.epochs, "save_attention_every": 0}
-    settings = train.Settings(**places | small, text_encoder="hashing")
-    trainer, checkpoint = train.train_model(settings, accelerator=explain.float32_accelerator())
+    given: dict[str, Any] = {"data": str(folder / "sample.csv"), "output_dir": str(folder), "text_encoder": "hashing"}
+    given |= {"cache_dir": size.cache_dir, "seed": seed, "max_epochs": size.epochs, "save_attention_every": 0}
+    trainer, checkpoint = train.train_model(train.Settings(**given), accelerator=explain.float32_accelerator())
     assert trainer.test_set is not None
     run = run_of(checkpoint, trainer.test_set.table, trainer.test_set.text_vectors)
     return run, sample.events.assign(event_text=sample.table["event_text"])
 
 
 def with_truth(events: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Return the events with true_effect, role and group, matched by stay, text and order.
-
-    Raises ValueError where they do not belong together.
-    """
+    """Return the events with true_effect, role and group, by stay, text and order; ValueError for another sample's."""
     keys = ["icu_stay_id", "event_text"]
     left = events[keys].assign(again=events.groupby(keys).cumcount())
     right = truth.assign(again=truth.groupby(keys).cumcount())
@@ -135,17 +129,15 @@ def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dic
     rows = []
     for method in explain.METHODS:
         part, asked = scores[scores["method"] == method], method != "attention"
-        means = {}
-        for name in ("precision", "right_sign"):
-            columns = part[name].to_numpy(), part["patient_id"].to_numpy()
-            means[name] = metrics.mean_with_interval(*columns, settings.n_bootstrap, settings.seed)
+        resampled = part["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed
+        mean = lambda name: metrics.mean_with_interval(part[name].to_numpy(), *resampled)
         words = f"of the events that {method} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes "
         words += f"(chance {part['chance'].mean():.2f})"
         bar = ">= 0.9" if asked else ""
-        rows.append(criterion("planted precision@k", method, means["precision"], words, bar, "low"))
+        rows.append(criterion("planted precision@k", method, mean("precision"), words, bar, "low"))
         if asked:
             words = f"{method} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign"
-            rows.append(criterion("planted sign", method, means["right_sign"], words, ">= 0.95"))
+            rows.append(criterion("planted sign", method, mean("right_sign"), words, ">= 0.95"))
         for name in HARMLESS:
             found = {"value": float(part["cause"].mean() / part[name].mean()), "n": int(part[name].count())}
             words = f"{method} gives a cause {{value:.1f}} times as much as one of the {name} ({{n}} stays)"
@@ -159,15 +151,15 @@ def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for size, part in groups.groupby("size"):
         push, joint, alone, true = part[["attribution", "joint", "alone", "true"]].mean()
-        group, by = f"redundant evidence of {size} events", " by {value:.0%}"
-        error = lambda found, wanted: {"value": float(abs(found / wanted - 1)), "n": len(part)}
-        words = f"pushes of {group} miss the model's effect of it, mean of both ends,{by}"
-        found = error(push, (joint + alone) / 2)
-        rows.append(criterion(f"redundant, {size}", "attribution", found, words, "<= 0.25"))
-        words = f"pushes of {group} miss the effect of replacing it in its stay{by}"
-        rows.append(criterion(f"redundant, {size}: in the stay", "attribution", error(push, joint), words))
-        words = f"the model's own effect of replacing {group} misses the truth{by}"
-        rows.append(criterion(f"redundant, {size}: model", "model", error(joint, true), words))
+        group, both_ends = f"redundant evidence of {size} events", (joint + alone) / 2
+        effect, replaced = "the model's effect of it, mean of both ends,", "the effect of replacing it in its stay"
+        for name, method, found, wanted, words, bar in (
+            ("", "attribution", push, both_ends, f"pushes of {group} miss {effect}", "<= 0.25"),
+            (": in the stay", "attribution", push, joint, f"pushes of {group} miss {replaced}", ""),
+            (": model", "model", joint, true, f"the model's own effect of replacing {group} misses the truth", ""),
+        ):
+            error = {"value": float(abs(found / wanted - 1)), "n": len(part)}
+            rows.append(criterion(f"redundant, {size}{name}", method, error, words + " by {value:.0%}", bar))
     return rows
 
 
@@ -188,7 +180,7 @@ def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
 
 def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
     """Train on samples with known causes, explain, and compare; return every criterion."""
-    scores, groups, traps, runs = [], [], [], []
+    samples, groups, runs = [], [], []
     for seed in range(size.seeds):
         with tempfile.TemporaryDirectory() as folder:
             run, truth = train_on_sample(seed, Path(folder), size)
@@ -196,11 +188,10 @@ def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, A
         files.logger.info(f"Seed {seed}      {len(found['stays'])} stays explained")
         events = with_truth(found["events"], truth)
         groups.append(redundant_groups(run, events))
-        events["patient_id"] = events["patient_id"].astype(str) + f" of sample {seed}"
-        scores.append(planted_scores(events))
-        traps.append(events[["role", "true_effect", "if_unremarkable", "attribution"]])
+        samples.append(events.assign(patient_id=events["patient_id"].astype(str) + f" of sample {seed}"))
         runs.append(found["faithfulness"].assign(seed=seed))
-    criteria = of_rank(pd.concat(scores), settings) + of_redundancy(pd.concat(groups)) + of_traps(pd.concat(traps))
+    events = pd.concat(samples)
+    criteria = of_rank(planted_scores(events), settings) + of_redundancy(pd.concat(groups)) + of_traps(events)
     return [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
 
 
@@ -219,9 +210,8 @@ def say(rows: pd.DataFrame) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=Size.seeds)
-    parser.add_argument("--stays", type=int, default=Size.stays)
-    parser.add_argument("--epochs", type=int, default=Size.epochs)
+    for name in ("seeds", "stays", "epochs"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Size, name))
     parser.add_argument("--cache-dir", default=Size.cache_dir)
     parser.add_argument("--out", type=Path, help="JSON file for the criteria")
     options = parser.parse_args()

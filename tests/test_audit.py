@@ -102,8 +102,6 @@ def test_audit_of_a_table_counts_what_crosses_the_split_and_what_came_late(tmp_p
 
 
 # ---- Texts
-
-
 def test_audit_of_texts_flags_an_item_that_only_the_dead_have_and_no_other(tmp_path):
     table = small_table(120)
     died = table[LABEL] == "1"

@@ -67,8 +67,6 @@ def report(tables, pictures):
 
 
 # ---- Words
-
-
 @pytest.mark.parametrize(
     "text, short",
     [
@@ -130,8 +128,6 @@ def test_a_risk_is_set_beside_what_became_of_stays_like_it():
 
 
 # ---- The page
-
-
 def test_report_escapes_event_texts(report):
     assert "<script" not in report and "&lt;script&gt;alert(1)&lt;/script&gt;" in report
     assert "<b>9" not in report and "&lt;b&gt;9&lt;/b&gt;" in report

@@ -67,8 +67,6 @@ def test_windows_have_their_share_of_the_push_of_the_events_and_a_sentence(event
 
 
 # ---- Items
-
-
 def events_of(values, pushes, item="Lab: Lactate (Blood, Blood Gas)"):
     table = {"icu_stay_id": 1, "patient_id": range(len(values)), "event": 0, "item": item, "value": values}
     return pd.DataFrame(table | {"attribution": pushes, "tells_outcome": False})

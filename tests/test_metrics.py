@@ -128,8 +128,6 @@ def test_mean_with_interval_resamples_patients_and_leaves_out_nan():
 
 
 # ---- Subgroups and clinical use
-
-
 def test_race_is_grouped_by_its_first_words():
     groups = "WHITE - BRAZILIAN=WHITE; BLACK/CAPE VERDEAN=BLACK; HISPANIC OR LATINO=HISPANIC; ASIAN=ASIAN; "
     groups += "HISPANIC/LATINO - CUBAN=HISPANIC; NATIVE HAWAIIAN OR OTHER PACIFIC ISLANDER=NATIVE HAWAIIAN; "
