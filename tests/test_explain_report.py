@@ -1,6 +1,5 @@
 """What is said of an explanation: words for numbers and texts, sentences of checks and findings, and the page."""
 
-import html.parser
 import re
 import shutil
 import subprocess
@@ -8,12 +7,14 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
+from small_table import LACTATE
 
 from clinical_lf import explain_report
 from clinical_lf.explain_report import Check, check_table
 from clinical_lf.plots import new_figure
 
-ATTACK = 'Lab: <script>alert(1)</script> & "$x_{$ (Blood, Chemistry) | Value: <b>9</b> | Level: far above range'
+FAR = "far above range"
+ATTACK = f'Lab: <script>alert(1)</script> & "$x_{{$ (Blood, Chemistry) | Value: <b>9</b> | Level: {FAR}'
 INFO = {"text_encoder": "hashing", "data": "synthetic", "checkpoint": "best_model.pth", "calibration": None}
 INFO |= {"setting": "The model sees every event up to the final one."}
 FAITHFULNESS = check_table(
@@ -27,27 +28,22 @@ FAITHFULNESS = check_table(
 
 def loud(explained):
     """The tables of a small run, its pushes and weights enlarged until they matter, hostile texts, checks made up."""
-    tables = {
-        name: table.copy() if isinstance(table, pd.DataFrame) else dict(table) for name, table in explained.items()
-    }
-    events, stays, attention = tables["events"], tables["stays"], tables["attention"]
+    tables = {name: table.copy() for name, table in explained.items()}
     for name in ("events", "statics", "groups", "layers", "systems"):
-        table = tables[name]
-        pushes = [column for column in table if re.match("attribution|if_unremarkable|ablation|push", column)]
-        tables[name][pushes] = 300 * table[pushes]
-    strongest = events[events["icu_stay_id"] == attention["icu_stay_id"]]["attribution"].idxmax()
-    events.loc[events["icu_stay_id"] == attention["icu_stay_id"], "event_text"] = ATTACK
-    events.loc[strongest, "item"] = ATTACK.split(" | ")[0]
-    stays.loc[stays["icu_stay_id"] == attention["icu_stay_id"], ["complete", "gap_error"]] = [False, 0.3]
-    attention["texts"] = [ATTACK] * len(attention["texts"])
-    attention["pooling"] = np.random.default_rng(0).dirichlet(np.full(len(attention["texts"]), 0.3), 4)
-    decisive = events[events["icu_stay_id"] == attention["icu_stay_id"]][["icu_stay_id", "event", "event_text"]][:2]
+        pushes = tables[name].filter(regex="^(attribution|if_unremarkable|ablation|push)").columns
+        tables[name][pushes] *= 300
+    events, stays, attention = tables["events"], tables["stays"], tables["attention"]
+    stay, n_events = attention["icu_stay_id"], len(attention["texts"])
+    own = events["icu_stay_id"] == stay
+    events.loc[own, "event_text"] = ATTACK
+    events.loc[events["attribution"][own].idxmax(), "item"] = ATTACK.split(" | ")[0]
+    stays.loc[stays["icu_stay_id"] == stay, ["complete", "gap_error"]] = [False, 0.3]
+    pooling = np.random.default_rng(0).dirichlet(np.full(n_events, 0.3), 4)
+    tables["attention"] = attention | {"texts": [ATTACK] * n_events, "pooling": pooling}
+    decisive = events[own][["icu_stay_id", "event", "event_text"]][:2]
     tables["decisive"] = decisive.assign(threshold=0.5, probability=0.61, probability_without=0.18)
-    verdict = tables["verdict"]
-    return tables | {
-        "faithfulness": FAITHFULNESS,
-        "verdict": verdict.assign(passed=verdict["passed"].replace(False, True)),
-    }
+    passed = tables["verdict"]["passed"].replace(False, True)
+    return tables | {"faithfulness": FAITHFULNESS, "verdict": tables["verdict"].assign(passed=passed)}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +52,9 @@ def tables(explained):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def report(tables):
     names = ("query_vector_analysis", "feature_importance")
-    return {name: explain_report.picture_of(new_figure(f"Why {name}?", "", 1.0)) for name in names}
-
-
-@pytest.fixture(scope="module")
-def report(tables, pictures):
+    pictures = {name: explain_report.picture_of(new_figure(f"Why {name}?", "", 1.0)) for name in names}
     return explain_report.render_report(tables, pictures, INFO)
 
 
@@ -70,10 +62,7 @@ def report(tables, pictures):
 @pytest.mark.parametrize(
     "text, short",
     [
-        (
-            "Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: far above range",
-            "Lactate · 5.2 mmol/L · far above range",
-        ),
+        (f"{LACTATE} | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: {FAR}", f"Lactate · 5.2 mmol/L · {FAR}"),
         ("Lab: Sodium (Urine, Chemistry) | Value: 30 mEq/L", "Sodium (Urine, Chemistry) · 30 mEq/L"),
         ("Microbiology: URINE | Test: URINE CULTURE | Comment: NO GROWTH.", "Microbiology: URINE · URINE CULTURE"),
         ("Procedure: EKG (4-Procedures) | Status: FinishedRunning", "Procedure: EKG"),
@@ -101,14 +90,12 @@ def test_numbers_are_written_as_a_person_would(function, number, words):
 
 
 def test_a_check_says_in_words_whether_it_holds():
-    rows = FAITHFULNESS.set_index("check")
-    assert rows["passed"].to_dict() == {"deletion": True, "infidelity": False, "agreement": None}
-    assert rows["sentence"]["deletion"].endswith("1.20 [1.00, 1.40] further than in random order. (Asked: > 0: yes.)")
-    assert rows["sentence"]["infidelity"].startswith("The values of replacement predict")
-    assert rows["sentence"]["infidelity"].endswith("(Asked: <= 0.2: NO.)")
-    assert (
-        rows["sentence"]["agreement"].startswith("Pooling attention") and "Asked" not in rows["sentence"]["agreement"]
-    )
+    wanted = [["deletion", True], ["infidelity", False], ["agreement", None]]
+    assert FAITHFULNESS[["check", "passed"]].values.tolist() == wanted
+    deletion, infidelity, agreement = FAITHFULNESS["sentence"]
+    assert deletion.endswith("1.20 [1.00, 1.40] further than in random order. (Asked: > 0: yes.)")
+    assert infidelity.startswith("The values of replacement predict") and infidelity.endswith("(Asked: <= 0.2: NO.)")
+    assert agreement.startswith("Pooling attention") and "Asked" not in agreement
 
 
 def test_checks_are_counted_and_none_where_the_verdict_warns():
@@ -128,48 +115,41 @@ def test_a_risk_is_set_beside_what_became_of_stays_like_it():
 
 
 # ---- The page
-def test_report_escapes_event_texts(report):
+def test_report_escapes_event_texts_is_self_contained_accessible_and_closes_every_tag(report):
     assert "<script" not in report and "&lt;script&gt;alert(1)&lt;/script&gt;" in report
     assert "<b>9" not in report and "&lt;b&gt;9&lt;/b&gt;" in report
-
-
-def test_report_is_self_contained_and_accessible(report):
     assert report.startswith("<!DOCTYPE html>") and '<html lang="en">' in report and "default-src 'none'" in report
     assert all(address.startswith(("data:", "#")) for address in re.findall(r'(?:src|href)="([^"]*)"', report))
     assert report.count('<img alt="Why ') == report.count("<img") == 2
     assert report.count("<table>") == report.count("<thead>") == report.count("<caption>") > 10
+    opened = []
+    for is_end, tag in re.findall("<(/?)([a-z][a-z0-9]*)", report):
+        if is_end:
+            assert opened.pop() == tag
+        elif tag not in ("meta", "link", "img"):
+            opened.append(tag)
+    assert opened == []
 
 
-def test_report_tells_risk_outcome_checks_and_gap_of_every_shown_stay(report, tables):
+def test_report_tells_risk_outcome_checks_gap_and_decisive_events_of_every_shown_stay(report, tables):
     shown = tables["stays"].query("why_shown != ''")
     assert report.count('<section class="stay"') == len(shown) == 2
-    for expected in (
-        *shown["why_shown"],
-        *shown["probability"].map(explain_report.percent),
-        *shown["label"].map(explain_report.outcome),
-        "<td>falls short</td>",
-        "<td>not judged</td>",
-        "1 of 2 checks",
-        "of push</th>",
-        "do not add up",
-        INFO["setting"],
-    ):
+    risks, outcomes = shown["probability"].map(explain_report.percent), shown["label"].map(explain_report.outcome)
+    judged = ["<td>falls short</td>", "<td>not judged</td>", "1 of 2 checks", "of push</th>", "do not add up"]
+    decisive = "Without these 2 events the risk would be 18 % instead of 61 %, on the other side of 50 %: "
+    for expected in (*shown["why_shown"], *risks, *outcomes, *judged, decisive, INFO["setting"]):
         assert expected in report
 
 
 def test_report_says_of_how_many_events_replacements_are(tables):
-    events, stays = tables["events"].copy(), tables["stays"].copy()
+    events, stays = tables["events"], tables["stays"]
     assert explain_report.replaced_in_words(events) == ""
     assert "replaced one by one" not in explain_report.cohort_sentence(stays)
-    events.loc[events["event"] >= 20, "if_unremarkable"] = np.nan
-    known, n_events = (events["event"] < 20).sum(), len(events)
-    assert explain_report.replaced_in_words(events) == f"; {known} of {n_events} events replaced one by one"
-    stays["n_replaced"] = 20
-    assert "100 events, the strongest of each stay, were replaced" in explain_report.cohort_sentence(stays)
-
-
-def test_report_says_without_which_events_the_decision_would_be_another(report):
-    assert "Without these 2 events the risk would be 18 % instead of 61 %, on the other side of 50 %: " in report
+    known = events["event"] < 20
+    words = explain_report.replaced_in_words(events.assign(if_unremarkable=events["if_unremarkable"].where(known)))
+    assert words == f"; {known.sum()} of {len(events)} events replaced one by one"
+    words = explain_report.cohort_sentence(stays.assign(n_replaced=20))
+    assert "100 events, the strongest of each stay, were replaced" in words
 
 
 def test_report_says_that_no_event_mattered_instead_of_listing_them(tables):
@@ -186,40 +166,19 @@ def test_report_begins_with_the_verdict(tables):
     assert "checks with a threshold are passed" not in page
 
 
-def test_report_of_one_stay_of_unknown_outcome_says_so(tables):
-    one = one_stay(tables)
-    page = explain_report.render_report(one, {}, INFO)
-    assert "outcome unknown" in page and "1 held-out stay of 1 patient with" in page
-    assert "Their outcomes are unknown." in page
-
-
 def one_stay(tables):
     """The tables of the stay whose attention is drawn, of unknown outcome, and no head measured."""
-    stay = tables["attention"]["icu_stay_id"]
-    frames = {name: table for name, table in tables.items() if isinstance(table, pd.DataFrame)}
-    own = {name: table[table["icu_stay_id"] == stay] for name, table in frames.items() if "icu_stay_id" in table}
-    return tables | own | {"heads": tables["heads"][:0], "stays": own["stays"].assign(label=np.nan)}
+    own = {"heads": tables["heads"][:0]}
+    for name, table in tables.items():
+        if isinstance(table, pd.DataFrame) and "icu_stay_id" in table:
+            own[name] = table[table["icu_stay_id"] == tables["attention"]["icu_stay_id"]]
+    return tables | own | {"stays": own["stays"].assign(label=np.nan)}
 
 
-class Tags(html.parser.HTMLParser):
-    """Raises where a tag closes that is not the open one."""
-
-    def __init__(self):
-        super().__init__()
-        self.open = []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "link", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_report_closes_every_tag(report):
-    parser = Tags()
-    parser.feed(report)
-    assert parser.open == []
+def test_report_of_one_stay_of_unknown_outcome_says_so(tables):
+    page = explain_report.render_report(one_stay(tables), {}, INFO)
+    assert "outcome unknown" in page and "1 held-out stay of 1 patient with" in page
+    assert "Their outcomes are unknown." in page
 
 
 def browse(path):

@@ -35,11 +35,8 @@ def test_text_is_read_as_item_number_unit_and_the_rest(marked, item, value, unit
     assert items.read_text(text) == pytest.approx((item, value, unit, without_value), nan_ok=True)
 
 
-def test_masked_numbers_are_those_that_stand_alone():
+def test_masked_numbers_are_those_that_stand_alone_and_the_hash_is_of_the_item_alone():
     assert items.mask_numbers("Lab: PaO2 5% | Value: 4.1 mmol/L | 1.1e-05") == "Lab: PaO2 #% | Value: # mmol/L | #"
-
-
-def test_item_hash_is_of_the_item_alone():
     low, high, other = map(items.item_hash, (f"{LACTATE} | Value: 1", f"{LACTATE} | Value: 9", "Lab: Glucose"))
     assert low == high != other and len(low) == 16
 
@@ -76,12 +73,9 @@ def test_item_history_does_not_know_what_follows(lactates):
     pd.testing.assert_frame_equal(cut.drop(columns="is_latest"), known.drop(columns="is_latest"))
 
 
-def test_quantiles_of_an_item_are_its_values_and_65_at_most(lactates):
+def test_quantiles_of_an_item_are_65_of_its_values_clipped_and_zero_without_a_number(lactates):
     (name,), (values,) = zip(*items.item_quantiles(lactates).items())
     assert name == IN_UNIT and len(values) == 65 and values == sorted(values) and set(values) == {1, 2, 6}
-
-
-def test_quantiles_are_clipped_and_zero_without_a_number():
     assert items.quantiles_in([0.0, 1.0, 2.0, 3.0], np.array([-5, 1.5, 99, math.nan])).tolist() == [-1, 0, 1, 0]
 
 

@@ -15,50 +15,42 @@ HISTORY = pd.DataFrame(
 )
 
 
-def predictions(n=60):
+def predictions(n):
     generator = np.random.default_rng(0)
     logits = generator.normal(-1, 1.5, n)
     return (generator.random(n) < expit(logits)).astype(int), expit(logits)
 
 
-def trajectories(n=60):
+def trajectories(n):
     labels, risks = predictions(n)
     columns = {"icu_stay_id": np.repeat(range(n), 2), "hours_after_admission": [6, 24] * n}
     return pd.DataFrame(columns | {"probability": np.repeat(risks, 2), "label": np.repeat(labels, 2)})
 
 
-def record_of_attention(n):
-    """What `train.load_attention_weights` reads of a file."""
-    layers, pooling = [np.full((1, 2, 5, 5), 0.2)] * 4, np.full((1, 4, 1, n), 1 / n)
-    names = {"icu_stay_id": 3, "probability": 0.25, "hours_to_final_event": np.arange(n)}
-    return names | {"layer_attention_weights": layers, "pooling_weights": pooling}
-
-
-def figure_of(name, n=60):
+def scored(n, judge=metrics.evaluate_predictions):
+    """Labels and risks of n stays, and what is found of them."""
     labels, risks = predictions(n)
-    figures = metrics.evaluate_predictions(labels, risks, np.arange(n), n_bootstrap=20)
-    curve = metrics.decision_curve(labels, risks, patient_ids=np.arange(n), n_bootstrap=20)
-    return {
-        "training": lambda: plots.plot_training_curves(HISTORY, "made up"),
-        "roc": lambda: plots.plot_roc_and_pr(labels, risks, figures, "made up"),
-        "calibration": lambda: plots.plot_calibration(labels, risks, figures, "made up"),
-        "decision": lambda: plots.plot_decision_curve(curve, "made up"),
-        "attention": lambda: plots.plot_attention_heatmap(
-            np.full((4, 5, 5), 0.2), np.full((4, n), 1 / n), np.arange(n), "Where?", "made up"
-        ),
-        "attention without layers": lambda: plots.plot_attention_heatmap(
-            [], np.full((4, 1300), 1 / n), np.arange(1300), "Where?", "made up"
-        ),
-        "trajectories": lambda: plots.plot_risk_trajectories(trajectories(n), "made up"),
-    }[name]()
+    return labels, risks, judge(labels, risks, patient_ids=np.arange(n), n_bootstrap=20)
 
 
-ALL = ("training", "roc", "calibration", "decision", "attention", "attention without layers", "trajectories")
+def heatmap(layers, n):
+    return plots.plot_attention_heatmap(layers, np.full((4, n), 1 / n), np.arange(n), "Where?", "made up")
 
 
-@pytest.mark.parametrize("name", ALL)
+FIGURES = {
+    "training": lambda n: plots.plot_training_curves(HISTORY, "made up"),
+    "roc": lambda n: plots.plot_roc_and_pr(*scored(n), "made up"),
+    "calibration": lambda n: plots.plot_calibration(*scored(n), "made up"),
+    "decision": lambda n: plots.plot_decision_curve(scored(n, metrics.decision_curve)[2], "made up"),
+    "attention": lambda n: heatmap(np.full((4, 5, 5), 0.2), n),
+    "attention without layers": lambda n: heatmap([], 1300),
+    "trajectories": lambda n: plots.plot_risk_trajectories(trajectories(n), "made up"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
 def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(name, tmp_path):
-    before, figure = dict(matplotlib.rcParams), figure_of(name)
+    before, figure = dict(matplotlib.rcParams), FIGURES[name](60)
     assert isinstance(figure, Figure) and figure.get_suptitle().endswith("?") and figure.get_supxlabel() == "made up"
     assert any(axes.get_xlabel() for axes in figure.axes) and any(axes.get_ylabel() for axes in figure.axes)
     figure.savefig(tmp_path / "plot.png")
@@ -67,7 +59,7 @@ def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(nam
 
 @pytest.mark.parametrize("name", ["roc", "calibration", "decision", "trajectories"])
 def test_plot_of_two_stays_can_be_drawn(name, tmp_path):
-    figure_of(name, n=2).savefig(tmp_path / "plot.png")  # both survived
+    FIGURES[name](2).savefig(tmp_path / "plot.png")  # both survived
 
 
 def test_training_curves_mark_the_epoch_of_the_lowest_validation_loss():
@@ -76,21 +68,22 @@ def test_training_curves_mark_the_epoch_of_the_lowest_validation_loss():
 
 
 def test_calibration_points_are_the_table():
-    labels, risks = predictions(150)
-    figures = metrics.evaluate_predictions(labels, risks, np.arange(150), n_bootstrap=20)
-    points = plots.plot_calibration(labels, risks, figures).axes[0].lines[1].get_xydata()
-    table = metrics.calibration_table(labels, risks, 10)
+    points = FIGURES["calibration"](150).axes[0].lines[1].get_xydata()
+    table = metrics.calibration_table(*predictions(150), 10)
     assert points == pytest.approx(table[["mean_risk", "observed_rate"]].to_numpy())
 
 
 def test_prevalence_line_lies_at_the_death_rate():
-    labels, _ = predictions()
-    lines = {line.get_label(): line for line in figure_of("roc").axes[1].lines}
-    assert lines[f"chance: the death rate, {labels.mean():.2f}"].get_ydata() == pytest.approx([labels.mean()] * 2)
+    rate = predictions(60)[0].mean()
+    lines = {line.get_label(): line for line in FIGURES["roc"](60).axes[1].lines}
+    assert lines[f"chance: the death rate, {rate:.2f}"].get_ydata() == pytest.approx([rate] * 2)
 
 
 def test_saved_attention_is_drawn_with_its_stay_risk_and_encoder():
-    figure = plots.draw_saved_attention(record_of_attention(9), "attention_epoch_1_batch_0", "hashing", "hours before")
+    record = {"icu_stay_id": 3, "probability": 0.25, "hours_to_final_event": np.arange(9)}
+    record |= {"layer_attention_weights": [np.full((1, 2, 5, 5), 0.2)] * 4}
+    record["pooling_weights"] = np.full((1, 4, 1, 9), 1 / 9)
+    figure = plots.draw_saved_attention(record, "attention_epoch_1_batch_0", "hashing", "hours before")
     assert "ICU stay 3?" in figure.get_suptitle()
     caption = " ".join(figure.get_supxlabel().split())
     assert caption == "attention epoch 1 batch 0, a training stay · risk 0.25 · text encoder: hashing"
