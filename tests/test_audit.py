@@ -85,8 +85,7 @@ def test_audit_of_a_table_counts_what_crosses_the_split_and_what_came_late(tmp_p
     frame.loc[of_stay == 50, "patient_id"] = frame["patient_id"][0]
     frame.loc[frame.index % 30 == 2, "event_known_time"] = "2150-03-09 08:00:00"
     table, report = read_stays(frame, tmp_path)
-    stays = np.arange(len(table.stays))
-    split = Split(stays[:40], stays[40:50], stays[50:])
+    split = Split(*np.split(np.arange(len(table.stays)), [40, 50]))
     found = {flag: audit.audit_table(table, split, report, 0, flag).set_index("name") for flag in (False, True)}
     counts = found[True]["count"]
     assert counts["patients in two parts of the split"] == 1 and counts["admissions in two parts of the split"] == 0
@@ -111,8 +110,8 @@ def test_audit_of_texts_flags_an_item_that_only_the_dead_have_and_no_other(tmp_p
     table.loc[table.index % 3 == 1, "event_text"] = "Prescription: Heparin | Dose: 5000 UNIT"
     texts = audit.audit_texts(read_stays(table, tmp_path)[0]).set_index("text")
     assert texts.index[texts.flagged].tolist() == ["Discharge: expired", "Lab: Sodium | Value: #"]
-    assert texts.loc["Discharge: expired", ["stays", "deaths", "auroc", "purity"]].tolist() == [60, 60, 1.0, 1.0]
-    assert texts.loc["Discharge: expired", "median_hours_to_end"] == 46
+    columns = ["stays", "deaths", "auroc", "purity", "median_hours_to_end"]
+    assert texts.loc["Discharge: expired", columns].tolist() == [60, 60, 1.0, 1.0, 46]
     assert texts.loc["Prescription: Heparin | Dose: # UNIT", "auroc"] == 0.5
 
 
@@ -121,23 +120,18 @@ LABELS = np.tile([1.0, 0, 0, 0], 20)
 
 def table_of(events, labels=LABELS):
     """Stays with these labels that have a text each time their number is among its stays: text -> stays."""
-    rows = pd.DataFrame([(stay, text) for text, stays in events.items() for stay in stays], columns=["stay", "text"])
-    rows = rows.sort_values("stay", kind="stable")
-    codes, texts = pd.factorize(rows["text"])
-    offsets = np.searchsorted(rows["stay"], np.arange(len(labels) + 1))
+    rows = pd.Series(events).explode().sort_values(kind="stable")
+    codes, texts = pd.factorize(rows.index)
+    offsets = np.searchsorted(rows.to_numpy(int), np.arange(len(labels) + 1))
     arrays = {name: np.zeros(len(rows), kind) for name, kind in EVENT_ARRAYS.items()} | {"text": codes}
     return StayTable(pd.DataFrame({LABEL: labels}), offsets, texts=np.array(texts, object), **arrays)
 
 
-def test_planted_leak_is_named_and_a_common_text_is_not():
-    deaths = np.flatnonzero(LABELS == 1)
+def test_text_that_one_outcome_alone_has_is_a_leak_a_common_one_is_not_and_few_deaths_say_nothing():
+    deaths, events = np.flatnonzero(LABELS == 1), {"Procedure: Discharge teaching": np.flatnonzero(LABELS == 0)}
     common, planted = {"Lab: Sodium": range(80)}, {"Procedure: Comfort measures": [*deaths, *deaths]}
     assert audit.leaking_texts(table_of(common | planted)) == {"Procedure: Comfort measures": 1.0}
     assert audit.leaking_texts(table_of(common)) == {}
-
-
-def test_a_text_that_only_survivors_have_is_a_leak_too_and_few_deaths_say_nothing():
-    events = {"Procedure: Discharge teaching": np.flatnonzero(LABELS == 0)}
     assert audit.leaking_texts(table_of(events)) == {"Procedure: Discharge teaching": 1.0}
     nine_deaths = np.where(np.arange(80) < 36, LABELS, np.nan)
     assert audit.leaking_texts(table_of(events, nine_deaths)) == {}

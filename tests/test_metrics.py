@@ -11,6 +11,8 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 
 from clinical_lf import metrics
 
+CALIBRATION = ("calibration_intercept", "calibration_slope")
+
 
 def simulate(n, seed=0, mean=-1.0, spread=1.5):
     """Labels drawn from the very risks: perfectly calibrated."""
@@ -24,58 +26,56 @@ def figures(labels, risks, n_bootstrap=0, patients=None):
     return metrics.evaluate_predictions(labels, risks, patients, n_bootstrap=n_bootstrap)
 
 
+def values(result, *names):
+    return [result[name]["value"] for name in names]
+
+
 def test_figures_of_a_hand_example():
     result = figures([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 50)
-    assert result["auroc"]["value"] == pytest.approx(0.75)  # 3 of 4 pairs in order
-    assert result["auprc"]["value"] == pytest.approx((1 + 2 / 3) / 2)
-    assert result["brier"]["value"] == pytest.approx((0.01 + 0.16 + 0.65**2 + 0.04) / 4)
-    assert (result["n_stays"], result["n_patients"], result["n_deaths"], result["prevalence"]) == (4, 4, 2, 0.5)
+    by_hand = [0.75, (1 + 2 / 3) / 2, (0.01 + 0.16 + 0.65**2 + 0.04) / 4]  # 3 of 4 pairs in order
+    assert values(result, "auroc", "auprc", "brier") == pytest.approx(by_hand)
+    assert [result[name] for name in ("n_stays", "n_patients", "n_deaths", "prevalence")] == [4, 4, 2, 0.5]
 
 
 @pytest.mark.parametrize("decimals", [1, 8])  # with many ties and with none
 def test_figures_equal_scikit_learn(decimals):
     labels, logits = simulate(200)
-    risks = expit(logits).round(decimals)
-    result = figures(labels, risks)
-    for name, function in (("auroc", roc_auc_score), ("auprc", average_precision_score), ("brier", brier_score_loss)):
-        assert result[name]["value"] == pytest.approx(function(labels, risks))
-        assert result[name]["low"] is None
+    risks, names = expit(logits).round(decimals), ("auroc", "auprc", "brier")
+    result, theirs = figures(labels, risks), (roc_auc_score, average_precision_score, brier_score_loss)
+    assert values(result, *names) == pytest.approx([function(labels, risks) for function in theirs])
+    assert [result[name]["low"] for name in names] == [None] * 3
 
 
 def test_calibration_of_calibrated_predictions_is_zero_and_one():
     labels, logits = simulate(20_000)
     result = figures(labels, expit(logits), 50)
-    assert result["calibration_intercept"]["value"] == pytest.approx(0, abs=0.06)
-    assert result["calibration_slope"]["value"] == pytest.approx(1, abs=0.06)
+    assert values(result, *CALIBRATION) == pytest.approx([0, 1], abs=0.06)
     assert result["calibration_slope"]["low"] < 1 < result["calibration_slope"]["high"]
 
 
 def test_slope_is_halved_by_doubled_logits_and_intercept_shifted_by_an_added_constant_even_from_far():
     labels, logits = simulate(2000)
-    plain, doubled, shifted, far = (figures(labels, expit(z)) for z in (logits, 2 * logits, logits + 1, 6 * logits - 8))
-    assert doubled["calibration_slope"]["value"] == pytest.approx(plain["calibration_slope"]["value"] / 2, abs=1e-4)
-    difference = shifted["calibration_intercept"]["value"] - plain["calibration_intercept"]["value"]
-    assert difference == pytest.approx(-1, abs=1e-6)
+    changed = (logits, 2 * logits, logits + 1, 6 * logits - 8)
+    intercepts, slopes = zip(*(values(figures(labels, expit(z)), *CALIBRATION) for z in changed))
+    assert slopes[1] == pytest.approx(slopes[0] / 2, abs=1e-4)
+    assert intercepts[2] - intercepts[0] == pytest.approx(-1, abs=1e-6)
     clipped = (logits * 6 - 8).clip(-16.12, 16.12)  # probabilities are kept 1e-7 from 0 and 1
-    assert expit(far["calibration_intercept"]["value"] + clipped).mean() == pytest.approx(labels.mean(), abs=1e-4)
+    assert expit(intercepts[3] + clipped).mean() == pytest.approx(labels.mean(), abs=1e-4)
 
 
 def test_interval_widens_when_patients_repeat_stays():
     labels, logits = simulate(100)
     labels, risks = np.repeat(labels, 4), np.repeat(expit(logits), 4)
-    by_patient, by_stay = (
-        figures(labels, risks, 500, patients)["auroc"] for patients in (np.repeat(np.arange(100), 4), np.arange(400))
-    )
+    patients = (np.arange(400) // 4, np.arange(400))
+    by_patient, by_stay = (figures(labels, risks, 500, ids)["auroc"] for ids in patients)
     ratio = (by_patient["high"] - by_patient["low"]) / (by_stay["high"] - by_stay["low"])
     assert by_patient["value"] == by_stay["value"] and 1.6 < ratio < 2.4  # sqrt(4) in theory
 
 
 def test_interval_is_that_of_a_plain_bootstrap_loop():
     labels, logits = simulate(300)
-    generator, loop = np.random.default_rng(1), []
-    for _ in range(500):
-        rows = generator.integers(0, 300, 300)
-        loop.append(roc_auc_score(labels[rows], logits[rows]))
+    drawn = np.random.default_rng(1).integers(0, 300, (500, 300))
+    loop = [roc_auc_score(labels[rows], logits[rows]) for rows in drawn]
     figure = figures(labels, expit(logits), 2000)["auroc"]
     assert [figure["low"], figure["high"]] == pytest.approx(list(np.quantile(loop, [0.025, 0.975])), abs=0.015)
 
@@ -93,8 +93,7 @@ def test_single_class_gives_none_with_a_reason_and_resamples_of_one_are_skipped(
 
 def test_separated_outcomes_have_no_slope():
     result = figures([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], 50)
-    assert result["calibration_slope"]["value"] is None and result["calibration_slope"]["reason"]
-    assert result["calibration_intercept"]["value"] == pytest.approx(0, abs=1e-6)
+    assert values(result, *CALIBRATION) == [pytest.approx(0, abs=1e-6), None] and result["calibration_slope"]["reason"]
     json.dumps(result, allow_nan=False)
 
 
@@ -114,10 +113,9 @@ def test_figures_of_fewer_than_ten_of_an_outcome_are_too_few_to_read(deaths):
 
 
 def test_figure_in_words_has_its_interval():
-    whole = {"value": 0.81, "low": 0.7, "high": 0.9}
-    assert metrics.figure_text(whole) == "0.81 (95 % interval 0.70 to 0.90)"
-    assert metrics.figure_text(whole | {"high": None}).endswith("to unbounded)")
-    assert metrics.figure_text(whole | {"low": None, "high": None}) == "0.81"
+    text = lambda low, high: metrics.figure_text({"value": 0.81, "low": low, "high": high})
+    assert text(0.7, 0.9) == "0.81 (95 % interval 0.70 to 0.90)" and text(None, None) == "0.81"
+    assert text(0.7, None).endswith("to unbounded)")
 
 
 def test_mean_with_interval_resamples_patients_and_leaves_out_nan():
@@ -148,15 +146,14 @@ def test_subgroup_with_few_deaths_says_too_few():
     died = np.flatnonzero(labels == 1)
     groups = pd.DataFrame({"sex": np.where(np.isin(np.arange(300), died[:9]), "F", "M")})  # 9 women, all died
     table = metrics.subgroup_table(labels, expit(logits), np.arange(300), groups, n_bootstrap=50).set_index("value")
-    assert table.loc["F", "too_few_to_read"] and np.isnan(table.loc["F", "auroc"]) and table.loc["F", "stays"] == 9
-    men = groups.sex == "M"
-    assert table.loc["M", "auroc"] == pytest.approx(roc_auc_score(labels[men], logits[men]))
-    assert table.loc["all stays", "deaths"] == labels.sum() and not table.loc["M", "too_few_to_read"]
+    women, men, is_man = table.loc["F"], table.loc["M"], groups.sex == "M"
+    assert women["too_few_to_read"] and np.isnan(women["auroc"]) and women["stays"] == 9
+    assert men["auroc"] == pytest.approx(roc_auc_score(labels[is_man], logits[is_man]))
+    assert table.loc["all stays", "deaths"] == labels.sum() and not men["too_few_to_read"]
 
 
 def test_operating_point_by_hand():
-    labels = [1, 1, 1, 1, 1, 0, 0, 0]
-    risks = [0.9, 0.8, 0.7, 0.6, 0.1, 0.65, 0.5, 0.3]
+    labels, risks = [1, 1, 1, 1, 1, 0, 0, 0], [0.9, 0.8, 0.7, 0.6, 0.1, 0.65, 0.5, 0.3]
     groups = pd.DataFrame({"sex": list("FFFMMFMM")})
     points = metrics.subgroup_table(labels, risks, np.arange(8), groups, n_bootstrap=50).set_index("value")
     whole, men = points.loc["all stays"], points.loc["M"]
@@ -175,8 +172,7 @@ def test_net_benefit_by_hand():
 
 
 def test_net_benefit_interval_holds_the_value_and_narrows_with_patients():
-    labels, logits = simulate(400)
-    widths = []
+    (labels, logits), widths = simulate(400), []
     for n in (100, 400):
         curve = metrics.decision_curve(labels[:n], expit(logits[:n]), [0.2], np.arange(n), n_bootstrap=300)
         assert curve["low"][0] < curve["model"][0] < curve["high"][0]
@@ -188,6 +184,5 @@ def test_calibration_table_by_hand():
     table = metrics.calibration_table([0, 0, 1, 1, 1, 1], [0.1, 0.2, 0.3, 0.7, 0.8, 0.9], n_bins=2)
     assert table.n.tolist() == [3, 3] and table.mean_risk.tolist() == pytest.approx([0.2, 0.8])
     assert table.observed_rate.tolist() == pytest.approx([1 / 3, 1])
-    z2 = 1.959964**2
-    assert table.low[1] == pytest.approx(1 / (1 + z2 / 3), abs=1e-4)  # Wilson, 3 of 3
+    assert table.low[1] == pytest.approx(1 / (1 + 1.959964**2 / 3), abs=1e-4)  # Wilson, 3 of 3
     assert len(metrics.calibration_table([0, 1], [0.5, 0.5])) == 1  # all tied: one bin
