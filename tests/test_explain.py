@@ -31,9 +31,9 @@ LINEAR = LinearStay(INPUT_DIM, STATIC_DIM)
 def model():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = train.ClinicalTransformer(INPUT_DIM, STATIC_DIM, 16, 2, 2, 32, 2)
+        made = train.ClinicalTransformer(INPUT_DIM, STATIC_DIM, 16, 2, 2, 32, 2).eval()
         made.query_vector.data.normal_()
-    return made.eval()
+        return made
 
 
 @pytest.fixture
@@ -85,9 +85,7 @@ def test_attribution_ignores_padding_other_stays_and_masked_events(model, stay):
     alone = explain.captum_analysis(model, *stay.inputs, baseline=stay.baseline)
     padded = torch.full((2, N_EVENTS + 200, INPUT_DIM), math.nan)
     padded[0, :N_EVENTS], padded[1] = stay.sequence[0], 1.0
-    mask = torch.ones(2, N_EVENTS + 200, dtype=torch.bool)
-    mask[0, N_EVENTS:] = False
-    both = (padded, stay.static.expand(2, -1), mask)
+    both = (padded, stay.static.expand(2, -1), ~padded.isnan().any(2))
     found = explain.captum_analysis(model, *both, stay.baseline, n_steps=50, retry=False)
     torch.testing.assert_close(found.events[0, :N_EVENTS], alone.events[0], rtol=0, atol=1e-6)
     assert (found.events[0, N_EVENTS:] == 0).all()
@@ -275,7 +273,6 @@ def test_a_check_is_held_to_its_threshold_by_the_limit_of_its_interval():
 
 
 # ---- Verdict
-
 N_STAYS = 80
 LABELS = np.tile([1.0, 0, 0, 0], N_STAYS // 4)
 SHUFFLED = np.random.default_rng(1).permutation(LABELS)
@@ -542,13 +539,12 @@ def test_chosen_stays_are_shown_for_a_reason_and_a_death_is_among_them(run):
 
 def test_risk_as_events_arrive_is_that_of_what_was_known_by_then_and_of_nothing_later(run):
     table = explain.trajectory_table(run, 0, 4)
+    trained, accelerator = run.checkpoint, explain.float32_accelerator()
     for row in table.itertuples():
         known = known_at(run.table.take(np.array([0])), row.hours_since_admission)
-        dataset = train.ClinicalSequenceDataset(known, run.checkpoint.preprocessor, run.dataset.text_vectors)
-        accelerator = explain.float32_accelerator()
-        logits = train.predict_logits(run.checkpoint.model, dataset, run.checkpoint.settings, accelerator)
-        assert row.probability == pytest.approx(expit(logits[0]), abs=1e-5)
-        assert row.n_events == len(dataset[0][0])
+        dataset = train.ClinicalSequenceDataset(known, trained.preprocessor, run.dataset.text_vectors)
+        (risk,) = expit(train.predict_logits(trained.model, dataset, trained.settings, accelerator))
+        assert row.probability == pytest.approx(risk, abs=1e-5) and row.n_events == len(dataset[0][0])
     known = run.table.known_minutes_since_intime.copy()
     known[known > 60 * table["hours_since_admission"].iloc[1]] += 1e6  # as if it had never come
     later = run._replace(table=replace(run.table, known_minutes_since_intime=known))
@@ -579,9 +575,8 @@ def test_heads_are_correlated_with_what_events_are_and_switched_off_and_on_again
 def test_decisive_events_are_the_fewest_that_change_the_decision(effects, threshold, events):
     model, inputs = LinearStay(1, 1), (torch.tensor(effects)[None, :, None], torch.zeros(1, 1))
     model.w.data[:] = 1  # the logit is 0.5 and the sum of the effects; the mean event is 0
-    checkpoint = SimpleNamespace(model=model, baseline={"event": torch.zeros(1), "static": torch.zeros(1)})
-    run, rows = SimpleNamespace(checkpoint=checkpoint, inputs=lambda stay: inputs), range(len(effects))
-    stay = pd.DataFrame({"icu_stay_id": 1, "event": rows, "event_text": "", "attribution": effects})
+    run = SimpleNamespace(checkpoint=SimpleNamespace(model=model, baseline=None), inputs=lambda stay: inputs)
+    stay = pd.DataFrame({"icu_stay_id": 1, "event": range(len(effects)), "event_text": "", "attribution": effects})
     table, whole = explain.decisive_events(run, 0, stay, threshold), 0.5 + sum(effects)
     assert table["event"].tolist() == events
     left = whole - sum(effects[event] for event in events)

@@ -74,10 +74,12 @@ def test_figures_survive_one_stay_without_label_and_without_heads(tables):
         figure.draw_without_rendering()
 
 
-def test_pictures_of_checks_and_layers_are_drawn_only_where_there_are_any(tables):
+def test_pictures_of_checks_and_layers_are_drawn_only_where_there_are_any_and_an_unknown_one_is_refused(tables):
     attention = tables["attention"] | {"layer_maps": np.zeros((0, 2, 0, 0))}
     drawn = draw_figures(tables | {"curves": tables["curves"][:0], "attention": attention})
     assert set(NAMES) - set(drawn) == {"deletion_insertion", "layer_attention_weights", "captum_layer_attributions"}
+    with pytest.raises(InputError, match="no picture is called nonsense; there are layer_attention_weights"):
+        draw_figure("nonsense", tables)
 
 
 def test_maps_of_a_long_stay_have_the_hours_of_its_end(tables):
@@ -99,11 +101,6 @@ def test_pushes_that_do_not_matter_are_said_not_to(tables):
     quiet = tables["events"].assign(attribution=0.001, if_unremarkable=0.0, attention=0.04)
     words = words_of(draw_figure("sequence_importance_combined", tables | {"events": quiet}))
     assert "no event mattered: none moves the logit by 0.05" in words and "no event stands out" in words
-
-
-def test_picture_that_does_not_exist_is_refused_with_the_names_of_those_that_do(tables):
-    with pytest.raises(InputError, match="no picture is called nonsense; there are layer_attention_weights"):
-        draw_figure("nonsense", tables)
 
 
 def test_deletion_and_insertion_are_the_means_over_stays(tables):

@@ -14,13 +14,10 @@ from clinical_lf.items import read_text
 WINDOWS = ("last 6 h", "6 to 12 h", "12 to 24 h", "24 to 48 h", "48 to 96 h", "more than 96 h")
 
 
-def test_rank_correlation_equals_scipy_and_is_missing_for_a_constant():
+def test_rank_correlation_equals_scipy_is_missing_for_a_constant_and_is_taken_in_each_group():
     first, second = np.array([[1.0, 5, 2, 2], [1, 1, 1, 1]]), np.array([[3.0, 9, 1, 4]])
     found = findings.rank_correlation(first, second)
     assert found[0, 0] == pytest.approx(spearmanr(first[0], second[0])[0]) and np.isnan(found[1, 0])
-
-
-def test_rank_agreement_is_one_for_each_group():
     table = pd.DataFrame({"stay": [1, 1, 1, 2, 2, 2], "head": 1, "a": [1, 2, 3, 1, 2, 3], "b": [1, 4, 9, 3, 2, 1]})
     found = findings.rank_agreement(table, ["stay", "head"], "a", "b")
     assert found[["stay", "correlation"]].values.tolist() == [[1, pytest.approx(1)], [2, pytest.approx(-1)]]
