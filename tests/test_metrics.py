@@ -14,10 +14,10 @@ from clinical_lf import metrics
 CALIBRATION = ("calibration_intercept", "calibration_slope")
 
 
-def simulate(n, seed=0, mean=-1.0, spread=1.5):
-    """Labels drawn from the very risks: perfectly calibrated."""
-    generator = np.random.default_rng(seed)
-    logits = generator.normal(mean, spread, n)
+def simulate(n):
+    """Labels drawn from the very risks, perfectly calibrated, and the logits of these."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(-1.0, 1.5, n)
     return (generator.random(n) < expit(logits)).astype(int), logits
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from scipy.special import expit
+from test_metrics import simulate
 
 from clinical_lf import metrics, plots
 
@@ -16,9 +17,8 @@ HISTORY = pd.DataFrame(
 
 
 def predictions(n):
-    generator = np.random.default_rng(0)
-    logits = generator.normal(-1, 1.5, n)
-    return (generator.random(n) < expit(logits)).astype(int), expit(logits)
+    labels, logits = simulate(n)
+    return labels, expit(logits)
 
 
 def trajectories(n):
