@@ -55,13 +55,10 @@ def test_audit_counts_late_knowledge_but_flags_it_only_in_prospective_mode(prosp
     assert "1 patients in two parts of the split" in audit.audit_summary(found)
 
 
-def test_audit_judges_no_column_with_one_death():
+def test_audit_judges_no_column_with_one_death_and_a_constant_alone_has_auroc_one_half():
     table = pd.DataFrame({"age": [1, 2, 3, 4]})
     found = audit.leakage_audit(table, [1, 0, 0, 0], np.arange(4), np.ones(4, bool), counts={})
     assert found.auroc.isna().all() and not found.flagged.any() and "too few" in audit.audit_summary(found)
-
-
-def test_constant_column_alone_has_auroc_one_half():
     labels = np.random.default_rng(0).integers(0, 2, 150)
     folds = audit.patient_folds(labels, np.arange(150))
     for column in (pd.Series(["x"] * 150), pd.Series(np.ones(150)), pd.Series([pd.NA] * 150, dtype="Int64")):

@@ -89,16 +89,13 @@ def test_numbers_are_written_as_a_person_would(function, number, words):
     assert getattr(explain_report, function)(number) == words
 
 
-def test_a_check_says_in_words_whether_it_holds():
+def test_checks_say_in_words_whether_they_hold_and_are_counted_unless_the_verdict_warns():
     wanted = [["deletion", True], ["infidelity", False], ["agreement", None]]
     assert FAITHFULNESS[["check", "passed"]].values.tolist() == wanted
     deletion, infidelity, agreement = FAITHFULNESS["sentence"]
     assert deletion.endswith("1.20 [1.00, 1.40] further than in random order. (Asked: > 0: yes.)")
     assert infidelity.startswith("The values of replacement predict") and infidelity.endswith("(Asked: <= 0.2: NO.)")
     assert agreement.startswith("Pooling attention") and "Asked" not in agreement
-
-
-def test_checks_are_counted_and_none_where_the_verdict_warns():
     words = explain_report.checks_sentence(FAITHFULNESS, pd.DataFrame({"passed": [True, None]}))
     assert words.startswith("1 of 2 checks with a threshold are passed.")
     assert words.endswith("falls short: Replacement foretells what replacing several events does.")
@@ -152,16 +149,12 @@ def test_report_says_of_how_many_events_replacements_are(tables):
     assert "100 events, the strongest of each stay, were replaced" in words
 
 
-def test_report_says_that_no_event_mattered_instead_of_listing_them(tables):
+def test_report_begins_with_the_verdict_and_says_that_no_event_mattered_instead_of_listing_them(tables):
     quiet = tables["events"].assign(attribution=0.01, if_unremarkable=0.01)
-    page = explain_report.render_report(tables | {"events": quiet}, {}, INFO)
+    verdict = pd.DataFrame({"sentence": ["This model does not discriminate."], "passed": [False]})
+    page = explain_report.render_report(tables | {"events": quiet, "verdict": verdict}, {}, INFO)
     assert page.count("No event of this stay mattered") == 2
     assert "push most towards" not in page and "× 1.0" not in page
-
-
-def test_report_begins_with_the_verdict(tables):
-    verdict = pd.DataFrame({"sentence": ["This model does not discriminate."], "passed": [False]})
-    page = explain_report.render_report(tables | {"verdict": verdict}, {}, INFO)
     assert page.index("This model does not discriminate.") < page.index("How to read the numbers")
     assert "checks with a threshold are passed" not in page
 

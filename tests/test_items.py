@@ -50,19 +50,16 @@ def lactates():
     return read_stays(rows)[0]
 
 
-def test_item_history_of_lactates_counts_events_up_to_it(lactates):
+def test_item_history_of_lactates_counts_events_up_to_it_and_does_not_know_what_follows(lactates):
     history = items.item_history(lactates)
     columns = "value minimum maximum mean first previous count is_latest".split()
     first_two = [[2, 2, 2, 2, 2, 2, 1, False], [6, 2, 6, 4, 2, 2, 2, False]]
     expected = [*first_two, [1, 1, 6, 3, 2, 6, 3, True], [6, 6, 6, 6, 6, 6, 1, True]]
     assert history[history["item"] == IN_UNIT][columns].values.tolist() == expected
-
-
-def test_item_history_does_not_know_what_follows(lactates):
-    """Only is_latest may change where a stay is cut off after its second lactate."""
+    # Only is_latest may change where a stay is cut off after its second lactate.
     until_then = lactates.minutes_since_intime <= 3 * 60
     cut = items.item_history(lactates.take(np.arange(2), keep_event=until_then))
-    known = items.item_history(lactates)[until_then].reset_index(drop=True)
+    known = history[until_then].reset_index(drop=True)
     pd.testing.assert_frame_equal(cut.drop(columns="is_latest"), known.drop(columns="is_latest"))
 
 

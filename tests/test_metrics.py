@@ -80,7 +80,7 @@ def test_interval_is_that_of_a_plain_bootstrap_loop():
     assert [figure["low"], figure["high"]] == pytest.approx(list(np.quantile(loop, [0.025, 0.975])), abs=0.015)
 
 
-def test_single_class_gives_none_with_a_reason_and_resamples_of_one_are_skipped():
+def test_single_class_or_separated_outcomes_give_none_with_a_reason_and_resamples_of_one_are_skipped():
     result = json.loads(json.dumps(figures([0, 0, 0], [0.1, 0.2, 0.3], 20)))
     assert result["auroc"]["value"] is None and "both outcomes" in result["auroc"]["reason"]
     assert result["brier"]["value"] == pytest.approx((0.01 + 0.04 + 0.09) / 3)
@@ -89,9 +89,6 @@ def test_single_class_gives_none_with_a_reason_and_resamples_of_one_are_skipped(
     assert 300 < one_death["n_resamples_skipped"] < 430  # (29 / 30) ** 30 = 0.36
     empty = metrics.evaluate_predictions([], [], [])
     assert empty["n_stays"] == 0 and empty["prevalence"] is None and empty["brier"]["value"] is None
-
-
-def test_separated_outcomes_have_no_slope():
     result = figures([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], 50)
     assert values(result, *CALIBRATION) == [pytest.approx(0, abs=1e-6), None] and result["calibration_slope"]["reason"]
     json.dumps(result, allow_nan=False)
@@ -163,14 +160,11 @@ def test_operating_point_by_hand():
     assert math.isnan(row["threshold"]) and row["alarms"] == 0 and math.isnan(row["sensitivity"])  # no death, no point
 
 
-def test_net_benefit_by_hand():
+def test_net_benefit_by_hand_and_its_interval_holds_it_and_narrows_with_patients():
     curve = metrics.decision_curve([1, 0, 0, 1, 0], [0.9, 0.6, 0.1, 0.3, 0.2], [0.5, 0.2])
     assert curve.model.tolist() == pytest.approx([1 / 5 - 1 / 5 * 1, 2 / 5 - 2 / 5 * 0.25])
     assert curve.treat_all.tolist() == pytest.approx([0.4 - 0.6, 0.4 - 0.6 * 0.25])
     assert curve.treat_none.tolist() == [0, 0] and curve.share_treated.tolist() == pytest.approx([0.4, 0.8])
-
-
-def test_net_benefit_interval_holds_the_value_and_narrows_with_patients():
     (labels, logits), widths = simulate(400), []
     for n in (100, 400):
         curve = metrics.decision_curve(labels[:n], expit(logits[:n]), [0.2], np.arange(n), n_bootstrap=300)

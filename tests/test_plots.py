@@ -64,13 +64,10 @@ def test_training_curves_mark_the_epoch_of_the_lowest_validation_loss():
     assert loss.get_title() == "Loss (validation lowest in epoch 2)" and list(loss.lines[-1].get_xdata()) == [2, 2]
 
 
-def test_calibration_points_are_the_table():
+def test_calibration_points_are_the_table_and_the_prevalence_line_lies_at_the_death_rate():
     points = FIGURES["calibration"](150).axes[0].lines[1].get_xydata()
     table = metrics.calibration_table(*predictions(150), 10)
     assert points == pytest.approx(table[["mean_risk", "observed_rate"]].to_numpy())
-
-
-def test_prevalence_line_lies_at_the_death_rate():
     rate = predictions(60)[0].mean()
     lines = {line.get_label(): line for line in FIGURES["roc"](60).axes[1].lines}
     assert lines[f"chance: the death rate, {rate:.2f}"].get_ydata() == pytest.approx([rate] * 2)
