@@ -39,8 +39,8 @@ def heatmap(layers, n):
 
 FIGURES = {
     "training": lambda n: plots.plot_training_curves(HISTORY, "made up"),
-    "roc": lambda n: plots.plot_roc_and_pr(*scored(n), "made up"),
-    "calibration": lambda n: plots.plot_calibration(*scored(n), "made up"),
+    "roc": lambda n: plots.plot_roc_and_pr(*scored(n), caption="made up"),
+    "calibration": lambda n: plots.plot_calibration(*scored(n), caption="made up"),
     "decision": lambda n: plots.plot_decision_curve(scored(n, metrics.decision_curve)[2], "made up"),
     "attention": lambda n: heatmap(np.full((4, 5, 5), 0.2), n),
     "attention without layers": lambda n: heatmap([], 1300),
