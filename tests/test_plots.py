@@ -1,5 +1,7 @@
 """The pictures of a run: they draw what was computed, survive small and odd data, move no global state."""
 
+from typing import Any
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -27,7 +29,7 @@ def trajectories(n):
     return pd.DataFrame(columns | {"probability": np.repeat(risks, 2), "label": np.repeat(labels, 2)})
 
 
-def scored(n, judge=metrics.evaluate_predictions):
+def scored(n: int, judge: Any = metrics.evaluate_predictions) -> tuple[np.ndarray, np.ndarray, Any]:
     """Labels and risks of n stays, and what is found of them."""
     labels, risks = predictions(n)
     return labels, risks, judge(labels, risks, patient_ids=np.arange(n), n_bootstrap=20)
@@ -39,8 +41,8 @@ def heatmap(layers, n):
 
 FIGURES = {
     "training": lambda n: plots.plot_training_curves(HISTORY, "made up"),
-    "roc": lambda n: plots.plot_roc_and_pr(*scored(n), caption="made up"),
-    "calibration": lambda n: plots.plot_calibration(*scored(n), caption="made up"),
+    "roc": lambda n: plots.plot_roc_and_pr(*scored(n), "made up"),
+    "calibration": lambda n: plots.plot_calibration(*scored(n), "made up"),
     "decision": lambda n: plots.plot_decision_curve(scored(n, metrics.decision_curve)[2], "made up"),
     "attention": lambda n: heatmap(np.full((4, 5, 5), 0.2), n),
     "attention without layers": lambda n: heatmap([], 1300),
