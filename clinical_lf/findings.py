@@ -33,9 +33,8 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def rank_agreement(table: pd.DataFrame, keys: list[str], first: str, second: str) -> pd.DataFrame:
     """Return the rank correlation of two columns in each group: the keys, and `correlation`."""
-    rows = []
-    for names, part in table.groupby(keys, sort=False):
-        rows.append((*names, rank_correlation(part[first], part[second])[0, 0]))
+    groups = table.groupby(keys, sort=False)
+    rows = [(*names, rank_correlation(part[first], part[second])[0, 0]) for names, part in groups]
     return pd.DataFrame(rows, columns=[*keys, "correlation"])
 
 
@@ -43,9 +42,8 @@ def means_by(
     table: pd.DataFrame, keys: str | list[str], value: str, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Return mean, low, high, n (rows), n_patients of `value` in each group; 95 % intervals over patients."""
-    found = {}
-    for name, part in table.groupby(keys, observed=True):
-        found[name] = mean_with_interval(part[value], part["patient_id"], n_bootstrap, seed)
+    groups = table.groupby(keys, observed=True)
+    found = {name: mean_with_interval(part[value], part["patient_id"], n_bootstrap, seed) for name, part in groups}
     columns = ["value", "low", "high", "n", "n_patients"]
     return pd.DataFrame(list(found.values()), list(found), columns).rename(columns={"value": "mean"})
 

@@ -96,12 +96,9 @@ class RunFolder:
             commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             commit = None
-        return {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.fromtimestamp(self.started, tz=UTC).isoformat(timespec="seconds"),
-            "commit": commit,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        }
+        date = datetime.fromtimestamp(self.started, tz=UTC).isoformat(timespec="seconds")
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        return {"command": shlex.join(["python", *sys.argv]), "date": date, "commit": commit, "versions": versions}
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """Write a table as CSV or Parquet, by the name's ending."""
@@ -188,17 +185,14 @@ class RunFolder:
         curves = plots.plot_training_curves(history, f"{encoder} · {validation.words('validation')}")
         self.figure("training_curves.png", curves)
         of_validation = metrics.evaluate_predictions(*validation.columns, **self.resampling)
-        counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1)
-        content = {
-            **described,
-            "metrics": {part: figures, "validation": of_validation},
-            "leakage_audit": self.audit,
-            "tripod_ai": {  # what a TRIPOD+AI report asks for beside these and subgroups.csv
-                "patients_per_part": {part: len(members) for part, members in patients.items()},
-                "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
-                "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts.tolist())),
-            },
+        counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1).tolist()
+        tripod_ai = {  # what a TRIPOD+AI report asks for beside these and subgroups.csv
+            "patients_per_part": {part: len(members) for part, members in patients.items()},
+            "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
+            "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts)),
         }
+        content = described | {"metrics": {part: figures, "validation": of_validation}}
+        content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai}
         self.json("metrics.json", content)
         more = {"folder": self, "part": part, "figures": figures, "subgroups": subgroups.to_dict("records")}
         # The content's `metrics` are numbers: the card calls the functions of the module of that name.
@@ -243,11 +237,8 @@ class RunFolder:
             shown = trajectories[~trajectories["patient_id"].isin(seen_patients)].reset_index(drop=True)
             if len(shown):
                 self.figure("risk_trajectories.png", plots.plot_risk_trajectories(shown, f"{moment} · {caption}"))
-        content = described | {
-            "seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap},
-            "metrics": figures or None,
-            "unseen_in_training": {"of_new_item": round(share, 4)},
-        }
+        content = described | {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
+        content |= {"metrics": figures or None, "unseen_in_training": {"of_new_item": round(share, 4)}}
         self.json("metrics.json", content)
         self.end()
         return content
@@ -255,11 +246,9 @@ class RunFolder:
     def report_spread(self, outcomes: Sequence[tuple[Content, Any]], unit: str) -> Content:
         """Write and log the figures of each fold or seed, their mean and spread, and the pooled predictions'."""
         contents, parts = zip(*outcomes)
-        rows = []
-        for content in contents:
-            figures = content["metrics"].get("test", content["metrics"]["validation"])
-            rows.append({name: figures[name]["value"] for name in METRIC_WORDS})
-        spread = pd.DataFrame(rows, index=range(1, 1 + len(rows)), dtype=float)
+        figures = [content["metrics"].get("test", content["metrics"]["validation"]) for content in contents]
+        columns = {name: [figure[name]["value"] for figure in figures] for name in METRIC_WORDS}
+        spread = pd.DataFrame(columns, index=range(1, 1 + len(figures)), dtype=float)
         moments = spread.agg(["mean", "std"])
         self.table(f"{unit}s.csv", pd.concat([spread, moments]).rename_axis(unit).reset_index())
         risks = [part.probabilities for part in parts]
