@@ -30,6 +30,7 @@ as independent of the label as the rest, the background. Roles of events, in `Sa
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,9 +61,7 @@ class Sample(NamedTuple):
     best_auroc: float  # AUROC of the true risk for the labels: no model can be expected to do better
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts: the wording of query.sql
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Texts: the wording of query.sql ----
 class Lab(NamedTuple):
     """A blood test as MIMIC-IV names it, and the values it takes here."""
 
@@ -115,16 +114,15 @@ def as_charted(lab, values):
 def lab_text(lab, value, comment=""):
     """One result, e.g. `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: ...`."""
     level = magnitude_level(value, lab.low, lab.high)
-    flag = "" if level == "within range" else "Flag: abnormal"
     parts = [
         f"Lab: {lab.label} (Blood, {lab.category})",
         f"Value: {value:.6g} {lab.unit}".rstrip(),
         f"Reference: {lab.low:g}-{lab.high:g}",
         f"Level: {level}",
-        flag,
+        "Flag: abnormal" if level != "within range" else "",
         f"Comment: {comment}" if comment else "",
     ]
-    return " | ".join(part for part in parts if part)
+    return " | ".join(filter(None, parts))
 
 
 def lab_texts(rng, lab, values):
@@ -162,9 +160,7 @@ def culture_text(specimen, test, organism="", antibiotic="", interpretation="", 
     return " | ".join([f"Microbiology: {specimen}"] + [f"{name}: {value}" for name, value in parts if value])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The catalogue: what happens in an ICU
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The catalogue: what happens in an ICU ----
 CHEM, HEM, GAS = "Chemistry", "Hematology", "Blood Gas"
 FASTING = "IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES."
 CRITICAL = "CRITICAL VALUE CALLED AND READ BACK."
@@ -174,45 +170,41 @@ PLATELETS = Lab("Platelet Count", HEM, "K/uL", 150, 400, 10, 70, 5)
 BILIRUBIN = Lab("Bilirubin, Total", CHEM, "mg/dL", 0, 1.5, 4, 24, 0.5)
 INR = Lab("INR(PT)", HEM, "", 0.9, 1.1, 2.4, 6, 0.1)
 
-BACKGROUND_LABS = (
-    Lab("Chloride", CHEM, "mEq/L", 96, 108, 96, 108, 2),
-    Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 24, 2),
-    Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 3.4, 5.0, 0.2),
-    Lab("Glucose", CHEM, "mg/dL", 70, 100, 75, 120, 5, FASTING),
-    Lab("Magnesium", CHEM, "mg/dL", 1.6, 2.6, 1.6, 2.6, 0.2),
-    Lab("Calcium, Total", CHEM, "mg/dL", 8.4, 10.3, 8, 10, 0.2),
-    Lab("Sodium", CHEM, "mEq/L", 133, 145, 134, 144, 2),
-    Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.2),
-    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 11, 1),
-    Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 10, 14, 0.5),
-    Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 22, 30, 2),
-    Lab("pH", GAS, "units", 7.35, 7.45, 7.34, 7.46, 0.02),
-    # the harmless values of the four tests that elsewhere are causes
-    LACTATE._replace(smallest=0.8, largest=2.0, step=0.2),
-    PLATELETS._replace(smallest=160, largest=380, step=20),
-    BILIRUBIN._replace(smallest=0.2, largest=1.4, step=0.2),
-    INR._replace(smallest=0.9, largest=1.3),
-)
-FREE_TEXT_LABS = tuple(
-    f"Lab: {name} (Blood, {category}) | {rest}"
-    for name, category, rest in (
-        ("Specimen Type", GAS, "Value: ART."),
-        ("Platelet Smear", HEM, "Comment: NORMAL."),
-        ("Anisocytosis", HEM, "Comment: OCCASIONAL."),
-        (
-            "Estimated GFR (MDRD equation)",
-            CHEM,
-            "Comment: Using this patient's age, gender, and serum creatinine value.",
-        ),
-    )
-)
-DECOY_LABS = (
-    Lab("Troponin T", CHEM, "ng/mL", 0, 0.01, 0.2, 4, 0.2, CRITICAL),
-    Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 6.4, 7.8, 0.2, CRITICAL),
-    Lab("Glucose", CHEM, "mg/dL", 70, 100, 350, 700, 50, CRITICAL),
-    Lab("Creatine Kinase (CK)", CHEM, "IU/L", 47, 322, 1000, 9000, 1000),
-    Lab("White Blood Cells", HEM, "K/uL", 4, 11, 24, 45, 3),
-    Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 200),
+LABS = {
+    "background": (
+        Lab("Chloride", CHEM, "mEq/L", 96, 108, 96, 108, 2),
+        Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 24, 2),
+        Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 3.4, 5.0, 0.2),
+        Lab("Glucose", CHEM, "mg/dL", 70, 100, 75, 120, 5, FASTING),
+        Lab("Magnesium", CHEM, "mg/dL", 1.6, 2.6, 1.6, 2.6, 0.2),
+        Lab("Calcium, Total", CHEM, "mg/dL", 8.4, 10.3, 8, 10, 0.2),
+        Lab("Sodium", CHEM, "mEq/L", 133, 145, 134, 144, 2),
+        Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.2),
+        Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 11, 1),
+        Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 10, 14, 0.5),
+        Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 22, 30, 2),
+        Lab("pH", GAS, "units", 7.35, 7.45, 7.34, 7.46, 0.02),
+        # the harmless values of the four tests that elsewhere are causes
+        LACTATE._replace(smallest=0.8, largest=2.0, step=0.2),
+        PLATELETS._replace(smallest=160, largest=380, step=20),
+        BILIRUBIN._replace(smallest=0.2, largest=1.4, step=0.2),
+        INR._replace(smallest=0.9, largest=1.3),
+    ),
+    "decoy": (
+        Lab("Troponin T", CHEM, "ng/mL", 0, 0.01, 0.2, 4, 0.2, CRITICAL),
+        Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 6.4, 7.8, 0.2, CRITICAL),
+        Lab("Glucose", CHEM, "mg/dL", 70, 100, 350, 700, 50, CRITICAL),
+        Lab("Creatine Kinase (CK)", CHEM, "IU/L", 47, 322, 1000, 9000, 1000),
+        Lab("White Blood Cells", HEM, "K/uL", 4, 11, 24, 45, 3),
+        Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 200),
+    ),
+}
+FREE_TEXT_LABS = (
+    f"Lab: Specimen Type (Blood, {GAS}) | Value: ART.",
+    f"Lab: Platelet Smear (Blood, {HEM}) | Comment: NORMAL.",
+    f"Lab: Anisocytosis (Blood, {HEM}) | Comment: OCCASIONAL.",
+    f"Lab: Estimated GFR (MDRD equation) (Blood, {CHEM}) "
+    "| Comment: Using this patient's age, gender, and serum creatinine value.",
 )
 
 PRESCRIPTIONS = {
@@ -258,46 +250,44 @@ PROCEDURES = {  # label, category, durations, locations
     "extubation": (("Extubation", "1-Intubation/Extubation", INSTANT, ("",)),),
 }
 
-NO_GROWTH = dict(comment="NO GROWTH.")
+BLOOD, URINE = ("BLOOD CULTURE", "Blood Culture, Routine"), ("URINE", "URINE CULTURE")
 CULTURES = {
     "background": (
-        culture_text("BLOOD CULTURE", "Blood Culture, Routine", **NO_GROWTH),
-        culture_text("URINE", "URINE CULTURE", **NO_GROWTH),
+        culture_text(*BLOOD, comment="NO GROWTH."),
+        culture_text(*URINE, comment="NO GROWTH."),
         culture_text("MRSA SCREEN", "MRSA SCREEN", comment="No MRSA isolated."),
         culture_text("STOOL", "C. difficile PCR"),
         culture_text("SPUTUM", "GRAM STAIN", comment="NO MICROORGANISMS SEEN."),
     ),
     "decoy": (
-        culture_text("URINE", "URINE CULTURE", "PSEUDOMONAS AERUGINOSA", "CIPROFLOXACIN", "resistant"),
-        culture_text("URINE", "URINE CULTURE", "YEAST"),
+        culture_text(*URINE, "PSEUDOMONAS AERUGINOSA", "CIPROFLOXACIN", "resistant"),
+        culture_text(*URINE, "YEAST"),
         culture_text("SPUTUM", "RESPIRATORY CULTURE", "ACINETOBACTER BAUMANNII COMPLEX", "MEROPENEM", "resistant"),
         culture_text("SWAB", "WOUND CULTURE", "PROTEUS MIRABILIS", "AMPICILLIN", "intermediate"),
     ),
     "blood culture": (
-        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "ESCHERICHIA COLI", "CEFTRIAXONE", "resistant"),
-        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "STAPH AUREUS COAG +", "OXACILLIN", "susceptible"),
-        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "KLEBSIELLA PNEUMONIAE", "GENTAMICIN", "susceptible"),
-        culture_text("BLOOD CULTURE", "Blood Culture, Routine", "ENTEROCOCCUS FAECIUM"),
+        culture_text(*BLOOD, "ESCHERICHIA COLI", "CEFTRIAXONE", "resistant"),
+        culture_text(*BLOOD, "STAPH AUREUS COAG +", "OXACILLIN", "susceptible"),
+        culture_text(*BLOOD, "KLEBSIELLA PNEUMONIAE", "GENTAMICIN", "susceptible"),
+        culture_text(*BLOOD, "ENTEROCOCCUS FAECIUM"),
     ),
 }
 
-INGREDIENTS = {  # label, amount's unit, rates (None: given at once), rate's unit
+INGREDIENTS = {  # label, amount's unit, rates in mL/hour (none: given at once)
     "background": (
-        ("Water", "ml", (8, 20, 50, 100), "mL/hour"),
-        ("IVF ingredient", "ml", (10, 25, 50, 75), "mL/hour"),
-        ("Water", "ml", None, ""),
-        ("Oral/Gastric Ingredient", "ml", None, ""),
-        ("Calories", "Kcal", (5, 20, 60), "mL/hour"),
-        ("Protein", "grams", (2, 4), "mL/hour"),
+        ("Water", "ml", (8, 20, 50, 100)),
+        ("IVF ingredient", "ml", (10, 25, 50, 75)),
+        ("Water", "ml", ()),
+        ("Oral/Gastric Ingredient", "ml", ()),
+        ("Calories", "Kcal", (5, 20, 60)),
+        ("Protein", "grams", (2, 4)),
     ),
-    "decoy": (("Blood Ingredient", "ml", (300, 500, 999), "mL/hour"),),
-    "feeding": (("Enteral Nutrition Ingredient", "ml", (40, 60), "mL/hour"),),
+    "decoy": (("Blood Ingredient", "ml", (300, 500, 999)),),
+    "feeding": (("Enteral Nutrition Ingredient", "ml", (40, 60)),),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Events: each function takes arrays over events and returns (texts, minutes until everything in the text is known)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Events: functions of an array of events give (texts, minutes until all that the text says is known) ----
 def lab_events(rng, lab, n):
     """`n` results of one test; also returns their values."""
     values = draw_values(rng, lab, n)
@@ -317,18 +307,11 @@ def prescription_events(rng, kind, n):
 
 def procedure_events(rng, kind, n):
     """`n` procedures of one kind; their text tells how long they took, so they are known at their end."""
-    variants = [
-        (procedure_text(label, category, minutes, location), minutes)
-        for label, category, durations, locations in PROCEDURES[kind]
-        for minutes in durations
-        for location in locations
-    ]
-    # every procedure is equally frequent, however many variants of it there are
-    weight = [
-        1 / (len(durations) * len(locations))
-        for _, _, durations, locations in PROCEDURES[kind]
-        for _ in range(len(durations) * len(locations))
-    ]
+    variants, weight = [], []
+    for label, category, durations, locations in PROCEDURES[kind]:
+        ways = list(itertools.product(durations, locations))
+        variants += [(procedure_text(label, category, minutes, location), minutes) for minutes, location in ways]
+        weight += [1 / len(ways)] * len(ways)  # procedures are equally frequent, however many variants there are
     return pick(rng, variants, n, weight)
 
 
@@ -341,22 +324,14 @@ def culture_events(rng, kind, n):
 
 def ingredient_events(rng, kind, n):
     """`n` ingredients of one kind; a text tells the status, so it is known at the end."""
-    variants = []
-    for label, unit, rates, rate_unit in INGREDIENTS[kind]:
-        if rates is None:
-            variants += [
-                (f"Ingredient: {label} | Amount: {amount} {unit} | Status: FinishedRunning", 1)
-                for amount in (30, 60, 100, 250)
-            ]
-            continue
-        for rate, minutes, status in (
-            (r, m, s)
-            for r in rates
-            for m in (60, 120, 240)
-            for s in ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")
-        ):
+    variants, statuses = [], ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")
+    for label, unit, rates in INGREDIENTS[kind]:
+        if not rates:
+            texts = [f"Amount: {amount} {unit} | Status: FinishedRunning" for amount in (30, 60, 100, 250)]
+            variants += [(f"Ingredient: {label} | {text}", 1) for text in texts]
+        for rate, minutes, status in itertools.product(rates, (60, 120, 240), statuses):
             written = rounded(rate, 1 - first_digit(rate))
-            variants.append((f"Ingredient: {label} | Rate: {written:.6g} {rate_unit} | Status: {status}", minutes))
+            variants.append((f"Ingredient: {label} | Rate: {written:.6g} mL/hour | Status: {status}", minutes))
     return pick(rng, variants, n)
 
 
@@ -370,24 +345,19 @@ def pick(rng, variants, n, weight=None):
 
 def part(stay, event_type, texts, delay, kind, role, effect=0.0, minutes=np.nan, group=""):
     """Events of one kind as a table; scalars are repeated. `minutes` to the end of the stay, NaN: to be drawn."""
-    return pd.DataFrame(
-        {
-            "stay": stay,
-            "event_type": event_type,
-            "event_text": texts,
-            "delay": delay,
-            "kind": kind,
-            "role": role,
-            "true_effect": effect,
-            "minutes": minutes,
-            "group": group,
-        }
-    )
+    columns = dict(stay=stay, event_type=event_type, event_text=texts, delay=delay, kind=kind, role=role)
+    return pd.DataFrame(columns | dict(true_effect=effect, minutes=minutes, group=group))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planting
-# ---------------------------------------------------------------------------------------------------------------------
+MAKERS = {  # in the order in which `fill` takes them
+    "ingredient": ingredient_events,
+    "prescription": prescription_events,
+    "procedure_event": procedure_events,
+    "microbiology": culture_events,
+}
+
+
+# ---- Planting ----
 def stays_with(rng, n_stays, probability, second=0.0):
     """Stay number of every event of a kind: a stay has it with `probability`, and then twice with `second`."""
     count = (rng.random(n_stays) < probability) * (1 + (rng.random(n_stays) < second))
@@ -415,12 +385,6 @@ def plant_platelets(rng, n_stays):
 
 def plant_simple(rng, n_stays):
     """The kinds whose every event has the same effect."""
-    makers = {
-        "prescription": prescription_events,
-        "microbiology": culture_events,
-        "procedure_event": procedure_events,
-        "ingredient": ingredient_events,
-    }
     kinds = (
         ("vasopressor", "prescription", 0.32, 0.2, 4.4),
         ("blood culture", "microbiology", 0.30, 0.2, 4.4),
@@ -429,7 +393,7 @@ def plant_simple(rng, n_stays):
     )
     for kind, event_type, probability, second, effect in kinds:
         stay = stays_with(rng, n_stays, probability, second)
-        yield part(stay, event_type, *makers[event_type](rng, kind, len(stay)), kind, "cause", effect)
+        yield part(stay, event_type, *MAKERS[event_type](rng, kind, len(stay)), kind, "cause", effect)
 
 
 def plant_liver(rng, n_stays):
@@ -448,12 +412,9 @@ def plant_airway(rng, n_stays):
     draw = rng.random(n_stays)
     ventilated, paralysed = draw < 0.20, (draw >= 0.12) & (draw < 0.32)
     effect = 4.4 / np.maximum(ventilated.astype(int) + paralysed, 1)
-    for event_type, maker, has in (
-        ("procedure_event", procedure_events, ventilated),
-        ("prescription", prescription_events, paralysed),
-    ):
+    for event_type, has in (("procedure_event", ventilated), ("prescription", paralysed)):
         stay = np.flatnonzero(has)
-        texts, delay = maker(rng, "airway", len(stay))
+        texts, delay = MAKERS[event_type](rng, "airway", len(stay))
         yield part(stay, event_type, texts, delay, "airway", "redundant", effect[stay], group="airway")
 
 
@@ -463,24 +424,17 @@ def fill(rng, role, count):
     edges = {"background": (0.52, 0.90, 0.955, 0.985), "decoy": (0.58, 0.74, 0.88, 0.95)}[role]
     type_index = np.searchsorted(edges, rng.random(len(stay)), side="right")
     yield from fill_labs(rng, role, stay[type_index == 0])
-    makers = (
-        ("ingredient", ingredient_events),
-        ("prescription", prescription_events),
-        ("procedure_event", procedure_events),
-        ("microbiology", culture_events),
-    )
-    for index, (event_type, maker) in enumerate(makers, start=1):
+    for index, (event_type, maker) in enumerate(MAKERS.items(), start=1):
         chosen = stay[type_index == index]
         yield part(chosen, event_type, *maker(rng, role, len(chosen)), role, role)
 
 
 def fill_labs(rng, role, stay):
     """Lab results without effect; 6 % of the background's are free text without a number."""
-    labs = BACKGROUND_LABS if role == "background" else DECOY_LABS
-    lab_index = rng.integers(0, len(labs), len(stay))
+    lab_index = rng.integers(0, len(LABS[role]), len(stay))
     if role == "background":
         lab_index[rng.random(len(stay)) < 0.06] = -1
-    for index, lab in enumerate(labs):
+    for index, lab in enumerate(LABS[role]):
         chosen = stay[lab_index == index]
         texts, delay, _ = lab_events(rng, lab, len(chosen))
         yield part(chosen, "labevent", texts, delay, role, role)
@@ -491,12 +445,9 @@ def fill_labs(rng, role, stay):
 
 def plant_events(rng, n_stays):
     """All events of all stays -> (events, duration in minutes (n_stays,)). Only lactate needs to know the duration."""
-    causes = [
-        plant_platelets(rng, n_stays),
-        *plant_simple(rng, n_stays),
-        *plant_liver(rng, n_stays),
-        *plant_airway(rng, n_stays),
-    ]
+    causes = [plant_platelets(rng, n_stays)]
+    for plant in (plant_simple, plant_liver, plant_airway):
+        causes += plant(rng, n_stays)
     n_causes = np.bincount(np.concatenate([cause["stay"] for cause in causes]), minlength=n_stays)
     # much happens in long stays; the label is tied to the length only weakly, since harm and protection both count
     days = np.clip(2.3 * np.exp(0.7 * rng.standard_normal(n_stays) + 0.04 * (n_causes - 4)), 0.5, 20)
@@ -509,18 +460,14 @@ def plant_events(rng, n_stays):
     # the causes take the place of other events, so that the number of events tells nothing about the label
     n_fill = size - n_causes - np.bincount(lactate["stay"], minlength=n_stays)
     n_decoys = np.minimum(rng.binomial(size, DECOY_SHARE), n_fill)
-    events = pd.concat(
-        [lactate, *causes, *fill(rng, "decoy", n_decoys), *fill(rng, "background", n_fill - n_decoys)],
-        ignore_index=True,
-    )
+    filled = [*fill(rng, "decoy", n_decoys), *fill(rng, "background", n_fill - n_decoys)]
+    events = pd.concat([lactate, *causes, *filled], ignore_index=True)
     anywhere = np.floor(rng.random(len(events)) * duration[events["stay"]])
     events["minutes"] = events["minutes"].fillna(pd.Series(anywhere)).astype(int)
     return events, duration.astype(int)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stays, admissions, patients
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Stays, admissions, patients ----
 def draw_labels(rng, events, n_stays, effect_scale):
     """Age, true logit and risk, and the label drawn from it -> DataFrame (n_stays rows)."""
     age = np.clip(np.round(65 + 15 * rng.standard_normal(n_stays)), 18, 91).astype(int)
@@ -528,15 +475,8 @@ def draw_labels(rng, events, n_stays, effect_scale):
     event_effect = np.bincount(events["stay"], weights=events["true_effect"], minlength=n_stays)
     logit = effect_scale * INTERCEPT + age_effect + event_effect
     risk = 1 / (1 + np.exp(-logit))
-    return pd.DataFrame(
-        {
-            "patient_age": age,
-            "age_effect": age_effect,
-            "true_logit": logit,
-            "true_risk": risk,
-            "label": (rng.random(n_stays) < risk).astype(int),
-        }
-    )
+    label = (rng.random(n_stays) < risk).astype(int)
+    return pd.DataFrame(dict(patient_age=age, age_effect=age_effect, true_logit=logit, true_risk=risk, label=label))
 
 
 def pair_up(rng, stays, share=0.27):
@@ -558,81 +498,48 @@ def pair_up(rng, stays, share=0.27):
     return earlier, shares_admission
 
 
-def choose(rng, options, n):
-    """`n` draws from {value: weight}, "" standing for a missing value."""
-    values, edges = np.array(list(options), dtype=object), np.cumsum(list(options.values()))
-    values[values == ""] = None
-    return values[np.searchsorted(edges, rng.random(n) * edges[-1], side="right")]
+SHARES = {  # the values of static columns and their shares; "-" stands for a missing value
+    "patient_gender": "M 56, F 44",
+    "patient_race": "WHITE 64, BLACK/AFRICAN AMERICAN 14, UNKNOWN 8, HISPANIC/LATINO - PUERTO RICAN 5, ASIAN 4, "
+    "OTHER 5",
+    "marital_status": "MARRIED 42, SINGLE 30, WIDOWED 13, DIVORCED 8, - 7",
+    "insurance": "Medicare 45, Other 45, Medicaid 10",
+    "admission_type": "EW EMER. 45, OBSERVATION ADMIT 15, URGENT 18, SURGICAL SAME DAY ADMISSION 10, DIRECT EMER. 6, "
+    "ELECTIVE 6",
+    "admission_location": "EMERGENCY ROOM 48, PHYSICIAN REFERRAL 25, TRANSFER FROM HOSPITAL 20, CLINIC REFERRAL 5, "
+    "INFORMATION NOT AVAILABLE 2",
+    "discharge_location": "HOME 38, HOME HEALTH CARE 28, SKILLED NURSING FACILITY 18, REHAB 8, "
+    "CHRONIC/LONG TERM ACUTE CARE 4, HOSPICE 2, AGAINST ADVICE 2",
+    "careunit": "Medical Intensive Care Unit (MICU) 24, Surgical Intensive Care Unit (SICU) 20, "
+    "Medical/Surgical Intensive Care Unit (MICU/SICU) 18, Cardiac Vascular Intensive Care Unit (CVICU) 16, "
+    "Coronary Care Unit (CCU) 12, Trauma SICU (TSICU) 10",
+}
+
+
+def choose(rng, name, n):
+    """`n` draws of a static column."""
+    values, _, shares = zip(*(option.rpartition(" ") for option in SHARES[name].split(", ")))
+    edges = np.cumsum([int(share) for share in shares])
+    options = np.array([None if value == "-" else value for value in values], dtype=object)
+    return options[np.searchsorted(edges, rng.random(n) * edges[-1], side="right")]
 
 
 def add_people(rng, stays, earlier, shares_admission):
     """Ids and static columns: drawn per stay, then copied from the first stay of the same patient or admission."""
     n = len(stays)
     own = np.arange(n)
-    patient = np.where(earlier >= 0, earlier, own)
-    admission = np.where(shares_admission, earlier, own)
+    patient, admission = np.where(earlier >= 0, earlier, own), np.where(shares_admission, earlier, own)
     stays["patient_id"] = 10_000_000 + 7 * np.unique(patient, return_inverse=True)[1]
     stays["admission_id"] = 20_000_000 + 7 * np.unique(admission, return_inverse=True)[1]
     stays["icu_stay_id"] = 30_000_000 + 7 * own
-    per_patient = {
-        "patient_gender": {"M": 56, "F": 44},
-        "patient_race": {
-            "WHITE": 64,
-            "BLACK/AFRICAN AMERICAN": 14,
-            "UNKNOWN": 8,
-            "HISPANIC/LATINO - PUERTO RICAN": 5,
-            "ASIAN": 4,
-            "OTHER": 5,
-        },
-        "marital_status": {"MARRIED": 42, "SINGLE": 30, "WIDOWED": 13, "DIVORCED": 8, "": 7},
-        "insurance": {"Medicare": 45, "Other": 45, "Medicaid": 10},
-    }
-    per_admission = {
-        "admission_type": {
-            "EW EMER.": 45,
-            "OBSERVATION ADMIT": 15,
-            "URGENT": 18,
-            "SURGICAL SAME DAY ADMISSION": 10,
-            "DIRECT EMER.": 6,
-            "ELECTIVE": 6,
-        },
-        "admission_location": {
-            "EMERGENCY ROOM": 48,
-            "PHYSICIAN REFERRAL": 25,
-            "TRANSFER FROM HOSPITAL": 20,
-            "CLINIC REFERRAL": 5,
-            "INFORMATION NOT AVAILABLE": 2,
-        },
-        "discharge_location": {
-            "HOME": 38,
-            "HOME HEALTH CARE": 28,
-            "SKILLED NURSING FACILITY": 18,
-            "REHAB": 8,
-            "CHRONIC/LONG TERM ACUTE CARE": 4,
-            "HOSPICE": 2,
-            "AGAINST ADVICE": 2,
-        },
-    }
-    for columns, source in ((per_patient, patient), (per_admission, admission)):
-        for name, options in columns.items():
-            stays[name] = choose(rng, options, n)[source]
+    for name in ("patient_gender", "patient_race", "marital_status", "insurance"):
+        stays[name] = choose(rng, name, n)[patient]
+    for name in ("admission_type", "admission_location", "discharge_location"):
+        stays[name] = choose(rng, name, n)[admission]
     stays.loc[stays["label"] == 1, "discharge_location"] = "DIED"
-    add_care_units(rng, stays)
-
-
-def add_care_units(rng, stays):
-    """The first care unit, and the last, which is another one for a tenth of the stays."""
-    units = {
-        "Medical Intensive Care Unit (MICU)": 24,
-        "Surgical Intensive Care Unit (SICU)": 20,
-        "Medical/Surgical Intensive Care Unit (MICU/SICU)": 18,
-        "Cardiac Vascular Intensive Care Unit (CVICU)": 16,
-        "Coronary Care Unit (CCU)": 12,
-        "Trauma SICU (TSICU)": 10,
-    }
-    stays["first_icu_careunit"] = choose(rng, units, len(stays))
-    moved = rng.random(len(stays)) < 0.1
-    stays["last_icu_careunit"] = np.where(moved, choose(rng, units, len(stays)), stays["first_icu_careunit"])
+    stays["first_icu_careunit"] = choose(rng, "careunit", n)
+    moves = rng.random(n) < 0.1
+    stays["last_icu_careunit"] = np.where(moves, choose(rng, "careunit", n), stays["first_icu_careunit"])
 
 
 def add_times(rng, stays, duration, earlier, shares_admission):
@@ -665,9 +572,7 @@ def clock(minutes):
     return np.where(np.isnan(minutes), np.datetime64("NaT", "s"), times)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything together
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Everything together ----
 def make_sample(n_stays=300, seed=0, effect_scale=1.0):
     """A table of `n_stays` synthetic ICU stays (20 to 200 events each) with its truth, the same for the same arguments.
 
@@ -685,21 +590,12 @@ def make_sample(n_stays=300, seed=0, effect_scale=1.0):
     add_people(rng, stays, earlier, shares_admission)
     add_times(rng, stays, duration, earlier, shares_admission)
 
-    events = events.sort_values(
-        ["stay", "minutes", "event_type", "event_text"],
-        ascending=[True, False, True, True],
-        kind="stable",
-        ignore_index=True,
-    )
-    columns = ["icu_stay_id", "patient_id", "age_effect", "true_logit", "true_risk", "label"]
-    best = roc_auc_score(stays["label"], stays["true_risk"]) if stays["label"].nunique() == 2 else float("nan")
-    return Sample(
-        build_table(stays, events),
-        build_truth(stays, events),
-        stays[columns].copy(),
-        effect_scale * INTERCEPT,
-        float(best),
-    )
+    order = {"stay": True, "minutes": False, "event_type": True, "event_text": True}
+    events = events.sort_values(list(order), ascending=list(order.values()), kind="stable", ignore_index=True)
+    truth = stays[["icu_stay_id", "patient_id", "age_effect", "true_logit", "true_risk", "label"]].copy()
+    best = roc_auc_score(truth["label"], truth["true_risk"]) if truth["label"].nunique() == 2 else float("nan")
+    tables = build_table(stays, events), build_truth(stays, events), truth
+    return Sample(*tables, effect_scale * INTERCEPT, float(best))
 
 
 def build_table(stays, events):
@@ -728,26 +624,20 @@ def write_csv(sample, path):
     Path(path).write_bytes(text.encode("utf-8"))
 
 
-def describe(sample):
-    """One line for the command line."""
-    return (
-        f"{len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, "
-        f"{len(sample.table):,} events, {sample.stays['label'].mean():.1%} died; "
-        f"best AUROC any model can reach (true risk): {sample.best_auroc:.3f}"
-    )
-
-
 def main():
     """The command line."""
-    default = Path(__file__).resolve().parent.parent / "sample_train.csv"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stays", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "sample_train.csv")
     arguments = parser.parse_args()
     sample = make_sample(arguments.stays, arguments.seed)
     write_csv(sample, arguments.out)
-    print(f"{arguments.out}: {describe(sample)}")
+    print(
+        f"{arguments.out}: {len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, "
+        f"{len(sample.table):,} events, {sample.stays['label'].mean():.1%} died; "
+        f"best AUROC any model can reach (true risk): {sample.best_auroc:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ SAMPLE: Words = [
         '        f"Comment:',
         '        "Priority: " + ("STAT" if lab.category == GAS else "ROUTINE"),\n        f"Comment:',
     ),
-    ('"Value: ART."', '"Value: ART. | Priority: STAT"'),
+    ('Value: ART."', 'Value: ART. | Priority: STAT"'),
     ("written = rounded(rate, 1 - first_digit(rate))", "written, amount = rate, rate * minutes / 60"),
     ("| Rate: {written:.6g}", "| Amount: {amount:g} {unit} | Rate: {written}"),
 ]
