@@ -34,19 +34,10 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def table():
-    return read_stays(make_sample(30, seed=5).table)[0]
-
-
-@pytest.fixture(scope="module")
-def preprocessor(table):
-    return train.ClinicalDataPreprocessor().fit(table)
-
-
-@pytest.fixture(scope="module")
-def dataset(table, preprocessor):
+def dataset():
+    table = read_stays(make_sample(30, seed=5).table)[0]
     vectors = np.random.default_rng(0).normal(size=(len(table.texts), 768)).astype(np.float32)
-    return train.ClinicalSequenceDataset(table, preprocessor, vectors)
+    return train.ClinicalSequenceDataset(table, train.ClinicalDataPreprocessor().fit(table), vectors)
 
 
 @pytest.fixture
@@ -54,9 +45,8 @@ def small_model(dataset):
     return train.ClinicalTransformer(dataset.input_dim, dataset.static.shape[1], **SIZES).eval()
 
 
-def padded_logits(model, dataset, stays):
-    batch = train.collate_stays([dataset[stay] for stay in stays])
-    return model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
+def padded_logits(model, padded):
+    return model.logits(padded["sequences"], padded["static_features"], padded["attention_mask"])
 
 
 def test_default_model_has_the_shapes_of_the_specification():
@@ -76,20 +66,17 @@ def test_sequences_that_are_no_batch_of_this_width_are_refused_in_a_sentence(sha
         model(torch.ones(shape), torch.zeros(1, S))
 
 
-def test_padding_changes_no_output_whatever_it_holds(model, batch):
-    sequences, static, mask = batch
+def test_output_of_a_stay_depends_on_no_padding_and_on_no_other_of_its_batch(model, batch):
+    (sequences, static, mask), output = batch, model(*batch)
     longer = torch.cat([sequences, torch.full((B, 5, INPUT), 1e6)], dim=1)
     longer[:, :L][~mask] = -7.0
     padded = model(longer, static, torch.cat([mask, torch.zeros(B, 5, dtype=torch.bool)], dim=1))
-    assert torch.allclose(padded, model(*batch), atol=1e-5)
-
-
-def test_output_of_a_stay_depends_on_no_other_of_its_batch(model, batch):
-    sequences, static, mask = batch
+    assert torch.allclose(padded, output, atol=1e-5)
     single = [model(sequences[i : i + 1, : mask[i].sum()], static[i : i + 1]) for i in range(B)]
-    assert torch.allclose(torch.cat(single), model(*batch), atol=1e-5)
+    assert torch.allclose(torch.cat(single), output, atol=1e-5)
     order = torch.tensor([2, 0, 1])
-    assert torch.allclose(model(*batch)[order], model(*(part[order] for part in batch)), atol=1e-6)
+    assert torch.allclose(output[order], model(*(part[order] for part in batch)), atol=1e-6)
+    assert torch.isfinite(model(sequences, static, torch.zeros_like(mask))).all()  # stays without events
 
 
 def test_events_are_normalised_and_static_features_weighed_as_training_says(model, batch):
@@ -99,27 +86,17 @@ def test_events_are_normalised_and_static_features_weighed_as_training_says(mode
     assert torch.allclose(model(*batch), by_hand, atol=1e-5)
 
 
-def test_stays_without_events_have_a_finite_output(model, batch):
-    sequences, static, mask = batch
-    assert torch.isfinite(model(sequences, static, torch.zeros_like(mask))).all()
-
-
-def test_attention_rows_sum_to_one_over_events_and_are_zero_on_padding(model, batch):
-    mask, (_, attention) = batch[2], model(*batch, return_attention=True)
+def test_attention_sums_to_one_over_events_and_is_that_of_the_pass_that_made_the_probability(model, batch):
+    """It is zero on padding; from it and the values the probability can be made again."""
+    mask, (probability, attention) = batch[2], model(*batch, return_attention=True)
     for weights in attention["layer_attention_weights"]:
         assert torch.allclose(weights.sum(-1), mask[:, None, :].expand(-1, 4, -1).float(), atol=1e-5)
         assert not weights.transpose(2, 3)[~mask[:, None, :, None].expand_as(weights)].any()
-    pooling = attention["pooling_weights"]
+    pooling, layer = attention["pooling_weights"], model.attention_pooling
     assert torch.allclose(pooling.sum(-1), torch.ones(B, 4, 1), atol=1e-5)
     assert not pooling[~mask[:, None, None, :].expand_as(pooling)].any()
-
-
-def test_attention_is_that_of_the_pass_that_made_the_probability(model, batch):
-    """From the returned weights and the values, the probability can be made again."""
-    probability, attention = model(*batch, return_attention=True)
-    pooling, events = model.attention_pooling, attention["transformer_output"]
-    values = pooling.value(events).unflatten(2, (4, -1)).transpose(1, 2)
-    pooled = pooling.output((attention["pooling_weights"] @ values).transpose(1, 2).flatten(2)).squeeze(1)
+    values = layer.value(attention["transformer_output"]).unflatten(2, (4, -1)).transpose(1, 2)
+    pooled = layer.output((pooling @ values).transpose(1, 2).flatten(2)).squeeze(1)
     again = torch.sigmoid(model.classifier(torch.cat([pooled, batch[1]], dim=1)))
     assert torch.allclose(again, probability, atol=1e-6) and torch.allclose(probability, model(*batch), atol=1e-6)
 
@@ -178,8 +155,7 @@ def test_pooling_in_training_is_not_shown_a_share_of_the_events():
 
 
 def test_stay_with_every_event_hidden_has_finite_output_and_gradient():
-    pooling = train.AttentionPooling(8, 2, event_dropout=1 - 1e-9)
-    events = torch.randn(1, 3, 8, requires_grad=True)
+    pooling, events = train.AttentionPooling(8, 2, event_dropout=1 - 1e-9), torch.randn(1, 3, 8, requires_grad=True)
     pooled, weights = pooling(torch.randn(1, 1, 8), events, torch.ones(1, 3, dtype=torch.bool))
     pooled.sum().backward()
     assert (weights == 0).all() and torch.equal(pooled[0, 0], pooling.output.bias) and (events.grad == 0).all()
@@ -203,13 +179,11 @@ def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
     scores = torch.randn(n_items, 3)
     scores = torch.linalg.qr(scores - scores.mean(0))[0] * (n_items * variances).sqrt()
     items = scores @ torch.linalg.qr(torch.randn(n_columns, 3))[0].T
-    projection = train.ItemHistoryProjection(n_columns + 1, 8)
+    projection, identity = train.ItemHistoryProjection(n_columns + 1, 8), torch.nn.Linear(n_columns, n_columns)
     projection.whiten(items)
-    identity = torch.nn.Linear(n_columns, n_columns)
     identity.weight.data, identity.bias.data = torch.eye(n_columns), torch.zeros(n_columns)
     covariance = torch.cov(projection.of_item(identity, items).T, correction=0)
-    expected = torch.zeros(n_columns)
-    expected[:3] = variances / (variances + 1e-3 * 25)
+    expected = torch.nn.functional.pad(variances / (variances + 1e-3 * 25), (0, n_columns - 3))
     assert torch.allclose(covariance, torch.diag(expected), atol=1e-4)
 
 
@@ -238,30 +212,28 @@ def test_bias_multiplies_what_the_latest_event_of_an_item_weighs():
 
 
 def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
-    sequence, static, label = dataset[3]
+    (sequence, static, label), first = dataset[3], dataset.table.offsets[3]
     assert sequence.shape == (dataset.table.lengths[3], 774)
     assert label.shape == (1,) and static.shape == (dataset.static.shape[1],)
     assert (sequence[:-1, 773] >= sequence[1:, 773]).all()  # minutes to the final event fall
     assert torch.equal(sequence[:, :5].sum(1), torch.ones(len(sequence)))
-    first = dataset.table.offsets[3]
     assert torch.equal(sequence[0, 5:773], dataset.text_vectors[int(dataset.table.text[first])])
 
 
 @torch.no_grad()
-def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model, preprocessor):
+def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model):
     stays = np.array([4, 0, 9, 1])
-    batch = dataset.packed(stays)
-    assert batch.layout.lengths == dataset.lengths[stays].tolist() and len(batch.events) == dataset.lengths[stays].sum()
-    logits, details = small_model.score_packed(batch.events, batch.static_features, batch.layout)
-    assert torch.allclose(logits, padded_logits(small_model, dataset, stays), atol=1e-6)
-    assert torch.equal(batch.labels, dataset.labels[stays])
-    loss = train.TemporalAwareLoss(32)
-    objective = train.TrainingObjective(small_model, loss, preprocessor)
+    batch, lengths = dataset.packed(stays), dataset.lengths[stays]
     padded = train.collate_stays([dataset[stay] for stay in stays])
-    assert padded["attention_mask"].sum(1).tolist() == dataset.lengths[stays].tolist()
+    assert batch.layout.lengths == lengths.tolist() and len(batch.events) == lengths.sum()
+    assert padded["attention_mask"].sum(1).tolist() == lengths.tolist()
     assert not padded["sequences"][~padded["attention_mask"]].any()
+    logits, details = small_model.score_packed(batch.events, batch.static_features, batch.layout)
+    assert torch.allclose(logits, padded_logits(small_model, padded), atol=1e-6)
+    assert torch.equal(batch.labels, dataset.labels[stays])
+    table, loss = dataset.table.take(stays), train.TemporalAwareLoss(32)
+    objective = train.TrainingObjective(small_model, loss, train.ClinicalDataPreprocessor().fit(dataset.table))
     assert torch.allclose(objective(batch, 773), objective(padded, 773), atol=1e-6)
-    table = dataset.table.take(stays)
     hours = train.unpack(torch.from_numpy(table.minutes_to_end[:, None] / 60), batch.layout).squeeze(2)
     by_hand = loss(logits, details["transformer_output"], batch.labels, hours, batch.layout.attention_mask)
     assert torch.allclose(objective(batch, 773), by_hand, atol=1e-5)
@@ -295,19 +267,22 @@ def test_logits_leave_bf16_autocast_in_fp32(dataset, small_model):
         event_logits = train.in_full_precision(torch.nn.Linear(32, 1), details["transformer_output"].bfloat16())
     assert logits.dtype == event_logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
-    exact = padded_logits(small_model, dataset, range(30))
+    exact = padded_logits(small_model, train.collate_stays([dataset[stay] for stay in range(30)]))
     assert len(logits.unique()) == 30 and (logits - exact).abs().max() < 0.02
 
 
+LENGTHS = np.random.default_rng(0).integers(1, 500, 300)
+
+
 def test_batches_hold_every_stay_once_and_respect_the_event_budget():
-    lengths = np.random.default_rng(0).integers(1, 500, 300)
-    batches, again, other = (
-        train.plan_batches(lengths, batch_size=8, max_events=1000, seed=seed) for seed in (1, 1, 2)
-    )
+    batches, again, other = (train.plan_batches(LENGTHS, batch_size=8, max_events=1000, seed=n) for n in (1, 1, 2))
     assert sorted(np.concatenate(batches)) == list(range(300))
-    assert all(len(b) <= 8 and (len(b) == 1 or lengths[b].sum() <= 1000) for b in batches)
-    assert all((np.diff(lengths[b]) <= 0).all() for b in batches)
+    assert all(len(b) <= 8 and (len(b) == 1 or LENGTHS[b].sum() <= 1000) for b in batches)
+    assert all((np.diff(LENGTHS[b]) <= 0).all() for b in batches)
     assert all(map(np.array_equal, batches, again)) and not all(map(np.array_equal, batches, other))
+    few = train.plan_batches(np.array([3, 50, 4]), batch_size=8, max_events=10)
+    assert [b.tolist() for b in few] == [[1], [2, 0]]  # a stay longer than the budget is a batch of its own
+    assert train.plan_batches(np.array([], int), batch_size=8, max_events=10) == []
 
 
 def test_batches_of_training_mix_lengths_and_those_of_scoring_hardly_pad():
@@ -318,19 +293,13 @@ def test_batches_of_training_mix_lengths_and_those_of_scoring_hardly_pad():
     assert len(means) > 25 and np.std(means) < 1.5 * np.log(lengths).std() / 4  # as of 16 stays drawn at random
 
 
-def test_a_stay_longer_than_the_budget_is_a_batch_of_its_own():
-    assert [b.tolist() for b in train.plan_batches(np.array([3, 50, 4]), batch_size=8, max_events=10)] == [[1], [2, 0]]
-    assert train.plan_batches(np.array([], int), batch_size=8, max_events=10) == []
-
-
 def test_processes_share_stays_and_event_budget_of_a_step():
-    lengths = np.random.default_rng(0).integers(1, 500, 300)
-    batches = train.plan_batches(lengths, batch_size=64, max_events=1000, seed=1, world=4)
+    batches = train.plan_batches(LENGTHS, batch_size=64, max_events=1000, seed=1, world=4)
     assert sorted(np.concatenate(batches)) == list(range(300))
     for batch in batches:
         shares = [train.share_of_batch(batch, rank, 4)[0] for rank in range(4)]
-        assert all(len(share) == 1 or lengths[share].sum() <= 1000 for share in shares)
-    assert len(batches) < len(train.plan_batches(lengths, batch_size=64, max_events=1000, seed=1))
+        assert all(len(share) == 1 or LENGTHS[share].sum() <= 1000 for share in shares)
+    assert len(batches) < len(train.plan_batches(LENGTHS, batch_size=64, max_events=1000, seed=1))
     shares = [train.share_of_batch(np.array([4, 7, 9]), rank, 4) for rank in range(4)]  # one is left without
     assert sorted(stay for stays, weight in shares if weight for stay in stays) == [4, 7, 9]
     assert all(len(stays) for stays, _ in shares)
@@ -345,30 +314,24 @@ def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_thre
     assert variance.sum() == pytest.approx(774, rel=0.01)
 
 
-def test_items_of_events_are_their_texts_without_numbers(dataset, table):
-    items = train.items_of_events(dataset)
+def test_items_of_events_are_their_texts_without_numbers(dataset):
+    items, table = train.items_of_events(dataset), dataset.table
     assert len(items) == len({read_text(text).without_value for text in table.texts[np.unique(table.text)]})
     assert items.shape[1] == dataset.input_dim - 1 and (items[:, :5].sum(1) == 1).all()
 
 
-def test_temporal_weights_and_loss_of_two_events_by_hand():
+def test_temporal_weights_and_loss_of_two_events_by_hand_and_plain_bce_without():
     hours, mask = torch.tensor([[24.0, 0.0, 99.0]]), torch.tensor([[True, True, False]])
-    older = math.exp(-1) / (1 + math.exp(-1))
+    older, bce = math.exp(-1) / (1 + math.exp(-1)), lambda logit: math.log1p(math.exp(-logit))
     weights = train.temporal_weights(hours, mask, tau_hours=24.0)
     assert torch.allclose(weights, torch.tensor([[older, 1 - older, 0.0]]), atol=1e-6)
-    loss = train.TemporalAwareLoss(d_model=1, tau_hours=24.0, weight=0.3)
+    loss, plain = (train.TemporalAwareLoss(d_model=1, tau_hours=24.0, weight=weight) for weight in (0.3, 0.0))
     torch.nn.init.ones_(loss.event_head.weight)
     torch.nn.init.zeros_(loss.event_head.bias)
-    value = loss(torch.tensor([[0.5]]), torch.tensor([[[2.0], [-1.0], [7.0]]]), torch.ones(1, 1), hours, mask)
-    bce = lambda logit: math.log1p(math.exp(-logit))
-    assert value.item() == pytest.approx(0.7 * bce(0.5) + 0.3 * (older * bce(2.0) + (1 - older) * bce(-1.0)), abs=1e-6)
-
-
-def test_temporal_weight_zero_is_plain_bce():
-    loss = train.TemporalAwareLoss(d_model=1, weight=0.0)
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    value = loss(torch.zeros(1, 1), torch.zeros(1, 2, 1), torch.ones(1, 1), torch.zeros(1, 2), mask)
-    assert value.item() == pytest.approx(math.log(2)) and not list(loss.parameters())
+    inputs = torch.tensor([[0.5]]), torch.tensor([[[2.0], [-1.0], [7.0]]]), torch.ones(1, 1), hours, mask
+    by_hand = 0.7 * bce(0.5) + 0.3 * (older * bce(2.0) + (1 - older) * bce(-1.0))
+    assert loss(*inputs).item() == pytest.approx(by_hand, abs=1e-6)
+    assert plain(torch.zeros(1, 1), *inputs[1:]).item() == pytest.approx(math.log(2)) and not list(plain.parameters())
 
 
 @torch.no_grad()
