@@ -37,16 +37,13 @@ def test_same_seed_same_sample_other_seed_another(sample):
     assert not make_sample(seed=1).table["event_text"].equals(sample.table["event_text"])
 
 
-def test_size_and_prevalence_as_documented(sample):
+def test_size_prevalence_and_shares_of_event_types_are_as_documented(sample):
     stays = per_stay(sample)
     assert tuple(sample.table.columns) == tuple(TABLE_COLUMNS)
     assert len(stays) == 300 and 210 <= stays["patient_id"].nunique() <= 230
     assert sample.table.groupby("icu_stay_id").size().between(20, 200).all()
     assert 0.15 <= stays["patient_expired_in_hospital"].mean() <= 0.25
     assert stays["patient_id"].value_counts().max() == 2
-
-
-def test_event_types_have_realistic_shares(sample):
     share = sample.table["event_type"].value_counts(normalize=True)
     assert set(share.index) == {"prescription", "procedure_event", "labevent", "microbiology", "ingredient"}
     assert 0.45 < share["labevent"] < 0.58 and 0.25 < share["ingredient"] < 0.36 and share.min() > 0.02
@@ -76,20 +73,15 @@ def test_discharge_location_died_is_the_label(large):
     died = stays["patient_expired_in_hospital"] == 1
     assert ((stays["discharge_location"] == "DIED") == died).all()
     assert (stays["patient_death_time"].notna() == died).all()
-    after_icu = (stays["patient_death_time"] > stays["icu_outtime"])[died].mean()
-    assert 0.25 < after_icu < 0.65
+    assert 0.25 < (stays["patient_death_time"] > stays["icu_outtime"])[died].mean() < 0.65
 
 
-def test_stays_of_one_patient_are_consistent(large):
-    stays = per_stay(large)
+def test_stays_of_one_patient_are_consistent_and_no_one_returns_from_death(large):
+    stays = per_stay(large).sort_values(["patient_id", "icu_intime"])
     fixed = ["patient_gender", "patient_race", "patient_age"]
     assert (stays.groupby("patient_id")[fixed].nunique() == 1).all(axis=None)
     assert (stays.groupby("admission_id")["patient_expired_in_hospital"].nunique() == 1).all()
     assert stays["admission_id"].nunique() < len(stays) and stays["icu_stay_id"].is_unique
-
-
-def test_second_stay_follows_the_first_and_no_one_returns_from_death(large):
-    stays = per_stay(large).sort_values(["patient_id", "icu_intime"])
     again = stays["patient_id"].eq(stays["patient_id"].shift(-1))
     next_start = stays["icu_intime"].shift(-1)[again]
     assert (next_start > stays["icu_outtime"][again]).all()
@@ -105,15 +97,12 @@ def test_holes_are_there(sample):
     assert text.nunique() < 0.2 * len(text)
 
 
-def test_true_effects_age_and_intercept_sum_to_the_logit(large):
+def test_true_effects_are_those_of_causal_roles_and_sum_with_age_and_intercept_to_the_logit(large):
     effects = large.events.groupby("icu_stay_id")["true_effect"].sum().reindex(large.stays["icu_stay_id"]).to_numpy()
     logit = large.intercept + large.stays["age_effect"] + effects
     np.testing.assert_allclose(logit, large.stays["true_logit"], atol=1e-9)
     np.testing.assert_allclose(1 / (1 + np.exp(-logit)), large.stays["true_risk"], atol=1e-12)
     assert large.events["icu_stay_id"].equals(large.table["icu_stay_id"])
-
-
-def test_effects_are_exactly_those_of_the_causal_roles(large):
     causal = large.events["role"].isin(CAUSAL_ROLES)
     assert ((large.events["true_effect"] != 0) == causal).all()
     assert 0.05 <= causal.mean() <= 0.15
@@ -162,21 +151,13 @@ def test_counts_of_causes_reach_the_best_auroc(large):
     assert best > 0.92 and (reached - 0.5) / (best - 0.5) > 0.95
 
 
-@pytest.mark.parametrize(
-    "value, word",
-    [
-        (0.9, "far below range"),
-        (1.5, "below range"),
-        (1.9, "slightly below range"),
-        (2, "within range"),
-        (4, "within range"),
-        (4.5, "slightly above range"),
-        (5.5, "above range"),
-        (8.5, "far above range"),
-    ],
-)
-def test_magnitude_level_of_a_range_from_2_to_4(value, word):
-    assert magnitude_level(value, 2, 4) == word
+LEVELS = {0.9: "far below", 1.5: "below", 1.9: "slightly below", 2: "within", 4: "within"}
+LEVELS |= {4.5: "slightly above", 5.5: "above", 8.5: "far above"}
+
+
+@pytest.mark.parametrize("value", LEVELS)
+def test_magnitude_level_of_a_range_from_2_to_4(value):
+    assert magnitude_level(value, 2, 4) == f"{LEVELS[value]} range"
 
 
 def test_too_few_stays_is_an_error_that_says_so():

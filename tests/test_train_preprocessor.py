@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -64,10 +63,10 @@ def test_number_of_events_is_scaled_by_its_logarithm_and_counts_what_is_read(tab
 
 
 def test_number_beyond_the_training_range_counts_as_the_nearest_seen(table):
-    preprocessor = fitted(table, ["patient_age", "number_of_events"])
-    encoded = preprocessor.encode_static_features(table.static_columns)
+    encode = fitted(table, ["patient_age", "number_of_events"]).encode_static_features
     beyond = table.static_columns.head(2).assign(patient_age=[-1.0, 200.0], number_of_events=[1, 10**6])
-    assert np.array_equal(preprocessor.encode_static_features(beyond), [encoded.min(0), encoded.max(0)])
+    encoded = encode(table.static_columns)
+    assert np.array_equal(encode(beyond), [encoded.min(0), encoded.max(0)])
 
 
 def test_fit_is_not_moved_by_other_stays(table):
@@ -84,10 +83,10 @@ def test_state_is_plain_data_and_round_trips(table):
     preprocessor = fitted(table, item_history=True)
     copy = train.ClinicalDataPreprocessor().load_state_dict(json.loads(json.dumps(preprocessor.state_dict())))
     assert copy.static_names == preprocessor.static_names and copy.item_history
-    arguments = {"static_features": table.static_columns, "history": table, "relative_time": table.minutes_to_end}
-    for name, argument in arguments.items():
-        encode, encode_again = (getattr(each, f"encode_{name}") for each in (preprocessor, copy))
-        assert np.array_equal(encode_again(argument), encode(argument))
+    inputs = {"static_features": table.static_columns, "history": table, "relative_time": table.minutes_to_end}
+    for name, value in inputs.items():
+        again, encoded = (getattr(each, f"encode_{name}")(value) for each in (copy, preprocessor))
+        assert np.array_equal(again, encoded)
 
 
 def test_history_is_told_by_the_quantiles_of_the_training_events_alone(table):
@@ -96,26 +95,18 @@ def test_history_is_told_by_the_quantiles_of_the_training_events_alone(table):
     assert np.array_equal(fitted(first, item_history=True).encode_history(rest), expected)
 
 
-@pytest.fixture(scope="module")
-def of_two_columns():
-    """The preprocessor of ages 40 and 60, with one gender that is known."""
+def test_static_features_take_the_columns_wanted_and_encoders_are_public():
+    """Of a preprocessor of ages 40 and 60, with one gender that is known."""
     stays = SMALL.stays.assign(patient_gender=["F", None] * 3, patient_age=[40.0, 60.0] * 3)
-    return fitted(replace(SMALL, stays=stays), ["patient_gender", "patient_age"])
-
-
-def test_static_features_take_a_table_and_the_columns_wanted(of_two_columns):
-    stays = pd.DataFrame({"patient_gender": ["F", None], "patient_age": [40.0, 60.0]})
-    encode = of_two_columns.encode_static_features
-    assert encode(stays, ["patient_age", "patient_gender"]).tolist() == [[-1, 1, 0], [1, 0, 1]]
-    assert encode(stays, ["patient_age"]).tolist() == [[-1], [1]]
+    preprocessor = fitted(replace(SMALL, stays=stays), ["patient_gender", "patient_age"])
+    encode, encoders = preprocessor.encode_static_features, preprocessor.static_encoders
+    few = stays[["patient_gender", "patient_age"]].head(2)
+    assert encode(few, ["patient_age", "patient_gender"]).tolist() == [[-1, 1, 0], [1, 0, 1]]
+    assert encode(few, ["patient_age"]).tolist() == [[-1], [1]]
     with pytest.raises(InputError, match="fitted on: insurance"):
-        encode(stays, ["insurance"])
-
-
-def test_encoders_are_public(of_two_columns):
-    encoders, mean = of_two_columns.static_encoders, SMALL.minutes_to_end.astype(float).mean()
-    assert of_two_columns.event_type_encoder.categories_[0].tolist() == list(EVENT_TYPES)
-    assert of_two_columns.time_scaler.transform([[mean]]).tolist() == [[0]]
+        encode(few, ["insurance"])
+    assert preprocessor.event_type_encoder.categories_[0].tolist() == list(EVENT_TYPES)
+    assert preprocessor.time_scaler.transform([[SMALL.minutes_to_end.astype(float).mean()]]).tolist() == [[0]]
     assert encoders["patient_gender"].categories_[0].tolist() == ["F", "Unknown"]
     assert encoders["patient_age"].inverse_transform([[1]]).tolist() == [[60]]
 
