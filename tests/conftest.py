@@ -40,8 +40,7 @@ def finished(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("finished")
     left = ["attention_weights/attention_epoch_9_batch_0.npz", "evaluation/run.json", "fold_9/run.json"]
-    for name in (*left, "notes.csv", "explainability/notes.csv"):
-        path = folder / "out" / name
+    for path in (folder / "out" / name for name in (*left, "notes.csv", "explainability/notes.csv")):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     small_table().to_csv(folder / "data.csv", index=False)
@@ -87,21 +86,11 @@ def save_longformer(folder, seed=0, attention_window=(512, 512)):
 
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(folder)
-    config = LongformerConfig(
-        vocab_size=320,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        attention_window=list(attention_window),
-        max_position_embeddings=1040,
-        type_vocab_size=1,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        sep_token_id=2,
-        initializer_range=0.2,
-    )  # wide, so that attention matters
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 1040, "type_vocab_size": 1}
+    tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
+    wide = {"initializer_range": 0.2, "attention_window": list(attention_window)}  # so that attention matters
+    config = LongformerConfig(**sizes, **tokens, **wide)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LongformerModel(config).save_pretrained(folder)

@@ -22,41 +22,21 @@ def small_table(n_patients=40, n_events=3, first_id=10_000_000):
     start = pd.Timestamp("2150-03-01 08:00:00")
     for i in range(n_patients):
         died = i % 2
-        stay = {
-            "patient_id": first_id + i,
-            "admission_id": 20_000_000 + i,
-            "icu_stay_id": 30_000_000 + i,
-            "icu_intime": start,
-            "icu_outtime": start + pd.Timedelta(hours=48),
-            "patient_death_time": start + pd.Timedelta(hours=47) if died else "",
-            "patient_expired_in_hospital": died,
-            "patient_gender": "FM"[i % 3 % 2],
-            "patient_age": 40 + i,
-            "patient_race": "WHITE",
-            "marital_status": "SINGLE",
-            "admission_type": "URGENT",
-            "admission_location": "EMERGENCY ROOM",
-            "insurance": "Medicare",
-            "first_icu_careunit": "MICU",
-            "last_icu_careunit": "MICU",
-            "icu_length_of_stay_in_days": 2.0,
-            "discharge_location": "DIED" if died else "HOME",
-        }
+        stay = dict(patient_id=first_id + i, admission_id=20_000_000 + i, icu_stay_id=30_000_000 + i)
+        stay |= dict(patient_gender="FM"[i % 3 % 2], patient_age=40 + i, patient_expired_in_hospital=died)
+        stay |= dict(icu_intime=start, icu_outtime=start + pd.Timedelta(hours=48), icu_length_of_stay_in_days=2.0)
+        stay |= dict(patient_race="WHITE", marital_status="SINGLE", insurance="Medicare")
+        stay |= dict(admission_type="URGENT", admission_location="EMERGENCY ROOM")
+        stay |= dict(first_icu_careunit="MICU", last_icu_careunit="MICU")
+        stay |= dict(discharge_location="DIED" if died else "HOME")
+        stay |= dict(patient_death_time=start + pd.Timedelta(hours=47) if died else "")
         for hour in range(1, n_events + 1):
-            minutes_to_end = (47 if died else 48) * 60 - 60 * hour
             time = start + pd.Timedelta(hours=hour)
-            rows.append(
-                stay
-                | {
-                    "event_time": time,
-                    "event_known_time": time + pd.Timedelta(minutes=30),
-                    "event_type": EVENT_TYPES[hour % 5],
-                    "relative_time_to_final_event": minutes_to_end,
-                    "event_text": f"{LACTATE} | Value: {rng.integers(1, 9)} mmol/L | Comment: {MARK}",
-                }
-            )
-    columns = [*STAY_COLUMNS, *EVENT_COLUMNS]
-    return pd.DataFrame(rows)[columns].astype(str)
+            event = dict(event_time=time, event_known_time=time + pd.Timedelta(minutes=30))
+            event |= dict(relative_time_to_final_event=(47 if died else 48) * 60 - 60 * hour)
+            text = f"{LACTATE} | Value: {rng.integers(1, 9)} mmol/L | Comment: {MARK}"
+            rows.append(stay | event | dict(event_type=EVENT_TYPES[hour % 5], event_text=text))
+    return pd.DataFrame(rows)[[*STAY_COLUMNS, *EVENT_COLUMNS]].astype(str)
 
 
 def to_parquet(table, path, nested=False):
@@ -64,9 +44,8 @@ def to_parquet(table, path, nested=False):
     kinds = {"BIGINT": "Int64", "DOUBLE": "float64", "VARCHAR": "string"}
     typed = table.replace("", pd.NA).copy()
     for name, kind in {**STAY_COLUMNS, **EVENT_COLUMNS}.items():
-        typed[name] = (
-            pd.to_datetime(typed[name], format="ISO8601") if kind == "TIMESTAMP" else typed[name].astype(kinds[kind])
-        )
+        is_time, column = kind == "TIMESTAMP", typed[name]
+        typed[name] = pd.to_datetime(column, format="ISO8601") if is_time else column.astype(kinds[kind])
     if nested:
         events = [group[list(EVENT_COLUMNS)].to_dict("records") for _, group in typed.groupby("icu_stay_id")]
         typed = typed[list(STAY_COLUMNS)].drop_duplicates("icu_stay_id").assign(events=events)
@@ -76,17 +55,8 @@ def to_parquet(table, path, nested=False):
 
 def arguments(folder, data, *more, encoder="hashing"):
     """The command line of a small run into `folder`; of options given twice the later one counts."""
-    places = [
-        "--data",
-        data,
-        "--text-encoder",
-        encoder,
-        "--cache-dir",
-        folder / "cache",
-        "--output-dir",
-        folder / "out",
-    ]
-    return [*TINY, *map(str, [*places, *more])]
+    places = ["--cache-dir", folder / "cache", "--output-dir", folder / "out"]
+    return [*TINY, *map(str, ["--data", data, "--text-encoder", encoder, *places, *more])]
 
 
 def best_model(folder):
