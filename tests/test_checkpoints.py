@@ -9,7 +9,7 @@ import torch
 from conftest import save_longformer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_table import arguments, best_model, leftovers, small_table
+from small_table import arguments, best_model, leftovers
 
 import explain_clinicalLF as explain
 import train
@@ -107,23 +107,10 @@ def test_resume_with_other_settings_is_refused_and_leaves_the_run(options, fragm
     assert fragment in capfd.readouterr().err and (finished / "out" / "metrics.json").read_bytes() == before
 
 
-TOKENIZER = ("tokenizer vocab merges special_tokens", "has no tokenizer")
-LOST = [TOKENIZER, ("config.json", "is no text encoder"), ("model", "cannot be used as a text encoder")]
-
-
-@pytest.mark.parametrize("lost, fragment", LOST)
-def test_incomplete_model_folder_is_refused(lost, fragment, tmp_path, capfd):
-    for path in save_longformer(tmp_path / "encoder").iterdir():
-        path.unlink() if path.name.startswith(tuple(lost.split())) else None
-    small_table().to_csv(tmp_path / "data.csv", index=False)
-    argv = arguments(tmp_path, tmp_path / "data.csv", encoder=tmp_path / "encoder")
-    assert_refused(argv, fragment, capfd, tmp_path)
-
-
 TEXTS = [f"text {i}" for i in range(6)]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_damage_to_a_cache_part_leaves_right_vectors_or_none(tmp_path_factory, data):
     """Bytes of the header, the keys or the vectors change: never an exception, never a vector of another length."""
@@ -135,7 +122,7 @@ def test_any_damage_to_a_cache_part_leaves_right_vectors_or_none(tmp_path_factor
     reach = data.draw(st.sampled_from([128, len(content)]))  # the header is short: half of the examples aim at it
     for place in data.draw(st.lists(st.integers(0, reach - 1), min_size=1, max_size=4)):
         content[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.sampled_from([len(content), reach // 2]))])
+    path.write_bytes(content[: data.draw(st.sampled_from([len(content), reach // 2]) | st.integers(0, len(content)))])
     vectors = again.encode_event_text_batch(TEXTS)
     assert vectors.shape == good.shape
     assert path.name == "vectors.npy" or all(any(np.array_equal(vector, other) for other in good) for vector in vectors)

@@ -17,7 +17,9 @@ import torch
 import transformers
 from conftest import save_longformer
 from safetensors.torch import load_file, save_file
-from test_train_embedding import Malicious
+from small_table import arguments, small_table
+from test_checkpoints import Malicious, assert_refused
+from test_train_embedding import events
 
 import train
 from clinical_lf import encoders
@@ -31,7 +33,7 @@ def text_of(n_tokens):
 
 
 TEXTS = [text_of(n) for n in (5, 60, 257, 258, 400, 512)]
-EVENTS = [f"lab: lactate | value: {i} mmol/l" + " | level: above range" * i for i in range(5)]
+EVENTS = events(5)
 
 
 def last_layers(folder, texts, max_length=512):
@@ -43,19 +45,15 @@ def last_layers(folder, texts, max_length=512):
         return [model(**one).last_hidden_state[0].numpy() for one in inputs]
 
 
-def reference(folder, texts, max_length=512):
-    return np.stack([tokens[0] for tokens in last_layers(folder, texts, max_length)])
+def reference(folder, texts):
+    return np.stack([tokens[0] for tokens in last_layers(folder, texts)])
 
 
 @pytest.fixture
 def make(tiny_longformer, tmp_path):
     """Builds encoders that share this test's cache folder."""
-
-    def build(name=tiny_longformer, **options):
-        places = {"cache_dir": tmp_path / "cache", "weights_dir": tmp_path / "hf"}
-        return train.ClinicalTextEncoder(name, **{"dtype": "float32", "devices": ["cpu"]} | places | options)
-
-    return build
+    usual = {"cache_dir": tmp_path / "cache", "weights_dir": tmp_path / "hf", "dtype": "float32", "devices": ["cpu"]}
+    return lambda name=tiny_longformer, **options: train.ClinicalTextEncoder(name, **usual | options)
 
 
 @pytest.fixture
@@ -65,9 +63,9 @@ def copied(tiny_longformer, tmp_path):
 
 
 @pytest.fixture
-def home(tiny_longformer, tmp_path):
+def home(copied, tmp_path):
     """The tiny Longformer where a downloaded Clinical-Longformer lies."""
-    return shutil.copytree(tiny_longformer, tmp_path / "hf" / "clinical_longformer")
+    return shutil.copytree(copied, tmp_path / "hf" / "clinical_longformer")
 
 
 @pytest.fixture
@@ -136,15 +134,13 @@ def test_vectors_go_with_the_weights_and_not_with_the_folder(make, copied, tmp_p
     assert second.n_encoded == 5 and first.id != second.id
 
 
-def test_other_length_or_revision_has_its_own_cache(make, home, tmp_path):
+def test_lengths_and_revisions_have_caches_of_their_own_and_other_weights_under_an_id_are_refused(make, home, tmp_path):
     shutil.copytree(home, tmp_path / "hf" / "yikuan8--Clinical-Longformer--abc")
-    others = [make(CLINICAL_LONGFORMER, max_tokens=64), make(f"{CLINICAL_LONGFORMER}@abc")]
-    assert len({encoder.cache.folder for encoder in [make(CLINICAL_LONGFORMER), *others]}) == 3
+    ways = ("", {}), ("", {"max_tokens": 64}), ("@abc", {})
+    first, *others = found = [make(CLINICAL_LONGFORMER + revision, **length) for revision, length in ways]
+    assert len({encoder.cache.folder for encoder in found}) == 3
     assert [other.id for other in others] == [CLINICAL_LONGFORMER, f"{CLINICAL_LONGFORMER}@abc"]
-
-
-def test_other_weights_under_the_same_id_are_refused(make, home):
-    make(CLINICAL_LONGFORMER).embed(EVENTS, progress=False)
+    first.embed(EVENTS, progress=False)
     save_longformer(home, seed=1)
     with pytest.raises(InputError, match="other weights"):
         make(CLINICAL_LONGFORMER).embed(["new"], progress=False)
@@ -170,25 +166,16 @@ def test_weights_lie_in_the_cache_unless_an_earlier_folder_holds_them(tiny_longf
 # ---- nobody let in, clear errors ----
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda evil, path: path.write_bytes(pickle.dumps(evil))])
-def test_pickle_in_weights_is_not_executed(make, copied, tmp_path, monkeypatch, save):
-    monkeypatch.chdir(tmp_path)
-    (copied / "model.safetensors").unlink()
-    save({"embeddings.word_embeddings.weight": Malicious()}, copied / "pytorch_model.bin")
-    with pytest.raises(InputError, match="cannot be used"):
-        make(copied).encode_event_text_batch(["x"])
-    assert not Path("let_in").exists()
+def save_pickle(folder, save):
+    (folder / "model.safetensors").unlink()
+    save({"embeddings.word_embeddings.weight": Malicious()}, folder / "pytorch_model.bin")
 
 
-def test_code_beside_weights_is_not_executed(make, copied, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (copied / "evil.py").write_text("open('let_in', 'w')\nclass C: pass\n")
-    config = json.loads((copied / "config.json").read_text()) | {"model_type": "unheard_of"}
+def save_code(folder):
+    (folder / "evil.py").write_text("open('let_in', 'w')\nclass C: pass\n")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "unheard_of"}
     config["auto_map"] = {"AutoConfig": "evil.C", "AutoModel": "evil.C"}
-    (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError):
-        make(copied)
-    assert not Path("let_in").exists()
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def lose(*names):
@@ -200,20 +187,33 @@ def keep_half_the_layers(folder):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+UNUSABLE = "cannot be used as a text encoder"
 DAMAGE = {
-    "no tokenizer": (lose("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"), "tokenizer"),
-    "no weights": (lose("model.safetensors"), "cannot be used"),
-    "no configuration": (lose("config.json"), "config.json"),
+    "no tokenizer": (lose("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"), "has no tokenizer"),
+    "no weights": (lose("model.safetensors"), UNUSABLE),
+    "no configuration": (lose("config.json"), "is no text encoder: a folder with config.json"),
     "half the weights": (keep_half_the_layers, "weights are missing"),
-    "weights cut short": (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "cannot be used"),
+    "weights cut short": (lambda folder: os.truncate(folder / "model.safetensors", 50_000), UNUSABLE),
+    "malicious, as torch saves it": (lambda folder: save_pickle(folder, torch.save), UNUSABLE),
+    "malicious, a bare pickle": (
+        lambda folder: save_pickle(folder, lambda evil, path: path.write_bytes(pickle.dumps(evil))),
+        UNUSABLE,
+    ),
+    "code beside weights": (save_code, UNUSABLE),
 }
 
 
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_model_folder_is_a_clear_error(make, copied, damage, message):
+def test_bad_model_folder_is_refused_in_a_sentence_and_nothing_in_it_is_executed(
+    make, copied, tmp_path, monkeypatch, capfd, damage, message
+):
+    monkeypatch.chdir(tmp_path)
     damage(copied)
     with pytest.raises(InputError, match=message):
         make(copied).encode_event_text_batch(["x"])
+    small_table().to_csv("data.csv", index=False)
+    assert_refused(arguments(tmp_path, "data.csv", encoder=copied), message, capfd, tmp_path)
+    assert not Path("let_in").exists()
 
 
 # ---- the hub ----
@@ -250,16 +250,16 @@ def hub(tmp_path, monkeypatch):
         def do_GET(self):
             assert "Authorization" not in self.headers
             asked.append(self.path)
-            named = [
-                {"rfilename": path.name, "path": path.name, "type": "file", "oid": "0"} for path in folder.iterdir()
+            files = [
+                dict(rfilename=path.name, path=path.name, type="file", oid="0", size=path.stat().st_size)
+                for path in folder.iterdir()
             ]
-            files = [entry | {"size": (folder / entry["path"]).stat().st_size} for entry in named]
             answer = files if "/tree/" in self.path else {"id": CLINICAL_LONGFORMER, "sha": sha, "siblings": files}
             is_file = "/resolve/" in self.path
             content = (folder / self.path.rsplit("/", 1)[1]).read_bytes() if is_file else json.dumps(answer).encode()
             self.send_response(200)
-            etag = hashlib.sha256(content).hexdigest()
-            for header in {"Content-Length": str(len(content)), "ETag": etag, "X-Repo-Commit": sha}.items():
+            headers = {"Content-Length": str(len(content)), "ETag": hashlib.sha256(content).hexdigest()}
+            for header in (headers | {"X-Repo-Commit": sha}).items():
                 self.send_header(*header)
             self.end_headers()
             if self.command == "GET":
@@ -272,9 +272,7 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    # The last one whatever this machine is told of the real hub.
-    answers = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
-    for name, value in answers.items():
+    for name, value in (("ENDPOINT", address), ("HUGGINGFACE_CO_URL_TEMPLATE", template), ("HF_HUB_OFFLINE", False)):
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     yield folder, asked
     server.shutdown()
@@ -395,12 +393,12 @@ def hashing(tmp_path):
 
 
 def test_hashing_puts_near_numbers_of_an_item_near_and_items_apart(hashing):
+    """A level belongs to its item: that of another one is farther away than the same item's other value."""
     texts = [f"Lab: pH (Blood) | Value: {value}" for value in ("7.10", "7.12", "7.40", "14.8")]
     to_first = np.corrcoef(hashing.encode_event_text_batch([*texts, "Lab: Lactate (Blood) | Value: 7.10"]))[0, 1:]
     assert (np.diff(to_first) < -0.02).all() and to_first[0] > 0.98 and to_first[2] > 0.5 > to_first[3]
-    # A level belongs to its item: what is said of another one is farther away than the same item's other value.
-    said = (("Lactate", 5), ("Lactate", 9), ("Glucose", 5))
-    texts = [f"Lab: {name} | Value: {value} mmol/L | Level: far above range" for name, value in said]
+    said = ("Lactate | Value: 5", "Lactate | Value: 9", "Glucose | Value: 5")
+    texts = [f"Lab: {item_and_value} mmol/L | Level: far above range" for item_and_value in said]
     near = np.corrcoef(hashing.encode_event_text_batch(texts))
     assert near[0, 1] > 0.7 > 0.4 > near[0, 2]
 
@@ -420,8 +418,7 @@ def test_hashing_vector_is_the_same_on_every_machine_and_of_one_word_its_signs(h
 
 
 def test_hashing_depends_on_no_batch_and_gives_even_lengths(hashing, tmp_path):
-    texts = [f"lab: lactate | value: {i} mmol/l" + " | level: above range" * (i % 5) for i in range(50)]
-    alone = train.ClinicalTextEncoder("hashing", cache_dir=tmp_path / "alone")
+    texts, alone = events(50), train.ClinicalTextEncoder("hashing", cache_dir=tmp_path / "alone")
     vectors = hashing.encode_event_text_batch([*texts, "\ud800"])
     found = [alone.encode_event_text_batch([text])[0] for text in texts]
     np.testing.assert_array_equal(found, vectors[:-1])

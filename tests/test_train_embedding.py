@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_table import arguments, leftovers, small_table
+from test_checkpoints import Malicious
 
 import train
 from clinical_lf import encoders
@@ -88,11 +87,6 @@ def test_later_parts_are_seen_after_refresh_and_win(filled):
 # ---- damage ----
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("let_in",)
-
-
 def save(name, array):
     return lambda part: np.save(part / name, array, allow_pickle=True)
 
@@ -118,21 +112,6 @@ def test_damaged_part_is_ignored_with_one_warning(filled, damage, caplog, monkey
     np.testing.assert_array_equal(cache.missing(keys_of("a", "b", "c", "d")), [True, True, True, False])
     assert [record.getMessage()[:9] for record in caplog.records] == ["1 damaged"]
     assert not Path("let_in").exists()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_any_byte_changed_is_survived(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("fuzz")
-    cache_in(folder).append(keys_of("a", "b"), vectors_of(2))
-    path = parts(folder)[0] / data.draw(st.sampled_from(["keys.npy", "vectors.npy"]))
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    cache = cache_in(folder)
-    present = ~cache.missing(keys_of("a", "b"))
-    assert cache.gather(keys_of("a", "b")[present]).shape == (present.sum(), DIM)
 
 
 @pytest.mark.parametrize("vectors", [vectors_of(1, np.nan), np.ones((2, DIM)), np.ones((1, DIM + 1))])
