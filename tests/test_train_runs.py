@@ -1,6 +1,7 @@
 """What a run reads besides its data and leaves in its folder: splits, seeds, folds, settings, a card."""
 
 import json
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -56,18 +57,18 @@ def test_split_file_gives_each_part_its_patients(finished, tmp_path):
     assert set(tested) == set(split.loc[split["part"] == "train", "patient_id"])
 
 
-@pytest.mark.parametrize(
-    "content, fragment",
-    [
-        ("a,b\n1,2\n", "cannot be read as CSV with patient_id and part"),
-        ("patient_id,part\n10000000,train\n10000000,test\n", "a patient is in two parts"),
-        ("patient_id,part\n10000000,train\n", "its part train holds no stays of both outcomes"),
-    ],
-)
-def test_bad_split_file_is_refused(content, fragment, finished, tmp_path, capfd):
+BAD_SPLITS = {
+    "a,b\n1,2\n": "cannot be read as CSV with patient_id and part",
+    "patient_id,part\n10000000,train\n10000000,test\n": "a patient is in two parts",
+    "patient_id,part\n10000000,train\n": "its part train holds no stays of both outcomes",
+}
+
+
+@pytest.mark.parametrize("content", BAD_SPLITS)
+def test_bad_split_file_is_refused(content, finished, tmp_path, capfd):
     (tmp_path / "split.csv").write_text(content)
     run(tmp_path, finished, "--split", tmp_path / "split.csv", code=2)
-    assert fragment in capfd.readouterr().err
+    assert BAD_SPLITS[content] in capfd.readouterr().err
 
 
 def test_no_test_learns_from_all_patients_and_says_that_it_was_not_tested(finished, tmp_path):
@@ -146,10 +147,7 @@ def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, 
 
 
 def test_plan_of_the_sample_without_network_is_that_of_hashing(finished, tmp_path, capfd, monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError("no network")))
     monkeypatch.setattr(train, "SAMPLE", finished / "data.csv")
     monkeypatch.chdir(tmp_path)
     run(tmp_path, finished, "--dry-run", encoder=CLINICAL_LONGFORMER)

@@ -36,6 +36,12 @@ def data(sample_run):
     return sample_run / "data.csv"
 
 
+def trained(run, output, **changes):
+    """Train with the settings of a finished run but for these -> trainer, best checkpoint."""
+    settings = train.load_checkpoint(best_model(run)).settings
+    return train.train_model(replace(settings, output_dir=str(output), **changes))
+
+
 def evaluated(folder, data, checkpoint, *options):
     """The folder with what `train.py --evaluate` writes, and its metrics."""
     assert train.main(arguments(folder, data, "--evaluate", checkpoint, *options)) == 0
@@ -66,24 +72,22 @@ def test_training_writes_every_output_with_each_patient_in_one_part(sample_run):
 
 
 def test_attention_is_saved_at_most_five_times_an_epoch_spread_evenly(finished, tmp_path):
-    changes = {"output_dir": str(tmp_path), "batch_size": 3, "save_attention_every": 1}
-    trainer, _ = train.train_model(replace(train.load_checkpoint(best_model(finished)).settings, **changes))
+    trainer, _ = trained(finished, tmp_path, batch_size=3, save_attention_every=1)
     paths = sorted((tmp_path / "attention_weights").iterdir())
     assert len(trainer.plan_epoch(1)) == 9
     assert [path.stem for path in paths] == [f"attention_epoch_1_batch_{number}" for number in (0, 2, 4, 6, 8)]
-    saved = train.load_attention_weights(paths[-1])
-    assert saved["pooling_weights"][0, :, 0].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
+    pooling = train.load_attention_weights(paths[-1])["pooling_weights"]
+    assert pooling[0, :, 0].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
 
 
 def test_learning_rate_averaging_and_static_weights_follow_their_formulas(finished, tmp_path):
     """Half a cosine after a warm-up of 50 steps or a tenth; a mean that looks back over ever more steps, 50 at most."""
-    settings = replace(train.load_checkpoint(best_model(finished)).settings, output_dir=str(tmp_path))
-    trainer, _ = train.train_model(settings)
+    trainer, _ = trained(finished, tmp_path)
     shares = {(0, 0): 0.02, (24, 0): 0.5, (49, 0): 1, (0, 0.1): 0.97553, (99, 0.5): 0.5, (99, 1): 0}
     for (trainer.step, fraction), share in shares.items():
         trainer.set_learning_rate(fraction)
-        rate = trainer.optimizer.param_groups[0]["lr"]
-        assert rate == pytest.approx(share * settings.learning_rate, abs=1e-7)
+        rate, greatest = trainer.optimizer.param_groups[0]["lr"], trainer.settings.learning_rate
+        assert rate == pytest.approx(share * greatest, abs=1e-7)
     for trainer.step, share in {0: 1, 10: 0.5, 10_000: 0.02}.items():
         averaged = [torch.zeros(1)]
         trainer.average.multi_avg_fn(averaged, [torch.ones(1)], 0)
@@ -95,17 +99,15 @@ def test_learning_rate_averaging_and_static_weights_follow_their_formulas(finish
 def test_weights_of_the_lowest_validation_loss_are_kept_and_patience_ends_training(finished, tmp_path, monkeypatch):
     found = iter([{"validation_loss": loss, "validation_auroc": 0.5} for loss in (0.7, 0.5, 0.6, 0.6, 0.4)])
     monkeypatch.setattr(train.Trainer, "validate", lambda trainer: next(found))
-    changes = {"output_dir": str(tmp_path), "max_epochs": 5, "patience": 2}
-    trainer, best = train.train_model(replace(train.load_checkpoint(best_model(finished)).settings, **changes))
+    trainer, best = trained(finished, tmp_path, max_epochs=5, patience=2)
     assert (trainer.epochs_done, trainer.best_epoch, best.state["epochs_done"]) == (4, 2, 2)
 
 
 def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(sample_run, tmp_path, monkeypatch):
-    settings = replace(train.load_checkpoint(best_model(sample_run)).settings, output_dir=str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "out_of_patience", lambda trainer: trainer.epochs_done == 1)
-        train.train_model(settings)
-    train.train_model(replace(settings, resume=True))
+        trained(sample_run, tmp_path / "out")
+    trained(sample_run, tmp_path / "out", resume=True)
     latest = [folder / "out" / "checkpoints" / "latest_checkpoint.pth" for folder in (sample_run, tmp_path)]
     straight, resumed = (torch.load(path, weights_only=True)["model"] for path in latest)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -179,15 +181,11 @@ def twins(tmp_path_factory):
     return folder
 
 
-def test_stays_of_which_the_same_is_known_at_3_hours_have_equal_risks_though_they_differ_later(twins):
-    out, _ = evaluated(twins, twins / "data.csv", best_model(twins), "--trajectory", "3,6")
+def test_stays_of_which_the_same_is_known_at_3_hours_have_equal_risks_and_unseen_patients_alone_judge(twins, capfd):
+    out, content = evaluated(twins, twins / "data.csv", best_model(twins), "--trajectory", "3,6")
     risks = pd.read_csv(out / "risk_trajectories.csv").set_index(["hours_after_admission", "icu_stay_id"])
     at_3, at_6 = (risks["probability"].loc[hour] for hour in (3, 6))
-    assert at_3[30_000_000] == at_3[30_000_001] and at_6[30_000_000] != at_6[30_000_001]
-
-
-def test_evaluation_judges_by_unseen_patients_alone(twins, capfd):
-    out, content = evaluated(twins, twins / "data.csv", best_model(twins))
+    assert at_3[30_000_000] == at_3[30_000_001] and at_6[30_000_000] != at_6[30_000_001]  # which differ later
     assert content["metrics"]["n_stays"] == 8 and len(pd.read_csv(out / "predictions.csv")) == 40  # a fifth of 40
     assert (content["seen_patients"]["stays"], content["seen_patients"]["of"]) == (32, 40)
     assert "32 stays of patients that the model was trained or tuned on are left out" in capfd.readouterr().out
@@ -232,12 +230,9 @@ def test_shuffled_labels_score_near_one_half(tmp_path):
 
 def test_import_does_no_work(tmp_path, tmp_path_factory):
     """Importing makes no file, prints nothing, reads no arguments and brings neither captum nor pyplot."""
-    code = (
-        "import sys; sys.argv = ['x', '--nonsense']; import train; "
-        "assert 'captum' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
-    )
-    home = str(tmp_path_factory.mktemp("home"))
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": home}
+    lines = "import sys", "sys.argv = ['x', '--nonsense']", "import train"
+    code = "\n".join([*lines, "assert not {'captum', 'matplotlib.pyplot'} & {*sys.modules}"])
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path_factory.mktemp("home"))}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and not done.stdout and not done.stderr and not list(tmp_path.iterdir()), done.stderr
@@ -267,8 +262,7 @@ def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENT_SCRIPT)
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    results = []
+    environment, results = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
     for launcher in ([], two):
         places = [script, data, tmp_path / "cache", tmp_path, tmp_path / f"{len(results)}.pt"]
         command = [sys.executable, *launcher, *map(str, places)]
