@@ -31,6 +31,7 @@ as independent of the label as the rest, the background. Roles of events, in `Sa
 
 import argparse
 import itertools
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,18 +63,9 @@ class Sample(NamedTuple):
 
 
 # ---- Texts: the wording of query.sql ----
-class Lab(NamedTuple):
-    """A blood test as MIMIC-IV names it, and the values it takes here."""
-
-    label: str
-    category: str
-    unit: str
-    low: float  # reference range
-    high: float
-    smallest: float  # values lie between these two, ...
-    largest: float
-    step: float  # ... in steps of this: routine values repeat, and so do their texts
-    comment: str = ""
+# A blood test as MIMIC-IV names it, its reference range, and the values it takes here: between the smallest and the
+# largest in steps, so that routine values repeat, and their texts with them.
+Lab = namedtuple("Lab", "label category unit low high smallest largest step comment", defaults=[""])
 
 
 def magnitude_level(value, low, high):
@@ -376,15 +368,11 @@ def plant_lactate(rng, duration):
     return part(stay, "labevent", texts, delay, "lactate", np.where(early, "early", "late_cause"), effect, minutes)
 
 
-def plant_platelets(rng, n_stays):
-    """Platelets far below range; the fewer, the worse."""
+def plant_simple(rng, n_stays):
+    """Platelets far below range, the fewer the worse; then the kinds whose every event has the same effect."""
     stay = stays_with(rng, n_stays, 0.32, second=0.2)
     texts, delay, values = lab_events(rng, PLATELETS, len(stay))
-    return part(stay, "labevent", texts, delay, "platelets", "cause", 3.4 + 0.9 * np.log2(70 / values))
-
-
-def plant_simple(rng, n_stays):
-    """The kinds whose every event has the same effect."""
+    yield part(stay, "labevent", texts, delay, "platelets", "cause", 3.4 + 0.9 * np.log2(70 / values))
     kinds = (
         ("vasopressor", "prescription", 0.32, 0.2, 4.4),
         ("blood culture", "microbiology", 0.30, 0.2, 4.4),
@@ -419,35 +407,31 @@ def plant_airway(rng, n_stays):
 
 
 def fill(rng, role, count):
-    """Events without effect: `count` (n_stays,) of them, of all types. `role` is "decoy" or "background"."""
+    """Events without effect: `count` (n_stays,) of them, of all types. `role` is "decoy" or "background".
+
+    Of the background's lab results 6 % are free text without a number.
+    """
     stay = np.repeat(np.arange(len(count)), count)
     edges = {"background": (0.52, 0.90, 0.955, 0.985), "decoy": (0.58, 0.74, 0.88, 0.95)}[role]
     type_index = np.searchsorted(edges, rng.random(len(stay)), side="right")
-    yield from fill_labs(rng, role, stay[type_index == 0])
+    tested = stay[type_index == 0]
+    lab_index = rng.integers(0, len(LABS[role]), len(tested))
+    if role == "background":
+        lab_index[rng.random(len(tested)) < 0.06] = -1
+    for index, lab in enumerate(LABS[role]):
+        chosen = tested[lab_index == index]
+        yield part(chosen, "labevent", *lab_events(rng, lab, len(chosen))[:2], role, role)
+    chosen = tested[lab_index == -1]
+    texts = np.array(FREE_TEXT_LABS, dtype=object)[rng.integers(0, len(FREE_TEXT_LABS), len(chosen))]
+    yield part(chosen, "labevent", texts, lab_delay(rng, len(chosen)), role, role)
     for index, (event_type, maker) in enumerate(MAKERS.items(), start=1):
         chosen = stay[type_index == index]
         yield part(chosen, event_type, *maker(rng, role, len(chosen)), role, role)
 
 
-def fill_labs(rng, role, stay):
-    """Lab results without effect; 6 % of the background's are free text without a number."""
-    lab_index = rng.integers(0, len(LABS[role]), len(stay))
-    if role == "background":
-        lab_index[rng.random(len(stay)) < 0.06] = -1
-    for index, lab in enumerate(LABS[role]):
-        chosen = stay[lab_index == index]
-        texts, delay, _ = lab_events(rng, lab, len(chosen))
-        yield part(chosen, "labevent", texts, delay, role, role)
-    chosen = stay[lab_index == -1]
-    texts = np.array(FREE_TEXT_LABS, dtype=object)[rng.integers(0, len(FREE_TEXT_LABS), len(chosen))]
-    yield part(chosen, "labevent", texts, lab_delay(rng, len(chosen)), role, role)
-
-
 def plant_events(rng, n_stays):
     """All events of all stays -> (events, duration in minutes (n_stays,)). Only lactate needs to know the duration."""
-    causes = [plant_platelets(rng, n_stays)]
-    for plant in (plant_simple, plant_liver, plant_airway):
-        causes += plant(rng, n_stays)
+    causes = [*plant_simple(rng, n_stays), *plant_liver(rng, n_stays), *plant_airway(rng, n_stays)]
     n_causes = np.bincount(np.concatenate([cause["stay"] for cause in causes]), minlength=n_stays)
     # much happens in long stays; the label is tied to the length only weakly, since harm and protection both count
     days = np.clip(2.3 * np.exp(0.7 * rng.standard_normal(n_stays) + 0.04 * (n_causes - 4)), 0.5, 20)
@@ -589,13 +573,14 @@ def make_sample(n_stays=300, seed=0, effect_scale=1.0):
     earlier, shares_admission = pair_up(rng, stays)
     add_people(rng, stays, earlier, shares_admission)
     add_times(rng, stays, duration, earlier, shares_admission)
-
     order = {"stay": True, "minutes": False, "event_type": True, "event_text": True}
     events = events.sort_values(list(order), ascending=list(order.values()), kind="stable", ignore_index=True)
-    truth = stays[["icu_stay_id", "patient_id", "age_effect", "true_logit", "true_risk", "label"]].copy()
-    best = roc_auc_score(truth["label"], truth["true_risk"]) if truth["label"].nunique() == 2 else float("nan")
-    tables = build_table(stays, events), build_truth(stays, events), truth
-    return Sample(*tables, effect_scale * INTERCEPT, float(best))
+    events.insert(0, "icu_stay_id", stays["icu_stay_id"].to_numpy()[events["stay"]])
+    truth = events[["icu_stay_id", "kind", "role", "true_effect", "group"]].copy()
+    truth["group"] += np.where(truth["group"] != "", " " + truth["icu_stay_id"].astype(str), "")
+    of_stays = stays[["icu_stay_id", "patient_id", "age_effect", "true_logit", "true_risk", "label"]].copy()
+    best = roc_auc_score(stays["label"], stays["true_risk"]) if stays["label"].nunique() == 2 else float("nan")
+    return Sample(build_table(stays, events), truth, of_stays, effect_scale * INTERCEPT, float(best))
 
 
 def build_table(stays, events):
@@ -609,23 +594,13 @@ def build_table(stays, events):
     return rows[TABLE_COLUMNS]
 
 
-def build_truth(stays, events):
-    """The truth about every event, in the order of the table."""
-    truth = events[["kind", "role", "true_effect", "group"]].copy()
-    truth.insert(0, "icu_stay_id", stays["icu_stay_id"].to_numpy()[events["stay"]])
-    named = truth["group"] != ""
-    truth.loc[named, "group"] = truth["group"][named] + " " + truth["icu_stay_id"][named].astype(str)
-    return truth
-
-
 def write_csv(sample, path):
     """Writes the table; the same bytes on every machine."""
-    text = sample.table.to_csv(index=False, date_format="%Y-%m-%d %H:%M:%S", lineterminator="\n")
-    Path(path).write_bytes(text.encode("utf-8"))
+    form = {"date_format": "%Y-%m-%d %H:%M:%S", "lineterminator": "\n", "encoding": "utf-8"}
+    sample.table.to_csv(path, index=False, **form)
 
 
-def main():
-    """The command line."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stays", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
@@ -638,7 +613,3 @@ def main():
         f"{len(sample.table):,} events, {sample.stays['label'].mean():.1%} died; "
         f"best AUROC any model can reach (true risk): {sample.best_auroc:.3f}"
     )
-
-
-if __name__ == "__main__":
-    main()

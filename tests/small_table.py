@@ -59,13 +59,9 @@ def arguments(folder, data, *more, encoder="hashing"):
     return [*TINY, *map(str, ["--data", data, "--text-encoder", encoder, *places, *more])]
 
 
-def best_model(folder):
-    return folder / "out" / "checkpoints" / "best_model.pth"
-
-
-def leftovers(folder):
-    """Temporary files below a folder: hidden ones but the locks."""
-    return [path for path in folder.rglob(".*") if path.name != ".lock"]
+best_model = lambda folder: folder / "out" / "checkpoints" / "best_model.pth"
+# Temporary files below a folder: hidden ones but the locks.
+leftovers = lambda folder: [path for path in folder.rglob(".*") if path.name != ".lock"]
 
 
 def run_python(*words, folder=None, **environment):
@@ -79,24 +75,15 @@ def run_python(*words, folder=None, **environment):
 class LinearStay(torch.nn.Module):
     """Logit = sum of the events times w + statics times v + c: the one model whose attributions are known exactly."""
 
-    def __init__(self, input_dim: int, static_dim: int, seed: int = 0) -> None:
+    def __init__(self, input_dim, static_dim, seed=0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.w, self.v = (torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (input_dim, static_dim))
 
-    def logits(
-        self, sequences: torch.Tensor, static_features: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def logits(self, sequences, static_features, attention_mask=None):
         is_event = torch.ones(sequences.shape[:2]) if attention_mask is None else attention_mask
         return ((sequences @ self.w * is_event).sum(1) + static_features @ self.v + 0.5).unsqueeze(1)
 
-    def score_packed(
-        self,
-        events: torch.Tensor,
-        static_features: torch.Tensor,
-        layout: train.Layout,
-        layer_weights: list[torch.Tensor] | None = None,
-        rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def score_packed(self, events, static_features, layout, layer_weights=None, rows=None):
         padded = train.unpack(events if rows is None else events[rows], layout)
         return self.logits(padded, static_features, layout.attention_mask), {}

@@ -5,7 +5,6 @@
 
 import ctypes
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRETENDED = ROOT.parent / "shared" / "pretended_cuda" / "test_pretended_cuda.py"
 PATHS = [str(ROOT), str(ROOT / "tests")]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "REPO": str(ROOT), "PYTHONPATH": os.pathsep.join(PATHS)}
+TWO_OF = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # of a script
 
 if __name__ == "__main__":  # the library of the pretended machine must be loaded before torch
     sys.path[:0] = [*PATHS, str(PRETENDED.parent)]
@@ -128,19 +128,11 @@ def two_processes(machine):
     trainer, _ = train.train_model(small_settings(**changes))
     assert str(trainer.train_set.device) == f"cuda:{rank or 0}"
     if not rank:
-        subprocess.run([*two_of(), __file__, "two_processes", os.getcwd()], check=True, env=ENVIRONMENT)
+        subprocess.run([*TWO_OF, __file__, "two_processes", os.getcwd()], check=True, env=ENVIRONMENT)
         one, two = (pd.read_csv(Path(name) / "history.csv").drop(columns="seconds") for name in ("one", "two"))
         pd.testing.assert_frame_equal(one, two, rtol=1e-4)
         files = [sorted(path.name for path in Path(name, "attention_weights").iterdir()) for name in ("one", "two")]
         assert files[0] == files[1]
-
-
-def two_of():
-    """The command that starts two processes of a script."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
 
 
 SCENARIOS = {scenario.__name__: scenario for scenario in (packed_input, another_encoder, two_processes)}
@@ -171,7 +163,7 @@ accelerator.wait_for_everyone()
 def test_processes_wait_for_the_first_as_long_as_the_timeout_says(tmp_path, timeout_s, work_s):
     script = tmp_path / "waiting.py"
     script.write_text(WAITING_SCRIPT)
-    command = [*two_of(), str(script), timeout_s, work_s]
+    command = [*TWO_OF, str(script), timeout_s, work_s]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert (done.returncode == 0) == (timeout_s == "600"), done.stderr[-2500:]
 

@@ -45,8 +45,7 @@ def last_layers(folder, texts, max_length=512):
         return [model(**one).last_hidden_state[0].numpy() for one in inputs]
 
 
-def reference(folder, texts):
-    return np.stack([tokens[0] for tokens in last_layers(folder, texts)])
+reference = lambda folder, texts: np.stack([tokens[0] for tokens in last_layers(folder, texts)])
 
 
 @pytest.fixture
@@ -104,8 +103,6 @@ def test_odd_text_has_a_vector_of_its_own_and_missing_text_that_of_the_empty_str
 
 
 # ---- never mixed ----
-
-
 @pytest.mark.parametrize(
     "name, end, pooling", [(CLINICAL_LONGFORMER, "clinical_longformer", "cls"), ("some/model", "some--model", "mean")]
 )
@@ -164,8 +161,6 @@ def test_weights_lie_in_the_cache_unless_an_earlier_folder_holds_them(tiny_longf
 
 
 # ---- nobody let in, clear errors ----
-
-
 def save_pickle(folder, save):
     (folder / "model.safetensors").unlink()
     save({"embeddings.word_embeddings.weight": Malicious()}, folder / "pytorch_model.bin")
@@ -178,15 +173,13 @@ def save_code(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def lose(*names):
-    return lambda folder: [(folder / name).unlink(missing_ok=True) for name in names]
-
-
 def keep_half_the_layers(folder):
     state = {name: value for name, value in load_file(folder / "model.safetensors").items() if "layer.1" not in name}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+lose = lambda *names: lambda folder: [(folder / name).unlink(missing_ok=True) for name in names]
+dump = lambda evil, path: path.write_bytes(pickle.dumps(evil))
 UNUSABLE = "cannot be used as a text encoder"
 DAMAGE = {
     "no tokenizer": (lose("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"), "has no tokenizer"),
@@ -195,19 +188,15 @@ DAMAGE = {
     "half the weights": (keep_half_the_layers, "weights are missing"),
     "weights cut short": (lambda folder: os.truncate(folder / "model.safetensors", 50_000), UNUSABLE),
     "malicious, as torch saves it": (lambda folder: save_pickle(folder, torch.save), UNUSABLE),
-    "malicious, a bare pickle": (
-        lambda folder: save_pickle(folder, lambda evil, path: path.write_bytes(pickle.dumps(evil))),
-        UNUSABLE,
-    ),
+    "malicious, a bare pickle": (lambda folder: save_pickle(folder, dump), UNUSABLE),
     "code beside weights": (save_code, UNUSABLE),
 }
 
 
-@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
-def test_bad_model_folder_is_refused_in_a_sentence_and_nothing_in_it_is_executed(
-    make, copied, tmp_path, monkeypatch, capfd, damage, message
-):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_bad_model_folder_is_refused_and_nothing_in_it_is_executed(make, copied, tmp_path, monkeypatch, capfd, name):
     monkeypatch.chdir(tmp_path)
+    damage, message = DAMAGE[name]
     damage(copied)
     with pytest.raises(InputError, match=message):
         make(copied).encode_event_text_batch(["x"])
@@ -217,8 +206,6 @@ def test_bad_model_folder_is_refused_in_a_sentence_and_nothing_in_it_is_executed
 
 
 # ---- the hub ----
-
-
 def test_unreachable_model_names_both_ways_out(make, no_hub, tmp_path):
     with pytest.raises(EncoderUnreachable, match="clinical_longformer(.|\n)*--text-encoder hashing"):
         make(CLINICAL_LONGFORMER)
@@ -250,10 +237,8 @@ def hub(tmp_path, monkeypatch):
         def do_GET(self):
             assert "Authorization" not in self.headers
             asked.append(self.path)
-            files = [
-                dict(rfilename=path.name, path=path.name, type="file", oid="0", size=path.stat().st_size)
-                for path in folder.iterdir()
-            ]
+            told = lambda name, size: dict(rfilename=name, path=name, type="file", oid="0", size=size)
+            files = [told(path.name, path.stat().st_size) for path in folder.iterdir()]
             answer = files if "/tree/" in self.path else {"id": CLINICAL_LONGFORMER, "sha": sha, "siblings": files}
             is_file = "/resolve/" in self.path
             content = (folder / self.path.rsplit("/", 1)[1]).read_bytes() if is_file else json.dumps(answer).encode()
@@ -300,8 +285,6 @@ def test_clinical_longformer_comes_from_the_hub_and_gives_its_own_vectors(make, 
 
 
 # ---- pooling as sentence-transformers folders ask for it ----
-
-
 @pytest.fixture
 def bert(tmp_path):
     """The folder of a tiny random BERT that knows 16 positions."""
@@ -328,12 +311,8 @@ def ask_for(folder, mode, *, modules=("Transformer", "Pooling"), max_seq_length=
 
 
 FOR_BERT = ["lab: lactate | value: 2", "high", "", "lab " * 40]  # the last one is longer than the model's positions
-POOLINGS = {
-    "": ("cls", lambda tokens: tokens[0]),
-    "cls_token": ("cls", lambda tokens: tokens[0]),
-    "mean_tokens": ("mean", lambda tokens: tokens.mean(0)),
-    "lasttoken": ("last", lambda tokens: tokens[-1]),
-}
+FIRST, MEAN, LAST = (lambda tokens: tokens[0]), (lambda tokens: tokens.mean(0)), (lambda tokens: tokens[-1])
+POOLINGS = {"": ("cls", FIRST), "cls_token": ("cls", FIRST), "mean_tokens": ("mean", MEAN), "lasttoken": ("last", LAST)}
 
 
 @pytest.mark.parametrize("mode", POOLINGS)
@@ -385,42 +364,30 @@ def test_minilm_equals_its_published_recipe(make):
 
 
 # ---- the encoder without weights ----
-
-
-@pytest.fixture
-def hashing(tmp_path):
-    return train.ClinicalTextEncoder("hashing", cache_dir=tmp_path)
-
-
-def test_hashing_puts_near_numbers_of_an_item_near_and_items_apart(hashing):
+def test_hashing_puts_near_numbers_of_an_item_near_and_items_apart(make):
     """A level belongs to its item: that of another one is farther away than the same item's other value."""
-    texts = [f"Lab: pH (Blood) | Value: {value}" for value in ("7.10", "7.12", "7.40", "14.8")]
+    hashing, values = make("hashing"), ("7.10", "7.12", "7.40", "14.8")
+    texts = [f"Lab: pH (Blood) | Value: {value}" for value in values]
     to_first = np.corrcoef(hashing.encode_event_text_batch([*texts, "Lab: Lactate (Blood) | Value: 7.10"]))[0, 1:]
     assert (np.diff(to_first) < -0.02).all() and to_first[0] > 0.98 and to_first[2] > 0.5 > to_first[3]
     said = ("Lactate | Value: 5", "Lactate | Value: 9", "Glucose | Value: 5")
     texts = [f"Lab: {item_and_value} mmol/L | Level: far above range" for item_and_value in said]
     near = np.corrcoef(hashing.encode_event_text_batch(texts))
     assert near[0, 1] > 0.7 > 0.4 > near[0, 2]
-
-
-def test_soft_bins_share_sixteen_between_neighbours():
-    """1.5 lies halfway between 1 and 2 on the magnitude that is straight between powers of 2."""
+    # Neighbouring bins share 16; 1.5 lies halfway between 1 and 2, where the magnitude is straight between powers of 2.
     assert encoders.soft_bins(1.5 - 1 / 64, 1) == [(2, 8), (3, 8)]
     assert encoders.soft_bins(2 - 1 / 64, 4) == [(12, 16), (13, 0)]
 
 
-def test_hashing_vector_is_the_same_on_every_machine_and_of_one_word_its_signs(hashing):
-    measured, word = hashing.encode_event_text_batch(["Lab: Lactate | Value: 4.1 mmol/L", "a"])
-    np.testing.assert_allclose(measured[:6], [0.389928, 0.023462, 2.096205, 0.203758, 1.630365, 1.247953], atol=1e-5)
-    # "a" is one item, one word and one 3-gram (" a ")
-    sizes = [abs(0.5**0.5 + a * 0.15**0.5 + b * 0.05**0.5) for a in (-1, 1) for b in (-1, 1)]
-    np.testing.assert_allclose(np.unique(np.abs(word)), sorted(sizes), rtol=1e-4)
-
-
-def test_hashing_depends_on_no_batch_and_gives_even_lengths(hashing, tmp_path):
-    texts, alone = events(50), train.ClinicalTextEncoder("hashing", cache_dir=tmp_path / "alone")
+def test_hashing_depends_on_no_machine_and_no_batch_and_gives_even_lengths(make, tmp_path):
+    texts, hashing, alone = events(50), make("hashing"), make("hashing", cache_dir=tmp_path / "alone")
     vectors = hashing.encode_event_text_batch([*texts, "\ud800"])
     found = [alone.encode_event_text_batch([text])[0] for text in texts]
     np.testing.assert_array_equal(found, vectors[:-1])
     assert (np.abs(np.linalg.norm(found, axis=1) / 768**0.5 - 1) < 0.2).all()
     assert vectors.shape == (51, hashing.dim) == (51, 768) and np.isfinite(vectors).all()
+    measured, word = hashing.encode_event_text_batch(["Lab: Lactate | Value: 4.1 mmol/L", "a"])
+    np.testing.assert_allclose(measured[:6], [0.389928, 0.023462, 2.096205, 0.203758, 1.630365, 1.247953], atol=1e-5)
+    # "a" is one item, one word and one 3-gram (" a ")
+    sizes = [abs(0.5**0.5 + a * 0.15**0.5 + b * 0.05**0.5) for a in (-1, 1) for b in (-1, 1)]
+    np.testing.assert_allclose(np.unique(np.abs(word)), sorted(sizes), rtol=1e-4)

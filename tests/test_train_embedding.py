@@ -22,20 +22,10 @@ from clinical_lf.files import InputError
 DIM = 6
 
 
-def keys_of(*names):
-    return train.text_keys(names)
-
-
-def vectors_of(n, value=1.0):
-    return np.full((n, DIM), value, np.float32) * np.arange(1, n + 1, dtype=np.float32)[:, None]
-
-
-def cache_in(folder, legacy_folders=()):
-    return train.EmbeddingCache(folder, DIM, legacy_folders)
-
-
-def parts(folder):
-    return sorted(folder.glob("part-*"))
+keys_of = lambda *names: train.text_keys(names)
+vectors_of = lambda n, value=1.0: np.outer(np.arange(1, n + 1), np.full(DIM, value)).astype(np.float32)
+cache_in = lambda folder, legacy_folders=(): train.EmbeddingCache(folder, DIM, legacy_folders)
+parts = lambda folder: sorted(folder.glob("part-*"))
 
 
 @pytest.fixture
@@ -47,27 +37,10 @@ def filled(tmp_path):
     return cache.folder
 
 
-def test_key_is_the_md5_of_the_utf8_text():
+def test_keys_are_the_md5_of_the_utf8_text_zeros_and_all(tmp_path):
+    """Keys that differ in the last byte only, and keys that end in zero bytes, which numpy's own strings would drop."""
     assert keys_of("abc")[0].tobytes().hex() == "900150983cd24fb0d6963f7d28e17f72"  # RFC 1321
     assert [len(keys_of(*names)) for names in (("", "é"), ("\ud800",), ())] == [2, 1, 0]
-
-
-def test_round_trip_in_any_order(filled):
-    cache = cache_in(filled)
-    np.testing.assert_array_equal(cache.gather(keys_of("d", "b", "d"))[:, 0], [9, 2, 9])
-    np.testing.assert_array_equal(cache.missing(keys_of("x", "a", "y", "c")), [True, False, True, False])
-    assert cache.gather(keys_of()).shape == (0, DIM)
-
-
-def test_new_cache_is_empty_and_makes_no_folder(tmp_path):
-    cache = cache_in(tmp_path / "none")
-    with pytest.raises(KeyError, match="1 of 1"):
-        cache.gather(keys_of("a"))
-    assert cache.missing(keys_of("a")).all() and not (tmp_path / "none").exists()
-
-
-def test_keys_are_sixteen_bytes_zeros_and_all(tmp_path):
-    """Keys that differ in the last byte only, and keys that end in zero bytes, which numpy's own strings would drop."""
     digits = np.zeros((6, 16), np.uint8)
     digits[:, 0], digits[:, 15] = [0, 0, 0, 200, 200, 9], [3, 0, 1, 0, 255, 0]
     keys, cache = digits.view(train.KEY)[:, 0], cache_in(tmp_path)
@@ -76,8 +49,17 @@ def test_keys_are_sixteen_bytes_zeros_and_all(tmp_path):
     np.testing.assert_array_equal(cache.missing(keys), [False] * 5 + [True])
 
 
-def test_later_parts_are_seen_after_refresh_and_win(filled):
+def test_new_cache_is_empty_and_makes_no_folder(tmp_path):
+    with pytest.raises(KeyError, match="1 of 1"):
+        cache_in(tmp_path / "none").gather(keys_of("a"))
+    assert cache_in(tmp_path / "none").missing(keys_of("a")).all() and not (tmp_path / "none").exists()
+
+
+def test_round_trip_in_any_order_and_later_parts_are_seen_after_refresh_and_win(filled):
     reader, writer = cache_in(filled), cache_in(filled)
+    np.testing.assert_array_equal(reader.gather(keys_of("d", "b", "d"))[:, 0], [9, 2, 9])
+    np.testing.assert_array_equal(reader.missing(keys_of("x", "a", "y", "c")), [True, False, True, False])
+    assert reader.gather(keys_of()).shape == (0, DIM)
     writer.append(keys_of("e", "a"), vectors_of(2, 35.0))
     reader.refresh()
     for cache in (reader, writer, cache_in(filled)):
@@ -85,12 +67,7 @@ def test_later_parts_are_seen_after_refresh_and_win(filled):
 
 
 # ---- damage ----
-
-
-def save(name, array):
-    return lambda part: np.save(part / name, array, allow_pickle=True)
-
-
+save = lambda name, array: lambda part: np.save(part / name, array, allow_pickle=True)
 DAMAGE = {
     "cut short": lambda part: os.truncate(part / "vectors.npy", (part / "vectors.npy").stat().st_size - 5),
     "cut header": lambda part: os.truncate(part / "vectors.npy", 7),
@@ -149,8 +126,6 @@ def test_damaged_single_file_is_ignored(tmp_path, array, caplog, monkeypatch):
 
 
 # ---- several processes ----
-
-
 def start_writer(folder, first, count):
     def write():
         cache = cache_in(folder)
@@ -186,8 +161,6 @@ def test_killed_writer_leaves_nothing_half_written(tmp_path, caplog):
 
 
 # ---- each text once ----
-
-
 @pytest.fixture
 def make(tiny_longformer, tmp_path):
     """Builds encoders with small batches, which by default share this test's cache folder."""
@@ -201,8 +174,7 @@ def make(tiny_longformer, tmp_path):
     return build
 
 
-def events(count):
-    return [f"lab: lactate | value: {i} mmol/l" + " | level: above range" * (i % 5) for i in range(count)]
+events = lambda count: [f"lab: lactate | value: {i} mmol/l" + " | level: above range" * (i % 5) for i in range(count)]
 
 
 def test_cached_text_is_never_encoded_again(make):
@@ -218,13 +190,12 @@ def test_cached_text_is_never_encoded_again(make):
 def test_stopped_run_keeps_what_is_done_and_ends_with_the_same_bits(make, monkeypatch):
     whole, stopped, again = make("whole", 600), make(budget=600), make(budget=600)
     expected = whole.encode_event_text_batch(events(300))
-    forward, calls = stopped.encoder.forward, []
+    four_batches = [stopped.encoder.forward] * 4
 
     def stop_after_four_batches(device, tokens):
-        calls.append(1)
-        if len(calls) > 4:
+        if not four_batches:
             raise KeyboardInterrupt
-        return forward(device, tokens)
+        return four_batches.pop()(device, tokens)
 
     monkeypatch.setattr(stopped.encoder, "forward", stop_after_four_batches)
     with pytest.raises(KeyboardInterrupt):
@@ -233,18 +204,15 @@ def test_stopped_run_keeps_what_is_done_and_ends_with_the_same_bits(make, monkey
     assert 0 < stopped.n_encoded < 300 and stopped.n_encoded + again.n_encoded == 300
 
 
-def test_two_ranks_share_the_texts_and_give_the_same_bits(make):
-    ranks, expected = [make(), make()], make("alone").encode_event_text_batch(events(200))
+def test_two_ranks_share_the_texts_and_two_devices_or_ranks_give_the_vectors_of_one(make):
+    ranks, two = [make(), make()], make("two", devices=["cpu", "cpu"])
+    expected = make("alone").encode_event_text_batch(events(200))
+    two.embed(events(200), progress=False)
     for rank, encoder in enumerate(ranks):
         encoder.embed(events(200), rank, 2, progress=False)
     assert ranks[0].n_encoded + ranks[1].n_encoded == 200 and min(rank.n_encoded for rank in ranks) > 50
-    for encoder in ranks:
+    for encoder in (*ranks, two):
         np.testing.assert_array_equal(encoder.vectors(events(200)), expected)
-
-
-def test_two_devices_give_the_vectors_of_one(make):
-    one, two = make().encode_event_text_batch(events(60)), make("two", devices=["cpu", "cpu"])
-    np.testing.assert_array_equal(two.encode_event_text_batch(events(60)), one)
 
 
 def test_encoder_is_out_of_memory_before_training(tiny_longformer, tmp_path, monkeypatch, capfd):

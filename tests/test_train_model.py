@@ -13,6 +13,7 @@ from clinical_lf.items import HISTORY, read_text
 from clinical_lf.reading import read_stays
 
 B, L, INPUT, S = 3, 7, 21, 4
+INPUTS = "sequences", "static_features", "attention_mask"
 SIZES = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_feedforward": 48}
 
 
@@ -45,8 +46,7 @@ def small_model(dataset):
     return train.ClinicalTransformer(dataset.input_dim, dataset.static.shape[1], **SIZES).eval()
 
 
-def padded_logits(model, padded):
-    return model.logits(padded["sequences"], padded["static_features"], padded["attention_mask"])
+padded_logits = lambda model, batch: model.logits(*(batch[name] for name in INPUTS))
 
 
 def test_default_model_has_the_shapes_of_the_specification():
@@ -87,8 +87,14 @@ def test_events_are_normalised_and_static_features_weighed_as_training_says(mode
 
 
 def test_attention_sums_to_one_over_events_and_is_that_of_the_pass_that_made_the_probability(model, batch):
-    """It is zero on padding; from it and the values the probability can be made again."""
-    mask, (probability, attention) = batch[2], model(*batch, return_attention=True)
+    """It is zero on padding; from it and the values the probability and a layer's output can be made again."""
+    encoder_layer, seen, mask = model.transformer_encoder[0], {}, batch[2]
+    encoder_layer.query_key_value.register_forward_hook(lambda m, i, o: seen.setdefault("qkv", o))
+    encoder_layer.attention_output.register_forward_hook(lambda m, i, o: seen.setdefault("attended", i[0]))
+    probability, attention = model(*batch, return_attention=True)
+    value = train.unpack(seen["qkv"], train.layout_of_mask(mask)).unflatten(2, (3, 4, -1))[:, :, 2].transpose(1, 2)
+    by_weights = (attention["layer_attention_weights"][0] @ value).transpose(1, 2).flatten(2)[mask]
+    assert torch.allclose(by_weights, seen["attended"], atol=1e-5)
     for weights in attention["layer_attention_weights"]:
         assert torch.allclose(weights.sum(-1), mask[:, None, :].expand(-1, 4, -1).float(), atol=1e-5)
         assert not weights.transpose(2, 3)[~mask[:, None, :, None].expand_as(weights)].any()
@@ -99,16 +105,6 @@ def test_attention_sums_to_one_over_events_and_is_that_of_the_pass_that_made_the
     pooled = layer.output((pooling @ values).transpose(1, 2).flatten(2)).squeeze(1)
     again = torch.sigmoid(model.classifier(torch.cat([pooled, batch[1]], dim=1)))
     assert torch.allclose(again, probability, atol=1e-6) and torch.allclose(probability, model(*batch), atol=1e-6)
-
-
-def test_layer_weights_equal_what_the_fused_pass_used(model, batch):
-    layer, seen, mask = model.transformer_encoder[0], {}, batch[2]
-    layer.query_key_value.register_forward_hook(lambda m, i, o: seen.update(qkv=o))
-    layer.attention_output.register_forward_hook(lambda m, i, o: seen.update(attended=i[0]))
-    _, attention = model(*batch, return_attention=True)
-    value = train.unpack(seen["qkv"], train.layout_of_mask(mask)).unflatten(2, (3, 4, -1))[:, :, 2].transpose(1, 2)
-    by_weights = (attention["layer_attention_weights"][0] @ value).transpose(1, 2).flatten(2)[mask]
-    assert torch.allclose(by_weights, seen["attended"], atol=1e-5)
 
 
 def test_packed_layer_is_the_pre_norm_layer_of_torch():
@@ -143,6 +139,7 @@ def test_pooling_is_the_multi_head_attention_of_torch():
 
 
 def test_pooling_in_training_is_not_shown_a_share_of_the_events():
+    """Where every event is hidden, output and gradient are finite."""
     pooling = train.AttentionPooling(8, 2, event_dropout=0.25)
     query, events, mask = torch.randn(1, 1, 8), torch.randn(1, 400, 8), torch.ones(1, 400, dtype=torch.bool)
     shown = [pooling(query, events, mask)[1][0, :, 0] > 0 for _ in range(2)]  # (2 heads, 400) at each of two steps
@@ -152,20 +149,10 @@ def test_pooling_in_training_is_not_shown_a_share_of_the_events():
     alone = pooling.eval()(query, events[:, weights[0, 0, 0] > 0], mask[:, weights[0, 0, 0] > 0])[0]
     assert torch.allclose(pooled, alone, atol=1e-6)
     assert (pooling(query, events, mask)[1] > 0).all()
-
-
-def test_stay_with_every_event_hidden_has_finite_output_and_gradient():
-    pooling, events = train.AttentionPooling(8, 2, event_dropout=1 - 1e-9), torch.randn(1, 3, 8, requires_grad=True)
-    pooled, weights = pooling(torch.randn(1, 1, 8), events, torch.ones(1, 3, dtype=torch.bool))
+    pooling, events = train.AttentionPooling(8, 2, event_dropout=1 - 1e-9), events.requires_grad_()
+    pooled, weights = pooling(query, events, mask)
     pooled.sum().backward()
     assert (weights == 0).all() and torch.equal(pooled[0, 0], pooling.output.bias) and (events.grad == 0).all()
-
-
-def test_events_are_hidden_in_training_only_where_one_speaks_for_its_item():
-    sizes = {"d_model": 8, "n_layers": 0, "n_pooling_heads": 2}
-    default, history = (train.ClinicalTransformer(774 + n, 3, n_history=n, **sizes) for n in (0, len(HISTORY)))
-    assert default.attention_pooling.event_dropout == 0
-    assert history.attention_pooling.event_dropout == train.EVENT_DROPOUT > 0
 
 
 def test_positions_are_made_for_any_length():
@@ -200,8 +187,10 @@ def test_numbers_enter_as_eight_soft_steps_and_only_where_an_event_has_one():
     assert projection(events)[:, :8].tolist() == expected
 
 
-def test_bias_multiplies_what_the_latest_event_of_an_item_weighs():
+def test_where_one_event_speaks_for_its_item_its_weight_is_multiplied_and_events_are_hidden_in_training(model):
+    assert model.attention_pooling.event_dropout == 0
     model = train.ClinicalTransformer(INPUT + len(HISTORY), S, n_history=len(HISTORY), **SIZES).eval()
+    assert model.attention_pooling.event_dropout == train.EVENT_DROPOUT > 0
     sequences, odds = torch.randn(1, 2, INPUT + len(HISTORY)), []
     sequences[0, :, INPUT + HISTORY.index("is_latest")] = torch.tensor([0.0, 1])
     for bias in (train.LATEST_BIAS, 0.0):
@@ -212,12 +201,15 @@ def test_bias_multiplies_what_the_latest_event_of_an_item_weighs():
 
 
 def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
-    (sequence, static, label), first = dataset[3], dataset.table.offsets[3]
-    assert sequence.shape == (dataset.table.lengths[3], 774)
+    (sequence, static, label), table = dataset[3], dataset.table
+    assert sequence.shape == (table.lengths[3], 774)
     assert label.shape == (1,) and static.shape == (dataset.static.shape[1],)
     assert (sequence[:-1, 773] >= sequence[1:, 773]).all()  # minutes to the final event fall
     assert torch.equal(sequence[:, :5].sum(1), torch.ones(len(sequence)))
-    assert torch.equal(sequence[0, 5:773], dataset.text_vectors[int(dataset.table.text[first])])
+    assert torch.equal(sequence[0, 5:773], dataset.text_vectors[int(table.text[table.offsets[3]])])
+    items = train.items_of_events(dataset)  # which are texts without numbers
+    assert len(items) == len({read_text(text).without_value for text in table.texts[np.unique(table.text)]})
+    assert items.shape[1] == dataset.input_dim - 1 and (items[:, :5].sum(1) == 1).all()
 
 
 @torch.no_grad()
@@ -312,12 +304,6 @@ def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_thre
     variance = ((events - mean) / scale).var(0, correction=0)
     assert variance[5:773].sum() == pytest.approx(0.75 * 774, rel=0.01)
     assert variance.sum() == pytest.approx(774, rel=0.01)
-
-
-def test_items_of_events_are_their_texts_without_numbers(dataset):
-    items, table = train.items_of_events(dataset), dataset.table
-    assert len(items) == len({read_text(text).without_value for text in table.texts[np.unique(table.text)]})
-    assert items.shape[1] == dataset.input_dim - 1 and (items[:, :5].sum(1) == 1).all()
 
 
 def test_temporal_weights_and_loss_of_two_events_by_hand_and_plain_bce_without():

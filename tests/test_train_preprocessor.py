@@ -26,17 +26,14 @@ def table():
     return read_stays(make_sample(40, seed=3).table)[0]
 
 
-def fitted(table, static_features=train.DEFAULT_STATIC_FEATURES, **options):
-    return train.ClinicalDataPreprocessor(static_features, **options).fit(table)
+def fitted(table, names=train.DEFAULT_STATIC_FEATURES, **options):
+    return train.ClinicalDataPreprocessor(names, **options).fit(table)
 
 
-def test_event_type_has_five_columns_and_unknown_is_all_zeros(table):
-    encoded = fitted(table).encode_event_type([*EVENT_TYPES, "transfusion"])
-    assert np.array_equal(encoded, np.vstack([np.eye(5), np.zeros(5)]))
-
-
-def test_time_and_numbers_have_mean_zero_and_scale_one_in_training_and_hours_come_back(table):
+def test_types_have_a_column_each_and_time_and_numbers_mean_zero_and_scale_one_and_hours_come_back(table):
     preprocessor = fitted(table, ["patient_age"])
+    encoded = preprocessor.encode_event_type([*EVENT_TYPES, "transfusion"])
+    assert np.array_equal(encoded, np.vstack([np.eye(5), np.zeros(5)]))
     times = preprocessor.encode_relative_time(table.minutes_to_end)
     assert times.shape == (len(table.text), 1)
     for encoded in (times, preprocessor.encode_static_features(table.static_columns)):
@@ -54,19 +51,14 @@ def test_new_category_is_all_zeros_and_counted_a_missing_one_unknown_a_missing_n
     assert preprocessor.unknown_categories(stays) == {"insurance": 3}  # what is missing is not new
 
 
-def test_number_of_events_is_scaled_by_its_logarithm_and_counts_what_is_read(table):
-    encoded = fitted(table, ["number_of_events"]).encode_static_features(table.static_columns)[:, 0]
-    logs = np.log1p(table.lengths)
-    assert np.allclose(encoded, (logs - logs.mean()) / logs.std(), atol=1e-5)
+def test_number_of_events_is_scaled_by_its_logarithm_and_numbers_beyond_training_count_as_the_nearest_seen(table):
+    encode, logs = fitted(table, ["patient_age", "number_of_events"]).encode_static_features, np.log1p(table.lengths)
+    encoded = encode(table.static_columns)
+    assert np.allclose(encoded[:, 1], (logs - logs.mean()) / logs.std(), atol=1e-5)
+    beyond = table.static_columns.head(2).assign(patient_age=[-1.0, 200.0], number_of_events=[1, 10**6])
+    assert np.array_equal(encode(beyond), [encoded.min(0), encoded.max(0)])
     every_other = table.take(np.arange(len(table.stays)), keep_event=np.arange(len(table.text)) % 2 == 0)
     assert np.array_equal(every_other.static_columns["number_of_events"], every_other.lengths)
-
-
-def test_number_beyond_the_training_range_counts_as_the_nearest_seen(table):
-    encode = fitted(table, ["patient_age", "number_of_events"]).encode_static_features
-    beyond = table.static_columns.head(2).assign(patient_age=[-1.0, 200.0], number_of_events=[1, 10**6])
-    encoded = encode(table.static_columns)
-    assert np.array_equal(encode(beyond), [encoded.min(0), encoded.max(0)])
 
 
 def test_fit_is_not_moved_by_other_stays(table):
@@ -77,6 +69,9 @@ def test_fit_is_not_moved_by_other_stays(table):
     other = replace(table, stays=changed, minutes_to_end=minutes.astype(np.float32))
     before, after = (fitted(each.take(first), item_history=True).state_dict() for each in (table, other))
     assert before == after
+    rest = table.take(rest)  # whose history is told by the quantiles of those fitted on
+    expected = items.encode_history(rest, items.item_quantiles(table.take(first)))
+    assert np.array_equal(fitted(table.take(first), item_history=True).encode_history(rest), expected)
 
 
 def test_state_is_plain_data_and_round_trips(table):
@@ -87,12 +82,6 @@ def test_state_is_plain_data_and_round_trips(table):
     for name, value in inputs.items():
         again, encoded = (getattr(each, f"encode_{name}")(value) for each in (copy, preprocessor))
         assert np.array_equal(again, encoded)
-
-
-def test_history_is_told_by_the_quantiles_of_the_training_events_alone(table):
-    first, rest = (table.take(stays) for stays in np.split(np.arange(len(table.stays)), [20]))
-    expected = items.encode_history(rest, items.item_quantiles(first))
-    assert np.array_equal(fitted(first, item_history=True).encode_history(rest), expected)
 
 
 def test_static_features_take_the_columns_wanted_and_encoders_are_public():

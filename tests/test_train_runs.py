@@ -13,13 +13,8 @@ import train
 from clinical_lf import files
 from clinical_lf.encoders import CLINICAL_LONGFORMER
 
-
-def read_json(folder, name="metrics.json"):
-    return json.loads((folder / "out" / name).read_text())
-
-
-def read_csv(folder, name):
-    return pd.read_csv(folder / "out" / name)
+read_json = lambda folder, name="metrics.json": json.loads((folder / "out" / name).read_text())
+read_csv = lambda folder, name: pd.read_csv(folder / "out" / name)
 
 
 def run(folder, finished, *options, code=0, **more):
@@ -34,7 +29,7 @@ def test_settings_file_repeats_the_run_and_options_overrule_it(finished, tmp_pat
     assert yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())["output_dir"] == str(tmp_path / "out")
 
 
-def test_run_says_how_it_came_about_and_its_card_and_tripod_block_hold_the_figures(finished):
+def test_run_says_how_it_came_about_and_removes_what_an_earlier_one_left_and_nothing_else(finished):
     said = read_json(finished, "run.json")
     assert said["seconds"] > 0 and said["versions"]["torch"] == torch.__version__
     assert set(said) >= {"command", "date", "commit"}
@@ -46,6 +41,9 @@ def test_run_says_how_it_came_about_and_its_card_and_tripod_block_hold_the_figur
     assert f"{test['n_stays']} stays of {test['n_patients']} patients, {test['n_deaths']} deaths" in card
     assert f"| AUPRC | {test['auprc']['value']:.2f} (95 % interval {test['auprc']['low']:.2f}" in card
     assert "not for clinical use" in card and "{" not in card and "nan" not in card
+
+    left = "fold_9", "attention_weights/attention_epoch_9_batch_0.npz", "notes.csv", "explainability/notes.csv"
+    assert [(finished / "out" / name).exists() for name in left] == [False, False, True, True]
 
 
 def test_split_file_gives_each_part_its_patients(finished, tmp_path):
@@ -111,12 +109,6 @@ def test_evaluation_is_written_beside_its_checkpoint_of_the_data_it_names(finish
     assert judged["n_stays"] == read_json(finished)["metrics"]["test"]["n_stays"]
 
 
-def test_new_run_removes_what_an_earlier_one_left_and_nothing_else(finished):
-    out = finished / "out"
-    assert not (out / "fold_9").exists() and not (out / "attention_weights" / "attention_epoch_9_batch_0.npz").exists()
-    assert (out / "notes.csv").exists() and (out / "explainability" / "notes.csv").exists()
-
-
 def test_ctrl_c_in_the_middle_of_an_epoch_loses_that_epoch_alone(finished, tmp_path, monkeypatch, capfd):
     set_learning_rate, steps = train.Trainer.set_learning_rate, []
 
@@ -133,26 +125,22 @@ def test_ctrl_c_in_the_middle_of_an_epoch_loses_that_epoch_alone(finished, tmp_p
     assert "go on with the same command and --resume" in capfd.readouterr().err
     run(tmp_path / "stopped", finished, *options, "--resume")
     run(tmp_path / "straight", finished, *options)
-    written = [(tmp_path / name / "out" / "predictions.csv").read_bytes() for name in ("stopped", "straight")]
-    assert written[0] == written[1]
+    stopped, straight = (tmp_path / name / "out" / "predictions.csv" for name in ("stopped", "straight"))
+    assert stopped.read_bytes() == straight.read_bytes()
 
 
-def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, capfd):
-    run(tmp_path, finished, "--dry-run", "--seeds", 3)
+def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, capfd, monkeypatch):
+    """Of the sample without network it plans with the encoder hashing."""
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError("no network")))
+    monkeypatch.setattr(train, "SAMPLE", finished / "data.csv")
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, finished, "--dry-run", "--seeds", 3, encoder=CLINICAL_LONGFORMER)
     shown = capfd.readouterr().out
+    assert shown.index("hashing encoder instead") < shown.index("texts with hashing")
     assert "encode 8 of 8 texts with hashing" in shown and "train 3 times at most 1 epochs" in shown
     assert "MB of disk" in shown and "MB of vectors in memory" in shown
     assert "test: too few to read: 4 stays of one outcome, below 10" in shown and "train: too few" not in shown
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
-
-
-def test_plan_of_the_sample_without_network_is_that_of_hashing(finished, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=ConnectionError("no network")))
-    monkeypatch.setattr(train, "SAMPLE", finished / "data.csv")
-    monkeypatch.chdir(tmp_path)
-    run(tmp_path, finished, "--dry-run", encoder=CLINICAL_LONGFORMER)
-    shown = capfd.readouterr().out
-    assert shown.index("hashing encoder instead") < shown.index("texts with hashing")
 
 
 def test_log_gets_a_line_of_progress_with_the_time_left_and_no_bar(monkeypatch, caplog, capfd):

@@ -1,12 +1,10 @@
 """The whole program as users run it: train, resume, evaluate; nothing is read before it was known."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +13,7 @@ import torch
 import yaml
 from make_sample import make_sample
 from small_table import arguments, best_model, small_table
+from test_devices import ENVIRONMENT, ROOT, TWO_OF
 
 import explain_clinicalLF as explain
 import train
@@ -22,18 +21,12 @@ from clinical_lf.items import HISTORY
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import EVENT_TYPES, KNOWN_ONLY_LATER, LABEL, STATIC_COLUMNS, stay_hours
 
-ROOT = Path(train.__file__).parent
 WRITTEN = (
     "calibration.csv checkpoints/best_model.pth checkpoints/latest_checkpoint.pth decision_curve.csv history.csv "
     "leakage_audit.csv leakage_audit_texts.csv metrics.json model_card.md plots/calibration.png "
     "plots/decision_curve.png plots/roc_and_precision_recall.png plots/training_curves.png predictions.csv run.json "
     "settings.yaml split.csv subgroups.csv"
 ).split()
-
-
-@pytest.fixture
-def data(sample_run):
-    return sample_run / "data.csv"
 
 
 def trained(run, output, **changes):
@@ -124,18 +117,14 @@ def test_resume_knows_the_same_data_at_another_path_and_refuses_other_data_at_th
     assert "other data" in capfd.readouterr().err
 
 
-def test_evaluate_gives_the_probabilities_of_the_training_run_also_without_labels(sample_run, data, tmp_path):
-    pd.read_csv(data, dtype=str).drop(columns=LABEL).to_csv(tmp_path / "new.csv", index=False)
-    out, content = evaluated(tmp_path, tmp_path / "new.csv", best_model(sample_run))
+def test_evaluate_gives_the_probabilities_of_training_also_without_labels_and_while_stays_last(sample_run, tmp_path):
+    pd.read_csv(sample_run / "data.csv", dtype=str).drop(columns=LABEL).to_csv(tmp_path / "new.csv", index=False)
+    out, content = evaluated(tmp_path, tmp_path / "new.csv", best_model(sample_run), "--trajectory", "24,6")
     scored, before = (pd.read_csv(place / "predictions.csv") for place in (out, sample_run / "out"))
     assert scored[LABEL].isna().all() and content["metrics"] is None and len(scored) == 90
     scored, before = (frame.set_index("icu_stay_id")["probability"] for frame in (scored, before))
     assert np.allclose(scored[before.index], before, atol=2e-6)
-
-
-def test_evaluate_trajectory_scores_stays_while_they_last(sample_run, data, tmp_path):
-    out, _ = evaluated(tmp_path, data, best_model(sample_run), "--trajectory", "24,6")
-    rows, table = pd.read_csv(out / "risk_trajectories.csv"), read_stays(data)[0]
+    rows, table = pd.read_csv(out / "risk_trajectories.csv"), read_stays(sample_run / "data.csv")[0]
     in_a_day = (table.known_minutes_since_intime <= 24 * 60) & (table.minutes_since_intime <= 24 * 60)
     lasting = np.intersect1d(np.unique(table.stay_of_event[in_a_day]), np.flatnonzero(stay_hours(table) > 24))
     at_a_day = rows.loc[rows["hours_after_admission"] == 24, "icu_stay_id"]
@@ -158,8 +147,8 @@ def test_held_out_stays_teach_nothing(finished, tmp_path):
         assert all(torch.allclose(after[name][key], tensor, atol=1e-6) for key, tensor in before[name].items())
 
 
-def test_prospective_run_uses_no_column_known_only_later(data, tmp_path):
-    assert train.main(arguments(tmp_path, data, "--observation-hours", 24)) == 0
+def test_prospective_run_uses_no_column_known_only_later(sample_run, tmp_path):
+    assert train.main(arguments(tmp_path, sample_run / "data.csv", "--observation-hours", 24)) == 0
     used = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())["static_features"]
     assert used and not set(used) & set(KNOWN_ONLY_LATER)
     stays = [step["stays"] for step in json.loads((tmp_path / "out" / "metrics.json").read_text())["cohort"]]
@@ -257,16 +246,15 @@ if accelerator.is_main_process:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
+def test_two_processes_take_the_same_steps_as_one(sample_run, tmp_path):
     """Same losses, gradients of the last step and held-out logits, each stay once: one process or two."""
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENT_SCRIPT)
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment, results = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
-    for launcher in ([], two):
-        places = [script, data, tmp_path / "cache", tmp_path, tmp_path / f"{len(results)}.pt"]
-        command = [sys.executable, *launcher, *map(str, places)]
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+    results = []
+    for launcher in ([sys.executable], TWO_OF):
+        places = [script, sample_run / "data.csv", tmp_path / "cache", tmp_path, tmp_path / f"{len(results)}.pt"]
+        command = [*launcher, *map(str, places)]
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
         results.append(torch.load(places[-1], weights_only=True))
     one, other = results
     assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
