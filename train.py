@@ -44,6 +44,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, send_to_device
+from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -1761,7 +1762,7 @@ def train_and_report(
     trainer, _ = train_model(settings, data, accelerator, begin)
     for tracker in accelerator.trackers:
         tracker.finish()
-    scored = lambda dataset: run_folder.Predictions.of_logits(dataset.table.stays, trainer.predict(dataset))
+    scored = lambda dataset: run_folder.Predictions(dataset.table.stays, expit(trainer.predict(dataset)))
     predictions = {"validation": scored(trainer.validation_set)}
     if trainer.test_set is not None:
         predictions["test"] = scored(trainer.test_set)
@@ -1856,8 +1857,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
             frame = present.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hour)
             dataset = ClinicalSequenceDataset(present, checkpoint.preprocessor, loaded.dataset.text_vectors)
             logits = predict_logits(checkpoint.model, dataset, loaded.settings, accelerator)
-            scored = run_folder.Predictions.of_logits(present.stays, logits)
-            rows.append(frame.assign(probability=scored.probabilities, label=present.labels))
+            rows.append(frame.assign(probability=expit(logits), label=present.labels))
     if settings.trajectory and not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
     if not accelerator.is_main_process:
@@ -1870,7 +1870,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
     described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **loaded.source.origin()}
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table.static_columns)
-    predictions = run_folder.Predictions.of_logits(table.stays, loaded.logits)
+    predictions = run_folder.Predictions(table.stays, expit(loaded.logits))
     trajectories, is_prospective = pd.concat(rows, ignore_index=True) if rows else None, checkpoint.settings.prospective
     return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)
 

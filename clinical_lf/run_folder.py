@@ -48,11 +48,6 @@ class Predictions(NamedTuple):
     stays: pd.DataFrame  # (n): STAY_COLUMNS
     probabilities: np.ndarray  # (n)
 
-    @classmethod
-    def of_logits(cls, stays: pd.DataFrame, logits: np.ndarray) -> Predictions:
-        """Return the risks of logits (n,)."""
-        return cls(stays, expit(logits))
-
     def take(self, is_taken: np.ndarray) -> Predictions:
         """Return those that a mask (n,) marks."""
         return Predictions(self.stays[is_taken].reset_index(drop=True), self.probabilities[is_taken])

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
 
 from clinical_lf.files import logger
 from clinical_lf.metrics import evaluate_predictions
@@ -16,7 +17,7 @@ from clinical_lf.tables import LABEL
 @pytest.fixture
 def predictions():
     stays = pd.DataFrame({"icu_stay_id": range(4), "patient_id": [1, 1, 2, 3], LABEL: [1.0, 1, 0, np.nan]})
-    return Predictions.of_logits(stays, np.array([0.0, 1, -1, 2]))
+    return Predictions(stays, expit([0.0, 1, -1, 2]))
 
 
 def test_predictions_are_risks_in_the_order_of_the_stays_and_say_who_they_are_of(predictions):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from scipy.special import expit
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -25,7 +26,7 @@ from make_sample import make_sample  # noqa: E402
 import train  # noqa: E402
 from clinical_lf import metrics  # noqa: E402
 from clinical_lf.reading import read_stays  # noqa: E402
-from clinical_lf.run_folder import PACKAGES, Predictions  # noqa: E402
+from clinical_lf.run_folder import PACKAGES  # noqa: E402
 from clinical_lf.tables import StayTable  # noqa: E402
 
 
@@ -91,10 +92,10 @@ def train_and_test(
         settings = replace(settings, output_dir=folder, save_attention_every=0)
         trainer, _ = train.train_model(settings, data, at_start=at_start)
         assert trainer.test_set is not None
-        scored = Predictions.of_logits(trainer.test_set.table.stays, trainer.predict(trainer.test_set))
+        risks = expit(trainer.predict(trainer.test_set))
         trainer.accelerator.free_memory()  # it would keep every model of the process
     loss = min(row["validation_loss"] for row in trainer.history)
-    return TrainingRun(scored.probabilities, loss, trainer.epochs_done, time.monotonic() - started)
+    return TrainingRun(risks, loss, trainer.epochs_done, time.monotonic() - started)
 
 
 class Ranking(NamedTuple):
