@@ -159,8 +159,8 @@ def load_unseen(
     held_out = bool(of_all["patient_id"].isin(checkpoint.patients["test"]).any())
     if not held_out and not checkpoint.is_seen(of_all).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
-    is_new_item = checkpoint.is_new_item(loaded.table.texts)
-    return Run(checkpoint, loaded.table, loaded.dataset, loaded.logits, held_out, is_new_item)
+    is_new_item = checkpoint.is_new_item(loaded.dataset.table.texts)
+    return Run(checkpoint, loaded.dataset.table, loaded.dataset, loaded.logits, held_out, is_new_item)
 
 
 def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:
@@ -1108,9 +1108,7 @@ def map_features_to_clinical(
     values, is_frame = to_numpy(position_features), isinstance(feature_mapping, pd.DataFrame)
     parts = feature_mapping.loc[feature_mapping["input"] == "event", "part"].to_numpy() if is_frame else np.array([])
     if values.ndim != 2 or values.shape[1] != len(parts):
-        inputs = "attribute the inputs, found = captum_analysis(model, sequences, static_features, attention_mask)"
-        call = "map_features_to_clinical(found.events[0], name_inputs(preprocessor), pos)"
-        raise InputError(f"hidden units have no clinical meaning: {inputs}, and call {call}.")
+        raise files.refusal("hidden_units")
     table = pd.DataFrame({"part": parts, "attribution": values[pos]})
     return table.groupby("part", sort=False)["attribution"].sum().reset_index()
 
@@ -1158,8 +1156,7 @@ def weights_and_events(
     events = [np.flatnonzero(row) for row in is_used]
     for positions in events:
         if record is not None and len(positions) != len(record.events):
-            sizes = f"over a stay of {len(positions)} events, the record is of one of {len(record.events)}"
-            raise InputError(f"the pass is {sizes}: give the record of the stay that the model read.")
+            raise files.refusal("other_record", read=len(positions), record=len(record.events))
     return list(zip(weights, events))
 
 
@@ -1270,8 +1267,7 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
     [['last 6 h', 2, 2.0], ['6 to 12 h', 1, -1.0], ['24 to 48 h', 1, 1.0]]
     """
     if not isinstance(feature_mapping, Stay):
-        call = "analyze_temporal_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))"
-        raise InputError(f"attention weighs whole events, not features: give the stay that was read, as in {call}.")
+        raise files.refusal("no_features")
     events, first = feature_mapping.events, {"pooling_weights": attention_weights["pooling_weights"][:1]}
     pooling, inside = weights_and_events(first, feature_mapping)[0]
     columns = {"window": clock_window(events["hours_to_end"]), "n_events": 1}
@@ -1293,9 +1289,7 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], static
     """
     statics = static_features.statics if isinstance(static_features, Stay) else None
     if statics is None or "attribution" not in static_features.events:
-        call = "analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))"
-        reason = "attention never reaches the static features: give the stay with its attributions"
-        raise InputError(f"{reason}, as in {call}.")
+        raise files.refusal("no_statics")
     table, size = statics[["feature", "value", "attribution"]], statics["attribution"].abs()
     share = size / (size.sum() + static_features.events["attribution"].abs().sum())
     table = table.assign(share_of_attribution=share)

@@ -347,7 +347,7 @@ class EmbeddingCache:
 
     def refresh(self) -> None:
         """Take in the parts that any process has added since the last look."""
-        keys, damaged = [self._keys], []
+        self._is_stale, keys, damaged = False, [self._keys], []
         for path in sorted(self.folder.glob("part-*")):
             if path.name in self._seen:
                 continue
@@ -374,6 +374,8 @@ class EmbeddingCache:
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """Return the row number of each key, -1 where there is none: (n,) int64."""
+        if self._is_stale:
+            self.refresh()
         if not len(self._sorted_keys):
             return np.full(len(keys), -1)
         place = np.searchsorted(self._sorted_keys, keys).clip(max=len(self._sorted_keys) - 1)
@@ -410,7 +412,7 @@ class EmbeddingCache:
 
         with files.lock_folder(self.folder):
             write_whole(self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex}", write)
-        self.refresh()
+        self._is_stale = True
 
     def adopt_legacy(self, keys: np.ndarray) -> None:
         """Copy vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts, for keys that have none yet."""
@@ -1122,13 +1124,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
     except Exception as error:  # torch.load raises nearly anything for a damaged or hostile file
-        reason = f"not a checkpoint of this program, or damaged ({type(error).__name__})"
-        raise InputError(f"{path}: {reason}. Train again, or use another file.") from None
+        raise files.refusal("no_checkpoint", path=path, error=type(error).__name__) from None
     if not isinstance(state, dict) or state.get("program") != "clinical_LF" or not isinstance(state.get("format"), int):
         raise InputError(f"{path}: a checkpoint of another program. Give a best_model.pth that train.py wrote.")
     if state["format"] != CHECKPOINT_FORMAT or state.get("temperature", 1.0) != 1.0:
-        reason = f"another version (format {state['format']}, this one reads {CHECKPOINT_FORMAT}, without temperature)"
-        raise InputError(f"{path}: written by {reason}. Train anew, or explain it with the train.py that wrote it.")
+        raise files.refusal("other_format", path=path, found=state["format"], read=CHECKPOINT_FORMAT)
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
         model.load_state_dict(state["model"])
@@ -1143,8 +1143,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         encoder, patients = state["text_encoder"], state["patients"]
         return Checkpoint(model.eval(), preprocessor, check_settings(settings), encoder, patients, baseline, state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"the checkpoint lacks parts or they do not fit together ({type(error).__name__})"
-        raise InputError(f"{path}: {reason}. Train again.") from None
+        raise files.refusal("unfit_checkpoint", path=path, error=type(error).__name__) from None
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -1320,9 +1319,7 @@ class Trainer:
         wrong = stays[~torch.isfinite(losses).numpy()][:5]
         if len(wrong):
             ids = ", ".join(map(str, dataset.table.stays["icu_stay_id"].iloc[wrong]))
-            kept = f"The best checkpoint so far stays in {self.output / 'checkpoints'}"
-            mended = "Lower --learning-rate and train anew, or --resume with --mixed-precision no"
-            raise InputError(f"the loss is not finite for icu_stay_id {ids}. {kept}. {mended}.")
+            raise files.refusal("infinite_loss", ids=ids, folder=self.output / "checkpoints")
 
     def fit(self) -> None:
         """Train until the validation loss has rested for `patience` epochs; best_model.pth has the best weights."""
@@ -1403,8 +1400,7 @@ class Trainer:
         then = (saved.state.get("data_fingerprint"), saved.patients, saved.text_encoder, saved.model.architecture)
         if changed or then != (self.data_fingerprint, self.patients, self.text_encoder, self.model.architecture):
             reason = ", ".join(changed) or "other data, patients, encoder or model sizes"
-            mended = "Give the same settings, or train anew without --resume"
-            raise InputError(f"{path}: this run differs from the one to resume ({reason}). {mended}.")
+            raise files.refusal("other_run", path=path, reason=reason)
         self.accelerator.unwrap_model(self.objective).load_state_dict(saved.state["objective"])
         self.model.load_state_dict(saved.state["model"])
         self.average.n_averaged.copy_(saved.state["n_averaged"])
@@ -1778,12 +1774,10 @@ def train_and_report(
 
 
 class LoadedRun(NamedTuple):
-    """A checkpoint, and stays of some data with the logits that it gives them."""
+    """Stays of some data with the logits that a checkpoint gives them."""
 
-    checkpoint: Checkpoint
     settings: Settings  # the checkpoint's, with what was given
     source: Source  # how the stays came to be these
-    table: StayTable
     dataset: ClinicalSequenceDataset
     logits: np.ndarray  # (n_stays) float64
 
@@ -1812,18 +1806,14 @@ def load_run(
     if encoder == CLINICAL_LONGFORMER:
         encoder = "hashing" if checkpoint.text_encoder == "hashing" else trained.text_encoder
         if encoder != CLINICAL_LONGFORMER and Path(encoder).exists():
-            made_by = f"the checkpoint was trained on vectors of a local encoder, {checkpoint.text_encoder}"
-            mended = "paths inside a checkpoint are not followed. Give its folder as --text-encoder PATH."
-            raise InputError(f"{made_by}; {mended}")
+            raise files.refusal("local_encoder", encoder=checkpoint.text_encoder)
     settings = replace(trained, **(given | {"text_encoder": encoder, "dry_run": False}))
     source = read_source(settings, accelerator, need_label=False, frame=frame)
     table = source.table
     if only_unseen:
         is_seen = checkpoint.is_seen(table.stays)
         if is_seen.all():
-            reason = f"all {len(is_seen)} stays are of patients that this model was trained or tuned on"
-            mended = "explaining them would flatter it. Give --data with other patients."
-            raise InputError(f"{settings.data}: {reason}; {mended}")
+            raise files.refusal("all_seen", data=settings.data, count=len(is_seen))
         table = table.take(~is_seen).with_own_texts()
     for column, count in checkpoint.preprocessor.unknown_categories(table.static_columns).items():
         level, words = (30, "WARNING: ") if count > 0.2 * len(table.stays) else (20, "")
@@ -1832,12 +1822,11 @@ def load_run(
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if text_encoder.id != checkpoint.text_encoder:
-        made_by = f"the checkpoint was trained on vectors of {checkpoint.text_encoder}"
-        raise InputError(f"{made_by}, but --text-encoder gives {text_encoder.id}. Give the same encoder.")
+        raise files.refusal("other_encoder", trained=checkpoint.text_encoder, given=text_encoder.id)
     vectors = embed_texts(text_encoder, texts, accelerator)
     dataset = ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = predict_logits(checkpoint.model, dataset, settings, accelerator)
-    return LoadedRun(checkpoint, settings, source, table, dataset, logits)
+    return LoadedRun(settings, source, dataset, logits)
 
 
 def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
@@ -1849,7 +1838,8 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     given = {name: getattr(settings, name) for name in taken.split()}
     checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
     loaded = load_run(checkpoint, given, accelerator)
-    table, whole, is_seen = loaded.table, loaded.source.whole, checkpoint.is_seen(loaded.table.stays)
+    table, whole = loaded.dataset.table, loaded.source.whole
+    is_seen = checkpoint.is_seen(table.stays)
     rows = []
     for hour in trajectory_hours(settings.trajectory):
         present = tables.known_at(whole.take(tables.stay_hours(whole) > hour), hour)

@@ -160,5 +160,5 @@ def wording(section: str) -> Any:
 
 
 def refusal(key: str, **found: Any) -> InputError:
-    """Return the error that words.yaml has for what is wrong with a source of data, filled with what was found."""
+    """Return the error that words.yaml has for what a person can mend, filled with what was found."""
     return InputError(wording("refusals")[key].format(**found))
