@@ -1,7 +1,5 @@
 """What is said of an explanation: words for numbers and texts, the sentences of checks and findings, and the page."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -1,7 +1,5 @@
 """What the tables of many stays add up to: windows before the end, items, organ systems; tables in, tables out."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

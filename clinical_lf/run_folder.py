@@ -1,7 +1,5 @@
 """What a run writes into its folder: tables, JSON, pictures, the model card; one class is the writer of all of it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import shlex
@@ -13,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -48,9 +46,10 @@ class Predictions(NamedTuple):
     stays: pd.DataFrame  # (n): STAY_COLUMNS
     probabilities: np.ndarray  # (n)
 
-    def take(self, is_taken: np.ndarray) -> Predictions:
+    def take(self, is_taken: np.ndarray) -> Self:
         """Return those that a mask (n,) marks."""
-        return Predictions(self.stays[is_taken].reset_index(drop=True), self.probabilities[is_taken])
+        stays = self.stays[is_taken].reset_index(drop=True)
+        return self._replace(stays=stays, probabilities=self.probabilities[is_taken])
 
     @property
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
