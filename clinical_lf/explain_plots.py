@@ -26,7 +26,6 @@ SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLIO
 SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
 TO_END = "hours before the final event or observation limit"
 LOGIT = "logit (right: towards death)"
-PART_WORDS = {f"attribution_{part}": part for part in ("text", "history", "type", "time")}
 OVER_TIME = (  # measures of an event: column, word, is it a push, colour and marker
     ("attention", "pooling attention", False, BLUE, "o"),
     ("rollout", "attention rollout", False, ORANGE, "s"),
@@ -54,10 +53,11 @@ def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
     return table[table["icu_stay_id"] == icu_stay_id]
 
 
-def error_dots(axes: Axes, table: pd.DataFrame, at: Any, color: Any, upright: bool = False, **style: Any) -> None:
-    """Draw means with their intervals as bars across the places `at`; `color` one or one per row."""
-    (axes.vlines if upright else axes.hlines)(at, table["low"], table["high"], color=color, linewidth=1.1)
-    x, y = (at, table["mean"]) if upright else (table["mean"], at)
+def dots(axes: Axes, means: pd.DataFrame, color: Any, shift: float = 0, upright: bool = False, **style: Any) -> None:
+    """Draw means with their intervals as bars at 0, 1, ... and a shift; `color` one or one per row."""
+    at = np.arange(len(means)) + shift
+    (axes.vlines if upright else axes.hlines)(at, means["low"], means["high"], color=color, linewidth=1.1)
+    x, y = (at, means["mean"]) if upright else (means["mean"], at)
     axes.scatter(x, y, color=color, s=16, zorder=3, **style)
 
 
@@ -141,20 +141,19 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     rows = [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)]
     draw_stems(upper, rows, hours, attention["texts"])
     length = events["hours_since_admission"] + events["hours_to_end"]
-    place, tenths = events["hours_since_admission"] / length.clip(lower=1e-9), np.arange(1, 11)
-    decile = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=tenths)
+    place = events["hours_since_admission"] / length.clip(lower=1e-9)
+    tenth = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=np.arange(1, 11))
     panels = lower.subplots(1, len(pooling), sharex=True, sharey=True, squeeze=False)[0]
     for head, axes in enumerate(panels, 1):
-        more = stay_shares(events, decile, f"attention_head_{head}") - stay_shares(events, decile)
-        error_dots(axes, column_means(100 * more), tenths, "black", upright=True)
+        more = stay_shares(events, tenth, f"attention_head_{head}") - stay_shares(events, tenth)
+        dots(axes, column_means(100 * more), "black", shift=1, upright=True)
         axes.axhline(0, color="black", linewidth=0.5)
         axes.set_xticks([1, 4, 7, 10])
         tidy(axes, title=f"head {head}")
     panels[0].set_ylabel("points more than\nan even share, %", fontsize=8)
     lower.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
-    lower.suptitle(
-        f"Mean of {counted(events['icu_stay_id'].nunique(), 'stay')}, 95 % interval over patients", fontsize=9
-    )
+    n_stays = counted(events["icu_stay_id"].nunique(), "stay")
+    lower.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
     return lower.figure
 
 
@@ -168,16 +167,15 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     rows = [(name.replace(" ", "\n"), own[column].to_numpy(float), is_push) for column, name, is_push, *_ in OVER_TIME]
     draw_stems(upper, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
     bins, axes = clock_window(events["hours_to_end"]), lower.subplots()
-    used = [name for name in CLOCK_WINDOWS if name in set(bins)]
-    position = np.arange(len(used))[::-1]  # the end of the stay at the right, as above
+    used = [name for name in reversed(CLOCK_WINDOWS) if name in set(bins)]  # the end of the stay at the right, as above
     even = column_means(stay_shares(events, bins)[used])
-    axes.bar(position, 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
+    axes.bar(range(len(used)), 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
     for at, (column, name, _, color, marker) in enumerate(OVER_TIME):
         shares = column_means(100 * stay_shares(events, bins, column)[used])
-        error_dots(axes, shares, position + 0.1 * (at - 1.5), color, True, marker=marker, label=name)
+        dots(axes, shares, color, 0.1 * (at - 1.5), True, marker=marker, label=name)
     reach = events.groupby("icu_stay_id")["hours_to_end"].max()
-    n_reaching = [counted((reach >= CLOCK_WINDOWS[name]).sum(), "stay") for name in used]
-    axes.set_xticks(position, [f"{name}\n{n_stays}" for name, n_stays in zip(used, n_reaching)])
+    names = [f"{name}\n{counted((reach >= CLOCK_WINDOWS[name]).sum(), 'stay')}" for name in used]
+    axes.set_xticks(range(len(used)), names)
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
     title = f"Mean of {counted(len(reach), 'stay')} and its 95 % interval; sizes of pushes{replaced_in_words(events)}"
@@ -231,11 +229,11 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
     for (title, counted_in, table, group), (left, right) in zip(blocks, np.concatenate(grids)):
         size = means_by(table.assign(size=table["attribution"].abs()), group, "size")
         size = size.sort_values("mean", ascending=False)
-        mean, at = means_by(table, group, "attribution").loc[size.index], np.arange(len(size))
-        error_dots(left, mean, at, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
-        error_dots(right, size, at, "black")
+        mean = means_by(table, group, "attribution").loc[size.index]
+        dots(left, mean, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
+        dots(right, size, "black")
         name_rows(left, [plain(name, 44, report.cut) for name in size.index], n_ticks=3)
-        name_rows(right, [""] * len(at), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])], n_ticks=3)
+        name_rows(right, [""] * len(size), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])], n_ticks=3)
         left.set_title(title, fontsize=8.5, loc="left")
         right.set_title(counted_in, fontsize=7.5, loc="right")
     for _, (left, right) in grids:
@@ -275,7 +273,7 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
     panels = figure.subplots(1, len(heads), sharex=True, sharey=True, squeeze=False)[0]
     for axes, head in zip(panels, heads):
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
-        error_dots(axes, rows, np.arange(len(kinds)), BLUE)
+        dots(axes, rows, BLUE)
         names = [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in rows["n_events"].items()]
         name_rows(axes, names, n_ticks=3, size=8, title=f"head {head}")
     label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
@@ -291,11 +289,9 @@ def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
     name_rows(axes, names, n_ticks=5, xlabel=LOGIT)
 
 
-def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
-    """Draw one stay, by default that of the highest risk: pushes and risk over time, strongest events, statics."""
-    stays, everyone = tables["stays"].set_index("icu_stay_id"), tables["events"]
-    icu_stay_id = icu_stay_id or stays["probability"].idxmax()
-    row = stays.loc[icu_stay_id]
+def draw_stay(tables: Tables, caption: str, icu_stay_id: int) -> Figure:
+    """Draw one stay: pushes and risk over time, the strongest events, statics."""
+    row, everyone = tables["stays"].set_index("icu_stay_id").loc[icu_stay_id], tables["events"]
     events, statics, arriving = (of_stay(tables[name], icu_stay_id) for name in ("events", "statics", "trajectory"))
     push, hours = events["attribution"], events["hours_to_end"]
     facts = {"stay": icu_stay_id, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
@@ -327,21 +323,27 @@ def draw_stay(tables: Tables, caption: str, icu_stay_id: int | None = None) -> F
     texts = [plain(f"{name}: {report.plain_number(value)}", 38) for name, value in zip(top["feature"], top["value"])]
     signed_bars(left, top["attribution"].to_numpy(), texts)
     left.set_title("Patient and admission", fontsize=9)
-    used = [column for column in PART_WORDS if everyone[column].any()]
-    parts = everyone.melt("patient_id", used, "part", "size").replace({"part": PART_WORDS})
-    table = means_by(parts.assign(size=parts["size"].abs()), "part", "size").sort_values("mean", ascending=False)
-    error_dots(right, table, np.arange(len(table)), "black")
+    sizes = everyone.set_index("patient_id").filter(like="attribution_").abs()  # of each event's parts
+    parts = sizes.loc[:, sizes.any()].melt(var_name="part", value_name="size", ignore_index=False).reset_index()
+    table = means_by(parts, "part", "size").sort_values("mean", ascending=False)
+    dots(right, table, "black")
+    names = [part.removeprefix("attribution_") for part in table.index]
     title = f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}"
-    name_rows(right, table.index, n_ticks=3, size=8, xlabel="mean size per event, logit", title=title)
+    name_rows(right, names, n_ticks=3, size=8, xlabel="mean size per event, logit", title=title)
     right.set_xlim(left=0)
     return line.figure
+
+
+def draw_captum_attributions(tables: Tables, caption: str) -> Figure:
+    """Draw the stay of the highest risk."""
+    return draw_stay(tables, caption, tables["stays"].set_index("icu_stay_id")["probability"].idxmax())
 
 
 def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): one stay over its events, all stays below."""
     layers, risks = tables["layers"], tables["stays"].set_index("icu_stay_id")["probability"]
     names = layers["layer"].unique()
-    labels, at = [name.replace("_", " ") for name in names], np.arange(len(names))
+    labels = [name.replace("_", " ") for name in names]
     stay = risks[layers["icu_stay_id"].unique()].idxmax()
     caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
     upper, lower = bands(page("captum_layer_attributions", caption, 5.4), [1.2, 1])
@@ -350,7 +352,7 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
     image = axes.imshow(wide, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest")
     small_bar(upper, image, axes, "logit (up: towards death)", {})
-    axes.set_yticks(at, labels)
+    axes.set_yticks(range(len(names)), labels)
     title = f"Stay {stay}: Integrated Gradients at each layer, {counted(len(hours), 'event')}"
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
@@ -358,9 +360,9 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     both = layers.merge(layers[layers["layer"] == names[0]], on=["icu_stay_id", "event"], suffixes=("", "_first"))
     found = rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
     axes = lower.subplots()
-    heights = found["layer"].map(dict(zip(names, at))) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
+    heights = pd.Index(names).get_indexer(found["layer"]) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
     axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
-    error_dots(axes, means_by(found, "layer", "correlation").reindex(names), at, "black")
+    dots(axes, means_by(found, "layer", "correlation").reindex(names), "black")
     gap, n_stays = layers["gap_error"].abs().max(), counted(layers["icu_stay_id"].nunique(), "stay")
     label = f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval"
     title = f"Agreement with {labels[0]}; the sums miss at most {gap:.2g} logit"
@@ -378,12 +380,11 @@ def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
     panels = upper.subplots(len(sizes), 1, height_ratios=sizes, squeeze=False)[:, 0]
     for axes, (kind, rows) in zip(panels, groups.groupby("kind", sort=False)):
         names = sorted(rows["group"].unique(), key=lambda name: order.index(name) if name in order else 0)
-        at, stays = np.arange(len(names)), rows.groupby("group")["icu_stay_id"].nunique()
         pushes, falls = (means_by(rows, "group", value).reindex(names) for value in ("attribution", "ablation"))
-        error_dots(axes, pushes, at - 0.14, BLUE, label="push, summed")
-        error_dots(axes, falls, at + 0.14, VERMILLION, marker="s", label="if unremarkable")
-        labels = [TYPE_WORDS.get(name, plain(name, 40)) for name in names]
-        name_rows(axes, labels, [counted(stays[name], "stay") for name in names])
+        dots(axes, pushes, BLUE, -0.14, label="push, summed")
+        dots(axes, falls, VERMILLION, 0.14, marker="s", label="if unremarkable")
+        labels, stays = [TYPE_WORDS.get(name, plain(name, 40)) for name in names], rows.groupby("group")["icu_stay_id"]
+        name_rows(axes, labels, [counted(n, "stay") for n in stays.nunique()[names]])
         axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
     panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
     upper.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
@@ -417,9 +418,11 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     return body.figure
 
 
-draw_captum_attributions = draw_stay  # of the highest risk
-# Each picture has its question in words.yaml, and the function named after it.
-FIGURES: dict[str, Callable[[Tables, str], Figure]] = {name: globals()[f"draw_{name}"] for name in wording("questions")}
+OF_ATTENTION = (draw_layer_attention_weights, draw_sequence_importance, draw_sequence_importance_combined)
+OF_PARTS = (draw_head_specialization, draw_feature_importance, draw_item_importance, draw_query_vector_analysis)
+OF_PUSHES = (draw_captum_attributions, draw_captum_layer_attributions, draw_captum_ablation_attributions)
+DRAWN: tuple[Callable[[Tables, str], Figure], ...] = (*OF_ATTENTION, *OF_PARTS, *OF_PUSHES, draw_deletion_insertion)
+FIGURES = {draw.__name__.removeprefix("draw_"): draw for draw in DRAWN}  # words.yaml has the question of each
 
 
 def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:

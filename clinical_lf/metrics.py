@@ -95,15 +95,12 @@ def patients_drawn(n_patients: int, n_bootstrap: int, seed: int) -> np.ndarray:
 
 
 def mean_with_interval(values: np.ndarray, patient_ids: np.ndarray, n_bootstrap: int = 1000, seed: int = 0) -> dict:
-    """Return the mean of (n,) values and its 95 % interval over resampled patients; NaN values are left out.
-
-    The interval is NaN with fewer than three patients: resampling them says nothing.
-    """
+    """Return the mean of those of (n,) values that are not NaN and its 95 % interval over resampled patients."""
     values = np.asarray(values, float)
     known = values[~np.isnan(values)]
     names, patient = np.unique(np.asarray(patient_ids)[~np.isnan(values)], return_inverse=True)
     low = high = math.nan
-    if len(names) >= 3:
+    if len(names) >= 3:  # resampling one or two says nothing
         drawn = patients_drawn(len(names), n_bootstrap, seed)
         low, high = interval_of((drawn @ np.bincount(patient, known)) / (drawn @ np.bincount(patient)))
     mean = float(known.mean()) if len(known) else math.nan
@@ -202,8 +199,7 @@ def logistic_fits(weights: np.ndarray, labels: np.ndarray, features: np.ndarray,
 
 def race_group(race: Any) -> str:
     """Return MIMIC's 30-odd values by their first words: `BLACK/CAPE VERDEAN` is BLACK; not saying is UNKNOWN."""
-    words = "" if pd.isna(race) else str(race).strip().upper()
-    words = re.split("/| - | OR ", words)[0]
+    words = re.split("/| - | OR ", "" if pd.isna(race) else str(race).strip().upper())[0]
     return "UNKNOWN" if words.startswith(("UNABLE", "PATIENT DECLINED", "UNKNOWN")) or not words else words
 
 
@@ -217,20 +213,15 @@ def subgroups_of_stays(stays: pd.DataFrame) -> pd.DataFrame:
 
 
 def subgroup_table(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    patient_ids: ArrayLike,
-    groups: pd.DataFrame,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
+    died: ArrayLike, risks: ArrayLike, patients: ArrayLike, groups: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Return sizes, the figures of `evaluate_predictions` and what an alarm costs, of all stays and per group.
 
-    groups has one row per stay, in the order of labels, and one column per grouping. One threshold holds for everyone,
+    groups has one row per stay, in the order of died, and one column per grouping. One threshold holds for everyone,
     the highest that finds 80 % of all deaths. Below TOO_FEW of either outcome a group has no METRICS.
     """
-    died, risks = checked_predictions(labels, probabilities)
-    patients, rows, threshold = np.asarray(patient_ids), [], math.nan
+    died, risks = checked_predictions(died, risks)
+    patients, rows, threshold = np.asarray(patients), [], math.nan
     if died.any():
         threshold = float(np.sort(risks[died == 1])[-math.ceil(SENSITIVITY * died.sum())])
     members: list[tuple[str, str, np.ndarray]] = [("all", "all stays", np.ones(len(groups), dtype=bool))]
@@ -242,26 +233,21 @@ def subgroup_table(
         own = died[is_member], risks[is_member], patients[is_member]
         dead, alarm, too_few = own[0] == 1, own[1] >= threshold, is_too_few(own[0])
         figures = evaluate_predictions(*own, 0 if too_few else n_bootstrap, seed)
-        cost = partial(alarms_per_death, is_alarm=alarm, died=dead)
-        low, high = interval_of(bootstrap(cost, own[2], len(dead), n_bootstrap, seed))
+        cost = lambda weights: weights @ alarm / (weights @ (alarm & dead))  # infinite where no death is found
+        with np.errstate(divide="ignore", invalid="ignore"):
+            alarms_per_death = cost(np.ones((1, len(dead))))[0]
+            low, high = interval_of(bootstrap(cost, own[2], len(dead), n_bootstrap, seed))
         row = {"group": group, "value": value, "stays": len(dead), "patients": figures["n_patients"]}
         row |= {"deaths": figures["n_deaths"], "prevalence": figures["prevalence"], "too_few_to_read": too_few}
         row |= {"threshold": threshold, "alarms": int(alarm.sum()), "deaths_found": int(alarm[dead].sum())}
         row["sensitivity"] = alarm[dead].mean() if dead.any() else math.nan
         row["specificity"] = (~alarm[~dead]).mean() if not dead.all() else math.nan
-        row |= {"alarms_per_true_death": cost(np.ones((1, len(dead))))[0], "alarms_low": low, "alarms_high": high}
+        row |= {"alarms_per_true_death": alarms_per_death, "alarms_low": low, "alarms_high": high}
         for metric in METRICS:
             for part, column in (("value", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high")):
                 row[column] = math.nan if too_few or figures[metric][part] is None else figures[metric][part]
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-@np.errstate(divide="ignore", invalid="ignore")
-def alarms_per_death(weights: np.ndarray, is_alarm: np.ndarray, died: np.ndarray) -> np.ndarray:
-    """Return alarms for each death found (R,) by rows of stay weights (R, n); infinite where none is found."""
-    alarms = weights @ is_alarm
-    return np.where(alarms > 0, alarms / (weights @ (is_alarm & died)), np.nan)
 
 
 def decision_curve(
@@ -286,11 +272,10 @@ def decision_curve(
     gains = np.where(died == 1, 1.0, -odds[:, None]) * is_treated
     columns = {"threshold": limits, "model": gains.mean(1), "treat_all": prevalence - (1 - prevalence) * odds}
     columns |= {"treat_none": 0.0, "share_treated": is_treated.mean(1)}
-    if n_bootstrap:
-        mean_gains = lambda weights: weights @ gains.T / weights.sum(1, keepdims=True)
-        draws = bootstrap(mean_gains, patient_ids, len(died), n_bootstrap, seed)
-        if len(draws):
-            columns["low"], columns["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
+    mean_gains = lambda weights: weights @ gains.T / weights.sum(1, keepdims=True)
+    draws = bootstrap(mean_gains, patient_ids, len(died), n_bootstrap, seed) if n_bootstrap else ()
+    if len(draws):
+        columns["low"], columns["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
     return pd.DataFrame(columns)
 
 

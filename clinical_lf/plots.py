@@ -11,10 +11,9 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
 
 from clinical_lf.files import write_whole
-from clinical_lf.metrics import METRIC_WORDS, calibration_table, checked_predictions, figure_text
+from clinical_lf.metrics import METRIC_WORDS, calibration_table, figure_text
 
 BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#767676"  # of Okabe and Ito, for all eyes
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
@@ -65,11 +64,6 @@ def save_figure(path: Path, figure: Figure) -> None:
     write_whole(path, lambda name: figure.savefig(name, dpi=150, format="png"))
 
 
-def metric_text(figures: dict[str, Any], name: str) -> str:
-    """Return `AUROC 0.81 (95 % interval 0.70 to 0.90)`, or that it is not defined."""
-    return f"{METRIC_WORDS[name]} {figure_text(figures[name])}"
-
-
 def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     """Draw history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
     figure = new_figure("Does training still help on patients it does not see?", caption, height=2.9)
@@ -96,11 +90,10 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, figures: dict[str, Any], caption: str = "") -> Figure:
+def plot_roc_and_pr(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any], caption: str = "") -> Figure:
     """Draw ROC and precision-recall curves of held-out stays; figures as `evaluate_predictions` returns them."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    died, risks = checked_predictions(labels, probabilities)
     figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
     roc, pr = figure.subplots(1, 2)
     if 0 < died.sum() < len(died):
@@ -114,7 +107,7 @@ def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, figures: dict[s
     roc.plot([0, 1], [0, 1], label="no better than chance", **REFERENCE)
     prevalence = died.mean() if len(died) else 0.0
     pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **REFERENCE)
-    auroc, auprc = metric_text(figures, "auroc"), metric_text(figures, "auprc")
+    auroc, auprc = (f"{METRIC_WORDS[name]} {figure_text(figures[name])}" for name in ("auroc", "auprc"))
     tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", auroc, "lower right")
     tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", auprc, "best")
     for axes in (roc, pr):
@@ -122,9 +115,8 @@ def plot_roc_and_pr(labels: ArrayLike, probabilities: ArrayLike, figures: dict[s
     return figure
 
 
-def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, figures: dict[str, Any], caption: str = "") -> Figure:
+def plot_calibration(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any], caption: str = "") -> Figure:
     """Draw observed death rate against predicted risk in bins of equal size, and the histogram of risks below."""
-    died, risks = checked_predictions(labels, probabilities)
     table = calibration_table(died, risks)
     figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.6, width=5.6)
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -136,8 +128,9 @@ def plot_calibration(labels: ArrayLike, probabilities: ArrayLike, figures: dict[
     style = {"fmt": "o", "color": BLUE, "capsize": 2, "markersize": 4, "linewidth": 1}
     curve.errorbar(table["mean_risk"], rate, yerr=bars, label=label, **style)
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
-    words = [metric_text(figures, name) for name in ("calibration_intercept", "calibration_slope", "brier")]
-    tidy(curve, "", "observed death rate", "\n".join(words))
+    names = ("calibration_intercept", "calibration_slope", "brier")
+    words = "\n".join(f"{METRIC_WORDS[name]} {figure_text(figures[name])}" for name in names)
+    tidy(curve, "", "observed death rate", words)
     # Below the axes: inside, the legend would lie on the points of some model or other.
     curve.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)
     parts, bins = [risks[died == 0], risks[died == 1]], np.linspace(0, top, 31)
@@ -164,42 +157,34 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
 
 
 def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, hours_label: str) -> Figure:
-    """Draw what `train.load_attention_weights` read of a file of this name."""
-    layer_maps = [weights[0].mean(0) for weights in record["layer_attention_weights"]]  # (bins, bins) each
-    pooling, hours = record["pooling_weights"][0, :, 0], record["hours_to_final_event"]  # (heads, L), (L,)
-    title = f"Where does the model look in ICU stay {record['icu_stay_id']}?"
+    """Draw what `train.load_attention_weights` read of a file of this name: its layers, if any, over the pooling."""
+    layer_maps = [weights[0].mean(0) for weights in record["layer_attention_weights"]]  # (bins, bins), rows look
+    weights = record["pooling_weights"][0, :, 0].astype(float)  # (heads, L)
+    hours = record["hours_to_final_event"].astype(float)  # (L,)
     caption = f"{name.replace('_', ' ')}, a training stay · risk {record['probability']:.2f}"
     caption += f" · text encoder: {text_encoder}"
-    return plot_attention_heatmap(layer_maps, pooling, hours, title, caption, hours_label)
-
-
-def plot_attention_heatmap(
-    layer_maps: Any, pooling: ArrayLike, hours: ArrayLike, title: str, caption: str = "", hours_label: str = FROM_START
-) -> Figure:
-    """Draw layers' attention (bins, bins), whose rows look, over the pooling's (heads, n) to events at hours (n,)."""
-    weights, times = np.asarray(pooling, dtype=float), np.asarray(hours, dtype=float)
-    n_events = weights.shape[1]
-    figure = new_figure(title, caption, height=4.6 if len(layer_maps) else 2.5)
-    *upper, lower = bands(figure, [1.2, 1] if len(layer_maps) else [1])
-    for part in upper:  # none where the model has no layers
-        panels = np.atleast_1d(part.subplots(1, len(layer_maps), sharey=True))
+    title, height = f"Where does the model look in ICU stay {record['icu_stay_id']}?", 4.6 if layer_maps else 2.5
+    *upper, lower = bands(new_figure(title, caption, height), [1.2, 1] if layer_maps else [1])
+    n_events = len(hours)
+    for part in upper:
+        panels = part.subplots(1, len(layer_maps), sharey=True, squeeze=False)[0]
         draw_shares(part, panels, n_events * np.asarray(layer_maps, dtype=float), extent=(0, 100, 100, 0))
         for layer, axes in enumerate(panels, start=1):
             tidy(axes, "event looked at, %", "event that looks, % of stay" if layer == 1 else "", f"layer {layer}")
     per_cell = -(-n_events // 600)  # more columns than pixels would drop events unseen
     cells = n_events * np.maximum.reduceat(weights, np.arange(0, n_events, per_cell), axis=1)
     axes = lower.subplots()
-    draw_shares(lower, np.array([axes]), cells[None])
+    draw_shares(lower, [axes], cells[None])
     shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
-    decimals = 0 if np.ptp(times) >= 20 else 1
-    axes.set_xticks(shown, [f"{times[cell * per_cell]:.{decimals}f}" for cell in shown])
+    decimals = 0 if np.ptp(hours) >= 20 else 1
+    axes.set_xticks(shown, [f"{hours[cell * per_cell]:.{decimals}f}" for cell in shown])
     axes.set_yticks(range(len(cells)), [f"head {head}" for head in range(1, len(cells) + 1)])
     width = "each event equally wide" if per_cell == 1 else f"each column the heaviest of {per_cell} events"
     tidy(axes, f"{hours_label} ({width})", "", "Pooling: attention to each event")
-    return figure
+    return lower.figure
 
 
-def draw_shares(figure: SubFigure, panels: np.ndarray, shares: np.ndarray, **options: Any) -> None:
+def draw_shares(figure: SubFigure, panels: Any, shares: np.ndarray, **options: Any) -> None:
     """Draw multiples of even attention (panels, rows, columns) on one scale: 1 is white, less purple, more orange."""
     # A few pairs take most of the weight: a cap at the 99.5th percentile keeps the rest visible.
     top = max(float(np.quantile(shares, 0.995)), 2.0)
