@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -195,8 +195,7 @@ class HuggingFaceEncoder:
             self.window = windows.pop()
             model = longformer_as_roberta(model)
         model = model.to(self._dtype).eval().requires_grad_(False)
-        is_fp32_on_cpu = self._devices[0].type == "cpu" and self._dtype == torch.float32
-        if is_fp32_on_cpu and torch.backends.mkldnn.is_available():
+        if self._devices[0].type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
             for linear in [layer for layer in model.modules() if type(layer) is nn.Linear]:
                 linear.__class__ = OneDnnLinear
         others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]  # the last takes the model itself
@@ -227,23 +226,19 @@ class HuggingFaceEncoder:
     def forward(self, device_number: int, tokens: list[list[int]]) -> np.ndarray:
         """Return the vectors of tokenised texts: (n, dim) float32."""
         model, device = self._models[device_number], self._devices[device_number]
-        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        ids = pad([torch.tensor(text) for text in tokens], padding_value=self._pad)  # (n, L)
-        is_token = pad([torch.ones(len(text), dtype=torch.bool) for text in tokens])  # (n, L)
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in tokens], True, self._pad)  # (n, L)
+        n_tokens = torch.tensor([len(text) for text in tokens], device=device)
+        is_token = torch.arange(ids.shape[1], device=device) < n_tokens[:, None]  # (n, L)
         highest, n_known = int(ids.max()), model.get_input_embeddings().num_embeddings
         if highest >= n_known:
             raise InputError(WORDS["two_models"].format(folder=self._folder, highest=highest, known=n_known))
         mask = is_token.long() if self.window is None else band_mask(is_token, self.window)
-        mask = mask if mask is None else mask.to(device)
         hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state.float()  # (n, L, dim)
         mode, _, unit = self.pooling.partition("-")
-        n_tokens = is_token.sum(1).to(device)  # (n,)
-        if mode == "cls":
-            vectors = hidden[:, 0]
-        elif mode == "mean":
-            vectors = (hidden * is_token[:, :, None].to(device)).sum(1) / n_tokens[:, None]
+        if mode == "mean":
+            vectors = (hidden * is_token[:, :, None]).sum(1) / n_tokens[:, None]
         else:
-            vectors = hidden[torch.arange(len(hidden), device=device), n_tokens - 1]
+            vectors = hidden[torch.arange(len(hidden), device=device), n_tokens - 1 if mode == "last" else 0]
         return (nn.functional.normalize(vectors, dim=1) if unit else vectors).cpu().numpy()
 
 
@@ -277,7 +272,7 @@ def band_mask(is_token: Tensor, window: int) -> Tensor | None:
     length = is_token.shape[1]
     if length <= window // 2 + 1:
         return None if is_token.all() else is_token[:, None, None, :]
-    place = torch.arange(length)
+    place = torch.arange(length, device=is_token.device)
     distance = (place[:, None] - place).abs()  # (L, L)
     in_window = (distance <= window // 2) & is_token[:, None, :]  # (n, L, L)
     return (in_window | (distance == 0))[:, None]  # padding looks at itself, so that no softmax runs over nothing

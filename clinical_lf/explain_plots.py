@@ -48,11 +48,6 @@ def page(name: str, caption: str, height: float, **facts: Any) -> Figure:
     return new_figure(wording("questions")[name].format(**facts), caption, height)
 
 
-def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
-    """Return the rows of one stay."""
-    return table[table["icu_stay_id"] == icu_stay_id]
-
-
 def dots(axes: Axes, means: pd.DataFrame, color: Any, shift: float = 0, upright: bool = False, **style: Any) -> None:
     """Draw means with their intervals as bars at 0, 1, ... and a shift; `color` one or one per row."""
     at = np.arange(len(means)) + shift
@@ -161,7 +156,7 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time, and their shares in the windows before the end of all."""
     events, icu_stay_id = tables["events"], tables["attention"]["icu_stay_id"]
     upper, lower = bands(page("sequence_importance_combined", caption, 7.2), [1.25, 1])
-    own = of_stay(events, icu_stay_id).sort_values("event")
+    own = events.query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
     title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{replaced_in_words(own)}"
     upper.suptitle(title, fontsize=9)
     rows = [(name.replace(" ", "\n"), own[column].to_numpy(float), is_push) for column, name, is_push, *_ in OVER_TIME]
@@ -292,7 +287,8 @@ def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
 def draw_stay(tables: Tables, caption: str, icu_stay_id: int) -> Figure:
     """Draw one stay: pushes and risk over time, the strongest events, statics."""
     row, everyone = tables["stays"].set_index("icu_stay_id").loc[icu_stay_id], tables["events"]
-    events, statics, arriving = (of_stay(tables[name], icu_stay_id) for name in ("events", "statics", "trajectory"))
+    own = [tables[name].query(f"icu_stay_id == {icu_stay_id}") for name in ("events", "statics", "trajectory")]
+    events, statics, arriving = own
     push, hours = events["attribution"], events["hours_to_end"]
     facts = {"stay": icu_stay_id, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
     line, middle, below = bands(page("captum_attributions", caption, 8.0, **facts), [1, 2.2, 1.3])
@@ -347,8 +343,8 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     stay = risks[layers["icu_stay_id"].unique()].idxmax()
     caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
     upper, lower = bands(page("captum_layer_attributions", caption, 5.4), [1.2, 1])
-    wide = of_stay(layers, stay).pivot(index="layer", columns="event", values="attribution").loc[names]
-    hours = of_stay(tables["events"], stay).sort_values("event")["hours_to_end"].to_numpy()
+    wide = layers.query(f"icu_stay_id == {stay}").pivot(index="layer", columns="event", values="attribution").loc[names]
+    hours = tables["events"].query(f"icu_stay_id == {stay}").sort_values("event")["hours_to_end"].to_numpy()
     axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
     image = axes.imshow(wide, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest")
     small_bar(upper, image, axes, "logit (up: towards death)", {})

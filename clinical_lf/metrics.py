@@ -234,15 +234,13 @@ def subgroup_table(
         dead, alarm, too_few = own[0] == 1, own[1] >= threshold, is_too_few(own[0])
         figures = evaluate_predictions(*own, 0 if too_few else n_bootstrap, seed)
         cost = lambda weights: weights @ alarm / (weights @ (alarm & dead))  # infinite where no death is found
-        with np.errstate(divide="ignore", invalid="ignore"):
-            alarms_per_death = cost(np.ones((1, len(dead))))[0]
-            low, high = interval_of(bootstrap(cost, own[2], len(dead), n_bootstrap, seed))
         row = {"group": group, "value": value, "stays": len(dead), "patients": figures["n_patients"]}
         row |= {"deaths": figures["n_deaths"], "prevalence": figures["prevalence"], "too_few_to_read": too_few}
         row |= {"threshold": threshold, "alarms": int(alarm.sum()), "deaths_found": int(alarm[dead].sum())}
-        row["sensitivity"] = alarm[dead].mean() if dead.any() else math.nan
-        row["specificity"] = (~alarm[~dead]).mean() if not dead.all() else math.nan
-        row |= {"alarms_per_true_death": alarms_per_death, "alarms_low": low, "alarms_high": high}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            row |= {"sensitivity": alarm[dead].sum() / dead.sum(), "specificity": (~alarm[~dead]).sum() / (~dead).sum()}
+            row["alarms_per_true_death"] = cost(np.ones((1, len(dead))))[0]
+            row["alarms_low"], row["alarms_high"] = interval_of(bootstrap(cost, own[2], len(dead), n_bootstrap, seed))
         for metric in METRICS:
             for part, column in (("value", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high")):
                 row[column] = math.nan if too_few or figures[metric][part] is None else figures[metric][part]

@@ -57,7 +57,8 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(name, tmp_path):
     before, figure = dict(matplotlib.rcParams), FIGURES[name](60)
-    assert isinstance(figure, Figure) and figure.get_suptitle().endswith("?") and figure.get_supxlabel().endswith("made up")
+    assert isinstance(figure, Figure)
+    assert figure.get_suptitle().endswith("?") and figure.get_supxlabel().endswith("made up")
     assert any(axes.get_xlabel() for axes in figure.axes) and any(axes.get_ylabel() for axes in figure.axes)
     figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000 and dict(matplotlib.rcParams) == before
@@ -80,13 +81,10 @@ def test_calibration_points_are_the_table_and_the_prevalence_line_lies_at_the_de
 
 
 def test_saved_attention_is_drawn_with_its_stay_risk_and_encoder():
-    record = {"icu_stay_id": 3, "probability": 0.25, "hours_to_final_event": np.arange(9)}
-    record |= {"layer_attention_weights": [np.full((1, 2, 5, 5), 0.2)] * 4}
-    record["pooling_weights"] = np.full((1, 4, 1, 9), 1 / 9)
-    figure = plots.draw_saved_attention(record, "attention_epoch_1_batch_0", "hashing", "hours before")
+    figure = attention(9)
     assert "ICU stay 3?" in figure.get_suptitle()
     caption = " ".join(figure.get_supxlabel().split())
-    assert caption == "attention epoch 1 batch 0, a training stay · risk 0.25 · text encoder: hashing"
+    assert caption == "attention epoch 1 batch 0, a training stay · risk 0.25 · text encoder: made up"
     assert any(axes.get_xlabel().startswith("hours before (each event") for axes in figure.axes)
 
 
