@@ -127,8 +127,7 @@ class HashingEncoder:
             used = np.unique(counts.indices)
             signs = bits[part, used].astype(np.float32) * 2 - 1  # (n_used, dim)
             squares = np.asarray(counts.multiply(counts).sum(axis=1)).reshape(-1, 1)
-            projected = (counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1))
-            vectors += self.weights[part] * projected
+            vectors += self.weights[part] * ((counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1)))
         return vectors
 
 

@@ -70,8 +70,9 @@ def name_rows(axes: Axes, left: Any, right: Any = (), n_ticks: int = 6, size: fl
         other.spines["right"].set_visible(False)
 
 
-def draw_stems(figure: Any, rows: list[tuple[str, np.ndarray, bool]], hours: np.ndarray, texts: Sequence[str]) -> None:
+def draw_stems(figure: Any, title: str, rows: list[tuple], hours: np.ndarray, texts: Sequence[str]) -> None:
     """Draw a panel per (name, values (L,), is it a push or a weight) over hours to the end; name the three largest."""
+    figure.suptitle(title, fontsize=9)
     grid = figure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
     for (name, values, is_push), (axes, beside) in zip(rows, grid):
         values, level = (values, 0) if is_push else (values * len(hours), 1)
@@ -131,10 +132,9 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     attention, events = tables["attention"], tables["events"]
     pooling, hours = (np.asarray(attention[name], dtype=float) for name in ("pooling", "hours"))
     upper, lower = bands(page("sequence_importance", caption, len(pooling) + 3.4), [len(pooling), 2.0])
-    title = "weight of every event, times an even share; its three heaviest are dark"
-    upper.suptitle(f"Stay {attention['icu_stay_id']}: {title}", fontsize=9)
+    title = f"Stay {attention['icu_stay_id']}: weight of every event, times an even share; its three heaviest are dark"
     rows = [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)]
-    draw_stems(upper, rows, hours, attention["texts"])
+    draw_stems(upper, title, rows, hours, attention["texts"])
     length = events["hours_since_admission"] + events["hours_to_end"]
     place = events["hours_since_admission"] / length.clip(lower=1e-9)
     tenth = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=np.arange(1, 11))
@@ -158,9 +158,8 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     upper, lower = bands(page("sequence_importance_combined", caption, 7.2), [1.25, 1])
     own = events.query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
     title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{replaced_in_words(own)}"
-    upper.suptitle(title, fontsize=9)
     rows = [(name.replace(" ", "\n"), own[column].to_numpy(float), is_push) for column, name, is_push, *_ in OVER_TIME]
-    draw_stems(upper, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
+    draw_stems(upper, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
     bins, axes = clock_window(events["hours_to_end"]), lower.subplots()
     used = [name for name in reversed(CLOCK_WINDOWS) if name in set(bins)]  # the end of the stay at the right, as above
     even = column_means(stay_shares(events, bins)[used])

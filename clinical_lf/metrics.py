@@ -72,7 +72,7 @@ def too_few_in_words(died: np.ndarray) -> str:
     return f"too few to read: {fewest(died)} stays of one outcome, below {TOO_FEW}"
 
 
-def bootstrap(statistic: Callable, patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int) -> np.ndarray:
+def bootstrap(statistic: Callable, patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int = 0) -> np.ndarray:
     """Return what a statistic of stay weights, (R, n) -> (R, ...), gives when patients are resampled: (R, ...).
 
     A weight is how often the stay's patient was drawn; 16 MB of them are made at a time, none for a single patient.
@@ -249,17 +249,12 @@ def subgroup_table(
 
 
 def decision_curve(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    thresholds: ArrayLike = THRESHOLDS,
-    patient_ids: ArrayLike = (),
-    n_bootstrap: int = 0,
-    seed: int = 0,
+    labels: ArrayLike, probabilities: ArrayLike, thresholds: ArrayLike = THRESHOLDS, **resampling: Any
 ) -> pd.DataFrame:
     """Return the net benefit per stay of treating those at or above each risk threshold, all, or none.
 
     Net benefit = true positives / n - false positives / n * t / (1 - t): t is the risk at which one would just treat.
-    With patient_ids and n_bootstrap, low and high bound the model's by resampling patients.
+    With patient_ids, n_bootstrap and seed, as `bootstrap` takes them, low and high bound the model's.
     """
     died, risks = checked_predictions(labels, probabilities)
     limits = np.asarray(thresholds, dtype=float)
@@ -271,7 +266,7 @@ def decision_curve(
     columns = {"threshold": limits, "model": gains.mean(1), "treat_all": prevalence - (1 - prevalence) * odds}
     columns |= {"treat_none": 0.0, "share_treated": is_treated.mean(1)}
     mean_gains = lambda weights: weights @ gains.T / weights.sum(1, keepdims=True)
-    draws = bootstrap(mean_gains, patient_ids, len(died), n_bootstrap, seed) if n_bootstrap else ()
+    draws = bootstrap(mean_gains, n_stays=len(died), **resampling) if resampling else ()
     if len(draws):
         columns["low"], columns["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
     return pd.DataFrame(columns)

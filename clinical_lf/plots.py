@@ -105,8 +105,7 @@ def plot_roc_and_pr(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any]
     else:
         roc.text(0.5, 0.6, "only one outcome: no curve", ha="center", fontsize=8)
     roc.plot([0, 1], [0, 1], label="no better than chance", **REFERENCE)
-    prevalence = died.mean() if len(died) else 0.0
-    pr.axhline(prevalence, label=f"chance: the death rate, {prevalence:.2f}", **REFERENCE)
+    pr.axhline(died.mean(), label=f"chance: the death rate, {died.mean():.2f}", **REFERENCE)
     auroc, auprc = (f"{METRIC_WORDS[name]} {figure_text(figures[name])}" for name in ("auroc", "auprc"))
     tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", auroc, "lower right")
     tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", auprc, "best")

@@ -167,7 +167,7 @@ def test_net_benefit_by_hand_and_its_interval_holds_it_and_narrows_with_patients
     assert curve.treat_none.tolist() == [0, 0] and curve.share_treated.tolist() == pytest.approx([0.4, 0.8])
     (labels, logits), widths = simulate(400), []
     for n in (100, 400):
-        curve = metrics.decision_curve(labels[:n], expit(logits[:n]), [0.2], np.arange(n), n_bootstrap=300)
+        curve = metrics.decision_curve(labels[:n], expit(logits[:n]), [0.2], patient_ids=np.arange(n), n_bootstrap=300)
         assert curve["low"][0] < curve["model"][0] < curve["high"][0]
         widths.append(curve["high"][0] - curve["low"][0])
     assert 1.5 < widths[0] / widths[1] < 2.7  # sqrt(4) in theory
