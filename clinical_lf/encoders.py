@@ -85,16 +85,14 @@ class HashingEncoder:
         item, *parts = text.split(" | ")
         return [item, *(f"{item} {part}" for part in parts)]
 
-    def numbers_of_item(self, text: str) -> list[tuple[str, int]]:
-        """Return words for the soft bins of each number behind the item, with their weights."""
+    def numbers_of_item(self, text: str) -> Iterator[tuple[str, int]]:
+        """Yield words for the soft bins of each number behind the item, with their weights."""
         item, *parts = text.split(" | ")
-        words = []
         for part in parts:
             what = f"{item} {mask_numbers(part)}"
             for (place, number), per_octave in product(enumerate(NUMBER.findall(part)), (1, 4, 16)):
-                bins = soft_bins(float(number), per_octave)
-                words += [(f"{what} {place} {per_octave} {bin_number}", weight) for bin_number, weight in bins]
-        return words
+                for bin_number, weight in soft_bins(float(number), per_octave):
+                    yield f"{what} {place} {per_octave} {bin_number}", weight
 
     def load(self, cache_folder: Path) -> None:
         """Make ready to encode."""

@@ -275,8 +275,7 @@ def decision_curve(
 def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int | None = None) -> pd.DataFrame:
     """Return mean predicted risk and observed death rate in bins of equal size (fewer where risks tie).
 
-    n_bins: by default of ten stays each, ten at most. The 95 % Wilson interval takes stays as independent: a little too
-    narrow where patients have several stays.
+    n_bins: by default of ten stays each, ten at most. The 95 % Wilson interval is by stay, as if each were a patient.
     """
     from scipy.stats import binomtest
 

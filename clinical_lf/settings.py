@@ -35,10 +35,7 @@ def cli_name(name: str) -> str:
 
 
 def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None) -> Any:
-    """Return the settings of a command line (default: the program's own); options overrule a first argument *.yaml.
-
-    Ends the program with code 2, as argparse does, where the line or the file makes no sense.
-    """
+    """Return a command line's settings, options over a first argument *.yaml; exits with code 2 where it is unsound."""
     from transformers import HfArgumentParser
 
     class SettingsParser(HfArgumentParser):
