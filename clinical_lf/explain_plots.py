@@ -319,8 +319,7 @@ def draw_stay(tables: Tables, caption: str, icu_stay_id: int) -> Figure:
     signed_bars(left, top["attribution"].to_numpy(), texts)
     left.set_title("Patient and admission", fontsize=9)
     sizes = everyone.set_index("patient_id").filter(like="attribution_").abs()  # of each event's parts
-    parts = sizes.loc[:, sizes.any()].melt(var_name="part", value_name="size", ignore_index=False).reset_index()
-    table = means_by(parts, "part", "size").sort_values("mean", ascending=False)
+    table = column_means(sizes.loc[:, sizes.any()]).sort_values("mean", ascending=False)
     dots(right, table, "black")
     names = [part.removeprefix("attribution_") for part in table.index]
     title = f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}"
