@@ -224,11 +224,10 @@ def subgroup_table(
     patients, rows, threshold = np.asarray(patients), [], math.nan
     if died.any():
         threshold = float(np.sort(risks[died == 1])[-math.ceil(SENSITIVITY * died.sum())])
-    members: list[tuple[str, str, np.ndarray]] = [("all", "all stays", np.ones(len(groups), dtype=bool))]
+    members: list[tuple[Any, str, Any]] = [("all", "all stays", np.ones(len(groups), dtype=bool))]
+    youngest_first = lambda value: (not str(value).startswith("under"), str(value))  # else behind "45 to 64"
     for name, column in groups.items():
-        youngest_first = lambda value: (not str(value).startswith("under"), str(value))  # else behind "45 to 64"
-        values = sorted(column.unique(), key=youngest_first)
-        members += [(str(name), value, (column == value).to_numpy()) for value in values]
+        members += [(name, value, column == value) for value in sorted(column.unique(), key=youngest_first)]
     for group, value, is_member in members:
         own = died[is_member], risks[is_member], patients[is_member]
         dead, alarm, too_few = own[0] == 1, own[1] >= threshold, is_too_few(own[0])
