@@ -27,21 +27,20 @@ def audit_table(
     for name, members in split._asdict().items():
         part[members] = name
     stays, record = table.stays.assign(part=part), stay_hours(table)
-    hours, last = 24 * stays["icu_length_of_stay_in_days"].astype(float), table.offsets[1:] - 1
-    numbers = {
-        "first event, hours after ICU admission": table.minutes_since_intime[table.offsets[:-1]] / 60,
-        "last event, hours after ICU admission": table.minutes_since_intime[last] / 60,
-        # What two columns tell together: a length that ran past the record would know who died before it.
-        "length of stay less the record's span, hours": hours - record,
-        "length of stay less the last event, hours": hours - table.minutes_since_intime[last] / 60,
-    }
+    hours = 24 * stays["icu_length_of_stay_in_days"].astype(float)
+    first, last = (table.minutes_since_intime[events] / 60 for events in (table.offsets[:-1], table.offsets[1:] - 1))
+    columns = table.static_columns
+    columns["first event, hours after ICU admission"] = first
+    columns["last event, hours after ICU admission"] = last
+    # What two columns tell together: a length that ran past the record would know who died before it.
+    columns["length of stay less the record's span, hours"] = hours - record
+    columns["length of stay less the last event, hours"] = hours - last
     known, end_hours = report.counts | report.notes, observation_hours or record[table.stay_of_event]
     counts = dict.fromkeys(wording("impossible"), 0) | {code: known[code] for code in REPAIRED if code in known}
     counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
     counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
         counts[f"{unit}_in_two_parts"] = int((stays.groupby(f"{unit}_id")["part"].nunique() > 1).sum())
-    columns = pd.concat([table.static_columns, pd.DataFrame(numbers)], axis=1)
     return leakage_audit(columns, table.labels, stays["patient_id"].to_numpy(), part == "train", counts, prospective)
 
 
@@ -133,22 +132,15 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     present = events[["text", "stay"]].drop_duplicates()
     died = present.assign(died=table.labels[present["stay"]]).groupby("text")["died"]
     stays, deaths = died.size(), died.sum()  # with each text
-    survivors = stays - deaths
-    n_deaths, n_survivors = table.labels.sum(), (1 - table.labels).sum()
-    auroc = 0.5 + (deaths / max(n_deaths, 1) - survivors / max(n_survivors, 1)) / 2
-    purity = np.maximum(deaths, survivors) / stays
+    found = pd.DataFrame({"text": texts[stays.index], "stays": stays, "deaths": deaths.astype(int)})
+    survivors, n_deaths, n_survivors = stays - deaths, table.labels.sum(), (1 - table.labels).sum()
+    found["auroc"] = auroc = 0.5 + (deaths / max(n_deaths, 1) - survivors / max(n_survivors, 1)) / 2
+    found["purity"] = np.maximum(deaths, survivors) / stays
+    found["median_hours_to_end"] = events.groupby("text")["hours"].median()
     rate = np.where(deaths > survivors, n_deaths, n_survivors) / max(len(table.stays), 1)
-    is_pure = (purity > PURE) & (len(stays) * rate**stays < 0.05)  # all alike, times the texts looked at: no chance
-    columns = {
-        "text": texts[stays.index],
-        "stays": stays,
-        "deaths": deaths.astype(int),
-        "auroc": auroc,
-        "purity": purity,
-        "median_hours_to_end": events.groupby("text")["hours"].median(),
-        "flagged": (stays >= MIN_STAYS_OF_TEXT) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC)),
-    }
-    return pd.DataFrame(columns).sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
+    is_pure = (found["purity"] > PURE) & (len(stays) * rate**stays < 0.05)  # all alike, times the texts: no chance
+    found["flagged"] = (stays >= MIN_STAYS_OF_TEXT) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC))
+    return found.sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
 
 def leaking_texts(table: StayTable) -> dict[str, float]:

@@ -67,19 +67,13 @@ def item_history(table: StayTable) -> pd.DataFrame:
     key = pd.Series(table.stay_of_event.astype(np.int64) * max(len(items.categories), 1) + items.codes)
     value = pd.Series(values)
     of_item = value.groupby(key, sort=False)
-    n_values = value.notna().groupby(key, sort=False).cumsum()
-    columns = {
-        "item": items,
-        "value": value,
-        "minimum": of_item.cummin(),
-        "maximum": of_item.cummax(),
-        "mean": of_item.cumsum() / n_values,
-        "first": of_item.transform("first").where(value.notna()),
-        "previous": of_item.shift(1).fillna(value),
-        "count": of_item.cumcount() + 1,
-        "is_latest": ~key.duplicated(keep="last"),
-    }
-    return pd.DataFrame(columns)
+    history = pd.DataFrame({"item": items, "value": value, "minimum": of_item.cummin(), "maximum": of_item.cummax()})
+    history["mean"] = of_item.cumsum() / value.notna().groupby(key, sort=False).cumsum()
+    history["first"] = of_item.transform("first").where(value.notna())
+    history["previous"] = of_item.shift(1).fillna(value)
+    history["count"] = of_item.cumcount() + 1
+    history["is_latest"] = ~key.duplicated(keep="last")
+    return history
 
 
 def item_quantiles(table: StayTable) -> dict[str, list[float]]:
@@ -91,8 +85,7 @@ def item_quantiles(table: StayTable) -> dict[str, list[float]]:
 
 def quantiles_in(sorted_values: Sequence[float], numbers: np.ndarray) -> np.ndarray:
     """Return where numbers of any shape lie: -1 below all values, 0 at their median, 1 above all; 0 for NaN."""
-    below = np.searchsorted(sorted_values, numbers, "left")
-    up_to = np.searchsorted(sorted_values, numbers, "right")
+    below, up_to = (np.searchsorted(sorted_values, numbers, side) for side in ("left", "right"))
     return np.where(np.isfinite(numbers), (below + up_to) / len(sorted_values) - 1, 0)
 
 
