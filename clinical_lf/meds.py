@@ -10,7 +10,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf.duck import column_types, first_value, quoted
-from clinical_lf.files import InputError, logger
+from clinical_lf.files import InputError, logger, refusal
 from clinical_lf.tables import LABEL, Split, StayTable, has_both_outcomes, split_of_parts
 
 MADE_LABELS = re.compile(r"mortality-in-icu@(\d+(?:\.\d+)?)h")
@@ -35,25 +35,22 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[s
     data, codes = quoted(root / "data" / "**" / "*.parquet"), quoted(root / "metadata" / "codes.parquet")
     kinds, facts = (quoted(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("kinds", "facts"))
     text = Path(__file__).with_name("meds.sql").read_text("utf-8")
-    parts = text.format(data=data, codes=codes, kinds=kinds, facts=facts).split("-- name: ")[1:]
+    parts = text.format(data=data, codes=codes, kinds=kinds, facts=facts, **task._asdict()).split("-- name: ")[1:]
     statements = dict(part.split("\n", 1) for part in parts)
     con.execute(statements["codes"])
     if made := MADE_LABELS.fullmatch(task.labels):
         hours = float(made[1])
-        con.execute(statements["made labels"], {"hours": hours, "gap": task.gap_hours})
+        con.execute(statements["made labels"], {"hours": hours})
         left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE lasts IS NOT TRUE")}
         if not first_value(con, "SELECT count(*) FROM label_rows"):
-            why = f"no ICU stay lasts {hours + task.gap_hours:g} h, or no code begins with ICU_ADMISSION."
-            raise InputError(f"--labels {task.labels}: {why}")
+            raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours)
     else:
         read_labels(con, Path(task.labels))
         twice = "FROM label_rows GROUP BY subject_id, prediction_time HAVING count(DISTINCT boolean_value) > 1"
         if conflicts := first_value(con, f"SELECT count(*) FROM (SELECT subject_id {twice})"):
-            why = f"{conflicts} subjects and times have labels that contradict each other."
-            raise InputError(f"--labels {task.labels}: {why}")
+            raise refusal("contradicting_labels", labels=task.labels, count=conflicts)
         late = "m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time <= prediction_time"
         left_out = {"label_after_death": first_value(con, f"DELETE FROM label_rows USING meds_rows AS m WHERE {late}")}
-    con.execute(statements["samples"], {"history_hours": task.history_hours})
     con.execute(statements["stays"])
     return left_out
 
@@ -61,8 +58,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[s
 def read_labels(con: DuckDBPyConnection, path: Path) -> None:
     """Make the table `label_rows` of a Parquet file or a folder of them, in the MEDS label schema."""
     if not path.exists():
-        other = "or give mortality-in-icu@24h, which makes labels itself"
-        raise InputError(f"--labels {path}: no such file or folder; {other}.")
+        raise refusal("no_labels", labels=path)
     files = quoted(path / "**" / "*.parquet" if path.is_dir() else path)
     con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
     present = column_types(con, "label_rows")
@@ -85,11 +81,8 @@ def meds_split(table: StayTable, root: Path) -> Split | None:
 
 def meds_predictions(stays: pd.DataFrame, probabilities: pd.Series) -> pd.DataFrame:
     """Return the predictions in the MEDS prediction schema, which `meds-evaluation` scores."""
-    columns = {
-        "subject_id": stays["patient_id"].astype("int64"),
-        "prediction_time": stays["icu_outtime"].astype("datetime64[us]"),
-        "boolean_value": stays[LABEL].astype("boolean"),
-        "predicted_boolean_value": probabilities >= 0.5,
-        "predicted_boolean_probability": probabilities.astype("float32"),
-    }
-    return pd.DataFrame(columns)
+    types = {"subject_id": "int64", "prediction_time": "datetime64[us]", "boolean_value": "boolean"}
+    predictions = stays[["patient_id", "icu_outtime", LABEL]].set_axis([*types], axis=1).astype(types)
+    predictions["predicted_boolean_value"] = probabilities >= 0.5
+    predictions["predicted_boolean_probability"] = probabilities.astype("float32")
+    return predictions

@@ -1,5 +1,5 @@
 -- A MEDS data set as the tables stay_rows and event_rows, in DuckDB: parts with names (`-- name:`), run by meds.py.
--- Parameters in dollars are bound; those in braces are files.
+-- What stands in braces is filled in, the files and the hours of the task; $hours, those of made labels, is bound.
 
 -- name: codes
 -- The columns that say something; a data set without one of them has it empty.
@@ -43,19 +43,17 @@ SELECT subject_id, i.time + to_seconds($hours * 3600) AS prediction_time,
        FILTER (e.time > i.time AND e.code LIKE 'HOSPITAL_DISCHARGE%') AS discharge,
        min(e.time) FILTER (e.code = 'MEDS_DEATH') AS death,
        coalesce((discharge).died OR death <= coalesce((discharge).at, outtime), false) AS boolean_value,
-       least(outtime, (discharge).at, death) > i.time + to_seconds(($hours + $gap) * 3600) AS lasts
+       least(outtime, (discharge).at, death) > i.time + to_seconds(($hours + {gap_hours}::DOUBLE) * 3600) AS lasts
 FROM meds_rows AS i LEFT JOIN ends AS e USING (subject_id) WHERE i.code LIKE 'ICU_ADMISSION%'
 GROUP BY subject_id, i.time
 
--- name: samples
+-- name: stays
 -- One sequence per label row: the subject's events up to and including the prediction, the last hours of them if asked.
 CREATE TEMP TABLE samples AS
 SELECT row_number() OVER (ORDER BY subject_id, prediction_time) AS icu_stay_id, subject_id, prediction_time,
        any_value(boolean_value)::INTEGER AS label,
-       CASE WHEN $history_hours > 0 THEN prediction_time - to_seconds($history_hours * 3600) END AS since
-FROM label_rows GROUP BY subject_id, prediction_time
-
--- name: stays
+       CASE WHEN {history_hours} > 0 THEN prediction_time - to_seconds({history_hours}::DOUBLE * 3600) END AS since
+FROM label_rows GROUP BY subject_id, prediction_time;
 CREATE TEMP TABLE event_rows AS
 SELECT icu_stay_id, time AS event_time, time AS event_known_time, coalesce(event_type, lower(kind)) AS event_type,
        concat_ws(' | ', item,
@@ -94,8 +92,7 @@ SELECT subject_id AS patient_id, icu_stay_id AS admission_id, icu_stay_id, label
        NULL::TIMESTAMP AS patient_death_time, NULL::DOUBLE AS icu_length_of_stay_in_days, NULL AS last_icu_careunit,
        NULL AS discharge_location
 FROM samples
-LEFT JOIN (SELECT subject_id, min(time) AS birth FROM meds_rows WHERE code = 'MEDS_BIRTH' GROUP BY subject_id)
-USING (subject_id)
+LEFT JOIN (SELECT subject_id, min(time) AS birth FROM meds_rows WHERE code = 'MEDS_BIRTH' GROUP BY 1) USING (subject_id)
 LEFT JOIN (SELECT icu_stay_id, min(event_time) AS first_time FROM event_rows GROUP BY icu_stay_id) USING (icu_stay_id)
 LEFT JOIN (PIVOT known ON name IN ('patient_gender', 'patient_race', 'marital_status', 'admission_type',
            'admission_location', 'insurance', 'first_icu_careunit') USING any_value(value) GROUP BY icu_stay_id) AS said
