@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from clinical_lf import duck, files
-from clinical_lf.files import InputError, Progress
+from clinical_lf.files import InputError, Progress, refusal
 from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable
 
 QUERY_FILE = Path(__file__).resolve().parent.parent / "query.sql"
@@ -39,14 +39,6 @@ EVENT_TABLE = f"""
     ))
     ORDER BY patient
 """
-LOST_STAYS = """
-    SELECT CASE WHEN icu.hadm_id IS NULL THEN 'without hadm_id'
-                WHEN adm.hadm_id IS NULL THEN 'whose hadm_id is not in hosp/admissions'
-                WHEN pat.subject_id IS NULL THEN 'whose subject_id is not in hosp/patients'
-                ELSE '' END AS reason, count(*)
-    FROM icustays AS icu LEFT JOIN admissions AS adm USING (hadm_id) LEFT JOIN patients AS pat USING (subject_id)
-    GROUP BY reason ORDER BY reason
-"""
 
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
@@ -59,8 +51,7 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
         if paths:
             found[table] = paths[0]
     if missing := [f"{table}.csv[.gz]" for table in MIMIC_TABLES if table not in found]:
-        wanted = "Give the folder that holds hosp/ and icu/, as downloaded from PhysioNet."
-        raise InputError(f"{folder} is no complete MIMIC-IV folder: {', '.join(missing)} not found. {wanted}")
+        raise refusal("incomplete_mimic", folder=folder, missing=", ".join(missing))
     return found
 
 
@@ -105,13 +96,11 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
-        advice = "Is the download complete? Compare the file with SHA256SUMS.txt of the data set and fetch it again."
-        raise InputError(f"{path} cannot be read ({duck.reason_without_rows(error)}). {advice}") from None
+        raise refusal("unreadable_mimic", path=path, reason=duck.reason_without_rows(error)) from None
     if unique := MIMIC_KEYS.get(table):
         where = f"WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1 ORDER BY {unique}"
         if twice := database.execute(f"SELECT {unique} FROM {name} {where}").fetchall():
-            found = f"{len(twice)} values of {unique} stand in more than one row, first {duck.first_three(twice)}"
-            raise InputError(f"{table}: {found}. Are two releases or two copies mixed? Each may stand once.")
+            raise refusal("repeated_keys", table=table, column=unique, count=len(twice), first=duck.first_three(twice))
     if table == "icu/icustays":
         database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
@@ -124,7 +113,9 @@ def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceAccount]
         name = Path(table).name
         account = SourceAccount(table, n_passed[f"{name}_read"])
         if table == "icu/icustays":
-            lost: dict[str, int] = dict(database.execute(LOST_STAYS).fetchall())
+            joined = "icustays LEFT JOIN admissions AS adm USING (hadm_id) LEFT JOIN patients AS pat USING (subject_id)"
+            counts = f"SELECT coalesce({duck.sql_case(_TABLES[table]['lost'])}, ''), count(*) FROM {joined} GROUP BY 1"
+            lost: dict[str, int] = dict(database.execute(f"{counts} ORDER BY 1").fetchall())
             account.of_cohort, account.in_stays = account.read, lost.pop("", 0)
             lost["without stay_id"] = account.read - account.in_stays - sum(lost.values())
             account.lost = files.without_zeros(lost)
@@ -132,10 +123,8 @@ def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceAccount]
             counts = f"SELECT fault, count(*) FROM {name} WHERE fault IS NOT NULL GROUP BY fault ORDER BY fault"
             account.lost = dict(database.execute(counts).fetchall())
             account.of_cohort = n_passed[f"{name}_of_cohort"]
-        if table == "hosp/microbiologyevents":
-            days = "SELECT count(*) FROM microbiologyevents WHERE charttime IS NULL AND chartdate IS NOT NULL"
-            reason = "(used or not) have a day without a time: its end is taken"
-            account.noted[reason] = duck.first_value(database, days)
+        for reason, condition in _TABLES[table].get("noted", {}).items():
+            account.noted[reason] = duck.first_value(database, f"SELECT count(*) FROM {name} WHERE {condition}")
         accounts.append(account)
     return accounts
 
@@ -220,6 +209,5 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
         for name, key in keys.items():
             rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
             database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
-        copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
-        options = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)"
-        files.write_whole(path, lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall())
+        stays = database.sql(f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id")
+        files.write_whole(path, lambda name: stays.write_parquet(str(name), compression="zstd", row_group_size=2048))
