@@ -17,10 +17,9 @@ MISSING = ("", "nan", "NaN", "inf", "-inf", "None", "NULL")
 
 
 def open_duckdb(memory_limit: str, spill: Path, database: str | Path = ":memory:") -> DuckDBPyConnection:
-    """Connect to DuckDB within a limit; what passes it spills into a folder. Raises InputError where it is none."""
+    """Connect with a memory limit (InputError if it is none), beyond which `spill` is filled; rows keep no order."""
     con = duckdb.connect(database)
-    con.execute("SET preserve_insertion_order = false; SET TimeZone = 'UTC'")  # what needs an order states it
-    con.execute(f"SET temp_directory = {quoted(spill)}")
+    con.execute(f"SET preserve_insertion_order = false; SET TimeZone = 'UTC'; SET temp_directory = {quoted(spill)}")
     try:
         con.execute(f"SET memory_limit = {quoted(memory_limit)}")
     except duckdb.Error:
@@ -46,9 +45,9 @@ def csv_rows(path: Path, missing: Sequence[str] = ("",)) -> str:
     comment = '', max_line_size = 16000000, buffer_size = 16000000, nullstr = {list(missing)})"""
 
 
-def first_value(con: DuckDBPyConnection, statement: str, *values: Any) -> Any:
+def first_value(con: DuckDBPyConnection, statement: str) -> Any:
     """Return the first value of the first row that a statement gives, such as how many rows it counted or deleted."""
-    return con.execute(statement, values).fetchall()[0][0]
+    return con.execute(statement).fetchall()[0][0]
 
 
 def column_types(con: DuckDBPyConnection, relation: str) -> dict[str, str]:

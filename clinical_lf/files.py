@@ -113,10 +113,7 @@ def delete_quietly(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a folder against other runs, and remove what killed ones left half-written in it.
-
-    Raises InputError where the folder cannot be written or, unless `wait`, where another run holds it.
-    """
+    """Hold a folder against other runs and remove what killed ones left half-written; InputError if not ours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()

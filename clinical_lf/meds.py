@@ -44,8 +44,15 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[s
         left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE lasts IS NOT TRUE")}
         if not first_value(con, "SELECT count(*) FROM label_rows"):
             raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours)
-    else:
-        read_labels(con, Path(task.labels))
+    else:  # a Parquet file, or a folder of them, in the MEDS label schema
+        path = Path(task.labels)
+        if not path.exists():
+            raise refusal("no_labels", labels=path)
+        given = quoted(path / "**" / "*.parquet" if path.is_dir() else path)
+        con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({given}, union_by_name = true)")
+        present = column_types(con, "label_rows")
+        if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in present]:
+            raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
         twice = "FROM label_rows GROUP BY subject_id, prediction_time HAVING count(DISTINCT boolean_value) > 1"
         if conflicts := first_value(con, f"SELECT count(*) FROM (SELECT subject_id {twice})"):
             raise refusal("contradicting_labels", labels=task.labels, count=conflicts)
@@ -53,17 +60,6 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[s
         left_out = {"label_after_death": first_value(con, f"DELETE FROM label_rows USING meds_rows AS m WHERE {late}")}
     con.execute(statements["stays"])
     return left_out
-
-
-def read_labels(con: DuckDBPyConnection, path: Path) -> None:
-    """Make the table `label_rows` of a Parquet file or a folder of them, in the MEDS label schema."""
-    if not path.exists():
-        raise refusal("no_labels", labels=path)
-    files = quoted(path / "**" / "*.parquet" if path.is_dir() else path)
-    con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({files}, union_by_name = true)")
-    present = column_types(con, "label_rows")
-    if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in present]:
-        raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
 
 
 def meds_split(table: StayTable, root: Path) -> Split | None:

@@ -63,10 +63,7 @@ def query_for_duckdb(text: str) -> str:
 
 
 def faults_of_rows(query: str) -> dict[str, str]:
-    """Return, by event table, the SQL of why a row is no event: conditions of query.sql that end in `-- else: why`.
-
-    What has no such fault and is no event lies outside the ICU stays of its patient.
-    """
+    """Return, by event table, the SQL of why a row is no event: conditions of query.sql that end in `-- else: why`."""
     faults = {table: {"without a time": f"{time} IS NULL"} for table, time in EVENT_TABLES.items()}
     aliases = {alias: f"{part}/{name}" for part, name, alias in re.findall(r"_(hosp|icu)\.(\w+)` AS (\w+)", query)}
     for condition, alias, reason in re.findall(r"^\s+AND (.*?\b(\w+)\..*?)\s+-- else: (.+)$", query, re.MULTILINE):
@@ -147,8 +144,8 @@ def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTa
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") -> Path:
     """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay) as a folder of Parquet files.
 
-    It is kept in `cache_dir`/query_results while query and folder are unchanged. A run that stopped or lacked memory
-    or disk is gone on with, from its tables and its slices of patients. Raises InputError for a folder that is unfit.
+    Kept in `cache_dir`/query_results while query and folder stay the same. A stopped run goes on from its tables and
+    slices of patients. Raises InputError for an unfit folder, or where memory or disk run out.
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
@@ -201,12 +198,11 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
     keys = {Path(table).name: "patient" for table in EVENT_TABLES}
     n_rows = sum(duck.first_value(database, f"SELECT count(*) FROM mimic.{name}") for name in keys)
     n_slices = min(len(patients), 1 + n_rows // ROWS_PER_SLICE)
-    keys["icustays"] = "subject_id"
     for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
         path = result / f"part_{number:04d}.parquet"
         if path.exists():
             continue
-        for name, key in keys.items():
+        for name, key in {**keys, "icustays": "subject_id"}.items():
             rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
             database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
         stays = database.sql(f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id")

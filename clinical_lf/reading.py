@@ -32,7 +32,6 @@ UNFIT = {
     "DOUBLE": ("abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30", "a finite number"),
 }
 FIRST = "array_to_string(list_sort(list(DISTINCT {}))[:3], ', ')"  # the first three of a column, for a message
-FIRST_STAYS = FIRST.format("icu_stay_id")
 # Why a stay or an event is left out: the first condition that holds. Keys are those of words.yaml's reasons.
 STAY_FAULTS = {
     "stay_without_intime": "icu_intime IS NULL",
@@ -147,11 +146,7 @@ def _register_source(con: DuckDBPyConnection, data: Path | pd.DataFrame, task: M
 
 
 def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, static_features: Sequence[str]) -> None:
-    """Refuse a table that lacks a column, whose ids lost digits, or with unreadable or missing values.
-
-    A flat table is somebody's own make: a stay without admission time or label is a mistake of making it. In what the
-    query returned it is a fault of the data: `_load_stays` drops that stay.
-    """
+    """Refuse a table that lacks a column, whose ids lost digits, or with unreadable or missing values."""
     stay_types, event_types = duck.column_types(con, "stay_rows"), duck.column_types(con, "event_rows")
     unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {LABEL})
     missing = [name for name in STAY_COLUMNS if name not in stay_types.keys() | unneeded]
@@ -160,35 +155,31 @@ def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, st
     for name in [name for name in IDS if stay_types[name] in ("DOUBLE", "FLOAT")]:
         if lost := duck.first_value(con, f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992"):
             raise files.refusal("ids_without_digits", source=source, column=name, count=lost)
+    # A flat table is somebody's own make, and lacks these by mistake; of the query's stays, `_load_stays` drops such.
     needed = IDS if kind == "nested" else (*IDS, "icu_intime", *[LABEL] * need_label)
     for view, columns, present in (("stay_rows", STAY_COLUMNS, stay_types), ("event_rows", EVENT_COLUMNS, event_types)):
         checks = {}
         for name in [name for name in columns if name in present and columns[name] != "VARCHAR"]:
             value = f"TRY_CAST({name} AS {columns[name]})"
-            is_bad = [UNFIT[columns[name]][0].format(name)]
-            if name in needed:
-                is_bad.append(f"{value} IS NULL")
-            if present[name] != columns[name]:  # else none is unreadable: it is not written out to look
-                is_bad.append(f"{value} IS NULL AND given({name}) IS NOT NULL")
-            if name == LABEL and kind != "nested":
-                is_bad.append(f"{value} NOT IN (0, 1)")
-            checks[name] = " OR ".join(is_bad)
+            is_bad = {
+                UNFIT[columns[name]][0].format(name): True,
+                f"{value} IS NULL": name in needed,
+                f"{value} IS NULL AND given({name}) IS NOT NULL": present[name] != columns[name],  # else all can be
+                f"{value} NOT IN (0, 1)": name == LABEL and kind != "nested",
+            }
+            checks[name] = " OR ".join(condition for condition, applies in is_bad.items() if applies)
         counts = ", ".join(f"count_if({condition})" for condition in checks.values())
         found = con.execute(f"SELECT {counts} FROM {view}").fetchall()[0]  # all in one pass
         for (name, condition), count in zip(checks.items(), found):
             if count:
-                numbered = f"(SELECT row_number() OVER () AS number, * FROM {view})"
-                bad = con.execute(f"SELECT number FROM {numbered} WHERE {condition} ORDER BY number LIMIT 3").fetchall()
+                bad = f"(SELECT row_number() OVER () AS number, * FROM {view}) WHERE {condition}"
+                first = duck.first_value(con, f"SELECT array_to_string(min(number, 3), ', ') FROM {bad}")
                 wanted = "0 or 1" if name == LABEL else UNFIT[columns[name]][1]
-                cells = {"column": name, "wanted": wanted, "count": count, "first": duck.first_three(bad)}
-                raise files.refusal("unfit_values", source=source, **cells)
+                raise files.refusal("unfit_values", source=source, column=name, wanted=wanted, count=count, first=first)
 
 
 def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, counts: dict[str, int]) -> int:
-    """Make the table `stays`, count and log those left out; return how many state another length than their record's.
-
-    Refuses a stay in two rows of nested Parquet, and stays of a flat table whose rows contradict each other.
-    """
+    """Make the table `stays`, count and log those left out; return how many state another length than the record's."""
     if kind == "nested":  # most often shards of an earlier export beside those of a later one
         twice = f"SELECT icu_stay_id, {FIRST.format('file_of_row')} FROM stay_rows GROUP BY 1 HAVING count(*) > 1"
         if found := con.execute(f"{twice} ORDER BY 1").fetchall():
@@ -215,7 +206,7 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
     if odd := con.execute("SELECT icu_stay_id, conflicts FROM stays WHERE conflicts <> '' ORDER BY 1").fetchall():
         first = duck.first_three(odd)
         raise files.refusal("contradicting_rows", source=source, count=len(odd), first=first, columns=odd[0][1])
-    faulty = f"SELECT fault, count(*), {FIRST_STAYS} FROM stays WHERE fault <> '' GROUP BY fault ORDER BY fault"
+    faulty = f"SELECT fault, count(*), {FIRST.format('icu_stay_id')} FROM stays WHERE fault <> '' GROUP BY 1 ORDER BY 1"
     for code, count, first in con.execute(faulty).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
         logger.warning(f"Dropped     {count:,} {files.wording('reasons')[code]}: icu_stay_id {first}{more}")
@@ -249,12 +240,12 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
         JOIN stays USING (icu_stay_id)
         JOIN texts AS t ON t.written IS NOT DISTINCT FROM e.written
     """)
-    compared, in_hours = con.execute("""
-        SELECT count_if(abs(to_end) > 60), count_if(abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2)
-        FROM events WHERE isfinite(stated) AND to_end IS NOT NULL
+    compared, in_hours, differ, first = con.execute(f"""
+        SELECT count_if(abs(to_end) > 60), count_if(abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2),
+               count(other), {FIRST.format("other")}
+        FROM (SELECT *, CASE WHEN abs(stated - to_end) > 2 THEN icu_stay_id END AS other FROM events)
+        WHERE isfinite(stated) AND to_end IS NOT NULL
     """).fetchall()[0]
-    others = "FROM events WHERE isfinite(stated) AND abs(stated - to_end) > 2"
-    differ, first = con.execute(f"SELECT count(*), {FIRST_STAYS} {others}").fetchall()[0]
     if differ and in_hours > 0.5 * compared:
         raise files.refusal("hours_for_minutes", source=source, count=in_hours, compared=compared)
     if differ:

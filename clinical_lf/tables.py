@@ -28,11 +28,7 @@ EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES
 
 @dataclass(frozen=True)
 class StayTable:
-    """ICU stays with their events in flat arrays: the events of stay i are `offsets[i]:offsets[i + 1]`, oldest first.
-
-    `minutes_to_end` counts from the event to the end of what is read: the final event (ICU discharge or death,
-    whichever is first), or in prospective mode the moment of prediction.
-    """
+    """ICU stays and their events in flat arrays: those of stay i are at `offsets[i]:offsets[i + 1]`, oldest first."""
 
     stays: pd.DataFrame  # (n_stays): STAY_COLUMNS
     offsets: np.ndarray  # (n_stays + 1) int64
@@ -40,7 +36,7 @@ class StayTable:
     text: np.ndarray  # (n_events) int32: index in texts
     minutes_since_intime: np.ndarray  # (n_events) float32
     known_minutes_since_intime: np.ndarray  # (n_events) float32, NaN where nobody knows when the ward knew
-    minutes_to_end: np.ndarray  # (n_events) float32
+    minutes_to_end: np.ndarray  # (n_events) float32: to ICU discharge or death; prospectively to the prediction
     texts: np.ndarray  # (n_texts) of str: distinct texts
 
     @property
@@ -66,10 +62,9 @@ class StayTable:
     def fingerprint(self) -> str:
         """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
         digest = hashlib.md5(usedforsecurity=False)
-        of_stays = (self.stays["icu_stay_id"].to_numpy(), self.offsets, self.labels)
+        ids, texts = self.stays["icu_stay_id"].to_numpy(), pd.util.hash_array(np.asarray(self.texts, dtype=object))
         of_events = (self.event_type, self.text, self.minutes_to_end, self.known_minutes_since_intime)
-        of_texts = pd.util.hash_array(np.asarray(self.texts, dtype=object))
-        for array in (*of_stays, *of_events, of_texts):
+        for array in (ids, self.offsets, self.labels, *of_events, texts):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -88,10 +83,9 @@ class StayTable:
 
     def with_own_texts(self) -> StayTable:
         """Return the table without the texts that none of its events has: they need no vector."""
-        used = np.flatnonzero(np.bincount(self.text, minlength=len(self.texts)))
-        number = np.zeros(len(self.texts), np.int32)
-        number[used] = np.arange(len(used))
-        return replace(self, text=number[self.text], texts=self.texts[used])
+        is_used = np.bincount(self.text, minlength=len(self.texts)) > 0
+        number = sums_before(is_used).astype(np.int32)  # of each text that is used: how many of these precede it
+        return replace(self, text=number[self.text], texts=self.texts[is_used])
 
 
 def sums_before(counts: np.ndarray) -> np.ndarray:
@@ -155,16 +149,12 @@ def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
 
 
 def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, ReadReport]:
-    """Read what `save_arrays` wrote; events are mapped into memory, not read.
-
-    Raises OSError where it is not there, ValueError where it is damaged or all of a feature is missing: a source that
-    was read for others may lack its column.
-    """
+    """Map into memory what `save_arrays` wrote; OSError if absent, ValueError if damaged or without a feature."""
     paths = {name: folder / f"{name}.npy" for name in ("offsets", *EVENT_ARRAYS)}
     arrays = {name: np.asarray(np.load(path, "c", allow_pickle=False)) for name, path in paths.items()}
     stays = pd.read_parquet(folder / "stays.parquet")
     texts = pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object)
-    if any(stays[name].isna().all() for name in static_features if name in stays):
+    if any(stays[name].isna().all() for name in static_features if name in stays):  # it was read for other features
         raise ValueError("a column is missing")
     report = read_json(folder / "report.json")
     sources = [SourceAccount(**account) for account in report["sources"]]
@@ -188,7 +178,7 @@ def choose_cohort(
     """
     flow: list[CohortStep] = []
 
-    def record_step(name: str, current: StayTable) -> StayTable:
+    def noted(name: str, current: StayTable) -> StayTable:
         n_patients, n_deaths = current.stays["patient_id"].nunique(), int(np.nansum(current.labels))
         flow.append(CohortStep(name, len(current.stays), n_patients, len(current.text), n_deaths))
         if not len(current.stays):
@@ -196,17 +186,15 @@ def choose_cohort(
             raise InputError(f"no stay is left ({steps}). Lower --observation-hours or --gap-hours.")
         return current
 
-    table = record_step("all stays with events", table)
+    table = noted("all stays with events", table)
     if first_stay_only:
-        by_time = table.stays.sort_values(["icu_intime", "icu_stay_id"], kind="stable")
-        first = by_time.drop_duplicates("patient_id").index
-        table = record_step("first ICU stay of each patient", table.take(np.sort(first)))
+        first = table.stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
+        table = noted("first ICU stay of each patient", table.take(np.sort(first)))
     if observation_hours > 0:
         least = observation_hours + gap_hours
-        longer = table.take(stay_hours(table) > least)
-        table = record_step(f"still in the ICU and alive {least:g} h after admission", longer)
+        table = noted(f"still in the ICU and alive {least:g} h after admission", table.take(stay_hours(table) > least))
         known = known_at(table, observation_hours, is_described=True)  # in subgroups; it is never a feature
-        table = record_step(f"with an event known {observation_hours:g} h after admission", known)
+        table = noted(f"with an event known {observation_hours:g} h after admission", known)
     return table, flow
 
 
@@ -223,12 +211,10 @@ def known_at(table: StayTable, hours: float, is_described: bool = False) -> Stay
     """
     minutes = hours * 60
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
-    n_known = np.bincount(table.stay_of_event[known], minlength=len(table.stays))
-    part = table.take(n_known > 0, keep_event=known)
-    if not is_described:
-        stays = part.stays.assign(icu_length_of_stay_in_days=np.nan, last_icu_careunit=None, discharge_location=None)
-        part = replace(part, stays=stays)
-    return replace(part, minutes_to_end=(minutes - part.minutes_since_intime).astype(np.float32))
+    part = table.take(np.unique(table.stay_of_event[known]), keep_event=known)
+    unknown = {} if is_described else dict(zip(KNOWN_ONLY_LATER, (np.nan, None, None)))
+    minutes_to_end = (minutes - part.minutes_since_intime).astype(np.float32)
+    return replace(part, stays=part.stays.assign(**unknown), minutes_to_end=minutes_to_end)
 
 
 class Split(NamedTuple):
@@ -245,10 +231,7 @@ def has_both_outcomes(table: StayTable, stays: np.ndarray) -> bool:
 
 
 def split_by_patient(table: StayTable, seed: int, test_fraction: float = 0.2) -> Split:
-    """Return 64 / 16 / 20 % of the patients, stratified by whether any of their stays ended in death.
-
-    A test_fraction of 0 leaves 80 / 20 % to train and validate. Raises InputError where a part lacks an outcome.
-    """
+    """Return 64 / 16 / 20 % of the patients (80 / 20 / 0 without test_fraction), stratified by whether they died."""
     from sklearn.model_selection import train_test_split
 
     outcome = pd.Series(table.labels).groupby(table.stays["patient_id"]).max()
