@@ -81,10 +81,9 @@ WITH facts AS (
     ON patient_race, insurance, marital_status INTO NAME name VALUE value
 ),
 known AS (
-    SELECT icu_stay_id, name, max_by(value, coalesce(time, TIMESTAMP '0001-01-01')) AS value
+    SELECT icu_stay_id, name, value, coalesce(time, TIMESTAMP '0001-01-01') AS since_when
     FROM samples JOIN facts USING (subject_id)
     WHERE value NOT IN ('', 'UNK') AND (time IS NULL OR time <= prediction_time)
-    GROUP BY icu_stay_id, name
 )
 SELECT subject_id AS patient_id, icu_stay_id AS admission_id, icu_stay_id, label AS patient_expired_in_hospital,
        coalesce(since, first_time, prediction_time) AS icu_intime, prediction_time AS icu_outtime,
@@ -95,5 +94,5 @@ FROM samples
 LEFT JOIN (SELECT subject_id, min(time) AS birth FROM meds_rows WHERE code = 'MEDS_BIRTH' GROUP BY 1) USING (subject_id)
 LEFT JOIN (SELECT icu_stay_id, min(event_time) AS first_time FROM event_rows GROUP BY icu_stay_id) USING (icu_stay_id)
 LEFT JOIN (PIVOT known ON name IN ('patient_gender', 'patient_race', 'marital_status', 'admission_type',
-           'admission_location', 'insurance', 'first_icu_careunit') USING any_value(value) GROUP BY icu_stay_id) AS said
-USING (icu_stay_id)
+           'admission_location', 'insurance', 'first_icu_careunit')
+           USING max_by(value, since_when) GROUP BY icu_stay_id) AS said USING (icu_stay_id)
