@@ -16,7 +16,6 @@ PURE = 0.98  # share of the stays with a text that end alike, above which it kno
 LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; what does knows the outcome
 # What is left out or mended on reading, but belongs into the audit.
 REPAIRED = "stay_without_end stay_after_death stay_with_death_and_label_0 length_recomputed event_after_the_end".split()
-Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of the stays to fit on, and of those to judge by
 
 
 def audit_table(
@@ -28,10 +27,9 @@ def audit_table(
         part[members] = name
     stays, record = table.stays.assign(part=part), stay_hours(table)
     hours = 24 * stays["icu_length_of_stay_in_days"].astype(float)
-    first, last = (table.minutes_since_intime[events] / 60 for events in (table.offsets[:-1], table.offsets[1:] - 1))
     columns = table.static_columns
-    columns["first event, hours after ICU admission"] = first
-    columns["last event, hours after ICU admission"] = last
+    columns["first event, hours after ICU admission"] = table.minutes_since_intime[table.offsets[:-1]] / 60
+    columns["last event, hours after ICU admission"] = last = table.minutes_since_intime[table.offsets[1:] - 1] / 60
     # What two columns tell together: a length that ran past the record would know who died before it.
     columns["length of stay less the record's span, hours"] = hours - record
     columns["length of stay less the last event, hours"] = hours - last
@@ -79,18 +77,17 @@ def leakage_audit(
     return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
 
 
-def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> Folds:
-    """Return at most five folds of whole patients, deaths spread; none where an outcome has one patient only."""
+def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return up to five folds, indices to fit on and to judge by: whole patients, deaths spread; none with too few."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     n_folds = min(5, fewest(pd.Series(labels).groupby(patient_ids).max().to_numpy()))
     if n_folds < 2:
         return []
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
-    return list(splitter.split(labels, labels, patient_ids))
+    return list(StratifiedGroupKFold(n_folds, shuffle=True, random_state=0).split(labels, labels, patient_ids))
 
 
-def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: Folds) -> float:
+def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Return the cross-validated AUROC of one column (n,) alone, labels (n,); NaN where no fold can tell.
 
     Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
@@ -121,11 +118,7 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: Folds) -> 
 
 
 def audit_texts(table: StayTable) -> pd.DataFrame:
-    """Return how each text, its numbers masked, tells the outcome by its presence alone; unknown outcomes do not count.
-
-    One row per text, purity is the share of the more frequent outcome. Flagged where at least MIN_STAYS_OF_TEXT stays
-    have it and the AUROC passes LEAK_AUROC either way, or the purity PURE, and that not by chance among so many texts.
-    """
+    """Return how each text, numbers masked, tells known outcomes by its presence. Purity: the share that end alike."""
     table = table.take(~np.isnan(table.labels))
     codes, texts = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))
     events = pd.DataFrame({"text": codes[table.text], "stay": table.stay_of_event, "hours": table.minutes_to_end / 60})

@@ -14,6 +14,7 @@ from clinical_lf.files import InputError, free_disk, refusal
 
 # How programs write a missing value. In capitals NONE is a finding: no bacteria in the urine.
 MISSING = ("", "nan", "NaN", "inf", "-inf", "None", "NULL")
+FIRST = "array_to_string(min(DISTINCT {}, 3), ', ')"  # the first three of a column, for a message
 
 
 def open_duckdb(memory_limit: str, spill: Path, database: str | Path = ":memory:") -> DuckDBPyConnection:
@@ -53,11 +54,6 @@ def first_value(con: DuckDBPyConnection, statement: str) -> Any:
 def column_types(con: DuckDBPyConnection, relation: str) -> dict[str, str]:
     """Return the columns of a table, of a view or of what reads a file, with their types."""
     return {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()}
-
-
-def first_three(rows: Sequence[tuple]) -> str:
-    """Return what the first rows of a result begin with, for a message."""
-    return ", ".join(str(row[0]) for row in rows[:3])
 
 
 def reason_without_rows(error: Exception) -> str:

@@ -43,16 +43,14 @@ EVENT_TABLE = f"""
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
     """Return the file of every table that query.sql reads; InputError names what is missing or double."""
-    found: dict[str, Path] = {}
+    found = {}
     for table in MIMIC_TABLES:
-        paths = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
-        if len(paths) == 2:
-            raise InputError(f"{paths[0]} and {paths[1]} are the same table. Remove the one that is not to be read.")
-        if paths:
-            found[table] = paths[0]
-    if missing := [f"{table}.csv[.gz]" for table in MIMIC_TABLES if table not in found]:
+        found[table] = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
+        if len(found[table]) == 2:
+            raise refusal("doubled_mimic", paths=" and ".join(map(str, found[table])))
+    if missing := [f"{table}.csv[.gz]" for table, paths in found.items() if not paths]:
         raise refusal("incomplete_mimic", folder=folder, missing=", ".join(missing))
-    return found
+    return {table: paths[0] for table, paths in found.items()}
 
 
 def query_for_duckdb(text: str) -> str:
@@ -95,9 +93,10 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     except duckdb.Error as error:
         raise refusal("unreadable_mimic", path=path, reason=duck.reason_without_rows(error)) from None
     if unique := MIMIC_KEYS.get(table):
-        where = f"WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1 ORDER BY {unique}"
-        if twice := database.execute(f"SELECT {unique} FROM {name} {where}").fetchall():
-            raise refusal("repeated_keys", table=table, column=unique, count=len(twice), first=duck.first_three(twice))
+        twice = f"SELECT {unique} FROM {name} WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1"
+        count, first = database.execute(f"SELECT count(*), {duck.FIRST.format(unique)} FROM ({twice})").fetchall()[0]
+        if count:
+            raise refusal("repeated_keys", table=table, column=unique, count=count, first=first)
     if table == "icu/icustays":
         database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
@@ -144,8 +143,7 @@ def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTa
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") -> Path:
     """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay) as a folder of Parquet files.
 
-    Kept in `cache_dir`/query_results while query and folder stay the same. A stopped run goes on from its tables and
-    slices of patients. Raises InputError for an unfit folder, or where memory or disk run out.
+    Kept in `cache_dir`/query_results while both stay the same; a stopped run goes on from its tables and slices.
     """
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
@@ -166,8 +164,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
                 for table, path in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
                     if Path(table).name not in done:
                         load_mimic_table(database, table, path, faults.get(table, "NULL"))
-                accounts = [asdict(account) for account in account_for_rows(database)]
-                files.write_json(working / target.name / ACCOUNT, accounts)
+                files.write_json(working / target.name / ACCOUNT, list(map(asdict, account_for_rows(database))))
                 collect_stays(database, query_for_duckdb(query), working / target.name)
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:  # the next run goes on from here
             raise duck.out_of_memory_error("query.sql", error, memory_limit, results) from None

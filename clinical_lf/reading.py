@@ -14,6 +14,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf import duck, files, tables
+from clinical_lf.duck import FIRST
 from clinical_lf.files import InputError, logger
 from clinical_lf.meds import MedsTask, is_meds, register_meds
 from clinical_lf.mimic import complete_account, run_mimic_query
@@ -30,21 +31,6 @@ UNFIT = {
     "BIGINT": ("TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)", "an integer"),
     "TIMESTAMP": ("NOT isfinite(TRY_CAST({0} AS TIMESTAMP))", "a time like 2150-01-31 23:59:00"),
     "DOUBLE": ("abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30", "a finite number"),
-}
-FIRST = "array_to_string(list_sort(list(DISTINCT {}))[:3], ', ')"  # the first three of a column, for a message
-# Why a stay or an event is left out: the first condition that holds. Keys are those of words.yaml's reasons.
-STAY_FAULTS = {
-    "stay_without_intime": "icu_intime IS NULL",
-    "stay_without_end": "final_time IS NULL",
-    "stay_after_death": "patient_death_time < icu_intime",
-    "stay_ends_before_it_begins": "final_time < icu_intime",
-    "stay_with_unfit_label": f"coalesce({LABEL} NOT IN (0, 1), $need_label)",
-    "stay_with_death_and_label_0": f"{LABEL} = 0 AND patient_death_time = final_time",
-}
-EVENT_FAULTS = {
-    "event_without_time": "minutes IS NULL OR to_end IS NULL",
-    "event_before_admission": "minutes < 0",
-    "event_after_the_end": "to_end < 0",
 }
 
 
@@ -173,7 +159,7 @@ def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, st
         for (name, condition), count in zip(checks.items(), found):
             if count:
                 bad = f"(SELECT row_number() OVER () AS number, * FROM {view}) WHERE {condition}"
-                first = duck.first_value(con, f"SELECT array_to_string(min(number, 3), ', ') FROM {bad}")
+                first = duck.first_value(con, f"SELECT {FIRST.format('number')} FROM {bad}")
                 wanted = "0 or 1" if name == LABEL else UNFIT[columns[name]][1]
                 raise files.refusal("unfit_values", source=source, column=name, wanted=wanted, count=count, first=first)
 
@@ -186,26 +172,32 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
             raise files.refusal("repeated_stays", source=source, count=len(found), stay=found[0][0], files=found[0][1])
     present, values, conflicts = duck.column_types(con, "stay_rows"), [], []
     for name, sql_type in STAY_COLUMNS.items():
-        value = f"given({name})" if sql_type == "VARCHAR" else f"TRY_CAST({name} AS {sql_type})"
-        if name not in present:
-            value = f"NULL::{sql_type}"
+        given = name if name in present else "NULL"
+        value = f"given({given})" if sql_type == "VARCHAR" else f"TRY_CAST({given} AS {sql_type})"
         text = f"coalesce(CAST({value} AS VARCHAR), '')"
         values.append(f"any_value({value}) AS {name}")
         conflicts.append(f"CASE WHEN min({text}) <> max({text}) THEN '{name}' END")
     # The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
     statement = f"""
         CREATE TEMP TABLE stays AS
-        SELECT conflicts, least(icu_outtime, patient_death_time) AS final_time, {duck.sql_case(STAY_FAULTS)} AS fault,
-               icu_length_of_stay_in_days AS said_days,
+        SELECT conflicts, least(icu_outtime, patient_death_time) AS final_time, icu_length_of_stay_in_days AS said_days,
+               CASE WHEN icu_intime IS NULL THEN 'stay_without_intime'
+                    WHEN final_time IS NULL THEN 'stay_without_end'
+                    WHEN patient_death_time < icu_intime THEN 'stay_after_death'
+                    WHEN final_time < icu_intime THEN 'stay_ends_before_it_begins'
+                    WHEN coalesce({LABEL} NOT IN (0, 1), $need_label) THEN 'stay_with_unfit_label'
+                    WHEN {LABEL} = 0 AND final_time = patient_death_time THEN 'stay_with_death_and_label_0'
+               END AS fault,
                * EXCLUDE conflicts REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
                                             AS icu_length_of_stay_in_days)
         FROM (SELECT {", ".join(values)}, concat_ws(', ', {", ".join(conflicts)}) AS conflicts
               FROM stay_rows GROUP BY TRY_CAST(icu_stay_id AS BIGINT))
     """
     con.execute(statement, {"is_meds": kind == "meds", "need_label": need_label})
-    if odd := con.execute("SELECT icu_stay_id, conflicts FROM stays WHERE conflicts <> '' ORDER BY 1").fetchall():
-        first = duck.first_three(odd)
-        raise files.refusal("contradicting_rows", source=source, count=len(odd), first=first, columns=odd[0][1])
+    odd = f"count(*), {FIRST.format('icu_stay_id')}, min_by(conflicts, icu_stay_id) FROM stays WHERE conflicts <> ''"
+    count, first, columns = con.execute(f"SELECT {odd}").fetchall()[0]
+    if count:
+        raise files.refusal("contradicting_rows", source=source, count=count, first=first, columns=columns)
     faulty = f"SELECT fault, count(*), {FIRST.format('icu_stay_id')} FROM stays WHERE fault <> '' GROUP BY 1 ORDER BY 1"
     for code, count, first in con.execute(faulty).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
@@ -250,7 +242,8 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
         raise files.refusal("hours_for_minutes", source=source, count=in_hours, compared=compared)
     if differ:
         raise files.refusal("other_minutes", source=source, count=differ, first=first)
-    for code, condition in EVENT_FAULTS.items():
+    faults = {"event_without_time": "minutes IS NULL OR to_end IS NULL", "event_before_admission": "minutes < 0"}
+    for code, condition in (faults | {"event_after_the_end": "to_end < 0"}).items():
         counts[code] = duck.first_value(con, f"DELETE FROM events WHERE {condition}")
     before = duck.first_value(con, "SELECT count(*) FROM events")
     distinct = "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events"

@@ -150,8 +150,7 @@ def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
 
 def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, ReadReport]:
     """Map into memory what `save_arrays` wrote; OSError if absent, ValueError if damaged or without a feature."""
-    paths = {name: folder / f"{name}.npy" for name in ("offsets", *EVENT_ARRAYS)}
-    arrays = {name: np.asarray(np.load(path, "c", allow_pickle=False)) for name, path in paths.items()}
+    arrays = {name: np.asarray(np.load(folder / f"{name}.npy", "c")) for name in ("offsets", *EVENT_ARRAYS)}
     stays = pd.read_parquet(folder / "stays.parquet")
     texts = pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object)
     if any(stays[name].isna().all() for name in static_features if name in stays):  # it was read for other features
@@ -172,10 +171,7 @@ class CohortStep(NamedTuple):
 def choose_cohort(
     table: StayTable, first_stay_only: bool = False, observation_hours: float = 0.0, gap_hours: float = 0.0
 ) -> tuple[StayTable, list[CohortStep]]:
-    """Return the stays to analyse, and the flow of numbers from all stays to these. Raises InputError if none is left.
-
-    With observation_hours the stays that end later than that and the gap, each with what was known by then.
-    """
+    """Return the stays to analyse, as known by observation_hours if any, and the flow to them; InputError if none."""
     flow: list[CohortStep] = []
 
     def noted(name: str, current: StayTable) -> StayTable:
@@ -205,13 +201,11 @@ def stay_hours(table: StayTable) -> np.ndarray:
 
 
 def known_at(table: StayTable, hours: float, is_described: bool = False) -> StayTable:
-    """Return what the ward knew `hours` after ICU admission; stays of which nothing was known go.
-
-    Times count to that moment. What is known only later is missing, as where a model learns it, unless `is_described`.
-    """
+    """Return what the ward knew `hours` after ICU admission, times up to then; stays of which it knew nothing go."""
     minutes = hours * 60
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     part = table.take(np.unique(table.stay_of_event[known]), keep_event=known)
+    # What is known only later is missing, as where a model learns it.
     unknown = {} if is_described else dict(zip(KNOWN_ONLY_LATER, (np.nan, None, None)))
     minutes_to_end = (minutes - part.minutes_since_intime).astype(np.float32)
     return replace(part, stays=part.stays.assign(**unknown), minutes_to_end=minutes_to_end)
