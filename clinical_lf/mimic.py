@@ -202,5 +202,6 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
         for name, key in {**keys, "icustays": "subject_id"}.items():
             rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
             database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
-        stays = database.sql(f"SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id")
-        files.write_whole(path, lambda name: stays.write_parquet(str(name), compression="zstd", row_group_size=2048))
+        copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
+        options = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)"
+        files.write_whole(path, lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall())
