@@ -15,8 +15,6 @@ Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, 
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import json

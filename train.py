@@ -18,8 +18,6 @@ dimension, S static dimension, H heads. Times carry their unit in the name. Mask
 Research software: not a medical device, not for clinical use.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import math
@@ -37,7 +35,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import cycle, groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -188,7 +186,7 @@ class ClinicalDataPreprocessor:
         self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
         self.item_history = item_history
 
-    def fit(self, table: StayTable) -> ClinicalDataPreprocessor:
+    def fit(self, table: StayTable) -> Self:
         """Learn categories, means and scales from the training stays, and nothing from any other."""
         stays, minutes = table.static_columns, table.minutes_to_end.astype(float)
         numbers = self._numbers_of(stays, self.numeric)
@@ -212,7 +210,7 @@ class ClinicalDataPreprocessor:
         """Return what was learnt, as plain data."""
         return self._state
 
-    def load_state_dict(self, state: dict[str, Any]) -> ClinicalDataPreprocessor:
+    def load_state_dict(self, state: dict[str, Any]) -> Self:
         """Take over what `state_dict` gave. Raises ValueError where its parts do not fit together."""
         self._state = state
         self.categorical, self.numeric = state["categorical"], state["numeric"]

@@ -1,7 +1,5 @@
 """What tells the outcome that should not: columns, counts and texts, for training and for the explainer's verdict."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike

@@ -1,7 +1,5 @@
 """DuckDB as every source uses it: within limits, in UTC, with errors that hold no row."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

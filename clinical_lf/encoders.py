@@ -5,8 +5,6 @@ anything with a length), `forward` (device number, tokenised texts -> (n, dim) f
 how batches are planned is train.py's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

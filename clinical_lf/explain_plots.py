@@ -1,7 +1,5 @@
 """Pictures of an explanation, from its tables; towards death is vermillion and right or up, away from it blue."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Files that are whole or not there, one writer of a folder at a time, progress in a log, errors a person can mend."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """What an event's text says: its item, its number and unit, and what its item was until then in the stay."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A MEDS data set (Medical Event Data Standard): each label row is one stay that ends with its prediction."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 n stays, R bootstrap resamples, G distinct probabilities, k coefficients. Outcome 1 is death in hospital.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

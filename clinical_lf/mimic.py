@@ -1,7 +1,5 @@
 """A MIMIC-IV folder through query.sql in DuckDB: nested Parquet, one row per ICU stay, and the account of its rows."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """What all pictures are drawn with, and those of a run: Figures made without pyplot, so no global state changes."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any

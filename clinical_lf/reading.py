@@ -1,7 +1,5 @@
 """Any source to a StayTable: two relations `stay_rows` and `event_rows`, checked, then loaded as flat arrays."""
 
-from __future__ import annotations
-
 import contextlib
 import uuid
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A command line from a dataclass of settings: help, limits and a settings file stand in its fields."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Sequence

@@ -1,13 +1,11 @@
 """Stays and their events as flat arrays: the table, the report of its reading, the cohort, and the split by patient."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -68,7 +66,7 @@ class StayTable:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> StayTable:
+    def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> Self:
         """Return the table of these stays (indices in their order, or a mask) and of events that `keep_event` marks."""
         stays = np.arange(len(self.stays))[stays]
         lengths = self.lengths[stays]
@@ -79,9 +77,9 @@ class StayTable:
             is_kept = keep_event[events]
             events, offsets = events[is_kept], sums_before(is_kept)[offsets]
         arrays = {name: getattr(self, name)[events] for name in EVENT_ARRAYS}
-        return StayTable(self.stays.iloc[stays].reset_index(drop=True), offsets, texts=self.texts, **arrays)
+        return replace(self, stays=self.stays.iloc[stays].reset_index(drop=True), offsets=offsets, **arrays)
 
-    def with_own_texts(self) -> StayTable:
+    def with_own_texts(self) -> Self:
         """Return the table without the texts that none of its events has: they need no vector."""
         is_used = np.bincount(self.text, minlength=len(self.texts)) > 0
         number = sums_before(is_used).astype(np.int32)  # of each text that is used: how many of these precede it
