@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 import train
 from clinical_lf import audit, explain_report, files, findings, metrics, run_folder
-from clinical_lf.explain_plots import draw_figure, draw_figures, draw_stay
+from clinical_lf.explain_plots import draw_captum_attributions, draw_figure, draw_figures
 from clinical_lf.explain_report import FLOOR, Check, counted, percent, static_word
 from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
@@ -1432,14 +1432,14 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     writer.json("faithfulness.json", record)
     drawn = draw_figures(found, found.caption)
     for stay in found["stays"].loc[found["stays"]["why_shown"] != "", "icu_stay_id"]:
-        drawn[f"stay_{stay}"] = draw_stay(found, found.caption, stay)
+        drawn[f"stay_{stay}"] = draw_captum_attributions(found, found.caption, stay)
     pictures = {name: explain_report.picture_of(figure) for name, figure in drawn.items()}  # drawn once
     for name, picture in pictures.items():
         files.write_whole(folder / f"{name}.png", partial(Path.write_bytes, data=picture["png"]))
     trained, labels = run.checkpoint.settings, run.table.labels
     info: dict[str, Any] = {"data": data, "checkpoint": checkpoint, "text_encoder": found.text_encoder}
     info["setting"] = run_folder.moment_of_prediction(trained.observation_hours, trained.labels)
-    info["calibration"] = explain_report.calibration_of(labels, expit(run.logits))
+    info |= {"labels": labels, "risks": expit(run.logits)}
     writer.text("report.html", explain_report.render_report(found, pictures, info))
 
 

@@ -1193,6 +1193,16 @@ def items_of_events(dataset: ClinicalSequenceDataset) -> Tensor:
     return dataset.events(rows)[:, : -1 - dataset.n_history].cpu()
 
 
+def fingerprint(table: StayTable) -> str:
+    """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
+    digest = hashlib.md5(usedforsecurity=False)
+    of_stays = (table.stays["icu_stay_id"].to_numpy(), table.offsets, table.labels)
+    of_events = (table.event_type, table.text, table.minutes_to_end, table.known_minutes_since_intime)
+    for array in (*of_stays, *of_events, pd.util.hash_array(np.asarray(table.texts, dtype=object))):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
 class TrainingData(NamedTuple):
     """What a model is trained on."""
 
@@ -1218,7 +1228,7 @@ class Trainer:
         self.test_set = dataset_of(table.take(split.test)) if len(split.test) else None
         self.time_column = len(EVENT_TYPES) + vectors.shape[1]
         self.training_items = sorted(set(map(items.item_hash, table.texts[np.unique(train_table.text)])))
-        self.data_fingerprint = table.fingerprint()
+        self.data_fingerprint = fingerprint(table)
         patient_ids = table.stays["patient_id"]
         self.patients = {name: patient_ids.iloc[part].unique().tolist() for name, part in split._asdict().items()}
         model = self.new_model()
@@ -1613,7 +1623,7 @@ def describe_plan(
     table: StayTable, splits: list[Split], texts: list[str], settings: Settings, encoder: ClinicalTextEncoder
 ) -> None:
     """Log the sizes of the parts, with a warning where figures will be luck, and what the run will do and need."""
-    from clinical_lf.metrics import is_too_few, too_few_in_words
+    from clinical_lf.metrics import too_few
 
     for split in splits:
         stays = " / ".join(str(len(part)) for part in split)
@@ -1621,12 +1631,11 @@ def describe_plan(
         parts = "(training, validation, test), no patient in two of them"
         logger.info(f"Split       {stays} stays, {deaths} deaths {parts}")
     for name, part in splits[0]._asdict().items() if len(splits) == 1 else ():  # of folds, all are read together
-        if len(part) and is_too_few(table.labels[part]):
-            words = f"{name}: {too_few_in_words(table.labels[part])}"
+        if len(part) and (words := too_few(table.labels[part])):
             if name == "validation":
-                logger.info(f"Split       {words}; which epoch is best is partly luck")
+                logger.info(f"Split       {name}: {words}; which epoch is best is partly luck")
             else:
-                logger.warning(f"Split       WARNING: {words}; --cross-validate 5 tests on every stay once")
+                logger.warning(f"Split       WARNING: {name}: {words}; --cross-validate 5 tests on every stay once")
     keys, megabytes, n_trainings = np.unique(text_keys(texts)), 4e-6 * encoder.dim, max(len(splits), settings.seeds)
     n_missing, again = int(encoder.cache.missing(keys).sum()), f"{n_trainings} times " if n_trainings > 1 else ""
     disk, free = megabytes * n_missing, files.free_disk(Path(settings.cache_dir)) / 1e6
@@ -1767,7 +1776,7 @@ def train_and_report(
     training |= {"seconds": seconds, "parameters": trainer.n_parameters}
     described = {"text_encoder": data.text_encoder, "training": training, **source.origin()}
     history = pd.DataFrame(trainer.history)
-    content = folder.report_training(described, predictions, data.table, trainer.patients, history)
+    content = folder.report_training(described, predictions, data.table, history)
     return content, predictions.get("test", predictions["validation"])
 
 

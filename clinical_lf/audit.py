@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from clinical_lf.files import wording
+from clinical_lf.files import WORDS
 from clinical_lf.items import mask_numbers
-from clinical_lf.metrics import TOO_FEW, fewest
+from clinical_lf.metrics import fewest, too_few
 from clinical_lf.tables import LABEL, ReadReport, Split, StayTable, stay_hours
 
 MIN_STAYS_OF_TEXT = 20  # fewer stays say little of a text
@@ -32,7 +32,7 @@ def audit_table(
     columns["length of stay less the record's span, hours"] = hours - record
     columns["length of stay less the last event, hours"] = hours - last
     known, end_hours = report.counts | report.notes, observation_hours or record[table.stay_of_event]
-    counts = dict.fromkeys(wording("impossible"), 0) | {code: known[code] for code in REPAIRED if code in known}
+    counts = dict.fromkeys(WORDS["impossible"], 0) | {code: known[code] for code in REPAIRED if code in known}
     counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
     counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
@@ -50,8 +50,8 @@ def leakage_audit(
 ) -> pd.DataFrame:
     """Return what, alone, tells the outcome, and what cannot be: a row per column (n rows), and per count.
 
-    Each column gets the AUROC of its own small model, cross-validated on the training patients only. counts: how often
-    impossible things occur, by keys of words.yaml's `impossible`, or REPAIRED, which are allowed.
+    Each column gets the AUROC of its own small model, cross-validated on training patients. counts: how often what
+    words.yaml calls `impossible` occurs, or REPAIRED, which are allowed.
     """
     y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
     folds, rows = patient_folds(y, patients), []
@@ -64,13 +64,13 @@ def leakage_audit(
             reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
         rows.append((name, "column", auroc, pd.NA, flagged, reason))
     for code, count in counts.items():
-        is_excused, reason = code in REPAIRED, wording("impossible").get(code, "This should not occur.")
+        is_excused, reason = code in REPAIRED, WORDS["impossible"].get(code, "This should not occur.")
         if is_excused:
             reason = "Left out or mended while reading."
         elif code == "event_known_after_prediction" and not prospective:
             is_excused, reason = True, f"Expected: the retrospective mode reads the whole stay. {reason}"
         flagged = count > 0 and not is_excused
-        rows.append((wording("reasons")[code], "count", np.nan, count, flagged, reason if count else ""))
+        rows.append((WORDS["reasons"][code], "count", np.nan, count, flagged, reason if count else ""))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
     return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
 
@@ -89,7 +89,6 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple
     """Return the cross-validated AUROC of one column (n,) alone, labels (n,); NaN where no fold can tell.
 
     Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
-    AUROC is taken within folds and averaged by pairs: pooled, the folds' own death rates would bias it below 0.5.
     """
     from sklearn import metrics, preprocessing, tree
 
@@ -104,7 +103,7 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple
         values = column.astype(object).fillna("Unknown").astype(str).to_numpy(dtype=object)[:, None]
         model = preprocessing.TargetEncoder(target_type="binary")
         score = model.transform
-    pairs, total = 0, 0.0
+    pairs, total = 0, 0.0  # by fold: pooled, the folds' own death rates would bias the AUROC below 0.5
     for to_fit, held_out in folds:
         n_deaths = labels[held_out].sum()
         fold_pairs = n_deaths * (len(held_out) - n_deaths)
@@ -136,7 +135,7 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
 
 def leaking_texts(table: StayTable) -> dict[str, float]:
     """Return the flagged texts of `audit_texts` and their AUROC, either way; none with too few of an outcome."""
-    if fewest(table.labels[~np.isnan(table.labels)]) < TOO_FEW:
+    if too_few(table.labels[~np.isnan(table.labels)]):
         return {}
     found = audit_texts(table).query("flagged")
     return dict(zip(found["text"], np.maximum(found["auroc"], 1 - found["auroc"])))

@@ -1,8 +1,7 @@
 """What turns texts into vectors: an exact fast Longformer, any other Hugging Face encoder, and one without weights.
 
 An encoder has id, dim, pooling, max_tokens, budget (tokens in a batch), n_devices, and `load`, `tokenise` (texts ->
-anything with a length), `forward` (device number, tokenised texts -> (n, dim) float32). What is kept of its vectors and
-how batches are planned is train.py's.
+anything with a length), `forward` (device number, tokenised texts -> (n, dim) float32). Its cache is train.py's.
 """
 
 import contextlib
@@ -24,12 +23,11 @@ from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 from transformers import logging
 
-from clinical_lf.files import InputError, lock_folder, read_json, wording, write_json
+from clinical_lf.files import WORDS, InputError, lock_folder, read_json, write_json
 from clinical_lf.items import NUMBER, mask_numbers
 
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
 POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
-WORDS = wording("encoder")
 KIN_OF_ROBERTA = "roberta xlm-roberta camembert longformer roberta-prelayernorm xlm-roberta-xl mpnet".split()
 
 
@@ -48,11 +46,9 @@ def as_file_name(encoder: str) -> str:
 
 
 def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
-    """Return the two bins nearest to a number's magnitude and their whole weights, 16 together: near numbers share.
-
-    Magnitude is the logarithm to base 2, straight between powers of 2, which any machine computes exactly.
-    """
-    mantissa, exponent = math.frexp(number + 1 / 64)  # below 1/64 all numbers are near 0
+    """Return the two bins nearest to a number's magnitude and their whole weights, 16 together: near numbers share."""
+    # The logarithm to base 2, straight between powers of 2, is exact on any machine; below 1/64 all are near 0.
+    mantissa, exponent = math.frexp(number + 1 / 64)
     place = (exponent + 2 * mantissa) * per_octave
     lower = math.floor(place)
     weight = round(16 * (place - lower))
@@ -68,10 +64,8 @@ def hashing_bits(*shape: int) -> np.ndarray:
 class HashingEncoder:
     """An encoder without weights: what a text says of its item, its numbers, words and character n-grams, hashed.
 
-    "Level: far above range" means one thing of lactate and another of glucose, so each part of a text counts together
-    with the item it stands behind. A vector is mostly that, and changes smoothly with the numbers, coarse and fine.
-    Counts and the +-1 projection are whole numbers, exact in float32: the same vector on every machine, in any batch.
-    A vector's elements have mean 0 and variance about 1 (norm about 28).
+    Each part of a text counts together with its item: "far above range" means one thing of lactate, another of glucose.
+    A vector changes smoothly with the numbers; it is made of whole numbers, exact in float32: the same on any machine.
     """
 
     id, dim, pooling, cache_name, n_features = "hashing", 768, "none", "hashing-v5-768", 2**14
@@ -131,9 +125,8 @@ class HuggingFaceEncoder:
     """A frozen Hugging Face encoder; a text's vector is its last layer, pooled as `folder_pooling` says.
 
     name: a hub id, `id@revision`, downloaded once to `weights_dir`, or a folder, whose content is its identity.
-    devices: None for all CUDA devices, else the CPU (Apple's GPUs are not used). dtype: "auto", "float32", "bfloat16".
-    Raises InputError when the weights are unusable, EncoderUnreachable when they are nowhere to be had; both when built
-    with an empty cache, else when loaded. Runs no foreign code.
+    devices: None for all CUDA devices, else the CPU. dtype: "auto", "float32", "bfloat16". Raises InputError when the
+    weights are unusable, EncoderUnreachable when they are nowhere to be had. Runs no foreign code.
     """
 
     def __init__(
@@ -162,7 +155,7 @@ class HuggingFaceEncoder:
         """Return the model's configuration, downloaded first where it is not here."""
         if not (self._folder / "config.json").is_file():
             if self._is_local:
-                raise InputError(WORDS["no_config"].format(folder=self._folder))
+                raise InputError(WORDS["encoder"]["no_config"].format(folder=self._folder))
             download_encoder(self.id, self._folder)
         with as_input_error(self._folder):
             return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
@@ -205,7 +198,7 @@ class HuggingFaceEncoder:
         path, weights = cache_folder / "encoder.json", model_fingerprint(model, self._tokenizer)
         described = read_description(path)
         if described.get("weights", weights) != weights:
-            raise InputError(WORDS["other_weights"].format(cache=cache_folder, folder=self._folder))
+            raise InputError(WORDS["encoder"]["other_weights"].format(cache=cache_folder, folder=self._folder))
         facts = {"encoder": self.id, "pooling": self.pooling, "max_tokens": self.max_tokens, "dim": self.dim}
         facts["weights"] = weights
         if not described.items() >= facts.items():
@@ -226,7 +219,7 @@ class HuggingFaceEncoder:
         is_token = torch.arange(ids.shape[1], device=device) < n_tokens[:, None]  # (n, L)
         highest, n_known = int(ids.max()), model.get_input_embeddings().num_embeddings
         if highest >= n_known:
-            raise InputError(WORDS["two_models"].format(folder=self._folder, highest=highest, known=n_known))
+            raise InputError(WORDS["encoder"]["two_models"].format(folder=self._folder, highest=highest, known=n_known))
         mask = is_token.long() if self.window is None else band_mask(is_token, self.window)
         hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state.float()  # (n, L, dim)
         mode, _, unit = self.pooling.partition("-")
@@ -260,10 +253,7 @@ class OneDnnLinear(nn.Linear):
 
 
 def band_mask(is_token: Tensor, window: int) -> Tensor | None:
-    """Return Longformer's local attention as a mask for SDPA, True where attention may look; None for everywhere.
-
-    is_token (n, L) bool -> (n, 1, 1, L) while the window covers every pair of tokens, else (n, 1, L, L).
-    """
+    """Return where Longformer's local attention may look, (n, L) tokens -> (n, 1, 1 or L, L) for SDPA; None: all."""
     length = is_token.shape[1]
     if length <= window // 2 + 1:
         return None if is_token.all() else is_token[:, None, None, :]
@@ -366,4 +356,4 @@ def download_encoder(name: str, folder: Path) -> None:
             begun.rename(folder)
         except Exception as error:
             facts = {"name": name, "folder": folder, "error": type(error).__name__, "hub_id": hub_id}
-            raise EncoderUnreachable(WORDS["unreachable"].format(**facts)) from error
+            raise EncoderUnreachable(WORDS["encoder"]["unreachable"].format(**facts)) from error

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from clinical_lf import explain_report as report
 from clinical_lf import findings
 from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, replaced_in_words, short_text, signed
-from clinical_lf.files import InputError, wording
+from clinical_lf.files import WORDS, InputError
 from clinical_lf.findings import CLOCK_WINDOWS, clock_window, column_means, means_by, rank_agreement, stay_shares
 from clinical_lf.plots import BLUE, GREY, ORANGE, VERMILLION, bands, new_figure, small_bar, tidy
 from clinical_lf.tables import EVENT_TYPES
@@ -43,7 +43,7 @@ def plain(text: object, width: int = 46, shorten: Callable[[Any, int], str] = sh
 def page(name: str, caption: str, height: float, **facts: Any) -> Figure:
     """Return a page-wide figure with its question, caption and the line that none of them goes without."""
     caption = " · ".join(filter(None, (caption, report.DISCLAIMER)))
-    return new_figure(wording("questions")[name].format(**facts), caption, height)
+    return new_figure(WORDS["questions"][name].format(**facts), caption, height)
 
 
 def dots(axes: Axes, means: pd.DataFrame, color: Any, shift: float = 0, upright: bool = False, **style: Any) -> None:
@@ -281,9 +281,11 @@ def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
     name_rows(axes, names, n_ticks=5, xlabel=LOGIT)
 
 
-def draw_stay(tables: Tables, caption: str, icu_stay_id: int) -> Figure:
-    """Draw one stay: pushes and risk over time, the strongest events, statics."""
-    row, everyone = tables["stays"].set_index("icu_stay_id").loc[icu_stay_id], tables["events"]
+def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
+    """Draw one stay, by default that of the highest risk: pushes and risk over time, the strongest events, statics."""
+    stays, everyone = tables["stays"].set_index("icu_stay_id"), tables["events"]
+    icu_stay_id = icu_stay_id or stays["probability"].idxmax()
+    row = stays.loc[icu_stay_id]
     own = [tables[name].query(f"icu_stay_id == {icu_stay_id}") for name in ("events", "statics", "trajectory")]
     events, statics, arriving = own
     push, hours = events["attribution"], events["hours_to_end"]
@@ -324,11 +326,6 @@ def draw_stay(tables: Tables, caption: str, icu_stay_id: int) -> Figure:
     name_rows(right, names, n_ticks=3, size=8, xlabel="mean size per event, logit", title=title)
     right.set_xlim(left=0)
     return line.figure
-
-
-def draw_captum_attributions(tables: Tables, caption: str) -> Figure:
-    """Draw the stay of the highest risk."""
-    return draw_stay(tables, caption, tables["stays"].set_index("icu_stay_id")["probability"].idxmax())
 
 
 def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:

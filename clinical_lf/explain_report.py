@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clinical_lf.files import wording
+from clinical_lf.files import WORDS
 from clinical_lf.metrics import calibration_table
 from clinical_lf.run_folder import render
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
 EVENTS_LISTED = 10  # of a stay, in the report, on either side
 DISCLAIMER = "explains this model, not causes of death"
-TYPE_WORDS, METHOD_WORDS, STATIC_WORDS = wording("event_types"), wording("methods"), wording("static")
+TYPE_WORDS, METHOD_WORDS, STATIC_WORDS = WORDS["event_types"], WORDS["methods"], WORDS["static"]
 LESS_SAID = "Reference Flag Priority Comment Status Form Strength Test Location".split()
 
 
@@ -37,7 +37,7 @@ def check_table(checks: list[Check]) -> pd.DataFrame:
     for check in checks:
         numbers = {name: check.found.get(name, math.nan) for name in ("value", "low", "high", "n")}
         interval = "" if pd.isna([numbers["low"], numbers["high"]]).any() else " [{low:.2f}, {high:.2f}]"
-        method, says = METHOD_WORDS.get(check.method, ""), wording("says")[check.name]
+        method, says = METHOD_WORDS.get(check.method, ""), WORDS["says"][check.name]
         facts = {"is": ("{value:.2f}" + interval).format(**numbers), "method": method, "Method": method.capitalize()}
         sentence = (says if isinstance(says, str) else says[check.passed is False]).format(**check.found | facts)
         asked = f" (Asked: {check.threshold}: {'yes' if check.passed else 'NO'}.)" if check.threshold else ""
@@ -125,7 +125,7 @@ def item_sentence(row: dict[str, Any]) -> str:
         kind = "few values" if row["n_values"] else "no values"
     else:
         kind = "hardly" if abs(row["rho"]) < 0.3 else "towards" if row["highest_push"] > 0 else "away"
-    return wording("items")[kind].format(**row, direction=direction, end=end, mean=signed(row["push"]))
+    return WORDS["items"][kind].format(**row, direction=direction, end=end, mean=signed(row["push"]))
 
 
 def window_sentence(row: Any) -> str:
@@ -136,13 +136,15 @@ def window_sentence(row: Any) -> str:
     return f"Events {where} carry {carried} of all push; they are {present} of the events."
 
 
-def calibration_sentence(table: pd.DataFrame | None, probability: float) -> str:
-    """Say what became of the stays with about this risk."""
-    if table is None:
+def calibration_sentence(labels: np.ndarray, risks: np.ndarray, probability: float) -> str:
+    """Say what became of those of (n,) stays with about this risk."""
+    known = ~np.isnan(labels)
+    if known.sum() < 20:
         return "There are too few stays to say how far a risk of this size can be trusted."
+    table = calibration_table(labels[known], risks[known])
     row = table.loc[(table["mean_risk"] - probability).abs().idxmin()]
     percents = dict(100 * row[["observed_rate", "low", "high"]])
-    return wording("page")["similar"].format(**dict(row) | percents, mean=percent(row["mean_risk"]))
+    return WORDS["page"]["similar"].format(**dict(row) | percents, mean=percent(row["mean_risk"]))
 
 
 def decisive_sentence(decisive: pd.DataFrame) -> str:
@@ -153,7 +155,7 @@ def decisive_sentence(decisive: pd.DataFrame) -> str:
     risks = {name: percent(row[name]) for name in ("probability", "probability_without", "threshold")}
     texts = "; ".join(short_text(text, 80) for text in decisive["event_text"])
     which = "this event" if n == 1 else f"these {n} events"
-    return wording("page")["decisive"].format(**risks, which=which, texts=texts)
+    return WORDS["page"]["decisive"].format(**risks, which=which, texts=texts)
 
 
 def cohort_sentence(stays: pd.DataFrame) -> str:
@@ -167,7 +169,7 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."
     n_events, n_replaced = stays["n_events"].sum(), stays["n_replaced"].sum()
     if n_replaced < n_events:
-        adds += wording("page")["replaced"].format(n=n_replaced)
+        adds += WORDS["page"]["replaced"].format(n=n_replaced)
     return f"{who} with {counted(n_events, 'event')}. {ends} {adds}"
 
 
@@ -178,16 +180,16 @@ def verdict_on_layers(verdict: pd.DataFrame) -> str:
 
 def question_of(row: Any) -> str:
     """Return what a check asks."""
-    return wording("asks")[row.check].format(Method=METHOD_WORDS.get(row.method, "").capitalize())
+    return WORDS["asks"][row.check].format(Method=METHOD_WORDS.get(row.method, "").capitalize())
 
 
 def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     """Say how many checks are passed, and which are not; none is counted where the verdict warns."""
     if verdict["passed"].eq(False).any():
-        return wording("page")["warned"]
+        return WORDS["page"]["warned"]
     fallen = [question_of(row) for row in faithfulness[faithfulness["passed"].eq(False)].itertuples()]
     n_judged = faithfulness["passed"].notna().sum()
-    words = wording("page")["fallen" if fallen else "passed"]
+    words = WORDS["page"]["fallen" if fallen else "passed"]
     return words.format(passed=n_judged - len(fallen), judged=n_judged, fallen="; ".join(fallen))
 
 
@@ -205,12 +207,6 @@ def picture_of(figure: Figure) -> dict[str, Any]:
     return {"png": png, "data": base64.b64encode(png).decode("ascii"), "question": question}
 
 
-def calibration_of(labels: np.ndarray, risks: np.ndarray) -> pd.DataFrame | None:
-    """Return the calibration of (n,) stays of known outcome; None where they are too few, below 20."""
-    known = ~np.isnan(labels)
-    return calibration_table(labels[known], risks[known]) if known.sum() >= 20 else None
-
-
 def event_in_words(row: Any) -> str:
     """Return an event's text, with what its item was until then, and whether the text tells the outcome."""
     history = f" ({row.in_history})" if row.in_history else ""
@@ -218,11 +214,7 @@ def event_in_words(row: Any) -> str:
 
 
 def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], info: dict[str, Any]) -> str:
-    """Return the whole report.html: verdict, cohort, each stay with `why_shown`, the checks, the technical appendix.
-
-    tables: those of an explanation; pictures: what `picture_of` makes of figures, by file name without .png; info:
-    text_encoder, data, checkpoint, setting (a sentence: which events the model sees), calibration (of all test stays).
-    """
+    """Return report.html of an explanation's tables, pictures (`picture_of`, by file name) and info about the run."""
     stays, items, sections = tables["stays"], tables["items"], []
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
     for stay in shown.itertuples():

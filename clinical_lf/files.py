@@ -149,11 +149,6 @@ def without_zeros(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def wording(section: str) -> Any:
-    """Return a section of words.yaml, which says what keys mean."""
-    return WORDS[section]
-
-
 def refusal(key: str, **found: Any) -> InputError:
     """Return the error that words.yaml has for what a person can mend, filled with what was found."""
-    return InputError(wording("refusals")[key].format(**found))
+    return InputError(WORDS["refusals"][key].format(**found))

@@ -14,9 +14,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 
-from clinical_lf.files import wording
+from clinical_lf.files import WORDS
 
-METRIC_WORDS = wording("metrics")
+METRIC_WORDS = WORDS["metrics"]
 METRICS = tuple(METRIC_WORDS)
 TOO_FEW = 10  # stays of either outcome, of a part as of a subgroup: with fewer, a figure is luck
 SENSITIVITY = 0.8  # of the operating point: this share of the deaths is found
@@ -29,8 +29,8 @@ def evaluate_predictions(
     """Return figures of held-out predictions with 95 % intervals from resampling patients with all of their stays.
 
     labels (n,) 0/1, probabilities (n,) in [0, 1], patient_ids (n,). JSON-ready counts and, per name in METRICS,
-    {"value", "low", "high"}; None where a figure does not exist (then with a "reason"). Resamples with one outcome only
-    are skipped (all but Brier need both) and counted. Raises ValueError for lengths or values that make no sense.
+    {"value", "low", "high"}; None where there is none (with a "reason"). Resamples with one outcome only, which all but
+    Brier need both of, are skipped and counted. Raises ValueError for lengths or values that make no sense.
     """
     died, risks = checked_predictions(labels, probabilities)
     n_stays, n_deaths = len(died), int(died.sum())
@@ -39,7 +39,7 @@ def evaluate_predictions(
     values = figures_of(np.ones((1, n_stays)))[0] if n_stays else np.full(len(METRICS), np.nan)
     result: dict[str, Any] = {"n_stays": n_stays, "n_patients": len(np.unique(np.asarray(patient_ids)))}
     result |= {"n_deaths": n_deaths, "prevalence": n_deaths / n_stays if n_stays else None, "n_bootstrap": n_bootstrap}
-    result |= {"n_resamples_skipped": int(np.isnan(draws[:, 0]).sum()), "too_few_to_read": is_too_few(died)}
+    result |= {"n_resamples_skipped": int(np.isnan(draws[:, 0]).sum()), "too_few_to_read": bool(too_few(died))}
     return result | {name: with_interval(values[i], draws[:, i]) for i, name in enumerate(METRICS)}
 
 
@@ -60,26 +60,19 @@ def fewest(died: np.ndarray) -> int:
     return int(min(died.sum(), len(died) - died.sum()))
 
 
-def is_too_few(died: np.ndarray) -> bool:
-    """Return whether figures of these stays are luck."""
-    return fewest(died) < TOO_FEW
-
-
-def too_few_in_words(died: np.ndarray) -> str:
-    """Return `too few to read: 9 stays of one outcome, below 10`."""
-    return f"too few to read: {fewest(died)} stays of one outcome, below {TOO_FEW}"
+def too_few(died: np.ndarray) -> str:
+    """Return `too few to read: 9 stays of one outcome, below 10`, or nothing where figures of these are no luck."""
+    n = fewest(died)
+    return f"too few to read: {n} stays of one outcome, below {TOO_FEW}" if n < TOO_FEW else ""
 
 
 def bootstrap(statistic: Callable, patient_ids: ArrayLike, n_stays: int, n_bootstrap: int, seed: int = 0) -> np.ndarray:
-    """Return what a statistic of stay weights, (R, n) -> (R, ...), gives when patients are resampled: (R, ...).
-
-    A weight is how often the stay's patient was drawn; 16 MB of them are made at a time, none for a single patient.
-    """
+    """Return a statistic (R, ...) of stay weights (R, n), how often a patient is drawn, when patients are resampled."""
     patient_of_stay, patients = pd.factorize(np.asarray(patient_ids))
     if len(patient_of_stay) != n_stays:
         raise ValueError(f"{n_stays} labels but {len(patient_of_stay)} patient ids")
     draws, generator, chunk = [], np.random.default_rng(seed), max(1, 2_000_000 // max(1, n_stays))
-    for first in range(0, n_bootstrap if len(patients) > 1 else 0, chunk):
+    for first in range(0, n_bootstrap if len(patients) > 1 else 0, chunk):  # 16 MB of weights at a time
         size = min(chunk, n_bootstrap - first)
         times_drawn = generator.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size)
         draws.append(statistic(times_drawn[:, patient_of_stay].astype(float)))
@@ -215,8 +208,8 @@ def subgroup_table(
 ) -> pd.DataFrame:
     """Return sizes, the figures of `evaluate_predictions` and what an alarm costs, of all stays and per group.
 
-    groups has one row per stay, in the order of died, and one column per grouping. One threshold holds for everyone,
-    the highest that finds 80 % of all deaths. Below TOO_FEW of either outcome a group has no METRICS.
+    groups has one row per stay and one column per grouping. One threshold holds for everyone, the highest that finds
+    80 % of all deaths. Below TOO_FEW of either outcome a group has no METRICS.
     """
     died, risks = checked_predictions(died, risks)
     patients, rows, threshold = np.asarray(patients), [], math.nan
@@ -228,11 +221,11 @@ def subgroup_table(
         members += [(name, value, column == value) for value in sorted(column.unique(), key=youngest_first)]
     for group, value, is_member in members:
         own = died[is_member], risks[is_member], patients[is_member]
-        dead, alarm, too_few = own[0] == 1, own[1] >= threshold, is_too_few(own[0])
-        figures = evaluate_predictions(*own, 0 if too_few else n_bootstrap, seed)
+        dead, alarm, is_few = own[0] == 1, own[1] >= threshold, bool(too_few(own[0]))
+        figures = evaluate_predictions(*own, 0 if is_few else n_bootstrap, seed)
         cost = lambda weights: weights @ alarm / (weights @ (alarm & dead))  # infinite where no death is found
         row = {"group": group, "value": value, "stays": len(dead), "patients": figures["n_patients"]}
-        row |= {"deaths": figures["n_deaths"], "prevalence": figures["prevalence"], "too_few_to_read": too_few}
+        row |= {"deaths": figures["n_deaths"], "prevalence": figures["prevalence"], "too_few_to_read": is_few}
         row |= {"threshold": threshold, "alarms": int(alarm.sum()), "deaths_found": int(alarm[dead].sum())}
         with np.errstate(divide="ignore", invalid="ignore"):
             row |= {"sensitivity": alarm[dead].sum() / dead.sum(), "specificity": (~alarm[~dead]).sum() / (~dead).sum()}
@@ -240,7 +233,7 @@ def subgroup_table(
             row["alarms_low"], row["alarms_high"] = interval_of(bootstrap(cost, own[2], len(dead), n_bootstrap, seed))
         for metric in METRICS:
             for part, column in (("value", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high")):
-                row[column] = math.nan if too_few or figures[metric][part] is None else figures[metric][part]
+                row[column] = math.nan if is_few or figures[metric][part] is None else figures[metric][part]
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -270,10 +263,7 @@ def decision_curve(
 
 
 def calibration_table(labels: ArrayLike, probabilities: ArrayLike, n_bins: int | None = None) -> pd.DataFrame:
-    """Return mean predicted risk and observed death rate in bins of equal size (fewer where risks tie).
-
-    n_bins: by default of ten stays each, ten at most. The 95 % Wilson interval is by stay, as if each were a patient.
-    """
+    """Return mean risk and observed death rate, 95 % Wilson interval by stay, in bins of equal size, ten at most."""
     from scipy.stats import binomtest
 
     died, risks = checked_predictions(labels, probabilities)

@@ -139,10 +139,8 @@ def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTa
 
 
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") -> Path:
-    """Run query.sql on a MIMIC-IV folder; the nested table (one row per ICU stay) as a folder of Parquet files.
-
-    Kept in `cache_dir`/query_results while both stay the same; a stopped run goes on from its tables and slices.
-    """
+    """Return the folder of Parquet files with what query.sql gives for a MIMIC-IV folder: a row per ICU stay."""
+    # Kept while both stay the same; a stopped run goes on from its tables and slices.
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]

@@ -15,7 +15,6 @@ from clinical_lf.metrics import METRIC_WORDS, calibration_table, figure_text
 
 BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#767676"  # of Okabe and Ito, for all eyes
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
-FROM_START = "hours after ICU admission"
 BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}  # between the ends of intervals
 
 
@@ -215,7 +214,7 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
             mean.text(hour, 1.07 if label else 1.02, f"n={n_stays:.0f}", **above)
     words = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the n stays still there")
     for axes, title, ylabel in zip((single, mean), words, ("predicted risk of death", "")):
-        tidy(axes, f"{FROM_START} (log scale)", ylabel, legend="best")
+        tidy(axes, "hours after ICU admission (log scale)", ylabel, legend="best")
         axes.set_title(title, fontsize=9, pad=24)
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)

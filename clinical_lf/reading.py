@@ -199,7 +199,7 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
     faulty = f"SELECT fault, count(*), {FIRST.format('icu_stay_id')} FROM stays WHERE fault <> '' GROUP BY 1 ORDER BY 1"
     for code, count, first in con.execute(faulty).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
-        logger.warning(f"Dropped     {count:,} {files.wording('reasons')[code]}: icu_stay_id {first}{more}")
+        logger.warning(f"Dropped     {count:,} {files.WORDS['reasons'][code]}: icu_stay_id {first}{more}")
     con.execute("DELETE FROM stays WHERE fault <> ''")
     return duck.first_value(con, "SELECT count(*) FROM stays WHERE abs(said_days - icu_length_of_stay_in_days) > 0.01")
 
@@ -255,7 +255,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
     counts["stay_without_events"] = int((stays["n_events"] == 0).sum())
     stays = stays[stays["n_events"] > 0].reset_index(drop=True)
     if stays.empty:
-        reasons = "; ".join(f"{count} {files.wording('reasons')[code]}" for code, count in counts.items() if count)
+        reasons = "; ".join(f"{count} {files.WORDS['reasons'][code]}" for code, count in counts.items() if count)
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
     offsets = tables.sums_before(stays.pop("n_events").to_numpy())
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 
 from clinical_lf import audit, metrics, plots
-from clinical_lf.files import delete_quietly, logger, wording, write_json, write_whole
+from clinical_lf.files import WORDS, delete_quietly, logger, write_json, write_whole
 from clinical_lf.meds import meds_predictions
 from clinical_lf.metrics import METRIC_WORDS, figure_text
 from clinical_lf.tables import EVENT_TYPES, LABEL, ReadReport, Split, StayTable
@@ -36,7 +36,6 @@ LEFT_BY_A_RUN = (
 ).split()
 # A folder that holds this file is the program's own, and of an earlier model.
 FOLDERS_LEFT = ("evaluation/run.json", "explainability/report.html", "fold_*/run.json", "seed_*/run.json")
-
 Content = dict[str, Any]  # plain data, as JSON holds it
 
 
@@ -59,7 +58,7 @@ class Predictions(NamedTuple):
     def words(self, kind: str = "") -> str:
         """Return what these of known outcome are: `62 test stays of 44 patients, 13 deaths`, and whether too few."""
         died, n_patients = self.columns[0], self.stays["patient_id"].nunique()
-        warning = f" ({metrics.too_few_in_words(died)})" if metrics.is_too_few(died) else ""
+        warning = f" ({words})" if (words := metrics.too_few(died)) else ""
         return f"{len(died)} {f'{kind} stays'.strip()} of {n_patients} patients, {int(died.sum())} deaths{warning}"
 
 
@@ -120,6 +119,7 @@ class RunFolder:
 
     def write_split(self, patients: dict[str, list[int]]) -> None:
         """Write patient_id and part, as --split reads it."""
+        self.patients = patients
         rows = [(patient, part) for part, members in patients.items() for patient in members]
         self.table("split.csv", pd.DataFrame(rows, columns=["patient_id", "part"]).sort_values("patient_id"))
 
@@ -136,11 +136,11 @@ class RunFolder:
         unused = "; the model does not use it" if flagged and not used else ""
         logger.info(f"Audit       {audit.audit_summary(found)}{unused}")
         if used:
-            logger.warning(wording("log")["used"].format(names=", ".join(used)))
+            logger.warning(WORDS["log"]["used"].format(names=", ".join(used)))
         if telling := texts["text"][texts["flagged"]].tolist():
             more = f" and {len(telling) - 5} more" if len(telling) > 5 else ""
             named = "; ".join(text[:80] for text in telling[:5])
-            logger.warning(wording("log")["telling"].format(texts=f"{named}{more}"))
+            logger.warning(WORDS["log"]["telling"].format(texts=f"{named}{more}"))
 
     def write_evaluation(self, scored: Predictions, known: Predictions, caption: str) -> tuple[Content, pd.DataFrame]:
         """Write predictions and, of those of known outcome, figures, tables and plots; return figures and subgroups."""
@@ -165,12 +165,7 @@ class RunFolder:
         return figures, subgroups
 
     def report_training(
-        self,
-        described: Content,
-        predictions: dict[str, Predictions],
-        table: StayTable,
-        patients: dict[str, list[int]],
-        history: pd.DataFrame,
+        self, described: Content, predictions: dict[str, Predictions], table: StayTable, history: pd.DataFrame
     ) -> Content:
         """Write metrics, predictions, plots and model card of the held-out stays; log them; return the metrics."""
         part, validation = "test" if "test" in predictions else "validation", predictions["validation"]
@@ -181,7 +176,7 @@ class RunFolder:
         of_validation = metrics.evaluate_predictions(*validation.columns, **self.resampling)
         counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1).tolist()
         tripod_ai = {  # what a TRIPOD+AI report asks for beside these and subgroups.csv
-            "patients_per_part": {part: len(members) for part, members in patients.items()},
+            "patients_per_part": {part: len(members) for part, members in self.patients.items()},
             "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
             "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts)),
         }
@@ -192,7 +187,7 @@ class RunFolder:
         # The content's `metrics` are numbers: the card calls the functions of the module of that name.
         self.text("model_card.md", render("model_card.md.j2", content | globals() | more))
         facts = described["training"] | {"part": part.capitalize(), "words": scored.words()}
-        log_metrics(figures, wording("log")["trained"].format(**facts))
+        log_metrics(figures, WORDS["log"]["trained"].format(**facts))
         if part == "validation":
             logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
         self.end()
@@ -224,7 +219,7 @@ class RunFolder:
         if trajectories is not None:
             moment = moment_of_prediction(self.settings["observation_hours"], self.settings["labels"])
             if not is_prospective:
-                moment = wording("moments")["extrapolated"]
+                moment = WORDS["moments"]["extrapolated"]
                 logger.warning(f"Trajectory  WARNING: {moment}")
             self.table("risk_trajectories.csv", trajectories)
             seen_patients = predictions.stays["patient_id"][is_seen]
@@ -269,10 +264,8 @@ class RunFolder:
 
 def render(template: str, content: Content) -> str:
     """Return a page of templates/; in HTML every text is escaped: event texts are whatever was typed."""
-    loader, escape = FileSystemLoader(HERE / "templates"), select_autoescape(["html.j2"])
-    pages = Environment(
-        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=escape, loader=loader
-    )
+    strict: Content = {"undefined": StrictUndefined, "autoescape": select_autoescape(["html.j2"])}
+    pages = Environment(loader=FileSystemLoader(HERE / "templates"), trim_blocks=True, lstrip_blocks=True, **strict)
     pages.globals |= {"expit": expit, "map": map, "zip": zip}
     return pages.get_template(template).render(content)
 
@@ -293,10 +286,10 @@ def log_metrics(figures: Content, title: str) -> None:
 def data_in_words(data: str) -> str:
     """Return the name of a data set; of the bundled sample also that no patient is behind it."""
     name = Path(data).name
-    return wording("data").get(name, name)
+    return WORDS["data"].get(name, name)
 
 
 def moment_of_prediction(observation_hours: float, labels: str) -> str:
     """Return when a model predicts, and from what."""
     kind = "labels" if labels else "hours" if observation_hours else "whole"
-    return wording("moments")[kind].format(hours=observation_hours)
+    return WORDS["moments"][kind].format(hours=observation_hours)

@@ -1,6 +1,5 @@
 """Stays and their events as flat arrays: the table, the report of its reading, the cohort, and the split by patient."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,7 +9,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import pandas as pd
 
-from clinical_lf.files import InputError, logger, read_json, refusal, without_zeros, wording
+from clinical_lf.files import WORDS, InputError, logger, read_json, refusal, without_zeros
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 # {column: SQL type} of stays and of their events, in the order of the file.
@@ -56,15 +55,6 @@ class StayTable:
     def stay_of_event(self) -> np.ndarray:
         """(n_events) index of the stay of each event."""
         return np.repeat(np.arange(len(self.stays)), self.lengths)
-
-    def fingerprint(self) -> str:
-        """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
-        digest = hashlib.md5(usedforsecurity=False)
-        ids, texts = self.stays["icu_stay_id"].to_numpy(), pd.util.hash_array(np.asarray(self.texts, dtype=object))
-        of_events = (self.event_type, self.text, self.minutes_to_end, self.known_minutes_since_intime)
-        for array in (ids, self.offsets, self.labels, *of_events, texts):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
 
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> Self:
         """Return the table of these stays (indices in their order, or a mask) and of events that `keep_event` marks."""
@@ -130,8 +120,8 @@ class ReadReport:
             lost = ", ".join(f"{count:,} {reason}" for reason, count in without_zeros(reasons).items())
             logger.info(f"            {source.table:22s} {source.read:11,}{used}   {lost}".rstrip())
             if source.in_stays == 0:
-                logger.warning(wording("warnings")["table_gives_nothing"].format(source=source))
-        dropped = "; ".join(f"{count:,} {wording('reasons')[code]}" for code, count in self.counts.items())
+                logger.warning(WORDS["warnings"]["table_gives_nothing"].format(source=source))
+        dropped = "; ".join(f"{count:,} {WORDS['reasons'][code]}" for code, count in self.counts.items())
         counted = " (counted by table above, too)" if dropped and self.sources else ""
         logger.info(f"Dropped     {dropped or 'nothing'}{counted}")
 

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from test_explain_report import loud, one_stay
 
-from clinical_lf.explain_plots import FIGURES, draw_figure, draw_figures, draw_stay
+from clinical_lf.explain_plots import FIGURES, draw_captum_attributions, draw_figure, draw_figures
 from clinical_lf.explain_report import FLOOR
 from clinical_lf.files import InputError
 
@@ -92,7 +92,7 @@ def test_maps_of_a_long_stay_have_the_hours_of_its_end(tables):
 def test_every_stay_can_be_drawn_with_its_events_for_and_against(tables):
     n_events = tables["events"]["icu_stay_id"].value_counts()
     for stay in tables["stays"].itertuples():
-        words = words_of(draw_stay(tables, CAPTION, stay.icu_stay_id))
+        words = words_of(draw_captum_attributions(tables, CAPTION, stay.icu_stay_id))
         assert f"stay {stay.icu_stay_id}?" in words and f"All {n_events[stay.icu_stay_id]} events" in words
         assert ("not complete" in words) != stay.complete
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ from clinical_lf.plots import new_figure
 
 FAR = "far above range"
 ATTACK = f'Lab: <script>alert(1)</script> & "$x_{{$ (Blood, Chemistry) | Value: <b>9</b> | Level: {FAR}'
-INFO = {"text_encoder": "hashing", "data": "synthetic", "checkpoint": "best_model.pth", "calibration": None}
+INFO: dict[str, Any] = {"text_encoder": "hashing", "data": "synthetic", "checkpoint": "best_model.pth"}
+INFO |= {"labels": np.array([]), "risks": np.array([])}
 INFO |= {"setting": "The model sees every event up to the final one."}
 FAITHFULNESS = check_table(
     [
@@ -105,10 +107,10 @@ def test_checks_say_in_words_whether_they_hold_and_are_counted_unless_the_verdic
 
 def test_a_risk_is_set_beside_what_became_of_stays_like_it():
     risks, labels = np.linspace(0.05, 0.95, 40), (np.arange(40) >= 20).astype(float)
-    words = explain_report.calibration_sentence(explain_report.calibration_of(labels, risks), 0.9)
+    words = explain_report.calibration_sentence(labels, risks, 0.9)
     assert words.startswith("Of the 10 stays with the most similar risks (mean 85 %), 10 died: 100 %, 95 % interval 72")
-    few = explain_report.calibration_of(np.where(np.arange(40) < 19, labels, np.nan), risks)
-    assert few is None and "too few stays" in explain_report.calibration_sentence(few, 0.9)
+    few = np.where(np.arange(40) < 19, labels, np.nan)
+    assert "too few stays" in explain_report.calibration_sentence(few, risks, 0.9)
 
 
 # ---- The page

@@ -15,7 +15,7 @@ import sqlglot
 from small_table import leftovers, run_python
 
 from clinical_lf import duck, mimic, tables
-from clinical_lf.files import HALF_WRITTEN, InputError, wording
+from clinical_lf.files import HALF_WRITTEN, WORDS, InputError
 from clinical_lf.mimic import EVENT_TABLES, MIMIC_KEYS, MIMIC_TABLES, run_mimic_query
 from clinical_lf.reading import read_stays
 
@@ -258,7 +258,7 @@ def test_one_bad_stay_is_left_out_counted_and_named(code, stay, table, old, new,
     read_table, report = read(tmp_path, **swapped(table, old, new))
     assert set(read_table.stays.icu_stay_id) == {101, 102, 201} - {stay}
     assert report.counts == {code: 1, "stay_without_events": 1}
-    assert f"1 {wording('reasons')[code]}: icu_stay_id {stay}" in log.text and ".parquet" not in log.text
+    assert f"1 {WORDS['reasons'][code]}: icu_stay_id {stay}" in log.text and ".parquet" not in log.text
 
 
 def test_every_row_of_every_table_is_accounted_for(tmp_path, log):

@@ -15,7 +15,7 @@ from test_mimic import broken_mimic
 
 import train
 from clinical_lf import duck, reading
-from clinical_lf.files import InputError, wording
+from clinical_lf.files import WORDS, InputError
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import EVENT_ARRAYS, EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS, STAY_COLUMNS
 
@@ -51,7 +51,7 @@ def put(table, cells, rows=slice(0, 3)):
     return table
 
 
-TIME, NUMBER, NO_TIME = "a time like 2150-01-31 23:59:00", "a finite number", wording("reasons")["event_without_time"]
+TIME, NUMBER, NO_TIME = "a time like 2150-01-31 23:59:00", "a finite number", WORDS["reasons"]["event_without_time"]
 BAD_CELLS = [
     ("patient_id", "an integer", ["abc", "", "#10000000", "99999999999999999999"]),  # no comment begins with #
     ("icu_stay_id", "an integer", ["30000000.5"]),
@@ -363,7 +363,7 @@ def loads_or_is_refused(path):
     except InputError as error:
         assert path.name in str(error)
         return False
-    assert report.counts.keys() <= wording("reasons").keys()
+    assert report.counts.keys() <= WORDS["reasons"].keys()
     assert all(type(n) is int and n > 0 for n in report.counts.values())
     n_stays, n_events = len(table.stays), len(table.text)
     assert table.offsets[0] == 0 and table.offsets[-1] == n_events and len(table.offsets) == n_stays + 1
