@@ -85,8 +85,12 @@ class ExplainSettings:
     save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
     stays: int = setting(4, "Stays shown in full: highest, lowest, most uncertain, most wrong risk in turn.", low=0)
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
-    decision_threshold: float = setting(0.5, "Risk at which a decision would change.", above=0, below=1)
-    quick: bool = setting(False, "Show what matters in half a minute: 12 stays, few checks, no layers.")
+    decision_threshold: float = setting(
+        0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
+    )
+    quick: bool = setting(
+        False, "Show what matters in half a minute: 12 stays, few checks, no layers; a full run's findings may differ."
+    )
     # As in train.py; empty, they are the checkpoint's.
     text_encoder: str = same_setting(train.Settings, "text_encoder")
     labels: str = same_setting(train.Settings, "labels")
