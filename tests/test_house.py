@@ -3,10 +3,12 @@
 import ast
 import importlib.util
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_table import TINY, run_python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +62,15 @@ def test_torch_has_attention_within_stays():
     """With it bf16 training on a GPU attends within stays."""
     found = importlib.util.find_spec("torch.nn.attention.varlen")
     assert found, f"torch {torch.__version__} lacks torch.nn.attention.varlen: pip install 'torch>=2.10,<=2.13.0'"
+
+
+def test_readme_is_short_and_the_citation_is_of_this_version():
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1800
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    for name, same in {"title": "description", "version": "version", "license": "license"}.items():
+        assert citation[name] == project[same]
 
 
 @pytest.mark.slow
