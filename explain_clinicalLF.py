@@ -1227,8 +1227,9 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     """Measure, per stay and layer, how much events look at others within `near` positions and beyond.
 
     Return dicts of stay, layer (1-based), `attention_matrix` (L, L), the mean over heads without padding, and the mean
-    weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if none); the same per head (`head_`),
-    and `head_local_share` of all weight beside `local_share_by_chance`. Maps read from a file are of L equal bins.
+    weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if none); the same per head in
+    `head_matrices` (H, L, L), `head_local_attention` and `head_global_attention` (H,), and `head_local_share` of all
+    weight (H,) beside `local_share_by_chance`. Maps read from a file are of equal bins: L is then their number.
 
     >>> [(row["layer"], row["attention_matrix"].shape) for row in analyze_layer_attention_patterns(attention_weights)]
     [(1, (4, 4)), (1, (2, 2))]
@@ -1243,16 +1244,11 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
             is_near = np.abs(place[:, None] - place) <= near
             local = matrices[:, is_near].mean(1)
             beyond = matrices[:, ~is_near].mean(1) if (~is_near).any() else np.full(len(matrices), math.nan)
-            row: dict[str, Any] = {"stay": stay, "layer": layer, "local_share_by_chance": float(is_near.mean())}
-            row |= {
-                "attention_matrix": matrices.mean(0),
-                "local_attention": float(local.mean()),
-                "global_attention": float(beyond.mean()),
-                "head_matrices": matrices,
-                "head_local_attention": local,
-                "head_global_attention": beyond,
-                "head_local_share": matrices[:, is_near].sum(1) / matrices.sum((1, 2)),
-            }
+            row: dict[str, Any] = {"stay": stay, "layer": layer, "attention_matrix": matrices.mean(0)}
+            row |= {"local_attention": float(local.mean()), "global_attention": float(beyond.mean())}
+            row |= {"head_matrices": matrices, "head_local_attention": local, "head_global_attention": beyond}
+            row["head_local_share"] = matrices[:, is_near].sum(1) / matrices.sum((1, 2))
+            row["local_share_by_chance"] = float(is_near.mean())
             rows.append(row)
     return rows
 
