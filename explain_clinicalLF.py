@@ -347,7 +347,8 @@ def integrated_gradients(
     model: ClinicalTransformer, sequence: Tensor, static: Tensor, is_event: Tensor, baseline: Baseline, n_steps: int
 ) -> tuple[Tensor, Tensor]:
     """Return the attributions (1, L, C) and (1, S) of one stay."""
-    starts, per_pass = baselines_like(sequence, static, baseline), max(1, GRADIENT_EVENTS // max(1, sequence.shape[1]))
+    starts = baselines_like(sequence, static, baseline)
+    per_pass = max(1, GRADIENT_EVENTS // max(1, sequence.shape[1]))
     options = {"n_steps": n_steps, "method": "gausslegendre", "internal_batch_size": per_pass}
     gradients = IntegratedGradients(model.logits)
     events, statics = gradients.attribute((sequence, static), starts, additional_forward_args=(is_event,), **options)
@@ -385,11 +386,9 @@ def layer_analysis(
         for row, layer in zip(rows, layers.values()):
             for steps in (n_steps, 4 * n_steps):
                 # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
-                per_pass, gradients = (
-                    max(GRADIENT_EVENTS, sequence.shape[1]),
-                    LayerIntegratedGradients(model.logits, layer),
-                )
+                per_pass = max(GRADIENT_EVENTS, sequence.shape[1])
                 options = {"n_steps": steps, "method": "gausslegendre", "internal_batch_size": per_pass}
+                gradients = LayerIntegratedGradients(model.logits, layer)
                 found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
                 attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
                 gap = float(attribution.sum()) - (logits[0] - logits[1])
