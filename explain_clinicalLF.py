@@ -376,8 +376,10 @@ def layer_analysis(
     check_finite(sequences, static_features, mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    empty = lambda: {"gap_error": np.zeros(len(mask)), "complete": np.zeros(len(mask), bool)}
-    rows: list[Any] = [{"layer": name, "attribution": np.zeros(mask.shape), **empty()} for name in layers]
+    rows = []
+    for name in layers:
+        row: dict[str, Any] = {"layer": name, "attribution": np.zeros(mask.shape), "gap_error": np.zeros(len(mask))}
+        rows.append(row | {"complete": np.zeros(len(mask), bool)})
     for stay, is_event in enumerate(mask):
         sequence, static = sequences[stay, None, is_event], static_features[stay, None]
         start, _ = baselines_like(sequence, static, baseline)
