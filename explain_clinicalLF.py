@@ -811,9 +811,12 @@ def explain_stay(
     groups = ablation.groups.drop(columns="stay")
     falls = groups[groups["kind"] == "static"].set_index("group")["ablation"]
     said = run.table.take(np.array([stay])).static_columns.loc[0, list(of_columns.index)]
-    statics: dict[str, Any] = {"feature": [static_word(column) for column in of_columns.index]}
-    statics["value"] = ["Unknown" if pd.isna(value) else str(value) for value in said]
-    statics |= {"attribution": of_columns.to_numpy(), "ablation": falls[list(of_columns.index)].to_numpy()}
+    statics = {
+        "feature": [static_word(column) for column in of_columns.index],
+        "value": ["Unknown" if pd.isna(value) else str(value) for value in said],
+        "attribution": of_columns.to_numpy(),
+        "ablation": falls[list(of_columns.index)].to_numpy(),
+    }
     sums = {("static", column): value for column, value in of_columns.items()}
     for kind, labels in kinds.items():
         sums |= {(kind, name): value for name, value in events["attribution"].groupby(labels).sum().items()}
@@ -838,8 +841,8 @@ def explain_stay(
         "why_shown": reason,
     }
     by_layer = pd.concat(parts, ignore_index=True)
-    static, by_group, layered = (table.assign(**ids) for table in (pd.DataFrame(statics), groups, by_layer))
-    return Explained(row, events, static, by_group, layered, attention)
+    by_column, by_group, layered = (table.assign(**ids) for table in (pd.DataFrame(statics), groups, by_layer))
+    return Explained(row, events, by_column, by_group, layered, attention)
 
 
 def events_to_replace(push: np.ndarray, most: int) -> np.ndarray:
