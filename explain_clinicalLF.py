@@ -1031,9 +1031,9 @@ def explain_stays(
         found = explain_stay(run, stay, settings, effort, leaks, reasons.get(stay, ""), stay in with_layers)
         write(found)
         rows.append(found.stay)
-        if stay in kept:  # of others than those shown in full without half a megabyte of maps
-            no_maps = found.attention._replace(maps=np.empty(0))
-            explained[stay] = found if stay in [*reasons, chosen[0]] else found._replace(attention=no_maps)
+        if stay in kept:
+            drawn = stay in [*reasons, chosen[0]]  # no picture shows the maps of the others, half a megabyte each
+            explained[stay] = found if drawn else found._replace(attention=found.attention._replace(maps=np.empty(0)))
         bar.update(int(explaining[stay]))
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
