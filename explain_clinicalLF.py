@@ -1068,10 +1068,10 @@ def explain_stays(
     tables["verdict"] = explain_report.check_table(verdict + [Check("quick", {})] * settings.quick)
     of_interest = [explained[stay] for stay in reasons or chosen[:1]]
     best = max(of_interest, key=lambda found: found.stay["probability"])
-    seen = {"icu_stay_id": best.stay["icu_stay_id"], "layer_maps": best.attention.maps}
-    seen |= {"pooling": best.attention.pooling, "n_mapped": min(len(best.events), MAX_MAP_EVENTS)}
-    seen |= {"hours": best.events["hours_to_end"].to_numpy(), "texts": best.events["event_text"].tolist()}
-    return tables | {"attention": seen}
+    pictured = {"icu_stay_id": best.stay["icu_stay_id"], "layer_maps": best.attention.maps}
+    pictured |= {"n_mapped": min(len(best.events), MAX_MAP_EVENTS), "pooling": best.attention.pooling}
+    pictured |= {"hours": best.events["hours_to_end"].to_numpy(), "texts": best.events["event_text"].tolist()}
+    return tables | {"attention": pictured}
 
 
 # ---- In a notebook: names of inputs, and small analyses of one pass --------------------------------------------------
