@@ -440,7 +440,7 @@ def replaced_logits(
 def replace_each_event(
     model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: Baseline, which: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return (L,): by how much the logit falls if this event were unremarkable; NaN but at the positions `which`."""
+    """Return (L,): by how much the logit falls if an event were unremarkable, > 0 for death; NaN but at `which`."""
     n_events = sequence.shape[1]
     which = np.arange(n_events) if which is None else np.asarray(which)
     scores = np.full(n_events, math.nan)
@@ -587,8 +587,8 @@ def infidelity(
 ) -> dict[str, float]:
     """Return the infidelity (Yeh et al. 2019) of (L,) scores, relative to the same values dealt at random.
 
-    How well their sums predict by how much the logit falls when a random tenth of the events, of those that all scores
-    know, becomes unremarkable.
+    How well their sums predict by how much the logit falls when a random tenth of the events becomes unremarkable, of
+    those that all scores know: the replacement of long stays says nothing of weak events.
     """
     known = ~np.isnan(np.array(list(scores.values()))).any(0)  # (L,)
     rng, n_known = np.random.default_rng(seed), known.sum()
