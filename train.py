@@ -896,9 +896,8 @@ class ItemHistoryProjection(nn.Module):
 
     def of_item(self, projection: nn.Linear, text: Tensor) -> Tensor:
         """Project text (N, 5 + E) -> (N, D) by its whitened columns; in fp32, since whitening makes rounding loud."""
-        with torch.autocast(
-            text.device.type, enabled=False
-        ):  # the axes join the weights, of which there are fewer than events
+        # The axes join the weights, of which there are fewer than events.
+        with torch.autocast(text.device.type, enabled=False):
             return F.linear(text.float(), projection.weight @ self.item_axes, projection.bias)
 
     def forward(self, events: Tensor) -> Tensor:
