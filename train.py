@@ -1582,13 +1582,10 @@ def read_source(
 ) -> Source:
     """Read the settings' data set, or a data frame, choose its cohort and describe it in the log."""
     logger.info(f"Reading     {settings.data}")
-    data, limits = (
-        data_path(settings.data) if frame is None else frame,
-        (settings.memory_limit, settings.static_features),
-    )
+    data, columns = data_path(settings.data) if frame is None else frame, settings.static_features
     task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
     with accelerator.main_process_first():  # one process runs the query, the others find its result
-        whole, report = read_stays(data, settings.cache_dir, need_label, task, *limits)
+        whole, report = read_stays(data, settings.cache_dir, need_label, task, settings.memory_limit, columns)
     cohort = (settings.first_stay_only, settings.observation_hours, settings.gap_hours)
     table, flow = tables.choose_cohort(whole, *cohort)
     if not settings.trajectory:  # which scores more of each stay than its cohort has
