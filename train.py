@@ -714,7 +714,7 @@ def plan_batches(
 
     A batch holds at most `batch_size` stays, its longest first, and each of `world` processes at most `max_events`
     events of it (a longer stay is alone). In training lengths mix: batches of similar ones cost 0.004 of AUROC on real
-    stays (with item history).
+    stays (with item history), and packed events do not need them.
     """
     longest_first, sizes = np.argsort(-lengths, kind="stable"), lengths.tolist()
     order = longest_first if seed is None else np.random.default_rng(seed).permutation(len(lengths))
@@ -723,7 +723,10 @@ def plan_batches(
         batch = sorted([*batches[-1], stay], key=lambda member: -sizes[member])
         n_events = sum(sizes[member] for member in batch[::world])  # of the process that has most
         fits = len(batch) <= batch_size and (n_events <= max_events or len(batch) <= world)
-        batches[-1:] = [batch] if fits else [batches[-1], [stay]]
+        if fits:
+            batches[-1] = batch
+        else:
+            batches.append([stay])
     return [np.array(batch) for batch in batches if batch]
 
 
