@@ -1239,10 +1239,7 @@ class Trainer:
         rate, decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.AdamW(objective.parameters(), lr=rate, weight_decay=decay)
         self.step = self.epochs_done = 0
-        # The mean's memory grows with the steps, so that the beginning is forgotten.
-        memory = lambda: min(AVERAGING, self.step / (self.step + 10))
-        move = lambda averaged, current, _: torch._foreach_lerp_(averaged, current, 1 - memory())
-        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=move)
+        self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=self.average_weights)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.threads = ThreadPoolExecutor(2)  # write attention and read losses while training goes on
         self.writing: Future[None] | None = None
@@ -1310,6 +1307,10 @@ class Trainer:
         total_loss += self.read_losses(*unread.popleft())
         sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
         return float(sums[0]) / n_stays
+
+    def average_weights(self, averaged: Any, current: Any, _: Tensor | int) -> None:
+        """Move the running mean of the weights; its memory grows with the steps, so that the beginning is forgotten."""
+        torch._foreach_lerp_(averaged, current, 1 - min(AVERAGING, self.step / (self.step + 10)))
 
     def set_learning_rate(self, fraction_of_training: float) -> None:
         """Raise it over the first steps (a tenth of them where they are few), then lower it along half a cosine."""
