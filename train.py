@@ -1663,10 +1663,10 @@ def make_text_encoder(
     A failure of one process is one of all: none waits in vain. For the bundled sample alone, `hashing` takes the place
     of a Clinical-Longformer that is not to be had.
     """
-    devices, failure = [accelerator.device] if accelerator.num_processes > 1 else None, None
-    name, cache_dir = settings.text_encoder, Path(settings.cache_dir)
+    devices = [accelerator.device] if accelerator.num_processes > 1 else None  # of several processes each has one
+    name, failure = settings.text_encoder, None
     try:
-        encoder = ClinicalTextEncoder(name, settings.max_text_tokens, cache_dir, devices=devices)
+        encoder = ClinicalTextEncoder(name, settings.max_text_tokens, Path(settings.cache_dir), devices=devices)
         if not settings.dry_run and encoder.cache.missing(text_keys(texts)).any():
             encoder.encoder.load(encoder.cache.folder)
     except InputError as error:
