@@ -1636,11 +1636,12 @@ def describe_plan(
                 logger.info(f"Split       {name}: {words}; which epoch is best is partly luck")
             else:
                 logger.warning(f"Split       WARNING: {name}: {words}; --cross-validate 5 tests on every stay once")
-    keys, megabytes, n_trainings = np.unique(text_keys(texts)), 4e-6 * encoder.dim, max(len(splits), settings.seeds)
-    n_missing, again = int(encoder.cache.missing(keys).sum()), f"{n_trainings} times " if n_trainings > 1 else ""
-    disk, free = megabytes * n_missing, files.free_disk(Path(settings.cache_dir)) / 1e6
+    n_trainings, megabytes = max(len(splits), settings.seeds), 4e-6 * encoder.dim  # of a float32 vector
+    again = f"{n_trainings} times " if n_trainings > 1 else ""
+    missing = encoder.cache.missing(np.unique(text_keys(texts)))
+    disk, free = megabytes * missing.sum(), files.free_disk(Path(settings.cache_dir)) / 1e6
     logger.info(
-        f"Plan        encode {n_missing:,} of {len(keys):,} texts with {encoder.id}, {disk:,.1f} MB of disk "
+        f"Plan        encode {missing.sum():,} of {len(missing):,} texts with {encoder.id}, {disk:,.1f} MB of disk "
         f"({free / 1e3:,.0f} GB free); hold {megabytes * len(table.texts):,.1f} MB of vectors in memory; "
         f"train {again}at most {settings.max_epochs} epochs"
     )
