@@ -1736,7 +1736,7 @@ def read_training_data(settings: Settings, accelerator: Accelerator) -> tuple[Se
 def train_and_report(
     source: Source, data: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> tuple[dict[str, Any], Any]:
-    """Train, score the held-out stays once and write everything; return what metrics.json holds, and these stays."""
+    """Train, score held-out stays once, write all; the first process returns what metrics.json holds, and the stays."""
     from clinical_lf import run_folder
 
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(settings))
@@ -1776,8 +1776,7 @@ def train_and_report(
     seconds = round(sum(row["seconds"] for row in trainer.history), 1)  # of all parts, where it was resumed
     training |= {"seconds": seconds, "parameters": trainer.n_parameters}
     described = {"text_encoder": data.text_encoder, "training": training, **source.origin()}
-    history = pd.DataFrame(trainer.history)
-    content = folder.report_training(described, predictions, data.table, history)
+    content = folder.report_training(described, predictions, data.table, pd.DataFrame(trainer.history))
     return content, predictions.get("test", predictions["validation"])
 
 
