@@ -89,7 +89,7 @@ class Settings:
     n_layers: int = setting(4, "Transformer layers; with 0 events meet in the pooling alone.", low=0)
     n_heads: int = setting(8, "Attention heads of each layer.", low=1)
     n_pooling_heads: int = setting(4, "Attention heads that pool the events.", low=1)
-    dropout: float = setting(0.1, "Dropout everywhere but inside attention.", low=0, below=1)
+    dropout: float = setting(0.1, "Dropout everywhere but in attention, whose kernels take none.", low=0, below=1)
 
     temporal_weight: float = setting(0.0, "Share of the loss given to the events' own predictions.", low=0, high=1)
     tau_hours: float = setting(24.0, "An event tau hours earlier weighs 1/e in the temporal loss.", above=0)
@@ -207,7 +207,7 @@ class ClinicalDataPreprocessor:
         return self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learnt, as plain data."""
+        """Return what was learnt, as plain data: so a checkpoint loads without pickle."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> Self:
@@ -331,7 +331,7 @@ class EmbeddingCache:
 
     Each append makes one immutable part, `part-<time>-<id>/` with `keys.npy` (n, 16) uint8 and `vectors.npy` (n, dim)
     float32, written whole: several processes may append, and a killed one leaves no half part. Vectors are
-    memory-mapped, only keys are read. A part that is no such part is ignored with a warning: its texts are missing.
+    memory-mapped, only keys are read. A damaged or foreign part is ignored with a warning: its texts are missing.
     """
 
     def __init__(self, folder: Path, dim: int, legacy_folders: Sequence[Path] = ()) -> None:
@@ -829,7 +829,7 @@ class EncoderLayer(nn.Module):
 class AttentionPooling(nn.Module):
     """Multi-head attention of one learnable query over a stay's events; in training a share of them is hidden.
 
-    Another one at each step: dropout of keys before the softmax (Li et al. 2023, arXiv 2208.02646).
+    Another share at each step: dropout of keys before the softmax (Li et al. 2023, arXiv 2208.02646).
     """
 
     def __init__(self, d_model: int, n_heads: int, event_dropout: float = 0.0) -> None:
@@ -968,7 +968,7 @@ class ClinicalTransformer(nn.Module):
     def set_input_statistics(
         self, mean: Tensor, scale: Tensor, static_weight: Tensor, training_items: Tensor | None = None
     ) -> None:
-        """Set mean and spread of the columns before the history, the statics' factors (S), and items (K, 5 + E)."""
+        """Set mean and spread of the columns before the history, and factors (S); a history needs items (K, 5 + E)."""
         self.event_mean[: self.n_plain] = mean
         self.event_scale[: self.n_plain] = scale
         self.static_weight.copy_(static_weight)
@@ -1017,7 +1017,7 @@ class ClinicalTransformer(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return logits (B, 1), and the dict that `forward` describes, of events without padding (N, input_dim).
 
-        With `rows` (N,) a stay's events are rows of fewer events, each projected once.
+        `layer_weights` takes (B, H, L, L) a layer. With `rows` (N,) events are rows of fewer ones, each projected once.
         """
         normalised = (events - self.event_mean) / self.event_scale  # (N, input_dim)
         outputs = self.input_norm(self.input_projection(normalised))  # (N, D)
