@@ -1708,7 +1708,7 @@ def train_model(
 
     Return the trainer, whose datasets are the parts of the split, and the checkpoint of the best weights, its own then.
     """
-    settings, accelerator = check_settings(settings), accelerator or make_accelerator(settings)
+    settings, accelerator = check_settings(replace(settings, dry_run=False)), accelerator or make_accelerator(settings)
     trainer = Trainer(settings, data or read_training_data(settings, accelerator)[2][0], accelerator)
     if settings.resume:
         trainer.resume()
