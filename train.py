@@ -854,12 +854,12 @@ class AttentionPooling(nn.Module):
         All in fp32. The query and what it pools pass the projections of keys and values, not each event: the same sums.
         """
         if self.training and self.event_dropout > 0:
-            hidden = torch.rand(attention_mask.shape, device=events.device) < self.event_dropout  # (B, L)
-            attention_mask = attention_mask & ~hidden
+            is_shown = torch.rand(attention_mask.shape, device=events.device) >= self.event_dropout  # (B, L)
+            attention_mask = attention_mask & is_shown
         split = (self.n_heads, -1)
         with torch.autocast(events.device.type, enabled=False):
-            scores = self.scores(query, events).unsqueeze(2) + (0 if bias is None else bias)  # (B, H, 1, L)
-            weights = softmax_among(scores, attention_mask[:, None, None, :])
+            scores = self.scores(query, events).unsqueeze(2)  # (B, H, 1, L)
+            weights = softmax_among(scores if bias is None else scores + bias, attention_mask[:, None, None, :])
             shares = weights.squeeze(2)  # (B, H, L)
             pooled = shares @ events.float()  # (B, H, D)
             values = torch.einsum("bhd,hcd->bhc", pooled, self.value.weight.unflatten(0, split))  # (B, H, C)
