@@ -1847,7 +1847,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     loaded = load_run(checkpoint, given, accelerator)
     table, whole = loaded.dataset.table, loaded.source.whole
     is_seen = checkpoint.is_seen(table.stays)
-    rows = []
+    rows = []  # the whole table's texts have these vectors: with --trajectory read_source leaves none out
     for hour in trajectory_hours(settings.trajectory):
         present = tables.known_at(whole.take(tables.stay_hours(whole) > hour), hour)
         if len(present.stays):
@@ -1868,7 +1868,7 @@ def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[st
     described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **loaded.source.origin()}
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table.static_columns)
     predictions = run_folder.Predictions(table.stays, expit(loaded.logits))
-    trajectories, is_prospective = pd.concat(rows, ignore_index=True) if rows else None, checkpoint.settings.prospective
+    is_prospective, trajectories = checkpoint.settings.prospective, pd.concat(rows, ignore_index=True) if rows else None
     return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)
 
 
