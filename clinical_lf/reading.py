@@ -63,6 +63,8 @@ def read_stays(
             raise files.refusal("unreadable", source=name, reason=duck.reason_without_rows(error)) from None
 
     if isinstance(data, pd.DataFrame):
+        with contextlib.suppress(OSError):  # a folder to spill into: DuckDB makes the last one of a path only
+            results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
     path = Path(data)
     if "\n" in str(data):

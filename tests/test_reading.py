@@ -330,6 +330,12 @@ def test_limit_of_memory_that_is_none_is_said_and_too_low_a_one_does_not_blame_t
         read_stays(train.SAMPLE, tmp_path, memory_limit=limit)
 
 
+def test_data_frame_that_passes_the_limit_of_memory_has_a_folder_to_spill_into(tmp_path):
+    """DuckDB makes the last folder of its path only."""
+    read_stays(small_table(), tmp_path / "new" / "cache")
+    assert (tmp_path / "new" / "cache" / "query_results").is_dir()
+
+
 QUICK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 ODD = """nan|NaN|inf|-inf|infinity|epoch|1e308|-1e308|1e-320|9007199254740993|9223372036854775807|-9223372036854775808
 99999999999999999999|0|-0|1|1.0|1.5|0x1F|true|NULL|None|\\N|2150-03-01|2150-03-01 09:00:00|2150-03-01T09:00:00Z
