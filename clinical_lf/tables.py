@@ -194,7 +194,7 @@ def known_at(table: StayTable, hours: float, is_described: bool = False) -> Stay
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     part = table.take(np.unique(table.stay_of_event[known]), keep_event=known)
     # What is known only later is missing, as where a model learns it.
-    unknown = {} if is_described else dict(zip(KNOWN_ONLY_LATER, (np.nan, None, None)))
+    unknown = {} if is_described else dict(zip(KNOWN_ONLY_LATER, (np.nan, None, None), strict=True))
     minutes_to_end = (minutes - part.minutes_since_intime).astype(np.float32)
     return replace(part, stays=part.stays.assign(**unknown), minutes_to_end=minutes_to_end)
 
