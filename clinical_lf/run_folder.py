@@ -183,9 +183,9 @@ class RunFolder:
         content = described | {"metrics": {part: figures, "validation": of_validation}}
         content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai}
         self.json("metrics.json", content)
-        more = {"folder": self, "part": part, "figures": figures, "subgroups": subgroups.to_dict("records")}
-        # The content's `metrics` are numbers: the card calls the functions of the module of that name.
-        self.text("model_card.md", render("model_card.md.j2", content | globals() | more))
+        more: Content = {"folder": self, "part": part, "figures": figures, "subgroups": subgroups.to_dict("records")}
+        more["metrics"] = metrics  # the module, whose functions the card calls: the content's of that name are numbers
+        self.text("model_card.md", render("model_card.md.j2", globals() | content | more))
         facts = described["training"] | {"part": part.capitalize(), "words": scored.words()}
         log_metrics(figures, WORDS["log"]["trained"].format(**facts))
         if part == "validation":
