@@ -147,10 +147,10 @@ def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, st
         checks = {}
         for name in [name for name in columns if name in present and columns[name] != "VARCHAR"]:
             value = f"TRY_CAST({name} AS {columns[name]})"
-            is_bad = {
+            is_bad = {  # condition: whether it applies to this column
                 UNFIT[columns[name]][0].format(name): True,
                 f"{value} IS NULL": name in needed,
-                f"{value} IS NULL AND given({name}) IS NOT NULL": present[name] != columns[name],  # else all can be
+                f"{value} IS NULL AND given({name}) IS NOT NULL": present[name] != columns[name],  # else it is readable
                 f"{value} NOT IN (0, 1)": name == LABEL and kind != "nested",
             }
             checks[name] = " OR ".join(condition for condition, applies in is_bad.items() if applies)
