@@ -1516,9 +1516,10 @@ def run(settings: Settings) -> dict[str, Any]:
     """Go through all phases of a run; return what metrics.json holds."""
     accelerator = make_accelerator(settings)
     settings = replace(settings, output_dir=str(output_folder(settings)))
+    checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
     with files.lock_folder(Path(settings.output_dir), wait=False) if accelerator.is_main_process else nullcontext():
-        if settings.evaluate:
-            return evaluate_checkpoint(settings, accelerator)
+        if checkpoint is not None:
+            return evaluate_checkpoint(checkpoint, settings, accelerator)
         settings, source, data = read_training_data(settings, accelerator)
         if settings.dry_run:
             return {}
@@ -1836,14 +1837,13 @@ def load_run(
     return LoadedRun(settings, source, dataset, logits)
 
 
-def evaluate_checkpoint(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """Score a table with a trained model; figures where labels are known, trajectories if asked."""
     from clinical_lf import run_folder
 
     taken = "data output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate"
     taken += " trajectory n_bootstrap no_test split resume"
     given = {name: getattr(settings, name) for name in taken.split()}
-    checkpoint = load_checkpoint(settings.evaluate, accelerator.device)
     loaded = load_run(checkpoint, given, accelerator)
     table, whole = loaded.dataset.table, loaded.source.whole
     is_seen = checkpoint.is_seen(table.stays)

@@ -73,6 +73,7 @@ def test_bad_option_is_refused(script, options, words, tmp_path, assert_refused)
     """An option that is cut short is an unknown one."""
     starts = {"train": arguments(tmp_path, "none.csv"), "explain": ["--save-dir", tmp_path / "out"]}
     assert_refused(words, {"train": train, "explain": explain}[script].main, *starts[script], *options.split())
+    assert not (tmp_path / "out" / "evaluation").exists()  # a mistyped path leaves no folder
 
 
 @dataclasses.dataclass(frozen=True)
