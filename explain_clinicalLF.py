@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 import train
 from clinical_lf import audit, explain_report, files, findings, metrics, run_folder
-from clinical_lf.explain_plots import draw_captum_attributions, draw_figure, draw_figures
+from clinical_lf.explain_plots import FIGURES, draw_captum_attributions, draw_figure, draw_figures
 from clinical_lf.explain_report import FLOOR, Check, counted, percent, static_word
 from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
@@ -1438,6 +1438,8 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     for stay in found["stays"].loc[found["stays"]["why_shown"] != "", "icu_stay_id"]:
         drawn[f"stay_{stay}"] = draw_captum_attributions(found, found.caption, stay)
     pictures = {name: explain_report.picture_of(figure) for name, figure in drawn.items()}  # drawn once
+    for path in (*folder.glob("stay_[0-9]*.png"), *(folder / f"{name}.png" for name in FIGURES)):
+        files.delete_quietly(path)  # an earlier explanation may have drawn what this one does not
     for name, picture in pictures.items():
         files.write_whole(folder / f"{name}.png", partial(Path.write_bytes, data=picture["png"]))
     trained, labels = run.checkpoint.settings, run.table.labels

@@ -62,6 +62,9 @@ def sample_run(tmp_path_factory):
 def explained(sample_run):
     """The run's model explained on its own data, results beside it: neither is named."""
     few = {"stays": 2, "max_stays": 5, "n_bootstrap": 50}
+    old = best_model(sample_run).parent.parent / "explainability" / "stay_0.png"  # of an earlier explanation
+    old.parent.mkdir()
+    old.touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explain.Effort.__new__, "__defaults__", (2, 1, 100))  # checked, layered, replaced
         return explain.run_explainability_analysis(best_model(sample_run), cache_dir=str(sample_run / "cache"), **few)
