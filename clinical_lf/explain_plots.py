@@ -30,8 +30,8 @@ OVER_TIME = (  # measures of an event: column, word, is it a push, colour and ma
     ("attribution", "push", True, "#009E73", "D"),
     ("if_unremarkable", "if unremarkable", True, VERMILLION, "^"),
 )
-ORDERS = {"attribution": ("#9ecae1", "-", 4), "if_unremarkable": ("black", "--", 1.2)}  # colour, line and its width
-ORDERS |= {"attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
+METHOD_STYLES = {"attribution": ("#9ecae1", "-", 4), "if_unremarkable": ("black", "--", 1.2)}  # colour, line, its width
+METHOD_STYLES |= {"attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
 ABOVE = {"loc": "outside upper center", "ncols": 4, "fontsize": 7.5, "frameon": False}  # a legend above all panels
 
 
@@ -398,7 +398,7 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
     titles = {"deletion": "Events made unremarkable", "insertion": "Events given to a stay that says nothing"}
     for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
-        for order, (color, line, width) in ORDERS.items():
+        for order, (color, line, width) in METHOD_STYLES.items():
             curve, label = means[direction, order], report.METHOD_WORDS.get(order, "random order")
             axes.plot(100 * curve.index, curve, color=color, linestyle=line, linewidth=width, label=label)
         axes.axhline(0, color="black", linewidth=0.5)

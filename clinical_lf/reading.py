@@ -107,7 +107,7 @@ def _register_source(con: DuckDBPyConnection, data: Path | pd.DataFrame, task: M
     # A value as trimmed text, NULL where it only says that it is missing. Here infinity is an error.
     missing = ", ".join(duck.quoted(word) for word in duck.MISSING if "inf" not in word)
     text = "trim(CAST(value AS VARCHAR))"
-    con.execute(f"CREATE TEMP MACRO given(value) AS CASE WHEN {text} NOT IN ({missing}) THEN {text} END")
+    con.execute(f"CREATE TEMP MACRO null_if_missing(value) AS CASE WHEN {text} NOT IN ({missing}) THEN {text} END")
     if isinstance(data, pd.DataFrame):
         con.register("stay_rows", data)
         con.register("event_rows", data)
@@ -150,7 +150,7 @@ def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, st
             is_bad = {  # condition: whether it applies to this column
                 UNFIT[columns[name]][0].format(name): True,
                 f"{value} IS NULL": name in needed,
-                f"{value} IS NULL AND given({name}) IS NOT NULL": present[name] != columns[name],  # else it is readable
+                f"{value} IS NULL AND null_if_missing({name}) IS NOT NULL": present[name] != columns[name],
                 f"{value} NOT IN (0, 1)": name == LABEL and kind != "nested",
             }
             checks[name] = " OR ".join(condition for condition, applies in is_bad.items() if applies)
@@ -172,8 +172,8 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
             raise files.refusal("repeated_stays", source=source, count=len(found), stay=found[0][0], files=found[0][1])
     present, values, conflicts = duck.column_types(con, "stay_rows"), [], []
     for name, sql_type in STAY_COLUMNS.items():
-        given = name if name in present else "NULL"
-        value = f"given({given})" if sql_type == "VARCHAR" else f"TRY_CAST({given} AS {sql_type})"
+        column = name if name in present else "NULL"
+        value = f"null_if_missing({column})" if sql_type == "VARCHAR" else f"TRY_CAST({column} AS {sql_type})"
         text = f"coalesce(CAST({value} AS VARCHAR), '')"
         values.append(f"any_value({value}) AS {name}")
         conflicts.append(f"CASE WHEN min({text}) <> max({text}) THEN '{name}' END")
@@ -213,7 +213,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
     con.execute("""
         CREATE TEMP TABLE texts AS
         SELECT *, dense_rank() OVER (ORDER BY cleaned) - 1 AS text
-        FROM (SELECT written, CASE WHEN given(written) IS NULL AND trim(written) <> '' THEN ''
+        FROM (SELECT written, CASE WHEN null_if_missing(written) IS NULL AND trim(written) <> '' THEN ''
                                    ELSE coalesce(CAST(written AS VARCHAR), '') END AS cleaned
               FROM (SELECT DISTINCT event_text AS written FROM event_rows))
     """)
@@ -225,8 +225,8 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
         FROM (
             SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id, TRY_CAST(event_time AS TIMESTAMP) AS event_time,
                    TRY_CAST(event_known_time AS TIMESTAMP) AS known_time, event_text AS written,
-                   coalesce(list_position({types}, given(event_type)) - 1, len({types}))::TINYINT AS event_type,
-                   TRY_CAST(relative_time_to_final_event AS DOUBLE) AS stated
+                   coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT
+                       AS event_type, TRY_CAST(relative_time_to_final_event AS DOUBLE) AS stated
             FROM event_rows
         ) AS e
         JOIN stays USING (icu_stay_id)

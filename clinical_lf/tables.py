@@ -162,7 +162,7 @@ def choose_cohort(
     """Return the stays to analyse, as known by observation_hours if any, and the flow to them; InputError if none."""
     flow: list[CohortStep] = []
 
-    def noted(name: str, current: StayTable) -> StayTable:
+    def record_step(name: str, current: StayTable) -> StayTable:
         n_patients, n_deaths = current.stays["patient_id"].nunique(), int(np.nansum(current.labels))
         flow.append(CohortStep(name, len(current.stays), n_patients, len(current.text), n_deaths))
         if not len(current.stays):
@@ -170,15 +170,16 @@ def choose_cohort(
             raise InputError(f"no stay is left ({steps}). Lower --observation-hours or --gap-hours.")
         return current
 
-    table = noted("all stays with events", table)
+    table = record_step("all stays with events", table)
     if first_stay_only:
         first = table.stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
-        table = noted("first ICU stay of each patient", table.take(np.sort(first)))
+        table = record_step("first ICU stay of each patient", table.take(np.sort(first)))
     if observation_hours > 0:
         least = observation_hours + gap_hours
-        table = noted(f"still in the ICU and alive {least:g} h after admission", table.take(stay_hours(table) > least))
+        longer = table.take(stay_hours(table) > least)
+        table = record_step(f"still in the ICU and alive {least:g} h after admission", longer)
         known = known_at(table, observation_hours, is_described=True)  # in subgroups; it is never a feature
-        table = noted(f"with an event known {observation_hours:g} h after admission", known)
+        table = record_step(f"with an event known {observation_hours:g} h after admission", known)
     return table, flow
 
 
