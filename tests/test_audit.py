@@ -134,3 +134,18 @@ def test_text_that_one_outcome_alone_has_is_a_leak_a_common_one_is_not_and_few_d
     assert audit.leaking_texts(table_of(events, nine_deaths)) == {}
     unknown = audit.audit_texts(table_of(events, nine_deaths)).iloc[0]
     assert (unknown["stays"], unknown["deaths"], unknown["flagged"]) == (27, 0, True)  # of 36 stays
+
+
+ONE_IN_TWO, THREE_IN_A_HUNDRED = np.arange(200) < 100, np.arange(200) < 6  # the first of 200 stays died
+TOLD = {
+    "a quarter of the deaths": (ONE_IN_TWO, range(25), 0.625, True),  # pure: 0.5 ** 25 is no chance
+    "twenty survivors, as most are": (THREE_IN_A_HUNDRED, range(100, 120), 0.448, False),  # pure: 0.97 ** 20 is
+    "all deaths, five survivors": (ONE_IN_TWO, range(105), 0.975, True),  # not pure, but it tells them apart
+    "half of the deaths, ten survivors": (ONE_IN_TWO, range(50, 110), 0.7, False),
+}
+
+
+@pytest.mark.parametrize("died, stays, auroc, flagged", TOLD.values(), ids=TOLD)
+def test_text_is_flagged_where_its_stays_end_alike_beyond_chance_or_it_tells_deaths(died, stays, auroc, flagged):
+    text = audit.audit_texts(table_of({"Lab: Sodium": stays}, died.astype(float))).iloc[0]
+    assert (round(text["auroc"], 3), bool(text["flagged"])) == (auroc, flagged)

@@ -564,19 +564,21 @@ def test_heads_are_correlated_with_what_events_are_and_switched_off_and_on_again
 
 
 @pytest.mark.parametrize(
-    "effects, threshold, events",
+    "effects, pushes, threshold, events",
     [
-        ([0.2, 2.5, -1.0, 0.1], 0.5, [1]),  # logit 2.3; without the 2.5 it is -0.2
-        ([0.5, -2.0, -0.1], 0.5, [1]),  # of a low risk those against
-        ([0.2, 1.5, 1.2, -1.0], 0.5, [1, 2]),  # neither alone is enough
-        ([0.5, 0.4], 0.4, []),  # a stay that says nothing has a risk above 40 %
+        ([0.2, 2.5, -1.0, 0.1], None, 0.5, [1]),  # logit 2.3; without the 2.5 it is -0.2
+        ([0.5, -2.0, -0.1], None, 0.5, [1]),  # of a low risk those against
+        ([0.2, 1.5, 1.2, -1.0], None, 0.5, [1, 2]),  # neither alone is enough
+        ([0.3, 2.5, -1.0], [3.0, 2.0, -1.0], 0.5, [1]),  # the first is given back: the change does not need it
+        ([0.5, 0.4], None, 0.4, []),  # a stay that says nothing has a risk above 40 %
     ],
 )
-def test_decisive_events_are_the_fewest_that_change_the_decision(effects, threshold, events):
+def test_decisive_events_are_the_fewest_that_change_the_decision(effects, pushes, threshold, events):
     model, inputs = LinearStay(1, 1), (torch.tensor(effects)[None, :, None], torch.zeros(1, 1))
     model.w.data[:] = 1  # the logit is 0.5 and the sum of the effects; the mean event is 0
     run = SimpleNamespace(checkpoint=SimpleNamespace(model=model, baseline=None), inputs=lambda stay: inputs)
-    stay = pd.DataFrame({"icu_stay_id": 1, "event": range(len(effects)), "event_text": "", "attribution": effects})
+    columns = {"icu_stay_id": 1, "event": range(len(effects)), "event_text": ""}
+    stay = pd.DataFrame(columns | {"attribution": pushes or effects})
     table, whole = explain.decisive_events(run, 0, stay, threshold), 0.5 + sum(effects)
     assert table["event"].tolist() == events
     left = whole - sum(effects[event] for event in events)

@@ -49,6 +49,7 @@ def test_json_has_null_for_nan_and_infinity_however_deep(tmp_path):
 def test_begin_removes_what_an_earlier_run_left_and_nothing_else_unless_it_resumes(tmp_path, resume):
     left = [pattern.replace("*", "1") for pattern in LEFT_BY_A_RUN]
     folders = ["evaluation/run.json", "explainability/report.html", "fold_2/run.json", "seed_3/run.json"]
+    folders += ["evaluation/predictions.csv", "explainability/stays.csv"]  # with all that is in them
     others = ["notes.csv", "notes/run.json", "plots/mine.png", "fold_9/notes.csv", "checkpoints/best_model.pth"]
     for name in (*left, *folders, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
