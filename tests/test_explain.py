@@ -371,13 +371,19 @@ def test_critical_time_periods_are_read_per_head_and_described(attention, descri
     assert {row["stay"] for row in above} == {0, 1}
 
 
-def test_feature_importance_over_time_leaves_padding_out(attention, attention_weights):
+def test_feature_importance_over_time_leaves_padding_out_and_counts_hours_of_a_record(
+    attention, attention_weights, described
+):
     table = pd.DataFrame(explain.analyze_feature_importance_over_time(attention, n_windows=2, top=1))
     places = table.groupby(["stay", "head"])["position"].apply(list)
     assert places[1, 1] == [0, 1] and places[0, 2] == [0, 3]
     rows = explain.analyze_feature_importance_over_time(attention_weights)
     assert max(row["position"] for row in rows if row["stay"] == 1) == 2
     assert sum(row["importance"] for row in rows if row["stay"] == 0) == pytest.approx(2)  # two heads, all events
+    first = {"pooling_weights": attention["pooling_weights"][:1]}
+    rows = explain.analyze_feature_importance_over_time(first, described, top=1)
+    found = [(row["window"], row["event_text"]) for row in rows if row["head"] == 2]
+    assert found == [("24 to 48 h", "a"), ("6 to 12 h", "b"), ("last 6 h", "d")]
 
 
 def test_layer_patterns_drop_padded_rows_and_bins_of_padding(attention, attention_weights, batch):
