@@ -38,11 +38,14 @@ def epochs_done(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd):
+def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd, request):
     """While a run trains, another into its folder is refused; after Ctrl-C, --resume takes up the last checkpoint."""
     argv = arguments(tmp_path, data, "--max-epochs", 9999, "--patience", 9999)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
     process = subprocess.Popen([sys.executable, train.__file__, *argv], text=True, **pipes)
+    signal.signal(signal.SIGINT, before)
+    request.addfinalizer(process.kill)  # also where the test fails
     end = time.monotonic() + 60
     while epochs_done(tmp_path) < 1:
         if process.poll() is not None or time.monotonic() > end:
