@@ -1,7 +1,8 @@
 """DuckDB as every source uses it: within limits, in UTC, with errors that hold no row."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def open_duckdb(memory_limit: str, spill: Path, database: str | Path = ":memory:
 def quoted(text: str | Path) -> str:
     """Return `text` as an SQL string literal."""
     return "'" + str(text).replace("'", "''") + "'"
+
+
+def file_list(paths: Iterable[Path]) -> str:
+    """Return files as the SQL list that read_parquet and read_csv take: each is itself, never a pattern."""
+    return f"[{', '.join(quoted(escape(str(path))) for path in paths)}]"
 
 
 def sql_case(conditions: dict[str, str]) -> str:

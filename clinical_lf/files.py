@@ -103,6 +103,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files below a folder, sorted: links are followed, what begins with a dot or _ is no data."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        found += [Path(root, name) for name in names if name.endswith(".parquet") and not name.startswith((".", "_"))]
+    return sorted(found)
+
+
 def delete_quietly(path: Path) -> None:
     """Delete a file or a folder, if it is there and ours to delete."""
     with contextlib.suppress(OSError):  # as where its own folder is a file
