@@ -105,11 +105,15 @@ def read_json(path: Path) -> Any:
 
 def parquet_files(folder: Path) -> list[Path]:
     """Return the Parquet files below a folder, sorted: links are followed, what begins with a dot or _ is no data."""
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        found += [Path(root, name) for name in names if name.endswith(".parquet") and not name.startswith((".", "_"))]
-    return sorted(found)
+    found: dict[Path, Path] = {}  # by where they really are: each once, and no link to a folder above goes on for ever
+    folders = [folder]
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            real = path.resolve()
+            if not path.name.startswith((".", "_")) and real not in found:
+                found[real] = path
+                folders += [path] * path.is_dir()
+    return sorted(path for path in found.values() if path.suffix == ".parquet" and path.is_file())
 
 
 def delete_quietly(path: Path) -> None:
