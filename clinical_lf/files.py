@@ -110,6 +110,8 @@ def parquet_files(folder: Path) -> list[Path]:
     while folders:
         for path in sorted(folders.pop().iterdir()):
             real = path.resolve()
+            if not real.exists():
+                raise InputError(f"{path} is a link to what is not there. Is its disk mounted?")
             if not path.name.startswith((".", "_")) and real not in found:
                 found[real] = path
                 folders += [path] * path.is_dir()
