@@ -1,6 +1,7 @@
 """Stays and their events as flat arrays: the table, the report of its reading, the cohort, and the split by patient."""
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -134,10 +135,15 @@ def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
     table.stays.to_parquet(folder / "stays.parquet")
     pd.DataFrame({"text": table.texts}).to_parquet(folder / "texts.parquet")
     (folder / "report.json").write_text(json.dumps(asdict(report)), "utf-8")
+    sums = {path.name: zlib.crc32(path.read_bytes()) for path in folder.iterdir()}
+    (folder / "sums.json").write_text(json.dumps(sums), "utf-8")
 
 
 def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, ReadReport]:
     """Map into memory what `save_arrays` wrote; OSError if absent, ValueError if damaged or without a feature."""
+    sums = read_json(folder / "sums.json")
+    if sums != {name: zlib.crc32((folder / name).read_bytes()) for name in sums}:
+        raise ValueError("it has changed since it was written")
     arrays = {name: np.asarray(np.load(folder / f"{name}.npy", "c")) for name in ("offsets", *EVENT_ARRAYS)}
     stays = pd.read_parquet(folder / "stays.parquet")
     texts = pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object)

@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -300,10 +301,13 @@ def test_damaged_arrays_are_made_anew(keep_all, tmp_path):
     frame = pd.concat([small_table(), small_table()[:7]])
     path, (table, report) = as_csv(frame, tmp_path), read_stays(frame)
     read_stays(path, tmp_path)
-    for name in ("minutes_to_end.npy", "stays.parquet", "report.json"):
+    halved, emptied = lambda content: content[: len(content) // 2], lambda content: b""
+    flipped = lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
+    names = ("minutes_to_end.npy", "stays.parquet", "report.json", "sums.json")
+    for name, damaged in product(names, (halved, emptied, flipped)):
         kept = next(tmp_path.rglob(name))
         content = kept.read_bytes()
-        kept.write_bytes(content[: len(content) // 2])
+        kept.write_bytes(damaged(content))
         again, same_report = read_stays(path, tmp_path)
         assert_same_table(again, table)
         assert same_report == report and report.counts == {"event_repeated": 7}
