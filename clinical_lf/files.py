@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ logger = logging.getLogger("clinical_LF")
 HALF_WRITTEN = "-half-written-"  # in temporary names: the next to lock the folder removes what a killed run left
 CHOOSE_ANOTHER_FOLDER = "choose another folder (--output-dir, --cache-dir)"
 SECONDS_BETWEEN_LINES = 30  # of progress, in a log
+SECONDS_UNTIL_SAID = 5  # that a run waits for another's lock
 WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
 
 
@@ -57,21 +60,39 @@ def log_to_stdout() -> None:
 
 
 def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> int:
-    """Do the work; return 0 if it is done, 2 where a person can mend something, 130 if interrupted: said in a line."""
+    """Do the work; return 0 if it is done, 2 where a person can mend something, 128 + the signal that stopped it."""
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    # Of several processes, one that ends in its own time leaves the others waiting; only the main thread may listen.
+    listens = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    caught = [number for number, handler in usual.items() if listens and signal.getsignal(number) == handler]
     try:
+        for number in caught:
+            signal.signal(number, stop)
         work()
         return 0
-    except InputError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename or 'a file'}: {error.strerror or error}. Is the disk full, or the file not yours?"
-    except MemoryError as error:
-        problem = f"the memory does not suffice ({error}): take fewer stays or a larger machine."
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {what_is_kept()}", file=sys.stderr)
-        return 130
-    print(f"error: {problem}", file=sys.stderr)
-    return 2
+    except (Exception, KeyboardInterrupt) as error:
+        if received or isinstance(error, KeyboardInterrupt):  # DuckDB makes a RuntimeError of it, torch.save too
+            print(f"\nInterrupted. {what_is_kept()}", file=sys.stderr)
+            return 128 + (received or [signal.SIGINT])[0]
+        problem, reason = "", " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            problem = f"{where}{reason}. Is the disk full, or the file not yours?"
+        elif isinstance(error, MemoryError):
+            problem = f"the memory does not suffice ({reason}): take fewer stays or a larger machine."
+        elif not isinstance(error, InputError):
+            raise
+        print(f"error: {problem or error}", file=sys.stderr)
+        return 2
+    finally:
+        for number in caught:
+            signal.signal(number, usual[number])
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -127,16 +148,21 @@ def delete_quietly(path: Path) -> None:
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold a folder against other runs and remove what killed ones left half-written; InputError if not ours."""
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.") from None
-    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)  # falls with the process that has it
+    lock = FileLock(folder / ".lock")  # falls with the process that has it
     try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{folder}: another run writes here. Wait for it, or {CHOOSE_ANOTHER_FOLDER}.") from None
+        try:
+            lock.acquire(timeout=SECONDS_UNTIL_SAID if wait else 0)
+        except Timeout:
+            if not wait:
+                raise refusal("held_folder", folder=folder) from None
+            logger.info(f"Waiting     for another run that writes into {folder}")
+            lock.acquire(timeout=-1)
     except OSError:  # some network disks cannot lock: then nothing is removed
         logger.debug(f"{folder}: this disk has no locks")
     else:
@@ -146,6 +172,8 @@ def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
+        if is_new and not wait and not any(folder.glob("[!.]*")):  # a start that failed leaves nothing behind
+            delete_quietly(folder)
         lock.release()
 
 

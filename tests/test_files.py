@@ -1,10 +1,14 @@
 """Files are whole or not there, a folder has one writer, a log gets lines of progress, errors are one line."""
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from unittest.mock import Mock
 
+import duckdb
 import pytest
 
 from clinical_lf import files
@@ -51,13 +55,16 @@ def write_in(folder):
         (folder / "written").touch()
 
 
-def test_what_a_living_writer_holds_is_left_alone_and_a_dead_ones_removed(tmp_path):
+def test_what_a_living_writer_holds_is_left_alone_and_a_dead_ones_removed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(files, "SECONDS_UNTIL_SAID", 0.1)
     with files.lock_folder(tmp_path):
         orphan = left_by_a_killed_run(tmp_path)
-        writer = multiprocessing.get_context("fork").Process(target=write_in, args=(tmp_path,))
+        target = lambda: (files.log_to_stdout(), write_in(tmp_path))
+        writer = multiprocessing.get_context("fork").Process(target=target)
         writer.start()
-        time.sleep(0.2)
+        time.sleep(0.5)
         assert orphan.exists() and not (tmp_path / "written").exists()  # the other writer waits
+        assert capfd.readouterr().out == f"Waiting     for another run that writes into {tmp_path}\n"
     writer.join()
     assert not orphan.exists() and (tmp_path / "written").exists()
 
@@ -99,6 +106,9 @@ SAID = {
     "error: data.csv: No space left on device. Is the disk full": OSError(28, "No space left on device", "data.csv"),
     "error: the memory does not suffice (17 GiB)": MemoryError("17 GiB"),
     "Interrupted. The texts are kept.": KeyboardInterrupt(),
+    "error: Truncated file in page 3. Is the disk full": OSError("Truncated file\n in page 3"),
+    "error: TimeoutError. Is the disk full": TimeoutError(),
+    "error: the memory does not suffice (MemoryError)": MemoryError(),
 }
 
 
@@ -108,6 +118,21 @@ def test_error_that_a_person_can_mend_is_one_line(words, error, capfd):
     assert files.exit_code(Mock(side_effect=error), lambda: "The texts are kept.") == code
     (line,) = capfd.readouterr().err.strip().split("\n")
     assert line.startswith(words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_the_work_with_a_sentence_also_within_a_query(number, capfd, monkeypatch):
+    """DuckDB makes a RuntimeError of it. Afterwards the signal means what it meant before."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+
+    def query():
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        duckdb.connect().execute("SELECT count(DISTINCT md5(range::VARCHAR)) FROM range(90_000_000)").fetchall()
+
+    assert files.exit_code(query, lambda: "The texts are kept.") == 128 + number
+    assert capfd.readouterr().err == "\nInterrupted. The texts are kept.\n"
+    assert (signal.signal(signal.SIGINT, before[0]), signal.getsignal(signal.SIGTERM))[1] == before[1]
 
 
 def test_work_that_is_done_says_nothing_and_other_errors_keep_their_traceback(capfd):
