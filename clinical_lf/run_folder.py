@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,6 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -28,14 +31,16 @@ from clinical_lf.tables import EVENT_TYPES, LABEL, ReadReport, Split, StayTable
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
-# What a run writes and a shorter or other one would not write again; models are replaced after the first epoch.
+# What a run writes. A folder that holds one of FOLDERS_LEFT is the program's own; all else stays where it is.
 LEFT_BY_A_RUN = (
-    "metrics.json model_card.md predictions.* history.csv risk_trajectories.csv plots/risk_trajectories.png "
-    "plots/attention_epoch_*_batch_*.png attention_weights/attention_epoch_*_batch_*.npz folds.csv seeds.csv "
-    "seeds.json cross_validation.json operating_points.csv"
+    "run.json settings.yaml split.csv metrics.json model_card.md predictions.* history.csv leakage_audit.csv "
+    "leakage_audit_texts.csv subgroups.csv decision_curve.csv calibration.csv operating_points.csv folds.csv seeds.csv "
+    "seeds.json cross_validation.json unseen_in_training.csv risk_trajectories.csv plots/risk_trajectories.png "
+    "plots/training_curves.png plots/roc_and_precision_recall.png plots/calibration.png plots/decision_curve.png "
+    "plots/attention_epoch_*_batch_*.png attention_weights/attention_epoch_*_batch_*.npz "
+    "checkpoints/latest_checkpoint.pth checkpoints/best_model.pth"
 ).split()
-# A folder that holds this file is the program's own, and of an earlier model.
-FOLDERS_LEFT = ("evaluation/run.json", "explainability/report.html", "fold_*/run.json", "seed_*/run.json")
+FOLDERS_LEFT = "evaluation/run.json explainability/report.html fold_*/run.json seed_*/run.json".split()
 Content = dict[str, Any]  # plain data, as JSON holds it
 
 
@@ -71,16 +76,41 @@ class RunFolder:
         self.audit: list[Content] = []
 
     def begin(self, resume: bool = False) -> None:
-        """Remove what an earlier run left, unless this one resumes it; write what repeats the run."""
+        """Clear the folder, unless this run resumes the one in it; write what repeats the run."""
         if not resume:
-            for pattern in (*LEFT_BY_A_RUN, *FOLDERS_LEFT):
-                for path in self.folder.glob(pattern):
-                    delete_quietly(path.parent if pattern in FOLDERS_LEFT else path)
-                    if pattern in FOLDERS_LEFT:
-                        logger.info(f"Removed     {path.parent}, of the model that was here before")
+            self.clear()
         repeated = {name: value for name, value in self.settings.items() if name not in ("resume", "dry_run")}
         self.text("settings.yaml", yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True))
         self.json("run.json", self.record())
+
+    def clear(self) -> None:
+        """Move what a run left to a folder with its date; remove it if it has no model, or one of the sample alone."""
+        folders = {path.parent for path in chain.from_iterable(map(self.folder.glob, FOLDERS_LEFT))}
+        left = [*folders, *chain.from_iterable(map(self.folder.glob, LEFT_BY_A_RUN))]
+        model_of = lambda place: place / "checkpoints" / "best_model.pth"
+        models = list(filter(Path.exists, map(model_of, (self.folder, *folders))))
+        if not models or self.is_of_sample():
+            for path in left:
+                delete_quietly(path)
+            return
+        home, date = self.folder.resolve(), datetime.fromtimestamp(max(path.stat().st_mtime for path in models))
+        is_alone = os.path.ismount(home) or not os.access(home.parent, os.W_OK)
+        name = f"{home.name}-{date:%Y-%m-%d-%H%M%S}"
+        places = ((home if is_alone else home.parent) / f"{name}{'-again' * number}" for number in count())
+        aside = next(place for place in places if not place.exists())
+        # Models last: where this is stopped, the next start moves the rest.
+        for path in sorted(left, key=lambda path: path.suffix == ".pth" or model_of(path).exists()):
+            target = aside / path.relative_to(self.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, target)
+        logger.info(f"Moved       the run that was in {self.folder} to {aside}")
+
+    def is_of_sample(self) -> bool:
+        """Return whether the run in the folder is of the bundled sample, which anyone can repeat."""
+        said, name = self.folder / "settings.yaml", "sample_train.csv"
+        if Path(name).exists() and not Path(name).samefile(HERE.parent / name):  # a table of the same name
+            return False
+        return said.exists() and f"data: {name}\n" in said.read_text("utf-8", "replace")
 
     def record(self) -> Content:
         """Return how the run came about: command, date, commit (with a plus where files differ from it), versions."""

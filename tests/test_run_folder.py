@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -45,20 +46,37 @@ def test_json_has_null_for_nan_and_infinity_however_deep(tmp_path):
     assert without_nan(content) == json.loads((tmp_path / "x.json").read_text()) == plain
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_begin_removes_what_an_earlier_run_left_and_nothing_else_unless_it_resumes(tmp_path, resume):
+@pytest.mark.parametrize("what", ["resumed", "finished", "without a model", "of the sample", "of another sample"])
+def test_begin_moves_a_finished_run_aside_and_removes_any_other_and_nothing_else(what, tmp_path, monkeypatch):
+    """With the whole of the folders that are the program's own; a table may have the sample's name."""
     left = [pattern.replace("*", "1") for pattern in LEFT_BY_A_RUN]
-    folders = ["evaluation/run.json", "explainability/report.html", "fold_2/run.json", "seed_3/run.json"]
-    folders += ["evaluation/predictions.csv", "explainability/stays.csv"]  # with all that is in them
-    others = ["notes.csv", "notes/run.json", "plots/mine.png", "fold_9/notes.csv", "checkpoints/best_model.pth"]
-    for name in (*left, *folders, *others):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    RunFolder(tmp_path, {"n_bootstrap": 1, "seed": 7, "resume": resume, "dry_run": False}).begin(resume)
-    assert [name for name in (*left, *folders) if (tmp_path / name).exists()] == ([*left, *folders] if resume else [])
-    assert all((tmp_path / name).exists() for name in others)
-    assert (tmp_path / "settings.yaml").read_text() == "n_bootstrap: 1\nseed: 7\n"
-    assert {"command", "date", "commit", "versions"} == set(json.loads((tmp_path / "run.json").read_text()))
+    left += [
+        "evaluation/run.json",
+        "explainability/report.html",
+        "fold_2/run.json",
+        "seed_3/checkpoints/best_model.pth",
+    ]
+    left += ["evaluation/predictions.csv", "explainability/stays.csv", "seed_3/run.json"]
+    others = ["notes.csv", "notes/run.json", "plots/mine.png", "fold_9/notes.csv", "checkpoints/my_model.pth"]
+    for name in (*left, *others):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("data: sample_train.csv\n" if "sample" in what else "data: mine.csv\n")
+    for model in (tmp_path / "out").rglob("best_model.pth") if what == "without a model" else ():
+        model.unlink()
+    monkeypatch.chdir(tmp_path)
+    if what == "of another sample":
+        (tmp_path / "sample_train.csv").touch()
+    before = [name for name in left if (tmp_path / "out" / name).exists()]
+    given = {"n_bootstrap": 1, "seed": 7, "resume": what == "resumed", "dry_run": False}
+    RunFolder(Path("out"), given).begin(what == "resumed")
+    new = ["run.json", "settings.yaml"]
+    assert [name for name in left if (tmp_path / "out" / name).exists()] == (before if what == "resumed" else new)
+    aside = list(tmp_path.glob("out-????-??-??-??????"))
+    assert len(aside) == (what in ("finished", "of another sample"))
+    assert all((place / name).exists() for place in aside for name in left)
+    assert all((tmp_path / "out" / name).exists() for name in others)
+    assert (tmp_path / "out" / "settings.yaml").read_text() == "n_bootstrap: 1\nseed: 7\n"
+    assert {"command", "date", "commit", "versions"} == set(json.loads((tmp_path / "out" / "run.json").read_text()))
 
 
 def test_figures_are_logged_with_intervals_and_prevalence(monkeypatch):
