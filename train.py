@@ -20,12 +20,14 @@ Research software: not a medical device, not for clinical use.
 
 import hashlib
 import importlib.util
+import json
 import math
 import operator
 import os
 import sys
 import time
 import uuid
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -1120,6 +1122,9 @@ class Checkpoint(NamedTuple):
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint, executing nothing in it; the model is in eval mode. Raises InputError for any other file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load compares no sums
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
@@ -1135,9 +1140,22 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         known = {entry.name for entry in fields(Settings)}
         settings = Settings(**{name: value for name, value in state["settings"].items() if name in known})
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
-        is_sound = set(STATIC_COLUMNS) >= {*preprocessor.categorical, *preprocessor.numeric}
-        is_sound &= model.architecture["static_dim"] == preprocessor.static_dim and "training_items" in state
-        if not is_sound or not {"train", "validation", "test"} <= set(state["patients"]):
+        # JSON, too, refuses NaN and infinity.
+        json.dumps(state, allow_nan=False, default=lambda tensor: 1.0 if tensor.isfinite().all() else math.nan)
+        sizes, of_history = model.architecture, "item_quantiles" in state["preprocessor"]
+        is_sound = [
+            state.keys() >= {*OWN_PARTS} and len(state.keys() & RESUMED_PARTS) in (0, len(RESUMED_PARTS)),
+            state["settings"].keys() >= {"data", "labels", "history_hours", *SETTINGS_OF_A_RUN},
+            state["architecture"] == sizes and sizes["static_dim"] == preprocessor.static_dim,
+            preprocessor.item_history == of_history == bool(sizes["n_history"]),
+            {*STATIC_COLUMNS} >= {*preprocessor.categorical, *preprocessor.numeric},
+            {*state["patients"]} >= {"train", "validation", "test"},
+            state["baseline"]["event"].shape == (sizes["input_dim"],),
+            state["baseline"]["static"].shape == (sizes["static_dim"],),
+            len(state["history"]) == state["epochs_done"],
+            all(row.keys() >= {*EPOCH_FIGURES} for row in state["history"]),
+        ]
+        if not all(is_sound):
             raise ValueError("parts are missing")
         baseline = {name: mean.to(device) for name, mean in state["baseline"].items()}
         encoder, patients = state["text_encoder"], state["patients"]
@@ -1148,6 +1166,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
+# Of a checkpoint: parts that are the trainer's attributes, parts of the latest alone, and figures of each epoch.
+OWN_PARTS = "text_encoder patients data_fingerprint baseline training_items history epochs_done step".split()
+RESUMED_PARTS = {"objective", "n_averaged", "optimizer"}
+EPOCH_FIGURES = "epoch train_loss validation_loss validation_auroc learning_rate seconds".split()
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
     "seed static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
@@ -1392,8 +1414,7 @@ class Trainer:
         state = {"program": "clinical_LF", "format": CHECKPOINT_FORMAT, "settings": asdict(self.settings)}
         state |= {"architecture": self.model.architecture, "model": self.model.state_dict()}
         state["preprocessor"] = self.preprocessor.state_dict()
-        own = "text_encoder patients data_fingerprint baseline training_items history epochs_done step"
-        state |= {part: getattr(self, part) for part in own.split()}
+        state |= {part: getattr(self, part) for part in OWN_PARTS}
         if name == "latest_checkpoint.pth":
             state["objective"] = self.accelerator.unwrap_model(self.objective).state_dict()
             state |= {"n_averaged": self.average.n_averaged, "optimizer": self.optimizer.state_dict()}
@@ -1412,11 +1433,22 @@ class Trainer:
         if changed or then != (self.data_fingerprint, self.patients, self.text_encoder, self.model.architecture):
             reason = ", ".join(changed) or "other data, patients, encoder or model sizes"
             raise files.refusal("other_run", path=path, reason=reason)
-        self.accelerator.unwrap_model(self.objective).load_state_dict(saved.state["objective"])
+        try:
+            self.accelerator.unwrap_model(self.objective).load_state_dict(saved.state["objective"])
+            self.average.n_averaged.copy_(saved.state["n_averaged"])
+            self.optimizer.load_state_dict(saved.state["optimizer"])
+            whole = [group.keys() >= self.optimizer.defaults.keys() for group in self.optimizer.param_groups]
+            if saved.state["step"]:
+                kept = [self.optimizer.state.get(weights, {}) for weights in self.objective.parameters()]
+                whole += [moments.keys() >= {"step", "exp_avg", "exp_avg_sq"} for moments in kept]
+            if not all(whole):
+                raise KeyError("optimizer")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise files.refusal("unfit_checkpoint", path=path, error=type(error).__name__) from None
         self.model.load_state_dict(saved.state["model"])
-        self.average.n_averaged.copy_(saved.state["n_averaged"])
-        self.optimizer.load_state_dict(saved.state["optimizer"])
         self.history, self.step, self.epochs_done = (saved.state[name] for name in ("history", "step", "epochs_done"))
+        if self.epochs_done:  # damaged, it is found now and not when training is over
+            load_checkpoint(path.with_name("best_model.pth"))
         logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
 
     @torch.no_grad()
@@ -1744,7 +1776,7 @@ def train_and_report(
 
     def begin(trainer: Trainer) -> None:
         if accelerator.is_main_process:
-            folder.begin(settings.resume)
+            folder.begin(resume=trainer.epochs_done > 0)
             folder.write_split(trainer.patients)
             folder.write_audit(data.table, data.split, source.report)
         n_steps, world = len(trainer.plan_epoch(1)), accelerator.num_processes

@@ -1,6 +1,7 @@
 """Damaged and hostile checkpoints, encoders and caches: refused in a sentence or made anew, and never executed."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,19 @@ def cut(state, path):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def with_a_flipped_bit(state, path):
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # of a weight
+    path.write_bytes(content)
+
+
+without = lambda parts, name: {key: value for key, value in parts.items() if key != name}
+times = lambda tensors, factor: {name: tensor * factor for name, tensor in tensors.items()}
 DAMAGED, LACKS = "not a checkpoint of this program, or damaged", "lacks parts"
 BAD_CHECKPOINTS = {
     "truncated": (cut, DAMAGED),
+    "with a flipped bit": (with_a_flipped_bit, DAMAGED),
     "empty": (lambda state, path: path.write_bytes(b""), DAMAGED),
     "a text file": (lambda state, path: path.write_text("weights"), DAMAGED),
     "a folder": (lambda state, path: path.mkdir(), DAMAGED),
@@ -61,6 +72,8 @@ BAD_CHECKPOINTS = {
     "with a setting beyond its limits": (changed(settings={"dropout": 2.0}), LACKS),
     "with a preprocessor that is a number": (changed(preprocessor=5), LACKS),
     "with a scale too few": (lambda s, p: changed(preprocessor=s["preprocessor"] | {"scales": [1.0]})(s, p), LACKS),
+    "with a mean that is infinite": (lambda s, p: changed(baseline=times(s["baseline"], torch.inf))(s, p), LACKS),
+    "with a weight of NaN": (lambda s, p: changed(model=times(s["model"], torch.nan))(s, p), LACKS),
     "of another encoder": (changed(text_encoder="tiny@123"), "trained on vectors of tiny@123"),
 }
 
@@ -80,6 +93,42 @@ def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, f
     with pytest.raises(InputError, match="trained on vectors of" if "encoder" in name else fragment.split("(")[0]):
         explain.load_unseen(path, finished / "data.csv", explain.ExplainSettings(cache_dir=str(finished / "cache")))
     assert not Path("let_in").exists()
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "latest_checkpoint.pth"])
+def test_checkpoint_that_lacks_any_one_part_is_refused(name, finished, tmp_path):
+    state = torch.load(finished / "out" / "checkpoints" / name, weights_only=True)
+    for part in state:
+        lacking = [without(state, part)]
+        if part in ("architecture", "model", "preprocessor", "patients", "baseline"):
+            lacking += [{**state, part: without(state[part], inner)} for inner in state[part]]
+        for number, damaged in enumerate(lacking):
+            torch.save(damaged, tmp_path / f"{part}_{number}.pth")
+            with pytest.raises(InputError, match="lacks parts|of another program"):
+                train.load_checkpoint(tmp_path / f"{part}_{number}.pth")
+
+
+OF_RESUMING = {
+    "an optimizer without its state": lambda state: state["optimizer"].update(state={}),
+    "moments that lack one": lambda state: state["optimizer"]["state"][0].pop("exp_avg"),
+    "a group without its factors": lambda state: state["optimizer"]["param_groups"][0].pop("betas"),
+    "weights in training that lack one": lambda state: state["objective"].popitem(),
+}
+
+
+@pytest.mark.parametrize("what", [*OF_RESUMING, "a damaged best model"])
+def test_run_is_not_resumed_from_what_lacks_parts(what, finished, tmp_path, capfd):
+    path = Path(
+        shutil.copytree(finished / "out" / "checkpoints", tmp_path / "out" / "checkpoints"), "latest_checkpoint.pth"
+    )
+    state = torch.load(path, weights_only=True)
+    if what in OF_RESUMING:
+        OF_RESUMING[what](state)
+        torch.save(state, path)
+    else:
+        with_a_flipped_bit(state, best_model(tmp_path))
+    argv = arguments(tmp_path, finished / "data.csv", "--cache-dir", finished / "cache", "--resume", "--max-epochs", 2)
+    assert_refused(argv, LACKS if what in OF_RESUMING else DAMAGED, capfd, tmp_path)
 
 
 def test_checkpoint_with_a_setting_that_is_no_more_is_read(finished, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def epochs_done(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capfd, request):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_run_is_refused_and_a_stopped_one_says_how_to_go_on(number, data, tmp_path, capfd, request):
     """While a run trains, another into its folder is refused; after Ctrl-C, --resume takes up the last checkpoint."""
     argv = arguments(tmp_path, data, "--max-epochs", 9999, "--patience", 9999)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
@@ -53,9 +55,9 @@ def test_second_run_is_refused_and_ctrl_c_says_how_to_go_on(data, tmp_path, capf
             pytest.fail(f"the process never came that far: {process.communicate()}")
         time.sleep(0.02)
     assert train.main(argv) == 2 and "another run writes here" in capfd.readouterr().err
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stderr, reached = process.communicate(timeout=30)[1], epochs_done(tmp_path)
-    assert process.returncode == 130 and "go on with the same command and --resume" in stderr
+    assert process.returncode == 128 + number and "go on with the same command and --resume" in stderr
     assert "latest_checkpoint.pth holds the last whole epoch" in stderr and "Traceback" not in stderr
     assert not leftovers(tmp_path / "out")
     assert train.main(arguments(tmp_path, data, "--max-epochs", reached + 1, "--patience", 9999, "--resume")) == 0
@@ -78,6 +80,20 @@ def test_resume_without_a_checkpoint_says_so_and_starts_anew_without_what_a_kill
     (folder / ".mine").write_text("not the program's")
     assert train.main(arguments(tmp_path, data, "--resume")) == 0 and epochs_done(tmp_path) == 1
     assert "training starts at epoch 1" in capfd.readouterr().out and leftovers(tmp_path / "out") == [folder / ".mine"]
+
+
+def test_run_into_the_folder_of_a_finished_one_moves_all_of_that_aside_once_it_begins(finished, tmp_path, capfd):
+    out = shutil.copytree(finished / "out", tmp_path / "out")
+    mine = {".lock", "notes.csv", "explainability/notes.csv"}
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - mine
+    best = best_model(tmp_path).read_bytes()
+    assert train.main(arguments(tmp_path, "mistyped.csv")) == 2 and best_model(tmp_path).read_bytes() == best
+    assert train.main(arguments(tmp_path, finished / "data.csv", "--seed", 1)) == 0
+    (aside,) = tmp_path.glob("out-2*")
+    assert f"Moved       the run that was in {out} to {aside}\n" in capfd.readouterr().out
+    assert {str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()} == names
+    assert (aside / "checkpoints" / "best_model.pth").read_bytes() == best != best_model(tmp_path).read_bytes()
+    assert all((out / name).exists() for name in mine)
 
 
 def test_same_seed_gives_the_same_bits(finished, tmp_path):
