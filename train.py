@@ -1122,9 +1122,8 @@ class Checkpoint(NamedTuple):
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint, executing nothing in it; the model is in eval mode. Raises InputError for any other file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load compares no sums
-                raise zipfile.BadZipFile
+        if zipfile.ZipFile(path).testzip():  # torch.load compares no sums
+            raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint. Train first, or give the path of a best_model.pth.") from None
@@ -1142,18 +1141,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
         # JSON, too, refuses NaN and infinity.
         json.dumps(state, allow_nan=False, default=lambda tensor: 1.0 if tensor.isfinite().all() else math.nan)
-        sizes, of_history = model.architecture, "item_quantiles" in state["preprocessor"]
+        sizes = model.architecture
         is_sound = [
             state.keys() >= {*OWN_PARTS} and len(state.keys() & RESUMED_PARTS) in (0, len(RESUMED_PARTS)),
             state["settings"].keys() >= {"data", "labels", "history_hours", *SETTINGS_OF_A_RUN},
             state["architecture"] == sizes and sizes["static_dim"] == preprocessor.static_dim,
-            preprocessor.item_history == of_history == bool(sizes["n_history"]),
+            bool(sizes["n_history"]) == preprocessor.item_history == ("item_quantiles" in state["preprocessor"]),
             {*STATIC_COLUMNS} >= {*preprocessor.categorical, *preprocessor.numeric},
             {*state["patients"]} >= {"train", "validation", "test"},
-            state["baseline"]["event"].shape == (sizes["input_dim"],),
-            state["baseline"]["static"].shape == (sizes["static_dim"],),
-            len(state["history"]) == state["epochs_done"],
-            all(row.keys() >= {*EPOCH_FIGURES} for row in state["history"]),
+            [*map(len, state["baseline"].values())] == [sizes["input_dim"], sizes["static_dim"]],
+            [row.keys() for row in state["history"]] == [EPOCH_FIGURES] * state["epochs_done"],
         ]
         if not all(is_sound):
             raise ValueError("parts are missing")
@@ -1169,7 +1166,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 # Of a checkpoint: parts that are the trainer's attributes, parts of the latest alone, and figures of each epoch.
 OWN_PARTS = "text_encoder patients data_fingerprint baseline training_items history epochs_done step".split()
 RESUMED_PARTS = {"objective", "n_averaged", "optimizer"}
-EPOCH_FIGURES = "epoch train_loss validation_loss validation_auroc learning_rate seconds".split()
+EPOCH_FIGURES = {"epoch", "train_loss", "validation_loss", "validation_auroc", "learning_rate", "seconds"}
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
     "seed static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
@@ -1437,11 +1434,9 @@ class Trainer:
             self.accelerator.unwrap_model(self.objective).load_state_dict(saved.state["objective"])
             self.average.n_averaged.copy_(saved.state["n_averaged"])
             self.optimizer.load_state_dict(saved.state["optimizer"])
-            whole = [group.keys() >= self.optimizer.defaults.keys() for group in self.optimizer.param_groups]
-            if saved.state["step"]:
-                kept = [self.optimizer.state.get(weights, {}) for weights in self.objective.parameters()]
-                whole += [moments.keys() >= {"step", "exp_avg", "exp_avg_sq"} for moments in kept]
-            if not all(whole):
+            n_moments = {len(self.optimizer.state[weights]) for weights in self.objective.parameters()}
+            groups = self.optimizer.param_groups
+            if n_moments != {3 if saved.state["step"] else 0} or self.optimizer.defaults.keys() - groups[0].keys():
                 raise KeyError("optimizer")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise files.refusal("unfit_checkpoint", path=path, error=type(error).__name__) from None

@@ -67,32 +67,32 @@ def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> in
         received.append(number)
         raise KeyboardInterrupt
 
-    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     # Of several processes, one that ends in its own time leaves the others waiting; only the main thread may listen.
     listens = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
-    caught = [number for number, handler in usual.items() if listens and signal.getsignal(number) == handler]
+    numbers = (signal.SIGINT, signal.SIGTERM) if listens else ()
+    own = (signal.default_int_handler, signal.SIG_DFL)  # what a shell's background ignores stays ignored
+    usual = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) in own}
     try:
-        for number in caught:
-            signal.signal(number, stop)
         work()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if received or isinstance(error, KeyboardInterrupt):  # DuckDB makes a RuntimeError of it, torch.save too
             print(f"\nInterrupted. {what_is_kept()}", file=sys.stderr)
             return 128 + (received or [signal.SIGINT])[0]
-        problem, reason = "", " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        problem = reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         if isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            problem = f"{where}{reason}. Is the disk full, or the file not yours?"
+            problem = (
+                f"{f'{error.filename}: ' * bool(error.filename)}{reason}. Is the disk full, or the file not yours?"
+            )
         elif isinstance(error, MemoryError):
             problem = f"the memory does not suffice ({reason}): take fewer stays or a larger machine."
         elif not isinstance(error, InputError):
             raise
-        print(f"error: {problem or error}", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     finally:
-        for number in caught:
-            signal.signal(number, usual[number])
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:

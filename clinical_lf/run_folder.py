@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -89,28 +89,25 @@ class RunFolder:
         left = [*folders, *chain.from_iterable(map(self.folder.glob, LEFT_BY_A_RUN))]
         model_of = lambda place: place / "checkpoints" / "best_model.pth"
         models = list(filter(Path.exists, map(model_of, (self.folder, *folders))))
-        if not models or self.is_of_sample():
+        said, sample = self.folder / "settings.yaml", HERE.parent / "sample_train.csv"
+        is_of_sample = said.exists() and f"data: {sample.name}\n" in said.read_text("utf-8", "replace")
+        if Path(sample.name).exists() and not sample.samefile(sample.name):  # a table of the same name
+            is_of_sample = False
+        if not models or is_of_sample:
             for path in left:
                 delete_quietly(path)
             return
         home, date = self.folder.resolve(), datetime.fromtimestamp(max(path.stat().st_mtime for path in models))
         is_alone = os.path.ismount(home) or not os.access(home.parent, os.W_OK)
-        name = f"{home.name}-{date:%Y-%m-%d-%H%M%S}"
-        places = ((home if is_alone else home.parent) / f"{name}{'-again' * number}" for number in count())
-        aside = next(place for place in places if not place.exists())
+        aside = (home if is_alone else home.parent) / f"{home.name}-{date:%Y-%m-%d-%H%M%S}"
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
         # Models last: where this is stopped, the next start moves the rest.
         for path in sorted(left, key=lambda path: path.suffix == ".pth" or model_of(path).exists()):
             target = aside / path.relative_to(self.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, target)
         logger.info(f"Moved       the run that was in {self.folder} to {aside}")
-
-    def is_of_sample(self) -> bool:
-        """Return whether the run in the folder is of the bundled sample, which anyone can repeat."""
-        said, name = self.folder / "settings.yaml", "sample_train.csv"
-        if Path(name).exists() and not Path(name).samefile(HERE.parent / name):  # a table of the same name
-            return False
-        return said.exists() and f"data: {name}\n" in said.read_text("utf-8", "replace")
 
     def record(self) -> Content:
         """Return how the run came about: command, date, commit (with a plus where files differ from it), versions."""
