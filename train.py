@@ -1139,8 +1139,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         known = {entry.name for entry in fields(Settings)}
         settings = Settings(**{name: value for name, value in state["settings"].items() if name in known})
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
-        # JSON, too, refuses NaN and infinity.
-        json.dumps(state, allow_nan=False, default=lambda tensor: 1.0 if tensor.isfinite().all() else math.nan)
+        json.dumps(state, allow_nan=False, default=lambda tensor: float(tensor.sum()))  # ValueError: NaN or infinity
         sizes = model.architecture
         is_sound = [
             state.keys() >= {*OWN_PARTS} and len(state.keys() & RESUMED_PARTS) in (0, len(RESUMED_PARTS)),
@@ -1530,11 +1529,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit code."""
     settings = settings_from(argv, Settings, __doc__)
     files.log_to_stdout()
+    started = time.time()
 
     def what_is_kept() -> str:
-        latest = output_folder(settings) / "checkpoints" / "latest_checkpoint.pth"
-        kept = f", {latest} holds the last whole epoch" if latest.exists() else ""
-        return f"Encoded texts are kept{kept}; go on with the same command and --resume."
+        latest = sorted(output_folder(settings).rglob("latest_checkpoint.pth"))
+        own = [path for path in latest if path.stat().st_mtime > started]  # not an earlier run's, still in its place
+        kept = f", {own[-1]} holds the last whole epoch" if own else ""
+        return f"Encoded texts are kept{kept}; go on with the same command{' and --resume' * bool(own)}."
 
     return files.exit_code(lambda: run(check_settings(settings)), what_is_kept)
 
