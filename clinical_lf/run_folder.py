@@ -30,17 +30,14 @@ from clinical_lf.metrics import METRIC_WORDS, figure_text
 from clinical_lf.tables import EVENT_TYPES, LABEL, ReadReport, Split, StayTable
 
 HERE = Path(__file__).resolve().parent
+SAMPLE = HERE.parent / "sample_train.csv"
 PACKAGES = ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
-# What a run writes. A folder that holds one of FOLDERS_LEFT is the program's own; all else stays where it is.
-LEFT_BY_A_RUN = (
-    "run.json settings.yaml split.csv metrics.json model_card.md predictions.* history.csv leakage_audit.csv "
-    "leakage_audit_texts.csv subgroups.csv decision_curve.csv calibration.csv operating_points.csv folds.csv seeds.csv "
-    "seeds.json cross_validation.json unseen_in_training.csv risk_trajectories.csv plots/risk_trajectories.png "
-    "plots/training_curves.png plots/roc_and_precision_recall.png plots/calibration.png plots/decision_curve.png "
-    "plots/attention_epoch_*_batch_*.png attention_weights/attention_epoch_*_batch_*.npz "
-    "checkpoints/latest_checkpoint.pth checkpoints/best_model.pth"
+# What a run writes; all else in its folder stays where it is.
+WRITTEN_BY_A_RUN = (
+    "run.json settings.yaml split.csv metrics.json model_card.md predictions.* history.csv leakage_audit*.csv "
+    "folds.csv subgroups.csv decision_curve.csv calibration.csv cross_validation.json seeds.* plots checkpoints "
+    "unseen_in_training.csv risk_trajectories.csv attention_weights evaluation explainability fold_[0-9]* seed_[0-9]*"
 ).split()
-FOLDERS_LEFT = "evaluation/run.json explainability/report.html fold_*/run.json seed_*/run.json".split()
 Content = dict[str, Any]  # plain data, as JSON holds it
 
 
@@ -85,14 +82,16 @@ class RunFolder:
 
     def clear(self) -> None:
         """Move what a run left to a folder with its date; remove it if it has no model, or one of the sample alone."""
-        folders = {path.parent for path in chain.from_iterable(map(self.folder.glob, FOLDERS_LEFT))}
-        left = [*folders, *chain.from_iterable(map(self.folder.glob, LEFT_BY_A_RUN))]
-        model_of = lambda place: place / "checkpoints" / "best_model.pth"
-        models = list(filter(Path.exists, map(model_of, (self.folder, *folders))))
-        said, sample = self.folder / "settings.yaml", HERE.parent / "sample_train.csv"
-        is_of_sample = said.exists() and f"data: {sample.name}\n" in said.read_text("utf-8", "replace")
-        if Path(sample.name).exists() and not sample.samefile(sample.name):  # a table of the same name
-            is_of_sample = False
+        left = list(chain.from_iterable(map(self.folder.glob, WRITTEN_BY_A_RUN)))
+        models = [
+            *self.folder.glob("checkpoints/best_model.pth"),
+            *self.folder.glob("*_[0-9]*/checkpoints/best_model.pth"),
+        ]
+        said = self.folder / "settings.yaml"
+        is_of_sample = said.exists() and f"data: {SAMPLE.name}\n" in said.read_text("utf-8", "replace")
+        is_of_sample &= not Path(SAMPLE.name).exists() or SAMPLE.samefile(
+            SAMPLE.name
+        )  # else it is a table of one's own
         if not models or is_of_sample:
             for path in left:
                 delete_quietly(path)
@@ -102,11 +101,9 @@ class RunFolder:
         aside = (home if is_alone else home.parent) / f"{home.name}-{date:%Y-%m-%d-%H%M%S}"
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
-        # Models last: where this is stopped, the next start moves the rest.
-        for path in sorted(left, key=lambda path: path.suffix == ".pth" or model_of(path).exists()):
-            target = aside / path.relative_to(self.folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, target)
+        aside.mkdir()
+        for path in sorted(left, key=lambda path: path.name == "checkpoints"):  # last: a next start moves the rest
+            shutil.move(path, aside / path.name)
         logger.info(f"Moved       the run that was in {self.folder} to {aside}")
 
     def record(self) -> Content:

@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from clinical_lf.files import logger
 from clinical_lf.metrics import evaluate_predictions
-from clinical_lf.run_folder import LEFT_BY_A_RUN, Predictions, RunFolder, log_metrics, moment_of_prediction, without_nan
+from clinical_lf.run_folder import Predictions, RunFolder, log_metrics, moment_of_prediction, without_nan
 from clinical_lf.tables import LABEL
 
 
@@ -49,15 +49,9 @@ def test_json_has_null_for_nan_and_infinity_however_deep(tmp_path):
 @pytest.mark.parametrize("what", ["resumed", "finished", "without a model", "of the sample", "of another sample"])
 def test_begin_moves_a_finished_run_aside_and_removes_any_other_and_nothing_else(what, tmp_path, monkeypatch):
     """With the whole of the folders that are the program's own; a table may have the sample's name."""
-    left = [pattern.replace("*", "1") for pattern in LEFT_BY_A_RUN]
-    left += [
-        "evaluation/run.json",
-        "explainability/report.html",
-        "fold_2/run.json",
-        "seed_3/checkpoints/best_model.pth",
-    ]
-    left += ["evaluation/predictions.csv", "explainability/stays.csv", "seed_3/run.json"]
-    others = ["notes.csv", "notes/run.json", "plots/mine.png", "fold_9/notes.csv", "checkpoints/my_model.pth"]
+    left = ["run.json", "settings.yaml", "checkpoints/best_model.pth", "plots/mine.png", "predictions.parquet"]
+    left += ["evaluation/predictions.csv", "explainability/report.html", "fold_2/run.json", "seed_3/x.csv", "seeds.csv"]
+    others = ["notes.csv", "notes/run.json", "seed_of_mine/model.pth", "folder/x.csv"]
     for name in (*left, *others):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("data: sample_train.csv\n" if "sample" in what else "data: mine.csv\n")
