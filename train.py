@@ -197,6 +197,7 @@ class ClinicalDataPreprocessor:
             "categories": [sorted({*stays[name].dropna().astype(str), "Unknown"}) for name in self.categorical],
             "numeric": self.numeric,
             "item_history": self.item_history,
+            "with_values": tables.columns_with_values(table, [*self.categorical, *self.numeric]),
             "means": numbers.mean().fillna(0).tolist(),
             "scales": numbers.std(ddof=0).replace(0, 1).fillna(1).tolist(),
             "smallest": numbers.min().fillna(0).tolist(),
@@ -264,11 +265,17 @@ class ClinicalDataPreprocessor:
 
     def unknown_categories(self, stays: pd.DataFrame) -> dict[str, int]:
         """Return, by column with any, how many of the stays have a value that training never saw."""
-        counts = {}
-        for column in self.categorical:
-            words = stays[column].dropna().astype(str)
-            counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
-        return files.without_zeros(counts)
+        words = stays[self.categorical].astype(object)
+        is_known = [
+            words[name].isna() | words[name].astype(str).isin(self.static_encoders[name].categories_[0])
+            for name in words
+        ]
+        return files.without_zeros({name: int((~known).sum()) for name, known in zip(words, is_known)})
+
+    def empty_columns(self, table: StayTable) -> list[str]:
+        """Return the static columns and types of events that training had, and of which this table has none."""
+        present = tables.columns_with_values(table, [*self.categorical, *self.numeric])
+        return [name for name in self._state.get("with_values", []) if name not in present]
 
     def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
         """Return (n, S) float32 of n stays' columns (default: those fitted on): one-hot groups, then numbers.
@@ -1584,7 +1591,7 @@ def folder_of_run(checkpoint: str | Path) -> Path:
 
 def data_path(data: str) -> Path:
     """Return the path as given; the bundled sample is also found from another working directory."""
-    return SAMPLE if data == SAMPLE.name and not Path(data).exists() else Path(data)
+    return SAMPLE if data == SAMPLE.name and not Path(data).exists() else Path(data).expanduser()
 
 
 class Source(NamedTuple):
@@ -1622,7 +1629,7 @@ def read_source(
     )
     lengths = " / ".join(f"{int(length):,}" for length in np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]))
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
-    report.log()
+    report.log(len(whole.stays))
     for step in flow if len(flow) > 1 else ():
         who = f"{step.stays:7,} stays {step.patients:7,} patients"
         logger.info(f"Cohort      {who} {step.events:11,} events {step.deaths:6,} deaths  {step.name}")
@@ -1846,6 +1853,10 @@ def load_run(
         level, words = (30, "WARNING: ") if count > 0.2 * len(table.stays) else (20, "")
         counted = f"{count} of {len(table.stays)} stays have values unknown to the model"
         logger.log(level, f"Data        {words}{column}: {counted}")
+    if empty := checkpoint.preprocessor.empty_columns(table):
+        logger.warning(
+            f"Data        WARNING: empty in all {len(table.stays)} stays, not in training: {', '.join(empty)}"
+        )
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if text_encoder.id != checkpoint.text_encoder:
@@ -1886,6 +1897,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
     unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
     described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **loaded.source.origin()}
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table.static_columns)
+    described["empty_columns"] = checkpoint.preprocessor.empty_columns(table)
     predictions = run_folder.Predictions(table.stays, expit(loaded.logits))
     is_prospective, trajectories = checkpoint.settings.prospective, pd.concat(rows, ignore_index=True) if rows else None
     return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)

@@ -9,7 +9,7 @@ from typing import Any
 import duckdb
 from duckdb import DuckDBPyConnection
 
-from clinical_lf.files import InputError, free_disk, refusal
+from clinical_lf.files import WORDS, InputError, free_disk, refusal
 
 # How programs write a missing value. In capitals NONE is a finding: no bacteria in the urine.
 MISSING = ("", "nan", "NaN", "inf", "-inf", "None", "NULL")
@@ -43,11 +43,33 @@ def sql_case(conditions: dict[str, str]) -> str:
     return f"CASE {' '.join(f'WHEN {condition} THEN {quoted(name)}' for name, condition in conditions.items())} END"
 
 
-def csv_rows(path: Path, missing: Sequence[str] = ("",)) -> str:
-    """Return the SQL that reads a CSV file as text, guessing nothing of its form; a value in `missing` is NULL."""
+def csv_rows(paths: Path | Sequence[Path], missing: Sequence[str] = ("",)) -> str:
+    """Return the SQL that reads CSV files as text, guessing nothing of their form; a value in `missing` is NULL."""
+    listed = file_list([paths] if isinstance(paths, Path) else paths)
     # A buffer of one longest line: DuckDB's own, of sixteen, costs a quarter more CPU time.
-    return f"""read_csv({quoted(path)}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"',
+    return f"""read_csv({listed}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"',
     comment = '', max_line_size = 16000000, buffer_size = 16000000, nullstr = {list(missing)})"""
+
+
+# Of a text time: nothing stands after the seconds, as in 2150-01-31 23:59:00. All others take four times as long.
+IS_PLAIN = "strlen({0}) = 19 AND substr({0}, 17, 1) = ':'"
+
+
+def as_type(column: str, sql_type: str, stored_as: str) -> str:
+    """Return the SQL for a column as another type, NULL where it does not fit; times that state their offset in UTC."""
+    cast = f"TRY_CAST({column} AS {sql_type})"
+    if (sql_type, stored_as) != ("TIMESTAMP", "VARCHAR"):
+        return cast  # of a typed time with a zone in UTC, too
+    # The cast of a text to TIMESTAMP drops what follows the seconds, offsets as well as PM.
+    zoned = rf"TRY_CAST(TRY_CAST(regexp_replace(trim({column}), ' +(Z|[+-]\d)', '\1') AS TIMESTAMPTZ) AS TIMESTAMP)"
+    return f"CASE WHEN {IS_PLAIN.format(column)} THEN {cast} ELSE {zoned} END"
+
+
+def states_zone(column: str, stored_as: str) -> str:
+    """Return the SQL for whether a time states its offset from UTC, or its zone."""
+    if stored_as != "VARCHAR":
+        return str(stored_as.endswith("TIME ZONE"))
+    return f"NOT ({IS_PLAIN.format(column)}) AND regexp_matches({column}, ':.*[A-Za-z+-]')"
 
 
 def first_value(con: DuckDBPyConnection, statement: str) -> Any:
@@ -60,16 +82,31 @@ def column_types(con: DuckDBPyConnection, relation: str) -> dict[str, str]:
     return {name: kind for name, kind, *_ in con.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()}
 
 
-def reason_without_rows(error: Exception) -> str:
-    """Return what went wrong, without the row it went wrong in: rows hold patient data."""
-    text = str(error)
-    reason = re.split(r"[\n:\"']", re.sub(r"^(\w+ )+Error: ", "", text))[0].strip()
-    if "sniffing" in reason:
-        reason = "a row with more or fewer values than the header, or a quote that never closes"
+def reason_without_rows(error: Exception, parquet: Iterable[Path] = ()) -> str:
+    """Return which file is at fault and why, nothing of a row: rows hold patient data.
+
+    Where DuckDB does not say which one it is, the files in `parquet` are read, one by one.
+    """
+    text = str(error).split("\nLINE 1")[0]
+    named = re.findall(r"""(?:['"]|stream: |\n  file = )(.+?\.\w+)(?:['"]|$)""", text, re.MULTILINE)
+    at_fault = [name for name in named if Path(name).is_file()][-1:] or list(map(str, _unreadable(parquet)))
+    reasons = [words for pattern, words in WORDS["damage"].items() if re.search(pattern, text)]
+    reason = reasons[0] if reasons else type(error).__name__  # its own words may hold a value
     if line := re.search(r"Line: ?(\d+)", text):
         reason += f" at line {line[1]}"
-    known = r"Invalid unicode|Expected Number of Columns: \d+ Found: \d+|Maximum line size|unterminated quote"
-    return ", ".join([f"{type(error).__name__}: {reason}", *re.findall(known, text)[:1]])
+    known = re.findall(r"Expected Number of Columns: \d+ Found: \d+|unterminated quote", text)
+    return ": ".join([*at_fault, ", ".join([reason, *known[:1]])])
+
+
+def _unreadable(parquet: Iterable[Path]) -> list[Path]:
+    """Return the first of these Parquet files that cannot be read; none if all can."""
+    with duckdb.connect() as con:
+        for path in parquet:
+            try:
+                con.execute(f"SELECT max(hash(COLUMNS(*))) FROM read_parquet({file_list([path])})").fetchall()
+            except duckdb.Error:
+                return [path]
+    return []
 
 
 def out_of_memory_error(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -19,16 +20,16 @@ from clinical_lf.mimic import complete_account, run_mimic_query
 from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS, STAY_COLUMNS, ReadReport, StayTable
 
 # What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
-ARRAYS_VERSION = 4  # raise it when what is made of a source changes: arrays that were kept before are then made anew
+ARRAYS_VERSION = 5  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 IDS = ("patient_id", "admission_id", "icu_stay_id")
 
 # Values that a type takes but a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a
-# time. Per type: the condition, and what the message asks for.
+# time. Per type: the condition on the value and what is written, and what the message asks for.
 UNFIT = {
-    "BIGINT": ("TRY_CAST({0} AS BIGINT) <> TRY_CAST({0} AS DOUBLE)", "an integer"),
-    "TIMESTAMP": ("NOT isfinite(TRY_CAST({0} AS TIMESTAMP))", "a time like 2150-01-31 23:59:00"),
-    "DOUBLE": ("abs(nullif(TRY_CAST({0} AS DOUBLE), 'NaN'::DOUBLE)) > 1e30", "a finite number"),
+    "BIGINT": ("{0} <> TRY_CAST({0}_written AS DOUBLE)", "an integer"),
+    "TIMESTAMP": ("NOT isfinite({0})", "a time like 2150-01-31 23:59:00"),
+    "DOUBLE": ("abs(nullif({0}, 'NaN'::DOUBLE)) > 1e30", "a finite number"),
 }
 
 
@@ -45,56 +46,84 @@ def read_stays(
     data may be a data frame, one row per event. task: what is predicted of a MEDS data set. Of what describes a stay,
     only the static_features must be there. Raises InputError for a table that cannot be read as it was meant.
     """
-    results = Path(cache_dir) / "query_results"
+    results, parts = Path(cache_dir) / "query_results", list[Path]()
 
-    def read(source: Path | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
+    def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task)
                 _check(con, name, kind, need_label, static_features)
-                notes = {"length_recomputed": _load_stays(con, name, kind, need_label, counts)}
-                table = _load_events(con, name, counts)
-                sources = complete_account(con, Path(str(source)).parent, table) if kind == "nested" else []
-                return table, ReadReport(files.without_zeros(counts), notes, sources)
+                notes = _load_stays(con, name, kind, need_label, counts)
+                table = _load_events(con, name, counts, notes)
+                sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
+                return table, ReadReport(files.without_zeros(counts), files.without_zeros(notes), sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise duck.out_of_memory_error(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
-            raise files.refusal("unreadable", source=name, reason=duck.reason_without_rows(error)) from None
+            is_csv = any(map(_is_csv, parts))
+            reason = duck.reason_without_rows(error, [] if is_csv else parts).removeprefix(f"{name}: ")
+            raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
         with contextlib.suppress(OSError):  # a folder to spill into: DuckDB makes the last one of a path only
             results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
-    path = Path(data)
+    path = Path(data).expanduser()
     if "\n" in str(data):
         raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
-    if not path.exists() and not any(sign in str(data) for sign in "*?["):
+    if not path.exists() and not table_files(path):
         raise files.refusal("no_source", source=data)
     if is_meds(path) != (task is not None):
         raise files.refusal("meds_without_labels", source=data)
-    if path.is_dir() and task is None:
-        path = run_mimic_query(path, Path(cache_dir), memory_limit) / "*.parquet"
-    kept = kept_arrays(path, results, need_label, task)
+    if task is None:
+        parts = table_files(path)
+        if not parts and path.suffix.lower() in (".parquet", ".csv"):
+            raise files.refusal("no_parts", source=data)
+        parts = parts or files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
+    kept = kept_arrays(path, parts, results, need_label, task)
     if kept is None:
-        return read(path, str(data))
+        return read(parts or path, str(data))
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return tables.load_arrays(kept, static_features)
     with files.lock_folder(results):
         with contextlib.suppress(OSError, ValueError):  # another run made them while this one waited
             return tables.load_arrays(kept, static_features)
-        content = read(path, str(data))
+        content = read(parts or path, str(data))
         files.delete_quietly(kept)
         files.write_whole(kept, lambda folder: tables.save_arrays(folder, *content))
     return tables.load_arrays(kept)
 
 
-def kept_arrays(path: Path, results: Path, need_label: bool, task: MedsTask | None) -> Path | None:
+def table_files(path: Path) -> list[Path]:
+    """Return the files of a table: one that exists, the parts in a folder, else all that fit a pattern.
+
+    A folder of parts is what Spark and others write; they may lie in folders like `year=2150`. MIMIC-IV's has none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return sum((table_files(Path(name)) for name in sorted(glob(str(path), recursive=True))), list[Path]())
+    if (path / "hosp").is_dir() or (path / "icu").is_dir():
+        return []
+    ending, here = path.suffix.lower(), [part for part in sorted(path.iterdir()) if part.name[0] not in "._"]
+    if ending == ".parquet":
+        return files.parquet_files(path)
+    folders = [part for part in here if part.is_dir() and "=" in part.name]
+    parts = sum(map(files.parquet_files, folders), [part for part in here if part.suffix == ".parquet"])
+    return parts or [part for part in here if _is_csv(part) and (ending == ".csv" or part.name.startswith("part-"))]
+
+
+def _is_csv(path: Path) -> bool:
+    return path.name.lower().endswith((".csv", ".csv.gz"))
+
+
+def kept_arrays(path: Path, parts: list[Path], results: Path, need_label: bool, task: MedsTask | None) -> Path | None:
     """Return the folder for the arrays of a source as its files are now; None for a small one, whose are not kept."""
-    patterns = [path]
+    patterns = list[Path]()
     if task:
         patterns = [path / "**" / "*.parquet", Path(task.labels), Path(task.labels) / "**" / "*.parquet"]
-    names: list[str] = sum((sorted(glob(str(pattern), recursive=True)) for pattern in patterns), [])
+    names: list[str] = sum((sorted(glob(str(pattern), recursive=True)) for pattern in patterns), list(map(str, parts)))
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path, names)]
     if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
         return None
@@ -102,24 +131,28 @@ def kept_arrays(path: Path, results: Path, need_label: bool, task: MedsTask | No
     return results / f"{key}.arrays"
 
 
-def _register_source(con: DuckDBPyConnection, data: Path | pd.DataFrame, task: MedsTask | None) -> tuple[str, dict]:
+def _register_source(
+    con: DuckDBPyConnection, data: Path | list[Path] | pd.DataFrame, task: MedsTask | None
+) -> tuple[str, dict]:
     """Make `stay_rows` and `event_rows`, columns as is; return 'nested', 'flat' or 'meds', and what was left out."""
     # A value as trimmed text, NULL where it only says that it is missing. Here infinity is an error.
-    missing = ", ".join(duck.quoted(word) for word in duck.MISSING if "inf" not in word)
-    text = "trim(CAST(value AS VARCHAR))"
+    words = [*(word for word in duck.MISSING if "inf" not in word), *("NA", "N/A", "<NA>", "NaT", "null", "\\N")]
+    text, missing = "trim(CAST(value AS VARCHAR))", ", ".join(map(duck.quoted, words))
     con.execute(f"CREATE TEMP MACRO null_if_missing(value) AS CASE WHEN {text} NOT IN ({missing}) THEN {text} END")
     if isinstance(data, pd.DataFrame):
         con.register("stay_rows", data)
         con.register("event_rows", data)
         return "flat", {}
-    if task:
+    if task and isinstance(data, Path):
         return "meds", register_meds(con, data, task)
-    is_csv = data.name.lower().endswith((".csv", ".csv.gz"))
-    if not is_csv and not data.name.lower().endswith(".parquet"):
-        raise InputError(f"{data}: --data takes a folder, *.parquet, *.csv or *.csv.gz.")
-    if data.exists() and data.stat().st_size == 0:
-        raise InputError(f"{data}: the file is empty. Copy or export it again.")
-    rows = duck.csv_rows(data) if is_csv else f"read_parquet({duck.quoted(data)}, filename = 'file_of_row')"
+    parts = [data] if isinstance(data, Path) else data
+    is_csv, listed = _is_csv(parts[0]), duck.file_list(parts)
+    for path in parts:
+        if _is_csv(path) != is_csv or not (is_csv or path.name.lower().endswith(".parquet")):
+            raise files.refusal("not_a_table", path=path)
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty. Copy or export it again.")
+    rows = duck.csv_rows(parts) if is_csv else f"read_parquet({listed}, filename = 'file_of_row')"
     types = duck.column_types(con, rows)
     if "events" not in types:
         con.execute(f"CREATE VIEW stay_rows AS FROM {rows}; CREATE VIEW event_rows AS FROM {rows}")
@@ -132,48 +165,76 @@ def _register_source(con: DuckDBPyConnection, data: Path | pd.DataFrame, task: M
 
 
 def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, static_features: Sequence[str]) -> None:
-    """Refuse a table that lacks a column, whose ids lost digits, or with unreadable or missing values."""
+    """Make the views `typed_stay_rows` and `typed_event_rows`; refuse a table that lacks a column or says too little.
+
+    Such are ids that lost digits, unreadable or missing values, and times of which some state their zone.
+    """
     stay_types, event_types = duck.column_types(con, "stay_rows"), duck.column_types(con, "event_rows")
     unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {LABEL})
     missing = [name for name in STAY_COLUMNS if name not in stay_types.keys() | unneeded]
     if missing := missing + [name for name in EVENT_COLUMNS if name not in event_types]:
         raise files.refusal("missing_columns", source=source, columns=", ".join(missing))
+    numbered = {name.lower() for name in stay_types}  # DuckDB numbers the second of a name
+    if twice := [name for name in (*STAY_COLUMNS, *EVENT_COLUMNS) if f"{name}_1" in numbered]:
+        raise files.refusal("repeated_columns", source=source, columns=", ".join(twice))
     for name in [name for name in IDS if stay_types[name] in ("DOUBLE", "FLOAT")]:
         if lost := duck.first_value(con, f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992"):
             raise files.refusal("ids_without_digits", source=source, column=name, count=lost)
     # A flat table is somebody's own make, and lacks these by mistake; of the query's stays, `_load_stays` drops such.
     needed = IDS if kind == "nested" else (*IDS, "icu_intime", *[LABEL] * need_label)
+    zoned, naive = Counter[str](), Counter[str]()
     for view, columns, present in (("stay_rows", STAY_COLUMNS, stay_types), ("event_rows", EVENT_COLUMNS, event_types)):
+        names = [name for name in columns if name in present and columns[name] != "VARCHAR"]
+        typed = ", ".join(f"{duck.as_type(name, columns[name], present[name])} AS {name}" for name in names)
+        others = [f"{name} AS {name}_written" for name in names]
+        others += [f"CAST(NULL AS {columns[name]}) AS {name}" for name in columns if name not in present]
+        con.execute(f"CREATE TEMP VIEW typed_{view} AS SELECT * REPLACE ({typed}), {', '.join(others)} FROM {view}")
         checks = {}
-        for name in [name for name in columns if name in present and columns[name] != "VARCHAR"]:
-            value = f"TRY_CAST({name} AS {columns[name]})"
+        for name in names:
             is_bad = {  # condition: whether it applies to this column
                 UNFIT[columns[name]][0].format(name): True,
-                f"{value} IS NULL": name in needed,
-                f"{value} IS NULL AND null_if_missing({name}) IS NOT NULL": present[name] != columns[name],
-                f"{value} NOT IN (0, 1)": name == LABEL and kind != "nested",
+                f"{name} IS NULL": name in needed,
+                f"{name} IS NULL AND null_if_missing({name}_written) IS NOT NULL": present[name] != columns[name],
+                f"{name} NOT IN (0, 1)": name == LABEL and kind != "nested",
+                f"contains({name}_written, 'E')": name in IDS and present[name] == "VARCHAR",  # 3.00E+07 lost digits
             }
             checks[name] = " OR ".join(condition for condition, applies in is_bad.items() if applies)
-        counts = ", ".join(f"count_if({condition})" for condition in checks.values())
-        found = con.execute(f"SELECT {counts} FROM {view}").fetchall()[0]  # all in one pass
+        times = {
+            name: duck.states_zone(f"{name}_written", present[name]) for name in names if columns[name] == "TIMESTAMP"
+        }
+        counted = [f"count_if({condition})" for condition in checks.values()]
+        for name, has_zone in times.items():
+            counted += [f"count({name}) FILTER ({has_zone})", f"count({name}) FILTER (NOT ({has_zone}))"]
+        found = con.execute(f"SELECT {', '.join(counted)} FROM typed_{view}").fetchall()[0]  # all in one pass
         for (name, condition), count in zip(checks.items(), found):
             if count:
-                bad = f"(SELECT row_number() OVER () AS number, * FROM {view}) WHERE {condition}"
+                bad = f"(SELECT row_number() OVER () AS number, * FROM typed_{view}) WHERE {condition}"
                 first = duck.first_value(con, f"SELECT {FIRST.format('number')} FROM {bad}")
                 wanted = "0 or 1" if name == LABEL else UNFIT[columns[name]][1]
                 raise files.refusal("unfit_values", source=source, column=name, wanted=wanted, count=count, first=first)
+        zoned.update(dict(zip(times, found[len(checks) :: 2])))
+        naive.update(dict(zip(times, found[len(checks) + 1 :: 2])))
+    if zoned.total() and naive.total():
+        words = {
+            "zoned": ", ".join(+zoned),
+            "n_zoned": zoned.total(),
+            "naive": ", ".join(+naive),
+            "n_naive": naive.total(),
+        }
+        raise files.refusal("mixed_zones", source=source, **words)
 
 
-def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, counts: dict[str, int]) -> int:
-    """Make the table `stays`, count and log those left out; return how many state another length than the record's."""
+def _load_stays(
+    con: DuckDBPyConnection, source: str, kind: str, need_label: bool, counts: dict[str, int]
+) -> dict[str, int]:
+    """Make the table `stays`, count and log those left out; return how many are mended, or implausible."""
     if kind == "nested":  # most often shards of an earlier export beside those of a later one
-        twice = f"SELECT icu_stay_id, {FIRST.format('file_of_row')} FROM stay_rows GROUP BY 1 HAVING count(*) > 1"
+        twice = f"SELECT icu_stay_id, {FIRST.format('file_of_row')} FROM typed_stay_rows GROUP BY 1 HAVING count(*) > 1"
         if found := con.execute(f"{twice} ORDER BY 1").fetchall():
             raise files.refusal("repeated_stays", source=source, count=len(found), stay=found[0][0], files=found[0][1])
-    present, values, conflicts = duck.column_types(con, "stay_rows"), [], []
+    values, conflicts = [], []
     for name, sql_type in STAY_COLUMNS.items():
-        column = name if name in present else "NULL"
-        value = f"null_if_missing({column})" if sql_type == "VARCHAR" else f"TRY_CAST({column} AS {sql_type})"
+        value = f"null_if_missing({name})" if sql_type == "VARCHAR" else name
         text = f"coalesce(CAST({value} AS VARCHAR), '')"
         values.append(f"any_value({value}) AS {name}")
         conflicts.append(f"CASE WHEN min({text}) <> max({text}) THEN '{name}' END")
@@ -191,7 +252,7 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
                * EXCLUDE conflicts REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
                                             AS icu_length_of_stay_in_days)
         FROM (SELECT {", ".join(values)}, concat_ws(', ', {", ".join(conflicts)}) AS conflicts
-              FROM stay_rows GROUP BY TRY_CAST(icu_stay_id AS BIGINT))
+              FROM typed_stay_rows AS s GROUP BY s.icu_stay_id)
     """
     con.execute(statement, {"is_meds": kind == "meds", "need_label": need_label})
     odd = f"count(*), {FIRST.format('icu_stay_id')}, min_by(conflicts, icu_stay_id) FROM stays WHERE conflicts <> ''"
@@ -202,11 +263,16 @@ def _load_stays(con: DuckDBPyConnection, source: str, kind: str, need_label: boo
     for code, count, first in con.execute(faulty).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
         logger.warning(f"Dropped     {count:,} {files.WORDS['reasons'][code]}: icu_stay_id {first}{more}")
+    odd_time = " OR ".join(f"year({name}) NOT BETWEEN 1900 AND 2299" for name in STAY_COLUMNS if "time" in name)
+    noted = {"length_recomputed": "abs(said_days - icu_length_of_stay_in_days) > 0.01 AND fault IS NULL"}
+    noted |= {"stay_with_odd_age": "patient_age NOT BETWEEN 0 AND 130", "stay_with_odd_time": odd_time}
+    counted = ", ".join(f"count_if({condition})" for condition in noted.values())
+    notes = dict(zip(noted, con.execute(f"SELECT {counted} FROM stays").fetchall()[0]))
     con.execute("DELETE FROM stays WHERE fault <> ''")
-    return duck.first_value(con, "SELECT count(*) FROM stays WHERE abs(said_days - icu_length_of_stay_in_days) > 0.01")
+    return notes
 
 
-def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -> StayTable:
+def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], notes: dict[str, int]) -> StayTable:
     """Return the table of stays and events, sorted; count what is left out of events. Refuses contradicting times."""
     # Texts are numbered first: what is compared, sorted and counted of events are numbers, which are small and of one
     # size. Each is read as it is written, and cleaned once.
@@ -215,7 +281,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
         SELECT *, dense_rank() OVER (ORDER BY cleaned) - 1 AS text
         FROM (SELECT written, CASE WHEN null_if_missing(written) IS NULL AND trim(written) <> '' THEN ''
                                    ELSE coalesce(CAST(written AS VARCHAR), '') END AS cleaned
-              FROM (SELECT DISTINCT event_text AS written FROM event_rows))
+              FROM (SELECT DISTINCT event_text AS written FROM typed_event_rows))
     """)
     types = list(EVENT_TYPES)
     con.execute(f"""
@@ -223,11 +289,10 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
         SELECT icu_stay_id, event_type, text, stated, epoch(event_time - icu_intime) / 60 AS minutes,
                epoch(known_time - icu_intime) / 60 AS known, epoch(final_time - event_time) / 60 AS to_end
         FROM (
-            SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id, TRY_CAST(event_time AS TIMESTAMP) AS event_time,
-                   TRY_CAST(event_known_time AS TIMESTAMP) AS known_time, event_text AS written,
+            SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id, event_time, event_known_time AS known_time, event_text AS written,
                    coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT
-                       AS event_type, TRY_CAST(relative_time_to_final_event AS DOUBLE) AS stated
-            FROM event_rows
+                       AS event_type, relative_time_to_final_event AS stated
+            FROM typed_event_rows
         ) AS e
         JOIN stays USING (icu_stay_id)
         JOIN texts AS t ON t.written IS NOT DISTINCT FROM e.written
@@ -242,6 +307,9 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
         raise files.refusal("hours_for_minutes", source=source, count=in_hours, compared=compared)
     if differ:
         raise files.refusal("other_minutes", source=source, count=differ, first=first)
+    odd = {"event_with_odd_time": "greatest(abs(minutes), abs(known)) > 63115200"}  # 120 years from ICU admission
+    for code, condition in (odd | {"event_known_too_soon": "known < minutes - 1440"}).items():
+        notes[code] = duck.first_value(con, f"SELECT count_if({condition}) FROM events")
     faults = {"event_without_time": "minutes IS NULL OR to_end IS NULL", "event_before_admission": "minutes < 0"}
     for code, condition in (faults | {"event_after_the_end": "to_end < 0"}).items():
         counts[code] = duck.first_value(con, f"DELETE FROM events WHERE {condition}")
@@ -263,9 +331,9 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int]) -
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}
     filled = 0
     batches = con.sql("""
-        SELECT event_type, text::INTEGER AS text, minutes::FLOAT AS minutes_since_intime,
-               known::FLOAT AS known_minutes_since_intime, to_end::FLOAT AS minutes_to_end
-        FROM events ORDER BY icu_stay_id, minutes_since_intime, event_type, text, known
+        SELECT event_type, text::INTEGER AS text, minutes AS minutes_since_intime,
+               known AS known_minutes_since_intime, to_end AS minutes_to_end
+        FROM events ORDER BY icu_stay_id, minutes, event_type, text, known
     """)
     for batch in batches.to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():

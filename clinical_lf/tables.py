@@ -20,8 +20,9 @@ LABEL = "patient_expired_in_hospital"
 STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
 # What a prospective model cannot know at the moment of prediction.
 KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
+# At 80 years float32 holds every fourth minute. The model is given float32, of what is scaled by then.
 MINUTES = ("minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
-EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES, np.float32)
+EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES, np.float64)
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class StayTable:
     offsets: np.ndarray  # (n_stays + 1) int64
     event_type: np.ndarray  # (n_events) int8: index in EVENT_TYPES, len(EVENT_TYPES) if it is none of them
     text: np.ndarray  # (n_events) int32: index in texts
-    minutes_since_intime: np.ndarray  # (n_events) float32
-    known_minutes_since_intime: np.ndarray  # (n_events) float32, NaN where nobody knows when the ward knew
-    minutes_to_end: np.ndarray  # (n_events) float32: to ICU discharge or death; prospectively to the prediction
+    minutes_since_intime: np.ndarray  # (n_events) float64
+    known_minutes_since_intime: np.ndarray  # (n_events) float64, NaN where nobody knows when the ward knew
+    minutes_to_end: np.ndarray  # (n_events) float64: to ICU discharge or death; prospectively to the prediction
     texts: np.ndarray  # (n_texts) of str: distinct texts
 
     @property
@@ -102,6 +103,10 @@ class SourceAccount:
     noted: dict[str, int] = field(default_factory=dict)  # rows of the cohort with something to know, kept or not
 
 
+LOST_STAYS = ("stay_", "label_after_death")  # codes of what is not as asked for, as a stay that had ended is
+MUCH = 0.05  # of the stays: so many are no slips of the pen
+
+
 @dataclass
 class ReadReport:
     """What was left out or mended on reading, by keys of words.yaml's reasons, and where a folder's rows went."""
@@ -110,8 +115,8 @@ class ReadReport:
     notes: dict[str, int] = field(default_factory=dict)  # counts of what is no fault
     sources: list[SourceAccount] = field(default_factory=list)
 
-    def log(self) -> None:
-        """Log what was left out, and the account of the source tables with a warning of those that give nothing."""
+    def log(self, n_stays: int) -> None:
+        """Log what was left out of n_stays and more, what is implausible, and where the rows of source tables went."""
         if self.sources:
             logger.info("Rows        table                         read        used   not used, and why")
         for source in self.sources:
@@ -125,6 +130,21 @@ class ReadReport:
         dropped = "; ".join(f"{count:,} {WORDS['reasons'][code]}" for code, count in self.counts.items())
         counted = " (counted by table above, too)" if dropped and self.sources else ""
         logger.info(f"Dropped     {dropped or 'nothing'}{counted}")
+        without = {WORDS["reasons"][code]: n for code, n in self.counts.items() if code.startswith(LOST_STAYS)}
+        without |= self.sources[0].lost if self.sources else {}  # ICU stays that a join loses, as without an admission
+        n_lost = sum(without.values())
+        if n_lost > MUCH * (n_stays + n_lost):
+            found = {"lost": n_lost, "read": n_stays + n_lost, "share": n_lost / (n_stays + n_lost)}
+            logger.warning(WORDS["warnings"]["stays_lost"].format(reasons="; ".join(without), **found))
+        for code, words in WORDS["implausible"].items():
+            if count := self.notes.get(code):
+                logger.warning(WORDS["warnings"]["implausible"].format(what=words.format(count=count)))
+
+
+def columns_with_values(table: StayTable, columns: Sequence[str]) -> list[str]:
+    """Return those of the static columns that have any value, and the types of which there is any event."""
+    types = [name for number, name in enumerate(EVENT_TYPES) if number in np.unique(table.event_type)]
+    return [*table.static_columns[list(columns)].dropna(axis=1, how="all"), *types]
 
 
 def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
@@ -202,8 +222,7 @@ def known_at(table: StayTable, hours: float, is_described: bool = False) -> Stay
     part = table.take(np.unique(table.stay_of_event[known]), keep_event=known)
     # What is known only later is missing, as where a model learns it.
     unknown = {} if is_described else dict(zip(KNOWN_ONLY_LATER, (np.nan, None, None), strict=True))
-    minutes_to_end = (minutes - part.minutes_since_intime).astype(np.float32)
-    return replace(part, stays=part.stays.assign(**unknown), minutes_to_end=minutes_to_end)
+    return replace(part, stays=part.stays.assign(**unknown), minutes_to_end=minutes - part.minutes_since_intime)
 
 
 class Split(NamedTuple):

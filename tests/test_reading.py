@@ -192,7 +192,7 @@ INFINITE, UNFIT = put(small_table(), {END: "inf"}, [5]), f"column {END} is not {
 PARQUET = pd.DataFrame({"icu_stay_id": [1], "events": [[5]]}).to_parquet(index=False)
 BAD_FILES = {
     "no such file": ("none.csv", lambda p: None, "no such file or folder"),
-    "a glob without files": ("none*.parquet", lambda p: None, "No files found"),
+    "a glob without files": ("none*.parquet", lambda p: None, "nor a pattern that one fits"),
     "empty CSV": ("data.csv", holding(""), "the file is empty"),
     "empty Parquet": ("data.parquet", holding(""), "the file is empty"),
     "another kind of file": ("data.xlsx", holding("PK"), "--data takes a folder"),
@@ -200,7 +200,7 @@ BAD_FILES = {
     "MIMIC-IV without stays": ("mimic", broken_mimic, "icu/icustays has no rows"),
     "no header": ("data.csv", holding("\n".join(LINES[1:])), "missing columns patient_id"),
     "semicolons": ("data.csv", holding(CSV.replace(",", ";")), "missing columns"),
-    "Latin-1": ("data.csv", holding(LATIN), "at line 2, Invalid unicode). CSV must be UTF-8"),
+    "Latin-1": ("data.csv", holding(LATIN), "(not UTF-8 at line 2). CSV must be UTF-8"),
     "UTF-16": ("data.csv", holding(CSV.encode("utf-16")), "data.csv: "),
     "lone surrogate": ("data.csv", holding(CSV.encode().replace(b"URGENT", b"\xed\xa0\x80")), "CSV must be UTF-8"),
     "a row cut short": ("data.csv", holding(CUT_ROW), RAGGED),
