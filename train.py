@@ -263,19 +263,15 @@ class ClinicalDataPreprocessor:
         numbers = stays[columns].astype(float)
         return numbers.assign(**{name: np.log1p(numbers[name]) for name in columns if name == "number_of_events"})
 
-    def unknown_categories(self, stays: pd.DataFrame) -> dict[str, int]:
-        """Return, by column with any, how many of the stays have a value that training never saw."""
-        words = stays[self.categorical].astype(object)
-        is_known = [
-            words[name].isna() | words[name].astype(str).isin(self.static_encoders[name].categories_[0])
-            for name in words
-        ]
-        return files.without_zeros({name: int((~known).sum()) for name, known in zip(words, is_known)})
-
-    def empty_columns(self, table: StayTable) -> list[str]:
-        """Return the static columns and types of events that training had, and of which this table has none."""
+    def unknown_categories(self, table: StayTable) -> dict[str, int]:
+        """Return, by column with any, how many stays have a value, or no value in any stay, that training never saw."""
         present = tables.columns_with_values(table, [*self.categorical, *self.numeric])
-        return [name for name in self._state.get("with_values", []) if name not in present]
+        empty = [f"{name} (empty)" for name in self._state.get("with_values", []) if name not in present]
+        counts = dict.fromkeys(empty, len(table.stays))
+        for column in self.categorical:
+            words = table.stays[column].dropna().astype(str)
+            counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
+        return files.without_zeros(counts)
 
     def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
         """Return (n, S) float32 of n stays' columns (default: those fitted on): one-hot groups, then numbers.
@@ -1591,7 +1587,7 @@ def folder_of_run(checkpoint: str | Path) -> Path:
 
 def data_path(data: str) -> Path:
     """Return the path as given; the bundled sample is also found from another working directory."""
-    return SAMPLE if data == SAMPLE.name and not Path(data).exists() else Path(data).expanduser()
+    return SAMPLE if data == SAMPLE.name and not Path(data).exists() else Path(os.path.expanduser(data))
 
 
 class Source(NamedTuple):
@@ -1849,14 +1845,9 @@ def load_run(
         if is_seen.all():
             raise files.refusal("all_seen", data=settings.data, count=len(is_seen))
         table = table.take(~is_seen).with_own_texts()
-    for column, count in checkpoint.preprocessor.unknown_categories(table.static_columns).items():
+    for column, count in checkpoint.preprocessor.unknown_categories(table).items():
         level, words = (30, "WARNING: ") if count > 0.2 * len(table.stays) else (20, "")
-        counted = f"{count} of {len(table.stays)} stays have values unknown to the model"
-        logger.log(level, f"Data        {words}{column}: {counted}")
-    if empty := checkpoint.preprocessor.empty_columns(table):
-        logger.warning(
-            f"Data        WARNING: empty in all {len(table.stays)} stays, not in training: {', '.join(empty)}"
-        )
+        logger.log(level, f"Data        {words}{column}: {count} of {len(table.stays)} stays, unknown to the model")
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if text_encoder.id != checkpoint.text_encoder:
@@ -1896,8 +1887,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
     names = [items.read_text(text).item for text in table.texts]
     unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
     described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **loaded.source.origin()}
-    described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table.static_columns)
-    described["empty_columns"] = checkpoint.preprocessor.empty_columns(table)
+    described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
     predictions = run_folder.Predictions(table.stays, expit(loaded.logits))
     is_prospective, trajectories = checkpoint.settings.prospective, pd.concat(rows, ignore_index=True) if rows else None
     return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)

@@ -1,6 +1,7 @@
 """Any source to a StayTable: two relations `stay_rows` and `event_rows`, checked, then loaded as flat arrays."""
 
 import contextlib
+import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -56,8 +57,9 @@ def read_stays(
                 _check(con, name, kind, need_label, static_features)
                 notes = _load_stays(con, name, kind, need_label, counts)
                 table = _load_events(con, name, counts, notes)
+                notes = {"length_recomputed": 0} | files.without_zeros(notes)
                 sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
-                return table, ReadReport(files.without_zeros(counts), files.without_zeros(notes), sources)
+                return table, ReadReport(files.without_zeros(counts), notes, sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise duck.out_of_memory_error(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
@@ -69,7 +71,7 @@ def read_stays(
         with contextlib.suppress(OSError):  # a folder to spill into: DuckDB makes the last one of a path only
             results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if "\n" in str(data):
         raise InputError("the data's path is a text of several lines. Give a path, or the data frame itself.")
     if not path.exists() and not table_files(path):
@@ -215,13 +217,8 @@ def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, st
         zoned.update(dict(zip(times, found[len(checks) :: 2])))
         naive.update(dict(zip(times, found[len(checks) + 1 :: 2])))
     if zoned.total() and naive.total():
-        words = {
-            "zoned": ", ".join(+zoned),
-            "n_zoned": zoned.total(),
-            "naive": ", ".join(+naive),
-            "n_naive": naive.total(),
-        }
-        raise files.refusal("mixed_zones", source=source, **words)
+        words = {"zoned": ", ".join(+zoned), "naive": ", ".join(+naive)}
+        raise files.refusal("mixed_zones", source=source, n_zoned=zoned.total(), n_naive=naive.total(), **words)
 
 
 def _load_stays(
@@ -273,7 +270,7 @@ def _load_stays(
 
 
 def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], notes: dict[str, int]) -> StayTable:
-    """Return the table of stays and events, sorted; count what is left out of events. Refuses contradicting times."""
+    """Return the table of stays and events, sorted; count what is left out or odd. Refuses contradicting times."""
     # Texts are numbered first: what is compared, sorted and counted of events are numbers, which are small and of one
     # size. Each is read as it is written, and cleaned once.
     con.execute("""
@@ -289,7 +286,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
         SELECT icu_stay_id, event_type, text, stated, epoch(event_time - icu_intime) / 60 AS minutes,
                epoch(known_time - icu_intime) / 60 AS known, epoch(final_time - event_time) / 60 AS to_end
         FROM (
-            SELECT TRY_CAST(icu_stay_id AS BIGINT) AS icu_stay_id, event_time, event_known_time AS known_time, event_text AS written,
+            SELECT icu_stay_id, event_time, event_known_time AS known_time, event_text AS written,
                    coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT
                        AS event_type, relative_time_to_final_event AS stated
             FROM typed_event_rows

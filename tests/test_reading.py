@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_table import MARK, arguments, leftovers, small_table, to_parquet
@@ -52,43 +53,40 @@ def put(table, cells, rows=slice(0, 3)):
     return table
 
 
-TIME, NUMBER, NO_TIME = "a time like 2150-01-31 23:59:00", "a finite number", WORDS["reasons"]["event_without_time"]
-BAD_CELLS = [
-    ("patient_id", "an integer", ["abc", "", "#10000000", "99999999999999999999"]),  # no comment begins with #
-    ("icu_stay_id", "an integer", ["30000000.5"]),
-    ("patient_age", NUMBER, ["old", "inf", "1e300"]),  # the last is beyond float32
-    (LABEL, "0 or 1", ["2", "-1", "0.5", "yes", "nan", ""]),
-    ("event_time", TIME, ["31/12/2150 8 am", "infinity"]),
-    ("event_known_time", TIME, ["-infinity"]),
-    ("icu_outtime", TIME, ["infinity"]),
-    ("icu_intime", TIME, [""]),
-    (END, NUMBER, ["soon", "inf"]),
-]
+CASES = yaml.safe_load(Path(__file__).with_name("reading_cases.yaml").read_text("utf-8"))
 
 
-@pytest.mark.parametrize("column, wanted, values", BAD_CELLS)
+@pytest.mark.parametrize("column, wanted, values", CASES["cells"])
 def test_bad_cells_are_refused(column, wanted, values, tmp_path):
     message = f"data.csv: column {column} is not {wanted} in 3 rows, first row 1, 2, 3 after the header"
     for value in values:
         assert_refused(message, as_csv(put(small_table(), {column: value}), tmp_path), tmp_path)
 
 
-BAD_TABLES = {
-    "header only": (lambda t: t[:0], "a header but no rows"),
-    "no label": (lambda t: t.drop(columns=LABEL), f"missing columns {LABEL}"),
-    "no two columns": (lambda t: t.drop(columns=["icu_intime", "event_text"]), "columns icu_intime, event_text"),
-    "capitals": (lambda t: t.rename(columns={"patient_id": "PATIENT_ID"}), "missing columns patient_id"),
-    "label differs within a stay": (lambda t: put(t, {LABEL: "1"}, [0]), f"first icu_stay_id 30000000 in {LABEL}"),
-    "age differs": (lambda t: put(t, {"patient_age": "77"}, [4]), "first icu_stay_id 30000001 in patient_age"),
-    "two patients": (lambda t: put(t, {"patient_id": "5"}, [0]), "first icu_stay_id 30000000 in patient_id"),
-    "age on one row only": (lambda t: put(t, {"patient_age": ""}, [0]), "contradict themselves"),
-    "id in two ways": (lambda t: put(t, {"insurance": "x", "icu_stay_id": "030000000"}, [0]), "in insurance"),
-    "hours for minutes": (lambda t: t.assign(**{END: t[END].astype(float) / 60}), "is in hours in 120 of 120 events"),
-    "hours in some rows": (lambda t: put(t, {END: "47"}), f"{END} differs by more than 2 minutes"),
-    "after the end": (lambda t: put(t, {END: "-100"}), f"{END} differs by more than 2 minutes"),
-    "no event": (lambda t: t.assign(event_time="", **{END: ""}), f"dropped: 120 {NO_TIME}"),
-    "ends before it begins": (lambda t: t.assign(icu_outtime="2149-01-01", **{END: ""}), "no stay has an event"),
-}
+def table_of(case):
+    table = small_table().assign(**case.get("all", {}), **case.get("others", {}))
+    rows = case.get("rows", [0, 1, 2])
+    table = table[:0] if rows == "all" else put(table, case.get("set", {}), rows)
+    return table.drop(columns=case.get("drop", [])).rename(columns=case.get("rename", {}))
+
+
+@pytest.mark.parametrize("source, name", [(source, name) for source in ("flat", "nested") for name in CASES[source]])
+def test_table_is_read_as_it_was_meant_or_refused_in_a_sentence(source, name, tmp_path, log):
+    case = CASES[source][name]
+    nested = tmp_path / "data.parquet"
+    path = as_csv(table_of(case), tmp_path) if source == "flat" else to_parquet(table_of(case), nested, nested=True)
+    if "refused" in case:
+        assert_refused(case["refused"], path, tmp_path)
+        return
+    table, report = read_stays(path)
+    report.log(len(table.stays))
+    assert report.counts == case.get("counts", {}) and len(table.text) == case.get("events", 120)
+    assert {code: report.notes[code] for code in report.notes if code != "length_recomputed"} == case.get("notes", {})
+    if not case.get("counts"):
+        minutes = table.minutes_since_intime[: table.offsets[1]]
+        assert minutes.tolist() == pytest.approx(case.get("minutes", [60, 120, 180]), abs=1e-6, rel=0)
+    warned = [line for line in log.messages if "WARNING: " in line]
+    assert all(case.get("warned", "no warning") in line for line in warned) and bool(warned) == ("warned" in case)
 
 
 def test_refusal_ends_the_program_with_code_2_and_a_line(tmp_path, capfd):
@@ -99,28 +97,11 @@ def test_refusal_ends_the_program_with_code_2_and_a_line(tmp_path, capfd):
     assert MARK not in output.out + output.err and not (tmp_path / "out" / "predictions.csv").exists()
 
 
-BEFORE, AFTER, NEVER = ({"event_time": time, END: ""} for time in ("2150-03-01 07:00:00", "2150-03-08 07:00:00", ""))
-REPAIRS = {
-    "duplicate rows": (lambda t: pd.concat([t, t[:7]]), {"event_repeated": 7}, 120),
-    "before admission": (lambda t: put(t, BEFORE), {"event_before_admission": 3, "stay_without_events": 1}, 117),
-    "after the end": (lambda t: put(t, AFTER), {"event_after_the_end": 3, "stay_without_events": 1}, 117),
-    "without a time": (lambda t: put(t, NEVER, slice(0, 2)), {"event_without_time": 2}, 118),
-    "unknown type": (lambda t: put(t, {"event_type": "transfusion"}), {"event_of_unknown_type": 3}, 120),
-    "no type": (lambda t: put(t, {"event_type": ""}), {"event_of_unknown_type": 3}, 120),
-    "no relative time": (lambda t: put(t, {END: ""}), {}, 120),
-    "relative time NaN": (lambda t: put(t, {END: "nan"}), {}, 120),
-    "label written as 0.0": (lambda t: put(t, {LABEL: "0.0"}, [0]), {}, 120),
-    "columns in another order": (lambda t: t[t.columns[::-1]], {}, 120),
-    "extra columns": (lambda t: t.assign(note="x", events_seen="3"), {}, 120),
-    "no discharge": (lambda t: put(t, {"icu_outtime": "", END: ""}), {"stay_without_end": 1}, 117),
-}
-
-
-@pytest.mark.parametrize("name", REPAIRS)
-def test_repair_is_counted(name, tmp_path):
-    damage, expected, n_events = REPAIRS[name]
-    table, report = read_stays(as_csv(damage(small_table()), tmp_path))
-    assert report.counts == expected and len(table.text) == n_events and not report.sources
+def test_rows_that_stand_twice_and_columns_that_are_moved_or_added_change_nothing(tmp_path):
+    table = small_table()
+    for changed, counts in ((pd.concat([table, table[:7]]), {"event_repeated": 7}), (table[table.columns[::-1]], {})):
+        read, report = read_stays(as_csv(changed.assign(note="x", events_seen="3"), tmp_path))
+        assert report.counts == counts and len(read.text) == 120 and not report.sources
 
 
 def test_length_of_stay_runs_to_death_or_discharge_and_others_are_noted(tmp_path):
@@ -182,13 +163,27 @@ def nested_and_flat(path):
     to_parquet(small_table()[60:], path.with_name("b.parquet"), nested=True)
 
 
+def one_cut_short(path):
+    to_parquet(small_table(), path.with_name("a.parquet"))
+    path.with_name("b.parquet").write_bytes(path.with_name("a.parquet").read_bytes()[:-100])
+
+
+def csv_and_parquet(path):
+    to_parquet(small_table(), path.with_name("a.parquet"))
+    as_csv(small_table(), path.parent)
+
+
+def in_hours(path):
+    table = small_table()
+    table.assign(**{END: table[END].astype(float) / 60}).to_csv(path, index=False)
+
+
 def parquet_with(path, **columns):
     pd.read_parquet(to_parquet(small_table(), path)).assign(**columns).to_parquet(path)
 
 
 CUT_ROW = "\n".join([*LINES[:50], LINES[50][:60], *LINES[51:]])
 RAGGED, NO_END = "more or fewer values than the header", "end of GZIP stream"
-INFINITE, UNFIT = put(small_table(), {END: "inf"}, [5]), f"column {END} is not {NUMBER} in 1 rows"
 PARQUET = pd.DataFrame({"icu_stay_id": [1], "events": [[5]]}).to_parquet(index=False)
 BAD_FILES = {
     "no such file": ("none.csv", lambda p: None, "no such file or folder"),
@@ -214,14 +209,19 @@ BAD_FILES = {
     "events are numbers": ("data.parquet", holding(PARQUET), "cannot be read"),
     "times are numbers": ("data.parquet", lambda p: parquet_with(p, icu_intime=7), "column icu_intime is not a time"),
     "ids are floats": ("data.parquet", lambda p: parquet_with(p, patient_id=2.0**54), "stored as floating point"),
-    "infinity, typed": ("data.parquet", lambda p: to_parquet(INFINITE, p), UNFIT),
-    "infinity, nested": ("data.parquet", lambda p: to_parquet(INFINITE, p, nested=True), UNFIT),
+    "hours for minutes": ("data.csv", in_hours, "is in hours in 120 of 120 events"),
+    "one column twice": (
+        "data.csv",
+        holding("patient_race," + CSV.replace("\n", "\nx,")[:-2]),
+        "columns patient_race stand twice",
+    ),
+    "Parquet that is none": ("data.parquet", holding("x" * 99), "no whole Parquet file). Copy or export it again"),
+    "one bad shard": ("*.parquet", one_cut_short, "b.parquet: no whole Parquet file)"),
+    "another schema": ("*.parquet", nested_and_flat, "b.parquet: its columns, or their types, are not those"),
+    "empty Spark folder": ("stays.parquet", Path.mkdir, "the folder holds no part files"),
+    "CSV and Parquet": ("*", csv_and_parquet, "all of one kind"),
     "nested and flat mixed": ("*.parquet", nested_and_flat, "must share a schema"),
 }
-
-
-for name, (damage, words) in BAD_TABLES.items():
-    BAD_FILES[f"table: {name}"] = ("data.csv", holding(damage(small_table()).to_csv(index=False)), words)
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -245,7 +245,39 @@ def with_columns_in_two_orders(path):
     table[60:][table.columns[::-1]].to_csv(path.with_name("b.csv"), index=False)
 
 
+def as_spark_writes(path, nested=False):
+    """Parts in folders by a column, beside files that are no data."""
+    table = small_table()
+    for place, rows in (("year=2149", table[:60]), ("year=2150/month=1", table[60:])):
+        (path / place).mkdir(parents=True)
+        to_parquet(rows, path / place / "part-00000.snappy.parquet", nested)
+        (path / place / ".part-00000.snappy.parquet.crc").write_bytes(b"x")
+    (path / "_temporary").mkdir()
+    to_parquet(table, path / "_temporary" / "part-00009.parquet")
+    for name in ("_SUCCESS", "._part-00000.parquet"):
+        (path / name).write_bytes(b"x")
+
+
+def parts_of_csv(path):
+    path.mkdir()
+    as_csv(small_table()[:60], path).rename(path / "part-00000.csv")
+    as_csv(small_table()[60:], path).rename(path / "part-00001.csv")
+
+
+def beside_its_pattern(path):
+    path.write_text(CSV)
+    path.with_name("stays1.csv").write_text(CSV[:-60])
+
+
 GOOD_FILES = {
+    "stays.parquet": as_spark_writes,
+    "export": as_spark_writes,
+    "nested": lambda path: as_spark_writes(path, nested=True),
+    "stays.csv": parts_of_csv,
+    "parts": parts_of_csv,
+    "stays[1].csv": beside_its_pattern,
+    "UPPER.CSV.GZ": holding(ZIPPED),
+    "UPPER[1].PARQUET": lambda path: to_parquet(small_table(), path),
     "data.csv": holding(CSV.encode("utf-8-sig")),  # a byte order mark
     "lines.csv": holding(CSV.replace("\n", "\r\n")),
     "data.csv.gz": holding(ZIPPED),

@@ -48,7 +48,9 @@ def test_new_category_is_all_zeros_and_counted_a_missing_one_unknown_a_missing_n
     encoded = preprocessor.encode_static_features(stays)
     on = [name for name, value in zip(preprocessor.static_names, encoded[0], strict=True) if value]
     assert on == [("marital_status", "Unknown")] and (encoded == encoded[0]).all()
-    assert preprocessor.unknown_categories(stays) == {"insurance": 3}  # what is missing is not new
+    part = replace(table.take(np.arange(3)), stays=stays)
+    counts = {"insurance": 3, "marital_status (empty)": 3, "patient_age (empty)": 3}  # one that is missing is not new
+    assert preprocessor.unknown_categories(part) == counts
 
 
 def test_number_of_events_is_scaled_by_its_logarithm_and_numbers_beyond_training_count_as_the_nearest_seen(table):

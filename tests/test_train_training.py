@@ -183,11 +183,13 @@ def test_stays_of_which_the_same_is_known_at_3_hours_have_equal_risks_and_unseen
 def test_values_that_training_never_saw_are_counted_by_column_with_a_warning_above_a_fifth(twins, tmp_path, capfd):
     table = pd.read_csv(twins / "data.csv", dtype=str)
     table.loc[:5, "patient_race"] = "NEW"
-    table.assign(insurance="NEW").to_csv(tmp_path / "new.csv", index=False)
+    table.assign(insurance="NEW", marital_status="", event_type="labevent").to_csv(tmp_path / "new.csv", index=False)
     _, content = evaluated(tmp_path, tmp_path / "new.csv", best_model(twins))
-    assert content["unknown_categories"] == {"patient_race": 1, "insurance": 40}
+    empty = {f"{name} (empty)": 40 for name in ("marital_status", *EVENT_TYPES) if name != "labevent"}
+    assert content["unknown_categories"] == {"patient_race": 1, "insurance": 40} | empty
     output = capfd.readouterr().out
-    assert "WARNING: insurance: 40 of 40 stays have values unknown to the model" in output
+    assert "WARNING: insurance: 40 of 40 stays, unknown to the model" in output
+    assert "WARNING: marital_status (empty): 40 of 40 stays" in output
     assert "WARNING: patient_race" not in output
 
 
