@@ -1,8 +1,10 @@
 """DuckDB as every source uses it: within limits, in UTC, with errors that hold no row."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from glob import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +85,11 @@ def column_types(con: DuckDBPyConnection, relation: str) -> dict[str, str]:
 
 
 def reason_without_rows(error: Exception, parquet: Iterable[Path] = ()) -> str:
-    """Return which file is at fault and why, nothing of a row: rows hold patient data.
-
-    Where DuckDB does not say which one it is, the files in `parquet` are read, one by one.
-    """
+    """Return which file is at fault, one of `parquet` if DuckDB does not say, and why; nothing of a row."""
     text = str(error).split("\nLINE 1")[0]
     named = re.findall(r"""(?:['"]|stream: |\n  file = )(.+?\.\w+)(?:['"]|$)""", text, re.MULTILINE)
-    at_fault = [name for name in named if Path(name).is_file()][-1:] or list(map(str, _unreadable(parquet)))
+    at_fault = [name for name in named if Path(name).is_file()][-1:]
+    at_fault = at_fault or list(islice((str(path) for path in parquet if not _is_readable(path)), 1))
     reasons = [words for pattern, words in WORDS["damage"].items() if re.search(pattern, text)]
     reason = reasons[0] if reasons else type(error).__name__  # its own words may hold a value
     if line := re.search(r"Line: ?(\d+)", text):
@@ -98,15 +98,11 @@ def reason_without_rows(error: Exception, parquet: Iterable[Path] = ()) -> str:
     return ": ".join([*at_fault, ", ".join([reason, *known[:1]])])
 
 
-def _unreadable(parquet: Iterable[Path]) -> list[Path]:
-    """Return the first of these Parquet files that cannot be read; none if all can."""
-    with duckdb.connect() as con:
-        for path in parquet:
-            try:
-                con.execute(f"SELECT max(hash(COLUMNS(*))) FROM read_parquet({file_list([path])})").fetchall()
-            except duckdb.Error:
-                return [path]
-    return []
+def _is_readable(parquet: Path) -> bool:
+    """Return whether a whole Parquet file can be read."""
+    with contextlib.suppress(duckdb.Error), duckdb.connect() as con:
+        return bool(con.execute(f"SELECT max(hash(COLUMNS(*))) FROM read_parquet({file_list([parquet])})").fetchall())
+    return False
 
 
 def out_of_memory_error(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:

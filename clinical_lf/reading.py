@@ -98,10 +98,7 @@ def read_stays(
 
 
 def table_files(path: Path) -> list[Path]:
-    """Return the files of a table: one that exists, the parts in a folder, else all that fit a pattern.
-
-    A folder of parts is what Spark and others write; they may lie in folders like `year=2150`. MIMIC-IV's has none.
-    """
+    """Return the files of a table: one that exists, the parts in a folder (of Spark), else all that fit a pattern."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -167,10 +164,7 @@ def _register_source(
 
 
 def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, static_features: Sequence[str]) -> None:
-    """Make the views `typed_stay_rows` and `typed_event_rows`; refuse a table that lacks a column or says too little.
-
-    Such are ids that lost digits, unreadable or missing values, and times of which some state their zone.
-    """
+    """Make the views `typed_stay_rows` and `typed_event_rows`; refuse what is missing or unreadable in them."""
     stay_types, event_types = duck.column_types(con, "stay_rows"), duck.column_types(con, "event_rows")
     unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {LABEL})
     missing = [name for name in STAY_COLUMNS if name not in stay_types.keys() | unneeded]
