@@ -274,7 +274,7 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path, log):
     assert found["icu/ingredientevents"] == (4, 4, 2, lost, {})
     noted = {"(used or not) have a day without a time: its end is taken": 1}
     assert found["hosp/microbiologyevents"] == (2, 2, 2, {}, noted) and found["icu/icustays"] == (4, 4, 4, {}, {})
-    report.log()
+    report.log(1)
     line = "hosp/labevents                  15           8   2 of patients or admissions without an ICU stay, 1 without"
     assert line in log.text and "1 duplicate events; 1 stays without events (counted by table above, too)" in log.text
 
@@ -315,7 +315,7 @@ def test_stays_whose_admission_or_patient_is_missing_are_counted(tmp_path):
 
 def test_table_of_another_release_is_a_warning_that_names_it(tmp_path, log):
     _, report = read(tmp_path, **swapped("ingredientevents", "\n201,", "\n999,"))
-    report.log()
+    report.log(1)
     assert "icu/ingredientevents contributes nothing: 4 rows read, 0 of the cohort" in log.text
 
 
