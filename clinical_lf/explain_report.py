@@ -163,7 +163,7 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     known, ends = stays["label"].dropna(), "Their outcomes are unknown."
     if len(known):
         of_known = "" if len(known) == len(stays) else " of known outcome"
-        ends = f"{int(known.sum()):,} of {counted(len(known), 'stay')}{of_known} ended with death in hospital."
+        ends = f"{int(known.sum()):,} of {counted(len(known), 'stay')}{of_known} ended with death."
     who = f"{counted(len(stays), 'held-out stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
     flagged = int((~stays["complete"].astype(bool)).sum())
     adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."

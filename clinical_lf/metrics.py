@@ -1,6 +1,6 @@
 """Figures of held-out predictions with intervals over patients: discrimination, calibration, clinical use, subgroups.
 
-n stays, R bootstrap resamples, G distinct probabilities, k coefficients. Outcome 1 is death in hospital.
+n stays, R bootstrap resamples, G distinct probabilities, k coefficients. Outcome 1 is death.
 """
 
 import math

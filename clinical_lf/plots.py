@@ -132,7 +132,7 @@ def plot_calibration(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any
     parts, bins = [risks[died == 0], risks[died == 1]], np.linspace(0, top, 31)
     histogram.hist(parts, bins=bins, stacked=True, color=[BLUE, VERMILLION], label=["survived", "died"])
     histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    tidy(histogram, "predicted risk of death in hospital", "stays", legend="best")
+    tidy(histogram, "predicted risk of death", "stays", legend="best")
     return figure
 
 
