@@ -25,8 +25,22 @@ WITH stays AS (
     -- then gives the label away. A stay without outtime ends at its death. IF, not LEAST: BigQuery's LEAST is NULL as
     -- soon as one argument is. NULL only where both are: train.py drops and counts such a stay.
     COALESCE(IF(adm.deathtime < icu.outtime, adm.deathtime, icu.outtime), adm.deathtime) AS final_time,
-    -- The hospital's own flag is the label: a survivor of the ICU may still die on the ward.
+    -- Three labels, of which --outcome names one; NULL is unknown. In hospital, by the hospital's own flag: a survivor
+    -- of the ICU may still die on the ward.
     adm.hospital_expire_flag AS patient_expired_in_hospital,
+    -- In the ICU: before or at discharge from it, or where it has none.
+    CASE
+      WHEN adm.hospital_expire_flag = 0 THEN 0
+      WHEN adm.deathtime <= COALESCE(icu.outtime, adm.deathtime) THEN 1
+      WHEN adm.deathtime > icu.outtime THEN 0
+    END AS patient_expired_in_icu,
+    -- Within 30 days of ICU admission, in days, for dod has no time. It is known for a year after the last discharge:
+    -- without it the patient was alive then, unless the hospital says otherwise. A death before the stay is a mistake.
+    CASE
+      WHEN DATE_DIFF(IFNULL(DATE(pat.dod), DATE(adm.deathtime)), DATE(icu.intime), DAY) > 30 THEN 0
+      WHEN DATE_DIFF(IFNULL(DATE(pat.dod), DATE(adm.deathtime)), DATE(icu.intime), DAY) >= 0 THEN 1
+      WHEN pat.dod IS NULL AND adm.deathtime IS NULL AND IFNULL(adm.hospital_expire_flag, 0) <> 1 THEN 0
+    END AS patient_expired_within_30d,
     pat.gender AS patient_gender,
     -- anchor_age is the age in anchor_year (over 89 it is set to 91); years are shifted per patient, differences hold.
     pat.anchor_age + EXTRACT(YEAR FROM icu.intime) - pat.anchor_year AS patient_age,
@@ -39,7 +53,8 @@ WITH stays AS (
     icu.last_careunit AS last_icu_careunit,
     adm.discharge_location  -- never a feature: its value DIED is the label
   FROM `physionet-data.mimiciv_3_1_icu.icustays` AS icu
-  INNER JOIN `physionet-data.mimiciv_3_1_hosp.admissions` AS adm ON adm.hadm_id = icu.hadm_id
+  INNER JOIN `physionet-data.mimiciv_3_1_hosp.admissions` AS adm
+    ON adm.hadm_id = icu.hadm_id AND adm.subject_id = icu.subject_id
   INNER JOIN `physionet-data.mimiciv_3_1_hosp.patients` AS pat ON pat.subject_id = icu.subject_id
 ),
 
@@ -62,7 +77,9 @@ prescription_events AS (
     'Prescription: ' || COALESCE(NULLIF(TRIM(REGEXP_REPLACE(rx.drug, r'\s+', ' ')), ''), 'unnamed')
       || IFNULL(' | Strength: ' || NULLIF(TRIM(REGEXP_REPLACE(rx.prod_strength, r'\s+', ' ')), ''), '')
       || IFNULL(' | Form: ' || NULLIF(TRIM(rx.form_unit_disp), ''), '')
-      || IFNULL(' | Dose: ' || NULLIF(TRIM(rx.dose_val_rx), '')
+      || IFNULL(' | Dose: ' || NULLIF(TRIM(REGEXP_REPLACE(
+        rx.dose_val_rx, r'(?i)^\s*[+-]?(nan|inf|infinity|[\d.]+e\+?\d{3,})\s*$', ''
+      )), '')
         || IFNULL(' ' || NULLIF(TRIM(rx.dose_unit_rx), ''), ''), '')
       || IFNULL(' | Route: ' || NULLIF(TRIM(rx.route), ''), '') AS event_text
   FROM stays AS s
@@ -140,7 +157,9 @@ lab_values AS (
         range_digits,
         own_digits
       ) AS INT)) AS STRING), r'\.0$', ''),
-      NULLIF(NULLIF(TRIM(REGEXP_REPLACE(value, r'\s+', ' ')), ''), '___')
+      NULLIF(NULLIF(TRIM(REGEXP_REPLACE(REGEXP_REPLACE(
+        value, r'(?i)^\s*[+-]?(nan|inf|infinity|[\d.]+e\+?\d{3,})\s*$', ''  -- no number, so no value
+      ), r'\s+', ' ')), ''), '___')
     ) AS value,
     REGEXP_REPLACE(CAST(ROUND(ref_range_lower, 4) AS STRING), r'\.0$', '') AS lo_text,
     REGEXP_REPLACE(CAST(ROUND(ref_range_upper, 4) AS STRING), r'\.0$', '') AS hi_text,
@@ -320,6 +339,8 @@ SELECT
   s.icu_outtime,
   s.patient_death_time,
   s.patient_expired_in_hospital,
+  s.patient_expired_in_icu,
+  s.patient_expired_within_30d,
   s.patient_gender,
   s.patient_age,
   s.patient_race,

@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from clinical_lf import files, items, tables
+from clinical_lf import files, items, mimic, tables
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable, HashingEncoder, HuggingFaceEncoder
 from clinical_lf.files import InputError, Progress, logger, write_whole
 from clinical_lf.items import HISTORY, STATISTICS
@@ -83,6 +83,7 @@ class Settings:
 
     observation_hours: float = setting(0.0, "Predict this many hours after ICU admission; 0 reads whole stays.", low=0)
     gap_hours: float = setting(0.0, "Leave out stays that end within so many hours after the prediction.", low=0)
+    outcome: Literal["hospital", "icu", "30d"] = setting("hospital", "Death to predict; of MEDS data --labels says it.")
     labels: str = setting("", "With MEDS data: file or folder of its labels, or mortality-in-icu@24h to make them.")
     history_hours: float = setting(0.0, "With MEDS data: hours before the prediction to read; 0 reads all.", low=0)
     first_stay_only: bool = setting(False, "Keep only the first ICU stay of each patient.")
@@ -143,7 +144,6 @@ def check_settings(settings: Settings) -> Settings:
     parts = [name for name in ("evaluate", "cross_validate", "no_test") if getattr(settings, name)]
     parts += ["split"] * (bool(settings.split) and parts[:1] != ["no_test"])
     divisors, later = (settings.n_heads, settings.n_pooling_heads, 2), "known only after the prediction"
-    own_time = "a MEDS label has its own time of prediction"
     is_retrospective, has_labels = not settings.prospective, bool(settings.labels)
     width = f"--d-model {settings.d_model}: out of range; it must be a multiple of"
     rules = {
@@ -152,7 +152,8 @@ def check_settings(settings: Settings) -> Settings:
         f"{width} --n-heads, --n-pooling-heads and 2.": any(settings.d_model % divisor for divisor in divisors),
         "--cross-validate 1: out of range; it takes at least 2 folds.": settings.cross_validate == 1,
         "--gap-hours needs --observation-hours: whole stays have no gap.": settings.gap_hours and is_retrospective,
-        f"--observation-hours and --labels: {own_time}.": has_labels and settings.observation_hours,
+        "--observation-hours and --labels: a MEDS label has its own time.": has_labels and settings.observation_hours,
+        "--outcome and --labels: MEDS labels say which death they mean.": has_labels and settings.outcome != "hospital",
         "--history-hours needs a MEDS data set and its --labels.": settings.history_hours and not has_labels,
         "--trajectory needs --evaluate CHECKPOINT.": settings.trajectory and not settings.evaluate,
         f"{', '.join(map(cli_name, modes))}: these do not go together. Run one after the other.": len(modes) > 1,
@@ -921,7 +922,7 @@ class ItemHistoryProjection(nn.Module):
 
 
 class ClinicalTransformer(nn.Module):
-    """Probability of death in hospital, from a stay's events and its static features.
+    """Probability of death, from a stay's events and its static features.
 
     What its normalised inputs, scaled positions and small query are worth is measured by tests/benchmarks/ablation.py.
     """
@@ -1165,7 +1166,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
-    "seed static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
+    "seed outcome static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
     "max_events_per_batch weight_decay temporal_weight tau_hours dropout"
 ).split()
 # One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
@@ -1598,10 +1599,11 @@ class Source(NamedTuple):
     report: ReadReport
     whole: StayTable  # before the cohort was chosen
 
-    def origin(self) -> dict[str, Any]:
-        """Return what metrics.json says of how the stays came to be these."""
+    def origin(self, settings: Settings) -> dict[str, Any]:
+        """Return what metrics.json says of what is predicted, and of how the stays came to be these."""
         report, cohort = asdict(self.report), [step._asdict() for step in self.flow]
-        return {"cohort": cohort, "dropped_or_repaired": report["counts"], "source_tables": report["sources"]}
+        outcome = tables.outcome_in_words(settings.outcome, settings.labels)
+        return outcome | {"cohort": cohort, "dropped_or_repaired": report["counts"], "source_tables": report["sources"]}
 
 
 def read_source(
@@ -1609,16 +1611,18 @@ def read_source(
 ) -> Source:
     """Read the settings' data set, or a data frame, choose its cohort and describe it in the log."""
     logger.info(f"Reading     {settings.data}")
-    data, columns = data_path(settings.data) if frame is None else frame, settings.static_features
+    data = data_path(settings.data) if frame is None else frame
     task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
+    options = (settings.memory_limit, settings.static_features, settings.outcome)
+    if settings.dry_run:
+        mimic.check_sums(data_path(settings.data))
     with accelerator.main_process_first():  # one process runs the query, the others find its result
-        whole, report = read_stays(data, settings.cache_dir, need_label, task, settings.memory_limit, columns)
-    cohort = (settings.first_stay_only, settings.observation_hours, settings.gap_hours)
-    table, flow = tables.choose_cohort(whole, *cohort)
+        whole, report = read_stays(data, settings.cache_dir, need_label, task, *options)
+    table, flow = tables.choose_cohort(whole, settings.first_stay_only, settings.observation_hours, settings.gap_hours)
     if not settings.trajectory:  # which scores more of each stay than its cohort has
         table = table.with_own_texts()
     known = table.labels[~np.isnan(table.labels)]
-    deaths = f"{known.mean():.1%} died in hospital" if len(known) else "outcome unknown"
+    deaths = f"{known.mean():.1%} died ({settings.labels or settings.outcome})" if len(known) else "outcome unknown"
     logger.info(
         f"Data        {len(table.stays):,} ICU stays of {table.stays['patient_id'].nunique():,} patients, "
         f"{len(table.text):,} events, {len(np.unique(table.text)):,} distinct texts, {deaths}"
@@ -1798,7 +1802,7 @@ def train_and_report(
     training: dict[str, float] = {"epochs": trainer.epochs_done, "best_epoch": trainer.best_epoch}
     seconds = round(sum(row["seconds"] for row in trainer.history), 1)  # of all parts, where it was resumed
     training |= {"seconds": seconds, "parameters": trainer.n_parameters}
-    described = {"text_encoder": data.text_encoder, "training": training, **source.origin()}
+    described = {"text_encoder": data.text_encoder, "training": training, **source.origin(settings)}
     content = folder.report_training(described, predictions, data.table, pd.DataFrame(trainer.history))
     return content, predictions.get("test", predictions["validation"])
 
@@ -1886,7 +1890,8 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
     of_new_item = n_events * checkpoint.is_new_item(table.texts)
     names = [items.read_text(text).item for text in table.texts]
     unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
-    described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **loaded.source.origin()}
+    described: dict[str, Any] = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate}
+    described |= loaded.source.origin(loaded.settings)
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
     predictions = run_folder.Predictions(table.stays, expit(loaded.logits))
     is_prospective, trajectories = checkpoint.settings.prospective, pd.concat(rows, ignore_index=True) if rows else None

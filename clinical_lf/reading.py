@@ -41,11 +41,13 @@ def read_stays(
     task: MedsTask | None = None,
     memory_limit: str = "33%",
     static_features: Sequence[str] = STATIC_COLUMNS,
+    outcome: str = "hospital",
 ) -> tuple[StayTable, ReadReport]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
-    data may be a data frame, one row per event. task: what is predicted of a MEDS data set. Of what describes a stay,
-    only the static_features must be there. Raises InputError for a table that cannot be read as it was meant.
+    data may be a data frame, one row per event. task: what is predicted of a MEDS data set; outcome: of others, as in
+    tables.LABELS. Of what describes a stay, only the static_features must be there. Raises InputError for a table that
+    cannot be read as it was meant.
     """
     results, parts = Path(cache_dir) / "query_results", list[Path]()
 
@@ -54,6 +56,8 @@ def read_stays(
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task)
+                if outcome != "hospital" and task is None:
+                    _choose_label(con, name, tables.LABELS[outcome], need_label)
                 _check(con, name, kind, need_label, static_features)
                 notes = _load_stays(con, name, kind, need_label, counts)
                 table = _load_events(con, name, counts, notes)
@@ -83,7 +87,7 @@ def read_stays(
         if not parts and path.suffix.lower() in (".parquet", ".csv"):
             raise files.refusal("no_parts", source=data)
         parts = parts or files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
-    kept = kept_arrays(path, parts, results, need_label, task)
+    kept = kept_arrays(path, parts, results, need_label, task, outcome)
     if kept is None:
         return read(parts or path, str(data))
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
@@ -117,7 +121,9 @@ def _is_csv(path: Path) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def kept_arrays(path: Path, parts: list[Path], results: Path, need_label: bool, task: MedsTask | None) -> Path | None:
+def kept_arrays(
+    path: Path, parts: list[Path], results: Path, need_label: bool, task: MedsTask | None, outcome: str
+) -> Path | None:
     """Return the folder for the arrays of a source as its files are now; None for a small one, whose are not kept."""
     patterns = list[Path]()
     if task:
@@ -126,7 +132,7 @@ def kept_arrays(path: Path, parts: list[Path], results: Path, need_label: bool, 
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path, names)]
     if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
         return None
-    key = files.cache_key(ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, stats)
+    key = files.cache_key(ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, outcome, stats)
     return results / f"{key}.arrays"
 
 
@@ -161,6 +167,19 @@ def _register_source(
     event_rows = f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})"
     con.execute(f"CREATE VIEW stay_rows AS SELECT * EXCLUDE events FROM {rows}; CREATE VIEW event_rows AS {event_rows}")
     return "nested", {}
+
+
+def _choose_label(con: DuckDBPyConnection, source: str, column: str, need_label: bool) -> None:
+    """Let another column of `stay_rows` be the label. InputError where it is needed and missing."""
+    is_there = column in duck.column_types(con, "stay_rows")
+    if need_label and not is_there:
+        raise files.refusal("missing_columns", source=source, columns=column)
+    label, days = column if is_there else "NULL", 30 if column.endswith("30d") else "NULL"
+    con.execute(f"""
+        SET VARIABLE days = {days};  -- a stay may last longer, and end with a death that is none of these
+        ALTER VIEW stay_rows RENAME TO rows_of_stays;
+        CREATE VIEW stay_rows AS SELECT COLUMNS(lambda name: name <> '{LABEL}'), {label} AS {LABEL} FROM rows_of_stays
+    """)
 
 
 def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, static_features: Sequence[str]) -> None:
@@ -238,7 +257,9 @@ def _load_stays(
                     WHEN patient_death_time < icu_intime THEN 'stay_after_death'
                     WHEN final_time < icu_intime THEN 'stay_ends_before_it_begins'
                     WHEN coalesce({LABEL} NOT IN (0, 1), $need_label) THEN 'stay_with_unfit_label'
-                    WHEN {LABEL} = 0 AND final_time = patient_death_time THEN 'stay_with_death_and_label_0'
+                    WHEN {LABEL} = 0 AND final_time = patient_death_time
+                         AND coalesce(date_diff('day', icu_intime, final_time) <= getvariable('days'), true)
+                         THEN 'stay_with_death_and_label_0'
                END AS fault,
                * EXCLUDE conflicts REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
                                             AS icu_length_of_stay_in_days)

@@ -27,7 +27,7 @@ from clinical_lf import audit, metrics, plots
 from clinical_lf.files import WORDS, delete_quietly, logger, write_json, write_whole
 from clinical_lf.meds import meds_predictions
 from clinical_lf.metrics import METRIC_WORDS, figure_text
-from clinical_lf.tables import EVENT_TYPES, LABEL, ReadReport, Split, StayTable
+from clinical_lf.tables import EVENT_TYPES, LABEL, LABELS, ReadReport, Split, StayTable
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE.parent / "sample_train.csv"
@@ -151,6 +151,8 @@ class RunFolder:
         """Write and log the leakage audit of the table and the split."""
         hours, is_prospective = self.settings["observation_hours"], bool(self.settings["labels"])
         found = audit.audit_table(table, split, report, hours, is_prospective or hours > 0)
+        if self.settings["outcome"] != "hospital":  # of two stays of an admission one may end with that death
+            found = found[found["name"] != WORDS["reasons"]["admission_with_two_labels"]]
         texts = audit.audit_texts(table.take(split.train))
         self.table("leakage_audit.csv", found)
         self.table("leakage_audit_texts.csv", texts)
@@ -170,7 +172,7 @@ class RunFolder:
         """Write predictions and, of those of known outcome, figures, tables and plots; return figures and subgroups."""
         frame = scored.stays.filter(["icu_stay_id", "patient_id", LABEL, "fold"]).astype({LABEL: "Int64"})
         frame.insert(3, "probability", scored.probabilities)
-        self.table("predictions.csv", frame)
+        self.table("predictions.csv", frame.rename(columns={LABEL: LABELS[self.settings["outcome"]]}))
         if self.settings["labels"]:
             self.table("predictions.parquet", meds_predictions(scored.stays, pd.Series(scored.probabilities)))
         if known.stays.empty:

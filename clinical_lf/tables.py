@@ -1,6 +1,7 @@
 """Stays and their events as flat arrays: the table, the report of its reading, the cohort, and the split by patient."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,13 +17,21 @@ EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "i
 # {column: SQL type} of stays and of their events, in the order of the file.
 _TABLES = pd.read_csv(Path(__file__).with_name("columns.csv")).groupby("table", sort=False)
 STAY_COLUMNS, EVENT_COLUMNS = (dict(zip(rows["column"], rows["type"])) for _, rows in _TABLES)
-LABEL = "patient_expired_in_hospital"
+LABEL = "patient_expired_in_hospital"  # in a table that was read it holds the outcome that was chosen
+LABELS = {"hospital": LABEL, "icu": "patient_expired_in_icu", "30d": "patient_expired_within_30d"}  # of a source
 STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
 # What a prospective model cannot know at the moment of prediction.
 KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
 # At 80 years float32 holds every fourth minute. The model is given float32, of what is scaled by then.
 MINUTES = ("minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
 EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES, np.float64)
+
+
+def outcome_in_words(outcome: str, labels: str) -> dict[str, str]:
+    """Return for metrics.json what a label of 1 means: the outcome of these settings, and its definition."""
+    made = re.search(rf"-({'|'.join(LABELS)})@", labels)
+    kind = made[1] if made else "given" if labels else outcome
+    return {"outcome": kind, "outcome_definition": WORDS["labels"][kind]}
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class StayTable:
 
     @property
     def labels(self) -> np.ndarray:
-        """(n_stays) float64: 1 died in hospital, 0 survived, NaN unknown."""
+        """(n_stays) float64: 1 died, 0 survived, NaN unknown."""
         return self.stays[LABEL].to_numpy(float)
 
     @property

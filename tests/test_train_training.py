@@ -53,6 +53,7 @@ def test_training_writes_every_output_with_each_patient_in_one_part(sample_run):
     assert history["epoch"].tolist() == [1, 2, 3] and (history["seconds"] > 0).all()
     content = json.loads((out / "metrics.json").read_text())
     auroc = content["metrics"]["test"]["auroc"]
+    assert content["outcome"] == "hospital" and content["outcome_definition"] in (out / "model_card.md").read_text()
     assert content["text_encoder"] == "hashing" and auroc["low"] <= auroc["value"] <= auroc["high"]
     flagged = pd.read_csv(out / "leakage_audit.csv").set_index("name")["flagged"]
     assert flagged["discharge_location"] and not flagged["patient_age"]
