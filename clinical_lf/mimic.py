@@ -1,5 +1,6 @@
 """A MIMIC-IV folder through query.sql in DuckDB: nested Parquet, one row per ICU stay, and the account of its rows."""
 
+import hashlib
 import os
 import re
 from dataclasses import asdict, replace
@@ -10,28 +11,37 @@ import numpy as np
 import yaml
 
 from clinical_lf import duck, files
-from clinical_lf.files import InputError, Progress, refusal
+from clinical_lf.files import InputError, Progress, logger, refusal
 from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable
 
 QUERY_FILE = Path(__file__).resolve().parent.parent / "query.sql"
 ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tables went; no reader of Parquet minds it
-ROWS_PER_SLICE = 2_000_000  # event rows of the tables behind one slice of patients: what has to fit in memory at once
+DISK_IS_FULL = "No space left"  # how an error says so
+# Event rows of the tables behind one slice of patients, which has to fit in memory at once; fewer where that is small.
+ROWS_PER_SLICE, BYTES_PER_ROW = 2_000_000, 1_500
 
 _TABLES = yaml.safe_load(Path(__file__).with_name("mimic_tables.yaml").read_text("utf-8"))
 MIMIC_TABLES = {name: table["columns"] for name, table in _TABLES.items()}  # {table: {column: type}}
 MIMIC_KEYS = {name: table["key"] for name, table in _TABLES.items() if "key" in table}
 EVENT_TABLES = {name: table["time"] for name, table in _TABLES.items() if "time" in table}
+# How a text is read as a type: NaN and infinity (1e999) are missing, a time with an offset is converted to UTC. That
+# takes three times as long.
+FINITE = "CASE WHEN isfinite(TRY_CAST({0} AS DOUBLE)) IS NOT FALSE THEN {0} END"
+READ_AS = {kind: f"{{1}}({FINITE} AS {kind})" for kind in ("BIGINT", "DOUBLE", "TIMESTAMPTZ")} | {"VARCHAR": "{0}"}
+READ_AS["TIMESTAMP"] = f"""CASE WHEN length({{0}}) = 19 AND {{0}}[17] = ':' THEN {{1}}({{0}} AS TIMESTAMP)
+                                ELSE CAST({READ_AS["TIMESTAMPTZ"]} AS TIMESTAMP) END"""
 # Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
-# alone. Beside it what is no event for a fault of its own, for the account. Rows are numbered as they pass, those that
-# are not stored too: counting them apart would read the file twice.
+# alone. Beside it what is no event for a fault of its own or is noted, for the account. Rows are numbered as they pass,
+# those that are not stored too: counting them apart would read the file twice.
 OTHER_TABLE = "SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0"
 EVENT_TABLE = f"""
     SELECT r.* EXCLUDE (number)
     FROM (
         SELECT *, {{fault}} AS fault, nextval('{{name}}_of_cohort') AS number
-        FROM ({OTHER_TABLE}) JOIN (SELECT DISTINCT {{key}}, subject_id AS patient FROM icustays) USING ({{key}})
+        FROM ({OTHER_TABLE}) JOIN (SELECT DISTINCT {{key}}, subject_id AS patient
+                                   FROM icustays SEMI JOIN admissions USING (hadm_id, subject_id)) USING ({{key}})
     ) AS r
-    WHERE number > 0 AND (fault IS NOT NULL OR EXISTS (
+    WHERE number > 0 AND (fault IS NOT NULL OR {{noted}} OR EXISTS (
         FROM icustays AS i WHERE i.{{key}} = r.{{key}} AND {{time}} BETWEEN i.intime - INTERVAL 1 DAY
             AND coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
     ))
@@ -49,6 +59,22 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     if missing := [f"{table}.csv[.gz]" for table, paths in found.items() if not paths]:
         raise refusal("incomplete_mimic", folder=folder, missing=", ".join(missing))
     return {table: paths[0] for table, paths in found.items()}
+
+
+def check_sums(folder: Path) -> None:
+    """Compare a MIMIC-IV folder's tables with its SHA256SUMS.txt, where it lies; say which differ."""
+    lines = path.read_text("utf-8", "replace") if (path := folder / "SHA256SUMS.txt").is_file() else ""
+    sums = {name: digest for digest, name in re.findall(r"^(\w{64}) +\*?(?:\./)?(\S+)", lines, re.MULTILINE)}
+    names = [name for name in sums if name.split(".csv")[0] in MIMIC_TABLES and (folder / name).is_file()]
+    differ = []
+    for name in Progress(names, desc="SHA256SUMS", unit=" tables"):
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sums[name].lower():
+                differ.append(name)
+    if differ:
+        logger.warning(files.WORDS["warnings"]["other_sums"].format(folder=folder, names=", ".join(differ)))
+    elif lines:
+        logger.info(f"Checked     {len(names)} of {len(MIMIC_TABLES)} tables are as SHA256SUMS.txt says")
 
 
 def query_for_duckdb(text: str) -> str:
@@ -72,7 +98,8 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     """Copy a CSV file into `database`, typed; of events those near ICU stays or with a `fault`. InputError if unfit."""
     name, rows, columns = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table]
     parts = {"name": name, "rows": rows, "fault": fault, "time": EVENT_TABLES.get(table)}
-    parts["typed"] = ", ".join(f"CAST({column} AS {kind}) AS {column}" for column, kind in columns.items())
+    parts["noted"] = " OR ".join(_TABLES[table].get("noted", {}).values()) or "false"
+    parts["typed"] = ", ".join(f"{READ_AS[kind]} AS {{0}}".format(column, "CAST") for column, kind in columns.items())
     parts["key"] = next((key for key in ("stay_id", "subject_id", "hadm_id") if key in columns), None)
     statement = (EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts)
     try:
@@ -82,13 +109,15 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
         database.execute(f"CREATE OR REPLACE SEQUENCE {name}_read; CREATE OR REPLACE SEQUENCE {name}_of_cohort")
         database.execute(f"CREATE TABLE {name} AS {statement}").fetchall()
     except duckdb.ConversionException:
-        counted = [f"count({column}) - count(TRY_CAST({column} AS {kind}))" for column, kind in columns.items()]
+        counted = [
+            f"count({FINITE}) - count({READ_AS[kind]})".format(name, "TRY_CAST") for name, kind in columns.items()
+        ]
         counts = database.execute(f"SELECT {', '.join(counted)} FROM {rows}").fetchall()[0]
         unfit = [f"{column} ({columns[column]}) in {count} rows" for column, count in zip(columns, counts) if count]
         raise InputError(f"{path} has values that do not fit: {', '.join(unfit)}.") from None
-    except duckdb.OutOfMemoryException:
-        raise
     except duckdb.Error as error:
+        if isinstance(error, duckdb.OutOfMemoryException) or DISK_IS_FULL in str(error):
+            raise
         raise refusal("unreadable_mimic", path=path, reason=duck.reason_without_rows(error)) from None
     if unique := MIMIC_KEYS.get(table):
         twice = f"SELECT {unique} FROM {name} WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1"
@@ -107,7 +136,8 @@ def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceAccount]
         name = Path(table).name
         account = SourceAccount(table, n_passed[f"{name}_read"])
         if table == "icu/icustays":
-            joined = "icustays LEFT JOIN admissions AS adm USING (hadm_id) LEFT JOIN patients AS pat USING (subject_id)"
+            joined = """icustays AS icu LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
+                LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id"""
             counts = f"SELECT coalesce({duck.sql_case(_TABLES[table]['lost'])}, ''), count(*) FROM {joined} GROUP BY 1"
             lost: dict[str, int] = dict(database.execute(f"{counts} ORDER BY 1").fetchall())
             account.of_cohort, account.in_stays = account.read, lost.pop("", 0)
@@ -144,7 +174,8 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     folder, results = Path(folder), Path(cache_dir) / "query_results"
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
-    key = files.cache_key(query, MIMIC_TABLES, EVENT_TABLES, EVENT_TABLE, duck.MISSING, ROWS_PER_SLICE, stats)
+    # Which way a tie is rounded (3.05) depends on DuckDB's version.
+    key = files.cache_key(query, _TABLES, READ_AS, EVENT_TABLE, duck.MISSING, duckdb.__version__, stats)
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
     if target.exists():
         return target
@@ -153,33 +184,32 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
             return target
         for unfinished in set(results.glob("unfinished-*")) - {working}:
             files.delete_quietly(unfinished)
-        faults = faults_of_rows(query)
-        try:
-            with _working_database(working, memory_limit) as database:
-                done = {row[0] for row in database.execute("SHOW TABLES").fetchall()}
-                for table, path in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
-                    if Path(table).name not in done:
-                        load_mimic_table(database, table, path, faults.get(table, "NULL"))
-                files.write_json(working / target.name / ACCOUNT, list(map(asdict, account_for_rows(database))))
-                collect_stays(database, query_for_duckdb(query), working / target.name)
-        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:  # the next run goes on from here
-            raise duck.out_of_memory_error("query.sql", error, memory_limit, results) from None
-        except InputError:  # the folder has to be mended first
-            files.delete_quietly(working)
-            raise
+        _fill(working, target.name, folder, query, memory_limit)
         os.replace(working / target.name, target)
         files.delete_quietly(working)
     return target
 
 
-def _working_database(working: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:
-    """Open the database of a run, or of a stopped one that goes on; one that was left damaged is begun anew."""
+def _fill(working: Path, name: str, folder: Path, query: str, memory_limit: str) -> None:
+    """Make a query's result in `working / name`; what a stopped run left is gone on from, or if damaged begun anew."""
+    is_begun, faults = working.exists(), faults_of_rows(query)
     working.mkdir(exist_ok=True)
     try:
-        return duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb")
-    except (duckdb.SerializationException, duckdb.FatalException):
+        with duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb") as database:
+            done = {row[0] for row in database.execute("SHOW TABLES").fetchall()}
+            for table, path in Progress(find_mimic_files(folder).items(), desc="reading MIMIC-IV", unit=" tables"):
+                if Path(table).name not in done:
+                    load_mimic_table(database, table, path, faults.get(table, "NULL"))
+            files.write_json(working / name / ACCOUNT, list(map(asdict, account_for_rows(database))))
+            collect_stays(database, query_for_duckdb(query), working / name)
+    except (duckdb.Error, InputError) as error:
+        if isinstance(error, duckdb.OutOfMemoryException) or DISK_IS_FULL in str(error):  # the next run goes on
+            raise duck.out_of_memory_error("query.sql", error, memory_limit, working.parent) from None
         files.delete_quietly(working)
-        return _working_database(working, memory_limit)
+        if is_begun and not working.exists():  # another version of DuckDB made it, or the disk lost some of it
+            return _fill(working, name, folder, query, memory_limit)
+        fault = refusal("unreadable_mimic", path=folder, reason=duck.reason_without_rows(error))
+        raise (error if isinstance(error, InputError) else fault) from None  # it has to be mended first
 
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
@@ -190,14 +220,26 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
         raise InputError("icu/icustays has no rows: nothing to learn from.")
     keys = {Path(table).name: "patient" for table in EVENT_TABLES}
     n_rows = sum(duck.first_value(database, f"SELECT count(*) FROM mimic.{name}") for name in keys)
-    n_slices = min(len(patients), 1 + n_rows // ROWS_PER_SLICE)
-    for number, part in enumerate(Progress(np.array_split(patients, n_slices), desc="building events", unit=" slices")):
-        path = result / f"part_{number:04d}.parquet"
-        if path.exists():
-            continue
-        for name, key in {**keys, "icustays": "subject_id"}.items():
-            rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0, 0]} AND {part[-1, 0]}"
-            database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
-        copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
-        options = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 2048)"
-        files.write_whole(path, lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall())
+    # Each file is named by how many patients are done with it: a stopped run goes on behind the last.
+    done = max((int(path.stem.split("_")[1]) for path in result.glob("part_*.parquet")), default=0)
+    most = f"least({ROWS_PER_SLICE}, parse_formatted_bytes(current_setting('memory_limit')) // {BYTES_PER_ROW})"
+    size = len(patients) // (1 + n_rows // duck.first_value(database, f"SELECT {most}")) or 1
+    options = (
+        "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16000000)"  # a thread that reads it holds a group
+    )
+    with Progress(total=len(patients), initial=done, desc="building events", unit=" patients") as bar:
+        while done < len(patients):
+            part = patients[done : done + size]
+            for name, key in {**keys, "icustays": "subject_id"}.items():
+                rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0][0]} AND {part[-1][0]}"
+                database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
+            copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
+            write = lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall()
+            try:
+                files.write_whole(result / f"part_{done + len(part):08d}.parquet", write)
+                done += len(part)
+                bar.update(len(part))
+            except duckdb.OutOfMemoryException:
+                if size == 1:
+                    raise
+                size //= 2
