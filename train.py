@@ -84,7 +84,9 @@ class Settings:
     observation_hours: float = setting(0.0, "Predict this many hours after ICU admission; 0 reads whole stays.", low=0)
     gap_hours: float = setting(0.0, "Leave out stays that end within so many hours after the prediction.", low=0)
     outcome: Literal["hospital", "icu", "30d"] = setting("hospital", "Death to predict; of MEDS data --labels says it.")
-    labels: str = setting("", "With MEDS data: file or folder of its labels, or mortality-in-icu@24h to make them.")
+    labels: str = setting(
+        "", "With MEDS data: its labels, or mortality-in-hospital@24h, -in-icu@24h or -within-30d@24h."
+    )
     history_hours: float = setting(0.0, "With MEDS data: hours before the prediction to read; 0 reads all.", low=0)
     first_stay_only: bool = setting(False, "Keep only the first ICU stay of each patient.")
 
@@ -1642,7 +1644,7 @@ def choose_splits(table: StayTable, settings: Settings) -> list[Split]:
         return list(tables.cross_validation_splits(table, settings.cross_validate, settings.seed))
     if settings.split:
         return [tables.split_from_file(table, Path(settings.split))]
-    own = meds_split(table, Path(settings.data)) if settings.labels else None
+    own = meds_split(table, Path(settings.data), settings.seed) if settings.labels else None
     return [own or tables.split_by_patient(table, settings.seed, 0.0 if settings.no_test else 0.2)]
 
 

@@ -4,15 +4,25 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import duckdb
+import numpy as np
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from clinical_lf.duck import column_types, first_value, quoted
-from clinical_lf.files import InputError, logger, refusal
-from clinical_lf.tables import LABEL, Split, StayTable, has_both_outcomes, split_of_parts
+from clinical_lf.duck import column_types, file_list, first_value, quoted
+from clinical_lf.files import WORDS, logger, parquet_files, refusal
+from clinical_lf.tables import (
+    LABEL,
+    SourceAccount,
+    Split,
+    StayTable,
+    has_both_outcomes,
+    split_by_patient,
+    split_of_parts,
+)
 
-MADE_LABELS = re.compile(r"mortality-in-icu@(\d+(?:\.\d+)?)h")
-MEDS_PARTS = {"train": "train", "tuning": "validation", "held_out": "test"}
+MADE_LABELS = re.compile(r"mortality-(in-hospital|in-icu|within-30d)@(\d{1,6}(?:\.\d{1,6})?)h")
+COLUMNS, PARTS = (pd.read_csv(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("columns", "parts"))
 
 
 class MedsTask(NamedTuple):
@@ -22,55 +32,159 @@ class MedsTask(NamedTuple):
     history_hours: float = 0.0
     gap_hours: float = 0.0
 
+    @property
+    def files(self) -> list[Path]:
+        """The label file, or those of a folder of them; none where labels are made, or the path is wrong."""
+        path = Path(self.labels)
+        return parquet_files(path) if path.is_dir() else [path] * path.is_file()
+
+    @property
+    def outcome(self) -> str:
+        """What the labels tell, by the key of its definition in words.yaml."""
+        made = MADE_LABELS.fullmatch(self.labels)
+        return made[1].split("-")[1] if made else "given"
+
 
 def is_meds(folder: Path) -> bool:
-    """Return whether a folder holds a MEDS data set: `data/` with Parquet files beside `metadata/codes.parquet`."""
-    return (folder / "metadata" / "codes.parquet").is_file() and (folder / "data").is_dir()
+    """Return whether a folder holds a MEDS data set: `metadata/codes.parquet`, or Parquet files in `data/`."""
+    return (folder / "metadata" / "codes.parquet").is_file() or bool(parquet_files(folder / "data"))
 
 
-def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask) -> dict[str, int]:
+def meds_files(root: Path, task: MedsTask) -> list[Path]:
+    """Return all that is read of a MEDS data set: labels, metadata and shards."""
+    return task.files + parquet_files(root / "metadata") + parquet_files(root / "data")
+
+
+def refuse_damaged(paths: list[Path]) -> None:
+    """Raise InputError with the name of a file that DuckDB cannot read as Parquet."""
+    with duckdb.connect() as con:
+        for path in paths:
+            try:
+                con.execute(f"SELECT count(COLUMNS(*)) FROM read_parquet({file_list([path])})").fetchall()
+            except duckdb.Error:
+                raise refusal("no_parquet", path=path) from None
+
+
+def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_empty: str = "") -> set[bool]:
+    """Make a view of a table of meds_columns.csv; return whether its times have offsets. Files may differ in types.
+
+    InputError names the file that lacks a column, or has values unfit for its type.
+    """
+    alike: dict[tuple[tuple[str, str], ...], list[Path]] = {}
+    for path in paths:
+        types = column_types(con, f"read_parquet({file_list([path])}, hive_partitioning = false)")
+        alike.setdefault(tuple(types.items()), []).append(path)
+    selects, have_offset = [], set()
+    for key, members in alike.items():
+        types, values = dict(key), []
+        rows = f"read_parquet({file_list(members)}, hive_partitioning = false, filename = 'file_of_row')"
+        for _, column, names, kind, must_be, wanted in COLUMNS[COLUMNS["table"] == table].itertuples(index=False):
+            given = next((name for name in names.split("|") if name in types), "")
+            if not given and must_be != "any":
+                raise refusal("no_meds_column", path=members[0], column=column, present=", ".join([*types][:12]))
+            raw, value = (f'"{given}"',) * 2 if given else ("NULL", "NULL")
+            if kind in ("BIGINT", "BOOLEAN"):  # 1.0 is 1, but 0.7 is no label
+                value = f"regexp_replace(CAST({raw} AS VARCHAR), '[.]0+$', '')"
+            value = f"TRY_CAST({value} AS {'TIMESTAMPTZ' if kind == 'TIMESTAMP' else kind})"  # in UTC
+            value = raw if types.get(given) == kind else f"CAST({value} AS {kind})"
+            values.append(f"{value} AS {column}")
+            is_filled = must_be == "filled" and column != may_be_empty
+            if is_filled or must_be != "any" and value != raw:
+                unfit = f"{value} IS NULL AND ({is_filled} OR {raw} IS NOT NULL)"
+                found = con.execute(f"SELECT count(*), min(file_of_row) FROM {rows} WHERE {unfit}").fetchall()[0]
+                if found[0]:
+                    raise refusal("unfit_meds", count=found[0], path=found[1], column=given, wanted=wanted)
+            if kind == "TIMESTAMP":
+                offset = f"regexp_matches({raw}, ':[0-9.]+ *[A-Za-z+-]')"  # after the time of day
+                offset = offset if types[given] == "VARCHAR" else f"{'ZONE' in types[given]}"
+                said = con.execute(f"SELECT DISTINCT {offset} FROM {rows} WHERE {raw} IS NOT NULL").fetchall()
+                have_offset |= {row[0] for row in said}
+        selects.append(f"SELECT {', '.join(values)} FROM {rows}")
+    con.execute(f"CREATE TEMP VIEW {table} AS {' UNION ALL '.join(selects)}")
+    return have_offset
+
+
+def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_label: bool) -> dict[str, int]:
     """Make the tables `stay_rows` and `event_rows` of a MEDS data set; return how many labels are left out, and why."""
-    data, codes = quoted(root / "data" / "**" / "*.parquet"), quoted(root / "metadata" / "codes.parquet")
+    shards, codes = parquet_files(root / "data"), root / "metadata" / "codes.parquet"
+    if not shards or not codes.is_file():
+        raise refusal("incomplete_meds", root=root, missing="metadata/codes.parquet" if shards else "data/*.parquet")
     kinds, facts = (quoted(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("kinds", "facts"))
     text = Path(__file__).with_name("meds.sql").read_text("utf-8")
-    parts = text.format(data=data, codes=codes, kinds=kinds, facts=facts, **task._asdict()).split("-- name: ")[1:]
+    parts = text.format(kinds=kinds, facts=facts, **task._asdict()).split("-- name: ")[1:]
     statements = dict(part.split("\n", 1) for part in parts)
+    have_offset = make_view(con, "data", shards) | make_view(con, "codes", [codes])
     con.execute(statements["codes"])
     if made := MADE_LABELS.fullmatch(task.labels):
-        hours = float(made[1])
-        con.execute(statements["made labels"], {"hours": hours})
-        left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE lasts IS NOT TRUE")}
+        hours = float(made[2])
+        con.execute(statements["made labels"], {"hours": hours, "outcome": task.outcome})
+        left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE NOT lasts")}
+        untold = first_value(con, "DELETE FROM label_rows WHERE lasts IS NULL OR boolean_value IS NULL")
         if not first_value(con, "SELECT count(*) FROM label_rows"):
-            raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours)
-    else:  # a Parquet file, or a folder of them, in the MEDS label schema
-        path = Path(task.labels)
-        if not path.exists():
-            raise refusal("no_labels", labels=path)
-        given = quoted(path / "**" / "*.parquet" if path.is_dir() else path)
-        con.execute(f"CREATE TEMP TABLE label_rows AS SELECT * FROM read_parquet({given}, union_by_name = true)")
-        present = column_types(con, "label_rows")
-        if missing := [name for name in ("subject_id", "prediction_time", "boolean_value") if name not in present]:
-            raise InputError(f"--labels {path}: no column {', '.join(missing)}, which the MEDS label schema has.")
+            raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours, untold=untold)
+        left_out["label_untold"] = untold
+    elif not task.files:
+        raise refusal("no_labels", labels=task.labels)
+    else:  # Parquet in the MEDS label schema
+        have_offset |= make_view(con, "labels", task.files, "" if need_label else "boolean_value")
+        con.execute("CREATE TEMP TABLE label_rows AS FROM labels")
+        if not first_value(con, "SELECT count(*) FROM label_rows SEMI JOIN data USING (subject_id)"):
+            raise refusal("labels_of_nobody", labels=task.labels)
         twice = "FROM label_rows GROUP BY subject_id, prediction_time HAVING count(DISTINCT boolean_value) > 1"
         if conflicts := first_value(con, f"SELECT count(*) FROM (SELECT subject_id {twice})"):
             raise refusal("contradicting_labels", labels=task.labels, count=conflicts)
         late = "m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time <= prediction_time"
-        left_out = {"label_after_death": first_value(con, f"DELETE FROM label_rows USING meds_rows AS m WHERE {late}")}
+        left_out = {"label_after_death": first_value(con, f"DELETE FROM label_rows USING data AS m WHERE {late}")}
+    if len(have_offset) > 1:
+        raise refusal("mixed_offsets", labels=task.labels, root=root)
     con.execute(statements["stays"])
     return left_out
 
 
-def meds_split(table: StayTable, root: Path) -> Split | None:
-    """Return the split that a MEDS data set brings; None where it brings none, or a part of it lacks an outcome."""
+def meds_account(con: DuckDBPyConnection) -> list[SourceAccount]:
+    """Return where the rows of data/ went, once each; those in the sequences of two labels count once."""
+    fates = dict(con.execute("SELECT fate, count(*) FROM row_fates GROUP BY fate ORDER BY fate").fetchall())
+    undescribed = "FROM row_fates JOIN meds_codes USING (code) WHERE NOT is_described GROUP BY event_type"
+    counts = con.execute(f"SELECT coalesce(event_type, 'other'), count(*) {undescribed} ORDER BY ALL").fetchall()
+    noted = {f"{kind} without a description": count for kind, count in counts}
+    return [SourceAccount("data", sum(fates.values()), in_stays=fates.pop("", 0), lost=fates, noted=noted)]
+
+
+def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
+    """Return the split that a MEDS data set brings, its held-out subjects never in training; None if it brings none."""
     path = root / "metadata" / "subject_splits.parquet"
     if not path.is_file():
         return None
-    split = split_of_parts(table, pd.read_parquet(path).set_index("subject_id")["split"].map(MEDS_PARTS))
-    if all(has_both_outcomes(table, stays) for stays in split):
-        logger.info(f"Split       the data set's own, {path.name}")
-        return split
-    logger.warning(f"Split       WARNING: a part of {path.name} lacks an outcome here; patients are split anew")
-    return None
+    refuse_damaged([path])
+    with duckdb.connect() as con:
+        make_view(con, "splits", [path])
+        subjects = con.sql("SELECT DISTINCT subject_id, split FROM splits").df()
+    names = subjects["split"].str.lower().str.replace(r"[\W_]", "", regex=True)
+    subjects["part"] = names.map(PARTS.set_index("name")["part"])
+    if unknown := ", ".join(subjects["split"][subjects["part"].isna()].unique()[:3]):
+        raise refusal("unknown_split", path=path, names=unknown, known=", ".join(PARTS["name"]))
+    part_of_subject = subjects.drop_duplicates(["subject_id", "part"]).set_index("subject_id")["part"]
+    if twice := int(part_of_subject.index.duplicated().sum()):
+        raise refusal("subject_in_two_parts", path=path, count=twice)
+    split = split_of_parts(table, part_of_subject)
+    patients = table.stays["patient_id"]
+    if len(others := patients[~patients.isin(part_of_subject.index)]):
+        found = {"stays": len(others), "subjects": others.nunique(), "path": path}
+        logger.warning(WORDS["warnings"]["subject_in_no_part"].format(**found))
+    is_sound = [has_both_outcomes(table, stays) for stays in split]
+    sizes = [
+        f"{name} {len(part)} stays, {table.labels[part].sum():.0f} deaths" for name, part in split._asdict().items()
+    ]
+    logger.info(f"Split       the data set's own, {path.name}: {'; '.join(sizes)}")
+    if not is_sound[2]:
+        logger.warning(WORDS["warnings"]["nothing_held_out"].format(path=path.name))
+        split = split._replace(test=split.test[:0])
+    if not all(is_sound[:2]):
+        logger.warning(WORDS["warnings"]["tuning_split_anew"].format(path=path.name))
+        rest = np.sort(np.concatenate(split[:2]))
+        within = split_by_patient(table.take(rest), seed, 0.0)
+        split = Split(rest[within.train], rest[within.validation], split.test)
+    return split
 
 
 def meds_predictions(stays: pd.DataFrame, probabilities: pd.Series) -> pd.DataFrame:

@@ -1,51 +1,62 @@
 -- A MEDS data set as the tables stay_rows and event_rows, in DuckDB: parts with names (`-- name:`), run by meds.py.
--- What stands in braces is filled in, the files and the hours of the task; $hours, those of made labels, is bound.
+-- What stands in braces is filled in, names of files and hours of the task; what the made labels are is bound ($).
 
 -- name: codes
--- The columns that say something; a data set without one of them has it empty.
+-- A number that is none (NaN, infinity) is missing; one that only text_value has is one all the same.
+CREATE TEMP MACRO finite(number) AS CASE WHEN isfinite(number) THEN number END;
 CREATE TEMP VIEW meds_rows AS
-SELECT subject_id, time, code, numeric_value::DOUBLE AS number, text_value, unit, route, statusdescription,
-       race AS patient_race, insurance, marital_status
-FROM (
-    FROM read_parquet({data}, union_by_name = true, hive_partitioning = false)
-    UNION ALL BY NAME
-    SELECT NULL::FLOAT AS numeric_value, '' AS text_value, '' AS unit, '' AS route, '' AS statusdescription,
-           '' AS race, '' AS insurance, '' AS marital_status WHERE false
-);
--- What a code says, once per code. Its first part is the kind; the last of three or more is the unit where the code has
--- numbers ("LAB//50971//mEq/L"); a START, STOP or END in second place is a status; the rest are words.
+SELECT * REPLACE (CASE WHEN TRY_CAST(text_value AS DOUBLE) IS NULL THEN nullif(null_if_missing(text_value), '___') END
+                  AS text_value),
+       coalesce(finite(numeric_value), finite(TRY_CAST(text_value AS DOUBLE))) AS number
+FROM data;
+-- What a code says, once per code. It begins with its kind, the longest of the known ones or its first part; a START,
+-- STOP or END after it is a status. The last of two or more parts is the unit where the code has numbers, or follows the
+-- number of a lab ("LAB//50971//mEq/L"); the rest are words, its name where no description is known.
 CREATE TEMP TABLE meds_codes AS
-WITH used AS (
-    SELECT code, string_split(code, '//') AS parts, count(number) > 0 AS has_numbers
-    FROM meds_rows WHERE time IS NOT NULL GROUP BY code
-),
-described AS (
-    SELECT code, any_value(nullif(trim(regexp_replace(description, '\s+', ' ', 'g')), '')) AS description
-    FROM read_parquet({codes}) GROUP BY code
-)
-SELECT code, parts[1] AS kind, event_type, coalesce(number_word, 'Value') AS number_word,
-       CASE WHEN has_numbers AND len(parts) > 2 AND NOT regexp_full_match(parts[-1], '\d*|UNK')
-            THEN parts[-1] END AS code_unit,
-       CASE WHEN parts[2] IN ('START', 'STOP', 'END') THEN lower(parts[2]) END AS code_status,
-       nullif(array_to_string(list_filter(parts[2:], lambda part:
-           part NOT IN ('START', 'STOP', 'END', 'UNK', '', coalesce(code_unit, ''))), ' '), '') AS words,
-       concat_ws(': ', coalesce(text_word, replace(parts[1], '_', ' ')), coalesce(description, words)) AS item
-FROM used LEFT JOIN described USING (code) LEFT JOIN read_csv({kinds}, header = true) AS k ON k.kind = parts[1]
+WITH used AS (SELECT code, count(number) > 0 AS has_numbers FROM meds_rows WHERE time IS NOT NULL GROUP BY code),
+described AS (SELECT code, min(nullif(trim(description), '')) AS description FROM codes GROUP BY code)
+SELECT code, event_type, coalesce(number_word, 'Value') AS number_word, description IS NOT NULL AS is_described,
+       coalesce(prefix, split_part(code, '//', 1)) AS kind, string_split(substr(code, length(kind) + 3), '//') AS parts,
+       CASE WHEN parts[1] IN ('START', 'STOP', 'END') THEN lower(parts[1]) END AS code_status,
+       CASE WHEN code_status IS NULL THEN parts ELSE parts[2:] END AS names,
+       CASE WHEN len(names) > 1 AND NOT regexp_full_match(names[-1], '\d*|UNK')
+             AND (has_numbers OR event_type = 'labevent' AND regexp_full_match(names[-2], '\d+'))
+            THEN names[-1] END AS code_unit,
+       CASE WHEN code_unit IS NULL THEN names ELSE names[:-2] END AS name_parts,
+       nullif(array_to_string(list_filter(name_parts, lambda name: name NOT IN ('UNK', '')), ' '), '') AS words,
+       concat_ws(': ', coalesce(text_word, replace(kind, '_', ' ')), coalesce(description, words)) AS said,
+       regexp_replace(replace(said, '|', '/'), '\s+', ' ', 'g') AS item
+FROM used LEFT JOIN described USING (code)
+LEFT JOIN read_csv({kinds}, header = true) ON starts_with(code || '//', prefix || '//')
+QUALIFY row_number() OVER (PARTITION BY code ORDER BY length(prefix) DESC NULLS LAST) = 1
 
 -- name: made labels
--- `--labels mortality-in-icu@24h`: one label per ICU stay that lasts until the prediction and the gap after it. A code
--- of discharge says DIED or EXPIRED; a death before the discharge is one too.
+-- One label per ICU stay. A discharge counts before the next admission only, and is a death where it says DIED or
+-- EXPIRED; a hospital admission during the stay is the stay's own. NULL is what the data do not tell.
+CREATE TEMP MACRO first_after(times, moment) AS list_min(list_filter(times, lambda time: time > moment));
+CREATE TEMP MACRO end_before(ending, next_begin) AS CASE WHEN coalesce(ending <= next_begin, true) THEN ending END;
 CREATE TEMP TABLE label_rows AS
-WITH ends AS (FROM meds_rows WHERE regexp_matches(code, '^(ICU_DISCHARGE|HOSPITAL_DISCHARGE|MEDS_DEATH$)'))
-SELECT subject_id, i.time + to_seconds($hours * 3600) AS prediction_time,
-       min(e.time) FILTER (e.time > i.time AND e.code LIKE 'ICU_DISCHARGE%') AS outtime,
-       min_by(struct_pack(at := e.time, died := regexp_matches(e.code, 'DIED|EXPIRED')), e.time)
-       FILTER (e.time > i.time AND e.code LIKE 'HOSPITAL_DISCHARGE%') AS discharge,
-       min(e.time) FILTER (e.code = 'MEDS_DEATH') AS death,
-       coalesce((discharge).died OR death <= coalesce((discharge).at, outtime), false) AS boolean_value,
-       least(outtime, (discharge).at, death) > i.time + to_seconds(($hours + {gap_hours}::DOUBLE) * 3600) AS lasts
-FROM meds_rows AS i LEFT JOIN ends AS e USING (subject_id) WHERE i.code LIKE 'ICU_ADMISSION%'
-GROUP BY subject_id, i.time
+WITH subjects AS (
+    SELECT subject_id, max(time) AS followed_until, list(DISTINCT time) FILTER (kind = 'ICU_ADMISSION') AS intimes,
+           list(time) FILTER (kind = 'ICU_DISCHARGE') AS outtimes,
+           list(time) FILTER (kind = 'HOSPITAL_ADMISSION') AS admissions,
+           list(time) FILTER (kind = 'HOSPITAL_DISCHARGE') AS discharges,
+           min(time) FILTER (regexp_matches(code, '^MEDS_DEATH$|^[A-Z]+_DISCHARGE.*(DIED|EXPIRED)')) AS death
+    FROM meds_rows JOIN meds_codes USING (code) WHERE time IS NOT NULL GROUP BY subject_id
+),
+stays AS (
+    SELECT *, end_before(first_after(outtimes, intime), first_after(intimes, intime)) AS outtime,
+           first_after(admissions, coalesce(outtime, intime)) AS next_admission,
+           end_before(first_after(discharges, intime), next_admission) AS discharge, intime + INTERVAL 30 DAY AS day_30
+    FROM (SELECT *, unnest(intimes) AS intime FROM subjects)
+)
+SELECT subject_id, intime + to_seconds($hours * 3600) AS prediction_time,
+       least(outtime, discharge, death) > prediction_time + to_seconds({gap_hours}::DOUBLE * 3600) AS lasts,
+       CASE $outcome WHEN 'hospital' THEN coalesce(discharge, CASE WHEN death <= outtime THEN outtime END)
+                     WHEN 'icu' THEN outtime
+                     ELSE CASE WHEN death IS NOT NULL OR followed_until >= day_30 THEN day_30 END END AS until,
+       CASE WHEN until IS NOT NULL THEN coalesce(death <= until, false) END AS boolean_value
+FROM stays
 
 -- name: stays
 -- One sequence per label row: the subject's events up to and including the prediction, the last hours of them if asked.
@@ -54,23 +65,25 @@ SELECT row_number() OVER (ORDER BY subject_id, prediction_time) AS icu_stay_id, 
        any_value(boolean_value)::INTEGER AS label,
        CASE WHEN {history_hours} > 0 THEN prediction_time - to_seconds({history_hours}::DOUBLE * 3600) END AS since
 FROM label_rows GROUP BY subject_id, prediction_time;
+CREATE TEMP MACRO tells_outcome(code) AS
+    regexp_matches(code, '^MEDS_(BIRTH|DEATH)(//|$)|(^|//)(DIED|EXPIRED)($|//)');
 CREATE TEMP TABLE event_rows AS
 SELECT icu_stay_id, time AS event_time, time AS event_known_time, coalesce(event_type, lower(kind)) AS event_type,
        concat_ws(' | ', item,
-           number_word || ': ' || coalesce(
-               nullif(CASE WHEN TRY_CAST(text_value AS DOUBLE) IS NULL THEN trim(text_value) END, '___'),
-               regexp_replace(CAST(round(number * scale) / scale AS VARCHAR), '\.0$', '')
-               || coalesce(' ' || coalesce(nullif(unit, ''), code_unit), '')),
-           'Route: ' || nullif(trim(route), ''),
-           'Status: ' || coalesce(nullif(trim(statusdescription), ''), code_status)) AS event_text,
+           number_word || ': ' || coalesce(text_value,
+                                           regexp_replace(CAST(round(number * scale) / scale AS VARCHAR), '\.0$', ''))
+           || CASE WHEN text_value IS NULL OR regexp_matches(text_value, '^[<>]=?\s*\d')
+                   THEN coalesce(' ' || coalesce(null_if_missing(unit), code_unit), '') ELSE '' END,
+           'Route: ' || null_if_missing(route),
+           'Status: ' || coalesce(null_if_missing(statusdescription), code_status)) AS event_text,
        epoch(prediction_time - time) / 60 AS relative_time_to_final_event
 FROM (
     SELECT *, CASE event_type WHEN 'ingredient' THEN 2 ELSE 3 END AS digits,
-           pow(10, greatest(0, digits - 1 - coalesce(floor(log10(abs(nullif(number, 0)))), 0))) AS scale
+           pow(10, least(300, greatest(0, digits - 1 - coalesce(floor(log10(abs(nullif(number, 0)))), 0)))) AS scale
     FROM meds_rows JOIN meds_codes USING (code)
 ) AS r
 JOIN samples AS s ON s.subject_id = r.subject_id AND r.time <= prediction_time AND (since IS NULL OR r.time > since)
-WHERE kind NOT IN ('MEDS_BIRTH', 'MEDS_DEATH') AND NOT regexp_matches(code, '(^|//)(DIED|EXPIRED)($|//)');
+WHERE NOT tells_outcome(code);
 -- What is known of a patient beside the events, with the time since when; the latest before the prediction counts.
 CREATE TEMP TABLE stay_rows AS
 WITH facts AS (
@@ -95,4 +108,13 @@ LEFT JOIN (SELECT subject_id, min(time) AS birth FROM meds_rows WHERE code = 'ME
 LEFT JOIN (SELECT icu_stay_id, min(event_time) AS first_time FROM event_rows GROUP BY icu_stay_id) USING (icu_stay_id)
 LEFT JOIN (PIVOT known ON name IN ('patient_gender', 'patient_race', 'marital_status', 'admission_type',
            'admission_location', 'insurance', 'first_icu_careunit')
-           USING max_by(value, since_when) GROUP BY icu_stay_id) AS said USING (icu_stay_id)
+           USING max_by(value, since_when) GROUP BY icu_stay_id) AS said USING (icu_stay_id);
+-- Where each row of the data went: why it is in no sequence, or '' where it is in one.
+CREATE TEMP VIEW row_fates AS
+SELECT code, CASE WHEN latest IS NULL THEN 'of subjects without a label here'
+                  WHEN time IS NULL THEN 'without a time: facts of a subject'
+                  WHEN time > latest THEN 'after the prediction'
+                  WHEN tells_outcome(code) THEN 'that tell birth or death'
+                  WHEN NOT EXISTS (FROM samples AS s WHERE s.subject_id = r.subject_id AND r.time <= prediction_time
+                                   AND (since IS NULL OR r.time > since)) THEN 'before the history' ELSE '' END AS fate
+FROM data AS r LEFT JOIN (SELECT subject_id, max(prediction_time) AS latest FROM samples GROUP BY 1) USING (subject_id)

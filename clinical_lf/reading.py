@@ -16,7 +16,7 @@ from duckdb import DuckDBPyConnection
 from clinical_lf import duck, files, tables
 from clinical_lf.duck import FIRST
 from clinical_lf.files import InputError, logger
-from clinical_lf.meds import MedsTask, is_meds, register_meds
+from clinical_lf.meds import MedsTask, is_meds, meds_account, meds_files, register_meds
 from clinical_lf.mimic import complete_account, run_mimic_query
 from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS, STAY_COLUMNS, ReadReport, StayTable
 
@@ -55,7 +55,7 @@ def read_stays(
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
-                kind, counts = _register_source(con, source, task)
+                kind, counts = _register_source(con, source, task, need_label)
                 if outcome != "hospital" and task is None:
                     _choose_label(con, name, tables.LABELS[outcome], need_label)
                 _check(con, name, kind, need_label, static_features)
@@ -63,6 +63,7 @@ def read_stays(
                 table = _load_events(con, name, counts, notes)
                 notes = {"length_recomputed": 0} | files.without_zeros(notes)
                 sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
+                sources += meds_account(con) if task else []
                 return table, ReadReport(files.without_zeros(counts), notes, sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise duck.out_of_memory_error(f"{name}: reading", error, memory_limit, results) from None
@@ -82,39 +83,31 @@ def read_stays(
         raise files.refusal("no_source", source=data)
     if is_meds(path) != (task is not None):
         raise files.refusal("meds_without_labels", source=data)
-    if task is None:
-        parts = table_files(path)
-        if not parts and path.suffix.lower() in (".parquet", ".csv"):
-            raise files.refusal("no_parts", source=data)
-        parts = parts or files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
-    kept = kept_arrays(path, parts, results, need_label, task, outcome)
+    parts = meds_files(path, task) if task else table_files(path)
+    if not parts and path.suffix.lower() in (".parquet", ".csv"):
+        raise files.refusal("no_parts", source=data)
+    parts = parts or files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
+    source = path if task else parts
+    kept = kept_arrays(parts, results, need_label, task, outcome)
     if kept is None:
-        return read(parts or path, str(data))
+        return read(source, str(data))
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return tables.load_arrays(kept, static_features)
     with files.lock_folder(results):
         with contextlib.suppress(OSError, ValueError):  # another run made them while this one waited
             return tables.load_arrays(kept, static_features)
-        content = read(parts or path, str(data))
+        content = read(source, str(data))
         files.delete_quietly(kept)
         files.write_whole(kept, lambda folder: tables.save_arrays(folder, *content))
     return tables.load_arrays(kept)
 
 
 def table_files(path: Path) -> list[Path]:
-    """Return the files of a table: one that exists, the parts in a folder (of Spark), else all that fit a pattern."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        return sum((table_files(Path(name)) for name in sorted(glob(str(path), recursive=True))), list[Path]())
-    if (path / "hosp").is_dir() or (path / "icu").is_dir():
-        return []
-    ending, here = path.suffix.lower(), [part for part in sorted(path.iterdir()) if part.name[0] not in "._"]
-    if ending == ".parquet":
-        return files.parquet_files(path)
-    folders = [part for part in here if part.is_dir() and "=" in part.name]
-    parts = sum(map(files.parquet_files, folders), [part for part in here if part.suffix == ".parquet"])
-    return parts or [part for part in here if _is_csv(part) and (ending == ".csv" or part.name.startswith("part-"))]
+    """Return the files of a table: one that exists, the Parquet parts in a folder, else all that fit a pattern."""
+    if path.is_dir():
+        return [] if (path / "hosp").is_dir() or (path / "icu").is_dir() else files.parquet_files(path)
+    names = [] if path.is_file() else sorted(glob(str(path), recursive=True))
+    return sum(map(table_files, map(Path, names)), [path] if path.is_file() else [])
 
 
 def _is_csv(path: Path) -> bool:
@@ -122,14 +115,10 @@ def _is_csv(path: Path) -> bool:
 
 
 def kept_arrays(
-    path: Path, parts: list[Path], results: Path, need_label: bool, task: MedsTask | None, outcome: str
+    parts: list[Path], results: Path, need_label: bool, task: MedsTask | None, outcome: str
 ) -> Path | None:
     """Return the folder for the arrays of a source as its files are now; None for a small one, whose are not kept."""
-    patterns = list[Path]()
-    if task:
-        patterns = [path / "**" / "*.parquet", Path(task.labels), Path(task.labels) / "**" / "*.parquet"]
-    names: list[str] = sum((sorted(glob(str(pattern), recursive=True)) for pattern in patterns), list(map(str, parts)))
-    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path, names)]
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in parts]
     if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
         return None
     key = files.cache_key(ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, outcome, stats)
@@ -137,7 +126,7 @@ def kept_arrays(
 
 
 def _register_source(
-    con: DuckDBPyConnection, data: Path | list[Path] | pd.DataFrame, task: MedsTask | None
+    con: DuckDBPyConnection, data: Path | list[Path] | pd.DataFrame, task: MedsTask | None, need_label: bool
 ) -> tuple[str, dict]:
     """Make `stay_rows` and `event_rows`, columns as is; return 'nested', 'flat' or 'meds', and what was left out."""
     # A value as trimmed text, NULL where it only says that it is missing. Here infinity is an error.
@@ -149,7 +138,7 @@ def _register_source(
         con.register("event_rows", data)
         return "flat", {}
     if task and isinstance(data, Path):
-        return "meds", register_meds(con, data, task)
+        return "meds", register_meds(con, data, task, need_label)
     parts = [data] if isinstance(data, Path) else data
     is_csv, listed = _is_csv(parts[0]), duck.file_list(parts)
     for path in parts:
