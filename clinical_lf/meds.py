@@ -79,25 +79,24 @@ def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_emp
         types, values = dict(key), []
         rows = f"read_parquet({file_list(members)}, hive_partitioning = false, filename = 'file_of_row')"
         for _, column, names, kind, must_be, wanted in COLUMNS[COLUMNS["table"] == table].itertuples(index=False):
-            given = next((name for name in names.split("|") if name in types), "")
-            if not given and must_be != "any":
+            name = next((name for name in names.split("|") if name in types), "")
+            if not name and must_be != "any":
                 raise refusal("no_meds_column", path=members[0], column=column, present=", ".join([*types][:12]))
-            raw, value = (f'"{given}"',) * 2 if given else ("NULL", "NULL")
-            if kind in ("BIGINT", "BOOLEAN"):  # 1.0 is 1, but 0.7 is no label
-                value = f"regexp_replace(CAST({raw} AS VARCHAR), '[.]0+$', '')"
-            value = f"TRY_CAST({value} AS {'TIMESTAMPTZ' if kind == 'TIMESTAMP' else kind})"  # in UTC
-            value = raw if types.get(given) == kind else f"CAST({value} AS {kind})"
-            values.append(f"{value} AS {column}")
+            given = f'"{name}"' if name else "NULL"
+            text = f"regexp_replace(CAST({given} AS VARCHAR), '[.]0+$', '')"  # 1.0 is true, 0.7 is no label
+            value = f"TRY_CAST({text if kind == 'BOOLEAN' else given} AS {kind.replace('AMP', 'AMPTZ')})::{kind}"  # UTC
+            values.append(f"{given if types.get(name) == kind else value} AS {column}")
             is_filled = must_be == "filled" and column != may_be_empty
-            if is_filled or must_be != "any" and value != raw:
-                unfit = f"{value} IS NULL AND ({is_filled} OR {raw} IS NOT NULL)"
-                found = con.execute(f"SELECT count(*), min(file_of_row) FROM {rows} WHERE {unfit}").fetchall()[0]
-                if found[0]:
-                    raise refusal("unfit_meds", count=found[0], path=found[1], column=given, wanted=wanted)
-            if kind == "TIMESTAMP":
-                offset = f"regexp_matches({raw}, ':[0-9.]+ *[A-Za-z+-]')"  # after the time of day
-                offset = offset if types[given] == "VARCHAR" else f"{'ZONE' in types[given]}"
-                said = con.execute(f"SELECT DISTINCT {offset} FROM {rows} WHERE {raw} IS NOT NULL").fetchall()
+            unfit = f"FROM {rows} WHERE {value} IS NULL AND ({is_filled} OR {given} IS NOT NULL)"
+            if (
+                must_be != "any"
+                and (found := con.execute(f"SELECT min(file_of_row), count(*) {unfit}").fetchall()[0])[1]
+            ):
+                raise refusal("unfit_meds", path=found[0], count=found[1], column=name, wanted=wanted)
+            if kind == "TIMESTAMP":  # in text a zone or an offset stands after the time of day
+                is_text, has_zone = types[name] == "VARCHAR", str("ZONE" in types[name])
+                offset = f"regexp_matches({given}, ':[0-9.]+ *[A-Za-z+-]')" if is_text else has_zone
+                said = con.execute(f"SELECT DISTINCT {offset} FROM {rows} WHERE {given} IS NOT NULL").fetchall()
                 have_offset |= {row[0] for row in said}
         selects.append(f"SELECT {', '.join(values)} FROM {rows}")
     con.execute(f"CREATE TEMP VIEW {table} AS {' UNION ALL '.join(selects)}")

@@ -2,34 +2,47 @@
 
 import datetime
 import json
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from small_table import TINY, best_model
 
 import train
 from clinical_lf.files import InputError
 from clinical_lf.meds import MedsTask, meds_split
 from clinical_lf.reading import read_stays
+from clinical_lf.tables import LABEL
 
 T0 = datetime.datetime(2150, 1, 1)
 CREATININE = "LAB//50912//mg/dL"
 hours = lambda number: None if number is None else T0 + datetime.timedelta(hours=number)
+TYPES = {"time": "datetime64[us]", "prediction_time": "datetime64[us]", "numeric_value": "float32", "code": str}
+CASES = yaml.safe_load(Path(__file__).with_name("meds_cases.yaml").read_text("utf-8"))
 PARTS = ("train", "train", "train", "tuning", "held_out")
 
 
-def write_meds(root, rows, labels=None, codes=()):
+def typed(frame, types, as_text=()):
+    """The columns in these types; times are those of UTC."""
+    kinds = {name: "str" if name in as_text else types[name] for name in frame if name in types}
+    zoned = {name: pd.to_datetime(frame[name], utc=True) for name, kind in kinds.items() if "," in str(kind)}
+    return frame.assign(**zoned).astype(kinds)
+
+
+def write_meds(root, rows, labels=None, codes=(), types=TYPES):
     """A MEDS data set of these rows, and the file of its labels (subject, hour, value)."""
     for folder in ("data/train", "metadata"):
         (root / folder).mkdir(parents=True)
-    table = pd.DataFrame(rows).astype({"time": "datetime64[us]", "numeric_value": "float32", "code": str})
-    table.to_parquet(root / "data" / "train" / "0.parquet")
+    typed(pd.DataFrame(rows), types).to_parquet(root / "data" / "train" / "0.parquet")
     pd.DataFrame(list(codes), columns=["code", "description"]).astype(str).to_parquet(root / "metadata/codes.parquet")
     if labels is not None:
         labels = [(subject, hours(hour), value) for subject, hour, value in labels]
-        kinds = {"subject_id": "int64", "prediction_time": "datetime64[us]", "boolean_value": bool}
-        pd.DataFrame(labels, columns=list(kinds)).astype(kinds).to_parquet(root / "labels.parquet")
+        labels = pd.DataFrame(labels, columns=["subject_id", "prediction_time", "boolean_value"])
+        typed(labels, types).to_parquet(root / "labels.parquet")
     return root
 
 
@@ -88,22 +101,21 @@ def test_static_columns_are_those_known_at_the_prediction(tmp_path):
     assert pd.isna(stay["icu_length_of_stay_in_days"])
 
 
-def icu_stay(subject, end, discharge_code, discharge, death=None):
-    codes = [(0, "ICU_ADMISSION//MICU"), (end, "ICU_DISCHARGE"), (discharge, f"HOSPITAL_DISCHARGE//{discharge_code}")]
-    rows = [lab(subject, hour, None, code) for hour, code in codes + [(death, "MEDS_DEATH")] * bool(death)]
-    return [*rows, lab(subject, 1, 2.4)]
-
-
-def test_made_labels_are_deaths_in_hospital_of_stays_that_last(tmp_path):
-    stays = [(1, 30, "HOME", 90), (2, 30, "DIED", 90, 90), (3, 30, "HOME", 90, 900)]
-    stays += [(4, 20, "HOME", 90), (5, 30, "DIED", 22, 22), (6, 30, "UNK", 90, 89)]
-    rows = sum((icu_stay(*stay) for stay in stays), [])
-    table, report = read(write_meds(tmp_path, rows), labels="mortality-in-icu@24h")
-    assert dict(zip(table.stays["patient_id"], table.labels)) == {1: 0, 2: 1, 3: 0, 6: 1}
-    assert report.counts["label_of_ended_stay"] == 2
-    assert len(read(tmp_path, labels="mortality-in-icu@24h", gap_hours=5)[0].stays) == 4
-    with pytest.raises(InputError, match="no ICU stay lasts 31 h"):
-        read(tmp_path, labels="mortality-in-icu@24h", gap_hours=7)
+@pytest.mark.parametrize("outcome", ["in-hospital", "in-icu", "within-30d"])
+def test_made_labels_say_their_outcome_of_stays_that_last(outcome, tmp_path):
+    rows, wanted = [], {"ended": [], None: []}
+    for subject, case in enumerate(CASES["made_labels"].values()):
+        wanted.setdefault(case[outcome.split("-")[1]], []).append(subject)
+        for hour, codes in case["events"].items():
+            rows += [lab(subject, hour, None, code) for code in np.atleast_1d(codes)]
+    root = write_meds(tmp_path, rows)
+    table, report = read(root, labels=f"mortality-{outcome}@24h")
+    stays = table.stays[table.stays["icu_outtime"] < hours(100)]
+    assert stays.groupby(LABEL)["patient_id"].agg(list).to_dict() == {label: wanted[label] for label in (0, 1)}
+    assert report.counts["label_of_ended_stay"] == len(wanted["ended"]) == 2
+    assert report.counts.get("label_untold", 0) == len(wanted[None])
+    with pytest.raises(InputError, match="no ICU stay lasts 924 h"):
+        read(root, labels=f"mortality-{outcome}@24h", gap_hours=900)
 
 
 def test_label_at_or_after_the_death_is_left_out_and_counted(tmp_path):
@@ -112,37 +124,37 @@ def test_label_at_or_after_the_death_is_left_out_and_counted(tmp_path):
     assert table.stays["patient_id"].tolist() == [1, 2] and report.counts == {"label_after_death": 2}
 
 
-BAD_LABELS = {
-    "contradictions": ([(1, 4, True), (1, 4, False)], "1 subjects and times have labels that contradict"),
-    "other subjects": ([(7, 4, True)], "no stay has an event"),
-    "before any event": ([(1, 0.5, True)], "no stay has an event"),
-    "none": ([], "no rows"),
-    "no file": (None, "labels.parquet: no such file"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_LABELS)
-def test_bad_labels_are_refused_in_a_sentence(name, tmp_path):
-    labels, message = BAD_LABELS[name]
-    with pytest.raises(InputError, match=message):
-        read(write_meds(tmp_path, [lab(1, 1, 2.4)], labels))
-
-
-@pytest.mark.parametrize("name", ["data/train/0.parquet", "metadata/codes.parquet", "labels.parquet"])
-def test_damaged_file_or_one_without_its_columns_is_refused_in_a_sentence(name, tmp_path):
-    root = write_meds(tmp_path, [lab(1, 1, 2.4)], [(1, 4, True)])
-    pd.DataFrame({"subject_id": [1]}).to_parquet(root / name)
-    with pytest.raises(InputError, match="no column prediction_time, boolean_value|cannot be read"):
-        read(root)
-    (root / name).write_bytes(b"PAR1 no more")
-    with pytest.raises(InputError, match="cannot be read"):
-        read(root)
+@pytest.mark.parametrize("name", CASES["read"] | CASES["refused"])
+def test_data_set_of_somebody_else_is_read_or_refused_in_a_sentence(name, tmp_path):
+    case = (CASES["read"] | CASES["refused"])[name]
+    rows = [lab(1, row.pop("hour", 1), row.pop("numeric_value", None), **row) for row in case.get("rows", [{}])]
+    types = TYPES | case.get("types", {})
+    root = write_meds(tmp_path / "meds", rows, [(1, 9, True)], case.get("codes", {}).items(), types)
+    for name, content in case.get("files", {}).items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.unlink()
+        elif isinstance(content, dict):
+            typed(pd.DataFrame(content), types, case.get("as_text", ())).to_parquet(path)
+        elif content.startswith("-> "):
+            os.symlink(path.rename(root.parent / "disk[2]"), path)
+        else:
+            path.write_text(content)
+    if "says" in case:
+        with pytest.raises(InputError, match=case["says"]):
+            read(root)
+    else:
+        table, report = read(root)
+        assert table.texts[table.text].tolist() == case["texts"]
+        (account,) = report.sources
+        assert account.read == account.in_stays + sum(account.lost.values())
 
 
 def test_meds_without_labels_and_labels_without_meds_are_refused(tmp_path):
     root = write_meds(tmp_path / "meds", [lab(1, 1, 2.4)])
     for data, task in ((root, None), (train.SAMPLE, MedsTask("mortality-in-icu@24h"))):
-        with pytest.raises(InputError, match="a MEDS data set and --labels go together"):
+        with pytest.raises(InputError, match="a MEDS data set .* and --labels go together"):
             read_stays(data, tmp_path / "cache", task=task)
 
 
@@ -187,11 +199,23 @@ def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital,
     assert 0 <= scores["samples_equally_weighted"]["roc_auc_score"] <= 1
 
 
-def test_split_of_the_data_set_is_left_where_a_part_lacks_an_outcome(hospital, tmp_path):
-    table, _ = read(hospital)
-    rows = pd.read_parquet(hospital / "metadata" / "subject_splits.parquet")
+@pytest.mark.parametrize("name", CASES["splits"])
+def test_split_of_the_data_set_keeps_the_held_out_apart_however_it_is_written(name, hospital, tmp_path, caplog):
+    case, rows = CASES["splits"][name], pd.read_parquet(hospital / "metadata" / "subject_splits.parquet")
+    rows = rows.sample(frac=1, random_state=0) if "index" in case else rows  # else pandas keeps no index
+    rows = rows[rows["split"] != case.get("without")][case.get("leave_out", 0) :]
+    again = rows[: case.get("repeat", 0)]
+    rows["split"] = rows["split"].replace(case.get("names", {}))
+    rows = pd.concat([rows, again.assign(split="test") if "refused" in case else again])
+    rows = rows.astype({"subject_id": str} if case.get("as_text") else {})
+    rows = rows.rename(columns=case.get("columns", {}))
+    rows = rows.set_index("subject_id").rename_axis(case["index"]) if "index" in case else rows
     (tmp_path / "metadata").mkdir()
-    assert meds_split(table, tmp_path) is None
-    rows[rows["split"] != "train"].to_parquet(tmp_path / "metadata" / "subject_splits.parquet")
-    assert meds_split(table, tmp_path) is None
-    assert [len(part) for part in meds_split(table, hospital)] == [36, 12, 12]
+    assert meds_split(read(hospital)[0], tmp_path) is None
+    rows.to_parquet(tmp_path / "metadata" / "subject_splits.parquet")
+    if "refused" in case:
+        with pytest.raises(InputError, match=case["refused"]):
+            meds_split(read(hospital)[0], tmp_path)
+    else:
+        split = meds_split(read(hospital)[0], tmp_path)
+        assert [len(part) for part in split] == case["sizes"] and re.search(case.get("says", ""), caplog.text)
