@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from clinical_lf.duck import column_types, file_list, first_value, quoted
+from clinical_lf.duck import column_types, file_list, first_value
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
 from clinical_lf.tables import (
     LABEL,
@@ -37,12 +37,6 @@ class MedsTask(NamedTuple):
         """The label file, or those of a folder of them; none where labels are made, or the path is wrong."""
         path = Path(self.labels)
         return parquet_files(path) if path.is_dir() else [path] * path.is_file()
-
-    @property
-    def outcome(self) -> str:
-        """What the labels tell, by the key of its definition in words.yaml."""
-        made = MADE_LABELS.fullmatch(self.labels)
-        return made[1].split("-")[1] if made else "given"
 
 
 def is_meds(folder: Path) -> bool:
@@ -88,14 +82,13 @@ def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_emp
             values.append(f"{given if types.get(name) == kind else value} AS {column}")
             is_filled = must_be == "filled" and column != may_be_empty
             unfit = f"FROM {rows} WHERE {value} IS NULL AND ({is_filled} OR {given} IS NOT NULL)"
-            if (
-                must_be != "any"
-                and (found := con.execute(f"SELECT min(file_of_row), count(*) {unfit}").fetchall()[0])[1]
-            ):
-                raise refusal("unfit_meds", path=found[0], count=found[1], column=name, wanted=wanted)
-            if kind == "TIMESTAMP":  # in text a zone or an offset stands after the time of day
-                is_text, has_zone = types[name] == "VARCHAR", str("ZONE" in types[name])
-                offset = f"regexp_matches({given}, ':[0-9.]+ *[A-Za-z+-]')" if is_text else has_zone
+            if must_be != "any":
+                count, first = con.execute(f"SELECT count(*), min(file_of_row) {unfit}").fetchall()[0]
+                if count:
+                    raise refusal("unfit_meds", path=first, column=name, wanted=wanted, count=count)
+            if kind == "TIMESTAMP":  # in text an offset, or the name of a zone, stands after the time of day
+                in_text = f"regexp_matches({given}, ':[0-9.]+ *[A-Za-z+-]')"
+                offset = in_text if types[name] == "VARCHAR" else "ZONE" in types[name]
                 said = con.execute(f"SELECT DISTINCT {offset} FROM {rows} WHERE {given} IS NOT NULL").fetchall()
                 have_offset |= {row[0] for row in said}
         selects.append(f"SELECT {', '.join(values)} FROM {rows}")
@@ -108,7 +101,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
     shards, codes = parquet_files(root / "data"), root / "metadata" / "codes.parquet"
     if not shards or not codes.is_file():
         raise refusal("incomplete_meds", root=root, missing="metadata/codes.parquet" if shards else "data/*.parquet")
-    kinds, facts = (quoted(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("kinds", "facts"))
+    kinds, facts = (file_list([Path(__file__).with_name(f"meds_{name}.csv")]) for name in ("kinds", "facts"))
     text = Path(__file__).with_name("meds.sql").read_text("utf-8")
     parts = text.format(kinds=kinds, facts=facts, **task._asdict()).split("-- name: ")[1:]
     statements = dict(part.split("\n", 1) for part in parts)
@@ -116,7 +109,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
     con.execute(statements["codes"])
     if made := MADE_LABELS.fullmatch(task.labels):
         hours = float(made[2])
-        con.execute(statements["made labels"], {"hours": hours, "outcome": task.outcome})
+        con.execute(statements["made labels"], {"hours": hours, "outcome": made[1].split("-")[1]})
         left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE NOT lasts")}
         untold = first_value(con, "DELETE FROM label_rows WHERE lasts IS NULL OR boolean_value IS NULL")
         if not first_value(con, "SELECT count(*) FROM label_rows"):
@@ -141,11 +134,12 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
 
 
 def meds_account(con: DuckDBPyConnection) -> list[SourceAccount]:
-    """Return where the rows of data/ went, once each; those in the sequences of two labels count once."""
+    """Return where the rows of data/ went; one that is in the sequences of two labels counts once."""
     fates = dict(con.execute("SELECT fate, count(*) FROM row_fates GROUP BY fate ORDER BY fate").fetchall())
-    undescribed = "FROM row_fates JOIN meds_codes USING (code) WHERE NOT is_described GROUP BY event_type"
-    counts = con.execute(f"SELECT coalesce(event_type, 'other'), count(*) {undescribed} ORDER BY ALL").fetchall()
-    noted = {f"{kind} without a description": count for kind, count in counts}
+    undescribed = "FROM row_fates JOIN meds_codes USING (code) WHERE NOT is_described GROUP BY ALL ORDER BY ALL"
+    kinds = con.execute(f"SELECT coalesce(event_type, 'other') AS kind, count(*) {undescribed}").fetchall()
+    words = ", ".join(f"{kind} {count:,}" for kind, count in kinds)
+    noted = {f"named by their code, which has no description ({words})": sum(count for _, count in kinds)}
     return [SourceAccount("data", sum(fates.values()), in_stays=fates.pop("", 0), lost=fates, noted=noted)]
 
 
@@ -166,20 +160,15 @@ def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
     if twice := int(part_of_subject.index.duplicated().sum()):
         raise refusal("subject_in_two_parts", path=path, count=twice)
     split = split_of_parts(table, part_of_subject)
-    patients = table.stays["patient_id"]
-    if len(others := patients[~patients.isin(part_of_subject.index)]):
-        found = {"stays": len(others), "subjects": others.nunique(), "path": path}
-        logger.warning(WORDS["warnings"]["subject_in_no_part"].format(**found))
-    is_sound = [has_both_outcomes(table, stays) for stays in split]
-    sizes = [
-        f"{name} {len(part)} stays, {table.labels[part].sum():.0f} deaths" for name, part in split._asdict().items()
-    ]
-    logger.info(f"Split       the data set's own, {path.name}: {'; '.join(sizes)}")
-    if not is_sound[2]:
-        logger.warning(WORDS["warnings"]["nothing_held_out"].format(path=path.name))
+    logger.info(f"Split       the data set's own, {path.name}")
+    others, warnings = table.stays["patient_id"].drop(np.concatenate(split)), WORDS["warnings"]
+    if len(others):
+        logger.warning(warnings["subject_in_no_part"].format(stays=len(others), subjects=others.nunique(), path=path))
+    if not has_both_outcomes(table, split.test):
+        logger.warning(warnings["nothing_held_out"].format(path=path.name))
         split = split._replace(test=split.test[:0])
-    if not all(is_sound[:2]):
-        logger.warning(WORDS["warnings"]["tuning_split_anew"].format(path=path.name))
+    if not all(has_both_outcomes(table, stays) for stays in split[:2]):
+        logger.warning(warnings["tuning_split_anew"].format(path=path.name))
         rest = np.sort(np.concatenate(split[:2]))
         within = split_by_patient(table.take(rest), seed, 0.0)
         split = Split(rest[within.train], rest[within.validation], split.test)

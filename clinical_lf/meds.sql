@@ -72,7 +72,7 @@ SELECT icu_stay_id, time AS event_time, time AS event_known_time, coalesce(event
        concat_ws(' | ', item,
            number_word || ': ' || coalesce(text_value,
                                            regexp_replace(CAST(round(number * scale) / scale AS VARCHAR), '\.0$', ''))
-           || CASE WHEN text_value IS NULL OR regexp_matches(text_value, '^[<>]=?\s*\d')
+           || CASE WHEN text_value IS NULL OR regexp_full_match(text_value, '[<>≤≥=~]*\s*[\d.,]+(\s*-\s*[\d.,]+)?')
                    THEN coalesce(' ' || coalesce(null_if_missing(unit), code_unit), '') ELSE '' END,
            'Route: ' || null_if_missing(route),
            'Status: ' || coalesce(null_if_missing(statusdescription), code_status)) AS event_text,

@@ -66,27 +66,6 @@ def test_each_label_of_a_subject_is_a_stay_that_ends_with_the_prediction_and_tim
     assert read(root, history_hours=4)[0].minutes_to_end.tolist() == [60, 0, 180, 0]  # the last hours alone
 
 
-def test_event_says_what_the_query_would_and_has_the_type_of_its_code(tmp_path):
-    """Codes that tell the outcome are no events."""
-    expected = [
-        (lab(1, 1, 2.4), 2, "Lab: Creatinine [Mass/volume] | Value: 2.4 mg/dL"),
-        (lab(1, 2, 2.399999, unit="umol/L"), 2, "Lab: Creatinine [Mass/volume] | Value: 2.4 umol/L"),
-        (lab(1, 3, 137.0, "LAB//SODIUM//mEq/L"), 2, "Lab: SODIUM | Value: 137 mEq/L"),
-        (lab(1, 4, None, "LAB//URINE//UNK", text_value="cloudy"), 2, "Lab: URINE | Value: cloudy"),
-        (lab(1, 5, None, "MEDICATION//START//Pill", route="PO"), 0, "Prescription: Pill | Route: PO | Status: start"),
-        (lab(1, 6, 0.123456, "INFUSION_START//7", unit="mcg"), 4, "Ingredient: 7 | Rate: 0.12 mcg"),
-        (lab(1, 7, None, "PROCEDURE//CHEST_XRAY"), 1, "Procedure: CHEST_XRAY"),
-        (lab(1, 8, None, "MICROBIOLOGY//BLOOD"), 3, "Microbiology: BLOOD"),
-        (lab(1, 9, None, "TRANSFER_TO//Ward"), 5, "TRANSFER TO: Ward"),
-        (lab(1, 10, None, "Blood Pressure", text_value="120/80"), 5, "Blood Pressure | Value: 120/80"),
-    ]
-    codes = [(CREATININE, "Creatinine  [Mass/volume]")]
-    of_outcome = [lab(1, 2, None, c) for c in ("HOSPITAL_DISCHARGE//DIED", "DISCHARGE//EXPIRED", "MEDS_BIRTH")]
-    table, _ = read(write_meds(tmp_path, [row for row, *_ in expected] + of_outcome, [(1, 11, True)], codes))
-    found = zip(table.event_type.tolist(), table.texts[table.text].tolist())
-    assert list(found) == [(event_type, text) for _, event_type, text in expected]
-
-
 def test_static_columns_are_those_known_at_the_prediction(tmp_path):
     rows = [
         lab(1, None, None, "GENDER//F"),
@@ -147,6 +126,7 @@ def test_data_set_of_somebody_else_is_read_or_refused_in_a_sentence(name, tmp_pa
     else:
         table, report = read(root)
         assert table.texts[table.text].tolist() == case["texts"]
+        assert table.event_type.tolist() == case.get("event_types", table.event_type.tolist())
         (account,) = report.sources
         assert account.read == account.in_stays + sum(account.lost.values())
 
