@@ -9,17 +9,10 @@ import numpy as np
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
+from clinical_lf import tables
 from clinical_lf.duck import column_types, file_list, first_value
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
-from clinical_lf.tables import (
-    LABEL,
-    SourceAccount,
-    Split,
-    StayTable,
-    has_both_outcomes,
-    split_by_patient,
-    split_of_parts,
-)
+from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
 MADE_LABELS = re.compile(r"mortality-(in-hospital|in-icu|within-30d)@(\d{1,6}(?:\.\d{1,6})?)h")
 COLUMNS, PARTS = (pd.read_csv(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("columns", "parts"))
@@ -139,7 +132,7 @@ def meds_account(con: DuckDBPyConnection) -> list[SourceAccount]:
     undescribed = "FROM row_fates JOIN meds_codes USING (code) WHERE NOT is_described GROUP BY ALL ORDER BY ALL"
     kinds = con.execute(f"SELECT coalesce(event_type, 'other') AS kind, count(*) {undescribed}").fetchall()
     words = ", ".join(f"{kind} {count:,}" for kind, count in kinds)
-    noted = {f"named by their code, which has no description ({words})": sum(count for _, count in kinds)}
+    noted = {f"rows named by their code, which has no description ({words})": sum(count for _, count in kinds)}
     return [SourceAccount("data", sum(fates.values()), in_stays=fates.pop("", 0), lost=fates, noted=noted)]
 
 
@@ -159,18 +152,18 @@ def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
     part_of_subject = subjects.drop_duplicates(["subject_id", "part"]).set_index("subject_id")["part"]
     if twice := int(part_of_subject.index.duplicated().sum()):
         raise refusal("subject_in_two_parts", path=path, count=twice)
-    split = split_of_parts(table, part_of_subject)
+    split = tables.split_of_parts(table, part_of_subject)
     logger.info(f"Split       the data set's own, {path.name}")
     others, warnings = table.stays["patient_id"].drop(np.concatenate(split)), WORDS["warnings"]
     if len(others):
         logger.warning(warnings["subject_in_no_part"].format(stays=len(others), subjects=others.nunique(), path=path))
-    if not has_both_outcomes(table, split.test):
+    if not tables.has_both_outcomes(table, split.test):
         logger.warning(warnings["nothing_held_out"].format(path=path.name))
         split = split._replace(test=split.test[:0])
-    if not all(has_both_outcomes(table, stays) for stays in split[:2]):
+    if not all(tables.has_both_outcomes(table, stays) for stays in split[:2]):
         logger.warning(warnings["tuning_split_anew"].format(path=path.name))
         rest = np.sort(np.concatenate(split[:2]))
-        within = split_by_patient(table.take(rest), seed, 0.0)
+        within = tables.split_by_patient(table.take(rest), seed, 0.0)
         split = Split(rest[within.train], rest[within.validation], split.test)
     return split
 
