@@ -84,9 +84,7 @@ class Settings:
     observation_hours: float = setting(0.0, "Predict this many hours after ICU admission; 0 reads whole stays.", low=0)
     gap_hours: float = setting(0.0, "Leave out stays that end within so many hours after the prediction.", low=0)
     outcome: Literal["hospital", "icu", "30d"] = setting("hospital", "Death to predict; of MEDS data --labels says it.")
-    labels: str = setting(
-        "", "With MEDS data: its labels, or mortality-in-hospital@24h, -in-icu@24h or -within-30d@24h."
-    )
+    labels: str = setting("", "With MEDS data: its labels, or mortality-in-hospital@24h, -in-icu@24h, -within-30d@24h.")
     history_hours: float = setting(0.0, "With MEDS data: hours before the prediction to read; 0 reads all.", low=0)
     first_stay_only: bool = setting(False, "Keep only the first ICU stay of each patient.")
 
