@@ -10,7 +10,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf import tables
-from clinical_lf.duck import column_types, file_list, first_value
+from clinical_lf.duck import as_type, column_types, file_list, first_value, reason_without_rows, states_zone
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
 from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
@@ -42,16 +42,6 @@ def meds_files(root: Path, task: MedsTask) -> list[Path]:
     return task.files + parquet_files(root / "metadata") + parquet_files(root / "data")
 
 
-def refuse_damaged(paths: list[Path]) -> None:
-    """Raise InputError with the name of a file that DuckDB cannot read as Parquet."""
-    with duckdb.connect() as con:
-        for path in paths:
-            try:
-                con.execute(f"SELECT count(COLUMNS(*)) FROM read_parquet({file_list([path])})").fetchall()
-            except duckdb.Error:
-                raise refusal("no_parquet", path=path) from None
-
-
 def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_empty: str = "") -> set[bool]:
     """Make a view of a table of meds_columns.csv; return whether its times have offsets. Files may differ in types.
 
@@ -71,7 +61,7 @@ def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_emp
                 raise refusal("no_meds_column", path=members[0], column=column, present=", ".join([*types][:12]))
             given = f'"{name}"' if name else "NULL"
             text = f"regexp_replace(CAST({given} AS VARCHAR), '[.]0+$', '')"  # 1.0 is true, 0.7 is no label
-            value = f"TRY_CAST({text if kind == 'BOOLEAN' else given} AS {kind.replace('AMP', 'AMPTZ')})::{kind}"  # UTC
+            value = as_type(text if kind == "BOOLEAN" else given, kind, types.get(name, ""))
             values.append(f"{given if types.get(name) == kind else value} AS {column}")
             is_filled = must_be == "filled" and column != may_be_empty
             unfit = f"FROM {rows} WHERE {value} IS NULL AND ({is_filled} OR {given} IS NOT NULL)"
@@ -79,9 +69,8 @@ def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_emp
                 count, first = con.execute(f"SELECT count(*), min(file_of_row) {unfit}").fetchall()[0]
                 if count:
                     raise refusal("unfit_meds", path=first, column=name, wanted=wanted, count=count)
-            if kind == "TIMESTAMP":  # in text an offset, or the name of a zone, stands after the time of day
-                in_text = f"regexp_matches({given}, ':[0-9.]+ *[A-Za-z+-]')"
-                offset = in_text if types[name] == "VARCHAR" else "ZONE" in types[name]
+            if kind == "TIMESTAMP":
+                offset = states_zone(given, types[name])
                 said = con.execute(f"SELECT DISTINCT {offset} FROM {rows} WHERE {given} IS NOT NULL").fetchall()
                 have_offset |= {row[0] for row in said}
         selects.append(f"SELECT {', '.join(values)} FROM {rows}")
@@ -141,10 +130,12 @@ def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
     path = root / "metadata" / "subject_splits.parquet"
     if not path.is_file():
         return None
-    refuse_damaged([path])
-    with duckdb.connect() as con:
-        make_view(con, "splits", [path])
-        subjects = con.sql("SELECT DISTINCT subject_id, split FROM splits").df()
+    try:
+        with duckdb.connect() as con:
+            make_view(con, "splits", [path])
+            subjects = con.sql("SELECT DISTINCT subject_id, split FROM splits").df()
+    except duckdb.Error as error:
+        raise refusal("unreadable", source=path, reason=reason_without_rows(error)) from None
     names = subjects["split"].str.lower().str.replace(r"[\W_]", "", regex=True)
     subjects["part"] = names.map(PARTS.set_index("name")["part"])
     if unknown := ", ".join(subjects["split"][subjects["part"].isna()].unique()[:3]):

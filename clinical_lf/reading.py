@@ -114,9 +114,7 @@ def _is_csv(path: Path) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def kept_arrays(
-    parts: list[Path], results: Path, need_label: bool, task: MedsTask | None, outcome: str
-) -> Path | None:
+def kept_arrays(parts: list[Path], results: Path, need_label: bool, task: MedsTask | None, outcome: str) -> Path | None:
     """Return the folder for the arrays of a source as its files are now; None for a small one, whose are not kept."""
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in parts]
     if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
