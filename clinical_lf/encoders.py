@@ -20,15 +20,20 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
+from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 from transformers import logging
+from transformers.models.auto import modeling_auto
 
 from clinical_lf.files import WORDS, InputError, lock_folder, read_json, write_json
 from clinical_lf.items import NUMBER, mask_numbers
 
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
-POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+NOT_CAUSAL = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
+ONLY_CAUSAL = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - NOT_CAUSAL  # a token reads none behind it
 KIN_OF_ROBERTA = "roberta xlm-roberta camembert longformer roberta-prelayernorm xlm-roberta-xl mpnet".split()
+PROBES = [f"Lab: {said}" for said in ("Lactate | Value: 4.1 mmol/L", "Glucose | Value: 1", "Culture", "50912")]
 
 
 class EncoderUnreachable(InputError):
@@ -48,7 +53,7 @@ def as_file_name(encoder: str) -> str:
 def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
     """Return the two bins nearest to a number's magnitude and their whole weights, 16 together: near numbers share."""
     # The logarithm to base 2, straight between powers of 2, is exact on any machine; below 1/64 all are near 0.
-    mantissa, exponent = math.frexp(number + 1 / 64)
+    mantissa, exponent = math.frexp(min(number, 1e300) + 1 / 64)
     place = (exponent + 2 * mantissa) * per_octave
     lower = math.floor(place)
     weight = round(16 * (place - lower))
@@ -68,7 +73,7 @@ class HashingEncoder:
     A vector changes smoothly with the numbers; it is made of whole numbers, exact in float32: the same on any machine.
     """
 
-    id, dim, pooling, cache_name, n_features = "hashing", 768, "none", "hashing-v5-768", 2**14
+    id, dim, pooling, cache_name, n_features = "hashing", 768, "none", "hashing-v6-768", 2**14
     max_tokens, budget, n_devices = 512, 200_000, 1
     weights = np.sqrt(np.array([0.5, 0.15, 0.05, 0.3], np.float32))  # of items, words, characters, numbers
 
@@ -81,9 +86,9 @@ class HashingEncoder:
         """Yield words for the soft bins of each number behind the item, with their weights."""
         item, *parts = text.split(" | ")
         for part in parts:
-            what = f"{item} {mask_numbers(part)}"
+            what = f"{item} {NUMBER.sub('#', part)}"
             for (place, number), per_octave in product(enumerate(NUMBER.findall(part)), (1, 4, 16)):
-                for bin_number, weight in soft_bins(float(number), per_octave):
+                for bin_number, weight in soft_bins(float(number.replace(",", "")), per_octave):
                     yield f"{what} {place} {per_octave} {bin_number}", weight
 
     def load(self, cache_folder: Path) -> None:
@@ -98,6 +103,7 @@ class HashingEncoder:
             HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **counts),
             FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
         )
+        check_vectors(self)
 
     def unload(self) -> None:
         """Free nothing: there are no weights."""
@@ -141,10 +147,15 @@ class HuggingFaceEncoder:
         is_here = self._is_local or (self._folder / "config.json").is_file()  # else a full cache needs no weights
         paths = [] if is_here else sorted(cache_dir.glob(f"{as_file_name(name)}-*-{max_tokens}/encoder.json"))
         described = next((found for found in map(read_description, paths) if found.get("encoder") == name), {})
-        self.dim = described["dim"] if described else self._config().hidden_size
-        with as_input_error(self._folder):
-            self.pooling = described["pooling"] if described else folder_pooling(self._folder)
+        if not described:
+            config = self._config()
+            with as_input_error(self._folder):
+                described = {"dim": config.hidden_size, "pooling": folder_pooling(self._folder, config)}
+        self.dim, self.pooling = described["dim"], described["pooling"]
         self.cache_name = f"{as_file_name(self.id)}-{self.pooling}-{max_tokens}"
+        if self._is_local:  # the same files may have made vectors under another name
+            same = cache_dir.glob(f"*--{self.id.rpartition('@')[2]}-{self.pooling}-{max_tokens}")
+            self.cache_name = min((folder.name for folder in same), default=self.cache_name)
         devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
         self._devices = [torch.device(device) for device in devices]
         self._models: list[Any] = []  # one for each device, once loaded
@@ -188,6 +199,7 @@ class HuggingFaceEncoder:
                 linear.__class__ = OneDnnLinear
         others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]  # the last takes the model itself
         self._models = [*others, model.to(self._devices[-1])]
+        check_vectors(self)
 
     def unload(self) -> None:
         """Free the weights; `load` loads them again."""
@@ -230,19 +242,35 @@ class HuggingFaceEncoder:
         return (nn.functional.normalize(vectors, dim=1) if unit else vectors).cpu().numpy()
 
 
-def folder_pooling(folder: Path) -> str:
-    """Return "cls", "mean" or "last" (and "-unit" if normalised), as sentence-transformers folders ask, else "cls"."""
-    path = folder / "1_Pooling" / "config.json"
+def folder_pooling(folder: Path, config: Any) -> str:
+    """Return what a sentence-transformers folder asks for, "cls", "mean" or "last" (and "-unit"), else the usual."""
+    is_causal = getattr(config, "is_decoder", False) or config.model_type in ONLY_CAUSAL
+    path, modules = folder / "1_Pooling" / "config.json", folder / "modules.json"
     if not path.is_file():
-        return "cls"
-    modes = [name for name, is_on in read_json(path).items() if name.startswith("pooling_mode_") and is_on]
-    if len(modes) != 1 or modes[0] not in POOLINGS:
+        return "last" if is_causal else "cls"
+    wishes = read_json(path)
+    named = wishes.get("pooling_mode") or []  # since version 5.4
+    modes = [named] if isinstance(named, str) else [*named]
+    modes += [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
+    found = {POOLINGS.get(re.sub("pooling_mode_|_tokens?$", "", mode), "") for mode in modes}
+    if len(found) != 1 or "" in found:
         raise InputError(f"{path} asks for {' and '.join(modes) or 'nothing'}; known are {', '.join(POOLINGS)}, one.")
-    modules = folder / "modules.json"
+    if is_causal and "cls" in found:
+        raise InputError(WORDS["encoder"]["reads_nothing"].format(path=path))
     listed = modules.read_text("utf-8") if modules.is_file() else ""
     if ".Dense" in listed:
         raise InputError(f"{modules} has a Dense layer behind the pooling, which is not run here: give another encoder")
-    return POOLINGS[modes[0]] + ("-unit" if ".Normalize" in listed else "")
+    return found.pop() + ("-unit" if ".Normalize" in listed else "")
+
+
+def check_vectors(encoder: HashingEncoder | HuggingFaceEncoder) -> None:
+    """Unload and refuse an encoder that gives texts of different tokens one vector, as a causal model's first does."""
+    tokens = encoder.tokenise(PROBES)
+    distinct: list = [text for number, text in enumerate(tokens) if text not in tokens[:number]]
+    vectors = encoder.forward(0, distinct)
+    if pdist(vectors).min(initial=np.inf) <= 1e-4 * np.abs(vectors).max():
+        encoder.unload()
+        raise InputError(WORDS["encoder"]["one_vector"].format(encoder=encoder.id))
 
 
 class OneDnnLinear(nn.Linear):
@@ -275,12 +303,12 @@ def longformer_as_roberta(longformer: Any) -> Any:
 
 def token_limit(config: Any, folder: Path) -> int:
     """Return after how many tokens a text is cut: where the model's positions end, or where its folder wants it."""
-    positions = getattr(config, "max_position_embeddings", None) or 1_000_000
+    positions = getattr(config, "max_position_embeddings", None) or -1  # none, or XLNet's -1: they end nowhere
     if config.model_type in KIN_OF_ROBERTA:  # they count from behind the padding token
         positions -= config.pad_token_id + 1
     path = folder / "sentence_bert_config.json"
     wishes = read_json(path) if path.is_file() else {}
-    return min(positions, wishes.get("max_seq_length") or positions)
+    return min((limit for limit in (positions, wishes.get("max_seq_length") or -1) if limit > 0), default=1_000_000)
 
 
 def encoder_dtype(dtype: str, device: torch.device) -> torch.dtype:

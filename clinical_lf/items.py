@@ -1,6 +1,7 @@
 """What an event's text says: its item, its number and unit, and what its item was until then in the stay."""
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,10 +11,16 @@ import pandas as pd
 
 from clinical_lf.tables import StayTable
 
-DIGITS = r"\d+(?:\.\d+)?(?:e-?\d+)?"  # 4, 4.1 or 1.1e-05, as SQL writes a rate below 0.0001
+# 4, 4.1, .5, 25,000 or 1.1e-05; atomic, so that nothing less is read of it
+DIGITS = r"(?>(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"
 NUMBER = re.compile(rf"(?<![\w.]){DIGITS}")  # also before a unit, but not the 2 of PaO2
-NUMBER_IN_NAME = re.compile(rf"{NUMBER.pattern}(?![\w-])\s*%?")
-MEASUREMENT = re.compile(rf"(\| (Value|Rate|Dose|Amount): [<>]?)(-?{DIGITS})(?= |$)([^|]*)")  # number and unit
+SIGNED = rf"[-−+]?{DIGITS}"
+# Number, or a range whose unit may stand twice (2 mg - 4 mg), and unit; no titer (1:40) and no pair (120/80).
+MEASUREMENT = re.compile(
+    r"(\| (?:Value|Rate|Dose|Amount): (?:(?:[<>≤≥=~]+|(?i:(?:less|greater|more) than)) ?)?)"
+    rf"({SIGNED})(?: ?(?P<unit>[^\W\d_][^\s\d–-]*|%?) ?(?:[-–]|to) ?({SIGNED})(?= ?(?P=unit)))?"
+    r"(?! ?[:/] ?\d)(?=[\s%°]|[^\W\d_]|$)([^|]*)"
+)
 
 # What the model reads of an event's item; see `item_history`.
 STATISTICS = ("value", "minimum", "maximum", "mean", "first", "previous")
@@ -23,23 +30,27 @@ HISTORY = (*STATISTICS, "has_value", "log_count", "is_latest")
 class TextReading(NamedTuple):
     """What one text says; of an amount and another number the other one counts."""
 
-    item: str  # `Lab: Lactate (Blood, Blood Gas)`: what stands before the first bar, without numbers
+    item: str  # `Lab: Lactate (Blood, Blood Gas)`: what stands before the first bar
     value: float  # NaN where the text has none
     unit: str
     without_value: str  # the text with # for its measurements, for a model that has them from the item's history
 
 
 def read_text(text: str) -> TextReading:
-    """Return item, number and unit of an event's text."""
-    item = " ".join(NUMBER_IN_NAME.sub("", text.split(" | ", 1)[0]).split())
-    nothing = ("", "", "nan", "")
-    _, _, number, unit = min(MEASUREMENT.findall(text), key=lambda parts: parts[1] == "Amount", default=nothing)
-    return TextReading(item, float(number), unit.strip(), MEASUREMENT.sub(r"\1#\4", text))
+    """Return item, number (of a range its middle, NaN beyond what a float holds) and unit of an event's text."""
+    item = " ".join(text.split(" | ", 1)[0].split())
+    found = min(MEASUREMENT.finditer(text), key=lambda match: match[1].startswith("| Amount"), default=None)
+    if found is None:
+        return TextReading(item, math.nan, "", text)
+    ends = [float(end.replace(",", "").replace("−", "-")) for end in found.group(2, 4) if end]
+    value = math.nan if math.inf in map(abs, ends) else sum(ends) / len(ends)
+    return TextReading(item, value, found[5].strip(), MEASUREMENT.sub(r"\1#\5", text))
 
 
 def mask_numbers(text: str) -> str:
-    """Return the text with # for each number: texts that differ by their numbers alone become one."""
-    return NUMBER.sub("#", text)
+    """Return the text with # for each number behind its item: texts of an item that differ by those become one."""
+    item, bar, parts = text.partition(" | ")
+    return item + bar + NUMBER.sub("#", parts)
 
 
 def item_hash(text: str) -> str:

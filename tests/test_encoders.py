@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import save_longformer
 from safetensors.torch import load_file, save_file
 from small_table import arguments, small_table
@@ -109,7 +111,7 @@ def test_odd_text_has_a_vector_of_its_own_and_missing_text_that_of_the_empty_str
 def test_full_cache_needs_no_weights(make, tiny_longformer, tmp_path, no_hub, name, end, pooling):
     home = shutil.copytree(tiny_longformer, tmp_path / "hf" / end)
     if pooling == "mean":
-        ask_for(home, "mean_tokens")
+        ask_for(home, pooling_mode_mean_tokens=True)
     expected = make(name).encode_event_text_batch(EVENTS)
     shutil.rmtree(home)
     again = make(name)
@@ -122,9 +124,10 @@ def test_full_cache_needs_no_weights(make, tiny_longformer, tmp_path, no_hub, na
 def test_vectors_go_with_the_weights_and_not_with_the_folder(make, copied, tmp_path):
     first = make(copied)
     vectors = first.encode_event_text_batch(EVENTS)
-    moved = make(shutil.copytree(copied, tmp_path / "elsewhere" / copied.name))
-    moved.embed(EVENTS, progress=False)
-    assert moved.n_encoded == 0
+    for name in (copied.name, "another name"):
+        moved = make(shutil.copytree(copied, tmp_path / "elsewhere" / name))
+        moved.embed(EVENTS, progress=False)
+        assert moved.n_encoded == 0 and moved.identity[1] == first.identity[1] != ""
     save_longformer(copied, seed=1)  # another model at the same path
     second = make(copied)
     assert np.abs(second.encode_event_text_batch(EVENTS) - vectors).max() > 0.1
@@ -299,12 +302,10 @@ def bert(tmp_path):
     return folder
 
 
-def ask_for(folder, mode, *, modules=("Transformer", "Pooling"), max_seq_length=None):
+def ask_for(folder, *, modules=("Transformer", "Pooling"), max_seq_length=None, **wishes):
     """Write what a sentence-transformers folder says of pooling, of the modules behind it and of length."""
     (folder / "1_Pooling").mkdir()
-    modes = dict.fromkeys(("cls_token", "mean_tokens", "max_tokens", "lasttoken"), False) | {mode: True}
-    wishes = {"word_embedding_dimension": 24, **{f"pooling_mode_{name}": is_on for name, is_on in modes.items()}}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(wishes))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 24, **wishes}))
     listed = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(modules)]
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_seq_length}))
@@ -312,33 +313,71 @@ def ask_for(folder, mode, *, modules=("Transformer", "Pooling"), max_seq_length=
 
 FOR_BERT = ["lab: lactate | value: 2", "high", "", "lab " * 40]  # the last one is longer than the model's positions
 FIRST, MEAN, LAST = (lambda tokens: tokens[0]), (lambda tokens: tokens.mean(0)), (lambda tokens: tokens[-1])
-POOLINGS = {"": ("cls", FIRST), "cls_token": ("cls", FIRST), "mean_tokens": ("mean", MEAN), "lasttoken": ("last", LAST)}
+POOLS = {"cls": FIRST, "mean": MEAN, "last": LAST}
+WISHES = yaml.safe_load(Path(__file__).with_name("pooling_wishes.yaml").read_text("utf-8"))
 
 
-@pytest.mark.parametrize("mode", POOLINGS)
-def test_pooling_is_the_one_that_the_folder_asks_for_else_cls(make, bert, mode):
-    if mode:
-        ask_for(bert, mode)
-    encoder, (name, pool) = make(bert), POOLINGS[mode]
-    expected = [pool(tokens) for tokens in last_layers(bert, FOR_BERT, 16)]
-    np.testing.assert_allclose(encoder.encode_event_text_batch(FOR_BERT), expected, atol=1e-5)
+@pytest.mark.parametrize("wishes, module, name", WISHES["read"])
+def test_pooling_is_the_one_that_the_folder_asks_for_else_cls(make, bert, wishes, module, name):
+    if wishes:
+        ask_for(bert, modules=[module], **wishes)
+    encoder, expected = make(bert), map(POOLS[name], last_layers(bert, FOR_BERT, 16))
+    np.testing.assert_allclose(encoder.encode_event_text_batch(FOR_BERT), [*expected], atol=1e-5)
     assert encoder.dim == 24 and encoder.cache.folder.name.endswith(f"-{name}-512")
 
 
+@pytest.mark.parametrize("wishes, module, message", WISHES["refused"])
+def test_pooling_that_is_not_known_is_a_clear_error(make, bert, wishes, module, message):
+    ask_for(bert, modules=[module], **wishes)
+    with pytest.raises(InputError, match=message):
+        make(bert)
+
+
+MODELS = [
+    ("gpt2", {}, LAST),
+    ("llama", {}, LAST),
+    ("bert", {"is_decoder": True}, LAST),
+    ("xlnet", {"d_head": 12}, FIRST),
+]
+
+
+@pytest.mark.parametrize("kind, options, pool", MODELS)
+def test_causal_model_gives_its_last_token_and_one_without_a_limit_reads_all(make, copied, kind, options, pool):
+    sizes = {"vocab_size": 320, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(kind, **sizes, intermediate_size=48, initializer_range=0.2, **options)
+    (copied / "tokenizer_config.json").unlink()  # its class is Longformer's
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(copied / "tokenizer.json")).save_pretrained(copied)
+    transformers.AutoModel.from_config(config).save_pretrained(copied)
+    vectors, expected = make(copied).encode_event_text_batch(TEXTS), map(pool, last_layers(copied, TEXTS))
+    np.testing.assert_allclose(vectors, [*expected], atol=1e-4)
+    ask_for(copied, pooling_mode="cls")
+    with pytest.raises(InputError, match="first token of a causal model") if pool is LAST else nullcontext():
+        make(copied)
+
+
+def test_encoder_that_gives_texts_of_different_tokens_one_vector_is_refused_whatever_it_is(make, copied, monkeypatch):
+    zeros = {name: 0 * value for name, value in load_file(copied / "model.safetensors").items()}
+    save_file(zeros, copied / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(encoders.HashingEncoder, "forward", lambda self, device, texts: np.ones((len(texts), 768)))
+    for encoder in 2 * [make(copied), make("hashing")]:  # asking again does not help
+        with pytest.raises(InputError, match="different texts one vector"):
+            encoder.encode_event_text_batch(EVENTS)
+
+
+def test_texts_cut_to_the_same_tokens_have_one_vector_and_that_is_no_fault(make, bert):
+    vectors = make(bert).encode_event_text_batch(["LAB", "lab", "unheard-of"])
+    assert (
+        len(np.unique(vectors, axis=0)) == 2 and not np.ptp(make(max_tokens=2).encode_event_text_batch(EVENTS), 0).any()
+    )
+
+
 def test_normalised_vectors_and_the_folders_own_length(make, bert):
-    ask_for(bert, "mean_tokens", modules=("Transformer", "Pooling", "Normalize"), max_seq_length=8)
+    ask_for(bert, pooling_mode_mean_tokens=True, modules=("Transformer", "Pooling", "Normalize"), max_seq_length=8)
     encoder = make(bert)
     expected = last_layers(bert, ["lab " * 40], 8)[0].mean(0)
     (vector,) = encoder.encode_event_text_batch(["lab " * 40])
     np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-5)
     assert encoder.cache.folder.name.endswith("-mean-unit-512")
-
-
-@pytest.mark.parametrize("mode, modules", [("max_tokens", ["Pooling"]), ("cls_token", ["Pooling", "Dense"])])
-def test_pooling_that_is_not_known_is_a_clear_error(make, bert, mode, modules):
-    ask_for(bert, mode, modules=modules)
-    with pytest.raises(InputError, match="pooling_mode_max_tokens|Dense"):
-        make(bert)
 
 
 def test_tokenizer_of_a_larger_vocabulary_is_a_clear_error(make, bert):
@@ -377,6 +416,14 @@ def test_hashing_puts_near_numbers_of_an_item_near_and_items_apart(make):
     # Neighbouring bins share 16; 1.5 lies halfway between 1 and 2, where the magnitude is straight between powers of 2.
     assert encoders.soft_bins(1.5 - 1 / 64, 1) == [(2, 8), (3, 8)]
     assert encoders.soft_bins(2 - 1 / 64, 4) == [(12, 16), (13, 0)]
+
+
+def test_hashing_tells_codes_and_concentrations_apart_and_reads_every_spelling_of_a_number(make):
+    names = "Lab: 50912|Lab: 50931|SNOMED: 3950001|SNOMED: 184099003|NaCl 0.45 %|NaCl 0.9 %".split("|")
+    assert (np.corrcoef(make("hashing").encode_event_text_batch(names)) - np.eye(6)).max() < 0.9
+    doses = [f"Heparin | Dose: {dose} UNIT" for dose in ("25,000", "25000", "2.49E+04", "9", "1e999")]
+    same, close, *far = np.corrcoef(make("hashing").encode_event_text_batch(doses))[0, 1:]
+    assert same == pytest.approx(1) and close > 0.98 > 0.9 > max(far)
 
 
 def test_hashing_depends_on_no_machine_and_no_batch_and_gives_even_lengths(make, tmp_path):

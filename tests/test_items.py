@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,31 +15,25 @@ from clinical_lf.reading import read_stays
 IN_UNIT = f"{LACTATE} mmol/L"
 
 
-@pytest.mark.parametrize(
-    "marked, item, value, unit",
-    [
-        (f"{LACTATE} | Value: {{2.4}} mmol/L | Reference: 0.5-2 | Level: above range", LACTATE, 2.4, "mmol/L"),
-        ("Lab: Base Excess | Value: {-3} mEq/L", "Lab: Base Excess", -3, "mEq/L"),
-        ("Lab: Troponin T | Value: <{0.01}", "Lab: Troponin T", 0.01, ""),
-        ("Prescription: Heparin | Strength: 5000 Units / mL | Dose: {50} UNIT", "Prescription: Heparin", 50, "UNIT"),
-        ("Ingredient: Dextrose 5% | Amount: {50} ml | Rate: {25} mL/hour", "Ingredient: Dextrose", 25, "mL/hour"),
-        ("Ingredient: Ca (ingr) | Rate: {1.1e-05} grams/hour", "Ingredient: Ca (ingr)", 1.1e-05, "grams/hour"),
-        ("Lab: pH (Urine, Hematology) | Value: NEG", "Lab: pH (Urine, Hematology)", math.nan, ""),
-        ("Prescription: Heparin | Dose: 5-10 mg", "Prescription: Heparin", math.nan, ""),
-        ("Lab: Vitamin B12 (Blood)", "Lab: Vitamin B12 (Blood)", math.nan, ""),
-        ("", "", math.nan, ""),
-    ],
+EVENT_TEXTS = pd.read_csv(
+    Path(__file__).with_name("event_texts.csv"), keep_default_na=False, na_values={"value": "nan"}
 )
+
+
+@pytest.mark.parametrize("marked, item, value, unit", EVENT_TEXTS.to_numpy().tolist(), ids=EVENT_TEXTS["marked"])
 def test_text_is_read_as_item_number_unit_and_the_rest(marked, item, value, unit):
     """Braces mark what is a measurement."""
     text, without_value = re.sub("[{}]", "", marked), re.sub("{.*?}", "#", marked)
     assert items.read_text(text) == pytest.approx((item, value, unit, without_value), nan_ok=True)
 
 
-def test_masked_numbers_are_those_that_stand_alone_and_the_hash_is_of_the_item_alone():
-    assert items.mask_numbers("Lab: PaO2 5% | Value: 4.1 mmol/L | 1.1e-05") == "Lab: PaO2 #% | Value: # mmol/L | #"
+def test_masked_numbers_stand_behind_the_item_and_the_hash_is_of_the_item_alone():
+    text = "Lab: PaO2 5% | Value: 4.1 mmol/L | 1.1E-05 | Dose: -25,000-.5"
+    assert items.mask_numbers(text) == "Lab: PaO2 5% | Value: # mmol/L | # | Dose: -#-#"
+    assert items.mask_numbers("Lab: 50912") == "Lab: 50912"
     low, high, other = map(items.item_hash, (f"{LACTATE} | Value: 1", f"{LACTATE} | Value: 9", "Lab: Glucose"))
     assert low == high != other and len(low) == 16
+    assert len(set(map(items.item_hash, ("Lab: 50912", "Lab: 50931", "NaCl 0.45 %", "NaCl 0.9 %")))) == 4
 
 
 @pytest.fixture(scope="module")
