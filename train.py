@@ -26,8 +26,8 @@ import operator
 import os
 import sys
 import time
-import uuid
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +35,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import cycle, groupby
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
 
@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from clinical_lf import files, items, mimic, tables
+from clinical_lf import encoders, files, items, mimic, tables
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable, HashingEncoder, HuggingFaceEncoder
 from clinical_lf.files import InputError, Progress, logger, write_whole
 from clinical_lf.items import HISTORY, STATISTICS
@@ -60,7 +60,7 @@ from clinical_lf.settings import check_limits, cli_name, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, STATIC_COLUMNS, CohortStep, ReadReport, Split, StayTable
 
 SAMPLE = Path(__file__).resolve().parent / "sample_train.csv"
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 4  # raise it when what a model reads of a text changes, as items and their numbers
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 
@@ -332,46 +332,50 @@ def text_keys(texts: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(md5.digest() for md5 in hashes), KEY)
 
 
+def checksum(keys: np.ndarray, vectors: np.ndarray) -> str:
+    """Return the CRC-32 of a part of the cache, about a second a GB, as eight hex digits."""
+    return f"{zlib.crc32(vectors.data, zlib.crc32(keys.data)):08x}"
+
+
 class EmbeddingCache:
     """Vectors of one encoder on disk, keyed by the text's MD5.
 
-    Each append makes one immutable part, `part-<time>-<id>/` with `keys.npy` (n, 16) uint8 and `vectors.npy` (n, dim)
-    float32, written whole: several processes may append, and a killed one leaves no half part. Vectors are
-    memory-mapped, only keys are read. A damaged or foreign part is ignored with a warning: its texts are missing.
+    Each append makes one immutable part, `part-<time>-<checksum>/` with `keys.npy` (n, 16) uint8 and `vectors.npy`
+    (n, dim) float32, written whole: several processes may append, and a killed one leaves no half part. Vectors are
+    memory-mapped. A part that is damaged, by its checksum, or foreign is ignored with a warning: its texts are missing.
     """
 
     def __init__(self, folder: Path, dim: int, legacy_folders: Sequence[Path] = ()) -> None:
         self.folder, self.dim = Path(folder), dim
         self.legacy_folders = [self.folder, *legacy_folders]  # may hold single <md5>.npy files
-        self._seen: set[str] = set()  # names of the parts taken in
+        self._seen: set[Path] = set()  # the parts taken in
         self._parts: list[np.ndarray] = []  # their vectors, memory-mapped
-        self._ends = np.zeros(0, np.int64)  # row number behind the last row of each part
         self._keys = np.zeros(0, KEY)  # of all rows
         self.refresh()
 
     def refresh(self) -> None:
         """Take in the parts that any process has added since the last look."""
         self._is_stale, keys, damaged = False, [self._keys], []
-        for path in sorted(self.folder.glob("part-*")):
-            if path.name in self._seen:
-                continue
-            self._seen.add(path.name)
+        new = sorted({*self.folder.glob("part-*")} - self._seen)
+        self._seen.update(new)
+        for path in new:
             try:
                 part_keys = np.load(path / "keys.npy", allow_pickle=False)
                 vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
-                shapes = (part_keys.shape, vectors.shape) == ((len(vectors), 16), (len(part_keys), self.dim))
-                if not shapes or (part_keys.dtype, vectors.dtype) != (np.uint8, np.float32):
-                    raise ValueError("no part of this cache")
+                is_part = (part_keys.shape, vectors.shape) == ((len(vectors), 16), (len(part_keys), self.dim))
+                is_part &= (part_keys.dtype, vectors.dtype) == (np.uint8, np.float32)
+                # A name that an earlier version gave has no checksum: its part is taken as it is.
+                if not is_part or path.name[-9] == "-" and not path.name.endswith(checksum(part_keys, vectors)):
+                    raise ValueError("no part of this cache, or other bits than were written")
             except Exception:  # numpy parses a damaged header as Python text, and many things can go wrong there
                 damaged.append(path.name)
                 continue
             keys.append(np.ascontiguousarray(part_keys).view(KEY)[:, 0])
             self._parts.append(np.asarray(vectors))
         if damaged:
-            words = "damaged parts of the embedding cache are ignored, their texts are encoded anew"
-            logger.warning(f"{len(damaged)} {words}: {', '.join(damaged[:3])}")
+            logger.warning(files.WORDS["log"]["damaged_parts"].format(count=len(damaged), names=", ".join(damaged[:3])))
         self._keys = np.concatenate(keys)
-        self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)
+        self._ends = np.cumsum([len(vectors) for vectors in self._parts], dtype=np.int64)  # row behind each part's last
         # Of equal keys the later part's counts.
         self._sorted_keys, from_end = np.unique(self._keys[::-1], return_index=True)
         self._sorted_rows = len(self._keys) - 1 - from_end
@@ -398,8 +402,7 @@ class EmbeddingCache:
         part_of_row = np.searchsorted(self._ends, rows, side="right")
         for part in np.unique(part_of_row):
             here = part_of_row == part
-            first_row = self._ends[part] - len(self._parts[part])
-            vectors[here] = self._parts[part][rows[here] - first_row]
+            vectors[here] = self._parts[part][rows[here] - self._ends[part]]  # counted from its end
         return vectors
 
     def append(self, keys: np.ndarray, vectors: np.ndarray) -> None:
@@ -409,13 +412,15 @@ class EmbeddingCache:
         if not np.isfinite(vectors).all():
             raise InputError("the text encoder gave NaN or infinity: its weights are damaged, or try float32")
 
+        digits, rows = keys.view(np.uint8).reshape(-1, 16), np.ascontiguousarray(vectors, np.float32)
+
         def write(part: Path) -> None:
             part.mkdir()
-            np.save(part / "keys.npy", keys.view(np.uint8).reshape(-1, 16), allow_pickle=False)
-            np.save(part / "vectors.npy", vectors.astype(np.float32), allow_pickle=False)
+            np.save(part / "keys.npy", digits, allow_pickle=False)
+            np.save(part / "vectors.npy", rows, allow_pickle=False)
 
         with files.lock_folder(self.folder):
-            write_whole(self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex}", write)
+            write_whole(self.folder / f"part-{time.time_ns():020d}-{checksum(digits, rows)}", write)
         self._is_stale = True
 
     def adopt_legacy(self, keys: np.ndarray) -> None:
@@ -423,21 +428,19 @@ class EmbeddingCache:
         n_damaged = 0
         for folder in filter(Path.is_dir, self.legacy_folders):
             names = {entry.name for entry in os.scandir(folder)}
-            named = [(key, f"{key.tobytes().hex()}.npy") for key in keys[self.missing(keys)]]
-            found = [(key, folder / name) for key, name in named if name in names]
+            found = [key for key in keys[self.missing(keys)] if f"{key.tobytes().hex()}.npy" in names]
             for start in range(0, len(found), 50_000):  # bounds memory
-                block = found[start : start + 50_000]
+                block = np.array(found[start : start + 50_000], KEY)
                 vectors = np.full((len(block), self.dim), np.nan, np.float32)
-                for vector, (_, path) in zip(vectors, block):
+                for key, vector in zip(block, vectors):
                     with suppress(Exception):  # whatever is wrong with it
-                        vector[:] = np.load(path, allow_pickle=False).astype(np.float32).reshape(self.dim)
+                        vector[:] = np.load(folder / f"{key.tobytes().hex()}.npy", allow_pickle=False).reshape(self.dim)
                 is_good = np.isfinite(vectors).all(axis=1)
                 n_damaged += (~is_good).sum()
                 if is_good.any():
-                    self.append(np.array([key for key, _ in block], KEY)[is_good], vectors[is_good])
+                    self.append(block[is_good], vectors[is_good])
         if n_damaged:
-            words = "single .npy files are damaged or of another dimension, their texts are encoded"
-            logger.warning(f"{n_damaged} {words}")
+            logger.warning(files.WORDS["log"]["damaged_files"].format(count=n_damaged))
 
 
 class ClinicalTextEncoder:
@@ -467,6 +470,12 @@ class ClinicalTextEncoder:
         is_default = self.encoder.cache_name == "yikuan8--Clinical-Longformer-cls-512"
         self.cache = EmbeddingCache(cache_dir / self.encoder.cache_name, self.dim, [cache_dir] if is_default else [])
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Return its id, and what a copy under another name shares: weights, vocabulary and pooling, or nothing."""
+        weights = encoders.read_description(self.cache.folder / "encoder.json").get("weights", "")
+        return self.id, weights and f"{weights}-{self.encoder.pooling}"
+
     def encode_event_text_batch(self, texts: Iterable[Any], batch_size: int = 32) -> np.ndarray:
         """Return the texts' vectors, (n, dim) float32, new ones computed and kept; missing text is the empty string."""
         return self.cache.gather(self.embed(texts, progress=False, batch_size=batch_size))
@@ -486,9 +495,8 @@ class ClinicalTextEncoder:
         """
         texts = [clean_text(text) for text in texts]
         keys = text_keys(texts)
-        _, distinct = np.unique(keys, return_index=True)
-        lengths = np.array([len(texts[number]) for number in distinct])
-        longest_first = distinct[np.argsort(-lengths, kind="stable")]
+        distinct = np.unique(keys, return_index=True)[1]
+        longest_first = np.array(sorted(distinct, key=lambda number: -len(texts[number])), int)
         size = min(PLAN_CHUNK, max(64, len(distinct) // 16))
         chunks = np.array_split(longest_first, max(1, math.ceil(len(distinct) / size)))[rank::world]
         own = np.concatenate([np.zeros(0, int), *chunks])
@@ -525,9 +533,7 @@ class ClinicalTextEncoder:
     ) -> Iterator[tuple[np.ndarray, list]]:
         """Yield numbers of missing texts and their tokens, longest first, so that memory peaks at once."""
         budget = min(self.encoder.budget, batch_size * self.encoder.max_tokens)  # short texts come by the hundred
-        for chunk in chunks:
-            if not is_missing[chunk].any():
-                continue
+        for chunk in filter(lambda numbers: is_missing[numbers].any(), chunks):
             tokens: list = self.encoder.tokenise([texts[i] for i in chunk])
             for batch in split_by_budget(np.array([len(text_tokens) for text_tokens in tokens]), budget):
                 if missing := [place for place in batch if is_missing[chunk[place]]]:
@@ -537,8 +543,8 @@ class ClinicalTextEncoder:
         """Yield numbers and vectors in the order of the batches; one thread per device, two batches ahead."""
         encode = lambda device, numbers, tokens: (numbers, self.encoder.forward(device, tokens))
         pools = [ThreadPoolExecutor(1) for _ in range(self.encoder.n_devices)]
-        devices = cycle(enumerate(pools))
-        started = (pool.submit(encode, device, *batch) for (device, pool), batch in zip(devices, batches))
+        turns = zip(cycle(enumerate(pools)), batches)
+        started = (pool.submit(encode, device, *batch) for (device, pool), batch in turns)
         try:
             yield from run_ahead(started, 2 * len(pools))
         finally:
@@ -546,15 +552,12 @@ class ClinicalTextEncoder:
                 pool.shutdown(cancel_futures=True)
 
 
-def run_ahead(started: Iterable[Future[T]], ahead: int) -> Iterator[T]:
+def run_ahead(started: Iterator[Future[T]], ahead: int) -> Iterator[T]:
     """Yield the results of work in the order in which it is started, some pieces ahead."""
-    waiting: deque[Future[T]] = deque()
-    for future in started:
-        waiting.append(future)
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
+    waiting = deque(islice(started, ahead))
+    while waiting:
+        waiting.extend(islice(started, 1))
+        yield waiting.popleft().result()
 
 
 def split_by_budget(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
@@ -1113,6 +1116,11 @@ class Checkpoint(NamedTuple):
     baseline: dict[str, Tensor]  # mean training event (input_dim,) and mean static features (S,)
     state: dict[str, Any]  # everything that the file holds
 
+    def has_read(self, text_encoder: str, weights: str) -> bool:
+        """Return whether its inputs came from an encoder: known by its weights if they are known, else by its id."""
+        own = self.state.get("encoder_weights")
+        return own == weights if own and weights else self.text_encoder == text_encoder
+
     def is_new_item(self, texts: Iterable[str]) -> np.ndarray:
         """Return whether training never saw the item of each text: (n,) bool."""
         known = frozenset(self.state["training_items"])
@@ -1228,6 +1236,7 @@ class TrainingData(NamedTuple):
     split: Split
     text_vectors: np.ndarray  # (n_texts, E)
     text_encoder: str  # identity of the encoder of the vectors
+    encoder_weights: str = ""  # by which it is known whatever its name
 
 
 class Trainer:
@@ -1236,6 +1245,7 @@ class Trainer:
     def __init__(self, settings: Settings, data: TrainingData, accelerator: Accelerator) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.accelerator, self.text_encoder = settings, accelerator, data.text_encoder
+        self.encoder_weights = data.encoder_weights
         self.output, self.is_main = Path(settings.output_dir), accelerator.is_main_process
         table, split, train_table = data.table, data.split, data.table.take(data.split.train)
         preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history)
@@ -1408,7 +1418,7 @@ class Trainer:
         state = {"program": "clinical_LF", "format": CHECKPOINT_FORMAT, "settings": asdict(self.settings)}
         state |= {"architecture": self.model.architecture, "model": self.model.state_dict()}
         state["preprocessor"] = self.preprocessor.state_dict()
-        own = "text_encoder patients data_fingerprint baseline training_items history epochs_done step"
+        own = "text_encoder encoder_weights patients data_fingerprint baseline training_items history epochs_done step"
         state |= {part: getattr(self, part) for part in own.split()}
         if name == "latest_checkpoint.pth":
             state["objective"] = self.accelerator.unwrap_model(self.objective).state_dict()
@@ -1425,8 +1435,9 @@ class Trainer:
         saved = load_checkpoint(path)  # on the CPU, where AdamW's step counts stay: read there, they cost no wait
         before, now = asdict(saved.settings), asdict(self.settings)
         changed = [name for name in SETTINGS_OF_A_RUN if before[name] != now[name]]
-        then = (saved.state.get("data_fingerprint"), saved.patients, saved.text_encoder, saved.model.architecture)
-        if changed or then != (self.data_fingerprint, self.patients, self.text_encoder, self.model.architecture):
+        has_read = saved.has_read(self.text_encoder, self.encoder_weights)
+        then = (saved.state.get("data_fingerprint"), saved.patients, saved.model.architecture)
+        if changed or not has_read or then != (self.data_fingerprint, self.patients, self.model.architecture):
             reason = ", ".join(changed) or "other data, patients, encoder or model sizes"
             raise files.refusal("other_run", path=path, reason=reason)
         if "objective" not in saved.state:
@@ -1705,8 +1716,7 @@ def make_text_encoder(
     is_sample = data_path(settings.data).resolve() == SAMPLE.resolve()
     if name != CLINICAL_LONGFORMER or not is_sample or not isinstance(failures[0], EncoderUnreachable):
         raise failures[0]
-    instead = "the sample is read with the hashing encoder instead. Results say nothing about Clinical-Longformer."
-    logger.warning(f"Encoder     WARNING: Clinical-Longformer cannot be reached; {instead}")
+    logger.warning(files.WORDS["log"]["hashing_instead"])
     return make_text_encoder(replace(settings, text_encoder=HashingEncoder.id), texts, accelerator)
 
 
@@ -1757,7 +1767,7 @@ def read_training_data(settings: Settings, accelerator: Accelerator) -> tuple[Se
     settings, encoder = make_text_encoder(settings, texts, accelerator)
     describe_plan(source.table, splits, texts, settings, encoder)
     vectors = np.zeros(0) if settings.dry_run else embed_texts(encoder, texts, accelerator)
-    return settings, source, [TrainingData(source.table, split, vectors, encoder.id) for split in splits]
+    return settings, source, [TrainingData(source.table, split, vectors, *encoder.identity) for split in splits]
 
 
 def train_and_report(
@@ -1854,7 +1864,7 @@ def load_run(
         logger.log(level, f"Data        {words}{column}: {count} of {len(table.stays)} stays, unknown to the model")
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
-    if text_encoder.id != checkpoint.text_encoder:
+    if not checkpoint.has_read(*text_encoder.identity):
         raise files.refusal("other_encoder", trained=checkpoint.text_encoder, given=text_encoder.id)
     vectors = embed_texts(text_encoder, texts, accelerator)
     dataset = ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)

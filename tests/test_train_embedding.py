@@ -64,6 +64,9 @@ def test_round_trip_in_any_order_and_later_parts_are_seen_after_refresh_and_win(
     reader.refresh()
     for cache in (reader, writer, cache_in(filled)):
         assert cache.gather(keys_of("e", "a"))[:, 0].tolist() == [35, 70]
+    for part in parts(filled):  # as an earlier version named them, without a checksum
+        part.rename(part.with_name(part.name[:-8] + 32 * "0"))
+    assert cache_in(filled).gather(keys_of("e", "b"))[:, 0].tolist() == [35, 2]
 
 
 # ---- damage ----
@@ -74,6 +77,9 @@ DAMAGE = {
     "other dimension": save("vectors.npy", np.ones((3, DIM + 1), np.float32)),
     "other type": save("vectors.npy", np.ones((3, DIM), np.float64)),
     "fewer keys": save("keys.npy", keys_of("a")),
+    "a bit of a vector": lambda part: np.bitwise_xor.at(np.memmap(part / "vectors.npy", np.uint8), -5, 1),
+    "a bit of a key": lambda part: np.bitwise_xor.at(np.memmap(part / "keys.npy", np.uint8), -1, 128),
+    "zeros": save("vectors.npy", np.zeros((3, DIM), np.float32)),
     "no vectors": lambda part: (part / "vectors.npy").unlink(),
     "a file": lambda part: (part.rename(part.with_name("old")) / "keys.npy").rename(part),
     "objects": save("vectors.npy", np.array([Malicious()], object)),
@@ -88,6 +94,8 @@ def test_damaged_part_is_ignored_with_one_warning(filled, damage, caplog, monkey
     cache = cache_in(filled)
     np.testing.assert_array_equal(cache.missing(keys_of("a", "b", "c", "d")), [True, True, True, False])
     assert [record.getMessage()[:9] for record in caplog.records] == ["1 damaged"]
+    cache.append(keys_of("a"), vectors_of(1, 5.0))  # made anew
+    assert cache_in(filled).gather(keys_of("a", "d"))[:, 0].tolist() == [5, 9]
     assert not Path("let_in").exists()
 
 
@@ -103,26 +111,20 @@ def single_file(folder, name, array):
     np.save(folder / (keys_of(name).tobytes().hex() + ".npy"), array, allow_pickle=True)
 
 
-def test_single_files_are_read_as_they_are(tmp_path):
-    single_file(tmp_path / "old", "flat", np.full(DIM, 2, np.float32))
-    single_file(tmp_path / "new", "row", np.full((1, DIM), 3, np.float64))
-    cache = cache_in(tmp_path / "new", [tmp_path / "old", tmp_path / "none"])
-    cache.adopt_legacy(keys_of("flat", "x", "row"))
-    np.testing.assert_array_equal(cache.missing(keys_of("flat", "x", "row")), [False, True, False])
-    np.testing.assert_array_equal(cache.gather(keys_of("row", "flat"))[:, 0], [3, 2])
-
-
 BAD_ARRAYS = [np.ones(DIM - 1), np.full(DIM, np.nan), np.array([Malicious()], object), np.array(["x"])]
 
 
-@pytest.mark.parametrize("array", BAD_ARRAYS)
-def test_damaged_single_file_is_ignored(tmp_path, array, caplog, monkeypatch):
+def test_single_files_are_read_as_they_are_and_damaged_ones_ignored(tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    single_file(tmp_path, "bad", array)
-    cache = cache_in(tmp_path)
-    cache.adopt_legacy(keys_of("bad"))
-    assert cache.missing(keys_of("bad"))[0] and not parts(tmp_path)
-    assert "1 single .npy files are damaged" in caplog.text and not Path("let_in").exists()
+    single_file(tmp_path / "old", "flat", np.full(DIM, 2, np.float32))
+    single_file(tmp_path / "new", "row", np.full((1, DIM), 3, np.float64))
+    for number, array in enumerate(BAD_ARRAYS):
+        single_file(tmp_path / "new", str(number), array)
+    cache = cache_in(tmp_path / "new", [tmp_path / "old", tmp_path / "none"])
+    cache.adopt_legacy(keys_of("flat", "x", "row", *"0123"))
+    np.testing.assert_array_equal(cache.missing(keys_of("flat", "row", "x", *"0123")), [False] * 2 + [True] * 5)
+    np.testing.assert_array_equal(cache.gather(keys_of("row", "flat"))[:, 0], [3, 2])
+    assert "4 single .npy files are damaged" in caplog.text and not Path("let_in").exists()
 
 
 # ---- several processes ----

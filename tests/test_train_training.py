@@ -199,7 +199,9 @@ def test_item_history_and_another_encoder_train_and_explain(tiny_longformer, fin
     assert train.main(arguments(tmp_path, data, *options, encoder=tiny_longformer)) == 0
     checkpoint = train.load_checkpoint(best_model(tmp_path))
     assert checkpoint.model.architecture["input_dim"] == 5 + 32 + 1 + len(HISTORY)
-    assert train.main(arguments(tmp_path, data, "--evaluate", best_model(tmp_path), encoder=tiny_longformer)) == 0
+    copy = shutil.copytree(tiny_longformer, tmp_path / "another name")
+    (copy / "notes.json").write_text("{}")  # other files, the same weights
+    assert train.main(arguments(tmp_path, data, "--evaluate", best_model(tmp_path), encoder=copy)) == 0
     monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 1, 100))  # checked, layered, replaced
     given = {"cache_dir": str(tmp_path / "cache"), "text_encoder": str(tiny_longformer), "n_bootstrap": 20}
     found = explain.run_explainability_analysis(best_model(tmp_path), stays=1, max_stays=3, **given)
