@@ -127,7 +127,7 @@ def read_json(path: Path) -> Any:
 def parquet_files(folder: Path) -> list[Path]:
     """Return the Parquet files below a folder, sorted: links are followed, what begins with a dot or _ is no data."""
     found: dict[Path, Path] = {}  # by where they really are: each once, and no link to a folder above goes on for ever
-    folders = [folder]
+    folders = [folder] * folder.is_dir()
     while folders:
         for path in sorted(folders.pop().iterdir()):
             real = path.resolve()
