@@ -6,11 +6,11 @@ from numpy.typing import ArrayLike
 
 from clinical_lf.files import WORDS
 from clinical_lf.items import mask_numbers
-from clinical_lf.metrics import fewest, too_few
+from clinical_lf.metrics import fewest
 from clinical_lf.tables import LABEL, ReadReport, Split, StayTable, stay_hours
 
-MIN_STAYS_OF_TEXT = 20  # fewer stays say little of a text
 PURE = 0.98  # share of the stays with a text that end alike, above which it knows the outcome
+CHANCE = 0.01  # how often chance may flag one of all texts
 LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; what does knows the outcome
 # What is left out or mended on reading, but belongs into the audit.
 REPAIRED = "stay_without_end stay_after_death stay_with_death_and_label_0 length_recomputed event_after_the_end".split()
@@ -115,7 +115,12 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple
 
 
 def audit_texts(table: StayTable) -> pd.DataFrame:
-    """Return how each text, numbers masked, tells known outcomes by its presence. Purity: the share that end alike."""
+    """Return how each text, numbers masked, tells known outcomes by its presence. Purity: the share that end alike.
+
+    chance: twice Fisher's exact one-sided p-value over patients, times the texts (Bonferroni), where one may tell.
+    """
+    from scipy.stats import hypergeom
+
     table = table.take(~np.isnan(table.labels))
     codes, texts = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))
     events = pd.DataFrame({"text": codes[table.text], "stay": table.stay_of_event, "hours": table.minutes_to_end / 60})
@@ -127,16 +132,24 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     found["auroc"] = auroc = 0.5 + (deaths / max(n_deaths, 1) - survivors / max(n_survivors, 1)) / 2
     found["purity"] = np.maximum(deaths, survivors) / stays
     found["median_hours_to_end"] = events.groupby("text")["hours"].median()
-    rate = np.where(deaths > survivors, n_deaths, n_survivors) / max(len(table.stays), 1)
-    is_pure = (found["purity"] > PURE) & (len(stays) * rate**stays < 0.05)  # all alike, times the texts: no chance
-    found["flagged"] = (stays >= MIN_STAYS_OF_TEXT) & (is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC))
+    means_death = auroc > 0.5
+    usual = np.where(means_death, n_survivors, n_deaths) / max(len(table.stays), 1)  # share of the other outcome
+    is_pure = np.where(means_death, survivors, deaths) / stays < np.minimum(1 - PURE, usual / 10)
+    tells = is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC)
+    patient, patients = pd.factorize(table.stays["patient_id"])
+    is_dead = np.bincount(patient, table.labels, len(patients)) > 0  # with any stay
+    people = present.assign(patient=patient[present["stay"]]).drop_duplicates(["text", "patient"])
+    people = people.assign(died=is_dead[people["patient"]]).groupby("text")["died"]
+    own = np.where(means_death, people.sum(), people.size() - people.sum())
+    n_own = np.where(means_death, is_dead.sum(), (~is_dead).sum())
+    chances = hypergeom.sf(own[tells] - 1, len(patients), n_own[tells], people.size()[tells])
+    found.loc[tells, "chance"] = np.minimum(1, 2 * len(stays) * chances)
+    found["flagged"] = found["chance"] < CHANCE
     return found.sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 
 
 def leaking_texts(table: StayTable) -> dict[str, float]:
-    """Return the flagged texts of `audit_texts` and their AUROC, either way; none with too few of an outcome."""
-    if too_few(table.labels[~np.isnan(table.labels)]):
-        return {}
+    """Return the flagged texts of `audit_texts` and their AUROC, either way."""
     found = audit_texts(table).query("flagged")
     return dict(zip(found["text"], np.maximum(found["auroc"], 1 - found["auroc"])))
 

@@ -115,33 +115,49 @@ def test_audit_of_texts_flags_an_item_that_only_the_dead_have_and_no_other(tmp_p
 LABELS = np.tile([1.0, 0, 0, 0], 20)
 
 
-def table_of(events, labels=LABELS):
+def table_of(events, labels=LABELS, n_each=1):
     """Stays with these labels that have a text each time their number is among its stays: text -> stays."""
     rows = pd.Series(events).explode().sort_values(kind="stable")
     codes, texts = pd.factorize(rows.index)
     offsets = np.searchsorted(rows.to_numpy(int), np.arange(len(labels) + 1))
     arrays = {name: np.zeros(len(rows), kind) for name, kind in EVENT_ARRAYS.items()} | {"text": codes}
-    return StayTable(pd.DataFrame({LABEL: labels}), offsets, texts=np.array(texts, object), **arrays)
+    stays = pd.DataFrame({LABEL: labels, "patient_id": np.arange(len(labels)) // n_each})
+    return StayTable(stays, offsets, texts=np.array(texts, object), **arrays)
 
 
-def test_text_that_one_outcome_alone_has_is_a_leak_a_common_one_is_not_and_few_deaths_say_nothing():
+def test_text_that_one_outcome_alone_has_is_a_leak_and_a_common_one_is_not():
     deaths, events = np.flatnonzero(LABELS == 1), {"Procedure: Discharge teaching": np.flatnonzero(LABELS == 0)}
     common, planted = {"Lab: Sodium": range(80)}, {"Procedure: Comfort measures": [*deaths, *deaths]}
     assert audit.leaking_texts(table_of(common | planted)) == {"Procedure: Comfort measures": 1.0}
     assert audit.leaking_texts(table_of(common)) == {}
     assert audit.leaking_texts(table_of(events)) == {"Procedure: Discharge teaching": 1.0}
-    nine_deaths = np.where(np.arange(80) < 36, LABELS, np.nan)
-    assert audit.leaking_texts(table_of(events, nine_deaths)) == {}
-    unknown = audit.audit_texts(table_of(events, nine_deaths)).iloc[0]
+    nine_deaths = table_of(events, np.where(np.arange(80) < 36, LABELS, np.nan))
+    unknown = audit.audit_texts(nine_deaths).iloc[0]
     assert (unknown["stays"], unknown["deaths"], unknown["flagged"]) == (27, 0, True)  # of 36 stays
+    assert list(audit.leaking_texts(nine_deaths)) == list(events)  # one rule for training and for the verdict
+    assert audit.leaking_texts(table_of(events, np.full(80, np.nan))) == {}
+
+
+def test_texts_that_come_by_chance_are_no_leaks_however_few_the_deaths():
+    generator, n_flagged = np.random.default_rng(0), 0
+    for died in np.repeat([2, 5, 18], 20):
+        labels = generator.permutation(np.arange(140) < died).astype(float)
+        events = {f"Lab: {'x' * n}": generator.permutation(140)[:n] for n in range(1, 101)}
+        n_flagged += bool(audit.leaking_texts(table_of(events, labels)))
+    assert n_flagged <= 2  # a hundredth of 60, and luck
 
 
 ONE_IN_TWO, THREE_IN_A_HUNDRED = np.arange(200) < 100, np.arange(200) < 6  # the first of 200 stays died
+EIGHTEEN, SIXTY = np.arange(140) < 18, np.arange(3000) < 60
 TOLD = {
     "a quarter of the deaths": (ONE_IN_TWO, range(25), 0.625, True),  # pure: 0.5 ** 25 is no chance
     "twenty survivors, as most are": (THREE_IN_A_HUNDRED, range(100, 120), 0.448, False),  # pure: 0.97 ** 20 is
     "all deaths, five survivors": (ONE_IN_TWO, range(105), 0.975, True),  # not pure, but it tells them apart
     "half of the deaths, ten survivors": (ONE_IN_TWO, range(50, 110), 0.7, False),
+    "sixteen of eighteen deaths": (EIGHTEEN, range(16), 0.944, True),
+    "three of eighteen deaths": (EIGHTEEN, range(3), 0.583, True),  # the only text: 2 * 0.0018
+    "two of eighteen deaths": (EIGHTEEN, range(2), 0.556, False),  # 2 * 0.016
+    "half as many deaths as usual, of few": (SIXTY, range(45, 1500), 0.38, False),  # 99 % survive, 98 % of all
 }
 
 
@@ -149,3 +165,5 @@ TOLD = {
 def test_text_is_flagged_where_its_stays_end_alike_beyond_chance_or_it_tells_deaths(died, stays, auroc, flagged):
     text = audit.audit_texts(table_of({"Lab: Sodium": stays}, died.astype(float))).iloc[0]
     assert (round(text["auroc"], 3), bool(text["flagged"])) == (auroc, flagged)
+    stays_of_patients = table_of({"Lab: Sodium": stays}, died.astype(float), n_each=3)  # 3 of one patient tell of one
+    assert audit.audit_texts(stays_of_patients)["flagged"][0] == (flagged and len(stays) > 3)
