@@ -681,16 +681,16 @@ def discrimination(
     """Say whether (n,) risks rank deaths above survivors, and whether as many died as predicted; NaN: unknown."""
     known = ~np.isnan(labels)
     found: dict[str, Any] = {"deaths": int(np.nansum(labels)), "n": int(known.sum())}
-    if not 0 < found["deaths"] < found["n"]:
-        return [Check("discrimination, unknown", found)]
     columns = (labels[known], probabilities[known], patients[known])
     figures = metrics.evaluate_predictions(*columns, n_bootstrap, seed)
-    auroc, slope = figures["auroc"], figures["calibration_slope"]
-    low = auroc["value"] if auroc["low"] is None else auroc["low"]
-    found |= {"value": auroc["value"], "low": low, "high": auroc["high"], "auroc": figure_text(auroc)}
-    calibration = {"value": math.nan if slope["value"] is None else slope["value"], "slope": figure_text(slope)}
-    calibration |= {"n": found["n"], "risk": percent(columns[1].mean()), "rate": percent(columns[0].mean())}
-    return [Check("discrimination", found, low > 0.5), Check("calibration", calibration)]
+    if (state := metrics.discrimination(figures)) == "one outcome":
+        return [Check("discrimination, unknown", found)]
+    found |= {name: figure_text(figures[name]) for name in metrics.METRICS} | {"few": metrics.TOO_FEW}
+    found |= {"risk": percent(columns[1].mean()), "rate": percent(columns[0].mean())}
+    found["shown"] = "shown" if metrics.is_shown_calibrated(figures) else "not shown"
+    name, slope = "discrimination" if "shown" in state else f"discrimination, {state}", figures["calibration_slope"]
+    calibration = Check("calibration", found | {"value": math.nan if slope["value"] is None else slope["value"]})
+    return [Check(name, found | figures["auroc"], state == "shown"), *[calibration] * (state != "reversed")]
 
 
 def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
@@ -703,13 +703,13 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR or len(risks) <= 2))
     checks.append(Check("patients" if run.held_out else "patients, other", {}))
     checks.append(Check("likeness", {"value": unseen}, unseen <= UNSEEN_SHARE))
-    worst = max(leaks, key=lambda text: leaks[text], default="")
-    found = {"n": len(leaks), "worst": worst}
-    checks.append(Check("single texts", found | {"value": leaks.get(worst, math.nan)}, not leaks))
+    worst, known = max(leaks, key=lambda text: leaks[text], default=""), labels[~np.isnan(labels)]
+    found = {"n": len(leaks), "worst": worst, "value": leaks.get(worst, math.nan)}
+    is_told = bool(leaks) or metrics.fewest(known) > 2  # of two, chance tells as well
+    checks.append(Check("single texts", found, not leaks) if is_told else Check("single texts, unknown", {}))
     sequence = checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     with torch.no_grad():
         logit = float(checkpoint.model.logits(sequence, checkpoint.baseline["static"][None]))
-    known = labels[~np.isnan(labels)]
     found = {"value": logit, "risk": 100 * expit(logit), "mean": percent(risks.mean()), "n": len(risks)}
     found |= {"died": percent(known.mean()) if len(known) else "–", "above": int((run.logits > logit).sum())}
     return [*checks, Check("baseline", found)]

@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from clinical_lf import encoders, files, items, mimic, tables
+from clinical_lf import encoders, files, items, metrics, mimic, tables
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable, HashingEncoder, HuggingFaceEncoder
 from clinical_lf.files import InputError, Progress, logger, write_whole
 from clinical_lf.items import HISTORY, STATISTICS
@@ -1270,6 +1270,7 @@ class Trainer:
         self.threads = ThreadPoolExecutor(2)  # write attention and read losses while training goes on
         self.writing: Future[None] | None = None
         self.history: list[dict[str, float]] = []
+        self.thresholds: dict[str, float] = {}  # of the newest epoch
         self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def new_model(self) -> ClinicalTransformer:
@@ -1382,6 +1383,7 @@ class Trainer:
         logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
         self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
         loss = F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels))
+        self.thresholds = metrics.thresholds_of(labels, expit(logits))
         return {"validation_loss": float(loss), "validation_auroc": float(roc_auc_score(labels, logits))}
 
     def log_epoch(self) -> None:
@@ -1418,8 +1420,8 @@ class Trainer:
         state = {"program": "clinical_LF", "format": CHECKPOINT_FORMAT, "settings": asdict(self.settings)}
         state |= {"architecture": self.model.architecture, "model": self.model.state_dict()}
         state["preprocessor"] = self.preprocessor.state_dict()
-        own = "text_encoder encoder_weights patients data_fingerprint baseline training_items history epochs_done step"
-        state |= {part: getattr(self, part) for part in own.split()}
+        own = "text_encoder encoder_weights patients data_fingerprint baseline training_items thresholds history"
+        state |= {part: getattr(self, part) for part in (*own.split(), "epochs_done", "step")}
         if name == "latest_checkpoint.pth":
             state["objective"] = self.accelerator.unwrap_model(self.objective).state_dict()
             state |= {"n_averaged": self.average.n_averaged, "optimizer": self.optimizer.state_dict()}
@@ -1661,15 +1663,13 @@ def describe_plan(
     table: StayTable, splits: list[Split], texts: list[str], settings: Settings, encoder: ClinicalTextEncoder
 ) -> None:
     """Log the sizes of the parts, with a warning where figures will be luck, and what the run will do and need."""
-    from clinical_lf.metrics import too_few
-
     for split in splits:
         stays = " / ".join(str(len(part)) for part in split)
         deaths = " / ".join(f"{table.labels[part].sum():.0f}" for part in split)
         parts = "(training, validation, test), no patient in two of them"
         logger.info(f"Split       {stays} stays, {deaths} deaths {parts}")
     for name, part in splits[0]._asdict().items() if len(splits) == 1 else ():  # of folds, all are read together
-        if len(part) and (words := too_few(table.labels[part])):
+        if len(part) and (words := metrics.too_few(table.labels[part])):
             if name == "validation":
                 logger.info(f"Split       {name}: {words}; which epoch is best is partly luck")
             else:
@@ -1773,7 +1773,7 @@ def read_training_data(settings: Settings, accelerator: Accelerator) -> tuple[Se
 def train_and_report(
     source: Source, data: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> tuple[dict[str, Any], Any]:
-    """Train, score held-out stays once, write all; the first process returns what metrics.json holds, and the stays."""
+    """Train, score held-out stays once, write all; the first process returns what metrics.json has, and risks."""
     from clinical_lf import run_folder
 
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(settings))
@@ -1800,13 +1800,13 @@ def train_and_report(
             said = {name: str(value) for name, value in asdict(settings).items()}
             accelerator.init_trackers("clinical_LF", said, {"wandb": {"dir": settings.output_dir}})
 
-    trainer, _ = train_model(settings, data, accelerator, begin)
+    trainer, best = train_model(settings, data, accelerator, begin)
     for tracker in accelerator.trackers:
         tracker.finish()
-    scored = lambda dataset: run_folder.Predictions(dataset.table.stays, expit(trainer.predict(dataset)))
-    predictions = {"validation": scored(trainer.validation_set)}
-    if trainer.test_set is not None:
-        predictions["test"] = scored(trainer.test_set)
+    limits = best.state["thresholds"]
+    scored = lambda dataset: run_folder.Predictions(dataset.table.stays, expit(trainer.predict(dataset)), limits)
+    parts = {"validation": trainer.validation_set, "test": trainer.test_set}
+    predictions = {name: scored(dataset) for name, dataset in parts.items() if dataset is not None}
     if not accelerator.is_main_process:
         return {}, None
     training: dict[str, float] = {"epochs": trainer.epochs_done, "best_epoch": trainer.best_epoch}
@@ -1814,7 +1814,7 @@ def train_and_report(
     training |= {"seconds": seconds, "parameters": trainer.n_parameters}
     described = {"text_encoder": data.text_encoder, "training": training, **source.origin(settings)}
     content = folder.report_training(described, predictions, data.table, pd.DataFrame(trainer.history))
-    return content, predictions.get("test", predictions["validation"])
+    return content, predictions
 
 
 class LoadedRun(NamedTuple):
@@ -1903,7 +1903,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
     described: dict[str, Any] = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate}
     described |= loaded.source.origin(loaded.settings)
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
-    predictions = run_folder.Predictions(table.stays, expit(loaded.logits))
+    predictions = run_folder.Predictions(table.stays, expit(loaded.logits), checkpoint.state["thresholds"])
     is_prospective, trajectories = checkpoint.settings.prospective, pd.concat(rows, ignore_index=True) if rows else None
     return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)
 

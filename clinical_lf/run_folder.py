@@ -46,6 +46,7 @@ class Predictions(NamedTuple):
 
     stays: pd.DataFrame  # (n): STAY_COLUMNS
     probabilities: np.ndarray  # (n)
+    thresholds: Content  # of validation stays, as `metrics.thresholds_of` returns them, or (n) of each
 
     def take(self, is_taken: np.ndarray) -> Self:
         """Return those that a mask (n,) marks."""
@@ -180,7 +181,9 @@ class RunFolder:
         labels, risks, patients = known.columns
         figures = metrics.evaluate_predictions(*known.columns, **self.resampling)
         groups = metrics.subgroups_of_stays(known.stays)
-        subgroups = metrics.subgroup_table(*known.columns, groups, **self.resampling)
+        subgroups = metrics.subgroup_table(known.columns, groups, known.thresholds, **self.resampling)
+        counted = subgroups.loc[:, "group":"prevalence"].to_dict("records")
+        figures["conformal_sets"] = {"percent": metrics.LEVEL, "coverage": counted}
         curve = metrics.decision_curve(labels, risks, patient_ids=patients, **self.resampling)
         self.table("subgroups.csv", subgroups)
         self.table("decision_curve.csv", curve)
@@ -206,7 +209,8 @@ class RunFolder:
             "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
             "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts)),
         }
-        content = described | {"metrics": {part: figures, "validation": of_validation}}
+        content = described | {"thresholds": scored.thresholds}
+        content["metrics"] = {part: figures, "validation": of_validation}
         content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai}
         self.json("metrics.json", content)
         more: Content = {"folder": self, "part": part, "figures": figures, "subgroups": subgroups.to_dict("records")}
@@ -251,29 +255,35 @@ class RunFolder:
             seen_patients = predictions.stays["patient_id"][is_seen]
             shown = trajectories[~trajectories["patient_id"].isin(seen_patients)].reset_index(drop=True)
             if len(shown):
-                self.figure("risk_trajectories.png", plots.plot_risk_trajectories(shown, f"{moment} · {caption}"))
-        content = described | {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
+                who = f"text encoder: {described['text_encoder']} · {shown['icu_stay_id'].nunique()} stays · {overlap}"
+                self.figure("risk_trajectories.png", plots.plot_risk_trajectories(shown, f"{moment} · {who}"))
+        content = described | {"thresholds": predictions.thresholds}
+        content |= {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
         content |= {"metrics": figures or None, "unseen_in_training": {"of_new_item": round(share, 4)}}
         self.json("metrics.json", content)
         self.end()
         return content
 
-    def report_spread(self, outcomes: Sequence[tuple[Content, Any]], unit: str) -> Content:
+    def report_spread(self, outcomes: Sequence[tuple[Content, dict[str, Predictions]]], unit: str) -> Content:
         """Write and log the figures of each fold or seed, their mean and spread, and the pooled predictions'."""
-        contents, parts = zip(*outcomes)
+        contents = [content for content, _ in outcomes]
         figures = [content["metrics"].get("test", content["metrics"]["validation"]) for content in contents]
         columns = {name: [figure[name]["value"] for figure in figures] for name in METRIC_WORDS}
         spread = pd.DataFrame(columns, index=range(1, 1 + len(figures)), dtype=float)
         moments = spread.agg(["mean", "std"])
         self.table(f"{unit}s.csv", pd.concat([spread, moments]).rename_axis(unit).reset_index())
-        risks = [part.probabilities for part in parts]
+        parts = {name: [predictions[name] for _, predictions in outcomes] for name in outcomes[0][1]}
+        tested, encoder = parts.get("test", parts["validation"]), contents[0]["text_encoder"]
+        what = f"mean risk of {len(outcomes)} seeds" if unit == "seed" else "the test stays of all folds"
         if unit == "seed":  # each stay once, with its mean risk over the seeds
-            scored, what = Predictions(parts[0].stays, np.mean(risks, axis=0)), f"mean risk of {len(parts)} seeds"
+            means = {name: np.mean([one.probabilities for one in own], axis=0) for name, own in parts.items()}
+            thresholds = metrics.thresholds_of(parts["validation"][0].columns[0], means["validation"])
+            scored = Predictions(tested[0].stays, means["test"], thresholds)
         else:
-            stays = [part.stays.assign(fold=number) for number, part in enumerate(parts, start=1)]
-            scored = Predictions(pd.concat(stays, ignore_index=True), np.concatenate(risks))
-            what = "the test stays of all folds"
-        encoder = contents[0]["text_encoder"]
+            stays = [part.stays.assign(fold=number) for number, part in enumerate(tested, start=1)]
+            limits = pd.concat([pd.DataFrame(part.thresholds, index=part.stays.index) for part in tested])
+            risks = np.concatenate([part.probabilities for part in tested])
+            scored = Predictions(pd.concat(stays, ignore_index=True), risks, limits.to_dict("list"))
         pooled, _ = self.write_evaluation(scored, scored, f"text encoder: {encoder} · {what}, {scored.words()}")
         summary = {}
         for name, values in spread.items():

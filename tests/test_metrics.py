@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import brentq
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
@@ -30,27 +31,26 @@ def values(result, *names):
     return [result[name]["value"] for name in names]
 
 
-def test_figures_of_a_hand_example():
-    result = figures([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 50)
-    by_hand = [0.75, (1 + 2 / 3) / 2, (0.01 + 0.16 + 0.65**2 + 0.04) / 4]  # 3 of 4 pairs in order
-    assert values(result, "auroc", "auprc", "brier") == pytest.approx(by_hand)
-    assert [result[name] for name in ("n_stays", "n_patients", "n_deaths", "prevalence")] == [4, 4, 2, 0.5]
-
-
 @pytest.mark.parametrize("decimals", [1, 8])  # with many ties and with none
 def test_figures_equal_scikit_learn(decimals):
     labels, logits = simulate(200)
     risks, names = expit(logits).round(decimals), ("auroc", "auprc", "brier")
     result, theirs = figures(labels, risks), (roc_auc_score, average_precision_score, brier_score_loss)
     assert values(result, *names) == pytest.approx([function(labels, risks) for function in theirs])
-    assert [result[name]["low"] for name in names] == [None] * 3
+    assert [result[name]["low"] for name in names[1:]] == [None] * 2
 
 
-def test_calibration_of_calibrated_predictions_is_zero_and_one():
+def test_calibration_of_calibrated_predictions_is_zero_and_one_and_shown_by_many_stays_alone():
     labels, logits = simulate(20_000)
     result = figures(labels, expit(logits), 50)
-    assert values(result, *CALIBRATION) == pytest.approx([0, 1], abs=0.06)
-    assert result["calibration_slope"]["low"] < 1 < result["calibration_slope"]["high"]
+    assert values(result, *CALIBRATION, "ici") == pytest.approx([0, 1, 0], abs=0.06)
+    assert result["calibration_slope"]["low"] < 1 < result["calibration_slope"]["high"] and result["ici"]["low"] == 0
+    assert metrics.is_shown_calibrated(result)
+    for part in (slice(200), slice(5)):  # too few to show it, and one outcome
+        assert not metrics.is_shown_calibrated(figures(labels[part], expit(logits[part]), 200))
+    too_extreme, shifted = (figures(labels, expit(z), 50) for z in (2 * logits, logits + 0.5))
+    assert not metrics.is_shown_calibrated(too_extreme) and not metrics.is_shown_calibrated(shifted)
+    assert too_extreme["ici"]["value"] == pytest.approx(np.abs(expit(2 * logits) - expit(logits)).mean(), abs=0.01)
 
 
 def test_slope_is_halved_by_doubled_logits_and_intercept_shifted_by_an_added_constant_even_from_far():
@@ -75,9 +75,42 @@ def test_interval_widens_when_patients_repeat_stays():
 def test_interval_is_that_of_a_plain_bootstrap_loop():
     labels, logits = simulate(300)
     drawn = np.random.default_rng(1).integers(0, 300, (500, 300))
-    loop = [roc_auc_score(labels[rows], logits[rows]) for rows in drawn]
-    figure = figures(labels, expit(logits), 2000)["auroc"]
-    assert [figure["low"], figure["high"]] == pytest.approx(list(np.quantile(loop, [0.025, 0.975])), abs=0.015)
+    result = figures(labels, expit(logits), 2000)
+    for name, score, width in (("auroc", roc_auc_score, 0.015), ("auprc", average_precision_score, 0.03)):
+        loop = [score(labels[rows], logits[rows]) for rows in drawn]
+        bounds = [result[name]["low"], result[name]["high"]]
+        assert bounds == pytest.approx(list(np.quantile(loop, [0.025, 0.975])), abs=width)
+
+
+def score_bound(auroc, m, n):
+    """The lower bound of Newcombe's method 5, by its equation."""
+    theirs = lambda t: 1 + (m + n - 2) / 2 * ((1 - t) / (2 - t) + t / (1 + t))
+    return brentq(lambda t: (auroc - t) ** 2 - 1.96**2 * t * (1 - t) * theirs(t) / (m * n), 1e-6, auroc - 1e-6)
+
+
+STATES = {  # deaths and survivors by rising risk
+    "few": "000111",
+    "shown": "0" * 12 + "1" * 10,
+    "reversed": "1" * 10 + "0" * 12,
+    "not shown": "01" * 12,
+    "one outcome": "0" * 12,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_model_is_shown_to_discriminate_not_shown_or_ranks_in_reverse(state):
+    labels = np.array(list(STATES[state])).astype(int)
+    result = figures(labels, np.linspace(0.1, 0.9, len(labels)), 200)
+    assert metrics.discrimination(result) == state and result["too_few_to_read"] == (state in ("few", "one outcome"))
+    words = f"too few to read: {metrics.fewest(labels)} stays of one outcome, below 10"
+    assert metrics.too_few(labels) == (words if result["too_few_to_read"] else "")
+    if state in ("few", "shown"):  # separated: no resample has a pair out of order, yet nothing is certain
+        counts = int(labels.sum()), int((1 - labels).sum())
+        assert result["auroc"]["low"] == pytest.approx(score_bound(1.0, *counts), abs=1e-3)
+        assert [result[name]["high"] for name in ("auroc", "auprc")] == [1.0, None]
+        four_each = np.repeat(np.arange(len(labels)), 4)
+        copies = figures(labels[four_each], labels[four_each] / 2, 50, patients=four_each)["auroc"]
+        assert copies["low"] == pytest.approx(result["auroc"]["low"], abs=0.04)
 
 
 def test_single_class_or_separated_outcomes_give_none_with_a_reason_and_resamples_of_one_are_skipped():
@@ -100,14 +133,6 @@ def test_single_class_or_separated_outcomes_give_none_with_a_reason_and_resample
 def test_impossible_values_are_refused(labels, risks):
     with pytest.raises(ValueError):
         figures(labels, risks)
-
-
-@pytest.mark.parametrize("deaths", [9, 10])
-def test_figures_of_fewer_than_ten_of_an_outcome_are_too_few_to_read(deaths):
-    labels = (np.arange(40) < deaths).astype(int)
-    assert figures(labels, np.linspace(0, 1, 40))["too_few_to_read"] == (deaths < 10)
-    words = "too few to read: 9 stays of one outcome, below 10"
-    assert metrics.too_few(labels) == (words if deaths < 10 else "")
 
 
 def test_figure_in_words_has_its_interval():
@@ -138,27 +163,48 @@ def test_race_is_grouped_by_its_first_words_and_other_subgroups_come_from_the_co
     assert metrics.subgroups_of_stays(stays).values.tolist() == wanted
 
 
-def test_subgroup_with_few_deaths_says_too_few():
+def test_subgroup_has_figures_with_twenty_of_either_outcome_and_never_less_than_ten_patients():
     labels, logits = simulate(300)
-    died = np.flatnonzero(labels == 1)
-    groups = pd.DataFrame({"sex": np.where(np.isin(np.arange(300), died[:9]), "F", "M")})  # 9 women, all died
-    table = metrics.subgroup_table(labels, expit(logits), np.arange(300), groups, n_bootstrap=50).set_index("value")
-    women, men, is_man = table.loc["F"], table.loc["M"], groups.sex == "M"
-    assert women["too_few_to_read"] and np.isnan(women["auroc"]) and women["stays"] == 9
-    assert men["auroc"] == pytest.approx(roc_auc_score(labels[is_man], logits[is_man]))
-    assert table.loc["all stays", "deaths"] == labels.sum() and not men["too_few_to_read"]
+    died, stays = np.flatnonzero(labels == 1), np.arange(300)
+    few = np.where(np.isin(stays, died[:19]), "19 died", "others")
+    unit = np.where(stays < 3, "A", np.where(stays < 9, "B", np.where(stays < 20, "C", "D")))
+    groups = pd.DataFrame({"sex": few, "unit": unit})
+    limits = metrics.thresholds_of(labels, expit(logits))
+    table = metrics.subgroup_table((labels, expit(logits), stays), groups, limits, n_bootstrap=50).set_index("value")
+    dead, others, is_other = table.loc["19 died"], table.loc["others"], few == "others"
+    assert dead["too_few_to_read"] and dead["sensitivity":].isna().all() and (dead["stays"], dead["deaths"]) == (19, 19)
+    assert others["auroc"] == pytest.approx(roc_auc_score(labels[is_other], logits[is_other]))
+    assert table.loc["all stays", "deaths"] == labels.sum() and not others["too_few_to_read"]
+    assert table["patients"][table["group"] == "unit"].to_dict() == {"A or B or C": 20, "D": 280}
+    one = metrics.subgroup_table((labels[:9], expit(logits[:9]), stays[:9]), groups[:9], limits, n_bootstrap=0)
+    assert one["value"].tolist() == ["all stays", "19 died or others", "A or B"]
 
 
 def test_operating_point_by_hand():
-    labels, risks = [1, 1, 1, 1, 1, 0, 0, 0], [0.9, 0.8, 0.7, 0.6, 0.1, 0.65, 0.5, 0.3]
-    groups = pd.DataFrame({"sex": list("FFFMMFMM")})
-    points = metrics.subgroup_table(labels, risks, np.arange(8), groups, n_bootstrap=50).set_index("value")
-    whole, men = points.loc["all stays"], points.loc["M"]
+    labels, risks = np.array([1, 1, 1, 1, 1, 0, 0, 0]), np.array([0.9, 0.8, 0.7, 0.60009, 0.1, 0.65, 0.5, 0.3])
+    limits = metrics.thresholds_of(labels, risks)
+    assert limits == {"alarm": 0.6, "died_from": 0.0, "survived_to": 1.0}  # so few exclude no outcome
+    columns = (labels, risks, np.arange(8))
+    (whole,) = metrics.subgroup_table(columns, pd.DataFrame(index=range(8)), limits, n_bootstrap=50).to_dict("records")
     assert whole["threshold"] == 0.6 and whole["sensitivity"] == 0.8 and whole["specificity"] == pytest.approx(2 / 3)
     assert whole["alarms_per_true_death"] == 5 / 4 and whole["alarms_low"] <= 5 / 4 <= whole["alarms_high"]
-    assert (men["alarms"], men["deaths_found"], men["sensitivity"]) == (1, 1, 0.5) and men["too_few_to_read"]
-    (row,) = metrics.subgroup_table([0, 0], [0.1, 0.2], [1, 2], pd.DataFrame(index=range(2))).to_dict("records")
-    assert math.isnan(row["threshold"]) and row["alarms"] == 0 and math.isnan(row["sensitivity"])  # no death, no point
+    assert (whole["alarms"], whole["deaths_found"], whole["both_possible"]) == (5, 4, 8)
+    assert math.isnan(metrics.thresholds_of([0, 0], [0.1, 0.2])["alarm"])  # no death, no point
+
+
+@pytest.mark.parametrize("n", [12, 60, 400])
+def test_conformal_sets_are_those_of_p_values_and_hold_nine_of_ten_of_either_outcome(n):
+    labels, logits = simulate(60 * n)
+    held: tuple[list, list] = [], []
+    for part in np.split(np.arange(60 * n), 60):
+        died, risks, new = labels[part], expit(logits[part]).round(3), slice(n // 2, n)
+        possible = metrics.possible_outcomes(risks[new], metrics.thresholds_of(died[: n // 2], risks[: n // 2]))
+        for outcome, unlike in ((0, risks), (1, 1 - risks)):
+            before = unlike[: n // 2][died[: n // 2] == outcome]
+            p_values = (1 + (before >= unlike[new, None] - 1e-9).sum(1)) / (1 + len(before))
+            assert (possible[:, outcome] == (p_values > 0.1)).all()
+            held[outcome].extend(possible[died[new] == outcome, outcome])
+    assert all(0.89 < np.mean(of_outcome) <= (0.93 if n == 400 else 1) for of_outcome in held)
 
 
 def test_net_benefit_by_hand_and_its_interval_holds_it_and_narrows_with_patients():

@@ -18,7 +18,7 @@ from clinical_lf.tables import LABEL
 @pytest.fixture
 def predictions():
     stays = pd.DataFrame({"icu_stay_id": range(4), "patient_id": [1, 1, 2, 3], LABEL: [1.0, 1, 0, np.nan]})
-    return Predictions(stays, expit([0.0, 1, -1, 2]))
+    return Predictions(stays, expit([0.0, 1, -1, 2]), {})
 
 
 def test_predictions_are_risks_in_the_order_of_the_stays_and_say_who_they_are_of(predictions):
@@ -28,7 +28,7 @@ def test_predictions_are_risks_in_the_order_of_the_stays_and_say_who_they_are_of
     assert labels.tolist() == [1, 1, 0] and risks[2] == predictions.probabilities[2] and patients.tolist() == [1, 1, 2]
     few = "(too few to read: 1 stays of one outcome, below 10)"
     assert known.words("test") == f"3 test stays of 2 patients, 2 deaths {few}"
-    many = Predictions(pd.concat([known.stays] * 10, ignore_index=True), np.tile(known.probabilities, 10))
+    many = Predictions(pd.concat([known.stays] * 10, ignore_index=True), np.tile(known.probabilities, 10), {})
     assert many.words() == "30 stays of 2 patients, 20 deaths"
 
 

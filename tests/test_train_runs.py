@@ -1,6 +1,7 @@
 """What a run reads besides its data and leaves in its folder: splits, seeds, folds, settings, a card."""
 
 import json
+import re
 from unittest.mock import Mock
 
 import pandas as pd
@@ -11,6 +12,7 @@ from small_table import arguments, best_model
 
 import train
 from clinical_lf.encoders import CLINICAL_LONGFORMER
+from clinical_lf.tables import LABEL
 
 read_json = lambda folder, name="metrics.json": json.loads((folder / "out" / name).read_text())
 read_csv = lambda folder, name: pd.read_csv(folder / "out" / name)
@@ -40,6 +42,14 @@ def test_run_says_how_it_came_about(finished):
     assert f"{test['n_stays']} stays of {test['n_patients']} patients, {test['n_deaths']} deaths" in card
     assert f"| AUPRC | {test['auprc']['value']:.2f} (95 % interval {test['auprc']['low']:.2f}" in card
     assert "not for clinical use" in card and "{" not in card and "nan" not in card
+    tested, said = read_csv(finished, "predictions.csv"), re.compile(r"risk of ([\d.]+) or.* (\d+) alarms for (\d+) of")
+    threshold, *counts = map(float, said.search(card).groups())
+    own = tested.loc[tested["probability"] >= threshold, LABEL]
+    assert counts == [len(own), own.sum()] and threshold == content["thresholds"]["alarm"]
+    (whole, *_) = test["conformal_sets"]["coverage"]
+    low, high = content["thresholds"]["died_from"], content["thresholds"]["survived_to"]
+    assert whole["both_possible"] == tested["probability"].between(low, high).sum()
+    assert "known only when the stay has ended" in card
 
 
 def test_split_file_gives_each_part_its_patients(finished, tmp_path):
