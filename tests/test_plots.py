@@ -69,12 +69,17 @@ def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(nam
 def test_training_curves_mark_the_epoch_of_the_lowest_validation_loss():
     loss = plots.plot_training_curves(HISTORY).axes[0]
     assert loss.get_title() == "Loss (validation lowest in epoch 2)" and list(loss.lines[-1].get_xdata()) == [2, 2]
+    for axes in plots.plot_training_curves(HISTORY[:1]).axes:
+        assert [tick for tick in axes.get_xticks() if 0.5 <= tick <= 1.5] == [1]
 
 
 def test_calibration_points_are_the_table_and_the_prevalence_line_lies_at_the_death_rate():
-    points = FIGURES["calibration"](150).axes[0].lines[1].get_xydata()
+    _, smooth, points = (line.get_xydata() for line in FIGURES["calibration"](150).axes[0].lines[:3])
     table = metrics.calibration_table(*predictions(150), 10)
     assert points == pytest.approx(table[["mean_risk", "observed_rate"]].to_numpy())
+    _, risks, found = scored(150)
+    assert smooth[:, 0] == pytest.approx(np.sort(risks))
+    assert np.abs(smooth[:, 1] - smooth[:, 0]).mean() == pytest.approx(found["ici"]["value"])
     rate = predictions(60)[0].mean()
     lines = {line.get_label(): line for line in FIGURES["roc"](60).axes[1].lines}
     assert lines[f"chance: the death rate, {rate:.2f}"].get_ydata() == pytest.approx([rate] * 2)
@@ -93,3 +98,6 @@ def test_trajectory_means_come_with_their_numbers():
     mean = plots.plot_risk_trajectories(pd.DataFrame(columns | {"probability": [0.2, 0.4, 0.6, 0.1]})).axes[1]
     assert mean.lines[0].get_xydata().tolist() == [[6, pytest.approx(0.4)], [24, pytest.approx(0.4)]]
     assert [text.get_text() for text in mean.texts] == ["n=2", "n=1", "n=1", "n=0"]
+    figure = plots.plot_risk_trajectories(trajectories(5).assign(label=np.nan))
+    words = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert words == [["outcome unknown"]] * 2
