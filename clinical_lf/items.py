@@ -70,16 +70,21 @@ def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
 def item_history(table: StayTable) -> pd.DataFrame:
     """Return (n_events) rows: what each event's item was in its stay until then, in the units of its text.
 
-    STATISTICS are NaN without a number; the first value's previous is itself. `is_latest`: none of the item follows.
+    STATISTICS are NaN without a number; the first value's previous is itself, and so is that of values of its time:
+    of one item at one time none is previous of the other. `is_latest`: none of the item follows.
     """
     items, values = items_and_values(table)
     key = pd.Series(table.stay_of_event.astype(np.int64) * max(len(items.categories), 1) + items.codes)
     value = pd.Series(values)
     of_item = value.groupby(key, sort=False)
     history = pd.DataFrame({"item": items, "value": value, "minimum": of_item.cummin(), "maximum": of_item.cummax()})
-    history["mean"] = of_item.cumsum() / value.notna().groupby(key, sort=False).cumsum()
+    mean = of_item.cumsum() / value.notna().groupby(key, sort=False).cumsum()
+    history["mean"] = mean.clip(history["minimum"], history["maximum"])  # rounding must not part what is tied
     history["first"] = of_item.transform("first").where(value.notna())
-    history["previous"] = of_item.shift(1).fillna(value)
+    at_time = pd.DataFrame({"key": key, "minute": table.minutes_since_intime})
+    last_before = of_item.shift(1).where(~at_time.duplicated())  # known at the first of each time
+    of_time = last_before.groupby([at_time["key"], at_time["minute"]], sort=False)
+    history["previous"] = of_time.transform("first").fillna(value)
     history["count"] = of_item.cumcount() + 1
     history["is_latest"] = ~key.duplicated(keep="last")
     return history

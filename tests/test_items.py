@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,19 @@ def test_item_history_of_lactates_counts_events_up_to_it_and_does_not_know_what_
     cut = items.item_history(lactates.take(np.arange(2), keep_event=until_then))
     known = history[until_then].reset_index(drop=True)
     pd.testing.assert_frame_equal(cut.drop(columns="is_latest"), known.drop(columns="is_latest"))
+
+
+def test_previous_is_of_an_earlier_time_in_the_tables_order_and_a_tied_mean_is_not_rounded_apart():
+    rows = small_table(n_patients=1, n_events=5)
+    rows["event_text"] = [f"{LACTATE} | Value: {value} mmol/L" for value in (0.1, 9, 2, 4, 0.7)]
+    rows.loc[[1, 2], ["event_time", "relative_time_to_final_event"]] = rows.loc[0, ["event_time"]].iloc[0], "2820"
+    rows.loc[[1, 2], "relative_time_to_final_event"] = rows.loc[0, "relative_time_to_final_event"]
+    table = read_stays(rows)[0]
+    history = items.item_history(table)
+    first, again = history["value"].tolist()[:3], history["value"].tolist()[3:]
+    assert history["previous"].tolist() == [*first, first[-1], again[0]] and again == [4, 0.7]
+    tied = items.item_history(replace(table, text=np.full(5, table.text[-1])))
+    assert (tied["mean"] == 0.7).all() and (tied["minimum"] == tied["mean"]).all()
 
 
 def test_quantiles_of_an_item_are_65_of_its_values_clipped_and_zero_without_a_number(lactates):
