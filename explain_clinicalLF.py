@@ -6,8 +6,8 @@
     python explain_clinicalLF.py --quick                             # the same in half a minute, on a dozen stays
 
 Four views of one model, on the logit (log-odds of death) and never on the probability, which saturates:
-Integrated Gradients (what moves the logit from a stay whose events say nothing to this one), replacement (how far the
-logit falls if one event were unremarkable), attention (where the model looks), and the layers between. They differ.
+Integrated Gradients (what moves the logit from a stay whose events say nothing to this one), absence (how far the logit
+falls had an event not been there), attention (where the model looks), and the layers between. They differ.
 `verdict.csv` says whether the model is worth explaining, `faithfulness.json` how much each view is worth. Sentences,
 pictures and the page are in clinical_lf/.
 
@@ -15,8 +15,8 @@ Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, 
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
 """
 
-import contextlib
 import html
+import itertools
 import json
 import logging
 import math
@@ -24,8 +24,7 @@ import operator
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,8 +32,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
@@ -50,7 +47,7 @@ from clinical_lf.explain_plots import FIGURES, draw_captum_attributions, draw_fi
 from clinical_lf.explain_report import FLOOR, Check, counted, percent, static_word
 from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
-from clinical_lf.items import HISTORY, item_history, mask_numbers, read_text
+from clinical_lf.items import HISTORY, item_history, mask_numbers, quantiles_in, read_text
 from clinical_lf.metrics import figure_text, mean_with_interval
 from clinical_lf.settings import check_limits, same_setting, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, LABEL, known_at, stacked
@@ -69,16 +66,12 @@ MAX_MAP_EVENTS = 3000  # layer maps grow with the square of the events
 GRADIENT_EVENTS = 2048  # of a pass with gradients, some 100 kB each
 FORWARD_EVENTS = 8192  # of a pass without, some 30 kB each
 IG_STEPS = 12  # nine in ten stays are complete with them; the others are tried again with 4 and 16 times as many
-METHODS = ("attribution", "if_unremarkable", "attention")
+METHODS = ("attribution", "if_absent", "attention")
 
 
 @dataclass(frozen=True)
 class ExplainSettings:
-    """What a person may want to change; everything about the model comes from its checkpoint.
-
-    >>> ExplainSettings(stays=2).max_stays
-    100
-    """
+    """What a person may want to change; everything about the model comes from its checkpoint."""
 
     checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
@@ -89,7 +82,7 @@ class ExplainSettings:
         0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
     )
     quick: bool = setting(
-        False, "Show what matters in half a minute: 12 stays, few checks, no layers; a full run's findings may differ."
+        False, "Show what matters in half a minute: 12 short stays, few checks, no layers; a full run may differ."
     )
     # As in train.py; empty, they are the checkpoint's.
     text_encoder: str = same_setting(train.Settings, "text_encoder")
@@ -104,11 +97,12 @@ class Effort(NamedTuple):
     """How much a run measures beside what it is asked to show."""
 
     checked: int = 40  # stays on which deletion, infidelity and randomisation are measured
-    layered: int = 20  # stays attributed to layers; those shown in full always are
-    replaced: int = 100  # events of a stay replaced one by one, beside those that are listed
+    removed: int = 100  # events of a stay taken out one by one, beside those that are listed
+    longest: int = 10**9  # events of a stay that is analysed
+    layers: bool = True
 
 
-QUICK = Effort(checked=4, layered=0, replaced=50)
+QUICK = Effort(checked=4, removed=20, longest=200, layers=False)
 N_BOOTSTRAP_QUICK, STAYS_QUICK, SHOWN_QUICK = 200, 12, 2
 
 
@@ -125,10 +119,16 @@ class Run(NamedTuple):
     held_out: bool  # patients of the checkpoint's own test split; False: none of its patients is in the data
     is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
 
+    typical_texts: np.ndarray  # (n_texts) number of the text that `typical_texts` gives each, -1 without
+
     @property
     def parts(self) -> dict[str, slice]:
         """Which of an event's inputs are its type, its text, its time, and more."""
         return event_parts(self.dataset.input_dim, self.checkpoint.preprocessor.item_history)
+
+    def one(self, stay: int) -> "OneStay":
+        """Return a stay whose events can be taken out."""
+        return OneStay(*self.inputs(stay), self.dataset, stay)
 
     def inputs(self, stay: int) -> tuple[Tensor, Tensor]:
         """(1, L, C) events and (1, S) static inputs of a stay, where the model is."""
@@ -162,12 +162,33 @@ def load_unseen(
     if not held_out and not checkpoint.is_seen(of_all).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
     is_new_item = checkpoint.is_new_item(loaded.dataset.table.texts)
-    return Run(checkpoint, loaded.dataset.table, loaded.dataset, loaded.logits, held_out, is_new_item)
+    typical = typical_texts(loaded.dataset.table.texts, checkpoint.preprocessor.state_dict().get("item_quantiles", {}))
+    return Run(checkpoint, loaded.dataset.table, loaded.dataset, loaded.logits, held_out, is_new_item, typical)
 
 
-def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int], dict[int, str]]:
-    """Return the stays to analyse, and the reason why each of `shown` of them is shown in full."""
-    risk, labels = expit(run.logits), run.table.labels
+def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.ndarray:
+    """Return, for each of the texts, the number of that which says the same with a number nearest its item's median.
+
+    Level and flag may differ. -1: it has no number, or no such text lies in the middle half of training's numbers.
+    """
+    rows = []
+    for number, reading in enumerate(map(read_text, texts)):
+        known = quantiles.get(f"{reading.item} {reading.unit}".strip())
+        if known and math.isfinite(reading.value):
+            place = float(quantiles_in(known, np.array(reading.value)))  # 0 at the median
+            rows.append((number, LEVEL.sub("", reading.without_value), abs(place)))
+    found, table = np.full(len(texts), -1), pd.DataFrame(rows, columns=["number", "rest", "distance"])
+    if table.empty:
+        return found
+    best = table.loc[table.groupby("rest")["distance"].transform("idxmin").astype(int), ["number", "distance"]]
+    found[table["number"]] = np.where(best["distance"] <= 0.5, best["number"], -1)
+    return found
+
+
+def choose_stays(run: Run, shown: int, most: int, seed: int, longest: int) -> tuple[list[int], dict[int, str]]:
+    """Return the stays to analyse, of `longest` events at most, and why each of `shown` of them is shown in full."""
+    risk, labels, lengths = expit(run.logits), run.table.labels, run.table.lengths
+    usable = dict.fromkeys(np.flatnonzero(lengths <= max(longest, lengths.min())).tolist())
     wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
     orders = {
         "highest risk": np.argsort(-risk),
@@ -178,14 +199,14 @@ def choose_stays(run: Run, shown: int, most: int, seed: int) -> tuple[list[int],
     if np.isnan(labels).all():
         del orders["most wrong"]
     reasons: dict[int, str] = {}
-    while len(reasons) < min(shown, len(risk)):
+    while len(reasons) < min(shown, len(usable)):
         name = list(orders)[len(reasons) % len(orders)]
-        reasons[next(int(stay) for stay in orders[name] if stay not in reasons)] = name
-    deaths = np.flatnonzero(labels == 1)
+        reasons[next(int(stay) for stay in orders[name] if stay in usable and stay not in reasons)] = name
+    deaths = np.intersect1d(np.flatnonzero(labels == 1), [*usable])
     if reasons and len(deaths) and not reasons.keys() & set(deaths.tolist()):
         reasons.popitem()
         reasons[int(deaths[risk[deaths].argmax()])] = "highest risk of those who died"
-    others = np.random.default_rng(seed).permutation([stay for stay in range(len(risk)) if stay not in reasons])
+    others = np.random.default_rng(seed).permutation([stay for stay in usable if stay not in reasons])
     chosen = [*reasons, *others.tolist()]
     return sorted(chosen[: max(most, len(reasons))] if most else chosen), reasons
 
@@ -255,11 +276,7 @@ def untrained_like(model: ClinicalTransformer, seed: int) -> ClinicalTransformer
 
 
 class Attribution(NamedTuple):
-    """Integrated Gradients of the logit; events and statics of a stay sum to logit - baseline_logit + gap_error.
-
-    >>> captum_analysis(model, sequences, static_features, attention_mask).events.shape == sequences.shape
-    True
-    """
+    """Integrated Gradients of the logit; events and statics of a stay sum to logit - baseline_logit + gap_error."""
 
     events: Tensor  # (B, L, C), exactly 0 at padding
     statics: Tensor  # (B, S)
@@ -386,82 +403,84 @@ def layer_analysis(
         with torch.no_grad():
             logits = model.logits(torch.cat([sequence, start]), static.expand(2, -1)).squeeze(1).tolist()
         for row, layer in zip(rows, layers.values()):
-            for steps in (n_steps, 4 * n_steps):
-                # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
-                per_pass = max(GRADIENT_EVENTS, sequence.shape[1])
-                options = {"n_steps": steps, "method": "gausslegendre", "internal_batch_size": per_pass}
-                gradients = LayerIntegratedGradients(model.logits, layer)
-                found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
-                attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
-                gap = float(attribution.sum()) - (logits[0] - logits[1])
-                is_complete = adds_up(gap, logits[0] - logits[1])
-                if is_complete:
-                    break
+            # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
+            per_pass = max(GRADIENT_EVENTS, sequence.shape[1])
+            options = {"n_steps": n_steps, "method": "gausslegendre", "internal_batch_size": per_pass}
+            gradients = LayerIntegratedGradients(model.logits, layer)
+            found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
+            attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
+            gap = float(attribution.sum()) - (logits[0] - logits[1])
             row["attribution"][stay, is_event.cpu()] = attribution
-            row["gap_error"][stay], row["complete"][stay] = gap, is_complete
+            row["gap_error"][stay], row["complete"][stay] = gap, adds_up(gap, logits[0] - logits[1])
     return rows
 
 
+class OneStay(NamedTuple):
+    """What the model reads of one stay; with its dataset, also what it would read had some events not been there."""
+
+    sequence: Tensor  # (1, L, C)
+    static: Tensor  # (1, S)
+    dataset: train.ClinicalSequenceDataset | None = None
+    number: int = 0  # of the stay in the dataset
+
+    def variants(self, keep: np.ndarray, texts: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs of n variants of the events that `keep` (n, L) marks: events (M, C), rows (N,), statics (n, S).
+
+        An event of a variant is one of the rows of `events`. Histories, latest flags and number of events are those of
+        what is left, made as for any stay; without a dataset the number is held. `texts` (n, L): other texts' numbers.
+        """
+        own, n_events, n_variants = self.sequence[0], keep.shape[1], len(keep)
+        origin = torch.from_numpy(np.tile(np.arange(n_events), n_variants)[keep.ravel()])  # (N,)
+        if self.dataset is None:
+            return own, origin.to(own.device), self.static.expand(n_variants, -1)
+        table = self.dataset.table.take(np.full(n_variants, self.number))
+        if texts is not None:
+            table = replace(table, text=texts.ravel().astype(table.text.dtype))
+        left = table.take(np.arange(n_variants), keep.ravel())
+        made = train.ClinicalSequenceDataset(left, self.dataset.preprocessor, self.dataset.text_vectors)
+        was = origin.to(made.device) + int(self.dataset.table.offsets[self.number])
+        is_new = (made.event_columns != self.dataset.event_columns[was]).any(1) | (made.text != self.dataset.text[was])
+        rows = torch.where(is_new, n_events + is_new.cumsum(0) - 1, origin.to(made.device))
+        events = torch.cat([own, made.events(is_new.nonzero().squeeze(1)).to(own.device)])  # each is projected once
+        return events, rows.to(own.device), made.static.to(own.device)
+
+
 @torch.no_grad()
-def replaced_logits(
+def variant_logits(
     model: ClinicalTransformer,
-    sequence: Tensor,
-    static: Tensor,
+    stay: OneStay,
     keep: np.ndarray,
-    baseline: Baseline,
+    baseline: Baseline = None,
     keep_static: np.ndarray | None = None,
+    texts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the float64 logits (n,) of n variants of one stay, (1, L, C) and (1, S).
+    """Return the float64 logits (n,) of n variants of one stay, each read as a stay of its own.
 
-    `keep` (n, L) and `keep_static` (n, S; None: all) say what stays as it is; the rest is as the baseline. A replaced
-    event holds its place; the number of events, and what other events tell of it (their items' history), are held.
-    Nothing is masked: a softmax would hand the weight of a masked event to the others: harmless events would matter.
+    Events that `keep` (n, L) leaves out are absent, statics that `keep_static` (n, S; None: all) leaves out as in the
+    baseline, and `texts` (n, L) are numbers of the dataset's texts that the events have instead of theirs.
     """
-    event, mean_static = baselines_like(sequence, static, baseline)
-    n_events = sequence.shape[1]
-    events = torch.cat([sequence[0], event[0, :1]])  # (L + 1, C): a variant is rows of these
-    own = torch.arange(n_events, device=sequence.device)
     if keep_static is None:
-        keep_static = np.ones((len(keep), static.shape[1]), bool)
-    variants, which = np.unique(np.hstack([keep, keep_static]), axis=0, return_inverse=True)
-    logits = np.zeros(len(variants))
-    per_pass = max(1, FORWARD_EVENTS // max(1, n_events))
-    for first in range(0, len(variants), per_pass):
-        part = slice(first, first + per_pass)
-        is_kept = torch.as_tensor(variants[part], device=sequence.device)  # (n, L + S)
-        rows = torch.where(is_kept[:, :n_events], own, n_events)  # (n, L)
-        statics = torch.where(is_kept[:, n_events:], static, mean_static)  # (n, S)
-        layout = train.layout_of_lengths(np.full(len(rows), n_events), events.device)
-        found, _ = model.score_packed(events, statics, layout, rows=rows.flatten())
+        keep_static = np.ones((len(keep), stay.static.shape[1]), bool)
+    n_events, asked = keep.shape[1], np.hstack([keep, keep_static, *([] if texts is None else [texts])])
+    _, first, which = np.unique(asked, axis=0, return_index=True, return_inverse=True)
+    first = first[np.argsort(keep[first].sum(1), kind="stable")]  # stays of one length take one call
+    logits, per_pass = np.zeros(len(keep)), max(1, FORWARD_EVENTS // max(1, n_events))
+    for part in (first[start : start + per_pass] for start in range(0, len(first), per_pass)):
+        events, rows, statics = stay.variants(keep[part], None if texts is None else texts[part])
+        is_kept = torch.as_tensor(keep_static[part], device=statics.device)
+        statics = torch.where(is_kept, statics, baselines_like(stay.sequence, stay.static, baseline)[1])  # (n, S)
+        layout = train.layout_of_lengths(keep[part].sum(1), events.device)
+        found, _ = model.score_packed(events, statics, layout, rows=rows)
         logits[part] = found.squeeze(1).double().cpu().numpy()
-    return logits[which]
-
-
-def replace_each_event(
-    model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: Baseline, which: np.ndarray | None = None
-) -> np.ndarray:
-    """Return (L,): by how much the logit falls if an event were unremarkable, > 0 for death; NaN but at `which`."""
-    n_events = sequence.shape[1]
-    which = np.arange(n_events) if which is None else np.asarray(which)
-    scores = np.full(n_events, math.nan)
-    rows_per_part = max(1, 64 * FORWARD_EVENTS // max(1, n_events))  # the mask itself, (L, L), is made in parts
-    for first in range(0, len(which), rows_per_part):
-        part = which[first : first + rows_per_part]
-        keep = np.vstack([np.ones(n_events, bool), part[:, None] != np.arange(n_events)])
-        logits = replaced_logits(model, sequence, static, keep, baseline)
-        scores[part] = logits[0] - logits[1:]
-    return scores
+    same = np.zeros(which.max() + 1, int)
+    same[which[first]] = first
+    return logits[same[which]]
 
 
 class Ablation(NamedTuple):
-    """By how much the logit falls without single events, and without groups of events or static columns.
+    """By how much the logit falls without single events, and without groups of events or static columns."""
 
-    >>> found = ablation_analysis(model, sequences, static_features, attention_mask)
-    >>> found.if_unremarkable.shape == attention_mask.shape
-    True
-    """
-
-    if_unremarkable: np.ndarray  # (B, L) by how much the logit falls then; 0 at padding, NaN where not asked for
+    if_absent: np.ndarray  # (B, L) by how much the logit falls then; 0 at padding, NaN where not asked for
     groups: pd.DataFrame  # stay (index in the batch), kind, group, n_events, ablation
 
 
@@ -474,63 +493,72 @@ def ablation_analysis(
     event_groups: Mapping[str, Sequence[str] | np.ndarray] | None = None,
     static_names: Sequence[str] | None = None,
     which: np.ndarray | None = None,
+    dataset: train.ClinicalSequenceDataset | None = None,
+    first: int = 0,
 ) -> Ablation:
-    """Measure by how much the logits of (B, L, C) events and (B, S) statics fall if an event, or a group, says nothing.
+    """Measure by how much the logits of (B, L, C) events and (B, S) statics fall had events or groups not been there.
 
-    To say nothing is to be as in the baseline: single events (at the positions `which`, else all), the events of one
-    value of each entry of `event_groups` (kind -> L labels), the static inputs of one name (S names, a one-hot group
-    repeats its name). The number of events is held. Masked events are left out.
+    Taken out are single events (at the positions `which`, else all) and the events of one value of each entry of
+    `event_groups` (kind -> L labels); static inputs of one name (S names, a one-hot group repeats its name) become the
+    baseline's. With the `dataset` where these stays stand from `first` on, histories and number of events follow;
+    without it the number is held, and a model with histories is refused. Masked events are left out.
 
     >>> found = ablation_analysis(model, sequences, static_features, attention_mask)
-    >>> found.if_unremarkable.shape == sequences.shape[:2]
+    >>> found.if_absent.shape == sequences.shape[:2]
     True
     """
     model.eval()
     mask = event_mask(sequences, attention_mask)
     check_finite(sequences, static_features, mask)
+    if dataset is None and model.architecture["n_history"]:
+        raise files.refusal("held_histories")
     names = np.array(static_names or [f"static {column}" for column in range(static_features.shape[1])], object)
     kinds = event_groups or {"all events": ["all"] * sequences.shape[1]}
     scores, rows = np.zeros(mask.shape), []
-    for stay, is_event in enumerate(mask):
-        sequence, static = sequences[stay : stay + 1, is_event], static_features[stay : stay + 1]
+    for number, is_event in enumerate(mask):
+        stay = OneStay(
+            sequences[number : number + 1, is_event], static_features[number : number + 1], dataset, first + number
+        )
         positions = is_event.nonzero().squeeze(1).cpu().numpy()
-        chosen = None if which is None else np.flatnonzero(np.isin(positions, which))
-        scores[stay, positions] = replace_each_event(model, sequence, static, baseline, chosen)
-        whole, all_statics = np.ones(len(positions), bool), np.ones(len(names), bool)
-        for number, (kind, labels) in enumerate(kinds.items()):
-            of_event, keep, keep_static, found = np.asarray(labels, dtype=object)[positions], [whole], [all_statics], []
+        chosen = positions if which is None else np.intersect1d(positions, which)
+        keep, found = [np.ones(len(positions), bool), *(chosen[:, None] != positions)], []
+        keep_static = [np.ones(len(names), bool)] * len(keep)
+        for kind, labels in kinds.items():
+            of_event = np.asarray(labels, dtype=object)[positions]
             for group in sorted(set(of_event)):
-                found.append((stay, kind, group, int((of_event == group).sum())))
+                found.append((number, kind, group, int((of_event == group).sum())))
                 keep.append(of_event != group)
-                keep_static.append(all_statics)
-            for name in pd.unique(names) if number == 0 else ():
-                found.append((stay, "static", name, 0))
-                keep.append(whole)
-                keep_static.append(names != name)
-            logits = replaced_logits(model, sequence, static, np.array(keep), baseline, np.array(keep_static))
-            rows += [(*row, logits[0] - logit) for row, logit in zip(found, logits[1:])]
+                keep_static.append(keep_static[0])
+        for name in pd.unique(names):
+            found.append((number, "static", name, 0))
+            keep.append(keep[0])
+            keep_static.append(names != name)
+        logits = variant_logits(model, stay, np.array(keep), baseline, np.array(keep_static))
+        falls = logits[0] - logits[1:]
+        scores[number, positions] = math.nan
+        scores[number, chosen] = falls[: len(chosen)]
+        rows += [(*row, fall) for row, fall in zip(found, falls[len(chosen) :])]
     return Ablation(scores, pd.DataFrame(rows, columns=["stay", "kind", "group", "n_events", "ablation"]))
 
 
 # ---- Check: how right are the explanations? --------------------------------------------------------------------------
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # of a stay's events made unremarkable, or left as they are
-N_RANDOM_ORDERS = 3
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)  # of a stay's events taken out, or left alone
+N_RANDOM_ORDERS = 2
 MIN_EVENTS = 10  # a shorter stay has no order of events to speak of
 N_RESETS = 4  # random models that a stay is explained with
 STAYS_PER_RESET = 4  # that share them
 FEW_STEPS = 8  # of Integrated Gradients, where only the order of the events counts
 N_PERTURBATIONS, SHARE_PERTURBED = 60, 0.1  # random sets of events that infidelity asks about
 COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+GAINS = (("deletion", "", -1), ("insertion", "", 1), ("deletion", ", lowest first", 1), ("deletion", ", by size", 1))
 # What is measured on each stay: column -> check, method, threshold, and what must hold it.
 MEASURES = {
     "infidelity attribution": ("infidelity", "attribution", "<= 0.5", "value"),
-    "infidelity replacement": ("infidelity", "if_unremarkable", "<= 0.2", "value"),
+    "infidelity absence": ("infidelity", "if_absent", "<= 0.2", "value"),
     "reset excess": ("randomisation", "attribution", "<= 0.05", "high"),
-    "model and reset": ("randomisation, model and reset", "attribution", "", ""),
-    "reset and reset": ("randomisation, reset and reset", "attribution", "", ""),
     "attention agreement": ("agreement", "attention", "", ""),
-    "replacement agreement": ("agreement", "if_unremarkable", "", ""),
+    "absence agreement": ("agreement", "if_absent", "", ""),
 }
 
 
@@ -543,59 +571,57 @@ def judged(name: str, method: str, found: dict[str, Any], threshold: str = "", l
     return Check(name, found, bool(COMPARE[sign](held, float(bound))), method, threshold)
 
 
-def deletion_insertion(
-    model: ClinicalTransformer, sequence: Tensor, static: Tensor, baseline: Baseline, scores: dict[str, np.ndarray]
-) -> pd.DataFrame:
-    """Return how the logit of one stay changes as events become unremarkable (deletion) or stop being so (insertion).
+def orders_of(part: pd.DataFrame, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return the orders in which a stay's events go or come, (L,) each, highest first; NaN counts as 0."""
+    known = {method: np.nan_to_num(part[method].to_numpy(float)) for method in METHODS}
+    orders = known | {f"{method}, lowest first": -known[method] for method in METHODS[:2]}
+    orders["attribution, by size"] = np.abs(known["attribution"])
+    return orders | {f"random {number}": rng.random(len(part)) for number in range(N_RANDOM_ORDERS)}
 
-    The highest of `scores` (order -> (L,)) come first; NaN counts as 0. Columns direction, order, fraction, change: the
-    logit less that of the whole stay (deletion) or of a stay whose events say nothing (insertion).
+
+def deletion_insertion(model: ClinicalTransformer, stay: OneStay, orders: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return how the logit of one stay changes as events leave it (deletion) or come to it without any (insertion).
+
+    The highest of `orders` (name -> (L,)) come first. Columns direction, order, fraction, change: the logit less that
+    of the whole stay (deletion) or of one without events (insertion).
     """
-    n_events, fractions = sequence.shape[1], np.array([0.0, *FRACTIONS])
-    known = [np.nan_to_num(score) for score in scores.values()]
-    place = np.stack([np.argsort(np.argsort(-score, kind="stable")) for score in known])  # (orders, L)
+    n_events, fractions = stay.sequence.shape[1], np.array([0.0, *FRACTIONS])
+    place = np.stack([np.argsort(np.argsort(-score, kind="stable")) for score in orders.values()])  # (orders, L)
     first = place[:, None] < np.ceil(fractions * n_events)[:, None]  # (orders, fractions, L)
     keep = np.stack([~first, first])  # (2, orders, fractions, L)
-    logits = replaced_logits(model, sequence, static, keep.reshape(-1, n_events), baseline).reshape(keep.shape[:3])
+    logits = variant_logits(model, stay, keep.reshape(-1, n_events)).reshape(keep.shape[:3])
     change = logits - logits[:, :, :1]
-    names = pd.MultiIndex.from_product([["deletion", "insertion"], scores, fractions])
+    names = pd.MultiIndex.from_product([["deletion", "insertion"], orders, fractions])
     return pd.Series(change.ravel(), names.set_names(["direction", "order", "fraction"])).rename("change").reset_index()
 
 
 def gains_over_random(curves: pd.DataFrame, settings: ExplainSettings) -> list[Check]:
     """Return how much further an order moves the logit than random orders, mean over the fractions; paired by stay."""
     part = curves[curves["fraction"] > 0]
-    means = part.groupby(["icu_stay_id", "patient_id", "direction", "order"])["change"].mean().unstack("order")
-    checks = []
-    for direction, sign in (("deletion", -1), ("insertion", 1)):
-        table = means.xs(direction, level="direction")
+    part = part.assign(size=part["change"].abs()).groupby(["icu_stay_id", "patient_id", "direction", "order"])
+    means, checks = part[["change", "size"]].mean().unstack("order"), []
+    for direction, order, sign in GAINS:
+        table = means.xs(direction, level="direction")["size" if order == ", by size" else "change"]
         patients = table.index.get_level_values("patient_id").to_numpy()
-        for method in METHODS:
-            gain = sign * (table[method] - table["random"]).to_numpy()
+        for method in METHODS[: {"": 3, ", lowest first": 2}.get(order, 1)]:
+            gain = sign * (table[method + order] - table["random"]).to_numpy()
             found = mean_with_interval(gain, patients, settings.n_bootstrap, settings.seed)
-            checks.append(judged(direction, method, found, "" if method == "attention" else "> 0", "low"))
+            checks.append(judged(direction + order, method, found, "" if method == "attention" else "> 0", "low"))
     return checks
 
 
-def infidelity(
-    model: ClinicalTransformer,
-    sequence: Tensor,
-    static: Tensor,
-    scores: dict[str, np.ndarray],
-    baseline: Baseline,
-    seed: int,
-) -> dict[str, float]:
+def infidelity(model: ClinicalTransformer, stay: OneStay, scores: dict[str, np.ndarray], seed: int) -> dict[str, float]:
     """Return the infidelity (Yeh et al. 2019) of (L,) scores, relative to the same values dealt at random.
 
-    How well their sums predict by how much the logit falls when a random tenth of the events becomes unremarkable, of
-    those that all scores know: the replacement of long stays says nothing of weak events.
+    How well their sums predict by how much the logit falls without a random tenth of the events, of those that all
+    scores know: of weak events of long stays nothing is known.
     """
     known = ~np.isnan(np.array(list(scores.values()))).any(0)  # (L,)
     rng, n_known = np.random.default_rng(seed), known.sum()
     taken = rng.random((N_PERTURBATIONS, n_known)) < max(SHARE_PERTURBED, 1.5 / n_known)
     keep = np.ones((N_PERTURBATIONS + 1, len(known)), bool)
     keep[1:, known] = ~taken
-    logits = replaced_logits(model, sequence, static, keep, baseline)
+    logits = variant_logits(model, stay, keep)
     fall = logits[0] - logits[1:]  # (N_PERTURBATIONS,)
     found = {}
     for name, whole in scores.items():
@@ -644,17 +670,15 @@ def check_stays(
             first = settings.seed + 1 + 1000 * stay
             untrained = [untrained_like(model, first + number) for number in range(N_RESETS)]
         scores = {method: part[method].to_numpy(float) for method in METHODS}
-        own, replacement = scores["attribution"], scores["if_unremarkable"]
-        known = ~np.isnan(replacement)
+        own, absence = scores["attribution"], scores["if_absent"]
+        known = ~np.isnan(absence)
         row = {"attention agreement": rank_correlation(scores["attention"], np.abs(own))[0, 0]}
-        row["replacement agreement"] = rank_correlation(replacement[known], own[known])[0, 0]
-        inputs = run.inputs(stay)
-        named = {"infidelity attribution": own, "infidelity replacement": replacement}
-        row |= infidelity(model, *inputs, named, baseline, settings.seed)
-        row |= randomisation(untrained, *inputs, baseline, own)
-        rng = np.random.default_rng(settings.seed + stay)
-        orders = scores | {f"random {number}": rng.random(len(part)) for number in range(N_RANDOM_ORDERS)}
-        curve = deletion_insertion(model, *inputs, baseline, orders)
+        row["absence agreement"] = rank_correlation(absence[known], own[known])[0, 0]
+        named = {"infidelity attribution": own, "infidelity absence": absence}
+        row |= infidelity(model, run.one(stay), named, settings.seed)
+        row |= randomisation(untrained, *run.inputs(stay), baseline, own)
+        orders = orders_of(part, np.random.default_rng(settings.seed + stay))
+        curve = deletion_insertion(model, run.one(stay), orders)
         curve["order"] = curve["order"].replace(r"random \d", "random", regex=True)
         rows.append(row | ids)
         curves.append(curve.assign(**ids))
@@ -719,8 +743,8 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
 
 OFF_STAYS = 10  # whose attention is switched off
 TIME_SHUFFLES = 5
+LEVEL = re.compile(r" \| (Level|Flag): [^|]*")
 ABNORMAL = re.compile(r"\| Flag: abnormal|\| Level: (?!within range)")
-KEPT_STAYS = 1000  # drawn at random: their tables stay in memory for summaries and pictures; the files have all stays
 
 
 def event_parts(input_dim: int, item_history: bool = False) -> dict[str, slice]:
@@ -759,7 +783,6 @@ def describe_events(run: Run, stay: int, leaks: Mapping[str, float]) -> pd.DataF
         "value": [reading.value for reading in readings],
         "in_history": history_in_words(item_history(table.take(np.array([stay])))) if uses_history else "",
         "is_abnormal": [bool(ABNORMAL.search(text)) for text in texts],
-        "is_new_item": run.is_new_item[table.text[rows]],
         "tells_outcome": [mask_numbers(text) in leaks for text in texts],
     }
     return pd.DataFrame(columns)
@@ -795,13 +818,16 @@ def explain_stay(
     values = found.events[0].double().cpu().numpy()  # (L, C)
     kinds = {"event type": events["event_type"].to_numpy()}
     kinds["clock window"] = clock_window(events["hours_to_end"]).astype(object)
-    which = events_to_replace(values.sum(1), effort.replaced)
+    push = values.sum(1)
+    which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed_events(push))  # taken out one by one
     columns = [column for column, _ in names]
-    ablation = ablation_analysis(model, sequence, static, None, baseline, kinds, columns, which)
+    given = (model, sequence, static, None, baseline, kinds, columns, which)
+    ablation = ablation_analysis(*given, run.dataset, stay)
     events = events.assign(
-        attribution=values.sum(1),
+        attribution=push,
         **{f"attribution_{name}": values[:, part].sum(1) for name, part in run.parts.items()},
-        if_unremarkable=ablation.if_unremarkable[0],
+        if_absent=ablation.if_absent[0],
+        if_typical=if_typical(run, stay, listed_events(push)) if reason else math.nan,
         attention=attention.pooling.mean(0),
         **{f"attention_head_{head}": weights for head, weights in enumerate(attention.pooling, start=1)},
         rollout=attention.rollout,
@@ -824,7 +850,7 @@ def explain_stay(
     is_static = groups["kind"] == "static"
     groups["group"] = groups["group"].where(~is_static, groups["group"].map(static_word))
     parts = [pd.DataFrame()]
-    for row in layer_analysis(model, sequence, static, None, baseline, IG_STEPS) if layers else ():
+    for row in layer_analysis(model, sequence, static, None, baseline, 2 * IG_STEPS) if layers else ():
         table = pd.DataFrame({"event": events["event"], "attribution": row["attribution"][0]})
         parts.append(table.assign(layer=row["layer"], gap_error=row["gap_error"][0], complete=row["complete"][0]))
     row = ids | {
@@ -837,7 +863,7 @@ def explain_stay(
         "n_steps": found.n_steps[0],
         "complete": bool(found.complete[0]),
         "n_events": len(events),
-        "n_replaced": events["if_unremarkable"].count(),
+        "n_removed": events["if_absent"].count(),
         "why_shown": reason,
     }
     by_layer = pd.concat(parts, ignore_index=True)
@@ -845,10 +871,26 @@ def explain_stay(
     return Explained(row, events, by_column, by_group, layered, attention)
 
 
-def events_to_replace(push: np.ndarray, most: int) -> np.ndarray:
-    """Return which events of a stay are replaced one by one: the strongest by push (L,), and those that are listed."""
+def listed_events(push: np.ndarray) -> np.ndarray:
+    """Return the events that a report may list, those of the highest and of the lowest push (L,)."""
     order, listed = np.argsort(push), explain_report.EVENTS_LISTED
-    return np.unique(np.concatenate([np.argsort(-np.abs(push))[:most], order[:listed], order[-listed:]]))
+    return np.unique(np.concatenate([order[:listed], order[-listed:]]))
+
+
+def if_typical(run: Run, stay: int, which: np.ndarray) -> np.ndarray:
+    """Return (L,): by how much the logit falls if an event at `which` had a typical number (`typical_texts`), else NaN.
+
+    Its text is the typical one's, and the history of its item follows.
+    """
+    one, rows = run.one(stay), slice(run.table.offsets[stay], run.table.offsets[stay + 1])
+    own, typical = run.table.text[rows], run.typical_texts[run.table.text[rows]]
+    which = which[typical[which] >= 0]
+    texts = np.tile(own, (len(which) + 1, 1))  # the stay as it is comes last
+    texts[np.arange(len(which)), which] = typical[which]
+    logits = variant_logits(run.checkpoint.model, one, np.ones(texts.shape, bool), texts=texts)
+    falls = np.full(len(own), math.nan)
+    falls[which] = logits[-1] - logits[:-1]
+    return falls
 
 
 @torch.no_grad()
@@ -950,37 +992,42 @@ def query_similarity_table(explained: dict[int, Explained], settings: ExplainSet
 
 
 def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
-    """Return the risk of one stay at up to `most` hours, each from what was known by then (`tables.known_at`)."""
+    """Return the risk of one stay at `most` hours at most, each from what was known by then (`tables.known_at`).
+
+    The last is the end of what is read, when all is known: the risk that the model predicts.
+    """
     table = run.table.take(np.array([stay]))
-    last = float(table.minutes_since_intime.max()) / 60
-    then = {hours: known_at(table, hours) for hours in np.linspace(last / most, last, most).tolist()}
+    end = float((table.minutes_since_intime + table.minutes_to_end).max()) / 60
+    then = {hours: known_at(table, hours) for hours in np.linspace(0, end, most + 1)[1:-1].tolist()}
     then = {hours: known for hours, known in then.items() if len(known.stays)}
-    found = pd.DataFrame({"hours_since_admission": list(then), "n_events": 0, "probability": math.nan})
+    risks, n_events = np.zeros(0), [len(known.text) for known in then.values()]
     if then:
         joined = stacked(list(then.values()))
         dataset = train.ClinicalSequenceDataset(joined, run.checkpoint.preprocessor, run.dataset.text_vectors)
-        logits = logits_without(run.checkpoint.model, dataset, np.arange(len(then)))
-        found = found.assign(n_events=joined.lengths, probability=expit(logits))
-    return found.assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
+        risks = expit(logits_without(run.checkpoint.model, dataset, np.arange(len(then))))
+    columns = {"hours_since_admission": [*then, end], "n_events": [*n_events, len(table.text)]}
+    columns |= {"probability": [*risks, expit(run.logits[stay])], "icu_stay_id": run.table.stays["icu_stay_id"][stay]}
+    return pd.DataFrame(columns).assign(extrapolated=not run.checkpoint.settings.prospective)
 
 
+TRAJECTORY_COLUMNS = ["hours_since_admission", "n_events", "probability", "icu_stay_id", "extrapolated"]
 DECISIVE_COLUMNS = ["icu_stay_id", "threshold", "probability", "probability_without", "event", "event_text"]
-MOST_DECISIVE = 64  # events replaced at most before the search for a changed decision is given up
+PAIRED, PAIR_COLUMNS = 10, ["first", "second", "with_second", "without_second", "interaction"]
+MOST_DECISIVE = 64  # events taken out at most before the search for a changed decision is given up
 
 
 def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Find the smallest set of a stay's events without which its risk would lie on the other side of the threshold.
 
-    Events are replaced by the mean event, the most attributed to the present side first, until the decision changes;
-    then each is given back that is not needed. Return a row of `DECISIVE_COLUMNS` per event; none if 64 do not suffice.
+    Events are taken out, the most attributed to the present side first, until the decision changes; then each is given
+    back that is not needed. Return a row of `DECISIVE_COLUMNS` per event; none if 64 do not suffice.
     """
-    sequence, static = run.inputs(stay)
 
     def risk_without(sets: list[np.ndarray]) -> np.ndarray:
         keep = np.ones((len(sets), len(events)), bool)
         for row, taken in zip(keep, sets):
             row[taken] = False
-        return expit(replaced_logits(run.checkpoint.model, sequence, static, keep, run.checkpoint.baseline))
+        return expit(variant_logits(run.checkpoint.model, run.one(stay), keep))
 
     risk = risk_without([np.array([], int)])[0]
     push = events["attribution"].to_numpy(float) * (1 if risk >= threshold else -1)
@@ -998,49 +1045,63 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
     return found.assign(probability_without=risk_without([chosen])[0])[DECISIVE_COLUMNS]
 
 
+def pair_table(run: Run, stay: int, events: pd.DataFrame, statics: pd.DataFrame) -> pd.DataFrame:
+    """Return the pairs among the `PAIRED` strongest events and statics of a stay (`PAIR_COLUMNS`).
+
+    How far the first moves the logit where the second is there, and where it is not; their difference is the
+    interaction, a second difference by absence. A static that is not there is as average.
+    """
+    columns = np.array([static_word(column) for column, _ in run.checkpoint.preprocessor.static_names])
+    every, places = np.ones(len(columns), bool), np.arange(len(events))
+    parts = [(row.attribution, row.event_text, places != row.event, every) for row in events.itertuples()]
+    for row in statics.itertuples():
+        name = f"{row.feature}: {explain_report.plain_number(row.value)}"
+        parts.append((row.attribution, name, places >= 0, columns != row.feature))
+    strongest = sorted(parts, key=lambda part: -abs(part[0]))[:PAIRED]
+    pairs = list(itertools.combinations(range(len(strongest)), 2))
+    sets = [(), *((place,) for place in range(len(strongest))), *pairs]
+    masks = [np.stack([part[at] for part in strongest]) for at in (2, 3)]  # (PAIRED, L), (PAIRED, S)
+    keep, keep_static = (np.stack([mask[np.array(chosen, int)].all(0) for chosen in sets]) for mask in masks)
+    logits = variant_logits(run.checkpoint.model, run.one(stay), keep, run.checkpoint.baseline, keep_static)
+    rows = []
+    for (first, second), neither in zip(pairs, logits[len(strongest) + 1 :]):
+        moves = logits[0] - logits[1 + first], logits[1 + second] - neither
+        rows.append((strongest[first][1], strongest[second][1], *moves, moves[0] - moves[1]))
+    return pd.DataFrame(rows, columns=PAIR_COLUMNS).assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
+
+
 def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
     """Return at most so many of the stays, drawn at random, in order."""
     return sorted(np.random.default_rng(seed).permutation(list(stays))[:most].tolist())
 
 
-def explain_stays(
-    run: Run, settings: ExplainSettings, write: Callable[[Explained], None] = lambda found: None
-) -> dict[str, Any]:
-    """Return the tables of a run, as the report and the pictures take them; `write` is called with every stay.
-
-    With more than `KEPT_STAYS` all tables but `stays` are of so many of them.
-    """
+def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
+    """Return the tables of a run, as the report and the pictures take them."""
     effort, seed, lengths = QUICK if settings.quick else Effort(), settings.seed, run.table.lengths
     resampling = (settings.n_bootstrap, seed)
-    chosen, reasons = choose_stays(run, settings.stays, settings.max_stays, seed)
+    chosen, reasons = choose_stays(run, settings.stays, settings.max_stays, seed, effort.longest)
     checked = some_of(chosen, effort.checked, seed)
-    others = [stay for stay in chosen if stay not in reasons]
-    with_layers = {*reasons, *some_of(others, max(0, effort.layered - len(reasons)), seed)}
-    whole = f"{len(lengths)} stays that the model has not seen"
-    logger.info(f"Explaining  {len(chosen)} of {whole}, {len(reasons)} of them in full")
-    kept = {*chosen[:1], *checked, *with_layers, *some_of(chosen, KEPT_STAYS, seed)}
-    if len(kept) < len(chosen):
-        logger.info(f"            summaries and pictures are of {len(kept):,} of them, drawn at random")
+    of_interest = [*reasons] or chosen[:1]
+    logger.info(f"Explaining  {len(chosen)} of {len(lengths)} stays of unseen patients, {len(reasons)} of them in full")
     leaks = audit.leaking_texts(run.table)
-    explaining, checking = lengths * (50 + np.minimum(lengths, effort.replaced)), lengths * 250  # passes over an event
+    explaining, checking = lengths * (50 + np.minimum(lengths, effort.removed)), lengths * 250  # passes over an event
     total = int(explaining[chosen].sum() + checking[checked].sum())
     bar = files.Progress(total=total, desc="explain", unit=" passes", unit_scale=True)
     explained: dict[int, Explained] = {}
-    rows = []
     for stay in chosen:
-        found = explain_stay(run, stay, settings, effort, leaks, reasons.get(stay, ""), stay in with_layers)
-        write(found)
-        rows.append(found.stay)
-        if stay in kept:
-            drawn = stay in [*reasons, chosen[0]]  # no picture shows the maps of the others, half a megabyte each
-            explained[stay] = found if drawn else found._replace(attention=found.attention._replace(maps=np.empty(0)))
+        found = explain_stay(
+            run, stay, settings, effort, leaks, reasons.get(stay, ""), effort.layers and stay in of_interest
+        )
+        drawn = stay in of_interest  # no picture shows the maps of the others, half a megabyte each
+        explained[stay] = found if drawn else found._replace(attention=found.attention._replace(maps=np.empty(0)))
         bar.update(int(explaining[stay]))
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
         parts = [getattr(found, name) for found in explained.values()]
         tables[name] = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     percentiles = [100 * float((run.logits <= run.logits[stay]).mean()) for stay in chosen]
-    tables["stays"] = stays = pd.DataFrame(rows).assign(risk_percentile=percentiles)
+    tables["stays"] = stays = pd.DataFrame([found.stay for found in explained.values()])
+    stays["risk_percentile"] = percentiles
     done = lambda stay: bar.update(int(checking[stay]))
     checks, tables["curves"] = check_stays(run, tables["events"], checked, settings, done)
     bar.close()
@@ -1048,16 +1109,17 @@ def explain_stays(
     complete["at_once"] = float((stays["complete"] & (stays["n_steps"] == IG_STEPS)).mean())
     checks.insert(0, judged("completeness", "attribution", complete, ">= 0.99"))
     tables["faithfulness"] = explain_report.check_table(checks)
-    effects, of_layers = head_effects(run, some_of(chosen, OFF_STAYS, seed))
+    effects, of_layers = head_effects(run, some_of(checked, OFF_STAYS, seed))
     tables["heads"] = head_table(run, explained, effects.mean(1), settings)
     tables["query_similarity"] = query_similarity_table(explained, settings)
-    tables["windows"] = findings.window_table(tables["events"], *resampling)
-    shown = [trajectory_table(run, stay) for stay in reasons]
-    columns = ["hours_since_admission", "n_events", "probability", "icu_stay_id"]
-    tables["trajectory"] = pd.concat(shown, ignore_index=True) if shown else pd.DataFrame(columns=columns)
+    of_shown = lambda columns, parts: pd.concat([pd.DataFrame(columns=columns), *parts], ignore_index=True)
+    tables["trajectory"] = of_shown(TRAJECTORY_COLUMNS, [trajectory_table(run, stay) for stay in reasons])
     decisive = [decisive_events(run, stay, explained[stay].events, settings.decision_threshold) for stay in reasons]
-    tables["items"], tables["systems"] = findings.item_table(tables["events"]), findings.system_table(tables["events"])
-    tables["decisive"] = pd.concat([pd.DataFrame(columns=DECISIVE_COLUMNS), *decisive], ignore_index=True)
+    tables["items"] = findings.item_table(findings.with_statics(tables), *resampling)
+    tables["systems"] = findings.system_table(tables["events"])
+    paired = [pair_table(run, stay, explained[stay].events, explained[stay].statics) for stay in reasons]
+    tables["pairs"] = of_shown([*PAIR_COLUMNS, "icu_stay_id"], paired)
+    tables["decisive"] = of_shown(DECISIVE_COLUMNS, decisive)
     moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
     by_time = mean_with_interval(moved, stays["patient_id"].to_numpy(), *resampling)
     verdict = [*verdict_of(run, leaks), Check("time" if by_time["value"] > FLOOR else "time, unused", by_time)]
@@ -1065,9 +1127,8 @@ def explain_stays(
     name = "layer attention" if mean > FLOOR else "layer attention, idle"
     has_layers = len(run.checkpoint.model.transformer_encoder) > 0
     verdict.append(Check(name if has_layers else "layer attention, none", {"value": mean}))
-    tables["verdict"] = explain_report.check_table(verdict + [Check("quick", {})] * settings.quick)
-    of_interest = [explained[stay] for stay in reasons or chosen[:1]]
-    best = max(of_interest, key=lambda found: found.stay["probability"])
+    tables["verdict"] = explain_report.check_table(verdict + [Check("quick", effort._asdict())] * settings.quick)
+    best = max((explained[stay] for stay in of_interest), key=lambda found: found.stay["probability"])
     pictured = {"icu_stay_id": best.stay["icu_stay_id"], "layer_maps": best.attention.maps}
     pictured |= {"n_mapped": min(len(best.events), MAX_MAP_EVENTS), "pooling": best.attention.pooling}
     pictured |= {"hours": best.events["hours_to_end"].to_numpy(), "texts": best.events["event_text"].tolist()}
@@ -1120,11 +1181,7 @@ def map_features_to_clinical(
 
 
 class Stay(NamedTuple):
-    """One stay of the tables, for the small analyses below; `stay_of(tables, icu_stay_id)` makes it.
-
-    >>> Stay(pd.DataFrame({"hours_to_end": [2.0, 1.0]})).statics is None
-    True
-    """
+    """One stay of the tables, for the small analyses below; `stay_of(tables, icu_stay_id)` makes it."""
 
     events: pd.DataFrame  # hours_to_end, event_type, event_text and, once attributed, attribution
     statics: pd.DataFrame | None = None
@@ -1208,10 +1265,6 @@ def analyze_feature_importance_over_time(
 
     Parts are tenths of the stay's events or, with a record, clock windows before the end. Return dicts of stay, window,
     head, rank, position, importance, and with a record hours_to_end, event_type, event_text.
-
-    >>> rows = analyze_feature_importance_over_time(attention_weights, n_windows=2, top=1)
-    >>> [row["position"] for row in rows if row["stay"] == 0 and row["head"] == 1]
-    [0, 2]
     """
     rows = []
     for stay, (weights, events) in enumerate(weights_and_events(attention_weights, record)):
@@ -1234,9 +1287,6 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     weight within `near` (`local_attention`) and beyond (`global_attention`; NaN if none); the same per head in
     `head_matrices` (H, L, L), `head_local_attention` and `head_global_attention` (H,), and `head_local_share` of all
     weight (H,) beside `local_share_by_chance`. Maps read from a file are of equal bins: L is then their number.
-
-    >>> [(row["layer"], row["attention_matrix"].shape) for row in analyze_layer_attention_patterns(attention_weights)]
-    [(1, (4, 4)), (1, (2, 2))]
     """
     rows = []
     for stay, (pooling, events) in enumerate(weights_and_events(attention_weights)):
@@ -1262,11 +1312,6 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
     attributed, the signed sum of its attributions and the window's share of their absolute values.
 
     `feature_mapping` says what stands at each position: `stay_of(tables, icu_stay_id)`.
-
-    >>> record = stay_of(tables, icu_stay_id)
-    >>> table = analyze_temporal_feature_attribution(attention_weights, record)
-    >>> table[["window", "n_events", "attribution"]].values.tolist()
-    [['last 6 h', 2, 2.0], ['6 to 12 h', 1, -1.0], ['24 to 48 h', 1, 1.0]]
     """
     if not isinstance(feature_mapping, Stay):
         raise files.refusal("no_features")
@@ -1285,9 +1330,6 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], static
 
     Static features pass by the attention, so no weight can speak of them: `static_features` is the attributed stay,
     `stay_of(tables, icu_stay_id)`.
-
-    >>> analyze_static_feature_attribution(attention_weights, stay_of(tables, icu_stay_id))["feature"].tolist()
-    ['age', 'sex']
     """
     statics = static_features.statics if isinstance(static_features, Stay) else None
     if statics is None or "attribution" not in static_features.events:
@@ -1300,8 +1342,6 @@ def analyze_static_feature_attribution(attention_weights: dict[str, Any], static
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
-STAY_TABLES = ("events", "statics", "groups")  # written while stays are explained
-STAYS_A_PART = 100  # that are written at a time
 TABLE_FILES = {
     "stays": "stays.csv",
     "events": "event_attributions.parquet",
@@ -1310,16 +1350,15 @@ TABLE_FILES = {
     "layers": "layer_attributions.parquet",
     "heads": "head_correlations.csv",
     "query_similarity": "query_similarity.csv",
-    "windows": "time_windows.csv",
     "verdict": "verdict.csv",
     "trajectory": "risk_trajectories.csv",
     "curves": "deletion_insertion.csv",
     "items": "item_importance.csv",
     "systems": "organ_systems.csv",
     "decisive": "decisive_events.csv",
+    "pairs": "pairs.csv",
 }
 LOGGED_CHECKS = ("discrimination", "calibration", "patients", "patients, other", "time", "time, unused", "quick")
-ITEMS_LOGGED = 5
 
 
 class Explanation(dict[str, Any]):
@@ -1374,8 +1413,6 @@ def run_explainability_analysis(
     The data default to the checkpoint's own and may be a data frame; `save_dir` defaults to a folder beside the
     checkpoint's, None writes nothing. `options` are fields of `ExplainSettings`; the keys of the result are those of
     `TABLE_FILES`, faithfulness and attention. Raises InputError for what the caller can mend.
-
-    >>> tables = run_explainability_analysis("best_model.pth", "new.csv", save_dir=None, stays=2)  # doctest: +SKIP
     """
     if not logger.handlers and ("ipykernel" in sys.modules or not logging.root.handlers):  # nobody would see the log
         files.log_to_stdout()
@@ -1394,8 +1431,7 @@ def run_explainability_analysis(
         n_bootstrap = min(settings.n_bootstrap, N_BOOTSTRAP_QUICK)
         settings = replace(settings, stays=stays, max_stays=most, n_bootstrap=n_bootstrap)
     run = load_unseen(settings.checkpoint, test_data_path, settings)
-    with contextlib.nullcontext(lambda found: None) if folder is None else stay_files(Path(folder)) as write:
-        tables = explain_stays(run, settings, write)
+    tables = explain_stays(run, settings)
     log_what_was_found(tables)
     report = None if folder is None else Path(folder) / "report.html"
     found = Explanation(tables, run.checkpoint.text_encoder, report)
@@ -1415,7 +1451,7 @@ def log_what_was_found(tables: dict[str, Any]) -> None:
     logger.info(f"Checks      {explain_report.checks_sentence(tables['faithfulness'], verdict)}")
     if verdict.loc[verdict["check"].eq("discrimination"), "passed"].eq(False).any():
         return  # what such a model finds are no findings
-    for sentence in tables["items"]["sentence"][:ITEMS_LOGGED]:
+    for sentence in tables["items"].query("is_finding")["sentence"][:5]:
         logger.info(f"Findings    {sentence}")
     stay = stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
     decisive = tables["decisive"]
@@ -1427,8 +1463,7 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     """Write tables, faithfulness.json, the pictures and the report."""
     writer = run_folder.RunFolder(folder, asdict(run.checkpoint.settings))
     for name, file in TABLE_FILES.items():
-        if name not in STAY_TABLES:
-            writer.table(file, found[name])
+        writer.table(file, found[name])
     rows = lambda table: json.loads(table.to_json(orient="records", double_precision=15))
     means = found["curves"].groupby(["direction", "order", "fraction"])["change"].mean().reset_index()
     record = {"text_encoder": found.text_encoder, "stays": len(found["stays"]), "held_out_split": run.held_out}
@@ -1445,43 +1480,8 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     trained, labels = run.checkpoint.settings, run.table.labels
     info: dict[str, Any] = {"data": data, "checkpoint": checkpoint, "text_encoder": found.text_encoder}
     info["setting"] = run_folder.moment_of_prediction(trained.observation_hours, trained.labels)
-    info |= {"labels": labels, "risks": expit(run.logits)}
+    info |= {"labels": labels, "risks": expit(run.logits), "ids": run.table.stays["icu_stay_id"].to_numpy()}
     writer.text("report.html", explain_report.render_report(found, pictures, info))
-
-
-@contextlib.contextmanager
-def stay_files(folder: Path) -> Iterator[Callable[[Explained], None]]:
-    """Yield what appends a stay's tables to files; they appear in the folder when all stays are done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting: list[tuple[pd.DataFrame, ...]] = []
-    parquet: list[pq.ParquetWriter] = []  # the one of the events, once their columns are known
-    with tempfile.TemporaryDirectory(prefix=".partial_", dir=folder) as hidden:
-
-        def append_waiting() -> None:
-            for name, parts in zip(STAY_TABLES, zip(*waiting)):
-                table, path = pd.concat(parts, ignore_index=True), Path(hidden) / TABLE_FILES[name]
-                if path.suffix == ".csv":
-                    table.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.6g")
-                    continue
-                rows = pa.Table.from_pandas(table, parquet[0].schema if parquet else None, preserve_index=False)
-                if not parquet:
-                    parquet.append(pq.ParquetWriter(path, rows.schema))
-                parquet[0].write_table(rows)
-            waiting.clear()
-
-        def add(found: Explained) -> None:
-            waiting.append(tuple(getattr(found, name) for name in STAY_TABLES))
-            if len(waiting) == STAYS_A_PART:
-                append_waiting()
-
-        try:
-            yield add
-            append_waiting()
-        finally:
-            for writer in parquet:
-                writer.close()
-        for path in Path(hidden).iterdir():
-            path.replace(folder / path.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

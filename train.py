@@ -205,9 +205,8 @@ class ClinicalDataPreprocessor:
             "largest": numbers.max().fillna(0).tolist(),
             "time_mean": float(minutes.mean()),
             "time_scale": float(minutes.std()) or 1.0,
+            "item_quantiles": items.item_quantiles(table),
         }
-        if self.item_history:
-            state["item_quantiles"] = items.item_quantiles(table)
         return self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,7 +248,8 @@ class ClinicalDataPreprocessor:
 
     def encode_relative_time(self, minutes: np.ndarray) -> np.ndarray:
         """(n) minutes to the final event -> (n, 1) float32, mean 0 and scale 1 on the training events."""
-        return self.time_scaler.transform(np.asarray(minutes, float).reshape(-1, 1)).astype(np.float32)
+        numbers = np.asarray(minutes, float).reshape(-1, 1)  # of no event, where an explanation takes all out
+        return (self.time_scaler.transform(numbers) if len(numbers) else numbers).astype(np.float32)
 
     def decode_hours(self, encoded: Tensor) -> Tensor:
         """Return the inverse of `encode_relative_time`, in hours, for a tensor of any shape."""
@@ -639,7 +639,7 @@ class ClinicalSequenceDataset(Dataset):
     def __init__(
         self, table: StayTable, preprocessor: ClinicalDataPreprocessor, text_vectors: np.ndarray | Tensor
     ) -> None:
-        self.table, self.lengths = table, table.lengths
+        self.table, self.lengths, self.preprocessor = table, table.lengths, preprocessor
         self.text_vectors = torch.as_tensor(text_vectors)  # (n_texts, E)
         self.device = self.text_vectors.device
         here = lambda array: torch.from_numpy(array).to(self.device)

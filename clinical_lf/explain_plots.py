@@ -1,6 +1,5 @@
 """Pictures of an explanation, from its tables; towards death is vermillion and right or up, away from it blue."""
 
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from matplotlib.figure import Figure
 
 from clinical_lf import explain_report as report
 from clinical_lf import findings
-from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, replaced_in_words, short_text, signed
+from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, removed_in_words, short_text, signed
 from clinical_lf.files import WORDS, InputError
-from clinical_lf.findings import CLOCK_WINDOWS, clock_window, column_means, means_by, rank_agreement, stay_shares
+from clinical_lf.findings import CLOCK_WINDOWS, means_by
 from clinical_lf.plots import BLUE, GREY, ORANGE, VERMILLION, bands, new_figure, small_bar, tidy
 from clinical_lf.tables import EVENT_TYPES
 
@@ -23,14 +22,14 @@ Tables = dict[str, Any]
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
 SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
 TO_END = "hours before the final event or observation limit"
-LOGIT = "logit (right: towards death)"
-OVER_TIME = (  # measures of an event: column, word, is it a push, colour and marker
-    ("attention", "pooling attention", False, BLUE, "o"),
-    ("rollout", "attention rollout", False, ORANGE, "s"),
-    ("attribution", "push", True, "#009E73", "D"),
-    ("if_unremarkable", "if unremarkable", True, VERMILLION, "^"),
+LOGIT = f"logit (right: towards death; band: below {FLOOR})"
+OVER_TIME = (  # measures of an event: column, word, is it a push
+    ("attention", "pooling attention", False),
+    ("rollout", "attention rollout", False),
+    ("attribution", "push", True),
+    ("if_absent", "if absent", True),
 )
-METHOD_STYLES = {"attribution": ("#9ecae1", "-", 4), "if_unremarkable": ("black", "--", 1.2)}  # colour, line, its width
+METHOD_STYLES = {"attribution": ("#9ecae1", "-", 4), "if_absent": ("black", "--", 1.2)}  # colour, line, its width
 METHOD_STYLES |= {"attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
 ABOVE = {"loc": "outside upper center", "ncols": 4, "fontsize": 7.5, "frameon": False}  # a legend above all panels
 
@@ -46,17 +45,19 @@ def page(name: str, caption: str, height: float, **facts: Any) -> Figure:
     return new_figure(WORDS["questions"][name].format(**facts), caption, height)
 
 
-def dots(axes: Axes, means: pd.DataFrame, color: Any, shift: float = 0, upright: bool = False, **style: Any) -> None:
+def dots(axes: Axes, means: pd.DataFrame, color: Any, shift: float = 0, **style: Any) -> None:
     """Draw means with their intervals as bars at 0, 1, ... and a shift; `color` one or one per row."""
     at = np.arange(len(means)) + shift
-    (axes.vlines if upright else axes.hlines)(at, means["low"], means["high"], color=color, linewidth=1.1)
-    x, y = (at, means["mean"]) if upright else (means["mean"], at)
-    axes.scatter(x, y, color=color, s=16, zorder=3, **style)
+    axes.hlines(at, means["low"], means["high"], color=color, linewidth=1.1)
+    axes.scatter(means["mean"], at, color=color, s=16, zorder=3, **style)
 
 
-def name_rows(axes: Axes, left: Any, right: Any = (), n_ticks: int = 6, size: float = 7.5, **words: Any) -> None:
-    """Name the rows of a panel, first on top, at the left and, small, at the right; a line stands at 0."""
+def name_rows(
+    axes: Axes, left: Any, right: Any = (), n_ticks: int = 6, size: float = 7.5, floor: float = FLOOR, **words: Any
+) -> None:
+    """Name the rows of a panel, first on top, at the left and, small, at the right; a band around 0 is the floor."""
     tidy(axes, ticks=(n_ticks,), **words)
+    axes.axvspan(-floor, floor, color="#f0f4f0", linewidth=0, zorder=0)
     axes.axvline(0, color="black", linewidth=0.7)
     axes.set_yticks(range(len(left)), left, fontsize=size)
     axes.set(ylim=(len(left) - 0.4, -0.6), axisbelow=True)
@@ -126,54 +127,25 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
 
 
 def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
-    """Draw `attention` of one stay (pooling (heads, L), hours, texts), and where in all stays a head looks."""
-    attention, events = tables["attention"], tables["events"]
+    """Draw `attention` of one stay: pooling (heads, L), hours, texts."""
+    attention = tables["attention"]
     pooling, hours = (np.asarray(attention[name], dtype=float) for name in ("pooling", "hours"))
-    upper, lower = bands(page("sequence_importance", caption, len(pooling) + 3.4), [len(pooling), 2.0])
+    (body,) = bands(page("sequence_importance", caption, len(pooling) + 1.2), [1])
     title = f"Stay {attention['icu_stay_id']}: weight of every event, times an even share; its three heaviest are dark"
     rows = [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)]
-    draw_stems(upper, title, rows, hours, attention["texts"])
-    length = events["hours_since_admission"] + events["hours_to_end"]
-    place = events["hours_since_admission"] / length.clip(lower=1e-9)
-    tenth = pd.cut(place, np.linspace(0, 1, 11), include_lowest=True, labels=np.arange(1, 11))
-    panels = lower.subplots(1, len(pooling), sharex=True, sharey=True, squeeze=False)[0]
-    for head, axes in enumerate(panels, 1):
-        more = stay_shares(events, tenth, f"attention_head_{head}") - stay_shares(events, tenth)
-        dots(axes, column_means(100 * more), "black", shift=1, upright=True)
-        axes.axhline(0, color="black", linewidth=0.5)
-        axes.set_xticks([1, 4, 7, 10])
-        tidy(axes, title=f"head {head}")
-    panels[0].set_ylabel("points more than\nan even share, %", fontsize=8)
-    lower.supxlabel("tenth of the stay's time (1: after admission, 10: before the end)", fontsize=8)
-    n_stays = counted(events["icu_stay_id"].nunique(), "stay")
-    lower.suptitle(f"Mean of {n_stays}, 95 % interval over patients", fontsize=9)
-    return lower.figure
+    draw_stems(body, title, rows, hours, attention["texts"])
+    return body.figure
 
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
-    """Draw attention and pushes of one stay over time, and their shares in the windows before the end of all."""
+    """Draw attention and pushes of one stay over time."""
     events, icu_stay_id = tables["events"], tables["attention"]["icu_stay_id"]
-    upper, lower = bands(page("sequence_importance_combined", caption, 7.2), [1.25, 1])
+    (body,) = bands(page("sequence_importance_combined", caption, 5.0), [1])
     own = events.query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
-    title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{replaced_in_words(own)}"
-    rows = [(name.replace(" ", "\n"), own[column].to_numpy(float), is_push) for column, name, is_push, *_ in OVER_TIME]
-    draw_stems(upper, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
-    bins, axes = clock_window(events["hours_to_end"]), lower.subplots()
-    used = [name for name in reversed(CLOCK_WINDOWS) if name in set(bins)]  # the end of the stay at the right, as above
-    even = column_means(stay_shares(events, bins)[used])
-    axes.bar(range(len(used)), 100 * even["mean"], color="#e3e3e3", label="share of the events", zorder=0)
-    for at, (column, name, _, color, marker) in enumerate(OVER_TIME):
-        shares = column_means(100 * stay_shares(events, bins, column)[used])
-        dots(axes, shares, color, 0.1 * (at - 1.5), True, marker=marker, label=name)
-    reach = events.groupby("icu_stay_id")["hours_to_end"].max()
-    names = [f"{name}\n{counted((reach >= CLOCK_WINDOWS[name]).sum(), 'stay')}" for name in used]
-    axes.set_xticks(range(len(used)), names)
-    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
-    axes.legend(fontsize=7, frameon=False, ncols=5, loc="upper center")
-    title = f"Mean of {counted(len(reach), 'stay')} and its 95 % interval; sizes of pushes{replaced_in_words(events)}"
-    tidy(axes, f"{TO_END}; stays that reach back so far", "share, %", title)
-    lower.supxlabel(textwrap.fill(" ".join(tables["windows"]["sentence"][:2]), 115), fontsize=7.5)
-    return lower.figure
+    title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{removed_in_words(own)}"
+    rows = [(name.replace(" ", "\n"), own[column].to_numpy(float), is_push) for column, name, is_push in OVER_TIME]
+    draw_stems(body, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
+    return body.figure
 
 
 def draw_head_specialization(tables: Tables, caption: str) -> Figure:
@@ -204,7 +176,7 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
 
 
 def draw_feature_importance(tables: Tables, caption: str) -> Figure:
-    """Draw event types and items per event, organ systems and statics per stay, each pair on an axis of its own."""
+    """Draw event types and items per event, organ systems and statics per stay."""
     events, systems = tables["events"], tables["systems"].rename(columns={"push": "attribution"})
     items, least = findings.important_items(events, 12)
     types, of_items = events.replace({"event_type": TYPE_WORDS}), events[events["item"].isin(items)]
@@ -215,29 +187,25 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
         ("Patient and admission, per stay", "stays / patients", tables["statics"], "feature"),
     )
     n_rows = [table[group].nunique() for *_, table, group in blocks]
-    pairs = (n_rows[:2], n_rows[2:])
-    halves = bands(page("feature_importance", caption, 0.2 * sum(n_rows) + 3.6), [sum(pair) + 4 for pair in pairs])
-    grids = [half.subplots(2, 2, sharex="col", height_ratios=pair) for half, pair in zip(halves, pairs)]
-    for (title, counted_in, table, group), (left, right) in zip(blocks, np.concatenate(grids)):
+    (body,) = bands(page("feature_importance", caption, 0.2 * sum(n_rows) + 3.4), [1])
+    panels = body.subplots(4, 1, height_ratios=[n + 1 for n in n_rows])
+    for axes, (title, counted_in, table, group) in zip(panels, blocks):
         size = means_by(table.assign(size=table["attribution"].abs()), group, "size")
         size = size.sort_values("mean", ascending=False)
         mean = means_by(table, group, "attribution").loc[size.index]
-        dots(left, mean, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
-        dots(right, size, "black")
-        name_rows(left, [plain(name, 44, report.cut) for name in size.index], n_ticks=3)
-        name_rows(right, [""] * len(size), [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])], n_ticks=3)
-        left.set_title(title, fontsize=8.5, loc="left")
-        right.set_title(counted_in, fontsize=7.5, loc="right")
-    for _, (left, right) in grids:
-        right.set_xlim(left=0)
-        left.set_xlabel(f"mean push, {LOGIT}", fontsize=8)
-        right.set_xlabel("mean size, logit", fontsize=8)
-    return halves[0].figure
+        axes.barh(range(len(size)), size["mean"], color="#dddddd")
+        dots(axes, mean, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
+        names = [plain(name, 60, report.cut) for name in size.index]
+        name_rows(axes, names, [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])])
+        axes.set_title(title, fontsize=8.5, loc="left")
+        axes.set_title(counted_in, fontsize=7.5, loc="right")
+    panels[-1].set_xlabel(f"dot: mean push, grey: mean size, {LOGIT}", fontsize=8)
+    return body.figure
 
 
 def draw_item_importance(tables: Tables, caption: str) -> Figure:
-    """Draw the items that matter most as a beeswarm: a dot per event, coloured by its value's place in the item."""
-    events, items = tables["events"], tables["items"]
+    """Draw the items and statics that matter most: a dot per event or stay, coloured by its value's place."""
+    events, items = findings.with_statics(tables), tables["items"]
     figure = page("item_importance", caption, 0.26 * len(items) + 1.7)
     axes, norm, draw = figure.subplots(), Normalize(0, 1), np.random.default_rng(0)
     names, rho = [], []
@@ -249,9 +217,10 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
         style = {"c": part["place"][known], "s": 6, "cmap": "viridis", "norm": norm, "linewidths": 0}
         axes.scatter(part["attribution"][known], height[known], **style)
         names.append(("(!) " if item.tells_outcome else "") + plain(item.item, 40, report.cut))
-        rho.append("" if np.isnan(item.rho) else f"{item.rho:+.2f} ({item.n_values})".replace("-", "−"))
-    name_rows(axes, names, rho, xlabel=f"push, {LOGIT}; a dot an event; grey: no value; (!): tells the outcome")
-    axes.set_title("rho of value and push (n)", fontsize=7.5, loc="right")
+        is_shown = item.rho_low > 0 or item.rho_high < 0
+        rho.append(f"{item.rho:+.2f} ({item.n_values})".replace("-", "−") if is_shown else "")
+    name_rows(axes, names, rho, xlabel=f"push, {LOGIT}\na dot an event or stay; grey: no value; (!): tells the outcome")
+    axes.set_title("rho of value and push (n), if its interval excludes 0", fontsize=7.5, loc="right")
     ends = {0: "lowest", 0.5: "middle", 1: "highest"}
     small_bar(figure, cm.ScalarMappable(norm, "viridis"), axes, "value among those of its item", ends)
     return figure
@@ -267,30 +236,53 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
         dots(axes, rows, BLUE)
         names = [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in rows["n_events"].items()]
-        name_rows(axes, names, n_ticks=3, size=8, title=f"head {head}")
+        name_rows(axes, names, n_ticks=3, size=8, floor=0, title=f"head {head}")
     label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
     panels[len(panels) // 2].set_xlabel(label, fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
     return figure
 
 
 def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
-    """Draw horizontal bars, first on top, with their values; colours by sign."""
+    """Draw horizontal bars, first on top, with their values; colours by sign; say so where there are none."""
+    if not len(values):
+        axes.text(0.5, 0.5, f"nothing here moves the logit by {FLOOR}", ha="center", transform=axes.transAxes)
     bars = axes.barh(range(len(values)), values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
     axes.bar_label(bars, [f" {signed(value)} " for value in values], fontsize=6.5)
     axes.margins(x=0.27)
     name_rows(axes, names, n_ticks=5, xlabel=LOGIT)
 
 
+def draw_heatmap(figure: Any, events: pd.DataFrame) -> None:
+    """Draw the push of a stay's items over the hours, the items that push most on top; grey: no event."""
+    sizes = events["attribution"].abs().groupby(events["item"]).sum().nlargest(12)
+    sizes, hours, axes = sizes[sizes >= FLOOR], events["hours_to_end"], figure.subplots()
+    if sizes.empty:
+        signed_bars(axes, sizes.to_numpy(), [])
+        return
+    edges = np.linspace(min(0, hours.min()), max(hours.max(), 1e-9), 25)
+    bins = np.digitize(hours, edges[1:-1])
+    sums = events["attribution"].groupby([events["item"], bins]).sum().unstack().reindex(sizes.index)
+    grid = sums.reindex(columns=range(24)).to_numpy(float)
+    top = max(np.nanmax(np.abs(grid), initial=0), FLOOR)
+    extent = (edges[0], edges[-1], len(sizes), 0)
+    image = axes.imshow(grid, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest", extent=extent)
+    axes.set_facecolor("#e3e3e3")
+    axes.invert_xaxis()
+    axes.set_yticks(np.arange(len(sizes)) + 0.5, [plain(item, 40) for item in sizes.index], fontsize=7)
+    small_bar(figure, image, axes, "push, logit", {})
+    tidy(axes, TO_END, "", "Push of the stay's items over time; grey: none then")
+
+
 def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
     """Draw one stay, by default that of the highest risk: pushes and risk over time, the strongest events, statics."""
-    stays, everyone = tables["stays"].set_index("icu_stay_id"), tables["events"]
+    stays = tables["stays"].set_index("icu_stay_id")
     icu_stay_id = icu_stay_id or stays["probability"].idxmax()
     row = stays.loc[icu_stay_id]
     own = [tables[name].query(f"icu_stay_id == {icu_stay_id}") for name in ("events", "statics", "trajectory")]
     events, statics, arriving = own
     push, hours = events["attribution"], events["hours_to_end"]
     facts = {"stay": icu_stay_id, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
-    line, middle, below = bands(page("captum_attributions", caption, 8.0, **facts), [1, 2.2, 1.3])
+    line, middle, over_time, below = bands(page("captum_attributions", caption, 10.2, **facts), [1, 2.2, 1.7, 1.1])
     said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
     said += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
@@ -302,101 +294,76 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
         risk, end = axes.twinx(), events["hours_since_admission"].max() + hours.min()
         risk.plot(end - arriving["hours_since_admission"], 100 * arriving["probability"], color=GREY, linewidth=1.2)
         risk.set_ylim(0, 100)
-        risk.set_ylabel("grey: risk as\nevents arrive, %", fontsize=8, color=GREY)
+        early = "\n(early: extrapolated)" if arriving["extrapolated"].any() else ""
+        risk.set_ylabel(f"grey: risk as events\narrive, %{early}", fontsize=8, color=GREY)
         risk.tick_params(labelsize=8)
     axes.invert_xaxis()
     middle.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
-    towards = events.nlargest(7, "attribution").query("attribution >= 0.0005")
-    away = events.nsmallest(7, "attribution").query("attribution <= -0.0005")
+    towards = events.nlargest(7, "attribution").query(f"attribution >= {FLOOR}")
+    away = events.nsmallest(7, "attribution").query(f"attribution <= -{FLOOR}")
     named, texts = pd.concat([towards, away[::-1]]), []
     for event in named.itertuples():
         history, mark = f"  {event.in_history}" if event.in_history else "", "(!) " if event.tells_outcome else ""
         texts.append(f"{mark}{plain(event.event_text, 56)}{history}  {event.hours_to_end:.1f} h")
     signed_bars(middle.subplots(), named["attribution"].to_numpy(), texts)
-    left, right = below.subplots(1, 2, width_ratios=[1.5, 1])
-    top = statics.sort_values("attribution", key=abs, ascending=False).head(8)
+    draw_heatmap(over_time, events)
+    left = below.subplots()
+    top = statics[statics["attribution"].abs() >= FLOOR].sort_values("attribution", key=abs, ascending=False).head(8)
     texts = [plain(f"{name}: {report.plain_number(value)}", 38) for name, value in zip(top["feature"], top["value"])]
     signed_bars(left, top["attribution"].to_numpy(), texts)
     left.set_title("Patient and admission", fontsize=9)
-    sizes = everyone.set_index("patient_id").filter(like="attribution_").abs()  # of each event's parts
-    table = column_means(sizes.loc[:, sizes.any()]).sort_values("mean", ascending=False)
-    dots(right, table, "black")
-    names = [part.removeprefix("attribution_") for part in table.index]
-    title = f"What counts? {counted(everyone['icu_stay_id'].nunique(), 'stay')}"
-    name_rows(right, names, n_ticks=3, size=8, xlabel="mean size per event, logit", title=title)
-    right.set_xlim(left=0)
     return line.figure
 
 
 def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
-    """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): one stay over its events, all stays below."""
+    """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): the stay of the highest risk."""
     layers, risks = tables["layers"], tables["stays"].set_index("icu_stay_id")["probability"]
     names = layers["layer"].unique()
     labels = [name.replace("_", " ") for name in names]
     stay = risks[layers["icu_stay_id"].unique()].idxmax()
     caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
-    upper, lower = bands(page("captum_layer_attributions", caption, 5.4), [1.2, 1])
+    (body,) = bands(page("captum_layer_attributions", caption, 3.2), [1])
     wide = layers.query(f"icu_stay_id == {stay}").pivot(index="layer", columns="event", values="attribution").loc[names]
     hours = tables["events"].query(f"icu_stay_id == {stay}").sort_values("event")["hours_to_end"].to_numpy()
-    axes, top = upper.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
+    axes, top = body.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
     image = axes.imshow(wide, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest")
-    small_bar(upper, image, axes, "logit (up: towards death)", {})
+    small_bar(body, image, axes, "logit (up: towards death)", {})
     axes.set_yticks(range(len(names)), labels)
-    title = f"Stay {stay}: Integrated Gradients at each layer, {counted(len(hours), 'event')}"
+    title = f"Stay {stay}, {counted(len(hours), 'event')}; the sums miss at most {layers['gap_error'].abs().max():.2g}"
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
     axes.set_xticks(ticks, [f"{hours[tick]:.0f}" for tick in ticks])
-    both = layers.merge(layers[layers["layer"] == names[0]], on=["icu_stay_id", "event"], suffixes=("", "_first"))
-    found = rank_agreement(both, ["layer", "icu_stay_id", "patient_id"], "attribution", "attribution_first")
-    axes = lower.subplots()
-    heights = pd.Index(names).get_indexer(found["layer"]) + np.random.default_rng(0).uniform(-0.2, 0.2, len(found))
-    axes.scatter(found["correlation"], heights, s=5, color="#b5b5b5")
-    dots(axes, means_by(found, "layer", "correlation").reindex(names), "black")
-    gap, n_stays = layers["gap_error"].abs().max(), counted(layers["icu_stay_id"].nunique(), "stay")
-    label = f"rank correlation of a stay's events, {n_stays}; black: mean, 95 % interval"
-    title = f"Agreement with {labels[0]}; the sums miss at most {gap:.2g} logit"
-    name_rows(axes, labels, xlabel=label, title=title)
-    axes.set_xlim(min(0.0, found["correlation"].min()) - 0.03, 1.03)
-    return lower.figure
+    return body.figure
 
 
 def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
-    """Draw `groups` (attribution, ablation per stay, kind and group) and `events` (attribution, if_unremarkable)."""
-    groups, events = tables["groups"], tables["events"]
+    """Draw `groups`: attribution and ablation per stay, kind and group."""
+    groups = tables["groups"]
     order, sizes = [*EVENT_TYPES, *CLOCK_WINDOWS], groups.groupby("kind", sort=False)["group"].nunique()
-    height = 0.23 * sizes.sum()
-    upper, lower = bands(page("captum_ablation_attributions", caption, height + 5.2), [height + 1.6, 2.6])
-    panels = upper.subplots(len(sizes), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    (body,) = bands(page("captum_ablation_attributions", caption, 0.23 * sizes.sum() + 2.2), [1])
+    panels = body.subplots(len(sizes), 1, height_ratios=sizes, squeeze=False)[:, 0]
     for axes, (kind, rows) in zip(panels, groups.groupby("kind", sort=False)):
         names = sorted(rows["group"].unique(), key=lambda name: order.index(name) if name in order else 0)
         pushes, falls = (means_by(rows, "group", value).reindex(names) for value in ("attribution", "ablation"))
         dots(axes, pushes, BLUE, -0.14, label="push, summed")
-        dots(axes, falls, VERMILLION, 0.14, marker="s", label="if unremarkable")
+        dots(axes, falls, VERMILLION, 0.14, marker="s", label="if absent (patient and admission: if average)")
         labels, stays = [TYPE_WORDS.get(name, plain(name, 40)) for name in names], rows.groupby("group")["icu_stay_id"]
         name_rows(axes, labels, [counted(n, "stay") for n in stays.nunique()[names]])
         axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
     panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
-    upper.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
-    axes, known = lower.subplots(), events.dropna(subset=["if_unremarkable"])
-    shown = known["attribution"], known["if_unremarkable"]
-    axes.hexbin(*shown, gridsize=60, bins="log", vmin=0.1, cmap="Greys", mincnt=1)  # one event shows
-    axes.axline((0, 0), slope=1, color=VERMILLION, linewidth=0.7, linestyle="--")
-    agreement = rank_agreement(known, ["icu_stay_id", "patient_id"], "attribution", "if_unremarkable")["correlation"]
-    median = f"median rank correlation within a stay {agreement.median():.2f}"
-    title = f"{len(known):,} of {counted(len(events), 'event')} (dashed: equal); {median}"
-    tidy(axes, "push, logit", "if unremarkable, logit", title, ticks=(6, 5))
-    return lower.figure
+    body.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
+    return body.figure
 
 
 def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     """Draw `curves` of all checked stays, mean by direction, order and fraction: a panel for each direction."""
     curves, events = tables["curves"], tables["events"]
     n_stays = counted(curves["icu_stay_id"].nunique(), "stay")
-    replaced = replaced_in_words(events[events["icu_stay_id"].isin(curves["icu_stay_id"])])
-    caption = f"{caption} · measured on {n_stays}{replaced}{', the others count as 0' if replaced else ''}"
+    removed = removed_in_words(events[events["icu_stay_id"].isin(curves["icu_stay_id"])])
+    caption = f"{caption} · measured on {n_stays}{removed}{', the others count as 0' if removed else ''}"
     (body,) = bands(page("deletion_insertion", caption, 3.4), [1])
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
-    titles = {"deletion": "Events made unremarkable", "insertion": "Events given to a stay that says nothing"}
+    titles = {"deletion": "Events taken out of the stay", "insertion": "Events given to a stay without any"}
     for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
         for order, (color, line, width) in METHOD_STYLES.items():
             curve, label = means[direction, order], report.METHOD_WORDS.get(order, "random order")
@@ -425,5 +392,7 @@ def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
     """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any."""
     left_out = set() if len(tables["curves"]) else {"deletion_insertion"}
     if not len(tables["attention"]["layer_maps"]):
-        left_out |= {"layer_attention_weights", "captum_layer_attributions"}
+        left_out.add("layer_attention_weights")
+    if "layer_attention_weights" in left_out or not len(tables["layers"]):
+        left_out.add("captum_layer_attributions")
     return {name: draw_figure(name, tables, caption) for name in FIGURES if name not in left_out}

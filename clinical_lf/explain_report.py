@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.special import logit
+from scipy.stats import binomtest
 
 from clinical_lf.files import WORDS
-from clinical_lf.metrics import calibration_table
 from clinical_lf.run_folder import render
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
@@ -112,50 +113,65 @@ def short_text(text: str, width: int = 46) -> str:
     return cut(" · ".join(said), width)
 
 
-def replaced_in_words(events: pd.DataFrame) -> str:
-    """Return `; 620 of 3,000 events replaced one by one`, or nothing where all are."""
-    n_replaced = events["if_unremarkable"].count()
-    return "" if n_replaced == len(events) else f"; {n_replaced:,} of {len(events):,} events replaced one by one"
+def removed_in_words(events: pd.DataFrame) -> str:
+    """Return `; 620 of 3,000 events taken out one by one`, or nothing where all are."""
+    n_removed = events["if_absent"].count()
+    return "" if n_removed == len(events) else f"; {n_removed:,} of {len(events):,} events taken out one by one"
+
+
+def item_kind(row: dict[str, Any]) -> str:
+    """Return which sentence of words.yaml an item deserves: a direction only where its interval excludes 0."""
+    if row["size"] < FLOOR:
+        return "small"
+    if row["rho_low"] > 0 or row["rho_high"] < 0:
+        return "towards" if row["highest_push"] >= FLOOR else "away"
+    is_shown = abs(row["beyond"]) >= FLOOR and (row["beyond_low"] > 0 or row["beyond_high"] < 0)
+    return ("push" if row["n_values"] else "no values") if is_shown else "either"
 
 
 def item_sentence(row: dict[str, Any]) -> str:
-    """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87, n 40).`"""
-    direction, end = "towards" if row["push"] > 0 else "away from", "high" if row["rho"] > 0 else "low"
-    if math.isnan(row["rho"]):
-        kind = "few values" if row["n_values"] else "no values"
-    else:
-        kind = "hardly" if abs(row["rho"]) < 0.3 else "towards" if row["highest_push"] > 0 else "away"
-    return WORDS["items"][kind].format(**row, direction=direction, end=end, mean=signed(row["push"]))
+    """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87 [0.80, 0.92], n 40).`"""
+    direction, end = "towards" if row["beyond"] > 0 else "away from", "high" if row["rho"] > 0 else "low"
+    numbers = [signed(row[f"beyond{name}"]) for name in ("", "_low", "_high")]
+    mean = "{} [{}, {}] ".format(*numbers) + ("a stay" if row["is_static"] else "against the average event")
+    return WORDS["items"][row["kind"]].format(**row, direction=direction, end=end, mean=mean)
 
 
-def window_sentence(row: Any) -> str:
-    """Say how much of the push lies in a window: `Events in the last 6 h carry 17 % [13, 21] of all push; ...`"""
-    where = f"in the {row.window}" if row.window.startswith("last") else f"{row.window} before the end"
-    interval = "" if math.isnan(row.low) else f" [{100 * row.low:.0f}, {100 * row.high:.0f}]"
-    carried, present = f"{100 * row.share:.0f} %{interval}", f"{100 * row.share_of_events:.0f} %"
-    return f"Events {where} carry {carried} of all push; they are {present} of the events."
-
-
-def calibration_sentence(labels: np.ndarray, risks: np.ndarray, probability: float) -> str:
-    """Say what became of those of (n,) stays with about this risk."""
-    known = ~np.isnan(labels)
-    if known.sum() < 20:
+def similar_sentence(labels: np.ndarray, risks: np.ndarray, at: int) -> str:
+    """Say what became of those of (n,) stays whose risks are nearest to that of the stay at a place, without itself."""
+    others = np.flatnonzero(~np.isnan(labels) & (np.arange(len(labels)) != at))
+    if len(others) < 20:
         return "There are too few stays to say how far a risk of this size can be trusted."
-    table = calibration_table(labels[known], risks[known])
-    row = table.loc[(table["mean_risk"] - probability).abs().idxmin()]
-    percents = dict(100 * row[["observed_rate", "low", "high"]])
-    return WORDS["page"]["similar"].format(**dict(row) | percents, mean=percent(row["mean_risk"]))
+    distance = np.abs(logit(risks[others].clip(1e-7, 1 - 1e-7)) - logit(risks[at].clip(1e-7, 1 - 1e-7)))
+    nearest = others[np.argsort(distance, kind="stable")[: int(np.clip(len(others) // 10, 20, 100))]]
+    deaths = int(labels[nearest].sum())
+    bounds = binomtest(deaths, len(nearest)).proportion_ci(method="wilson")
+    facts = {"n": len(nearest), "deaths": deaths, "low": 100 * bounds.low, "high": 100 * bounds.high}
+    facts |= {"least": percent(risks[nearest].min()), "most": percent(risks[nearest].max())}
+    return WORDS["page"]["similar"].format(**facts, observed_rate=100 * deaths / len(nearest))
 
 
 def decisive_sentence(decisive: pd.DataFrame) -> str:
-    """Say without which events the decision would be another one."""
+    """Say without which events the decision would be another one; nothing where they hardly move the risk."""
     if decisive.empty:
         return ""
     row, n = decisive.iloc[0], len(decisive)
+    if abs(logit(row["probability"]) - logit(row["probability_without"])) < FLOOR:
+        return ""
     risks = {name: percent(row[name]) for name in ("probability", "probability_without", "threshold")}
     texts = "; ".join(short_text(text, 80) for text in decisive["event_text"])
     which = "this event" if n == 1 else f"these {n} events"
     return WORDS["page"]["decisive"].format(**risks, which=which, texts=texts)
+
+
+def pair_sentence(pairs: pd.DataFrame) -> str:
+    """Say which pair of a stay interacts most; nothing where that is below FLOOR."""
+    if pairs.empty or pairs["interaction"].abs().max() < FLOOR:
+        return ""
+    row = pairs.loc[pairs["interaction"].abs().idxmax()]
+    moves = {name: signed(row[name]) for name in ("with_second", "without_second")}
+    texts = {name: short_text(row[name], 80) for name in ("first", "second")}
+    return WORDS["page"]["pair"].format(**moves, **texts, n=len(pairs))
 
 
 def cohort_sentence(stays: pd.DataFrame) -> str:
@@ -167,9 +183,9 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     who = f"{counted(len(stays), 'held-out stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
     flagged = int((~stays["complete"].astype(bool)).sum())
     adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."
-    n_events, n_replaced = stays["n_events"].sum(), stays["n_replaced"].sum()
-    if n_replaced < n_events:
-        adds += WORDS["page"]["replaced"].format(n=n_replaced)
+    n_events, n_removed = stays["n_events"].sum(), stays["n_removed"].sum()
+    if n_removed < n_events:
+        adds += WORDS["page"]["removed"].format(n=n_removed)
     return f"{who} with {counted(n_events, 'event')}. {ends} {adds}"
 
 
@@ -218,12 +234,13 @@ def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], i
     stays, items, sections = tables["stays"], tables["items"], []
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
     for stay in shown.itertuples():
-        names = ("events", "statics", "systems", "decisive")
+        names = ("events", "statics", "systems", "decisive", "trajectory", "pairs")
         own = {name: tables[name][tables[name]["icu_stay_id"] == stay.icu_stay_id] for name in names}
         events, own["statics"] = own["events"], own["statics"].sort_values("attribution", key=abs, ascending=False)
+        own["place"] = int(np.flatnonzero(info["ids"] == stay.icu_stay_id)[0])
         own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
         own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
         sections.append((stay, own))
-    said = items["sentence"][items["rho"].abs() >= 0.3].tolist()
+    said = items["sentence"][items["is_finding"]].tolist()
     content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections, said_of_items=said)
     return render("report.html.j2", globals() | content)  # the page calls the functions above by their names

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from clinical_lf.explain_report import item_sentence, window_sentence
-from clinical_lf.metrics import mean_with_interval
+from clinical_lf.explain_report import item_kind, item_sentence
+from clinical_lf.metrics import bootstrap, interval_of, mean_with_interval
 
 # Windows before the end of what is read, and the hour at which each begins.
 CLOCK_WINDOWS = {"last 6 h": 0, "6 to 12 h": 6, "12 to 24 h": 12, "24 to 48 h": 24, "48 to 96 h": 48}
@@ -29,13 +29,6 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return (centred[0] @ centred[1].T) / np.outer(*lengths)
 
 
-def rank_agreement(table: pd.DataFrame, keys: list[str], first: str, second: str) -> pd.DataFrame:
-    """Return the rank correlation of two columns in each group: the keys, and `correlation`."""
-    groups = table.groupby(keys, sort=False)
-    rows = [(*names, rank_correlation(part[first], part[second])[0, 0]) for names, part in groups]
-    return pd.DataFrame(rows, columns=[*keys, "correlation"])
-
-
 def means_by(
     table: pd.DataFrame, keys: str | list[str], value: str, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
@@ -52,33 +45,6 @@ def clock_window(hours_to_end: Any) -> pd.Categorical:
     return pd.Categorical.from_codes(np.maximum(place, 0), list(CLOCK_WINDOWS), ordered=True)
 
 
-def stay_shares(events: pd.DataFrame, bins: Any, column: str = "") -> pd.DataFrame:
-    """Return (stays, bins): a stay's shares of its total |column| by bin, by default of its events."""
-    bins = pd.Categorical(bins)
-    values = events[column].abs() if column else pd.Series(1.0, events.index)
-    table = values.groupby([events["patient_id"], events["icu_stay_id"], np.asarray(bins)]).sum().unstack(fill_value=0)
-    table = table.reindex(columns=bins.categories, fill_value=0)
-    return table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
-
-
-def column_means(shares: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return mean, low, high of each column over stays, 95 % interval over patients."""
-    patients = shares.index.get_level_values("patient_id").to_numpy()
-    found = [mean_with_interval(shares[name].to_numpy(), patients, n_bootstrap, seed) for name in shares]
-    return pd.DataFrame(found, index=shares.columns).rename(columns={"value": "mean"})
-
-
-def window_table(events: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return each clock window's share in a stay's |attribution|, mean over stays, and the sentence that says so."""
-    windows = clock_window(events["hours_to_end"])
-    of_events = stay_shares(events, windows)
-    shares = column_means(stay_shares(events, windows, "attribution"), n_bootstrap, seed)
-    table = shares.rename(columns={"mean": "share"})[["share", "low", "high"]]
-    table = table.assign(share_of_events=of_events.mean(), n_stays=(of_events > 0).sum())
-    table = table[table["n_stays"] > 0].rename_axis("window").reset_index()
-    return table.assign(sentence=[window_sentence(row) for row in table.itertuples()])
-
-
 def important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]:
     """Return the items of the largest mean |push| among those that enough patients have, and how many that is."""
     sizes = events.assign(size=events["attribution"].abs()).groupby("item")
@@ -89,19 +55,55 @@ def important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]
     return common["size"].nlargest(n_items).index.tolist(), math.ceil(least)
 
 
-def item_table(events: pd.DataFrame, n_items: int = 20) -> pd.DataFrame:
-    """Return the items that matter most; rho is the rank correlation of value and push, NaN below 10 values."""
-    rows = []
-    for item in important_items(events, n_items)[0]:
-        part = events[events["item"] == item]
-        known, push = part.dropna(subset=["value"]), part["attribution"]
-        is_judged = len(known) >= 10 and known["value"].nunique() > 2
-        rho = float(rank_correlation(known["value"], known["attribution"])[0, 0]) if is_judged else math.nan
-        row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique(), "push": push.mean()}
-        row |= {"size": push.abs().mean(), "highest_push": push.max(), "rho": rho, "n_values": len(known)}
-        row |= {"tells_outcome": bool(part["tells_outcome"].any()), "sentence": item_sentence(row)}
-        rows.append(row)
-    return pd.DataFrame(rows)
+def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
+    """Return the events, and below them the statics of each stay as items of their own; numbers are values."""
+    statics = tables["statics"].rename(columns={"feature": "item"}).assign(tells_outcome=False, is_static=True)
+    statics["value"] = pd.to_numeric(statics["value"], errors="coerce")
+    both = pd.concat([tables["events"].assign(is_static=False), statics], ignore_index=True)
+    return both[["patient_id", "item", "value", "attribution", "tells_outcome", "is_static"]]
+
+
+def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str, float]:
+    """Return the rank correlation of value and push of an item's events, and its 95 % interval over patients.
+
+    NaN below ten values, ten patients or three different values: so few agree by chance.
+    """
+    known = part.dropna(subset=["value"])
+    if known["patient_id"].nunique() < 10 or known["value"].nunique() < 3:
+        return {"rho": math.nan, "rho_low": math.nan, "rho_high": math.nan}
+    ranks = np.stack([rankdata(known[column]) for column in ("value", "attribution")], axis=1)  # (n, 2)
+    ranks = (ranks - ranks.mean(0)) / max(1, len(known))
+    products = np.column_stack([ranks, ranks**2, ranks.prod(1)])  # (n, 5)
+
+    def correlation(weights: np.ndarray) -> np.ndarray:
+        first, second, first_2, second_2, both = (weights @ products / weights.sum(1, keepdims=True)).T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (both - first * second) / np.sqrt((first_2 - first**2) * (second_2 - second**2))
+
+    draws = bootstrap(correlation, known["patient_id"], len(known), n_bootstrap, seed)
+    low, high = interval_of(draws)
+    return {"rho": float(correlation(np.ones((1, len(known))))[0]), "rho_low": low, "rho_high": high}
+
+
+def item_table(rows: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return the 20 items and statics (`with_statics`) that matter most, and what these stays show of them.
+
+    `beyond`, its limits too: the mean push less that of all events; of statics, which count from their mean, itself.
+    """
+    found, average = [], rows.loc[~rows["is_static"], "attribution"].mean()
+    for item in important_items(rows, 20)[0]:
+        part = rows[rows["item"] == item]
+        beyond = part["attribution"] - np.where(part["is_static"], 0, average)
+        mean = mean_with_interval(beyond, part["patient_id"], n_bootstrap, seed)
+        row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique()}
+        row |= {"beyond": mean["value"], "beyond_low": mean["low"], "beyond_high": mean["high"]}
+        row |= {"push": part["attribution"].mean(), "size": part["attribution"].abs().mean()}
+        row |= {"highest_push": part["attribution"].max(), "n_values": part["value"].count()}
+        row |= rho_with_interval(part, n_bootstrap, seed) | {"is_static": bool(part["is_static"].iloc[0])}
+        row |= {"tells_outcome": bool(part["tells_outcome"].any()), "kind": item_kind(row)}
+        row |= {"is_finding": row["kind"] not in ("small", "either"), "sentence": item_sentence(row)}
+        found.append(row)
+    return pd.DataFrame(found)
 
 
 def organ_system(item: str) -> str:

@@ -1,6 +1,6 @@
 """Does the method find planted causes? Train on samples of known truth, explain, compare; exit 1 if short of it.
 
-    python tests/selfcheck.py                         # five samples, a model for each; about an hour of one core
+    python tests/selfcheck.py                         # five samples, a model of either recipe for each; two hours
     python tests/selfcheck.py --seeds 1 --stays 500   # a quick look
 
 Every criterion stands in the log with its value, its interval over patients and what is asked, and in --out as JSON.
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -54,15 +55,19 @@ def run_of(checkpoint: train.Checkpoint, table: tables.StayTable, vectors: Any) 
     """Return a model and stays it has not seen, ready to be explained."""
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, explain.float32_accelerator())
-    return explain.Run(checkpoint, table, dataset, logits, True, checkpoint.is_new_item(table.texts))
+    typical = explain.typical_texts(table.texts, checkpoint.preprocessor.state_dict()["item_quantiles"])
+    return explain.Run(checkpoint, table, dataset, logits, True, checkpoint.is_new_item(table.texts), typical)
 
 
-def train_on_sample(seed: int, folder: Path, size: Size) -> tuple[explain.Run, pd.DataFrame]:
+def train_on_sample(
+    seed: int, folder: Path, size: Size, item_history: bool = False
+) -> tuple[explain.Run, pd.DataFrame]:
     """Return a model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
     sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
     make_sample.write_csv(sample, folder / "sample.csv")
     given: dict[str, Any] = {"data": str(folder / "sample.csv"), "output_dir": str(folder), "text_encoder": "hashing"}
     given |= {"cache_dir": size.cache_dir, "seed": seed, "max_epochs": size.epochs, "save_attention_every": 0}
+    given["item_history"] = item_history
     trainer, checkpoint = train.train_model(train.Settings(**given), accelerator=explain.float32_accelerator())
     assert trainer.test_set is not None
     run = run_of(checkpoint, trainer.test_set.table, trainer.test_set.text_vectors)
@@ -105,8 +110,8 @@ def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
 def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
     """Return each group of redundant events: size, IG sum, the model's effects of it, and the true effect.
 
-    `joint` is how far the logit falls if the group were unremarkable and all else stayed, `alone` how far it rises if
-    the group came to a stay whose events say nothing. Where evidence saturates they differ, and Integrated Gradients,
+    `joint` is how far the logit falls without the group, `alone` how far it rises if the group came to a stay whose
+    events say nothing. Where evidence saturates they differ, and Integrated Gradients,
     taken along the way from one end to the other, can equal neither: they are held to the mean of both, the Shapley
     value of the group against all else.
     """
@@ -115,13 +120,69 @@ def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
     for (stay, _), part in events[events["role"] == "redundant"].groupby(["icu_stay_id", "group"]):
         sequence, static = run.inputs(ids.index(stay))
         is_member = np.isin(np.arange(sequence.shape[1]), part["event"])
-        keep = np.stack([is_member | True, ~is_member, is_member, is_member & False])
-        of_statics = np.repeat([[True], [False]], 2, axis=0) & np.ones(static.shape, bool)  # each end has its own
-        logits = explain.replaced_logits(model, sequence, static, keep, baseline, of_statics)
+        keep = np.stack([is_member | True, ~is_member])
+        logits = explain.variant_logits(model, run.one(ids.index(stay)), keep)
+        nothing, statics = explain.baselines_like(sequence, static, baseline)
+        members = torch.from_numpy(is_member)[:, None]
+        with torch.no_grad():
+            ends = model.logits(torch.cat([torch.where(members, sequence, nothing), nothing]), statics.expand(2, -1))
         row = {"patient_id": part["patient_id"].iloc[0], "size": len(part), "true": part["true_effect"].sum()}
-        row |= {"joint": logits[0] - logits[1], "alone": logits[2] - logits[3]}
+        row |= {"joint": logits[0] - logits[1], "alone": float(ends[0] - ends[1])}
         rows.append(row | {"attribution": part["attribution"].sum()})
     return pd.DataFrame(rows)
+
+
+def planted_pairs(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
+    """Return the interaction of each planted pair, a second difference by absence, and its truth.
+
+    The halves of the liver's evidence count only together; of two events of the airway one would do.
+    """
+    ids, rows = run.table.stays["icu_stay_id"].tolist(), []
+    for (stay, _), part in events[events["group"] != ""].groupby(["icu_stay_id", "group"]):
+        if len(part) == 2:
+            one = run.one(ids.index(stay))
+            first, second = (np.arange(one.sequence.shape[1]) != event for event in part["event"])
+            keep = np.stack([first | True, first, second, first & second])
+            logits = explain.variant_logits(run.checkpoint.model, one, keep)
+            kind, true = part["kind"].iloc[0], part["true_effect"].sum()
+            row = {"patient_id": part["patient_id"].iloc[0], "kind": kind, "found": logits @ [1, -1, -1, 1]}
+            rows.append(row | {"true": true if kind == "liver" else -true})
+    return pd.DataFrame(rows)
+
+
+def of_pairs(pairs: pd.DataFrame, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
+    """Return how far the planted pairs of each kind interact in the model, and how many with the right sign."""
+    rows = []
+    for kind, part in pairs.groupby("kind"):
+        resampled = part["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed
+        found = metrics.mean_with_interval(part["found"].to_numpy(), *resampled)
+        words = (
+            f"pairs of {kind} interact by {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] (truth {part['true'].mean():.2f})"
+        )
+        rows.append(criterion(f"pairs, {kind}", "if_absent", found, words))
+        right = (np.sign(part["found"]) == np.sign(part["true"])).to_numpy(float)
+        found = metrics.mean_with_interval(right, *resampled)
+        words = f"{{value:.0%}} of the pairs of {kind} interact in the right direction ({{n}} pairs)"
+        rows.append(criterion(f"pairs, {kind}: sign", "if_absent", found, words))
+    return rows
+
+
+def of_latest(events: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return what is said of a stay's latest lactate where an earlier one was higher, against what is said of causes.
+
+    Each as a share of the true effect: 1 is right however far the model falls short of all effects.
+    """
+    lactates, causes = events[events["kind"] == "lactate"], events[events["true_effect"] != 0]
+    of_stay = lactates.groupby(["patient_id", "icu_stay_id"])
+    is_latest = of_stay["event"].transform("max") == lactates["event"]
+    chosen = lactates[is_latest & (of_stay["value"].cummax() > lactates["value"]) & (lactates["true_effect"] != 0)]
+    rows = []
+    for method in ("attribution", "if_absent"):
+        said = [part[method].sum() / part["true_effect"].sum() for part in (chosen, causes)]
+        words = f"{method} of a latest lactate after a higher one is {{value:.2f}} of what its truth says of causes"
+        found = {"value": float(said[0] / said[1]) if len(chosen) else np.nan, "n": len(chosen)}
+        rows.append(criterion("latest after higher", method, found, f"{words} ({{n}} events)"))
+    return rows
 
 
 def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
@@ -152,11 +213,11 @@ def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
     for size, part in groups.groupby("size"):
         push, joint, alone, true = part[["attribution", "joint", "alone", "true"]].mean()
         group, both_ends = f"redundant evidence of {size} events", (joint + alone) / 2
-        effect, replaced = "the model's effect of it, mean of both ends,", "the effect of replacing it in its stay"
+        effect, absent = "the model's effect of it, mean of both ends,", "the effect of its absence"
         for name, method, found, wanted, words, bar in (
             ("", "attribution", push, both_ends, f"pushes of {group} miss {effect}", "<= 0.25"),
-            (": in the stay", "attribution", push, joint, f"pushes of {group} miss {replaced}", ""),
-            (": model", "model", joint, true, f"the model's own effect of replacing {group} misses the truth", ""),
+            (": in the stay", "attribution", push, joint, f"pushes of {group} miss {absent}", ""),
+            (": model", "model", joint, true, f"the model's own effect of the absence of {group} misses the truth", ""),
         ):
             error = {"value": float(abs(found / wanted - 1)), "n": len(part)}
             rows.append(criterion(f"redundant, {size}{name}", method, error, words + " by {value:.0%}", bar))
@@ -170,7 +231,7 @@ def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
     """
     is_trap, is_cause = events["role"].isin(HARMLESS["traps"]), events["true_effect"] != 0
     rows = []
-    for column, method in (("if_unremarkable", "model"), ("attribution", "attribution")):
+    for column, method in (("if_absent", "model"), ("attribution", "attribution")):
         size = events[column].abs()
         found = {"value": float(size[is_trap].mean() / size[is_cause].mean()), "n": int(is_trap.sum())}
         words = f"{column} of a trap is {{value:.2f}} of a cause's, {size[is_cause].mean():.2f} (truth: 0)"
@@ -178,21 +239,24 @@ def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def selfcheck(size: Size, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
-    """Train on samples with known causes, explain, and compare; return every criterion."""
-    samples, groups, runs = [], [], []
+def selfcheck(size: Size, settings: explain.ExplainSettings, item_history: bool) -> list[dict[str, Any]]:
+    """Train on samples with known causes, explain, and compare; return every criterion of a recipe."""
+    samples, groups, pairs, runs = [], [], [], []
     for seed in range(size.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            run, truth = train_on_sample(seed, Path(folder), size)
+            run, truth = train_on_sample(seed, Path(folder), size, item_history)
         found = explain.explain_stays(run, replace(settings, seed=seed))
         files.logger.info(f"Seed {seed}      {len(found['stays'])} stays explained")
         events = with_truth(found["events"], truth)
         groups.append(redundant_groups(run, events))
+        pairs.append(planted_pairs(run, events))
         samples.append(events.assign(patient_id=events["patient_id"].astype(str) + f" of sample {seed}"))
         runs.append(found["faithfulness"].assign(seed=seed))
     events = pd.concat(samples)
     criteria = of_rank(planted_scores(events), settings) + of_redundancy(pd.concat(groups)) + of_traps(events)
-    return [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
+    criteria += of_pairs(pd.concat(pairs), settings) + of_latest(events)
+    rows = [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
+    return [row | {"recipe": "item history" if item_history else "774 inputs"} for row in rows]
 
 
 def say(rows: pd.DataFrame) -> int:
@@ -201,7 +265,7 @@ def say(rows: pd.DataFrame) -> int:
         verdict = {True: "ok", False: "SHORT"}.get(row.passed, "")
         interval = "" if np.isnan(row.low) else f" [{row.low:.3g}, {row.high:.3g}]"
         asked = f"  asked: {row.threshold}" if row.threshold else ""
-        name = f"{verdict:6s}seed {row.seed!s:4s}{row.check:32s}{row.method:16s}"
+        name = f"{verdict:6s}{row.recipe:13s}seed {row.seed!s:4s}{row.check:32s}{row.method:16s}"
         files.logger.info(f"{name}{row.value:9.3g}{interval}{asked}")
     fallen = int(rows["passed"].eq(False).sum())
     files.logger.info(f"Self-check  {fallen} of {rows['passed'].notna().sum()} criteria fall short")
@@ -217,7 +281,8 @@ def main() -> int:
     options = parser.parse_args()
     files.log_to_stdout()
     size = Size(options.stays, options.epochs, options.seeds, options.cache_dir)
-    rows = pd.DataFrame(selfcheck(size, explain.ExplainSettings(stays=0)))
+    of_recipes = [selfcheck(size, explain.ExplainSettings(stays=0), item_history) for item_history in (False, True)]
+    rows = pd.DataFrame([*of_recipes[0], *of_recipes[1]])
     if options.out:
         files.write_json(options.out, json.loads(rows.to_json(orient="records")))
     return say(rows)

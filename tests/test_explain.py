@@ -1,6 +1,7 @@
 """explain_clinicalLF.py: attributions, ablations, attention, checks, verdict, files, on models with known answers."""
 
 import doctest
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,8 @@ from clinical_lf.explain_plots import FIGURES
 from clinical_lf.explain_report import FLOOR, check_table
 from clinical_lf.files import InputError, logger
 from clinical_lf.items import HISTORY
-from clinical_lf.tables import LABEL, known_at
+from clinical_lf.reading import read_stays
+from clinical_lf.tables import LABEL, known_at, stacked
 
 N_EVENTS, INPUT_DIM, STATIC_DIM = 7, 14, 4  # an event: 5 type, 8 text, 1 time
 PARTS = ("type", "text", "time", "history")
@@ -123,8 +125,8 @@ def test_analyses_take_a_batch_and_its_mask_of_any_type(model, batch, dtype):
         assert row["complete"].tolist() == [True, True]
         np.testing.assert_allclose(row["attribution"][1, :3], other["attribution"][0], atol=1e-5)
     found, single = (explain.ablation_analysis(*inputs) for inputs in (whole, alone))
-    assert found.if_unremarkable.shape == (2, 8) and (found.if_unremarkable[~batch.mask] == 0).all()
-    np.testing.assert_allclose(found.if_unremarkable[1, :3], single.if_unremarkable[0], atol=1e-5)
+    assert found.if_absent.shape == (2, 8) and (found.if_absent[~batch.mask] == 0).all()
+    np.testing.assert_allclose(found.if_absent[1, :3], single.if_absent[0], atol=1e-5)
     np.testing.assert_allclose(found.groups.query("stay == 1")["ablation"], single.groups["ablation"], atol=1e-5)
     assert found.groups.query("kind == 'all events'")["n_events"].tolist() == list(batch.lengths)
 
@@ -144,27 +146,11 @@ def test_stay_that_is_no_batch_or_has_another_mask_or_nan_is_refused_in_a_senten
 
 # ---- Ablation
 def without(stay, *events):
-    """The stay with the baseline's event at these places."""
-    sequence = stay.sequence.clone()
-    sequence[0, list(events)] = stay.baseline["event"]
-    return sequence
+    """What is left of the stay where these events had not been there."""
+    return stay.sequence[:, [event for event in range(N_EVENTS) if event not in events]]
 
 
-def test_unremarkable_events_equal_a_loop_also_in_small_passes_and_of_some(model, stay, monkeypatch):
-    full = logit(model, *stay.inputs)
-    expected = [full - logit(model, without(stay, event), stay.static) for event in range(N_EVENTS)]
-    found = explain.replace_each_event(model, *stay.inputs, stay.baseline)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    monkeypatch.setattr(explain, "FORWARD_EVENTS", 1)
-    some = explain.replace_each_event(model, *stay.inputs, stay.baseline, np.array([1, 4]))
-    np.testing.assert_allclose(some[[1, 4]], found[[1, 4]], atol=1e-5)
-    assert np.isnan(some).sum() == N_EVENTS - 2
-    already = explain.replace_each_event(model, without(stay, 2, 5), stay.static, stay.baseline)
-    np.testing.assert_allclose(already[[2, 5]], 0, atol=1e-6)  # unremarkable already: nothing changes
-    assert np.abs(already[[0, 1, 3, 4, 6]]).min() > 1e-6
-
-
-def test_groups_equal_a_loop_over_replacements_without_gradients(model, stay, monkeypatch):
+def test_groups_equal_a_loop_over_shorter_stays_without_gradients(model, stay, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("ablation needs no gradient"))
     letters, names = {"letter": list("aabbbca")}, ["sex", "sex", "age", "race"]
     groups = explain.ablation_analysis(model, *stay.inputs, None, stay.baseline, letters, names).groups
@@ -174,6 +160,98 @@ def test_groups_equal_a_loop_over_replacements_without_gradients(model, stay, mo
     falls = scores[[("letter", "b"), ("static", "sex")]].tolist()
     assert falls == pytest.approx(logit(model, *stay.inputs) - np.array(left), abs=1e-5)
     assert len(scores) == 6 and groups["n_events"].tolist() == [3, 3, 1, 0, 0, 0]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["774 inputs", "item history"])
+def any_run(sample_run, request):
+    """Twenty stays of the sample and a model of either recipe with random weights and vectors of eight numbers."""
+    table = read_stays(sample_run / "data.csv")[0].take(np.arange(20))
+    preprocessor = train.ClinicalDataPreprocessor(item_history=request.param).fit(table)
+    vectors = torch.randn(len(table.texts), 8, generator=torch.Generator().manual_seed(2))
+    dataset = train.ClinicalSequenceDataset(table, preprocessor, vectors)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = (dataset.input_dim, preprocessor.static_dim, 16, 2, 2, 32, 2)
+        made = train.ClinicalTransformer(*sizes, n_history=dataset.n_history).eval()
+        made.query_vector.data.normal_()
+    checkpoint = train.Checkpoint(made, preprocessor, train.Settings(), "", {}, {}, {})
+    typical = explain.typical_texts(table.texts, preprocessor.state_dict()["item_quantiles"])
+    run = explain.Run(checkpoint, table, dataset, np.zeros(20), True, np.zeros(len(table.texts), bool), typical)
+    return run._replace(logits=read_anew(run, table))
+
+
+def read_anew(run, table):
+    """The logits of stays by the ordinary way: a dataset of what is in their table, padded, and one pass."""
+    dataset = train.ClinicalSequenceDataset(table, run.checkpoint.preprocessor, run.dataset.text_vectors)
+    batch = train.collate_stays([dataset[stay] for stay in range(len(dataset))])
+    with torch.no_grad():
+        inputs = (batch["sequences"], batch["static_features"], batch["attention_mask"])
+        return run.checkpoint.model.logits(*inputs).double().squeeze(1).numpy()
+
+
+def falls_of(run, stay):
+    """By how much the logit of a stay falls as its table loses one event after another."""
+    table, places = run.table, np.arange(len(run.table.text))
+    own = range(table.offsets[stay], table.offsets[stay + 1])
+    left = [table.take(np.array([stay]), keep_event=places != event) for event in own]
+    return run.logits[stay] - read_anew(run, stacked(left))
+
+
+def test_an_absent_event_has_the_effect_that_the_table_without_it_has(any_run, monkeypatch):
+    lactates = pd.Series(any_run.table.texts[any_run.table.text]).str.startswith("Lab: Lactate").to_numpy()
+    stays, counts = np.unique(any_run.table.stay_of_event[lactates], return_counts=True)
+    stay = int(stays[counts.argmax()])  # its latest lactate follows others
+    given, expected = (any_run.checkpoint.model, *any_run.inputs(stay)), falls_of(any_run, stay)
+    (found,) = explain.ablation_analysis(*given, dataset=any_run.dataset, first=stay).if_absent
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert counts.max() >= 2 and np.abs(found).max() > 1e-3
+    monkeypatch.setattr(explain, "FORWARD_EVENTS", 1)
+    of_some = {"which": np.array([1, 4]), "dataset": any_run.dataset, "first": stay}
+    (some,) = explain.ablation_analysis(*given, **of_some).if_absent
+    np.testing.assert_allclose(some[[1, 4]], expected[[1, 4]], atol=2e-5)
+    assert np.isnan(some).sum() == len(some) - 2
+    if any_run.checkpoint.preprocessor.item_history:
+        with pytest.raises(InputError, match="Give dataset="):  # the histories of others are in no tensor
+            explain.ablation_analysis(*given)
+
+
+def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run):
+    places, sizes = np.arange(len(any_run.table.text)), []
+    for stay, share in itertools.product(range(20), (0.9, 1.3)):  # of the strongest event: enough, and not
+        falls, first = falls_of(any_run, stay), any_run.table.offsets[stay]
+        columns = {"icu_stay_id": stay, "event": np.arange(len(falls)), "event_text": "", "attribution": falls}
+        strongest = falls[np.abs(falls).argmax()]
+        threshold = float(expit(any_run.logits[stay] - share * strongest))
+        found = explain.decisive_events(any_run, stay, pd.DataFrame(columns), threshold)
+        left = any_run.table.take(np.array([stay]), keep_event=~np.isin(places, first + found["event"].to_numpy(int)))
+        (risk,) = expit(read_anew(any_run, left))
+        sizes.append(len(found))
+        if share > 1 and found.empty:  # all other events speak for the other side
+            continue
+        assert (risk < threshold) != (expit(any_run.logits[stay]) < threshold)
+        np.testing.assert_allclose(found["probability_without"].astype(float), risk, atol=1e-5)
+    assert min(sizes[::2]) == 1 and np.mean(sizes[1::2]) > 1.5
+
+
+def test_a_typical_number_is_that_of_the_nearest_text_that_says_the_same_and_its_history_follows(any_run):
+    said = lambda value, more="": f"Lab: Lactate | Value: {value} mmol/L{more}"
+    texts = np.array(
+        [said(9, " | Level: far above range"), said(2), said(1.9, " | Flag: low"), said(4, " | Comment: x")]
+    )
+    known = {"Lab: Lactate mmol/L": [1.0, 1.5, 2.0, 3.0, 12.0], "Lab: Sodium mEq/L": [100.0, 140.0]}
+    assert explain.typical_texts(texts, known).tolist() == [1, 1, 1, -1]  # 4 is in the upper quarter
+    assert explain.typical_texts(np.array(["Lab: Sodium | Value: 140 mEq/L", "Lab: X", ""]), {}).tolist() == [-1] * 3
+    table, stay = any_run.table, 0
+    own = table.text[: table.offsets[1]]
+    changed = np.flatnonzero((any_run.typical_texts[own] >= 0) & (any_run.typical_texts[own] != own))
+    other = [own.copy() for _ in changed]
+    for text, event in zip(other, changed):
+        text[event] = any_run.typical_texts[own[event]]
+    alone = table.take(np.array([0]))
+    falls = any_run.logits[stay] - read_anew(any_run, stacked([replace(alone, text=text) for text in other]))
+    found = explain.if_typical(any_run, stay, np.arange(len(own)))
+    np.testing.assert_allclose(found[changed], falls, atol=2e-5)
+    assert len(changed) > 2 and np.isnan(found[any_run.typical_texts[own] < 0]).all()
 
 
 # ---- Attention
@@ -219,30 +297,33 @@ def test_untrained_model_keeps_the_input_statistics_and_the_callers_random_state
 
 # ---- Checks
 def test_deletion_and_insertion_on_a_linear_model(stay):
-    effects = explain.replace_each_event(LINEAR, *stay.inputs, stay.baseline)
-    curves = explain.deletion_insertion(LINEAR, *stay.inputs, stay.baseline, {"if_unremarkable": effects})
+    one = explain.OneStay(*stay.inputs)
+    effects = (stay.sequence[0] @ LINEAR.w).detach().numpy()
+    curves = explain.deletion_insertion(LINEAR, one, {"if_absent": effects})
     first = curves[curves["fraction"] == 0.05].set_index("direction")["change"]
     assert len(curves) == 2 * (len(explain.FRACTIONS) + 1)
     assert first[["deletion", "insertion"]].tolist() == pytest.approx([-effects.max(), effects.max()], abs=1e-5)
 
 
-def test_replaced_are_the_strongest_events_and_those_that_are_listed():
+def test_listed_are_the_highest_and_the_lowest_events():
     push = np.concatenate([np.linspace(1, 2, 100), -np.linspace(0.01, 0.1, 50)])
-    towards, away = np.arange(70, 100), np.arange(140, 150)  # all of the strongest push towards death
-    assert explain.events_to_replace(push, 30).tolist() == [*towards, *away]
+    assert explain.listed_events(push).tolist() == [*range(90, 100), *range(140, 150)]
 
 
 def test_infidelity_of_the_truth_about_a_linear_model_is_zero_also_where_some_events_are_unknown(stay):
-    effects = explain.replace_each_event(LINEAR, *stay.inputs, stay.baseline)
+    one = explain.OneStay(*stay.inputs)
+    effects = (stay.sequence[0] @ LINEAR.w).detach().numpy()
     partly = np.where(np.arange(N_EVENTS) == 3, math.nan, effects)  # ranks in the middle
     scores = {"truth": effects, "none": np.zeros(N_EVENTS), "half": effects / 2}
     for given in (scores, scores | {"partly": partly}):
-        found = explain.infidelity(LINEAR, *stay.inputs, given, stay.baseline, seed=0)
+        found = explain.infidelity(LINEAR, one, given, seed=0)
         assert found["truth"] == pytest.approx(0, abs=1e-8) and found["none"] == pytest.approx(1)
         assert 0 < found["half"] < 1 and found.get("partly", 0) == pytest.approx(0, abs=1e-8)
-    orders = {"unknown": partly, "zero": np.nan_to_num(partly)}
-    change = explain.deletion_insertion(LINEAR, *stay.inputs, stay.baseline, orders).set_index("order")["change"]
-    np.testing.assert_array_equal(change["unknown"], change["zero"])
+    columns = {"attribution": effects, "if_absent": partly, "attention": 1.0}
+    orders = explain.orders_of(pd.DataFrame(columns), np.random.default_rng(0))
+    assert len(orders) == 8 and orders["if_absent"][3] == 0
+    np.testing.assert_array_equal(orders["if_absent, lowest first"], -np.nan_to_num(partly))
+    np.testing.assert_array_equal(orders["attribution, by size"], np.abs(effects))
 
 
 def test_random_models_that_are_the_model_itself_agree_with_it_no_more_than_with_each_other(model, stay):
@@ -253,15 +334,18 @@ def test_random_models_that_are_the_model_itself_agree_with_it_no_more_than_with
 
 def test_gain_over_random_resamples_patients_not_stays():
     orders = [*explain.METHODS, "random", "random"]
+    orders += ["attribution, lowest first", "if_absent, lowest first", "attribution, by size"]
     rows = pd.MultiIndex.from_product([range(6), ["deletion", "insertion"], orders])
     curves = pd.DataFrame(index=rows.set_names(["icu_stay_id", "direction", "order"])).reset_index()
     curves["patient_id"] = curves["icu_stay_id"] % 2  # two patients: nothing to resample
-    curves = curves.assign(fraction=0.5, change=(curves["order"] == "attribution").astype(float))
+    change = {"attribution": 1.0, "attribution, lowest first": 0.5, "attribution, by size": -0.75}
+    curves = curves.assign(fraction=0.5, change=curves["order"].map(change).fillna(0))
     checks = explain.gains_over_random(curves, explain.ExplainSettings(n_bootstrap=10))
     assert all(check.found["n"] == 6 and np.isnan(check.found["low"]) for check in checks)
     gains = {(check.name, check.method): check.found["value"] for check in checks}
     assert gains["insertion", "attribution"] == 1 and gains["deletion", "attribution"] == -1
-    assert gains["insertion", "attention"] == 0
+    assert gains["insertion", "attention"] == 0 and gains["deletion, by size", "attribution"] == 0.75
+    assert gains["deletion, lowest first", "attribution"] == 0.5
 
 
 def test_a_check_is_held_to_its_threshold_by_the_limit_of_its_interval():
@@ -514,19 +598,6 @@ def test_a_stay_of_the_tables_serves_the_small_analyses(explained, run):
         explain.stay_of(explained, -1)
 
 
-def test_files_have_all_stays_where_memory_has_few(run, tmp_path, monkeypatch):
-    for name, value in (("KEPT_STAYS", 3), ("STAYS_A_PART", 2), ("IG_STEPS", 2)):
-        monkeypatch.setattr(explain, name, value)
-    monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (0, 0, 100))  # checked, layered, replaced
-    with explain.stay_files(tmp_path) as write:
-        tables = explain.explain_stays(run, explain.ExplainSettings(stays=1, max_stays=5, n_bootstrap=10), write)
-    assert len(tables["stays"]) == 5 and 3 <= tables["events"]["icu_stay_id"].nunique() < 5
-    events, statics = (tmp_path / explain.TABLE_FILES[name] for name in ("events", "statics"))
-    assert pd.read_parquet(events)["icu_stay_id"].unique().tolist() == tables["stays"]["icu_stay_id"].tolist()
-    assert len(pd.read_csv(statics)) == 5 * tables["statics"].groupby("icu_stay_id").size().iloc[0]
-    assert len(list(tmp_path.iterdir())) == 3  # nothing half-written is left
-
-
 def test_every_file_is_written(explained):
     names = {path.name for path in explained.report.parent.iterdir()}
     shown = explained.stays["icu_stay_id"][explained.stays["why_shown"] != ""]
@@ -538,18 +609,27 @@ def test_every_file_is_written(explained):
 def test_chosen_stays_are_shown_for_a_reason_and_a_death_is_among_them(run):
     stays = lambda labels: run.table.stays.assign(**{LABEL: 1.0 * labels})
     with_labels = lambda labels: run._replace(table=replace(run.table, stays=stays(labels)))
-    chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), 3, 6, seed=0)
+    chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), 3, 6, 0, longest=10**9)
     assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain"]
     assert next(iter(why)) == run.logits.argmax()
     quiet = int(run.logits.argmin())  # neither the highest risk nor, with one stay shown, any other
-    _, why = explain.choose_stays(with_labels(np.arange(len(run.logits)) == quiet), 1, 6, seed=0)
+    _, why = explain.choose_stays(with_labels(np.arange(len(run.logits)) == quiet), 1, 6, 0, longest=10**9)
     assert why == {quiet: "highest risk of those who died"}
+    chosen, why = explain.choose_stays(run, 3, 0, 0, longest=int(np.median(run.table.lengths)))
+    assert chosen == np.flatnonzero(run.table.lengths <= np.median(run.table.lengths)).tolist() and why.keys() < {
+        *chosen
+    }
+    chosen, why = explain.choose_stays(run, 3, 0, 0, longest=1)  # there is none: the shortest ones
+    assert chosen == np.flatnonzero(run.table.lengths == run.table.lengths.min()).tolist()
 
 
 def test_risk_as_events_arrive_is_that_of_what_was_known_by_then_and_of_nothing_later(run):
     table = explain.trajectory_table(run, 0, 4)
     trained, accelerator = run.checkpoint, explain.float32_accelerator()
-    for row in table.itertuples():
+    last, end = table.iloc[-1], float((run.table.minutes_since_intime + run.table.minutes_to_end)[0]) / 60
+    assert last["probability"] == pytest.approx(expit(run.logits[0])) and last["n_events"] == run.table.lengths[0]
+    assert last["hours_since_admission"] == pytest.approx(end) and len(table) == 4
+    for row in table[:-1].itertuples():
         known = known_at(run.table.take(np.array([0])), row.hours_since_admission)
         dataset = train.ClinicalSequenceDataset(known, trained.preprocessor, run.dataset.text_vectors)
         (risk,) = expit(train.predict_logits(trained.model, dataset, trained.settings, accelerator))
@@ -584,8 +664,8 @@ def test_heads_are_correlated_with_what_events_are_and_switched_off_and_on_again
 )
 def test_decisive_events_are_the_fewest_that_change_the_decision(effects, pushes, threshold, events):
     model, inputs = LinearStay(1, 1), (torch.tensor(effects)[None, :, None], torch.zeros(1, 1))
-    model.w.data[:] = 1  # the logit is 0.5 and the sum of the effects; the mean event is 0
-    run = SimpleNamespace(checkpoint=SimpleNamespace(model=model, baseline=None), inputs=lambda stay: inputs)
+    model.w.data[:] = 1  # the logit is 0.5 and the sum of the effects
+    run = SimpleNamespace(checkpoint=SimpleNamespace(model=model), one=lambda stay: explain.OneStay(*inputs))
     columns = {"icu_stay_id": 1, "event": range(len(effects)), "event_text": ""}
     stay = pd.DataFrame(columns | {"attribution": pushes or effects})
     table, whole = explain.decisive_events(run, 0, stay, threshold), 0.5 + sum(effects)

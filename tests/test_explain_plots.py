@@ -61,10 +61,10 @@ def test_head_specialization_counts_only_heads_that_move_the_logit(tables):
 
 
 def test_pictures_say_of_how_many_events_replacements_are(tables):
-    events, known = tables["events"], tables["events"]["event"] < 20
-    some = tables | {"events": events.assign(if_unremarkable=events["if_unremarkable"].where(known))}
-    for name in ("sequence_importance_combined", "captum_ablation_attributions"):
-        assert f"{known.sum()} of {len(events)} events" in words_of(draw_figure(name, some))
+    events = tables["events"].assign(if_absent=lambda table: table["if_absent"].where(table["event"] < 20))
+    n_events = (events["icu_stay_id"] == tables["attention"]["icu_stay_id"]).sum()
+    words = words_of(draw_figure("sequence_importance_combined", tables | {"events": events}))
+    assert f"20 of {n_events} events" in words
 
 
 def test_figures_survive_one_stay_without_label_and_without_heads(tables):
@@ -98,7 +98,7 @@ def test_every_stay_can_be_drawn_with_its_events_for_and_against(tables):
 
 
 def test_pushes_that_do_not_matter_are_said_not_to(tables):
-    quiet = tables["events"].assign(attribution=0.001, if_unremarkable=0.0, attention=0.04)
+    quiet = tables["events"].assign(attribution=0.001, if_absent=0.0, attention=0.04)
     words = words_of(draw_figure("sequence_importance_combined", tables | {"events": quiet}))
     assert "no event mattered: none moves the logit by 0.05" in words and "no event stands out" in words
 

@@ -14,13 +14,10 @@ from clinical_lf.items import read_text
 WINDOWS = ("last 6 h", "6 to 12 h", "12 to 24 h", "24 to 48 h", "48 to 96 h", "more than 96 h")
 
 
-def test_rank_correlation_equals_scipy_is_missing_for_a_constant_and_is_taken_in_each_group():
+def test_rank_correlation_equals_scipy_and_is_missing_for_a_constant():
     first, second = np.array([[1.0, 5, 2, 2], [1, 1, 1, 1]]), np.array([[3.0, 9, 1, 4]])
     found = findings.rank_correlation(first, second)
     assert found[0, 0] == pytest.approx(spearmanr(first[0], second[0])[0]) and np.isnan(found[1, 0])
-    table = pd.DataFrame({"stay": [1, 1, 1, 2, 2, 2], "head": 1, "a": [1, 2, 3, 1, 2, 3], "b": [1, 4, 9, 3, 2, 1]})
-    found = findings.rank_agreement(table, ["stay", "head"], "a", "b")
-    assert found[["stay", "correlation"]].values.tolist() == [[1, pytest.approx(1)], [2, pytest.approx(-1)]]
 
 
 def test_means_by_weighs_rows_equally_and_bounds_the_mean():
@@ -47,43 +44,58 @@ def events():
     return table.assign(item=(table["event"] % 3).map(items))
 
 
-@pytest.mark.parametrize("column", ["attribution", "attention", ""])
-def test_shares_add_up_to_one_over_bins_whatever_the_lengths_of_the_stays(events, column):
-    shares = findings.stay_shares(events, findings.clock_window(events["hours_to_end"]), column)
-    np.testing.assert_allclose(shares.sum(axis=1), 1)
-    assert tuple(shares) == WINDOWS and len(shares) == 4
-    assert shares.loc[(1, 2), "last 6 h"] == pytest.approx(6 / 20 if column == "attribution" else 1 / 2)
-    means = findings.column_means(shares, 50)
-    assert means["mean"].sum() == pytest.approx(1) and means.loc["last 6 h", "low"] <= means.loc["last 6 h", "mean"]
-
-
-def test_windows_have_their_share_of_the_push_of_the_events_and_a_sentence(events):
-    table = findings.window_table(events.assign(hours_to_end=events["hours_to_end"].clip(upper=40)), 50)
-    assert table["window"].tolist() == list(WINDOWS[:4]) and table["n_stays"].tolist() == [4, 2, 2, 2]
-    assert table["share"].sum() == pytest.approx(1) and table["share_of_events"].sum() == pytest.approx(1)
-    assert table["sentence"].str.endswith("of the events.").all()
-
-
 # ---- Items
 def events_of(values, pushes, item="Lab: Lactate (Blood, Blood Gas)"):
-    table = {"icu_stay_id": 1, "patient_id": range(len(values)), "event": 0, "item": item, "value": values}
-    return pd.DataFrame(table | {"attribution": pushes, "tells_outcome": False})
+    table = {"patient_id": range(len(values)), "item": item, "value": values, "attribution": pushes}
+    return pd.DataFrame(table | {"tells_outcome": False, "is_static": False})
+
+
+CHANCE = np.random.default_rng(0).permutation(12)
 
 
 @pytest.mark.parametrize(
     "n, push_of, words",
     [
-        (12, lambda value: value**3, "when high (rho 1.00"),
-        (12, lambda value: -(value**3), "when low (rho -1.00"),
-        (4, lambda value: value, "too few values"),
+        (12, lambda value: value**3, "when high (rho 1.00 [1.00, 1.00], n 12)"),
+        (12, lambda value: -(value**3) - 1, "pushes away from death, least when low (rho -1.00"),
+        (9, lambda value: value + 1, "pushes towards death, +4.96 ["),  # nine patients show no order
         (12, lambda value: value - 20, "pushes away from death, least when high"),
-        (12, lambda value: 1 + value % 2, "hardly depending on its value (rho 0.14"),
+        (12, lambda value: 1 + CHANCE[value], "do not show whether its high or its low values do (n 12)"),
+        (12, lambda value: CHANCE[value] - 5.5, "in no direction that these stays show"),
+        (12, lambda value: value / 1000, "it does not matter"),  # below the floor, however sure
     ],
 )
-def test_items_say_which_values_push_towards_death(n, push_of, words):
-    (row,) = findings.item_table(events_of(np.arange(n), push_of(np.arange(n)))).to_dict("records")
-    assert words in row["sentence"] and f"n {n})" in row["sentence"] and row["n_events"] == n
+def test_items_have_a_direction_only_beyond_the_floor_and_where_an_interval_excludes_zero(n, push_of, words):
+    others = events_of(np.full(1200, np.nan), 0.0, "Lab: Other").assign(patient_id=np.arange(1200) % 12)
+    row, _ = findings.item_table(pd.concat([events_of(np.arange(n), push_of(np.arange(n))), others])).to_dict("records")
+    assert words in row["sentence"] and row["n_events"] == n and row["is_finding"] == (" pushes " in row["sentence"])
     assert row["size"] == pytest.approx(abs(push_of(np.arange(n))).mean())
+
+
+def test_an_item_that_pushes_as_all_events_do_is_no_finding():
+    """Where pushes count from far below all stays, every event pushes towards death."""
+    alike, more = (events_of(np.full(12, np.nan), push, item) for item, push in (("Lab: Sodium", 0.2), ("Lab: B", 0.4)))
+    table = findings.item_table(pd.concat([alike, more, *[alike] * 20])).set_index("item")
+    assert table["is_finding"].to_dict() == {"Lab: Sodium": False, "Lab: B": True}
+    assert "+0.19 [+0.19, +0.19] against the average event" in table.loc["Lab: B", "sentence"]
+
+
+def test_rank_correlation_of_an_item_equals_scipy_and_its_interval_is_over_patients():
+    part = events_of(np.arange(40.0), np.arange(40) + 30 * np.sin(np.arange(40)))
+    found, few = (findings.rho_with_interval(rows, 500, 0) for rows in (part, part.assign(patient_id=0)))
+    assert found["rho"] == pytest.approx(spearmanr(part["value"], part["attribution"])[0])
+    assert 0 < found["rho_low"] < found["rho"] < found["rho_high"] < 1 and np.isnan(few["rho"])
+    apart = findings.rho_with_interval(part.assign(patient_id=part.index // 4), 500, 0)
+    assert apart["rho"] == found["rho"] and apart["rho_low"] != found["rho_low"]
+
+
+def test_statics_are_findings_as_items_are():
+    statics = {"patient_id": range(12), "feature": "length of stay", "value": [*map(str, range(11)), "Unknown"]}
+    tables = {"statics": pd.DataFrame(statics | {"attribution": np.arange(12.0)}), "events": events_of([1.0], [0.0])}
+    row = findings.item_table(findings.with_statics(tables)).iloc[0]
+    assert (
+        row["is_static"] and row["n_values"] == 11 and "length of stay pushes towards death when hi" in row["sentence"]
+    )
 
 
 def test_items_of_one_patient_are_no_finding_and_the_largest_come_first():
@@ -96,11 +108,14 @@ def test_items_of_one_patient_are_no_finding_and_the_largest_come_first():
 
 # ---- Organ systems
 def test_organ_system_of_an_item_is_what_it_was():
-    """Decided by the regular expressions before the table: the sample's items, and some that ask for a word's edge."""
+    """The sample's, some that ask for a word's edge, and the 200 most frequent of real sources, with their events."""
     rows = pd.read_csv(Path(__file__).with_name("organ_systems_decided.csv"))
     decided = dict(zip(rows["item"], rows["organ_system"]))
     assert {item: findings.organ_system(item) for item in decided} == decided
     assert {read_text(text).item for text in make_sample().table["event_text"].unique()} <= decided.keys()
+    assert findings.organ_system("Prescription: Nystatin Oral Suspension") == "infection"
+    other = rows["events"].where(rows["organ_system"] == "other", 0).groupby(rows["of"]).sum()
+    assert (other <= 0.1 * rows.groupby("of")["events"].sum()).all() and len(other) == 3
 
 
 def test_organ_systems_sum_all_pushes_of_a_stay(events):

@@ -26,7 +26,7 @@ def test_explanation_lies_beside_its_checkpoint_and_is_at_home_in_a_notebook(exp
 
 
 def test_data_frame_of_other_patients_is_explained_and_named_as_other_data(sample_run, log, monkeypatch):
-    monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 0, 100))  # checked, layered, replaced
+    monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 100, 10**9, True))  # of `Effort`
     few = {"stays": 1, "max_stays": 3, "n_bootstrap": 20, "cache_dir": str(sample_run / "cache")}
     frame = small_table(12, first_id=90_000_000)
     other = explain.run_explainability_analysis(best_model(sample_run), frame, None, **few)
@@ -37,8 +37,11 @@ def test_quick_look_takes_no_more_than_was_asked_for_and_says_what_it_is(sample_
     given = {"stays": 1, "quick": True, "cache_dir": str(sample_run / "cache")}
     found = explain.run_explainability_analysis(best_model(sample_run), "", None, **given)
     assert len(found.stays) == explain.STAYS_QUICK and (found.stays["why_shown"] != "").sum() == 1
-    assert found.curves["icu_stay_id"].nunique() == explain.QUICK.checked and found.layers["icu_stay_id"].nunique() == 1
-    assert "A quick look" in found.verdict["sentence"].iloc[-1]
+    assert found.curves["icu_stay_id"].nunique() == explain.QUICK.checked and found.layers.empty
+    assert "captum_layer_attributions" not in found.figures
+    assert (
+        "A quick look: its figures come from fewer stays, of 200 events at most" in found.verdict["sentence"].iloc[-1]
+    )
 
 
 def test_what_is_no_path_given_as_checkpoint_is_refused_in_a_sentence():

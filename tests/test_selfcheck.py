@@ -7,13 +7,13 @@ import selfcheck
 
 
 def test_planted_scores_of_the_truth_itself_are_perfect():
-    columns = {"attribution": [2.0, 0, -1, 0.1, 0.5], "if_unremarkable": [0.0, 3, 0, 0, 0], "attention": 0.2}
+    columns = {"attribution": [2.0, 0, -1, 0.1, 0.5], "if_absent": [0.0, 3, 0, 0, 0], "attention": 0.2}
     columns |= {"true_effect": [2.0, 0, -1, 0, 0], "role": ["cause", "decoy", "cause", "background", "lone"]}
     events = pd.DataFrame({"icu_stay_id": 1, "patient_id": 1} | columns)
     scores = selfcheck.planted_scores(events).set_index("method")
     names = ["precision", "right_sign", "cause", "decoys", "traps"]
     assert scores.loc["attribution", names].tolist() == [1, 1, 1.5, 0, 0.5]
-    assert scores.loc["if_unremarkable", "precision"] == 0.5 and scores.loc["attention", "chance"] == 0.4
+    assert scores.loc["if_absent", "precision"] == 0.5 and scores.loc["attention", "chance"] == 0.4
 
 
 def test_errors_of_redundant_groups_are_told_apart_by_size_and_traps_that_move_the_model_are_its_error():
@@ -22,8 +22,16 @@ def test_errors_of_redundant_groups_are_told_apart_by_size_and_traps_that_move_t
     assert rows["redundant, 1"] == 0 and rows["redundant, 1: in the stay"] == rows["redundant, 1: model"] == 0.5
     assert rows["redundant, 2"] == pytest.approx(0.25) and rows["redundant, 2: model"] == 0
     columns = {"role": ["cause", "cause", "early", "lone", "decoy"], "true_effect": [2.0, -2, 0, 0, 0]}
-    columns |= {"if_unremarkable": [1.0, -1, 1, 0.5, 0], "attribution": [2.0, -2, 2, 1, 0]}
+    columns |= {"if_absent": [1.0, -1, 1, 0.5, 0], "attribution": [2.0, -2, 2, 1, 0]}
     assert [row["value"] for row in selfcheck.of_traps(pd.DataFrame(columns))] == [0.75, 0.75]
+
+
+def test_a_latest_lactate_after_a_higher_one_is_held_to_what_is_said_of_causes():
+    columns = {"patient_id": 1, "icu_stay_id": [1, 1, 2, 3], "event": [0, 3, 1, 2], "value": [9.0, 5, 8, 8]}
+    columns |= {"kind": ["lactate", "lactate", "lactate", "vasopressor"], "true_effect": [0, 1.0, 2, 3]}
+    events = pd.DataFrame(columns | {"attribution": [0, 1.0, 1, 1], "if_absent": [0, 0.5, 1, 1.5]})
+    assert [row["value"] for row in selfcheck.of_latest(events)] == pytest.approx([2, 1])
+    assert [row["n"] for row in selfcheck.of_latest(events)] == [1, 1]
 
 
 def test_truth_is_matched_by_stay_text_and_order_and_another_samples_is_an_error():
@@ -35,7 +43,8 @@ def test_truth_is_matched_by_stay_text_and_order_and_another_samples_is_an_error
 
 
 def test_what_falls_short_is_returned():
-    short = selfcheck.criterion("c", "m", {"value": 0.1, "n": 3}, "it is {value:.1f}", ">= 0.9") | {"seed": "all"}
+    short = selfcheck.criterion("c", "m", {"value": 0.1, "n": 3}, "it is {value:.1f}", ">= 0.9")
+    short |= {"seed": "all", "recipe": "774 inputs"}
     assert short["sentence"] == "it is 0.1" and short["passed"] is False and np.isnan(short["low"])
     assert selfcheck.say(pd.DataFrame([short])) == 1
     assert selfcheck.say(pd.DataFrame([short | {"passed": True}])) == 0

@@ -38,12 +38,13 @@ def long_stays(table: StayTable, n_stays: int, n_events: int) -> StayTable:
 def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple[str, float]]:
     """Seconds of the single steps on the one stay of the run, and of all of them together as the program takes them."""
     model, (sequence, static), baseline = run.checkpoint.model, run.inputs(0), run.checkpoint.baseline
-    removed = np.arange(min(explain.Effort().replaced, sequence.shape[1]))
+    removed = np.arange(min(explain.Effort().removed, sequence.shape[1]))
     attribute = partial(explain.captum_analysis, model, sequence, static, baseline=baseline, n_steps=explain.IG_STEPS)
-    replace_events = partial(explain.replace_each_event, model, sequence, static, baseline, removed)
+    ablate = partial(explain.ablation_analysis, model, sequence, static, None, baseline)
+    remove_events = partial(ablate, which=removed, dataset=run.dataset)
     for name, step in (
         (f"Integrated Gradients, {explain.IG_STEPS} steps", attribute),
-        (f"replacement of {len(removed)} events", replace_events),
+        (f"absence of {len(removed)} events", remove_events),
         ("attention of every layer and head", lambda: explain.attend(model, sequence, static)),
         ("everything, as the program does it", lambda: explain.explain_stays(run, settings)),
     ):
@@ -55,8 +56,7 @@ def steps(run: explain.Run, settings: explain.ExplainSettings) -> Iterator[tuple
 def whole(run: explain.Run) -> Iterator[tuple[str, float]]:
     """CPU seconds of explaining all stays of the run as the program does it, tables of stays written, no pictures."""
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, explain.stay_files(Path(folder)) as write:
-        explain.explain_stays(run, explain.ExplainSettings(max_stays=0), write)
+    explain.explain_stays(run, explain.ExplainSettings(max_stays=0))
     yield f"CPU seconds of all {len(run.table.stays)} stays", time.process_time() - started
 
 
