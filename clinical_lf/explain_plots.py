@@ -21,6 +21,7 @@ from clinical_lf.tables import EVENT_TYPES
 Tables = dict[str, Any]
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
 SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
+BAND = "#eaf0ea"  # what lies within the floor
 TO_END = "hours before the final event or observation limit"
 LOGIT = f"logit (right: towards death; band: below {FLOOR})"
 OVER_TIME = (  # measures of an event: column, word, is it a push
@@ -57,7 +58,7 @@ def name_rows(
 ) -> None:
     """Name the rows of a panel, first on top, at the left and, small, at the right; a band around 0 is the floor."""
     tidy(axes, ticks=(n_ticks,), **words)
-    axes.axvspan(-floor, floor, color="#f0f4f0", linewidth=0, zorder=0)
+    axes.axvspan(-floor, floor, color=BAND, linewidth=0, zorder=0)
     axes.axvline(0, color="black", linewidth=0.7)
     axes.set_yticks(range(len(left)), left, fontsize=size)
     axes.set(ylim=(len(left) - 0.4, -0.6), axisbelow=True)
@@ -83,6 +84,7 @@ def draw_stems(figure: Any, title: str, rows: list[tuple], hours: np.ndarray, te
             said = [f"no event mattered: none moves the logit by {FLOOR}"]
         elif not is_push and sizes.max() < 1.5:
             said = [f"no event stands out: {np.nanmin(values):.2f} to {sizes.max():.2f} of an even share"]
+        axes.axhspan(-FLOOR * is_push, FLOOR * is_push, color=BAND, linewidth=0)
         axes.vlines(hours, level, values, color="#b5b5b5", linewidth=0.9)
         dark = np.where(values[top] >= 0, VERMILLION, BLUE) if is_push else "black"
         axes.vlines(hours[top], level, values[top], linewidth=1.4, color=dark)
@@ -287,6 +289,7 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
     said += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
     axes = line.subplots()
+    axes.axhspan(-FLOOR, FLOOR, color=BAND, linewidth=0)
     axes.vlines(hours, 0, push, color=np.where(push >= 0, VERMILLION, BLUE), linewidth=1.1)
     axes.axhline(0, color="black", linewidth=0.5)
     tidy(axes, TO_END, "logit\n(up: towards death)", said)
@@ -350,7 +353,7 @@ def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
         labels, stays = [TYPE_WORDS.get(name, plain(name, 40)) for name in names], rows.groupby("group")["icu_stay_id"]
         name_rows(axes, labels, [counted(n, "stay") for n in stays.nunique()[names]])
         axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
-    panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}; each panel has its own scale", fontsize=8)
+    panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}", fontsize=8)
     body.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
     return body.figure
 
