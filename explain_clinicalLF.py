@@ -15,6 +15,7 @@ Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, 
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
 """
 
+import copy
 import html
 import itertools
 import json
@@ -384,9 +385,6 @@ def layer_analysis(
 
     Statics are held fixed, and deeper layers have already mixed the events. Return dicts of layer, attribution (B, L),
     exactly 0 at padding, and gap_error (B,), complete (B,).
-
-    >>> [row["layer"] for row in layer_analysis(model, sequences, static_features, attention_mask)]
-    ['input_projection', 'encoder layer 1', 'encoder layer 2']
     """
     model.eval()
     mask = event_mask(sequences, attention_mask)
@@ -437,12 +435,17 @@ class OneStay(NamedTuple):
         if texts is not None:
             table = replace(table, text=texts.ravel().astype(table.text.dtype))
         left = table.take(np.arange(n_variants), keep.ravel())
-        made = train.ClinicalSequenceDataset(left, self.dataset.preprocessor, self.dataset.text_vectors)
+        preprocessor = copy.copy(self.dataset.preprocessor)  # of the statics, the number of events alone changes
+        follows = [name == "number_of_events" for name, _ in preprocessor.static_names]
+        preprocessor.categorical, preprocessor.numeric = [], ["number_of_events"] * sum(follows)
+        made = train.ClinicalSequenceDataset(left, preprocessor, self.dataset.text_vectors)
+        statics = self.static.repeat(n_variants, 1)
+        statics[:, torch.tensor(follows, device=own.device)] = made.static.to(own.device)
         was = origin.to(made.device) + int(self.dataset.table.offsets[self.number])
         is_new = (made.event_columns != self.dataset.event_columns[was]).any(1) | (made.text != self.dataset.text[was])
         rows = torch.where(is_new, n_events + is_new.cumsum(0) - 1, origin.to(made.device))
         events = torch.cat([own, made.events(is_new.nonzero().squeeze(1)).to(own.device)])  # each is projected once
-        return events, rows.to(own.device), made.static.to(own.device)
+        return events, rows.to(own.device), statics
 
 
 @torch.no_grad()
@@ -742,7 +745,6 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
 # ---- Tables: the same for the pictures, the report and the files -----------------------------------------------------
 
 OFF_STAYS = 10  # whose attention is switched off
-TIME_SHUFFLES = 5
 LEVEL = re.compile(r" \| (Level|Flag): [^|]*")
 ABNORMAL = re.compile(r"\| Flag: abnormal|\| Level: (?!within range)")
 
@@ -898,8 +900,8 @@ def logit_without_time(run: Run, stay: int, seed: int) -> float:
     """Return the mean logit of a stay whose events are dealt at random to its places and times."""
     sequence, static = run.inputs(stay)
     generator = torch.Generator().manual_seed(seed)
-    orders = torch.stack([torch.randperm(sequence.shape[1], generator=generator) for _ in range(TIME_SHUFFLES)])
-    dealt = sequence[0, orders.to(sequence.device)]  # (TIME_SHUFFLES, L, C)
+    orders = torch.stack([torch.randperm(sequence.shape[1], generator=generator) for _ in range(5)])
+    dealt = sequence[0, orders.to(sequence.device)]  # (5, L, C)
     dealt[:, :, run.parts["time"]] = sequence[:, :, run.parts["time"]]
     parts = dealt.split(max(1, FORWARD_EVENTS // sequence.shape[1]))
     logits = [run.checkpoint.model.logits(part, static.expand(len(part), -1)) for part in parts]

@@ -217,8 +217,9 @@ def test_an_absent_event_has_the_effect_that_the_table_without_it_has(any_run, m
 
 def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run):
     places, sizes = np.arange(len(any_run.table.text)), []
+    falls_of_stays = [falls_of(any_run, stay) for stay in range(20)]
     for stay, share in itertools.product(range(20), (0.9, 1.3)):  # of the strongest event: enough, and not
-        falls, first = falls_of(any_run, stay), any_run.table.offsets[stay]
+        falls, first = falls_of_stays[stay], any_run.table.offsets[stay]
         columns = {"icu_stay_id": stay, "event": np.arange(len(falls)), "event_text": "", "attribution": falls}
         strongest = falls[np.abs(falls).argmax()]
         threshold = float(expit(any_run.logits[stay] - share * strongest))
@@ -547,7 +548,7 @@ def test_examples_in_docstrings_are_true(model, batch, run, attention, described
     for name in explain.__all__:
         for example in finder.find(getattr(explain, name), name, globs=vars(explain) | given):
             runner.run(example)
-    assert runner.failures == 0 and runner.tries > 10
+    assert runner.failures == 0 and runner.tries > 8
 
 
 # ---- From a checkpoint to the files
