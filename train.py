@@ -322,8 +322,9 @@ T = TypeVar("T")
 
 
 def clean_text(text: Any) -> str:
-    """Return the text itself, or the empty string where it is missing (None, NaN)."""
-    return text if isinstance(text, str) else "" if pd.isna(text) else str(text)
+    """Return the text, "" where it is missing (None, NaN), with ? for lone surrogates, which no tokenizer takes."""
+    present = text if isinstance(text, str) else "" if pd.isna(text) else str(text)
+    return present.encode("utf-8", "replace").decode("utf-8")
 
 
 def text_keys(texts: Iterable[str]) -> np.ndarray:
@@ -465,7 +466,7 @@ class ClinicalTextEncoder:
         weights_dir = weights_dir or (Path("hf_cache") if Path("hf_cache").is_dir() else cache_dir / "hf_cache")
         self.encoder: HashingEncoder | HuggingFaceEncoder = HashingEncoder()
         if str(name) != HashingEncoder.id:
-            self.encoder = HuggingFaceEncoder(str(name), max_tokens, cache_dir, weights_dir, devices, dtype)
+            self.encoder = HuggingFaceEncoder(str(name), max_tokens, cache_dir, weights_dir, devices or (), dtype)
         self.id, self.dim = self.encoder.id, self.encoder.dim
         is_default = self.encoder.cache_name == "yikuan8--Clinical-Longformer-cls-512"
         self.cache = EmbeddingCache(cache_dir / self.encoder.cache_name, self.dim, [cache_dir] if is_default else [])

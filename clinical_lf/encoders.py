@@ -4,14 +4,13 @@ An encoder has id, dim, pooling, max_tokens, budget (tokens in a batch), n_devic
 anything with a length), `forward` (device number, tokenised texts -> (n, dim) float32). Its cache is train.py's.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import transformers
 from huggingface_hub import HfApi, snapshot_download
 from scipy.spatial.distance import pdist
 from torch import Tensor, nn
-from transformers import logging
 from transformers.models.auto import modeling_auto
 
 from clinical_lf.files import WORDS, InputError, lock_folder, read_json, write_json
@@ -40,30 +38,12 @@ class EncoderUnreachable(InputError):
     """The text encoder's weights are neither on this machine nor can they be downloaded."""
 
 
-def without_surrogates(text: str) -> str:
-    """Return the text with question marks for lone surrogates, which no tokenizer takes."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def as_file_name(encoder: str) -> str:
-    """Return an encoder's id as the name of a folder."""
-    return re.sub(r"[^\w.-]", "--", encoder)
-
-
 def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
     """Return the two bins nearest to a number's magnitude and their whole weights, 16 together: near numbers share."""
     # The logarithm to base 2, straight between powers of 2, is exact on any machine; below 1/64 all are near 0.
     mantissa, exponent = math.frexp(min(number, 1e300) + 1 / 64)
-    place = (exponent + 2 * mantissa) * per_octave
-    lower = math.floor(place)
-    weight = round(16 * (place - lower))
+    lower, weight = divmod(round(16 * (exponent + 2 * mantissa) * per_octave), 16)
     return [(lower, 16 - weight), (lower + 1, weight)]
-
-
-@cache
-def hashing_bits(*shape: int) -> np.ndarray:
-    """Return random 0 and 1, int8: numpy promises that no version changes what RandomState gives."""
-    return np.random.RandomState(768).randint(0, 2, shape, np.int8)
 
 
 class HashingEncoder:
@@ -84,9 +64,7 @@ class HashingEncoder:
 
     def numbers_of_item(self, text: str) -> Iterator[tuple[str, int]]:
         """Yield words for the soft bins of each number behind the item, with their weights."""
-        item, *parts = text.split(" | ")
-        for part in parts:
-            what = f"{item} {NUMBER.sub('#', part)}"
+        for what, part in zip(self.parts_of_item(mask_numbers(text))[1:], text.split(" | ")[1:]):
             for (place, number), per_octave in product(enumerate(NUMBER.findall(part)), (1, 4, 16)):
                 for bin_number, weight in soft_bins(float(number.replace(",", "")), per_octave):
                     yield f"{what} {place} {per_octave} {bin_number}", weight
@@ -103,6 +81,8 @@ class HashingEncoder:
             HashingVectorizer(analyzer="char_wb", ngram_range=(3, 4), **counts),
             FeatureHasher(self.n_features, input_type="pair", dtype=np.float32),
         )
+        # numpy promises that no version changes what RandomState gives
+        self._bits = np.random.RandomState(768).randint(0, 2, (4, self.n_features, self.dim), np.int8)
         check_vectors(self)
 
     def unload(self) -> None:
@@ -110,90 +90,90 @@ class HashingEncoder:
 
     def tokenise(self, texts: Sequence[str]) -> list[str]:
         """Return the texts in lower case: a character counts as a token."""
-        return [without_surrogates(text).lower() for text in texts]
+        return [text.lower() for text in texts]
 
     def forward(self, device_number: int, texts: list[str]) -> np.ndarray:
         """Return the vectors of tokenised texts: (n, 768) float32."""
-        vectors = np.zeros((len(texts), self.dim), np.float32)
-        plain = [mask_numbers(text) for text in texts]
-        inputs = (plain, plain, plain, [self.numbers_of_item(text) for text in texts])
-        bits = hashing_bits(len(inputs), self.n_features, self.dim)
-        for part, vectorizer in enumerate(self._vectorizers):
-            counts = vectorizer.transform(inputs[part])  # (n, n_features) sparse
+        vectors, plain = np.zeros((len(texts), self.dim), np.float32), [mask_numbers(text) for text in texts]
+        inputs = (plain, plain, plain, map(self.numbers_of_item, texts))
+        for vectorizer, said, bits, weight in zip(self._vectorizers, inputs, self._bits, self.weights):
+            counts = vectorizer.transform(said)  # (n, n_features) sparse
             used = np.unique(counts.indices)
-            signs = bits[part, used].astype(np.float32) * 2 - 1  # (n_used, dim)
+            signs = bits[used].astype(np.float32) * 2 - 1  # (n_used, dim)
             squares = np.asarray(counts.multiply(counts).sum(axis=1)).reshape(-1, 1)
-            vectors += self.weights[part] * ((counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1)))
+            vectors += weight * ((counts[:, used] @ signs) / np.sqrt(np.maximum(squares, 1)))
         return vectors
 
 
 class HuggingFaceEncoder:
     """A frozen Hugging Face encoder; a text's vector is its last layer, pooled as `folder_pooling` says.
 
-    name: a hub id, `id@revision`, downloaded once to `weights_dir`, or a folder, whose content is its identity.
-    devices: None for all CUDA devices, else the CPU. dtype: "auto", "float32", "bfloat16". Raises InputError when the
+    name: a hub id, `id@revision`, downloaded once to `home`, or a folder, whose content is its identity. devices: if
+    none are given, all CUDA devices, else the CPU. dtype: "auto", "float32", "bfloat16". Raises InputError when the
     weights are unusable, EncoderUnreachable when they are nowhere to be had. Runs no foreign code.
     """
 
-    def __init__(
-        self, name: str, max_tokens: int, cache_dir: Path, weights_dir: Path, devices: Sequence | None, dtype: str
-    ) -> None:
-        self.id, self.max_tokens, self._folder = name, max_tokens, Path(name)
-        self._is_local = Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", name)
-        if self._is_local:
-            self.id = f"{self._folder.resolve().name}@{folder_fingerprint(self._folder)}"
+    def __init__(self, name: str, max_tokens: int, cache_dir: Path, home: Path, devices: Sequence, dtype: str) -> None:
+        self.id, self.max_tokens, self._folder, file_name = name, max_tokens, Path(name), re.sub(r"[^\w.-]", "--", name)
+        if self._folder.is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", name):
+            if not (self._folder / "config.json").is_file():
+                raise InputError(WORDS["encoder"]["no_config"].format(folder=self._folder))
+            file_name = folder_fingerprint(self._folder)  # the same files under another name are the same encoder
+            self.id = f"{self._folder.resolve().name}@{file_name}"
         else:
-            self._folder = weights_dir / ("clinical_longformer" if name == CLINICAL_LONGFORMER else as_file_name(name))
-        is_here = self._is_local or (self._folder / "config.json").is_file()  # else a full cache needs no weights
-        paths = [] if is_here else sorted(cache_dir.glob(f"{as_file_name(name)}-*-{max_tokens}/encoder.json"))
+            self._folder = home / ("clinical_longformer" if name == CLINICAL_LONGFORMER else file_name)
+        paths = cache_dir.glob(f"{file_name}-*-{max_tokens}/encoder.json")
         described = next((found for found in map(read_description, paths) if found.get("encoder") == name), {})
-        if not described:
-            config = self._config()
+        if not described or (self._folder / "config.json").is_file():  # else a full cache needs no weights
+            download_encoder(name, self._folder)
             with as_input_error(self._folder):
+                config = transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
                 described = {"dim": config.hidden_size, "pooling": folder_pooling(self._folder, config)}
         self.dim, self.pooling = described["dim"], described["pooling"]
-        self.cache_name = f"{as_file_name(self.id)}-{self.pooling}-{max_tokens}"
-        if self._is_local:  # the same files may have made vectors under another name
-            same = cache_dir.glob(f"*--{self.id.rpartition('@')[2]}-{self.pooling}-{max_tokens}")
-            self.cache_name = min((folder.name for folder in same), default=self.cache_name)
+        self.cache_name = f"{file_name}-{self.pooling}-{max_tokens}"
         devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
         self._devices = [torch.device(device) for device in devices]
         self._models: list[Any] = []  # one for each device, once loaded
-        self.n_devices, self._dtype = len(self._devices), encoder_dtype(dtype, self._devices[0])
-        self.budget = 32_768 if self._devices[0].type == "cuda" else 2_048
-
-    def _config(self) -> Any:
-        """Return the model's configuration, downloaded first where it is not here."""
-        if not (self._folder / "config.json").is_file():
-            if self._is_local:
-                raise InputError(WORDS["encoder"]["no_config"].format(folder=self._folder))
-            download_encoder(self.id, self._folder)
-        with as_input_error(self._folder):
-            return transformers.AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+        self.n_devices, on_cuda = len(self._devices), self._devices[0].type == "cuda"
+        self.budget = 32_768 if on_cuda else 2_048
+        if dtype == "auto":  # bfloat16 on GPUs from Ampere, on CPUs with AMX or AVX-512-BF16
+            by_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            by_device = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else by_cpu
+            dtype = "bfloat16" if by_device else "float32"
+        self._dtype = getattr(torch, dtype)
 
     def load(self, cache_folder: Path) -> None:
         """Load the weights onto every device; refuse others than those that the folder's vectors were made with."""
         if self._models:
             return
-        config = self._config()
+        download_encoder(self.id, self._folder)
+        options: dict[str, Any] = {"trust_remote_code": False, "weights_only": True, "dtype": torch.float32}
         with as_input_error(self._folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
-            options = {"trust_remote_code": False, "weights_only": True, "dtype": torch.float32}
             model, info = transformers.AutoModel.from_pretrained(self._folder, **options, output_loading_info=True)
-            self._length_limit = min(self.max_tokens, token_limit(config, self._folder))
+            config, path = model.config, self._folder / "sentence_bert_config.json"
+            positions = getattr(config, "max_position_embeddings", None) or -1  # none, or XLNet's -1: they end nowhere
+            if config.model_type in KIN_OF_ROBERTA:  # they count from behind the padding token
+                positions -= config.pad_token_id + 1
+            wishes = read_json(path) if path.is_file() else {}
+            limits = (self.max_tokens, positions, wishes.get("max_seq_length") or -1)
+            self._length_limit = min(limit for limit in limits if limit > 0)
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
             raise InputError(f"{self._folder} has no tokenizer: copy tokenizer.json (or vocab files) from its source")
         lost = [key for key in info["missing_keys"] if "pooler" not in key]
         if lost or config.is_encoder_decoder:
             raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
         self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
-        self._check_weights(model, cache_folder)
+        facts = {name: getattr(self, name) for name in ("pooling", "max_tokens", "dim")}
+        facts |= {"encoder": self.id, "weights": model_fingerprint(model, tokenizer)}
+        described = read_description(cache_folder / "encoder.json")
+        if described.get("weights", facts["weights"]) != facts["weights"]:
+            raise InputError(WORDS["encoder"]["other_weights"].format(cache=cache_folder, folder=self._folder))
+        write_json(cache_folder / "encoder.json", facts)
         windows = set(config.attention_window) if config.model_type == "longformer" else set()
-        self.window: int | None = None  # of attention; what is no Longformer has none, nor one whose layers differ
-        if len(windows) == 1 and self._length_limit <= 1024:  # a longer band takes much memory
-            self.window = windows.pop()
-            model = longformer_as_roberta(model)
-        model = model.to(self._dtype).eval().requires_grad_(False)
+        # Of attention: what is no Longformer has none, nor one whose layers differ; a longer band takes much memory.
+        self.window = windows.pop() if len(windows) == 1 and self._length_limit <= 1024 else None
+        model = (longformer_as_roberta(model) if self.window else model).to(self._dtype).eval().requires_grad_(False)
         if self._devices[0].type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
             for linear in [layer for layer in model.modules() if type(layer) is nn.Linear]:
                 linear.__class__ = OneDnnLinear
@@ -205,22 +185,10 @@ class HuggingFaceEncoder:
         """Free the weights; `load` loads them again."""
         self._models = []
 
-    def _check_weights(self, model: nn.Module, cache_folder: Path) -> None:
-        """Refuse weights other than those the cache was made with; describe them there, where nothing does."""
-        path, weights = cache_folder / "encoder.json", model_fingerprint(model, self._tokenizer)
-        described = read_description(path)
-        if described.get("weights", weights) != weights:
-            raise InputError(WORDS["encoder"]["other_weights"].format(cache=cache_folder, folder=self._folder))
-        facts = {"encoder": self.id, "pooling": self.pooling, "max_tokens": self.max_tokens, "dim": self.dim}
-        facts["weights"] = weights
-        if not described.items() >= facts.items():
-            write_json(path, facts)
-
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the numbers of each text's tokens."""
-        clean = [without_surrogates(text) for text in texts]
         options = {"truncation": True, "max_length": self._length_limit, "return_attention_mask": False}
-        return [text_tokens or [self._pad] for text_tokens in self._tokenizer(clean, **options)["input_ids"]]
+        return [text_tokens or [self._pad] for text_tokens in self._tokenizer(list(texts), **options)["input_ids"]]
 
     @torch.inference_mode()
     def forward(self, device_number: int, tokens: list[list[int]]) -> np.ndarray:
@@ -249,8 +217,7 @@ def folder_pooling(folder: Path, config: Any) -> str:
     if not path.is_file():
         return "last" if is_causal else "cls"
     wishes = read_json(path)
-    named = wishes.get("pooling_mode") or []  # since version 5.4
-    modes = [named] if isinstance(named, str) else [*named]
+    modes = [*np.atleast_1d(wishes.get("pooling_mode") or [])]  # since version 5.4
     modes += [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
     found = {POOLINGS.get(re.sub("pooling_mode_|_tokens?$", "", mode), "") for mode in modes}
     if len(found) != 1 or "" in found:
@@ -265,9 +232,8 @@ def folder_pooling(folder: Path, config: Any) -> str:
 
 def check_vectors(encoder: HashingEncoder | HuggingFaceEncoder) -> None:
     """Unload and refuse an encoder that gives texts of different tokens one vector, as a causal model's first does."""
-    tokens = encoder.tokenise(PROBES)
-    distinct: list = [text for number, text in enumerate(tokens) if text not in tokens[:number]]
-    vectors = encoder.forward(0, distinct)
+    distinct: dict[str, Any] = {str(tokens): tokens for tokens in encoder.tokenise(PROBES)}
+    vectors = encoder.forward(0, [*distinct.values()])
     if pdist(vectors).min(initial=np.inf) <= 1e-4 * np.abs(vectors).max():
         encoder.unload()
         raise InputError(WORDS["encoder"]["one_vector"].format(encoder=encoder.id))
@@ -301,62 +267,36 @@ def longformer_as_roberta(longformer: Any) -> Any:
     return roberta
 
 
-def token_limit(config: Any, folder: Path) -> int:
-    """Return after how many tokens a text is cut: where the model's positions end, or where its folder wants it."""
-    positions = getattr(config, "max_position_embeddings", None) or -1  # none, or XLNet's -1: they end nowhere
-    if config.model_type in KIN_OF_ROBERTA:  # they count from behind the padding token
-        positions -= config.pad_token_id + 1
-    path = folder / "sentence_bert_config.json"
-    wishes = read_json(path) if path.is_file() else {}
-    return min((limit for limit in (positions, wishes.get("max_seq_length") or -1) if limit > 0), default=1_000_000)
-
-
-def encoder_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the named dtype; "auto" is bfloat16 on GPUs from Ampere, CPUs with AMX or AVX-512-BF16, else float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
 def read_description(path: Path) -> dict[str, Any]:
     """Return what a cache folder's encoder.json says; nothing where it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError):
         return dict(read_json(path))
     return {}
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return 12 hex digits that change with a model folder's files: names, sizes, first and last MB of each."""
+    """Return 12 hex digits that change with a model folder's files."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*")):
+    for path in sorted(folder.glob("*")):
         if path.suffix in (".json", ".txt", ".model", ".safetensors", ".bin") and path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with open(path, "rb") as file:
-                digest.update(file.read(2**20))
-                file.seek(max(0, path.stat().st_size - 2**20))
-                digest.update(file.read(2**20))
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
     """Return 12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever their files."""
-    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith("pooler."):  # never used, and random where the files have none
-            digest.update(name.encode() + value.flatten()[::997].float().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    weights = [(name, value.flatten()[::997].float()) for name, value in sorted(model.state_dict().items())]
+    # The pooler is never used, and random where the files have none.
+    read = [name.encode() + value.numpy().tobytes() for name, value in weights if not name.startswith("pooler.")]
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode() + b"".join(read)).hexdigest()[:12]
 
 
-@contextlib.contextmanager
+@contextmanager
 def as_input_error(folder: Path) -> Iterator[None]:
-    """Keep transformers quiet, and turn whatever it raises about a folder into an InputError."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Make transformers quiet, and turn whatever it raises about a folder into an InputError."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     except InputError:
@@ -364,22 +304,20 @@ def as_input_error(folder: Path) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(f"{folder} cannot be used as a text encoder ({type(error).__name__}: {reason})") from error
-    finally:
-        logging.enable_progress_bar()
-        logging.set_verbosity(verbosity)
 
 
 def download_encoder(name: str, folder: Path) -> None:
-    """Download a model's files, no code, or go on where it was stopped; of several processes the first one does."""
+    """Download a model's files unless they are here, no code; of several processes the first one does."""
     hub_id, _, revision = name.partition("@")
-    with lock_folder(folder.parent):
-        if (folder / "config.json").is_file():  # another process was faster
+    is_here = (folder / "config.json").is_file
+    with nullcontext() if is_here() else lock_folder(folder.parent):
+        if is_here():  # or another process was faster
             return
         try:  # one request without retries: on a machine without network this fails within seconds
             info = HfApi(token=False).model_info(hub_id, revision=revision or None, timeout=10)
             is_safe = any(re.match(r"model.*\.safetensors", file.rfilename) for file in info.siblings or [])
             wanted = ["*.json", "*.txt", "*.model", "model*.safetensors" if is_safe else "pytorch_model*.bin"]
-            begun = folder.with_name(f".{folder.name}.partial")
+            begun = folder.with_name(f".{folder.name}.partial")  # a later call goes on with it
             snapshot_download(hub_id, revision=revision or None, local_dir=begun, token=False, allow_patterns=wanted)
             begun.rename(folder)
         except Exception as error:

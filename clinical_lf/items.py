@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +13,10 @@ from clinical_lf.tables import StayTable
 # 4, 4.1, .5, 25,000 or 1.1e-05; atomic, so that nothing less is read of it
 DIGITS = r"(?>(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"
 NUMBER = re.compile(rf"(?<![\w.]){DIGITS}")  # also before a unit, but not the 2 of PaO2
-SIGNED = rf"[-−+]?{DIGITS}"
 # Number, or a range whose unit may stand twice (2 mg - 4 mg), and unit; no titer (1:40) and no pair (120/80).
 MEASUREMENT = re.compile(
     r"(\| (?:Value|Rate|Dose|Amount): (?:(?:[<>≤≥=~]+|(?i:(?:less|greater|more) than)) ?)?)"
-    rf"({SIGNED})(?: ?(?P<unit>[^\W\d_][^\s\d–-]*|%?) ?(?:[-–]|to) ?({SIGNED})(?= ?(?P=unit)))?"
+    rf"([-−+]?{DIGITS})(?: ?(?P<unit>[^\W\d_][^\s\d–-]*|%?) ?(?:[-–]|to) ?([-−+]?{DIGITS})(?= ?(?P=unit)))?"
     r"(?! ?[:/] ?\d)(?=[\s%°]|[^\W\d_]|$)([^|]*)"
 )
 
@@ -97,12 +95,6 @@ def item_quantiles(table: StayTable) -> dict[str, list[float]]:
     return {item: np.quantile(group, np.linspace(0, 1, 65), method="nearest").tolist() for item, group in groups}
 
 
-def quantiles_in(sorted_values: Sequence[float], numbers: np.ndarray) -> np.ndarray:
-    """Return where numbers of any shape lie: -1 below all values, 0 at their median, 1 above all; 0 for NaN."""
-    below, up_to = (np.searchsorted(sorted_values, numbers, side) for side in ("left", "right"))
-    return np.where(np.isfinite(numbers), (below + up_to) / len(sorted_values) - 1, 0)
-
-
 def encode_history(table: StayTable, quantiles: dict[str, list[float]]) -> np.ndarray:
     """Return `item_history` as (n_events, 9) float32 HISTORY: numbers as places -1..1 among the item's quantiles."""
     history = item_history(table)
@@ -110,8 +102,9 @@ def encode_history(table: StayTable, quantiles: dict[str, list[float]]) -> np.nd
     numbers = history[list(STATISTICS)].to_numpy()  # (n_events, 6)
     for item, rows in history.groupby("item", sort=False, observed=True).indices.items():
         if item in quantiles:
-            encoded[rows, : len(STATISTICS)] = quantiles_in(quantiles[item], numbers[rows])
-            encoded[rows, HISTORY.index("has_value")] = np.isfinite(numbers[rows, 0])
-    encoded[:, HISTORY.index("log_count")] = np.log1p(history["count"])
-    encoded[:, HISTORY.index("is_latest")] = history["is_latest"]
+            own, is_number = numbers[rows], np.isfinite(numbers[rows])
+            below, up_to = (np.searchsorted(quantiles[item], own, side) for side in ("left", "right"))
+            places = np.where(is_number, (below + up_to) / len(quantiles[item]) - 1, 0)  # at the median, or no number
+            encoded[rows, :-2] = np.c_[places, is_number[:, 0]]
+    encoded[:, -2:] = np.c_[np.log1p(history["count"]), history["is_latest"]]
     return encoded

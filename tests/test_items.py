@@ -75,7 +75,8 @@ def test_previous_is_of_an_earlier_time_in_the_tables_order_and_a_tied_mean_is_n
 def test_quantiles_of_an_item_are_65_of_its_values_clipped_and_zero_without_a_number(lactates):
     (name,), (values,) = zip(*items.item_quantiles(lactates).items())
     assert name == IN_UNIT and len(values) == 65 and values == sorted(values) and set(values) == {1, 2, 6}
-    assert items.quantiles_in([0.0, 1.0, 2.0, 3.0], np.array([-5, 1.5, 99, math.nan])).tolist() == [-1, 0, 1, 0]
+    encoded = items.encode_history(lactates, {IN_UNIT: [1.5, 2.0, 2.0, 5.0]})  # of 2, a culture, 6, 1 and 6
+    assert encoded[:, 0].tolist() == [0, 0, 1, -1, 1]
 
 
 def test_encoded_history_by_hand_and_no_number_for_items_that_training_never_saw(lactates):
