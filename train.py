@@ -32,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import cycle, groupby, islice
@@ -69,9 +69,7 @@ CHECKPOINT_FORMAT = 4  # raise it when what a model reads of a text changes, as 
 class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
-    data: str = setting(
-        "", "MIMIC-IV or MEDS folder, nested Parquet (or a glob), flat CSV or Parquet; else the sample."
-    )
+    data: str = setting("", "MIMIC-IV or MEDS folder, nested Parquet (or glob), flat CSV or Parquet; else the sample.")
     output_dir: str = setting("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = setting("clinical_LF_precomp_emb", "Folder for vectors, query results and encoder weights.")
     memory_limit: str = setting("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
@@ -143,25 +141,19 @@ def check_settings(settings: Settings) -> Settings:
     modes += ["seeds"] * (settings.seeds > 1) + ["resume"] * (settings.resume and bool(settings.evaluate))
     parts = [name for name in ("evaluate", "cross_validate", "no_test") if getattr(settings, name)]
     parts += ["split"] * (bool(settings.split) and parts[:1] != ["no_test"])
-    divisors, later = (settings.n_heads, settings.n_pooling_heads, 2), "known only after the prediction"
-    is_retrospective, has_labels = not settings.prospective, bool(settings.labels)
-    width = f"--d-model {settings.d_model}: out of range; it must be a multiple of"
-    rules = {
-        f"--static-features {unknown}: no such column. Choose from {', '.join(STATIC_COLUMNS)}.": unknown,
-        f"--static-features {late}: {later}. Leave these columns out, or drop --observation-hours.": late,
-        f"{width} --n-heads, --n-pooling-heads and 2.": any(settings.d_model % divisor for divisor in divisors),
-        "--cross-validate 1: out of range; it takes at least 2 folds.": settings.cross_validate == 1,
-        "--gap-hours needs --observation-hours: whole stays have no gap.": settings.gap_hours and is_retrospective,
-        "--observation-hours and --labels: a MEDS label has its own time.": has_labels and settings.observation_hours,
-        "--outcome and --labels: MEDS labels say which death they mean.": has_labels and settings.outcome != "hospital",
-        "--history-hours needs a MEDS data set and its --labels.": settings.history_hours and not has_labels,
-        "--trajectory needs --evaluate CHECKPOINT.": settings.trajectory and not settings.evaluate,
-        f"{', '.join(map(cli_name, modes))}: these do not go together. Run one after the other.": len(modes) > 1,
-        f"{', '.join(map(cli_name, parts))}: each says which stays test the model. Give one of them.": len(parts) > 1,
-    }
-    for message, is_broken in rules.items():
-        if is_broken:
-            raise InputError(message)
+    width, labels = settings.d_model, bool(settings.labels)
+    broken = {"unknown_static": unknown, "late_static": late, "one_fold": settings.cross_validate == 1}
+    broken["odd_width"] = any(width % divisor for divisor in (settings.n_heads, settings.n_pooling_heads, 2))
+    broken |= {"gap_of_whole_stays": settings.gap_hours and not settings.prospective}
+    broken |= {"hours_and_labels": labels and settings.observation_hours}
+    broken |= {"outcome_and_labels": labels and settings.outcome != Settings.outcome}
+    broken |= {"history_without_labels": settings.history_hours and not labels}
+    broken |= {"trajectory_of_nothing": settings.trajectory and not settings.evaluate}
+    broken |= {"two_modes": len(modes) > 1, "two_tests": len(parts) > 1}
+    found = {"unknown": unknown, "late": late, "columns": ", ".join(STATIC_COLUMNS), "width": width}
+    found |= {"modes": ", ".join(map(cli_name, modes)), "parts": ", ".join(map(cli_name, parts))}
+    for key in filter(broken.get, broken):
+        raise files.refusal(key, **found)
     trajectory_hours(settings.trajectory)
     data = settings.data or ("" if settings.evaluate else SAMPLE.name)
     return replace(settings, data=data, static_features=list(chosen))
@@ -169,13 +161,10 @@ def check_settings(settings: Settings) -> Settings:
 
 def trajectory_hours(text: str) -> list[float]:
     """Return the hours of --trajectory, ascending. Raises InputError."""
-    try:
-        hours = sorted({float(part) for part in text.split(",")} if text else ())
-    except ValueError:
-        hours = [math.nan]
-    if not all(0 < hour < math.inf for hour in hours):
+    hours = np.unique(pd.to_numeric(text.split(",") if text else [], errors="coerce"))
+    if not ((hours > 0) & (hours < math.inf)).all():
         raise InputError(f"--trajectory {text}: give hours above 0, such as 6,12,24,48.")
-    return hours
+    return hours.tolist()
 
 
 # ---- Preprocessing ---------------------------------------------------------------------------------------------------
@@ -267,8 +256,7 @@ class ClinicalDataPreprocessor:
     def unknown_categories(self, table: StayTable) -> dict[str, int]:
         """Return, by column with any, how many stays have a value, or no value in any stay, that training never saw."""
         present = tables.columns_with_values(table, [*self.categorical, *self.numeric])
-        empty = [f"{name} (empty)" for name in self._state.get("with_values", []) if name not in present]
-        counts = dict.fromkeys(empty, len(table.stays))
+        counts = {f"{name} (empty)": len(table.stays) for name in self._state["with_values"] if name not in present}
         for column in self.categorical:
             words = table.stays[column].dropna().astype(str)
             counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
@@ -323,8 +311,7 @@ T = TypeVar("T")
 
 def clean_text(text: Any) -> str:
     """Return the text, "" where it is missing (None, NaN), with ? for lone surrogates, which no tokenizer takes."""
-    present = text if isinstance(text, str) else "" if pd.isna(text) else str(text)
-    return present.encode("utf-8", "replace").decode("utf-8")
+    return str("" if pd.isna(text) else text).encode("utf-8", "replace").decode("utf-8")
 
 
 def text_keys(texts: Iterable[str]) -> np.ndarray:
@@ -575,6 +562,8 @@ def split_by_budget(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
 
 # ---- Dataset ---------------------------------------------------------------------------------------------------------
 
+N_WORKERS = 4  # a thread gathers an event's 3 kB in about a microsecond; four of them keep a GPU busy
+
 
 class Layout(NamedTuple):
     """Where each of a batch's packed events belongs: the events of a stay stand together, oldest first."""
@@ -647,8 +636,7 @@ class ClinicalSequenceDataset(Dataset):
         self.type_columns = here(preprocessor.encode_event_type((*EVENT_TYPES, "unknown")))  # (6, 5)
         self.event_type, self.text = here(table.event_type), here(table.text)  # (n_events,) each
         columns = [preprocessor.encode_relative_time(table.minutes_to_end)]
-        if preprocessor.item_history:
-            columns.append(preprocessor.encode_history(table))
+        columns += [preprocessor.encode_history(table)] if preprocessor.item_history else []
         self.event_columns = here(np.hstack(columns))  # (n_events, 1 or 10), time first
         self.offsets = here(table.offsets)
         self.static = here(preprocessor.encode_static_features(table.static_columns))  # (n_stays, S)
@@ -697,9 +685,6 @@ def place_vectors(text_vectors: np.ndarray, device: torch.device) -> Tensor:
     return vectors.to(device) if fits else vectors
 
 
-N_WORKERS = 4  # a thread gathers an event's 3 kB in about a microsecond; four of them keep a GPU busy
-
-
 def packed_batches(
     dataset: ClinicalSequenceDataset, batches: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[PackedStays]:
@@ -732,8 +717,7 @@ def plan_batches(
     for stay in order.tolist():
         batch = sorted([*batches[-1], stay], key=lambda member: -sizes[member])
         n_events = sum(sizes[member] for member in batch[::world])  # of the process that has most
-        fits = len(batch) <= batch_size and (n_events <= max_events or len(batch) <= world)
-        if fits:
+        if len(batch) <= batch_size and (n_events <= max_events or len(batch) <= world):
             batches[-1] = batch
         else:
             batches.append([stay])
@@ -780,8 +764,7 @@ def attend_within_stays(query: Tensor, key: Tensor, value: Tensor, layout: Layou
         from torch.nn.attention.varlen import varlen_attn  # here: it brings a compiler, two seconds of every start
 
         longest = max(layout.lengths)
-        of_all = varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest)
-        return cast(Tensor, of_all)  # without the auxiliary output, which nobody asked for
+        return cast(Tensor, varlen_attn(query, key, value, layout.ends, layout.ends, longest, longest))
     # Without such a kernel: one fused call per run of stays of equal length.
     runs = [(len(list(alike)), length) for length, alike in groupby(layout.lengths) if length]
     sizes = [n_stays * length for n_stays, length in runs]
@@ -948,9 +931,8 @@ class ClinicalTransformer(nn.Module):
         n_history: int = 0,
     ) -> None:
         super().__init__()
-        names = "input_dim static_dim d_model n_layers n_heads d_feedforward n_pooling_heads dropout n_history".split()
-        values = (input_dim, static_dim, d_model, n_layers, n_heads, d_feedforward, n_pooling_heads, dropout, n_history)
-        self.architecture: dict[str, Any] = dict(zip(names, values, strict=True))
+        sizes = {name: size for name, size in locals().items() if isinstance(size, (int, float))}
+        self.architecture: dict[str, Any] = sizes
         self.n_plain = input_dim - n_history  # columns before those of an event's history
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
@@ -1158,7 +1140,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     try:
         model = ClinicalTransformer(**state["architecture"]).to(device)
         model.load_state_dict(state["model"])
-        known = {entry.name for entry in fields(Settings)}
+        known = Settings.__dataclass_fields__
         settings = Settings(**{name: value for name, value in state["settings"].items() if name in known})
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
         if not {*state["parts"]} <= {*parts_of(state)}:
@@ -1249,8 +1231,7 @@ class Trainer:
         self.encoder_weights = data.encoder_weights
         self.output, self.is_main = Path(settings.output_dir), accelerator.is_main_process
         table, split, train_table = data.table, data.split, data.table.take(data.split.train)
-        preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history)
-        self.preprocessor = preprocessor.fit(train_table)
+        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(train_table)
         vectors = place_vectors(data.text_vectors, accelerator.device)
         dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
         self.train_set, self.validation_set = dataset_of(train_table), dataset_of(table.take(split.validation))
@@ -1362,17 +1343,23 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the validation loss has rested for `patience` epochs; best_model.pth has the best weights."""
+        settings = self.settings
         if not self.epochs_done:
             self.save("latest_checkpoint.pth")
-        while self.epochs_done < self.settings.max_epochs and not self.out_of_patience():
+        while self.epochs_done < settings.max_epochs and not self.out_of_patience():
             started = time.monotonic()
             epoch = self.epochs_done + 1
             row: dict[str, float] = {"epoch": epoch, "train_loss": self.train_epoch(epoch), **self.validate()}
             row |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
             self.history.append(row)
             self.epochs_done = epoch
-            self.log_epoch()
-            if self.best_epoch == self.epochs_done:
+            self.accelerator.log(row, step=epoch)  # to the trackers of --report-to
+            if self.is_main:
+                write_whole(self.output / "history.csv", partial(pd.DataFrame(self.history).to_csv, index=False))
+            rate, is_best = self.train_set.lengths.sum() / row["seconds"], self.best_epoch == epoch
+            said = {"most": settings.max_epochs, "rate": rate, "best": "  best" * is_best}
+            logger.info(files.WORDS["log"]["epoch"].format(**row, **said))
+            if is_best:
                 self.save("best_model.pth")
             self.save("latest_checkpoint.pth")
         self.finish_writing()
@@ -1386,20 +1373,6 @@ class Trainer:
         loss = F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels))
         self.thresholds = metrics.thresholds_of(labels, expit(logits))
         return {"validation_loss": float(loss), "validation_auroc": float(roc_auc_score(labels, logits))}
-
-    def log_epoch(self) -> None:
-        """Log the newest epoch, write history.csv, and give the epoch to the trackers of --report-to."""
-        row = dict(self.history[-1])
-        self.accelerator.log(row, step=self.epochs_done)
-        if not self.is_main:
-            return
-        write_whole(self.output / "history.csv", partial(pd.DataFrame(self.history).to_csv, index=False))
-        rate, best = self.train_set.lengths.sum() / row["seconds"], "  best" * (self.best_epoch == self.epochs_done)
-        logger.info(
-            f"epoch {self.epochs_done:2d}/{self.settings.max_epochs}  train loss {row['train_loss']:.4f}  "
-            f"validation loss {row['validation_loss']:.4f}  AUROC {row['validation_auroc']:.3f}  "
-            f"lr {row['learning_rate']:.1e}  {rate:7,.0f} events/s  {row['seconds']:5.1f} s{best}"
-        )
 
     def out_of_patience(self) -> bool:
         """Return whether the validation loss has rested for too long."""
@@ -1637,16 +1610,13 @@ def read_source(
         table = table.with_own_texts()
     known = table.labels[~np.isnan(table.labels)]
     deaths = f"{known.mean():.1%} died ({settings.labels or settings.outcome})" if len(known) else "outcome unknown"
-    logger.info(
-        f"Data        {len(table.stays):,} ICU stays of {table.stays['patient_id'].nunique():,} patients, "
-        f"{len(table.text):,} events, {len(np.unique(table.text)):,} distinct texts, {deaths}"
-    )
+    counted = {"stays": len(table.stays), "patients": table.stays["patient_id"].nunique(), "events": len(table.text)}
+    logger.info(files.WORDS["log"]["data"].format(**counted, texts=len(np.unique(table.text)), deaths=deaths))
     lengths = " / ".join(f"{int(length):,}" for length in np.quantile(table.lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]))
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
     report.log(len(whole.stays))
     for step in flow if len(flow) > 1 else ():
-        who = f"{step.stays:7,} stays {step.patients:7,} patients"
-        logger.info(f"Cohort      {who} {step.events:11,} events {step.deaths:6,} deaths  {step.name}")
+        logger.info(files.WORDS["log"]["cohort"].format(**step._asdict()))
     return Source(table, flow, report, whole)
 
 
@@ -1667,8 +1637,7 @@ def describe_plan(
     for split in splits:
         stays = " / ".join(str(len(part)) for part in split)
         deaths = " / ".join(f"{table.labels[part].sum():.0f}" for part in split)
-        parts = "(training, validation, test), no patient in two of them"
-        logger.info(f"Split       {stays} stays, {deaths} deaths {parts}")
+        logger.info(files.WORDS["log"]["split"].format(stays=stays, deaths=deaths))
     for name, part in splits[0]._asdict().items() if len(splits) == 1 else ():  # of folds, all are read together
         if len(part) and (words := metrics.too_few(table.labels[part])):
             if name == "validation":
@@ -1678,12 +1647,10 @@ def describe_plan(
     n_trainings, megabytes = max(len(splits), settings.seeds), 4e-6 * encoder.dim  # of a float32 vector
     again = f"{n_trainings} times " if n_trainings > 1 else ""
     missing = encoder.cache.missing(np.unique(text_keys(texts)))
-    disk, free = megabytes * missing.sum(), files.free_disk(Path(settings.cache_dir)) / 1e6
-    logger.info(
-        f"Plan        encode {missing.sum():,} of {len(missing):,} texts with {encoder.id}, {disk:,.1f} MB of disk "
-        f"({free / 1e3:,.0f} GB free); hold {megabytes * len(table.texts):,.1f} MB of vectors in memory; "
-        f"train {again}at most {settings.max_epochs} epochs"
-    )
+    disk, held = megabytes * missing.sum(), megabytes * len(table.texts)
+    free = files.free_disk(Path(settings.cache_dir)) / 1e6
+    sizes = {"missing": missing.sum(), "n": len(missing), "disk": disk, "free": free / 1e3, "held": held}
+    logger.info(files.WORDS["log"]["plan"].format(**sizes, id=encoder.id, again=again, epochs=settings.max_epochs))
     if disk > free:
         logger.warning("Plan        WARNING: too little disk is free. Free some, or take --cache-dir on another disk.")
     if settings.dry_run:
@@ -1788,14 +1755,9 @@ def train_and_report(
         device = {"cpu": "the CPU", "cuda": "the GPU"}.get(accelerator.device.type, accelerator.device.type)
         precision = "bfloat16 where it suffices" if accelerator.mixed_precision == "bf16" else "float32"
         processes = f", {world} processes" if world > 1 else ""
-        logger.info(
-            f"Model       {trainer.n_parameters:,} parameters, {trainer.train_set.input_dim} inputs per event, "
-            f"{trainer.preprocessor.static_dim} of the stay, on {device}, {precision}{processes}"
-        )
-        logger.info(
-            f"Steps       {n_steps:,} an epoch, of {trainer.train_set.lengths.sum() / n_steps / world:,.0f} events on "
-            'average in a process; "best" marks the lowest validation loss so far: those weights are kept'
-        )
+        logger.info(files.WORDS["log"]["model"].format(trainer=trainer, on=f"{device}, {precision}{processes}"))
+        events = trainer.train_set.lengths.sum() / n_steps / world
+        logger.info(files.WORDS["log"]["steps"].format(steps=n_steps, events=events))
         if settings.report_to != "none":
             accelerator.project_configuration.set_directories(settings.output_dir)
             said = {name: str(value) for name, value in asdict(settings).items()}
@@ -1840,8 +1802,7 @@ def load_run(
     tuned on. Raises InputError where the data cannot be read, the encoder is another one, or no stay is left.
     """
     trained, given = checkpoint.settings, {name: value for name, value in given.items() if value != ""}
-    if not given.get("history_hours"):
-        given["history_hours"] = trained.history_hours
+    given["history_hours"] = given.get("history_hours") or trained.history_hours
     if given.get("labels"):
         given["observation_hours"] = 0.0  # a label has its own time
     elif given.get("data") and not is_meds(data_path(given["data"])):
