@@ -14,8 +14,6 @@ from clinical_lf import items
 from clinical_lf.reading import read_stays
 
 IN_UNIT = f"{LACTATE} mmol/L"
-
-
 EVENT_TEXTS = pd.read_csv(
     Path(__file__).with_name("event_texts.csv"), keep_default_na=False, na_values={"value": "nan"}
 )
@@ -72,14 +70,11 @@ def test_previous_is_of_an_earlier_time_in_the_tables_order_and_a_tied_mean_is_n
     assert (tied["mean"] == 0.7).all() and (tied["minimum"] == tied["mean"]).all()
 
 
-def test_quantiles_of_an_item_are_65_of_its_values_clipped_and_zero_without_a_number(lactates):
+def test_history_is_told_by_an_items_65_quantiles_and_has_no_number_of_items_that_training_never_saw(lactates):
     (name,), (values,) = zip(*items.item_quantiles(lactates).items())
     assert name == IN_UNIT and len(values) == 65 and values == sorted(values) and set(values) == {1, 2, 6}
     encoded = items.encode_history(lactates, {IN_UNIT: [1.5, 2.0, 2.0, 5.0]})  # of 2, a culture, 6, 1 and 6
     assert encoded[:, 0].tolist() == [0, 0, 1, -1, 1]
-
-
-def test_encoded_history_by_hand_and_no_number_for_items_that_training_never_saw(lactates):
     low, high = -2 / 3, 2 / 3  # of 1 and 6 among 1, 2, 6; 2 is at 0, the mean 4 between 2 and 6, 3 as well
     expected = [
         [0, 0, 0, 0, 0, 0, 1, math.log(2), 0],

@@ -20,8 +20,6 @@ from clinical_lf import encoders
 from clinical_lf.files import InputError
 
 DIM = 6
-
-
 keys_of = lambda *names: train.text_keys(names)
 vectors_of = lambda n, value=1.0: np.outer(np.arange(1, n + 1), np.full(DIM, value)).astype(np.float32)
 cache_in = lambda folder, legacy_folders=(): train.EmbeddingCache(folder, DIM, legacy_folders)
@@ -49,13 +47,11 @@ def test_keys_are_the_md5_of_the_utf8_text_zeros_and_all(tmp_path):
     np.testing.assert_array_equal(cache.missing(keys), [False] * 5 + [True])
 
 
-def test_new_cache_is_empty_and_makes_no_folder(tmp_path):
+def test_new_cache_is_empty_gives_back_in_any_order_and_later_parts_are_seen_after_refresh_and_win(filled, tmp_path):
+    new = cache_in(tmp_path / "none")
     with pytest.raises(KeyError, match="1 of 1"):
-        cache_in(tmp_path / "none").gather(keys_of("a"))
-    assert cache_in(tmp_path / "none").missing(keys_of("a")).all() and not (tmp_path / "none").exists()
-
-
-def test_round_trip_in_any_order_and_later_parts_are_seen_after_refresh_and_win(filled):
+        new.gather(keys_of("a"))
+    assert new.missing(keys_of("a")).all() and not new.folder.exists()
     reader, writer = cache_in(filled), cache_in(filled)
     np.testing.assert_array_equal(reader.gather(keys_of("d", "b", "d"))[:, 0], [9, 2, 9])
     np.testing.assert_array_equal(reader.missing(keys_of("x", "a", "y", "c")), [True, False, True, False])

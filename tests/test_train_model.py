@@ -49,7 +49,7 @@ def small_model(dataset):
 padded_logits = lambda model, batch: model.logits(*(batch[name] for name in INPUTS))
 
 
-def test_default_model_has_the_shapes_of_the_specification():
+def test_default_model_has_the_shapes_of_the_specification_and_refuses_others_in_a_sentence():
     model = train.ClinicalTransformer(774, 40).eval()
     inputs = torch.randn(2, 9, 774), torch.randn(2, 40), torch.ones(2, 9, dtype=torch.bool)
     probability, attention = model(*inputs, return_attention=True)
@@ -58,12 +58,9 @@ def test_default_model_has_the_shapes_of_the_specification():
     assert [w.shape for w in attention["layer_attention_weights"]] == [(2, 8, 9, 9)] * 4
     linear = [tuple(layer.weight.shape) for layer in model.classifier if hasattr(layer, "weight")]
     assert linear == [(256, 296), (128, 256), (1, 128)] and model.query_vector.shape == (1, 1, 256)
-
-
-@pytest.mark.parametrize("shape", [(5, INPUT), (1, 5, INPUT - 1)])
-def test_sequences_that_are_no_batch_of_this_width_are_refused_in_a_sentence(shape, model):
-    with pytest.raises(InputError, match=r"give \(B, L, 21\), a single stay with B = 1"):
-        model(torch.ones(shape), torch.zeros(1, S))
+    for shape in ((5, 774), (1, 5, 773)):
+        with pytest.raises(InputError, match=r"give \(B, L, 774\), a single stay with B = 1"):
+            model(torch.ones(shape), torch.zeros(1, 40))
 
 
 def test_output_of_a_stay_depends_on_no_padding_and_on_no_other_of_its_batch(model, batch):
@@ -266,7 +263,7 @@ def test_logits_leave_bf16_autocast_in_fp32(dataset, small_model):
 LENGTHS = np.random.default_rng(0).integers(1, 500, 300)
 
 
-def test_batches_hold_every_stay_once_and_respect_the_event_budget():
+def test_batches_hold_every_stay_once_within_the_event_budget_mixed_in_training_alike_in_scoring():
     batches, again, other = (train.plan_batches(LENGTHS, batch_size=8, max_events=1000, seed=n) for n in (1, 1, 2))
     assert sorted(np.concatenate(batches)) == list(range(300))
     assert all(len(b) <= 8 and (len(b) == 1 or LENGTHS[b].sum() <= 1000) for b in batches)
@@ -275,9 +272,6 @@ def test_batches_hold_every_stay_once_and_respect_the_event_budget():
     few = train.plan_batches(np.array([3, 50, 4]), batch_size=8, max_events=10)
     assert [b.tolist() for b in few] == [[1], [2, 0]]  # a stay longer than the budget is a batch of its own
     assert train.plan_batches(np.array([], int), batch_size=8, max_events=10) == []
-
-
-def test_batches_of_training_mix_lengths_and_those_of_scoring_hardly_pad():
     lengths = np.random.default_rng(0).lognormal(5.7, 1.1, 500).astype(int) + 1
     mixed, sorted_by_length = (train.plan_batches(lengths, 16, 16384, seed=seed) for seed in (0, None))
     assert 1 - lengths.sum() / sum(lengths[b].max() * len(b) for b in sorted_by_length) < 0.10

@@ -65,18 +65,14 @@ def test_training_writes_every_output_with_each_patient_in_one_part(sample_run):
     assert len(together) == len(set(together)) == 69 and set(patients) == {"train", "validation", "test"}
 
 
-def test_attention_is_saved_at_most_five_times_an_epoch_spread_evenly(finished, tmp_path):
+def test_attention_is_saved_five_times_an_epoch_and_rates_and_averages_follow_their_formulas(finished, tmp_path):
+    """Half a cosine after a warm-up of 50 steps or a tenth; a mean that looks back over ever more steps, 50 at most."""
     trainer, _ = trained(finished, tmp_path, batch_size=3, save_attention_every=1)
     paths = sorted((tmp_path / "attention_weights").iterdir())
     assert len(trainer.plan_epoch(1)) == 9
     assert [path.stem for path in paths] == [f"attention_epoch_1_batch_{number}" for number in (0, 2, 4, 6, 8)]
     pooling = train.load_attention_weights(paths[-1])["pooling_weights"]
     assert pooling[0, :, 0].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
-
-
-def test_learning_rate_averaging_and_static_weights_follow_their_formulas(finished, tmp_path):
-    """Half a cosine after a warm-up of 50 steps or a tenth; a mean that looks back over ever more steps, 50 at most."""
-    trainer, _ = trained(finished, tmp_path)
     shares = {(0, 0): 0.02, (24, 0): 0.5, (49, 0): 1, (0, 0.1): 0.97553, (99, 0.5): 0.5, (99, 1): 0}
     for (trainer.step, fraction), share in shares.items():
         trainer.set_learning_rate(fraction)
@@ -233,35 +229,25 @@ def test_import_does_no_work(tmp_path, tmp_path_factory):
 
 
 GRADIENT_SCRIPT = """
-import sys, torch
-import train
-from accelerate import Accelerator
+import sys, torch, train
+from test_devices import small_settings
 train.GRADIENT_CLIP = 1e9
-data, cache, output, result = sys.argv[1:]
-sizes = {"d_model": 32, "n_layers": 1, "n_heads": 2, "dropout": 0.0, "batch_size": 12, "save_attention_every": 0}
-settings = train.Settings(data=data, cache_dir=cache, output_dir=output, text_encoder="hashing", **sizes)
-settings, accelerator = train.check_settings(settings), Accelerator(cpu=True)
-trainer = train.Trainer(settings, train.read_training_data(settings, accelerator)[2][0], accelerator)
-loss = trainer.train_epoch(1)
-gradients = [p.grad for p in accelerator.unwrap_model(trainer.objective).parameters()]
-logits = torch.from_numpy(trainer.predict(trainer.test_set).copy())
-if accelerator.is_main_process:
-    torch.save({"gradients": gradients, "loss": loss, "logits": logits}, result)
+trainer, _ = train.train_model(small_settings(n_layers=1, dropout=0.0, batch_size=12))
+found = {"gradients": [parameter.grad for parameter in trainer.objective.parameters()]}
+found |= {"loss": trainer.history[0]["train_loss"], "logits": torch.tensor(trainer.predict(trainer.test_set))}
+if trainer.is_main:
+    torch.save(found, sys.argv[1])
 """
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_same_steps_as_one(sample_run, tmp_path):
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
     """Same losses, gradients of the last step and held-out logits, each stay once: one process or two."""
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENT_SCRIPT)
-    results = []
-    for launcher in ([sys.executable], TWO_OF):
-        places = [script, sample_run / "data.csv", tmp_path / "cache", tmp_path, tmp_path / f"{len(results)}.pt"]
-        command = [*launcher, *map(str, places)]
-        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
-        results.append(torch.load(places[-1], weights_only=True))
-    one, other = results
+    (tmp_path / "gradients.py").write_text(GRADIENT_SCRIPT)
+    for name, launcher in {"one.pt": [sys.executable], "two.pt": TWO_OF}.items():
+        command = [*launcher, "gradients.py", name]
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT, cwd=tmp_path)
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one["gradients"], other["gradients"], strict=True))
     assert torch.allclose(one["logits"], other["logits"], atol=1e-4)
