@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
+import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf.files import WORDS, InputError, free_disk, refusal
@@ -22,6 +24,10 @@ def open_duckdb(memory_limit: str, spill: Path, database: str | Path = ":memory:
     """Connect with a memory limit (InputError if it is none), beyond which `spill` is filled; rows keep no order."""
     con = duckdb.connect(database)
     con.execute(f"SET preserve_insertion_order = false; SET TimeZone = 'UTC'; SET temp_directory = {quoted(spill)}")
+    # A value as trimmed text, NULL where it only says that it is missing. Here infinity is an error.
+    words = [*(word for word in MISSING if "inf" not in word), *("NA", "N/A", "<NA>", "NaT", "null", "\\N")]
+    text, missing = "trim(CAST(value AS VARCHAR))", ", ".join(map(quoted, words))
+    con.execute(f"CREATE TEMP MACRO null_if_missing(value) AS CASE WHEN {text} NOT IN ({missing}) THEN {text} END")
     try:
         con.execute(f"SET memory_limit = {quoted(memory_limit)}")
     except duckdb.Error:
@@ -55,10 +61,20 @@ def csv_rows(paths: Path | Sequence[Path], missing: Sequence[str] = ("",)) -> st
 
 # Of a text time: nothing stands after the seconds, as in 2150-01-31 23:59:00. All others take four times as long.
 IS_PLAIN = "strlen({0}) = 19 AND substr({0}, 17, 1) = ':'"
+STATES_ZONE = f"NOT ({IS_PLAIN}) AND regexp_matches({{0}}, ':.*[A-Za-z+-]')"
+# Values that a type takes but a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a
+# time. By the column's name, under which with _written is what stood there.
+UNFIT = {
+    "BIGINT": "{0} <> TRY_CAST({0}_written AS DOUBLE) OR contains(CAST({0}_written AS VARCHAR), 'E')",  # 3.00E+07
+    "TIMESTAMP": "NOT isfinite({0})",
+    "DOUBLE": "abs(nullif({0}, 'NaN'::DOUBLE)) > 1e30",
+}
 
 
 def as_type(column: str, sql_type: str, stored_as: str) -> str:
     """Return the SQL for a column as another type, NULL where it does not fit; times that state their offset in UTC."""
+    if sql_type == "BOOLEAN":  # 1.0 is true, 0.7 is no label
+        column = f"regexp_replace(CAST({column} AS VARCHAR), '[.]0+$', '')"
     cast = f"TRY_CAST({column} AS {sql_type})"
     if (sql_type, stored_as) != ("TIMESTAMP", "VARCHAR"):
         return cast  # of a typed time with a zone in UTC, too
@@ -67,11 +83,36 @@ def as_type(column: str, sql_type: str, stored_as: str) -> str:
     return f"CASE WHEN {IS_PLAIN.format(column)} THEN {cast} ELSE {zoned} END"
 
 
-def states_zone(column: str, stored_as: str) -> str:
-    """Return the SQL for whether a time states its offset from UTC, or its zone."""
-    if stored_as != "VARCHAR":
-        return str(stored_as.endswith("TIME ZONE"))
-    return f"NOT ({IS_PLAIN.format(column)}) AND regexp_matches({column}, ':.*[A-Za-z+-]')"
+def typed_rows(con: DuckDBPyConnection, rows: str, columns: pd.DataFrame, place: str) -> tuple[str, pd.DataFrame]:
+    """Return the SQL of rows with their columns typed, and how many times of each column state a zone, or none.
+
+    columns: `given`, what each is called, or '' if it is not there; `must`, what else makes a value unfit, or '' if
+    none is. InputError says where they are, by `place`: the SQL of the file, and of the number of the row.
+    """
+    types = column_types(con, rows)
+    values, written, checks, zones = ["file_of_row"] * ("file_of_row" in types), [], {}, {}
+    for column in columns.itertuples():
+        name, sql_type, stored_as = column.Index, column.type, types.get(column.given, "")
+        stored = f'"{column.given}"' if column.given else "NULL"
+        values.append(f"{as_type(stored, sql_type, stored_as)} AS {name}")
+        written.append(f"{stored} AS {name}_written")
+        if column.given and column.must:
+            unread = "{0} IS NULL AND null_if_missing({0}_written) IS NOT NULL" if sql_type != stored_as else "false"
+            checks[name] = f"{column.must} OR {UNFIT.get(sql_type, 'false')} OR {unread}".format(name)
+        if sql_type == "TIMESTAMP":
+            zone = STATES_ZONE.format(f"{name}_written") if stored_as == "VARCHAR" else stored_as.endswith("TIME ZONE")
+            zones[name] = f"count({name}) FILTER ({zone}), count({name}) FILTER (NOT ({zone}))"
+    read = f"{', '.join(values + written)} FROM {rows})"
+    counted = [*(f"count_if({check})" for check in checks.values()), *zones.values()]
+    found = con.execute(f"SELECT {', '.join(counted)} FROM (SELECT {read}").fetchall()[0]  # all in one pass
+    for column, count in zip(columns.loc[[*checks]].itertuples(), found):
+        if count:
+            where = f"FROM (SELECT {place}, {read} WHERE {checks[column.Index]}"
+            source, first = con.execute(f"SELECT min(place), {FIRST.format('number')} {where}").fetchall()[0]
+            of_column = {"column": column.given, "wanted": column.wanted}
+            raise refusal("unfit_values", source=source, count=count, first=first, **of_column)
+    counts = np.reshape(found[len(checks) :], (-1, 2))
+    return f"SELECT {', '.join(values)} FROM {rows}", pd.DataFrame(counts, [*zones], ["zoned", "naive"])
 
 
 def first_value(con: DuckDBPyConnection, statement: str) -> Any:
@@ -89,17 +130,15 @@ def reason_without_rows(error: Exception, parquet: Iterable[Path] = ()) -> str:
     text = str(error).split("\nLINE 1")[0]
     named = re.findall(r"""(?:['"]|stream: |\n  file = )(.+?\.\w+)(?:['"]|$)""", text, re.MULTILINE)
     at_fault = [name for name in named if Path(name).is_file()][-1:]
-    at_fault = at_fault or list(islice((str(path) for path in parquet if not _is_readable(path)), 1))
+    at_fault = at_fault or [*islice((str(path) for path in parquet if not _is_readable(path)), 1)]
     reasons = [words for pattern, words in WORDS["damage"].items() if re.search(pattern, text)]
-    reason = reasons[0] if reasons else type(error).__name__  # its own words may hold a value
-    if line := re.search(r"Line: ?(\d+)", text):
-        reason += f" at line {line[1]}"
-    known = re.findall(r"Expected Number of Columns: \d+ Found: \d+|unterminated quote", text)
-    return ": ".join([*at_fault, ", ".join([reason, *known[:1]])])
+    line = re.search(r"Line: ?(\d+)", text)
+    # DuckDB's own words may hold a value.
+    reason = f"{[*reasons, type(error).__name__][0]}{f' at line {line[1]}' if line else ''}"
+    return ": ".join([*at_fault, reason])
 
 
 def _is_readable(parquet: Path) -> bool:
-    """Return whether a whole Parquet file can be read."""
     with contextlib.suppress(duckdb.Error), duckdb.connect() as con:
         return bool(con.execute(f"SELECT max(hash(COLUMNS(*))) FROM read_parquet({file_list([parquet])})").fetchall())
     return False

@@ -10,12 +10,17 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf import tables
-from clinical_lf.duck import as_type, column_types, file_list, first_value, reason_without_rows, states_zone
+from clinical_lf.duck import column_types, file_list, first_value, open_duckdb, reason_without_rows, typed_rows
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
 from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
 MADE_LABELS = re.compile(r"mortality-(in-hospital|in-icu|within-30d)@(\d{1,6}(?:\.\d{1,6})?)h")
-COLUMNS, PARTS = (pd.read_csv(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("columns", "parts"))
+CSV = {
+    name: pd.read_csv(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("columns", "facts", "kinds", "parts")
+}
+COLUMNS = CSV["columns"].assign(
+    must=CSV["columns"]["must_be"].map({"any": "", "there": "false", "filled": "{0} IS NULL"})
+)
 
 
 class MedsTask(NamedTuple):
@@ -37,45 +42,35 @@ def is_meds(folder: Path) -> bool:
     return (folder / "metadata" / "codes.parquet").is_file() or bool(parquet_files(folder / "data"))
 
 
-def meds_files(root: Path, task: MedsTask) -> list[Path]:
-    """Return all that is read of a MEDS data set: labels, metadata and shards."""
-    return task.files + parquet_files(root / "metadata") + parquet_files(root / "data")
-
-
-def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_empty: str = "") -> set[bool]:
-    """Make a view of a table of meds_columns.csv; return whether its times have offsets. Files may differ in types.
+def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_empty: str = "") -> pd.Series:
+    """Make a view of a table of meds_columns.csv, of files whose types may differ; return how many times have a zone.
 
     InputError names the file that lacks a column, or has values unfit for its type.
     """
-    alike: dict[tuple[tuple[str, str], ...], list[Path]] = {}
+    columns = COLUMNS[COLUMNS["table"] == table].set_index("column")
+    columns.loc[columns.index == may_be_empty, "must"] = "false"
+    alike: dict[tuple[str, ...], list[Path]] = {}
     for path in paths:
         types = column_types(con, f"read_parquet({file_list([path])}, hive_partitioning = false)")
         alike.setdefault(tuple(types.items()), []).append(path)
-    selects, have_offset = [], set()
-    for key, members in alike.items():
-        types, values = dict(key), []
-        rows = f"read_parquet({file_list(members)}, hive_partitioning = false, filename = 'file_of_row')"
-        for _, column, names, kind, must_be, wanted in COLUMNS[COLUMNS["table"] == table].itertuples(index=False):
-            name = next((name for name in names.split("|") if name in types), "")
-            if not name and must_be != "any":
-                raise refusal("no_meds_column", path=members[0], column=column, present=", ".join([*types][:12]))
-            given = f'"{name}"' if name else "NULL"
-            text = f"regexp_replace(CAST({given} AS VARCHAR), '[.]0+$', '')"  # 1.0 is true, 0.7 is no label
-            value = as_type(text if kind == "BOOLEAN" else given, kind, types.get(name, ""))
-            values.append(f"{given if types.get(name) == kind else value} AS {column}")
-            is_filled = must_be == "filled" and column != may_be_empty
-            unfit = f"FROM {rows} WHERE {value} IS NULL AND ({is_filled} OR {given} IS NOT NULL)"
-            if must_be != "any":
-                count, first = con.execute(f"SELECT count(*), min(file_of_row) {unfit}").fetchall()[0]
-                if count:
-                    raise refusal("unfit_meds", path=first, column=name, wanted=wanted, count=count)
-            if kind == "TIMESTAMP":
-                offset = states_zone(given, types[name])
-                said = con.execute(f"SELECT DISTINCT {offset} FROM {rows} WHERE {given} IS NOT NULL").fetchall()
-                have_offset |= {row[0] for row in said}
-        selects.append(f"SELECT {', '.join(values)} FROM {rows}")
+    selects, zones = [], []
+    for types, members in alike.items():
+        names = [name for name, _ in types]
+        columns["given"] = [
+            next((name for name in wanted.split("|") if name in names), "") for wanted in columns["names"]
+        ]
+        if absent := [*columns.index[columns["must"].ne("") & columns["given"].eq("")]]:
+            raise refusal("no_meds_column", path=members[0], column=absent[0], present=", ".join(names[:12]))
+        options = "hive_partitioning = false, filename = 'file_of_row', file_row_number = true"
+        rows, place = (
+            f"read_parquet({file_list(members)}, {options})",
+            "file_of_row AS place, file_row_number + 1 AS number",
+        )
+        select, zones_of_files = typed_rows(con, rows, columns, place)
+        selects.append(select)
+        zones.append(zones_of_files)
     con.execute(f"CREATE TEMP VIEW {table} AS {' UNION ALL '.join(selects)}")
-    return have_offset
+    return pd.concat(zones).sum()
 
 
 def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_label: bool) -> dict[str, int]:
@@ -83,24 +78,24 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
     shards, codes = parquet_files(root / "data"), root / "metadata" / "codes.parquet"
     if not shards or not codes.is_file():
         raise refusal("incomplete_meds", root=root, missing="metadata/codes.parquet" if shards else "data/*.parquet")
-    kinds, facts = (file_list([Path(__file__).with_name(f"meds_{name}.csv")]) for name in ("kinds", "facts"))
-    text = Path(__file__).with_name("meds.sql").read_text("utf-8")
-    parts = text.format(kinds=kinds, facts=facts, **task._asdict()).split("-- name: ")[1:]
-    statements = dict(part.split("\n", 1) for part in parts)
-    have_offset = make_view(con, "data", shards) | make_view(con, "codes", [codes])
+    for name in ("kinds", "facts"):
+        con.register(name, CSV[name])
+    text = Path(__file__).with_name("meds.sql").read_text("utf-8").format(**task._asdict())
+    statements = dict(part.split("\n", 1) for part in text.split("-- name: ")[1:])
+    zones = make_view(con, "data", shards) + make_view(con, "codes", [codes])
     con.execute(statements["codes"])
     if made := MADE_LABELS.fullmatch(task.labels):
         hours = float(made[2])
         con.execute(statements["made labels"], {"hours": hours, "outcome": made[1].split("-")[1]})
         left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE NOT lasts")}
         untold = first_value(con, "DELETE FROM label_rows WHERE lasts IS NULL OR boolean_value IS NULL")
+        left_out["label_untold"] = untold
         if not first_value(con, "SELECT count(*) FROM label_rows"):
             raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours, untold=untold)
-        left_out["label_untold"] = untold
     elif not task.files:
         raise refusal("no_labels", labels=task.labels)
     else:  # Parquet in the MEDS label schema
-        have_offset |= make_view(con, "labels", task.files, "" if need_label else "boolean_value")
+        zones += make_view(con, "labels", task.files, "" if need_label else "boolean_value")
         con.execute("CREATE TEMP TABLE label_rows AS FROM labels")
         if not first_value(con, "SELECT count(*) FROM label_rows SEMI JOIN data USING (subject_id)"):
             raise refusal("labels_of_nobody", labels=task.labels)
@@ -109,7 +104,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
             raise refusal("contradicting_labels", labels=task.labels, count=conflicts)
         late = "m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time <= prediction_time"
         left_out = {"label_after_death": first_value(con, f"DELETE FROM label_rows USING data AS m WHERE {late}")}
-    if len(have_offset) > 1:
+    if (zones > 0).all():
         raise refusal("mixed_offsets", labels=task.labels, root=root)
     con.execute(statements["stays"])
     return left_out
@@ -117,12 +112,11 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
 
 def meds_account(con: DuckDBPyConnection) -> list[SourceAccount]:
     """Return where the rows of data/ went; one that is in the sequences of two labels counts once."""
-    fates = dict(con.execute("SELECT fate, count(*) FROM row_fates GROUP BY fate ORDER BY fate").fetchall())
-    undescribed = "FROM row_fates JOIN meds_codes USING (code) WHERE NOT is_described GROUP BY ALL ORDER BY ALL"
-    kinds = con.execute(f"SELECT coalesce(event_type, 'other') AS kind, count(*) {undescribed}").fetchall()
-    words = ", ".join(f"{kind} {count:,}" for kind, count in kinds)
-    noted = {f"rows named by their code, which has no description ({words})": sum(count for _, count in kinds)}
-    return [SourceAccount("data", sum(fates.values()), in_stays=fates.pop("", 0), lost=fates, noted=noted)]
+    counts = "count(*), count_if(NOT is_described) FROM row_fates LEFT JOIN meds_codes USING (code)"
+    fates = con.execute(f"SELECT fate, {counts} GROUP BY fate ORDER BY fate").fetchall()
+    lost = {fate: count for fate, count, _ in fates}
+    noted = {"rows named by their code, which has no description": sum(count for *_, count in fates)}
+    return [SourceAccount("data", sum(lost.values()), in_stays=lost.pop("", 0), lost=lost, noted=noted)]
 
 
 def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
@@ -131,15 +125,15 @@ def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
     if not path.is_file():
         return None
     try:
-        with duckdb.connect() as con:
+        with open_duckdb("33%", path.parent) as con:
             make_view(con, "splits", [path])
             subjects = con.sql("SELECT DISTINCT subject_id, split FROM splits").df()
     except duckdb.Error as error:
         raise refusal("unreadable", source=path, reason=reason_without_rows(error)) from None
     names = subjects["split"].str.lower().str.replace(r"[\W_]", "", regex=True)
-    subjects["part"] = names.map(PARTS.set_index("name")["part"])
+    subjects["part"] = names.map(CSV["parts"].set_index("name")["part"])
     if unknown := ", ".join(subjects["split"][subjects["part"].isna()].unique()[:3]):
-        raise refusal("unknown_split", path=path, names=unknown, known=", ".join(PARTS["name"]))
+        raise refusal("unknown_split", path=path, names=unknown, known=", ".join(CSV["parts"]["name"]))
     part_of_subject = subjects.drop_duplicates(["subject_id", "part"]).set_index("subject_id")["part"]
     if twice := int(part_of_subject.index.duplicated().sum()):
         raise refusal("subject_in_two_parts", path=path, count=twice)

@@ -1,5 +1,5 @@
 -- A MEDS data set as the tables stay_rows and event_rows, in DuckDB: parts with names (`-- name:`), run by meds.py.
--- What stands in braces is filled in, names of files and hours of the task; what the made labels are is bound ($).
+-- What stands in braces is filled in, hours of the task; what the made labels are is bound ($).
 
 -- name: codes
 -- A number that is none (NaN, infinity) is missing; one that only text_value has is one all the same.
@@ -27,7 +27,7 @@ SELECT code, event_type, coalesce(number_word, 'Value') AS number_word, descript
        concat_ws(': ', coalesce(text_word, replace(kind, '_', ' ')), coalesce(description, words)) AS said,
        regexp_replace(replace(said, '|', '/'), '\s+', ' ', 'g') AS item
 FROM used LEFT JOIN described USING (code)
-LEFT JOIN read_csv({kinds}, header = true) ON starts_with(code || '//', prefix || '//')
+LEFT JOIN kinds ON starts_with(code || '//', prefix || '//')
 QUALIFY row_number() OVER (PARTITION BY code ORDER BY length(prefix) DESC NULLS LAST) = 1
 
 -- name: made labels
@@ -88,7 +88,7 @@ WHERE NOT tells_outcome(code);
 CREATE TEMP TABLE stay_rows AS
 WITH facts AS (
     SELECT subject_id, time, name, split_part(code, '//', part) AS value
-    FROM meds_rows JOIN read_csv({facts}, header = true) ON split_part(code, '//', 1) = kind
+    FROM meds_rows JOIN facts ON split_part(code, '//', 1) = kind
     UNION ALL
     UNPIVOT (SELECT subject_id, time, patient_race, insurance, marital_status FROM meds_rows)
     ON patient_race, insurance, marital_status INTO NAME name VALUE value

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -16,7 +15,7 @@ from duckdb import DuckDBPyConnection
 from clinical_lf import duck, files, tables
 from clinical_lf.duck import FIRST
 from clinical_lf.files import InputError, logger
-from clinical_lf.meds import MedsTask, is_meds, meds_account, meds_files, register_meds
+from clinical_lf.meds import MedsTask, is_meds, meds_account, register_meds
 from clinical_lf.mimic import complete_account, run_mimic_query
 from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS, STAY_COLUMNS, ReadReport, StayTable
 
@@ -24,14 +23,7 @@ from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS
 ARRAYS_VERSION = 5  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 IDS = ("patient_id", "admission_id", "icu_stay_id")
-
-# Values that a type takes but a table should not have: DuckDB rounds 1.5 to an integer, and infinity is a number and a
-# time. Per type: the condition on the value and what is written, and what the message asks for.
-UNFIT = {
-    "BIGINT": ("{0} <> TRY_CAST({0}_written AS DOUBLE)", "an integer"),
-    "TIMESTAMP": ("NOT isfinite({0})", "a time like 2150-01-31 23:59:00"),
-    "DOUBLE": ("abs(nullif({0}, 'NaN'::DOUBLE)) > 1e30", "a finite number"),
-}
+COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"), index_col="column")
 
 
 def read_stays(
@@ -50,16 +42,15 @@ def read_stays(
     cannot be read as it was meant.
     """
     results, parts = Path(cache_dir) / "query_results", list[Path]()
+    label, days = LABEL if task else tables.LABELS[outcome], 30 if outcome == "30d" and not task else None
 
     def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task, need_label)
-                if outcome != "hospital" and task is None:
-                    _choose_label(con, name, tables.LABELS[outcome], need_label)
-                _check(con, name, kind, need_label, static_features)
-                notes = _load_stays(con, name, kind, need_label, counts)
+                _check(con, name, kind, label, need_label, static_features)
+                notes = _load_stays(con, name, kind, need_label, days, counts)
                 table = _load_events(con, name, counts, notes)
                 notes = {"length_recomputed": 0} | files.without_zeros(notes)
                 sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
@@ -83,14 +74,18 @@ def read_stays(
         raise files.refusal("no_source", source=data)
     if is_meds(path) != (task is not None):
         raise files.refusal("meds_without_labels", source=data)
-    parts = meds_files(path, task) if task else table_files(path)
-    if not parts and path.suffix.lower() in (".parquet", ".csv"):
-        raise files.refusal("no_parts", source=data)
-    parts = parts or files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
-    source = path if task else parts
-    kept = kept_arrays(parts, results, need_label, task, outcome)
-    if kept is None:
+    if task:
+        parts = task.files + files.parquet_files(path / "metadata") + files.parquet_files(path / "data")
+    elif not (parts := table_files(path)):
+        if path.suffix.lower() in (".parquet", ".csv"):
+            raise files.refusal("no_parts", source=data)
+        parts = files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
+    source, stats = path if task else parts, [(str(part.absolute()), part.stat()) for part in parts]
+    if sum(stat.st_size for _, stat in stats) < KEEP_ARRAYS_FROM:
         return read(source, str(data))
+    made_of = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    key = files.cache_key(ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, outcome, made_of)
+    kept = results / f"{key}.arrays"
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return tables.load_arrays(kept, static_features)
     with files.lock_folder(results):
@@ -103,161 +98,120 @@ def read_stays(
 
 
 def table_files(path: Path) -> list[Path]:
-    """Return the files of a table: one that exists, the Parquet parts in a folder, else all that fit a pattern."""
-    if path.is_dir():
-        return [] if (path / "hosp").is_dir() or (path / "icu").is_dir() else files.parquet_files(path)
-    names = [] if path.is_file() else sorted(glob(str(path), recursive=True))
-    return sum(map(table_files, map(Path, names)), [path] if path.is_file() else [])
+    """Return the files of a table: one that exists, the parts in a folder (of Spark), else all that fit a pattern."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return sum(map(table_files, map(Path, sorted(glob(str(path), recursive=True)))), list[Path]())
+    if (path / "hosp").is_dir() or (path / "icu").is_dir():
+        return []
+    of_csv = path.glob("[!._]*" if path.suffix.lower() == ".csv" else "part-*")
+    return files.parquet_files(path) or sorted(filter(_is_csv, of_csv))
 
 
 def _is_csv(path: Path) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def kept_arrays(parts: list[Path], results: Path, need_label: bool, task: MedsTask | None, outcome: str) -> Path | None:
-    """Return the folder for the arrays of a source as its files are now; None for a small one, whose are not kept."""
-    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in parts]
-    if sum(size for _, size, _ in stats) < KEEP_ARRAYS_FROM:
-        return None
-    key = files.cache_key(ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, outcome, stats)
-    return results / f"{key}.arrays"
-
-
 def _register_source(
     con: DuckDBPyConnection, data: Path | list[Path] | pd.DataFrame, task: MedsTask | None, need_label: bool
 ) -> tuple[str, dict]:
     """Make `stay_rows` and `event_rows`, columns as is; return 'nested', 'flat' or 'meds', and what was left out."""
-    # A value as trimmed text, NULL where it only says that it is missing. Here infinity is an error.
-    words = [*(word for word in duck.MISSING if "inf" not in word), *("NA", "N/A", "<NA>", "NaT", "null", "\\N")]
-    text, missing = "trim(CAST(value AS VARCHAR))", ", ".join(map(duck.quoted, words))
-    con.execute(f"CREATE TEMP MACRO null_if_missing(value) AS CASE WHEN {text} NOT IN ({missing}) THEN {text} END")
-    if isinstance(data, pd.DataFrame):
-        con.register("stay_rows", data)
-        con.register("event_rows", data)
-        return "flat", {}
     if task and isinstance(data, Path):
         return "meds", register_meds(con, data, task, need_label)
-    parts = [data] if isinstance(data, Path) else data
-    is_csv, listed = _is_csv(parts[0]), duck.file_list(parts)
-    for path in parts:
-        if _is_csv(path) != is_csv or not (is_csv or path.name.lower().endswith(".parquet")):
-            raise files.refusal("not_a_table", path=path)
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty. Copy or export it again.")
-    rows = duck.csv_rows(parts) if is_csv else f"read_parquet({listed}, filename = 'file_of_row')"
-    types = duck.column_types(con, rows)
-    if "events" not in types:
-        con.execute(f"CREATE VIEW stay_rows AS FROM {rows}; CREATE VIEW event_rows AS FROM {rows}")
-        return "flat", {}
-    # BigQuery's exports wrap each element of an array in structs called list and element.
-    events = "events" if types["events"].endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-    event_rows = f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {rows})"
-    con.execute(f"CREATE VIEW stay_rows AS SELECT * EXCLUDE events FROM {rows}; CREATE VIEW event_rows AS {event_rows}")
-    return "nested", {}
+    if isinstance(data, list):
+        is_csv = _is_csv(data[0])
+        for path in data:
+            if _is_csv(path) != is_csv or not (is_csv or path.name.lower().endswith(".parquet")):
+                raise files.refusal("not_a_table", path=path)
+            if path.stat().st_size == 0:
+                raise InputError(f"{path}: the file is empty. Copy or export it again.")
+        parquet = f"read_parquet({duck.file_list(data)}, filename = 'file_of_row')"
+        con.execute(f"CREATE TEMP VIEW given AS FROM {duck.csv_rows(data) if is_csv else parquet}")
+    else:
+        con.register("given", data)
+    kind, stay_rows, event_rows = "flat", "FROM given", "FROM given"
+    if array := duck.column_types(con, "given").get("events"):
+        # BigQuery's exports wrap each element of an array in structs called list and element.
+        events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
+        kind, stay_rows = "nested", "SELECT * EXCLUDE events FROM given"
+        event_rows = f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM given)"
+    con.execute(f"CREATE TEMP VIEW stay_rows AS {stay_rows}; CREATE TEMP VIEW event_rows AS {event_rows}")
+    return kind, {}
 
 
-def _choose_label(con: DuckDBPyConnection, source: str, column: str, need_label: bool) -> None:
-    """Let another column of `stay_rows` be the label. InputError where it is needed and missing."""
-    is_there = column in duck.column_types(con, "stay_rows")
-    if need_label and not is_there:
-        raise files.refusal("missing_columns", source=source, columns=column)
-    label, days = column if is_there else "NULL", 30 if column.endswith("30d") else "NULL"
-    con.execute(f"""
-        SET VARIABLE days = {days};  -- a stay may last longer, and end with a death that is none of these
-        ALTER VIEW stay_rows RENAME TO rows_of_stays;
-        CREATE VIEW stay_rows AS SELECT COLUMNS(lambda name: name <> '{LABEL}'), {label} AS {LABEL} FROM rows_of_stays
-    """)
-
-
-def _check(con: DuckDBPyConnection, source: str, kind: str, need_label: bool, static_features: Sequence[str]) -> None:
+def _check(
+    con: DuckDBPyConnection, source: str, kind: str, label: str, need_label: bool, static_features: Sequence[str]
+) -> None:
     """Make the views `typed_stay_rows` and `typed_event_rows`; refuse what is missing or unreadable in them."""
-    stay_types, event_types = duck.column_types(con, "stay_rows"), duck.column_types(con, "event_rows")
-    unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {LABEL})
-    missing = [name for name in STAY_COLUMNS if name not in stay_types.keys() | unneeded]
-    if missing := missing + [name for name in EVENT_COLUMNS if name not in event_types]:
-        raise files.refusal("missing_columns", source=source, columns=", ".join(missing))
-    numbered = {name.lower() for name in stay_types}  # DuckDB numbers the second of a name
-    if twice := [name for name in (*STAY_COLUMNS, *EVENT_COLUMNS) if f"{name}_1" in numbered]:
-        raise files.refusal("repeated_columns", source=source, columns=", ".join(twice))
-    for name in [name for name in IDS if stay_types[name] in ("DOUBLE", "FLOAT")]:
+    types = duck.column_types(con, "stay_rows") | duck.column_types(con, "event_rows")
+    columns = COLUMNS.assign(given=COLUMNS.index, must="false").replace({"given": {LABEL: label}})
+    unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {label})
+    is_there, numbered = columns["given"].isin(types), [name.lower() for name in types]
+    if missing := ", ".join(columns["given"][~is_there & ~columns["given"].isin(unneeded)]):
+        raise files.refusal("missing_columns", source=source, columns=missing)
+    if twice := ", ".join(columns["given"][(columns["given"] + "_1").isin(numbered)]):  # DuckDB numbers the second
+        raise files.refusal("repeated_columns", source=source, columns=twice)
+    for name in [name for name in IDS if types[name] in ("DOUBLE", "FLOAT")]:
         if lost := duck.first_value(con, f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992"):
             raise files.refusal("ids_without_digits", source=source, column=name, count=lost)
     # A flat table is somebody's own make, and lacks these by mistake; of the query's stays, `_load_stays` drops such.
-    needed = IDS if kind == "nested" else (*IDS, "icu_intime", *[LABEL] * need_label)
-    zoned, naive = Counter[str](), Counter[str]()
-    for view, columns, present in (("stay_rows", STAY_COLUMNS, stay_types), ("event_rows", EVENT_COLUMNS, event_types)):
-        names = [name for name in columns if name in present and columns[name] != "VARCHAR"]
-        typed = ", ".join(f"{duck.as_type(name, columns[name], present[name])} AS {name}" for name in names)
-        others = [f"{name} AS {name}_written" for name in names]
-        others += [f"CAST(NULL AS {columns[name]}) AS {name}" for name in columns if name not in present]
-        con.execute(f"CREATE TEMP VIEW typed_{view} AS SELECT * REPLACE ({typed}), {', '.join(others)} FROM {view}")
-        checks = {}
-        for name in names:
-            is_bad = {  # condition: whether it applies to this column
-                UNFIT[columns[name]][0].format(name): True,
-                f"{name} IS NULL": name in needed,
-                f"{name} IS NULL AND null_if_missing({name}_written) IS NOT NULL": present[name] != columns[name],
-                f"{name} NOT IN (0, 1)": name == LABEL and kind != "nested",
-                f"contains({name}_written, 'E')": name in IDS and present[name] == "VARCHAR",  # 3.00E+07 lost digits
-            }
-            checks[name] = " OR ".join(condition for condition, applies in is_bad.items() if applies)
-        times = {
-            name: duck.states_zone(f"{name}_written", present[name]) for name in names if columns[name] == "TIMESTAMP"
-        }
-        counted = [f"count_if({condition})" for condition in checks.values()]
-        for name, has_zone in times.items():
-            counted += [f"count({name}) FILTER ({has_zone})", f"count({name}) FILTER (NOT ({has_zone}))"]
-        found = con.execute(f"SELECT {', '.join(counted)} FROM typed_{view}").fetchall()[0]  # all in one pass
-        for (name, condition), count in zip(checks.items(), found):
-            if count:
-                bad = f"(SELECT row_number() OVER () AS number, * FROM typed_{view}) WHERE {condition}"
-                first = duck.first_value(con, f"SELECT {FIRST.format('number')} FROM {bad}")
-                wanted = "0 or 1" if name == LABEL else UNFIT[columns[name]][1]
-                raise files.refusal("unfit_values", source=source, column=name, wanted=wanted, count=count, first=first)
-        zoned.update(dict(zip(times, found[len(checks) :: 2])))
-        naive.update(dict(zip(times, found[len(checks) + 1 :: 2])))
-    if zoned.total() and naive.total():
-        words = {"zoned": ", ".join(+zoned), "naive": ", ".join(+naive)}
-        raise files.refusal("mixed_zones", source=source, n_zoned=zoned.total(), n_naive=naive.total(), **words)
+    columns.loc[[*IDS, *["icu_intime"] * (kind != "nested")], "must"] = "{0} IS NULL"
+    if kind != "nested":
+        columns.loc[LABEL, "must"] = f"coalesce({{0}} NOT IN (0, 1), {need_label})"
+    columns.loc[~is_there, "given"] = ""
+    zones, place = [], f"{duck.quoted(source)} AS place, row_number() OVER () AS number"
+    for view, names in {"stay_rows": [*STAY_COLUMNS], "event_rows": ["icu_stay_id", *EVENT_COLUMNS]}.items():
+        typed, zones_of_view = duck.typed_rows(con, view, columns.loc[names], place)
+        con.execute(f"CREATE TEMP VIEW typed_{view} AS {typed}")
+        zones.append(zones_of_view)
+    zoned, naive = (counts[counts > 0] for _, counts in pd.concat(zones).items())
+    if len(zoned) and len(naive):
+        found = {"n_zoned": zoned.sum(), "n_naive": naive.sum()}
+        found |= {"zoned": ", ".join(zoned.index), "naive": ", ".join(naive.index)}
+        raise files.refusal("mixed_zones", source=source, **found)
 
 
 def _load_stays(
-    con: DuckDBPyConnection, source: str, kind: str, need_label: bool, counts: dict[str, int]
+    con: DuckDBPyConnection, source: str, kind: str, need_label: bool, days: int | None, counts: dict[str, int]
 ) -> dict[str, int]:
-    """Make the table `stays`, count and log those left out; return how many are mended, or implausible."""
+    """Make the table `stays`, count and log those left out; return how many are mended, or implausible.
+
+    days: a stay may last longer, and end with a death that its label, of so many days, does not tell.
+    """
     if kind == "nested":  # most often shards of an earlier export beside those of a later one
         twice = f"SELECT icu_stay_id, {FIRST.format('file_of_row')} FROM typed_stay_rows GROUP BY 1 HAVING count(*) > 1"
         if found := con.execute(f"{twice} ORDER BY 1").fetchall():
             raise files.refusal("repeated_stays", source=source, count=len(found), stay=found[0][0], files=found[0][1])
-    values, conflicts = [], []
-    for name, sql_type in STAY_COLUMNS.items():
-        value = f"null_if_missing({name})" if sql_type == "VARCHAR" else name
-        text = f"coalesce(CAST({value} AS VARCHAR), '')"
-        values.append(f"any_value({value}) AS {name}")
-        conflicts.append(f"CASE WHEN min({text}) <> max({text}) THEN '{name}' END")
+    texts = [f"null_if_missing({name}) AS {name}" for name in STAY_COLUMNS if STAY_COLUMNS[name] == "VARCHAR"]
+    con.execute(f"""
+        CREATE TEMP TABLE given_stays AS
+        SELECT DISTINCT * REPLACE ({", ".join(texts)}) FROM (SELECT {", ".join(STAY_COLUMNS)} FROM typed_stay_rows)
+    """)
+    several = "QUALIFY count(*) OVER (PARTITION BY icu_stay_id) > 1 ORDER BY icu_stay_id"
+    if len(odd := con.sql(f"FROM given_stays {several}").df()):
+        stays = odd["icu_stay_id"].drop_duplicates()
+        n_values = odd[odd["icu_stay_id"] == stays[0]].nunique(dropna=False)
+        found = {"first": ", ".join(map(str, stays[:3])), "columns": ", ".join(n_values.index[n_values > 1])}
+        raise files.refusal("contradicting_rows", source=source, count=len(stays), **found)
     # The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
     statement = f"""
         CREATE TEMP TABLE stays AS
-        SELECT conflicts, least(icu_outtime, patient_death_time) AS final_time, icu_length_of_stay_in_days AS said_days,
+        SELECT least(icu_outtime, patient_death_time) AS final_time, icu_length_of_stay_in_days AS said_days,
                CASE WHEN icu_intime IS NULL THEN 'stay_without_intime'
                     WHEN final_time IS NULL THEN 'stay_without_end'
                     WHEN patient_death_time < icu_intime THEN 'stay_after_death'
                     WHEN final_time < icu_intime THEN 'stay_ends_before_it_begins'
                     WHEN coalesce({LABEL} NOT IN (0, 1), $need_label) THEN 'stay_with_unfit_label'
                     WHEN {LABEL} = 0 AND final_time = patient_death_time
-                         AND coalesce(date_diff('day', icu_intime, final_time) <= getvariable('days'), true)
+                         AND coalesce(date_diff('day', icu_intime, final_time) <= $days::INTEGER, true)
                          THEN 'stay_with_death_and_label_0'
                END AS fault,
-               * EXCLUDE conflicts REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
-                                            AS icu_length_of_stay_in_days)
-        FROM (SELECT {", ".join(values)}, concat_ws(', ', {", ".join(conflicts)}) AS conflicts
-              FROM typed_stay_rows AS s GROUP BY s.icu_stay_id)
+               * REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
+                          AS icu_length_of_stay_in_days)
+        FROM given_stays
     """
-    con.execute(statement, {"is_meds": kind == "meds", "need_label": need_label})
-    odd = f"count(*), {FIRST.format('icu_stay_id')}, min_by(conflicts, icu_stay_id) FROM stays WHERE conflicts <> ''"
-    count, first, columns = con.execute(f"SELECT {odd}").fetchall()[0]
-    if count:
-        raise files.refusal("contradicting_rows", source=source, count=count, first=first, columns=columns)
+    con.execute(statement, {"is_meds": kind == "meds", "need_label": need_label, "days": days})
     faulty = f"SELECT fault, count(*), {FIRST.format('icu_stay_id')} FROM stays WHERE fault <> '' GROUP BY 1 ORDER BY 1"
     for code, count, first in con.execute(faulty).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
@@ -277,52 +231,41 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
     # size. Each is read as it is written, and cleaned once.
     con.execute("""
         CREATE TEMP TABLE texts AS
-        SELECT *, dense_rank() OVER (ORDER BY cleaned) - 1 AS text
-        FROM (SELECT written, CASE WHEN null_if_missing(written) IS NULL AND trim(written) <> '' THEN ''
-                                   ELSE coalesce(CAST(written AS VARCHAR), '') END AS cleaned
-              FROM (SELECT DISTINCT event_text AS written FROM typed_event_rows))
+        SELECT event_text, CASE WHEN null_if_missing(event_text) IS NULL AND trim(event_text) <> '' THEN ''
+                                ELSE coalesce(event_text, '') END AS cleaned,
+               dense_rank() OVER (ORDER BY cleaned) - 1 AS text
+        FROM (SELECT DISTINCT event_text FROM typed_event_rows)
     """)
     types = list(EVENT_TYPES)
     con.execute(f"""
         CREATE TEMP TABLE events AS
-        SELECT icu_stay_id, event_type, text, stated, epoch(event_time - icu_intime) / 60 AS minutes,
-               epoch(known_time - icu_intime) / 60 AS known, epoch(final_time - event_time) / 60 AS to_end
-        FROM (
-            SELECT icu_stay_id, event_time, event_known_time AS known_time, event_text AS written,
-                   coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT
-                       AS event_type, relative_time_to_final_event AS stated
-            FROM typed_event_rows
-        ) AS e
-        JOIN stays USING (icu_stay_id)
-        JOIN texts AS t ON t.written IS NOT DISTINCT FROM e.written
+        SELECT icu_stay_id, text, epoch(event_time - icu_intime) / 60 AS minutes,
+               coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT AS event_type,
+               epoch(event_known_time - icu_intime) / 60 AS known, epoch(final_time - event_time) / 60 AS to_end,
+               CASE WHEN isfinite(relative_time_to_final_event) THEN relative_time_to_final_event END AS stated
+        FROM typed_event_rows AS e JOIN stays USING (icu_stay_id)
+        JOIN texts AS t ON t.event_text IS NOT DISTINCT FROM e.event_text
     """)
-    compared, in_hours, differ, first = con.execute(f"""
-        SELECT count_if(abs(to_end) > 60), count_if(abs(to_end) > 60 AND abs(stated * 60 - to_end) < 2),
-               count(other), {FIRST.format("other")}
-        FROM (SELECT *, CASE WHEN abs(stated - to_end) > 2 THEN icu_stay_id END AS other FROM events)
-        WHERE isfinite(stated) AND to_end IS NOT NULL
+    is_far, other = "stated IS NOT NULL AND abs(to_end) > 60", "CASE WHEN abs(stated - to_end) > 2 THEN icu_stay_id END"
+    compared, in_hours, differ, first, notes["event_with_odd_time"], notes["event_known_too_soon"] = con.execute(f"""
+        SELECT count_if({is_far}), count_if({is_far} AND abs(stated * 60 - to_end) < 2), count({other}),
+               {FIRST.format(other)}, count_if(greatest(abs(minutes), abs(known)) > 63115200),  -- 120 years
+               count_if(known < minutes - 1440)
+        FROM events
     """).fetchall()[0]
     if differ and in_hours > 0.5 * compared:
         raise files.refusal("hours_for_minutes", source=source, count=in_hours, compared=compared)
     if differ:
         raise files.refusal("other_minutes", source=source, count=differ, first=first)
-    odd = {"event_with_odd_time": "greatest(abs(minutes), abs(known)) > 63115200"}  # 120 years from ICU admission
-    for code, condition in (odd | {"event_known_too_soon": "known < minutes - 1440"}).items():
-        notes[code] = duck.first_value(con, f"SELECT count_if({condition}) FROM events")
     faults = {"event_without_time": "minutes IS NULL OR to_end IS NULL", "event_before_admission": "minutes < 0"}
     for code, condition in (faults | {"event_after_the_end": "to_end < 0"}).items():
         counts[code] = duck.first_value(con, f"DELETE FROM events WHERE {condition}")
     before = duck.first_value(con, "SELECT count(*) FROM events")
     distinct = "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events"
     counts["event_repeated"] = before - duck.first_value(con, distinct)
-    stays = con.execute("""
-        SELECT icu_stay_id, stays.* EXCLUDE (icu_stay_id, final_time, fault, said_days, conflicts),
-               coalesce(number, 0) AS n_events
-        FROM stays LEFT JOIN (SELECT icu_stay_id, count(*) AS number FROM events GROUP BY 1) USING (icu_stay_id)
-        ORDER BY icu_stay_id
-    """).df()
-    counts["stay_without_events"] = int((stays["n_events"] == 0).sum())
-    stays = stays[stays["n_events"] > 0].reset_index(drop=True)
+    n_events = con.sql("SELECT icu_stay_id, count(*) AS n_events FROM events GROUP BY 1 ORDER BY 1").df()
+    stays = n_events.merge(con.sql("SELECT * EXCLUDE (final_time, fault, said_days) FROM stays").df())
+    counts["stay_without_events"] = duck.first_value(con, "SELECT count(*) FROM stays") - len(stays)
     if stays.empty:
         reasons = "; ".join(f"{count} {files.WORDS['reasons'][code]}" for code, count in counts.items() if count)
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
