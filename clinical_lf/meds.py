@@ -1,6 +1,7 @@
 """A MEDS data set (Medical Event Data Standard): each label row is one stay that ends with its prediction."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,28 +50,20 @@ def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_emp
     """
     columns = COLUMNS[COLUMNS["table"] == table].set_index("column")
     columns.loc[columns.index == may_be_empty, "must"] = "false"
-    alike: dict[tuple[str, ...], list[Path]] = {}
+    known, place = columns["names"].str.split("|").explode(), "file_of_row AS place, file_row_number + 1 AS number"
+    options = "hive_partitioning = false, filename = 'file_of_row', file_row_number = true"
+    rows_of = lambda files: f"read_parquet({file_list(files)}, {options})"
+    alike, read = defaultdict[tuple[tuple[str, str], ...], list[Path]](list), []
     for path in paths:
-        types = column_types(con, f"read_parquet({file_list([path])}, hive_partitioning = false)")
-        alike.setdefault(tuple(types.items()), []).append(path)
-    selects, zones = [], []
+        alike[tuple(column_types(con, rows_of([path])).items())].append(path)
     for types, members in alike.items():
-        names = [name for name, _ in types]
-        columns["given"] = [
-            next((name for name in wanted.split("|") if name in names), "") for wanted in columns["names"]
-        ]
+        names = [name for name, _ in types][:-2]
+        columns["given"] = known[known.isin(names)].groupby("column").first().reindex(columns.index, fill_value="")
         if absent := [*columns.index[columns["must"].ne("") & columns["given"].eq("")]]:
             raise refusal("no_meds_column", path=members[0], column=absent[0], present=", ".join(names[:12]))
-        options = "hive_partitioning = false, filename = 'file_of_row', file_row_number = true"
-        rows, place = (
-            f"read_parquet({file_list(members)}, {options})",
-            "file_of_row AS place, file_row_number + 1 AS number",
-        )
-        select, zones_of_files = typed_rows(con, rows, columns, place)
-        selects.append(select)
-        zones.append(zones_of_files)
-    con.execute(f"CREATE TEMP VIEW {table} AS {' UNION ALL '.join(selects)}")
-    return pd.concat(zones).sum()
+        read.append(typed_rows(con, rows_of(members), columns, place))
+    con.execute(f"CREATE TEMP VIEW {table} AS {' UNION ALL '.join(rows for rows, _ in read)}")
+    return pd.concat(zones for _, zones in read).sum()
 
 
 def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_label: bool) -> dict[str, int]:
@@ -112,7 +105,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
 
 def meds_account(con: DuckDBPyConnection) -> list[SourceAccount]:
     """Return where the rows of data/ went; one that is in the sequences of two labels counts once."""
-    counts = "count(*), count_if(NOT is_described) FROM row_fates LEFT JOIN meds_codes USING (code)"
+    counts = "count(*), count(*) FILTER (NOT is_described) FROM row_fates LEFT JOIN meds_codes USING (code)"
     fates = con.execute(f"SELECT fate, {counts} GROUP BY fate ORDER BY fate").fetchall()
     lost = {fate: count for fate, count, _ in fates}
     noted = {"rows named by their code, which has no description": sum(count for *_, count in fates)}

@@ -160,16 +160,14 @@ def _check(
     if kind != "nested":
         columns.loc[LABEL, "must"] = f"coalesce({{0}} NOT IN (0, 1), {need_label})"
     columns.loc[~is_there, "given"] = ""
-    zones, place = [], f"{duck.quoted(source)} AS place, row_number() OVER () AS number"
+    place, zones = f"{duck.quoted(source)} AS place, row_number() OVER () AS number", {}
     for view, names in {"stay_rows": [*STAY_COLUMNS], "event_rows": ["icu_stay_id", *EVENT_COLUMNS]}.items():
-        typed, zones_of_view = duck.typed_rows(con, view, columns.loc[names], place)
-        con.execute(f"CREATE TEMP VIEW typed_{view} AS {typed}")
-        zones.append(zones_of_view)
-    zoned, naive = (counts[counts > 0] for _, counts in pd.concat(zones).items())
+        rows, zones[view] = duck.typed_rows(con, view, columns.loc[names], place)
+        con.execute(f"CREATE TEMP VIEW typed_{view} AS {rows}")
+    zoned, naive = (counts[counts > 0] for _, counts in pd.concat(zones.values()).items())
     if len(zoned) and len(naive):
-        found = {"n_zoned": zoned.sum(), "n_naive": naive.sum()}
-        found |= {"zoned": ", ".join(zoned.index), "naive": ", ".join(naive.index)}
-        raise files.refusal("mixed_zones", source=source, **found)
+        words = {"zoned": ", ".join(zoned.index), "naive": ", ".join(naive.index)}
+        raise files.refusal("mixed_zones", source=source, n_zoned=zoned.sum(), n_naive=naive.sum(), **words)
 
 
 def _load_stays(
@@ -192,8 +190,8 @@ def _load_stays(
     if len(odd := con.sql(f"FROM given_stays {several}").df()):
         stays = odd["icu_stay_id"].drop_duplicates()
         n_values = odd[odd["icu_stay_id"] == stays[0]].nunique(dropna=False)
-        found = {"first": ", ".join(map(str, stays[:3])), "columns": ", ".join(n_values.index[n_values > 1])}
-        raise files.refusal("contradicting_rows", source=source, count=len(stays), **found)
+        first, columns = ", ".join(map(str, stays[:3])), ", ".join(n_values.index[n_values > 1])
+        raise files.refusal("contradicting_rows", source=source, count=len(stays), first=first, columns=columns)
     # The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
     statement = f"""
         CREATE TEMP TABLE stays AS
@@ -233,15 +231,16 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
         CREATE TEMP TABLE texts AS
         SELECT event_text, CASE WHEN null_if_missing(event_text) IS NULL AND trim(event_text) <> '' THEN ''
                                 ELSE coalesce(event_text, '') END AS cleaned,
-               dense_rank() OVER (ORDER BY cleaned) - 1 AS text
+               (dense_rank() OVER (ORDER BY cleaned) - 1)::INTEGER AS text
         FROM (SELECT DISTINCT event_text FROM typed_event_rows)
     """)
     types = list(EVENT_TYPES)
     con.execute(f"""
         CREATE TEMP TABLE events AS
-        SELECT icu_stay_id, text, epoch(event_time - icu_intime) / 60 AS minutes,
+        SELECT icu_stay_id, text, epoch(event_time - icu_intime) / 60 AS minutes_since_intime,
                coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT AS event_type,
-               epoch(event_known_time - icu_intime) / 60 AS known, epoch(final_time - event_time) / 60 AS to_end,
+               epoch(event_known_time - icu_intime) / 60 AS known_minutes_since_intime,
+               epoch(final_time - event_time) / 60 AS minutes_to_end,
                CASE WHEN isfinite(relative_time_to_final_event) THEN relative_time_to_final_event END AS stated
         FROM typed_event_rows AS e JOIN stays USING (icu_stay_id)
         JOIN texts AS t ON t.event_text IS NOT DISTINCT FROM e.event_text
@@ -249,16 +248,18 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
     is_far, other = "stated IS NOT NULL AND abs(to_end) > 60", "CASE WHEN abs(stated - to_end) > 2 THEN icu_stay_id END"
     compared, in_hours, differ, first, notes["event_with_odd_time"], notes["event_known_too_soon"] = con.execute(f"""
         SELECT count_if({is_far}), count_if({is_far} AND abs(stated * 60 - to_end) < 2), count({other}),
-               {FIRST.format(other)}, count_if(greatest(abs(minutes), abs(known)) > 63115200),  -- 120 years
-               count_if(known < minutes - 1440)
-        FROM events
+               {FIRST.format(other)},
+               count_if(greatest(abs(minutes), abs(known_minutes_since_intime)) > 63115200),  -- 120 years
+               count_if(known_minutes_since_intime < minutes - 1440)
+        FROM (FROM events SELECT *, minutes_since_intime AS minutes, minutes_to_end AS to_end)
     """).fetchall()[0]
     if differ and in_hours > 0.5 * compared:
         raise files.refusal("hours_for_minutes", source=source, count=in_hours, compared=compared)
     if differ:
         raise files.refusal("other_minutes", source=source, count=differ, first=first)
-    faults = {"event_without_time": "minutes IS NULL OR to_end IS NULL", "event_before_admission": "minutes < 0"}
-    for code, condition in (faults | {"event_after_the_end": "to_end < 0"}).items():
+    faults = {"event_without_time": "minutes_since_intime IS NULL OR minutes_to_end IS NULL"}
+    faults |= {"event_before_admission": "minutes_since_intime < 0", "event_after_the_end": "minutes_to_end < 0"}
+    for code, condition in faults.items():
         counts[code] = duck.first_value(con, f"DELETE FROM events WHERE {condition}")
     before = duck.first_value(con, "SELECT count(*) FROM events")
     distinct = "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events"
@@ -271,13 +272,9 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
     offsets = tables.sums_before(stays.pop("n_events").to_numpy())
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}
-    filled = 0
-    batches = con.sql("""
-        SELECT event_type, text::INTEGER AS text, minutes AS minutes_since_intime,
-               known AS known_minutes_since_intime, to_end AS minutes_to_end
-        FROM events ORDER BY icu_stay_id, minutes, event_type, text, known
-    """)
-    for batch in batches.to_arrow_reader(2**20):  # never all of them twice in memory
+    order, filled = "icu_stay_id, minutes_since_intime, event_type, text, known_minutes_since_intime", 0
+    events = con.sql(f"SELECT {', '.join(arrays)} FROM events ORDER BY {order}")
+    for batch in events.to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():
             array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
         filled += len(batch)
