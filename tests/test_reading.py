@@ -121,10 +121,10 @@ ODD_TEXTS = ["", "x" * 100_000, "a\0b", 'say "a",\r\nthen b', '""",', "   ", "# 
 ODD_TEXTS += ["😀 \U0001f9ea", "\u202eשלום مرحبا", "\ufffd"]
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS, ids=range(len(ODD_TEXTS)))
-def test_odd_text_is_read_as_it_is(text, tmp_path):
-    table, report = read_stays(as_csv(put(small_table(), {"event_text": text}), tmp_path))
-    assert not report.counts and table.texts[table.text[:3]].tolist() == [text] * 3
+def test_odd_texts_are_read_as_they_are(tmp_path):
+    rows = slice(0, len(ODD_TEXTS))
+    table, report = read_stays(as_csv(put(small_table(), {"event_text": ODD_TEXTS}, rows), tmp_path))
+    assert not report.counts and table.texts[table.text[rows]].tolist() == ODD_TEXTS
 
 
 def test_all_odd_texts_are_trained_on(tmp_path):
@@ -184,6 +184,7 @@ def parquet_with(path, **columns):
 
 CUT_ROW = "\n".join([*LINES[:50], LINES[50][:60], *LINES[51:]])
 RAGGED, NO_END = "more or fewer values than the header", "end of GZIP stream"
+TWICE = "patient_race," + CSV.replace("\n", "\nx,")[:-2]
 PARQUET = pd.DataFrame({"icu_stay_id": [1], "events": [[5]]}).to_parquet(index=False)
 BAD_FILES = {
     "no such file": ("none.csv", lambda p: None, "no such file or folder"),
@@ -210,11 +211,7 @@ BAD_FILES = {
     "times are numbers": ("data.parquet", lambda p: parquet_with(p, icu_intime=7), "column icu_intime is not a time"),
     "ids are floats": ("data.parquet", lambda p: parquet_with(p, patient_id=2.0**54), "stored as floating point"),
     "hours for minutes": ("data.csv", in_hours, "is in hours in 120 of 120 events"),
-    "one column twice": (
-        "data.csv",
-        holding("patient_race," + CSV.replace("\n", "\nx,")[:-2]),
-        "columns patient_race stand twice",
-    ),
+    "one column twice": ("data.csv", holding(TWICE), "columns patient_race stand twice"),
     "Parquet that is none": ("data.parquet", holding("x" * 99), "no whole Parquet file). Copy or export it again"),
     "one bad shard": ("*.parquet", one_cut_short, "b.parquet: no whole Parquet file)"),
     "another schema": ("*.parquet", nested_and_flat, "b.parquet: its columns, or their types, are not those"),
