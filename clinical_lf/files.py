@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,17 +37,15 @@ class Progress(tqdm):
 
     def __init__(self, *arguments: Any, active: bool = True, **options: Any) -> None:
         self.is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.last_shown = time.monotonic()
         if not self.is_watched:
             line = "{desc:12s}{percentage:3.0f} %, {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
-            options |= {"file": io.StringIO(), "bar_format": line}
+            options |= {"file": io.StringIO(), "bar_format": line, "mininterval": SECONDS_BETWEEN_LINES, "delay": 1e-9}
         super().__init__(*arguments, disable=not active, leave=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.is_watched:
             super().display(msg, pos)
-        elif msg is None and time.monotonic() - self.last_shown > SECONDS_BETWEEN_LINES:
-            self.last_shown = time.monotonic()
+        elif msg is None:  # not the end, which clears a bar
             logger.info(str(self))
 
 
@@ -78,17 +75,13 @@ def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> in
     except (Exception, KeyboardInterrupt) as error:
         if received or isinstance(error, KeyboardInterrupt):  # DuckDB makes a RuntimeError of it, torch.save too
             print(f"\nInterrupted. {what_is_kept()}", file=sys.stderr)
-            return 128 + (received or [signal.SIGINT])[0]
-        problem = reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        if isinstance(error, OSError):
-            problem = (
-                f"{f'{error.filename}: ' * bool(error.filename)}{reason}. Is the disk full, or the file not yours?"
-            )
-        elif isinstance(error, MemoryError):
-            problem = f"the memory does not suffice ({reason}): take fewer stays or a larger machine."
-        elif not isinstance(error, InputError):
+            return 128 + (*received, signal.SIGINT)[0]
+        said = [WORDS["mendable"][kind.__name__] for kind in type(error).__mro__ if kind.__name__ in WORDS["mendable"]]
+        if not said:
             raise
-        print(f"error: {problem}", file=sys.stderr)
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        place = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        print(f"error: {said[0].format(reason=reason, place=place)}", file=sys.stderr)
         return 2
     finally:
         for number, handler in usual.items():
@@ -148,32 +141,26 @@ def delete_quietly(path: Path) -> None:
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold a folder against other runs and remove what killed ones left half-written; InputError if not ours."""
-    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}): {CHOOSE_ANOTHER_FOLDER}.") from None
     lock = FileLock(folder / ".lock")  # falls with the process that has it
-    try:
+    with contextlib.suppress(OSError):  # some network disks cannot lock: then nothing is removed
         try:
             lock.acquire(timeout=SECONDS_UNTIL_SAID if wait else 0)
         except Timeout:
             if not wait:
                 raise refusal("held_folder", folder=folder) from None
             logger.info(f"Waiting     for another run that writes into {folder}")
-            lock.acquire(timeout=-1)
-    except OSError:  # some network disks cannot lock: then nothing is removed
-        logger.debug(f"{folder}: this disk has no locks")
-    else:
+            lock.acquire()
         for left in folder.rglob(f".*{HALF_WRITTEN}*"):
             if left.parent == folder or not (left.parent / ".lock").exists():  # else that folder's own holder does it
                 delete_quietly(left)
     try:
         yield
     finally:
-        if is_new and not wait and not any(folder.glob("[!.]*")):  # a start that failed leaves nothing behind
-            delete_quietly(folder)
         lock.release()
 
 
