@@ -80,7 +80,7 @@ def exit_code(work: Callable[[], object], what_is_kept: Callable[[], str]) -> in
         if not said:
             raise
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        place = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        place = f"{name}: " if (name := getattr(error, "filename", None)) else ""
         print(f"error: {said[0].format(reason=reason, place=place)}", file=sys.stderr)
         return 2
     finally:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import duckdb
@@ -16,14 +16,13 @@ from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable
 
 QUERY_FILE = Path(__file__).resolve().parent.parent / "query.sql"
 ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tables went; no reader of Parquet minds it
-DISK_IS_FULL = "No space left"  # how an error says so
 # Event rows of the tables behind one slice of patients, which has to fit in memory at once; fewer where that is small.
 ROWS_PER_SLICE, BYTES_PER_ROW = 2_000_000, 1_500
 
 _TABLES = yaml.safe_load(Path(__file__).with_name("mimic_tables.yaml").read_text("utf-8"))
 MIMIC_TABLES = {name: table["columns"] for name, table in _TABLES.items()}  # {table: {column: type}}
-MIMIC_KEYS = {name: table["key"] for name, table in _TABLES.items() if "key" in table}
 EVENT_TABLES = {name: table["time"] for name, table in _TABLES.items() if "time" in table}
+FAULTS = {name: duck.sql_case(table["lost"]) for name, table in _TABLES.items() if "lost" in table}
 # How a text is read as a type: NaN and infinity (1e999) are missing, a time with an offset is converted to UTC. That
 # takes three times as long.
 FINITE = "CASE WHEN isfinite(TRY_CAST({0} AS DOUBLE)) IS NOT FALSE THEN {0} END"
@@ -37,12 +36,12 @@ OTHER_TABLE = "SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number F
 EVENT_TABLE = f"""
     SELECT r.* EXCLUDE (number)
     FROM (
-        SELECT *, {{fault}} AS fault, nextval('{{name}}_of_cohort') AS number
-        FROM ({OTHER_TABLE}) JOIN (SELECT DISTINCT {{key}}, subject_id AS patient
-                                   FROM icustays SEMI JOIN admissions USING (hadm_id, subject_id)) USING ({{key}})
+        SELECT *, nextval('{{name}}_of_cohort') AS number
+        FROM ({OTHER_TABLE}) JOIN (SELECT DISTINCT {{of}}, subject_id AS patient
+                                   FROM icustays SEMI JOIN admissions USING (hadm_id, subject_id)) USING ({{of}})
     ) AS r
-    WHERE number > 0 AND (fault IS NOT NULL OR {{noted}} OR EXISTS (
-        FROM icustays AS i WHERE i.{{key}} = r.{{key}} AND {{time}} BETWEEN i.intime - INTERVAL 1 DAY
+    WHERE number > 0 AND ({{fault}} IS NOT NULL OR {{also}} OR EXISTS (
+        FROM icustays AS i WHERE i.{{of}} = r.{{of}} AND {{time}} BETWEEN i.intime - INTERVAL 1 DAY
             AND coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
     ))
     ORDER BY patient
@@ -51,103 +50,68 @@ EVENT_TABLE = f"""
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
     """Return the file of every table that query.sql reads; InputError names what is missing or double."""
-    found = {}
-    for table in MIMIC_TABLES:
-        found[table] = [path for path in (folder / f"{table}.csv", folder / f"{table}.csv.gz") if path.is_file()]
-        if len(found[table]) == 2:
-            raise refusal("doubled_mimic", paths=" and ".join(map(str, found[table])))
+    ends = (".csv", ".csv.gz")
+    found = {table: [*filter(Path.is_file, (folder / f"{table}{end}" for end in ends))] for table in MIMIC_TABLES}
     if missing := [f"{table}.csv[.gz]" for table, paths in found.items() if not paths]:
         raise refusal("incomplete_mimic", folder=folder, missing=", ".join(missing))
+    if doubled := [" and ".join(map(str, paths)) for paths in found.values() if len(paths) == 2]:
+        raise refusal("doubled_mimic", paths=doubled[0])
     return {table: paths[0] for table, paths in found.items()}
 
 
 def check_sums(folder: Path) -> None:
     """Compare a MIMIC-IV folder's tables with its SHA256SUMS.txt, where it lies; say which differ."""
-    lines = path.read_text("utf-8", "replace") if (path := folder / "SHA256SUMS.txt").is_file() else ""
-    sums = {name: digest for digest, name in re.findall(r"^(\w{64}) +\*?(?:\./)?(\S+)", lines, re.MULTILINE)}
+    text = path.read_text("utf-8", "replace") if (path := folder / "SHA256SUMS.txt").is_file() else ""
+    sums = {name: digest.lower() for digest, name in re.findall(r"(?m)^(\w{64}) +\*?(?:\./)?(\S+)", text)}
     names = [name for name in sums if name.split(".csv")[0] in MIMIC_TABLES and (folder / name).is_file()]
     differ = []
     for name in Progress(names, desc="SHA256SUMS", unit=" tables"):
         with open(folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sums[name].lower():
-                differ.append(name)
+            differ += [name] * (hashlib.file_digest(file, "sha256").hexdigest() != sums[name])
     if differ:
         logger.warning(files.WORDS["warnings"]["other_sums"].format(folder=folder, names=", ".join(differ)))
-    elif lines:
+    elif text:
         logger.info(f"Checked     {len(names)} of {len(MIMIC_TABLES)} tables are as SHA256SUMS.txt says")
 
 
-def query_for_duckdb(text: str) -> str:
-    """Return SQL of BigQuery in DuckDB's dialect, its tables replaced by local ones of the same name."""
-    import sqlglot
-
-    return sqlglot.transpile(re.sub(r"`[\w.-]+\.(\w+)`", r"\1", text), read="bigquery", write="duckdb")[0]
-
-
-def faults_of_rows(query: str) -> dict[str, str]:
-    """Return, by event table, the SQL of why a row is no event: conditions of query.sql that end in `-- else: why`."""
-    faults = {table: {"without a time": f"{time} IS NULL"} for table, time in EVENT_TABLES.items()}
-    aliases = {alias: f"{part}/{name}" for part, name, alias in re.findall(r"_(hosp|icu)\.(\w+)` AS (\w+)", query)}
-    for condition, alias, reason in re.findall(r"^\s+AND (.*?\b(\w+)\..*?)\s+-- else: (.+)$", query, re.MULTILINE):
-        of_table, fails = faults[aliases[alias]], f"NOT ({query_for_duckdb(condition.replace(f'{alias}.', ''))})"
-        of_table[reason] = f"{of_table[reason]} OR {fails}" if reason in of_table else fails
-    return {table: duck.sql_case(conditions) for table, conditions in faults.items()}
-
-
-def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
-    """Copy a CSV file into `database`, typed; of events those near ICU stays or with a `fault`. InputError if unfit."""
-    name, rows, columns = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table]
-    parts = {"name": name, "rows": rows, "fault": fault, "time": EVENT_TABLES.get(table)}
-    parts["noted"] = " OR ".join(_TABLES[table].get("noted", {}).values()) or "false"
+def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path) -> None:
+    """Copy a CSV file into `database`, typed; of events those near ICU stays, at fault or noted. InputError if bad."""
+    name, rows, columns, says = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table], _TABLES[table]
+    header = duck.column_types(database, rows)
+    if absent := [column for column in columns if column not in header]:
+        raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
+    parts = {"name": name, "rows": rows, "fault": FAULTS.get(table)}
     parts["typed"] = ", ".join(f"{READ_AS[kind]} AS {{0}}".format(column, "CAST") for column, kind in columns.items())
-    parts["key"] = next((key for key in ("stay_id", "subject_id", "hadm_id") if key in columns), None)
-    statement = (EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts)
+    parts["also"] = " OR ".join(says.get("noted", {"nothing": "false"}).values())
+    statement = (EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts, **says)
+    database.execute(f"CREATE OR REPLACE SEQUENCE {name}_read; CREATE OR REPLACE SEQUENCE {name}_of_cohort")
     try:
-        header = duck.column_types(database, rows)
-        if absent := [column for column in columns if column not in header]:
-            raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
-        database.execute(f"CREATE OR REPLACE SEQUENCE {name}_read; CREATE OR REPLACE SEQUENCE {name}_of_cohort")
         database.execute(f"CREATE TABLE {name} AS {statement}").fetchall()
     except duckdb.ConversionException:
-        counted = [
-            f"count({FINITE}) - count({READ_AS[kind]})".format(name, "TRY_CAST") for name, kind in columns.items()
-        ]
+        counted = [f"count({FINITE}) - count({READ_AS[kind]})".format(c, "TRY_CAST") for c, kind in columns.items()]
         counts = database.execute(f"SELECT {', '.join(counted)} FROM {rows}").fetchall()[0]
         unfit = [f"{column} ({columns[column]}) in {count} rows" for column, count in zip(columns, counts) if count]
         raise InputError(f"{path} has values that do not fit: {', '.join(unfit)}.") from None
-    except duckdb.Error as error:
-        if isinstance(error, duckdb.OutOfMemoryException) or DISK_IS_FULL in str(error):
-            raise
-        raise refusal("unreadable_mimic", path=path, reason=duck.reason_without_rows(error)) from None
-    if unique := MIMIC_KEYS.get(table):
-        twice = f"SELECT {unique} FROM {name} WHERE {unique} IS NOT NULL GROUP BY {unique} HAVING count(*) > 1"
+    if unique := says.get("key"):
+        twice = f"SELECT {unique} FROM {name} GROUP BY {unique} HAVING count({unique}) > 1"
         count, first = database.execute(f"SELECT count(*), {duck.FIRST.format(unique)} FROM ({twice})").fetchall()[0]
         if count:
             raise refusal("repeated_keys", table=table, column=unique, count=count, first=first)
-    if table == "icu/icustays":
-        database.execute("DELETE FROM icustays WHERE stay_id IS NULL")
 
 
 def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceAccount]:
     """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
-    passed = "SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()"
-    accounts, n_passed = [], dict(database.execute(passed).fetchall())
-    for table in MIMIC_TABLES:
+    passed = dict(database.execute("SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()").fetchall())
+    accounts = []
+    for table, says in _TABLES.items():
         name = Path(table).name
-        account = SourceAccount(table, n_passed[f"{name}_read"])
-        if table == "icu/icustays":
-            joined = """icustays AS icu LEFT JOIN admissions AS adm ON adm.hadm_id = icu.hadm_id
-                LEFT JOIN patients AS pat ON pat.subject_id = icu.subject_id"""
-            counts = f"SELECT coalesce({duck.sql_case(_TABLES[table]['lost'])}, ''), count(*) FROM {joined} GROUP BY 1"
-            lost: dict[str, int] = dict(database.execute(f"{counts} ORDER BY 1").fetchall())
-            account.of_cohort, account.in_stays = account.read, lost.pop("", 0)
-            lost["without stay_id"] = account.read - account.in_stays - sum(lost.values())
-            account.lost = files.without_zeros(lost)
-        elif table in EVENT_TABLES:
-            counts = f"SELECT fault, count(*) FROM {name} WHERE fault IS NOT NULL GROUP BY fault ORDER BY fault"
-            account.lost = dict(database.execute(counts).fetchall())
-            account.of_cohort = n_passed[f"{name}_of_cohort"]
-        for reason, condition in _TABLES[table].get("noted", {}).items():
+        account = SourceAccount(table, passed[f"{name}_read"])
+        if table in FAULTS:
+            counts = f"SELECT {FAULTS[table]} AS fault, count(*) FROM {name} GROUP BY ALL HAVING fault IS NOT NULL"
+            account.lost = dict(database.execute(f"{counts} ORDER BY ALL").fetchall())
+            account.of_cohort = passed[f"{name}_of_cohort"] if table in EVENT_TABLES else account.read
+            account.in_stays = account.of_cohort - sum(account.lost.values())  # of events less: see there
+        for reason, condition in says.get("noted", {}).items():
             account.noted[reason] = duck.first_value(database, f"SELECT count(*) FROM {name} WHERE {condition}")
         accounts.append(account)
     return accounts
@@ -155,16 +119,16 @@ def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceAccount]
 
 def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTable) -> list[SourceAccount]:
     """Return the account that lies beside a query's result, with the events that were read: every row is in it once."""
-    if not (folder / ACCOUNT).is_file():
-        return []
-    accounts = {account["table"]: SourceAccount(**account) for account in files.read_json(folder / ACCOUNT)}
+    kept = files.read_json(folder / ACCOUNT) if (folder / ACCOUNT).is_file() else []
+    accounts = {account["table"]: SourceAccount(**account) for account in kept}
     found = dict(con.execute("SELECT event_type, count(*) FROM event_rows GROUP BY event_type").fetchall())
     used = np.bincount(table.event_type, minlength=len(EVENT_TYPES)).tolist()
-    for name, event_type, n_used in zip(EVENT_TABLES, EVENT_TYPES, used):
-        account, in_stays = accounts[name], found.get(event_type, 0)
-        outside = (account.of_cohort or 0) - sum(account.lost.values()) - in_stays
-        lost = {"outside the ICU stays": outside, "repeated, or of a stay that was dropped": in_stays - n_used}
-        accounts[name] = replace(account, in_stays=n_used, lost=files.without_zeros(account.lost | lost))
+    for account, event_type, n_used in zip(map(accounts.get, EVENT_TABLES), EVENT_TYPES, used):
+        if account and account.in_stays is not None:
+            in_stays = found.get(event_type, 0)
+            lost = {"outside the ICU stays": account.in_stays - in_stays}
+            lost["repeated, or of a stay that was dropped"] = in_stays - n_used
+            account.in_stays, account.lost = n_used, files.without_zeros(account.lost | lost)
     return list(accounts.values())
 
 
@@ -177,64 +141,64 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     # Which way a tie is rounded (3.05) depends on DuckDB's version.
     key = files.cache_key(query, _TABLES, READ_AS, EVENT_TABLE, duck.MISSING, duckdb.__version__, stats)
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
-    if target.exists():
-        return target
-    with files.lock_folder(results):
-        if target.exists():  # another run made it while this one waited
-            return target
-        for unfinished in set(results.glob("unfinished-*")) - {working}:
-            files.delete_quietly(unfinished)
-        _fill(working, target.name, folder, query, memory_limit)
-        os.replace(working / target.name, target)
-        files.delete_quietly(working)
+    if not target.exists():
+        with files.lock_folder(results):
+            for unfinished in set(results.glob("unfinished-*")) - {working}:
+                files.delete_quietly(unfinished)
+            if not target.exists():  # another run may have made it while this one waited
+                _fill(working, target, folder, query, memory_limit)
     return target
 
 
-def _fill(working: Path, name: str, folder: Path, query: str, memory_limit: str) -> None:
-    """Make a query's result in `working / name`; what a stopped run left is gone on from, or if damaged begun anew."""
-    is_begun, faults = working.exists(), faults_of_rows(query)
+def _fill(working: Path, target: Path, folder: Path, query: str, memory_limit: str) -> None:
+    """Make a query's result by way of `working`: a stopped run's is gone on from, or if damaged begun anew."""
+    import sqlglot
+
+    is_begun, read, result = working.exists(), folder, working / target.name
     working.mkdir(exist_ok=True)
     try:
         with duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb") as database:
-            done = {row[0] for row in database.execute("SHOW TABLES").fetchall()}
-            for table, path in Progress(find_mimic_files(folder).items(), desc="reading MIMIC-IV", unit=" tables"):
-                if Path(table).name not in done:
-                    load_mimic_table(database, table, path, faults.get(table, "NULL"))
-            files.write_json(working / name / ACCOUNT, list(map(asdict, account_for_rows(database))))
-            collect_stays(database, query_for_duckdb(query), working / name)
+            done = database.execute("SHOW TABLES").fetchall()
+            for table, read in Progress(find_mimic_files(folder).items(), desc="reading MIMIC-IV", unit=" tables"):
+                if (Path(table).name,) not in done:
+                    load_mimic_table(database, table, read)
+            read = folder
+            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database))))
+            local = re.sub(r"`[\w.-]+\.(\w+)`", r"\1", query)  # tables of the same names
+            collect_stays(database, sqlglot.transpile(local, read="bigquery", write="duckdb")[0], result)
     except (duckdb.Error, InputError) as error:
-        if isinstance(error, duckdb.OutOfMemoryException) or DISK_IS_FULL in str(error):  # the next run goes on
+        if isinstance(error, duckdb.OutOfMemoryException) or "No space left" in str(error):  # the next run goes on
             raise duck.out_of_memory_error("query.sql", error, memory_limit, working.parent) from None
         files.delete_quietly(working)
         if is_begun and not working.exists():  # another version of DuckDB made it, or the disk lost some of it
-            return _fill(working, name, folder, query, memory_limit)
-        fault = refusal("unreadable_mimic", path=folder, reason=duck.reason_without_rows(error))
-        raise (error if isinstance(error, InputError) else fault) from None  # it has to be mended first
+            return _fill(working, target, folder, query, memory_limit)
+        if isinstance(error, InputError):  # it has to be mended first
+            raise
+        raise refusal("unreadable_mimic", path=read, reason=duck.reason_without_rows(error)) from None
+    os.replace(result, target)
+    files.delete_quietly(working)
 
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
     """Run the query for one slice of the patients after the other; each becomes a Parquet file in `result`."""
     found = "SELECT DISTINCT subject_id FROM mimic.icustays WHERE subject_id IS NOT NULL ORDER BY subject_id"
-    patients = database.execute(found).fetchall()
-    if not patients:
+    if not (patients := database.execute(found).fetchall()):
         raise InputError("icu/icustays has no rows: nothing to learn from.")
-    keys = {Path(table).name: "patient" for table in EVENT_TABLES}
-    n_rows = sum(duck.first_value(database, f"SELECT count(*) FROM mimic.{name}") for name in keys)
     # Each file is named by how many patients are done with it: a stopped run goes on behind the last.
     done = max((int(path.stem.split("_")[1]) for path in result.glob("part_*.parquet")), default=0)
     most = f"least({ROWS_PER_SLICE}, parse_formatted_bytes(current_setting('memory_limit')) // {BYTES_PER_ROW})"
-    size = len(patients) // (1 + n_rows // duck.first_value(database, f"SELECT {most}")) or 1
-    options = (
-        "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16000000)"  # a thread that reads it holds a group
-    )
+    n_slices = duck.first_value(database, f"SELECT 1 + sum(estimated_size) // {most} FROM duckdb_tables()")
+    size, keys = len(patients) // int(n_slices) or 1, {Path(table).name: "patient" for table in EVENT_TABLES}
     with Progress(total=len(patients), initial=done, desc="building events", unit=" patients") as bar:
         while done < len(patients):
             part = patients[done : done + size]
             for name, key in {**keys, "icustays": "subject_id"}.items():
                 rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0][0]} AND {part[-1][0]}"
                 database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
-            copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
-            write = lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall()
+            # A thread that reads a file holds a group of its rows.
+            statement = f"""COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id)
+                TO {{}} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16000000)"""
+            write = lambda name: database.execute(statement.replace("{}", duck.quoted(name))).fetchall()
             try:
                 files.write_whole(result / f"part_{done + len(part):08d}.parquet", write)
                 done += len(part)

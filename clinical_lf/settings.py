@@ -72,11 +72,10 @@ def check_limits(settings: Any) -> None:
         wanted = " and ".join(f"{LIMITS[side][0]} {limit:g}" for side, limit in limits.items())
         if get_origin(kind) is Literal:
             is_sound, wanted = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
-        elif kind in (int, float):
-            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-            is_sound = is_number and all(LIMITS[side][1](value, limit) for side, limit in limits.items())
         else:
-            is_sound = isinstance(value, get_origin(kind) or kind)
+            is_of_kind = isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
+            is_sound = is_of_kind and isinstance(value, bool) == (kind is bool) and value not in (math.inf, -math.inf)
+            is_sound = is_sound and all(LIMITS[side][1](value, limit) for side, limit in limits.items())
         if not is_sound:
             must_be = wanted or f"of type {kind.__name__}"
             raise InputError(f"{cli_name(entry.name)} {value}: out of range; it must be {must_be}.")

@@ -1,17 +1,17 @@
 """Stays and their events as flat arrays: the table, the report of its reading, the cohort, and the split by patient."""
 
 import json
-import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 
-from clinical_lf.files import WORDS, InputError, logger, read_json, refusal, without_zeros
+from clinical_lf.files import WORDS, InputError, logger, read_json, refusal
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 # {column: SQL type} of stays and of their events, in the order of the file.
@@ -29,8 +29,7 @@ EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES
 
 def outcome_in_words(outcome: str, labels: str) -> dict[str, str]:
     """Return for metrics.json what a label of 1 means: the outcome of these settings, and its definition."""
-    made = re.search(rf"-({'|'.join(LABELS)})@", labels)
-    kind = made[1] if made else "given" if labels else outcome
+    kind = next((name for name in LABELS if f"-{name}@" in labels), "given" if labels else outcome)
     return {"outcome": kind, "outcome_definition": WORDS["labels"][kind]}
 
 
@@ -70,10 +69,8 @@ class StayTable:
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> Self:
         """Return the table of these stays (indices in their order, or a mask) and of events that `keep_event` marks."""
         stays = np.arange(len(self.stays))[stays]
-        lengths = self.lengths[stays]
-        offsets = sums_before(lengths)
-        moved_by = self.offsets[stays] - offsets[:-1]
-        events = np.arange(offsets[-1]) + np.repeat(moved_by, lengths)
+        offsets = sums_before(self.lengths[stays])
+        events = np.arange(offsets[-1]) + np.repeat(self.offsets[stays] - offsets[:-1], np.diff(offsets))
         if keep_event is not None:
             is_kept = keep_event[events]
             events, offsets = events[is_kept], sums_before(is_kept)[offsets]
@@ -126,28 +123,27 @@ class ReadReport:
 
     def log(self, n_stays: int) -> None:
         """Log what was left out of n_stays and more, what is implausible, and where the rows of source tables went."""
+        reasons, warnings, total = WORDS["reasons"], WORDS["warnings"], " (counted by table above, too)"
         if self.sources:
             logger.info("Rows        table                         read        used   not used, and why")
         for source in self.sources:
             used = "" if source.in_stays is None else f"{source.in_stays:12,}"
             elsewhere = 0 if source.of_cohort is None else source.read - source.of_cohort
-            reasons = {"of patients or admissions without an ICU stay": elsewhere} | source.lost | source.noted
-            lost = ", ".join(f"{count:,} {reason}" for reason, count in without_zeros(reasons).items())
-            logger.info(f"            {source.table:22s} {source.read:11,}{used}   {lost}".rstrip())
+            fates = {"of patients or admissions without an ICU stay": elsewhere} | source.lost | source.noted
+            why = ", ".join(f"{count:,} {reason}" for reason, count in fates.items() if count)
+            logger.info(f"            {source.table:22s} {source.read:11,}{used}   {why}".rstrip())
             if source.in_stays == 0:
-                logger.warning(WORDS["warnings"]["table_gives_nothing"].format(source=source))
-        dropped = "; ".join(f"{count:,} {WORDS['reasons'][code]}" for code, count in self.counts.items())
-        counted = " (counted by table above, too)" if dropped and self.sources else ""
-        logger.info(f"Dropped     {dropped or 'nothing'}{counted}")
-        without = {WORDS["reasons"][code]: n for code, n in self.counts.items() if code.startswith(LOST_STAYS)}
+                logger.warning(warnings["table_gives_nothing"].format(source=source))
+        dropped = "; ".join(f"{count:,} {reasons[code]}" for code, count in self.counts.items())
+        logger.info(f"Dropped     {dropped or 'nothing'}{total * bool(dropped and self.sources)}")
+        without = {reasons[code]: count for code, count in self.counts.items() if code.startswith(LOST_STAYS)}
         without |= self.sources[0].lost if self.sources else {}  # ICU stays that a join loses, as without an admission
-        n_lost = sum(without.values())
-        if n_lost > MUCH * (n_stays + n_lost):
-            found = {"lost": n_lost, "read": n_stays + n_lost, "share": n_lost / (n_stays + n_lost)}
-            logger.warning(WORDS["warnings"]["stays_lost"].format(reasons="; ".join(without), **found))
-        for code, words in WORDS["implausible"].items():
+        if (lost := sum(without.values())) > MUCH * (lost + n_stays):
+            found = {"lost": lost, "read": lost + n_stays, "share": lost / (lost + n_stays)}
+            logger.warning(warnings["stays_lost"].format(reasons="; ".join(without), **found))
+        for code, what in WORDS["implausible"].items():
             if count := self.notes.get(code):
-                logger.warning(WORDS["warnings"]["implausible"].format(what=words.format(count=count)))
+                logger.warning(warnings["implausible"].format(what=what.format(count=count)))
 
 
 def columns_with_values(table: StayTable, columns: Sequence[str]) -> list[str]:
@@ -170,17 +166,15 @@ def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
 
 def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, ReadReport]:
     """Map into memory what `save_arrays` wrote; OSError if absent, ValueError if damaged or without a feature."""
-    sums = read_json(folder / "sums.json")
-    if sums != {name: zlib.crc32((folder / name).read_bytes()) for name in sums}:
+    if any(zlib.crc32((folder / name).read_bytes()) != crc for name, crc in read_json(folder / "sums.json").items()):
         raise ValueError("it has changed since it was written")
     arrays = {name: np.asarray(np.load(folder / f"{name}.npy", "c")) for name in ("offsets", *EVENT_ARRAYS)}
-    stays = pd.read_parquet(folder / "stays.parquet")
-    texts = pd.read_parquet(folder / "texts.parquet")["text"].to_numpy(object)
+    stays, texts = (pd.read_parquet(folder / f"{name}.parquet") for name in ("stays", "texts"))
     if any(stays[name].isna().all() for name in static_features if name in stays):  # it was read for other features
         raise ValueError("a column is missing")
     report = read_json(folder / "report.json")
-    sources = [SourceAccount(**account) for account in report["sources"]]
-    return StayTable(stays, texts=texts, **arrays), ReadReport(report["counts"], report["notes"], sources)
+    report["sources"] = [SourceAccount(**account) for account in report["sources"]]
+    return StayTable(stays, texts=texts["text"].to_numpy(object), **arrays), ReadReport(**report)
 
 
 class CohortStep(NamedTuple):
@@ -195,26 +189,22 @@ def choose_cohort(
     table: StayTable, first_stay_only: bool = False, observation_hours: float = 0.0, gap_hours: float = 0.0
 ) -> tuple[StayTable, list[CohortStep]]:
     """Return the stays to analyse, as known by observation_hours if any, and the flow to them; InputError if none."""
-    flow: list[CohortStep] = []
-
-    def record_step(name: str, current: StayTable) -> StayTable:
-        n_patients, n_deaths = current.stays["patient_id"].nunique(), int(np.nansum(current.labels))
-        flow.append(CohortStep(name, len(current.stays), n_patients, len(current.text), n_deaths))
-        if not len(current.stays):
-            steps = "; ".join(f"{step.name}: {step.stays}" for step in flow)
-            raise InputError(f"no stay is left ({steps}). Lower --observation-hours or --gap-hours.")
-        return current
-
-    table = record_step("all stays with events", table)
+    flow, least = list[CohortStep](), observation_hours + gap_hours
+    steps: dict[str, Callable[[StayTable], StayTable]] = {"all stays with events": lambda now: now}
     if first_stay_only:
-        first = table.stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
-        table = record_step("first ICU stay of each patient", table.take(np.sort(first)))
+        earliest = lambda stays: stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
+        steps["first ICU stay of each patient"] = lambda now: now.take(np.sort(earliest(now.stays)))
     if observation_hours > 0:
-        least = observation_hours + gap_hours
-        longer = table.take(stay_hours(table) > least)
-        table = record_step(f"still in the ICU and alive {least:g} h after admission", longer)
-        known = known_at(table, observation_hours, is_described=True)  # in subgroups; it is never a feature
-        table = record_step(f"with an event known {observation_hours:g} h after admission", known)
+        steps[f"still in the ICU and alive {least:g} h after admission"] = lambda now: now.take(stay_hours(now) > least)
+        known = partial(known_at, hours=observation_hours, is_described=True)  # in subgroups; it is never a feature
+        steps[f"with an event known {observation_hours:g} h after admission"] = known
+    for name, step in steps.items():
+        table = step(table)
+        n_patients, n_deaths = table.stays["patient_id"].nunique(), int(np.nansum(table.labels))
+        flow.append(CohortStep(name, len(table.stays), n_patients, len(table.text), n_deaths))
+        if table.stays.empty:
+            so_far = "; ".join(f"{done.name}: {done.stays}" for done in flow)
+            raise InputError(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
     return table, flow
 
 
@@ -260,10 +250,10 @@ def split_by_patient(table: StayTable, seed: int, test_fraction: float = 0.2) ->
         train, validation = train_test_split(rest, test_size=0.2, stratify=outcome[rest], random_state=seed)
     except ValueError:
         raise refusal("too_few_patients", patients=counted) from None
-    parts = [np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)]
-    if not all(has_both_outcomes(table, part) for part in parts if len(part)):
+    split = Split(*(np.flatnonzero(table.stays["patient_id"].isin(part)) for part in (train, validation, test)))
+    if not all(has_both_outcomes(table, part) for part in split if len(part)):
         raise InputError(f"{counted}: a part of the split has one outcome only. Use more patients.")
-    return Split(*parts)
+    return split
 
 
 def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator[Split]:
