@@ -71,8 +71,8 @@ def rows_of(tmp_path, **changed):
     return {row["icu_stay_id"]: row for row in pyarrow.parquet.read_table(result).to_pylist()}
 
 
-def of_events(row, column="event_text"):
-    return [event[column] for event in row["events"] or []]
+def of_events(row):
+    return [event["event_text"] for event in row["events"] or []]
 
 
 def expected(name, column):
