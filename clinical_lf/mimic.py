@@ -23,27 +23,23 @@ _TABLES = yaml.safe_load(Path(__file__).with_name("mimic_tables.yaml").read_text
 MIMIC_TABLES = {name: table["columns"] for name, table in _TABLES.items()}  # {table: {column: type}}
 EVENT_TABLES = {name: table["time"] for name, table in _TABLES.items() if "time" in table}
 FAULTS = {name: duck.sql_case(table["lost"]) for name, table in _TABLES.items() if "lost" in table}
-# How a text is read as a type: NaN and infinity (1e999) are missing, a time with an offset is converted to UTC. That
-# takes three times as long.
+# How a text is read as a type: NaN and infinity (1e999) are missing, a time with an offset (slow to read) is in UTC.
 FINITE = "CASE WHEN isfinite(TRY_CAST({0} AS DOUBLE)) IS NOT FALSE THEN {0} END"
 READ_AS = {kind: f"{{1}}({FINITE} AS {kind})" for kind in ("BIGINT", "DOUBLE", "TIMESTAMPTZ")} | {"VARCHAR": "{0}"}
-READ_AS["TIMESTAMP"] = f"""CASE WHEN length({{0}}) = 19 AND {{0}}[17] = ':' THEN {{1}}({{0}} AS TIMESTAMP)
-                                ELSE CAST({READ_AS["TIMESTAMPTZ"]} AS TIMESTAMP) END"""
+READ_AS["TIMESTAMP"] = f"""CASE WHEN {duck.IS_PLAIN} THEN {{1}}({{0}} AS TIMESTAMP)
+                           ELSE CAST({READ_AS["TIMESTAMPTZ"]} AS TIMESTAMP) END"""
 # Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
 # alone. Beside it what is no event for a fault of its own or is noted, for the account. Rows are numbered as they pass,
 # those that are not stored too: counting them apart would read the file twice.
 OTHER_TABLE = "SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0"
 EVENT_TABLE = f"""
+    WITH cohort AS (SELECT DISTINCT {{of}}, subject_id AS patient
+                    FROM icustays SEMI JOIN admissions USING (hadm_id, subject_id))
     SELECT r.* EXCLUDE (number)
-    FROM (
-        SELECT *, nextval('{{name}}_of_cohort') AS number
-        FROM ({OTHER_TABLE}) JOIN (SELECT DISTINCT {{of}}, subject_id AS patient
-                                   FROM icustays SEMI JOIN admissions USING (hadm_id, subject_id)) USING ({{of}})
-    ) AS r
+    FROM (SELECT *, nextval('{{name}}_of_cohort') AS number FROM ({OTHER_TABLE}) JOIN cohort USING ({{of}})) AS r
     WHERE number > 0 AND ({{fault}} IS NOT NULL OR {{also}} OR EXISTS (
         FROM icustays AS i WHERE i.{{of}} = r.{{of}} AND {{time}} BETWEEN i.intime - INTERVAL 1 DAY
-            AND coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY
-    ))
+            AND coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY))
     ORDER BY patient
 """
 
@@ -77,8 +73,7 @@ def check_sums(folder: Path) -> None:
 def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path) -> None:
     """Copy a CSV file into `database`, typed; of events those near ICU stays, at fault or noted. InputError if bad."""
     name, rows, columns, says = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table], _TABLES[table]
-    header = duck.column_types(database, rows)
-    if absent := [column for column in columns if column not in header]:
+    if absent := sorted(columns.keys() - duck.column_types(database, rows)):
         raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
     parts = {"name": name, "rows": rows, "fault": FAULTS.get(table)}
     parts["typed"] = ", ".join(f"{READ_AS[kind]} AS {{0}}".format(column, "CAST") for column, kind in columns.items())
@@ -189,16 +184,15 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
     most = f"least({ROWS_PER_SLICE}, parse_formatted_bytes(current_setting('memory_limit')) // {BYTES_PER_ROW})"
     n_slices = duck.first_value(database, f"SELECT 1 + sum(estimated_size) // {most} FROM duckdb_tables()")
     size, keys = len(patients) // int(n_slices) or 1, {Path(table).name: "patient" for table in EVENT_TABLES}
+    copied = f"COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id) TO "
+    options = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16000000)"  # a thread that reads holds a group
     with Progress(total=len(patients), initial=done, desc="building events", unit=" patients") as bar:
         while done < len(patients):
             part = patients[done : done + size]
             for name, key in {**keys, "icustays": "subject_id"}.items():
                 rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0][0]} AND {part[-1][0]}"
                 database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
-            # A thread that reads a file holds a group of its rows.
-            statement = f"""COPY (SELECT * FROM ({query}) ORDER BY patient_id, icu_stay_id)
-                TO {{}} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16000000)"""
-            write = lambda name: database.execute(statement.replace("{}", duck.quoted(name))).fetchall()
+            write = lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall()
             try:
                 files.write_whole(result / f"part_{done + len(part):08d}.parquet", write)
                 done += len(part)

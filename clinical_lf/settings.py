@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from clinical_lf.files import InputError
+from clinical_lf.files import WORDS, InputError
 
 LIMITS = {"low": ("at least", ge), "high": ("at most", le), "above": ("above", gt), "below": ("below", lt)}
 
@@ -43,9 +43,8 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
         def error(self, message: str) -> Any:
             self.exit(2, f"error: {message}. --help lists all options.\n")
 
-    usage, summary = "%(prog)s [settings.yaml] [options]", str(description).split("\n\n")[0]
-    epilog = "A first argument *.yaml names a file of settings, such as a run's settings.yaml; options overrule it."
-    parser = SettingsParser(kind, usage=usage, description=summary, epilog=epilog, allow_abbrev=False)
+    summary = str(description).split("\n\n")[0]
+    parser = SettingsParser(kind, description=summary, allow_abbrev=False, **WORDS["command_line"])
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml")):
         path = Path(words.pop(0))

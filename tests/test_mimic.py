@@ -26,7 +26,7 @@ from clinical_lf.reading import read_stays
 MIMIC = Path(__file__).resolve().parent / "mimic"
 at = lambda time: datetime.fromisoformat(f"2150-01-{time}")
 IN, OUT = "2150-01-01 10:00:00", "2150-01-03 10:00:00"
-STAY_101, STAY_201 = f"101,MICU,SICU,{IN},{OUT}", f"2,21,201,MICU,MICU,{IN},{OUT},2"
+STAY_201 = f"2,21,201,MICU,MICU,{IN},{OUT},2"
 # Patient 1: admission 11 with the ICU stays 101 and 102. Patient 2: admission 21, stay 201, dies before ICU discharge.
 # Patient 3: admission 31, stay 301, without any event.
 FOLDERS = dict(reversed(table.split("/")) for table in sorted(MIMIC_TABLES))

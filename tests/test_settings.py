@@ -65,9 +65,8 @@ def test_options_overrule_the_file_and_the_file_the_defaults(tmp_path):
     check_limits(train.Settings(**expected))
 
 
-TESTS = Path(__file__).parent
-BAD_OPTIONS = pd.read_csv(TESTS / "bad_options.csv", keep_default_na=False).to_numpy(str).tolist()
-BAD = yaml.safe_load((TESTS / "bad_inputs.yaml").read_text("utf-8"))
+BAD_OPTIONS = pd.read_csv(Path(__file__).with_name("bad_options.csv"), keep_default_na=False).to_numpy(str).tolist()
+BAD = yaml.safe_load(Path(__file__).with_name("bad_inputs.yaml").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("script, options, words", BAD_OPTIONS)
