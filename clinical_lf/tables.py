@@ -110,7 +110,6 @@ class SourceAccount:
 
 
 LOST_STAYS = ("stay_", "label_after_death")  # codes of what is not as asked for, as a stay that had ended is
-MUCH = 0.05  # of the stays: so many are no slips of the pen
 
 
 @dataclass
@@ -138,7 +137,7 @@ class ReadReport:
         logger.info(f"Dropped     {dropped or 'nothing'}{total * bool(dropped and self.sources)}")
         without = {reasons[code]: count for code, count in self.counts.items() if code.startswith(LOST_STAYS)}
         without |= self.sources[0].lost if self.sources else {}  # ICU stays that a join loses, as without an admission
-        if (lost := sum(without.values())) > MUCH * (lost + n_stays):
+        if (lost := sum(without.values())) > 0.05 * (lost + n_stays):  # so many are no slips of the pen
             found = {"lost": lost, "read": lost + n_stays, "share": lost / (lost + n_stays)}
             logger.warning(warnings["stays_lost"].format(reasons="; ".join(without), **found))
         for code, what in WORDS["implausible"].items():
