@@ -9,8 +9,7 @@
 -- trailing zeros and float noise (49.999998807907104 ml is 50 ml): the same dose then gives the same text, which is
 -- encoded once. FLOOR(LOG10(ABS(x))) is the place of the first digit (0 for 1 to 9); zero has none.
 --
--- A condition that says why a row of its table is no event stands in clinical_lf/mimic_tables.yaml, too, under lost: the
--- local account of rows counts by it.
+-- A condition that ends in `-- else:` says why a row of its table is no event: the local account of rows counts by it.
 
 WITH stays AS (
   SELECT
@@ -99,9 +98,9 @@ procedure_rows AS (
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_icu.procedureevents` AS p ON p.stay_id = s.icu_stay_id
   WHERE p.starttime BETWEEN s.icu_intime AND s.final_time
-    AND IFNULL(TRIM(p.statusdescription), '') <> 'Rewritten'  -- else rewritten, never done
-    AND IFNULL(p.value, 0) >= 0  -- else of a negative duration
-    AND IFNULL(p.endtime, p.starttime) >= p.starttime  -- else of a negative duration
+    AND IFNULL(TRIM(p.statusdescription), '') <> 'Rewritten'  -- else: rewritten, never done
+    AND IFNULL(p.value, 0) >= 0  -- else: of a negative duration
+    AND IFNULL(p.endtime, p.starttime) >= p.starttime  -- else: of a negative duration
 ),
 
 procedure_events AS (
@@ -275,10 +274,10 @@ ingredient_rows AS (
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_icu.ingredientevents` AS i ON i.stay_id = s.icu_stay_id
   WHERE i.starttime BETWEEN s.icu_intime AND s.final_time
-    AND IFNULL(TRIM(i.statusdescription), '') <> 'Rewritten'  -- else rewritten, never given
-    AND IFNULL(i.amount, 0) >= 0  -- else of a negative amount or duration
-    AND IFNULL(i.rate, 0) >= 0  -- else of a negative amount or duration
-    AND IFNULL(i.endtime, i.starttime) >= i.starttime  -- else of a negative amount or duration
+    AND IFNULL(TRIM(i.statusdescription), '') <> 'Rewritten'  -- else: rewritten, never given
+    AND IFNULL(i.amount, 0) >= 0  -- else: of a negative amount or duration
+    AND IFNULL(i.rate, 0) >= 0  -- else: of a negative amount or duration
+    AND IFNULL(i.endtime, i.starttime) >= i.starttime  -- else: of a negative amount or duration
 ),
 
 ingredient_events AS (

@@ -22,7 +22,6 @@ ROWS_PER_SLICE, BYTES_PER_ROW = 2_000_000, 1_500
 _TABLES = yaml.safe_load(Path(__file__).with_name("mimic_tables.yaml").read_text("utf-8"))
 MIMIC_TABLES = {name: table["columns"] for name, table in _TABLES.items()}  # {table: {column: type}}
 EVENT_TABLES = {name: table["time"] for name, table in _TABLES.items() if "time" in table}
-FAULTS = {name: duck.sql_case(table["lost"]) for name, table in _TABLES.items() if "lost" in table}
 # How a text is read as a type: NaN and infinity (1e999) are missing, a time with an offset (slow to read) is in UTC.
 FINITE = "CASE WHEN isfinite(TRY_CAST({0} AS DOUBLE)) IS NOT FALSE THEN {0} END"
 READ_AS = {kind: f"{{1}}({FINITE} AS {kind})" for kind in ("BIGINT", "DOUBLE", "TIMESTAMPTZ")} | {"VARCHAR": "{0}"}
@@ -70,12 +69,22 @@ def check_sums(folder: Path) -> None:
         logger.info(f"Checked     {len(names)} of {len(MIMIC_TABLES)} tables are as SHA256SUMS.txt says")
 
 
-def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path) -> None:
+def faults_of_rows(query: str) -> dict[str, str]:
+    """Return, by table, the SQL of why a row is of no stay: `lost`, and what query.sql says behind `-- else:`."""
+    faults = {table: dict(says["lost"]) for table, says in _TABLES.items() if "lost" in says}
+    aliases = {alias: f"{part}/{name}" for part, name, alias in re.findall(r"_(hosp|icu)\.(\w+)` AS (\w+)", query)}
+    for condition, alias, reason in re.findall(r"^\s+AND (.*?\b(\w+)\..*?)\s+-- else: (.+)$", query, re.MULTILINE):
+        of_table, fails = faults[aliases[alias]], f"NOT ({condition.replace(f'{alias}.', '')})"
+        of_table[reason] = f"{of_table[reason]} OR {fails}" if reason in of_table else fails
+    return {table: duck.sql_case(conditions) for table, conditions in faults.items()}
+
+
+def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
     """Copy a CSV file into `database`, typed; of events those near ICU stays, at fault or noted. InputError if bad."""
     name, rows, columns, says = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table], _TABLES[table]
     if absent := sorted(columns.keys() - duck.column_types(database, rows)):
         raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
-    parts = {"name": name, "rows": rows, "fault": FAULTS.get(table)}
+    parts = {"name": name, "rows": rows, "fault": fault}
     parts["typed"] = ", ".join(f"{READ_AS[kind]} AS {{0}}".format(column, "CAST") for column, kind in columns.items())
     parts["also"] = " OR ".join(says.get("noted", {"nothing": "false"}).values())
     statement = (EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts, **says)
@@ -94,15 +103,15 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
             raise refusal("repeated_keys", table=table, column=unique, count=count, first=first)
 
 
-def account_for_rows(database: duckdb.DuckDBPyConnection) -> list[SourceAccount]:
+def account_for_rows(database: duckdb.DuckDBPyConnection, faults: dict[str, str]) -> list[SourceAccount]:
     """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
     passed = dict(database.execute("SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()").fetchall())
     accounts = []
     for table, says in _TABLES.items():
         name = Path(table).name
         account = SourceAccount(table, passed[f"{name}_read"])
-        if table in FAULTS:
-            counts = f"SELECT {FAULTS[table]} AS fault, count(*) FROM {name} GROUP BY ALL HAVING fault IS NOT NULL"
+        if table in faults:
+            counts = f"SELECT {faults[table]} AS fault, count(*) FROM {name} GROUP BY ALL HAVING fault IS NOT NULL"
             account.lost = dict(database.execute(f"{counts} ORDER BY ALL").fetchall())
             account.of_cohort = passed[f"{name}_of_cohort"] if table in EVENT_TABLES else account.read
             account.in_stays = account.of_cohort - sum(account.lost.values())  # of events less: see there
@@ -149,16 +158,16 @@ def _fill(working: Path, target: Path, folder: Path, query: str, memory_limit: s
     """Make a query's result by way of `working`: a stopped run's is gone on from, or if damaged begun anew."""
     import sqlglot
 
-    is_begun, read, result = working.exists(), folder, working / target.name
+    is_begun, read, result, faults = working.exists(), folder, working / target.name, faults_of_rows(query)
     working.mkdir(exist_ok=True)
     try:
         with duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb") as database:
             done = database.execute("SHOW TABLES").fetchall()
             for table, read in Progress(find_mimic_files(folder).items(), desc="reading MIMIC-IV", unit=" tables"):
                 if (Path(table).name,) not in done:
-                    load_mimic_table(database, table, read)
+                    load_mimic_table(database, table, read, faults.get(table, "NULL"))
             read = folder
-            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database))))
+            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, faults))))
             local = re.sub(r"`[\w.-]+\.(\w+)`", r"\1", query)  # tables of the same names
             collect_stays(database, sqlglot.transpile(local, read="bigquery", write="duckdb")[0], result)
     except (duckdb.Error, InputError) as error:

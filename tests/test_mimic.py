@@ -230,9 +230,10 @@ def test_every_connection_has_the_limits(tmp_path, monkeypatch):
 def test_rows_far_from_every_stay_are_not_stored_and_the_others_lie_by_patient(tmp_path):
     labs = TABLES["labevents"] + "\n1,11,1,2150-01-06 10:00:00,,1,1,,,,,,"  # between stays 101 and 102
     labs += "\n2,21,1,2150-01-10 12:00:00,,1,1,,,,,,"  # in a stay, of another patient
+    faults = mimic.faults_of_rows(mimic.QUERY_FILE.read_text("utf-8"))
     with duck.open_duckdb("1GB", tmp_path / "spilled", tmp_path / "mimic.duckdb") as database:
         for table, path in mimic.find_mimic_files(write_folder(tmp_path / "mimic", labevents=labs)).items():
-            mimic.load_mimic_table(database, table, path)
+            mimic.load_mimic_table(database, table, path, faults.get(table, ""))
         patients, times = zip(*database.execute("SELECT patient, charttime FROM labevents").fetchall())
     assert len(times) == 11 and list(patients) == sorted(patients)  # all labs of the tables above
     assert max(times).month == 1 and 6 not in {time.day for time in times}
@@ -288,12 +289,31 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path, log):
     assert line in log.text and "1 duplicate events; 1 stays without events (counted by table above, too)" in log.text
 
 
+def test_reason_why_a_row_is_no_event_is_read_from_the_query(tmp_path, monkeypatch):
+    """A condition that is added to query.sql with its reason is counted by it; one without, as outside the stays."""
+    query = mimic.QUERY_FILE.read_text("utf-8")
+    words = re.findall("-- else: (.+)", query)
+    named = "".join(mimic.faults_of_rows(query).values())
+    assert words and all(f"'{word}'" in named for word in words)
+    given = "    AND (l.hadm_id = s.admission_id OR l.hadm_id IS NULL)\n"
+    more = "    AND IFNULL(l.valuenum, 0) < 7.0  -- else: high, it's said\n    AND l.itemid <> 4\n"
+    changed = tmp_path / "query.sql"
+    changed.write_text(query.replace(given, given + more))
+    monkeypatch.setattr(mimic, "QUERY_FILE", changed)
+    table, report = read(tmp_path)
+    labs = accounts(report)["hosp/labevents"]
+    assert labs.in_stays == (table.event_type == 2).sum() == 5
+    # High beyond the stays, too (9.1 and 9.2); the pH of 7.32, glucose and creatinine of 7 in them.
+    assert labs.lost == {"high, it's said": 5, "outside the ICU stays": 1}
+
+
 @pytest.mark.parametrize("table", EVENT_TABLES)
 def test_row_without_any_value_has_no_fault_but_its_missing_time(table):
+    fault = mimic.faults_of_rows(mimic.QUERY_FILE.read_text("utf-8"))[table]
     nothing = ", ".join(f"NULL::{kind} AS {name}" for name, kind in MIMIC_TABLES[table].items())
     timed = nothing.replace("NULL::TIMESTAMP", "TIMESTAMP '2150-01-01'")
     for row, expected in ((nothing, "without a time"), (timed, None)):
-        assert duckdb.sql(f"SELECT {mimic.FAULTS[table]} FROM (SELECT {row})").fetchall() == [(expected,)]
+        assert duckdb.sql(f"SELECT {fault} FROM (SELECT {row})").fetchall() == [(expected,)]
 
 
 def test_stays_whose_admission_or_patient_is_missing_are_counted(tmp_path):
