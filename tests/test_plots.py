@@ -75,7 +75,7 @@ def test_training_curves_mark_the_epoch_of_the_lowest_validation_loss():
 
 def test_calibration_points_are_the_table_and_the_prevalence_line_lies_at_the_death_rate():
     _, smooth, points = (line.get_xydata() for line in FIGURES["calibration"](150).axes[0].lines[:3])
-    table = metrics.calibration_table(*predictions(150), 10)
+    table = metrics.calibration_table(*predictions(150))
     assert points == pytest.approx(table[["mean_risk", "observed_rate"]].to_numpy())
     _, risks, found = scored(150)
     assert smooth[:, 0] == pytest.approx(np.sort(risks))

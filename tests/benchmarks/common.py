@@ -125,7 +125,7 @@ def ranking(died: np.ndarray, risks: np.ndarray, patients: np.ndarray, n_bootstr
         both = (deaths > 0) & (deaths < weights.sum(1))
         return metrics.weighted_ranking(weights[both], died, risks)
 
-    draws = metrics.bootstrap(of_resamples, patients, len(died), n_bootstrap, seed=0)
+    draws = metrics.bootstrap(of_resamples, patients, n_bootstrap, seed=0)
     return Ranking(metrics.weighted_ranking(np.ones((1, len(died))), died, risks)[0], draws)
 
 
