@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 
 from clinical_lf.files import WORDS
 from clinical_lf.items import mask_numbers
@@ -12,18 +11,16 @@ from clinical_lf.tables import LABEL, ReadReport, Split, StayTable, stay_hours
 PURE = 0.98  # share of the stays with a text that end alike, above which it knows the outcome
 CHANCE = 0.01  # how often chance may flag one of all texts
 LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; what does knows the outcome
-# What is left out or mended on reading, but belongs into the audit.
-REPAIRED = "stay_without_end stay_after_death stay_with_death_and_label_0 length_recomputed event_after_the_end".split()
+REPAIRED = WORDS["repaired"]  # what is left out or mended on reading, but belongs into the audit
 
 
 def audit_table(
     table: StayTable, split: Split, report: ReadReport, observation_hours: float = 0.0, prospective: bool = False
 ) -> pd.DataFrame:
     """Return the audit of a table and its split: `leakage_audit` of its columns, of stays' times, and of counts."""
-    part = np.empty(len(table.stays), dtype=object)
+    stays, record = table.stays.assign(part=None), stay_hours(table)
     for name, members in split._asdict().items():
-        part[members] = name
-    stays, record = table.stays.assign(part=part), stay_hours(table)
+        stays.loc[members, "part"] = name
     hours = 24 * stays["icu_length_of_stay_in_days"].astype(float)
     columns = table.static_columns
     columns["first event, hours after ICU admission"] = table.minutes_since_intime[table.offsets[:-1]] / 60
@@ -37,39 +34,29 @@ def audit_table(
     counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
         counts[f"{unit}_in_two_parts"] = int((stays.groupby(f"{unit}_id")["part"].nunique() > 1).sum())
-    return leakage_audit(columns, table.labels, stays["patient_id"].to_numpy(), part == "train", counts, prospective)
+    is_train = stays["part"] == "train"
+    return leakage_audit(columns[is_train], stays[is_train], counts, prospective)
 
 
-def leakage_audit(
-    columns: pd.DataFrame,
-    labels: ArrayLike,
-    patient_ids: ArrayLike,
-    is_train: np.ndarray,
-    counts: dict[str, int],
-    prospective: bool = False,
-) -> pd.DataFrame:
-    """Return what, alone, tells the outcome, and what cannot be: a row per column (n rows), and per count.
+def leakage_audit(facts: pd.DataFrame, stays: pd.DataFrame, counts: dict[str, int], prospective: bool) -> pd.DataFrame:
+    """Return which facts alone tell the outcome of training stays (n), and what cannot be: a row per fact and count.
 
-    Each column gets the AUROC of its own small model, cross-validated on training patients. counts: how often what
-    words.yaml calls `impossible` occurs, or REPAIRED, which are allowed.
+    Each column of facts (n rows) gets the AUROC of its own small model, cross-validated by patient. counts: how often
+    what words.yaml calls `impossible` occurs, or REPAIRED, which are allowed.
     """
-    y, patients = np.asarray(labels)[is_train].astype(int), np.asarray(patient_ids)[is_train]
-    folds, rows = patient_folds(y, patients), []
-    for name in columns:
-        auroc, reason = single_column_auroc(columns.loc[is_train, name], y, folds), ""
-        flagged = max(auroc, 1 - auroc) > LEAK_AUROC
-        if np.isnan(auroc):
-            reason = "Not judged: too few training patients of one outcome to cross-validate."
-        elif flagged:
+    y, rows = stays[LABEL].to_numpy(int), []
+    folds = patient_folds(y, stays["patient_id"].to_numpy())
+    for name, column in facts.items():
+        auroc = single_column_auroc(column, y, folds)
+        reason = "Not judged: too few training patients of one outcome to cross-validate." if np.isnan(auroc) else ""
+        if flagged := max(auroc, 1 - auroc) > LEAK_AUROC:
             reason = f"Alone it tells deaths from survivors (AUROC {auroc:.2f}): it knows the outcome."
         rows.append((name, "column", auroc, pd.NA, flagged, reason))
     for code, count in counts.items():
-        is_excused, reason = code in REPAIRED, WORDS["impossible"].get(code, "This should not occur.")
-        if is_excused:
-            reason = "Left out or mended while reading."
-        elif code == "event_known_after_prediction" and not prospective:
-            is_excused, reason = True, f"Expected: the retrospective mode reads the whole stay. {reason}"
-        flagged = count > 0 and not is_excused
+        reason = "Left out or mended while reading." if code in REPAIRED else WORDS["impossible"][code]
+        if is_expected := code == "event_known_after_prediction" and not prospective:
+            reason = f"Expected: the retrospective mode reads the whole stay. {reason}"
+        flagged = count > 0 and code not in REPAIRED and not is_expected
         rows.append((WORDS["reasons"][code], "count", np.nan, count, flagged, reason if count else ""))
     audit = pd.DataFrame(rows, columns=["name", "kind", "auroc", "count", "flagged", "reason"])
     return audit.astype({"auroc": float, "count": "Int64", "flagged": bool})
@@ -80,9 +67,8 @@ def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> list[tuple[np.
     from sklearn.model_selection import StratifiedGroupKFold
 
     n_folds = min(5, fewest(pd.Series(labels).groupby(patient_ids).max().to_numpy()))
-    if n_folds < 2:
-        return []
-    return list(StratifiedGroupKFold(n_folds, shuffle=True, random_state=0).split(labels, labels, patient_ids))
+    folds = StratifiedGroupKFold(max(2, n_folds), shuffle=True, random_state=0)
+    return list(folds.split(labels, labels, patient_ids)) if n_folds > 1 else []
 
 
 def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -92,26 +78,23 @@ def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple
     """
     from sklearn import metrics, preprocessing, tree
 
-    is_time = pd.api.types.is_datetime64_any_dtype(column)
-    if is_time or pd.api.types.is_numeric_dtype(column):
-        numbers = (column - column.min()).dt.total_seconds() if is_time else column
-        values = numbers.to_numpy(dtype=float, na_value=np.nan)[:, None]
-        least = max(5, len(values) // 50)
+    if pd.api.types.is_datetime64_any_dtype(column):
+        column = (column - column.min()).dt.total_seconds()
+    if pd.api.types.is_numeric_dtype(column):
+        values, least = column.to_numpy(dtype=float, na_value=np.nan)[:, None], max(5, len(column) // 50)
         model = tree.DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=least, random_state=0)
         score = model.predict
     else:
         values = column.astype(object).fillna("Unknown").astype(str).to_numpy(dtype=object)[:, None]
         model = preprocessing.TargetEncoder(target_type="binary")
         score = model.transform
-    pairs, total = 0, 0.0  # by fold: pooled, the folds' own death rates would bias the AUROC below 0.5
+    aurocs, pairs = [], []  # by fold: pooled, the folds' own death rates would bias the AUROC below 0.5
     for to_fit, held_out in folds:
-        n_deaths = labels[held_out].sum()
-        fold_pairs = n_deaths * (len(held_out) - n_deaths)
-        if fold_pairs and len(np.unique(labels[to_fit])) == 2:
+        if fewest(labels[to_fit]) and fewest(labels[held_out]):
             model.fit(values[to_fit], labels[to_fit])
-            pairs += fold_pairs
-            total += fold_pairs * metrics.roc_auc_score(labels[held_out], score(values[held_out]).ravel())
-    return float(total / pairs) if pairs else np.nan
+            aurocs.append(metrics.roc_auc_score(labels[held_out], score(values[held_out]).ravel()))
+            pairs.append(labels[held_out].sum() * (1 - labels[held_out]).sum())
+    return float(np.average(aurocs, weights=pairs)) if pairs else np.nan
 
 
 def audit_texts(table: StayTable) -> pd.DataFrame:
@@ -124,26 +107,24 @@ def audit_texts(table: StayTable) -> pd.DataFrame:
     table = table.take(~np.isnan(table.labels))
     codes, texts = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))
     events = pd.DataFrame({"text": codes[table.text], "stay": table.stay_of_event, "hours": table.minutes_to_end / 60})
-    present = events[["text", "stay"]].drop_duplicates()
-    died = present.assign(died=table.labels[present["stay"]]).groupby("text")["died"]
-    stays, deaths = died.size(), died.sum()  # with each text
-    found = pd.DataFrame({"text": texts[stays.index], "stays": stays, "deaths": deaths.astype(int)})
-    survivors, n_deaths, n_survivors = stays - deaths, table.labels.sum(), (1 - table.labels).sum()
-    found["auroc"] = auroc = 0.5 + (deaths / max(n_deaths, 1) - survivors / max(n_survivors, 1)) / 2
-    found["purity"] = np.maximum(deaths, survivors) / stays
-    found["median_hours_to_end"] = events.groupby("text")["hours"].median()
-    means_death = auroc > 0.5
-    usual = np.where(means_death, n_survivors, n_deaths) / max(len(table.stays), 1)  # share of the other outcome
-    is_pure = np.where(means_death, survivors, deaths) / stays < np.minimum(1 - PURE, usual / 10)
-    tells = is_pure | (np.maximum(auroc, 1 - auroc) > LEAK_AUROC)
-    patient, patients = pd.factorize(table.stays["patient_id"])
-    is_dead = np.bincount(patient, table.labels, len(patients)) > 0  # with any stay
-    people = present.assign(patient=patient[present["stay"]]).drop_duplicates(["text", "patient"])
-    people = people.assign(died=is_dead[people["patient"]]).groupby("text")["died"]
-    own = np.where(means_death, people.sum(), people.size() - people.sum())
-    n_own = np.where(means_death, is_dead.sum(), (~is_dead).sum())
-    chances = hypergeom.sf(own[tells] - 1, len(patients), n_own[tells], people.size()[tells])
+    known = table.stays[["patient_id"]].assign(died=table.labels.astype(int))
+    known["dead"] = known.groupby("patient_id")["died"].transform("max")  # in any stay
+    present = events[["text", "stay"]].drop_duplicates().join(known, on="stay")
+    people = present.drop_duplicates(["text", "patient_id"]).groupby("text")["dead"].agg(["size", "sum"])
+    n_people, n_dead = known.drop_duplicates("patient_id")["dead"].agg(["size", "sum"])
+    found = present.groupby("text")["died"].agg(stays="size", deaths="sum")
+    (stays, deaths), n, n_deaths = found.to_numpy().T, len(table.stays), table.labels.sum()
+    auroc = 0.5 + (deaths / max(n_deaths, 1) - (stays - deaths) / max(n - n_deaths, 1)) / 2
+    hours = events.groupby("text")["hours"].median()
+    found = found.assign(auroc=auroc, purity=np.maximum(deaths, stays - deaths) / stays, median_hours_to_end=hours)
+    alike = lambda of_these, died: np.where(auroc > 0.5, died, of_these - died)  # those that end as the text says
+    usual = (n - alike(n, n_deaths)) / max(n, 1)  # share of the other outcome
+    tells = (stays - alike(stays, deaths)) / stays < np.minimum(1 - PURE, usual / 10)
+    tells |= np.maximum(auroc, 1 - auroc) > LEAK_AUROC
+    drawn = np.column_stack([alike(*people.to_numpy().T) - 1, alike(n_people, n_dead), people["size"]])[tells]
+    chances = hypergeom.sf(drawn[:, 0], n_people, drawn[:, 1], drawn[:, 2])
     found.loc[tells, "chance"] = np.minimum(1, 2 * len(stays) * chances)
+    found.insert(0, "text", texts[found.index])
     found["flagged"] = found["chance"] < CHANCE
     return found.sort_values(["flagged", "stays"], ascending=False, kind="stable", ignore_index=True)
 

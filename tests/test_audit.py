@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
-from small_table import small_table
+from small_table import LACTATE, MARK, small_table
+from test_metrics import CASES
 
 from clinical_lf import audit
 from clinical_lf.reading import read_stays
@@ -13,10 +14,9 @@ LATE = "events known only after the moment of prediction"
 COUNTS = {"event_known_after_prediction": 7, "patient_in_two_parts": 1, "admission_in_two_parts": 0}
 
 
-def audit_input(n=240):
-    """Columns, labels, patients and which stays train: four columns know the label, three do not."""
-    generator = np.random.default_rng(3)
-    labels = (np.arange(n) % 6 == 0).astype(int)
+def audit_input(n=180):
+    """Columns and stays: four columns know the label, three do not."""
+    generator, labels = np.random.default_rng(3), (np.arange(n) % 6 == 0).astype(int)
     columns = {
         "copy": labels,
         "where": np.where(labels == 1, "DIED", generator.choice(["HOME", "REHAB"], n)),
@@ -26,38 +26,26 @@ def audit_input(n=240):
         "number of events": generator.poisson(50, n),
         "both ends": np.where(labels == 1, generator.choice([1, 9], n), generator.uniform(3, 7, n)),
     }
-    return pd.DataFrame(columns), labels, np.arange(n) // 2 * 2 + labels, np.arange(n) < n * 3 // 4
+    return pd.DataFrame(columns), pd.DataFrame({LABEL: labels, "patient_id": np.arange(n) // 2 * 2 + labels})
 
 
-def test_audit_flags_what_equals_the_label_and_not_noise():
-    found = audit.leakage_audit(*audit_input(), counts={"event_after_the_end": 0}).set_index("name")
+@pytest.mark.parametrize("prospective", [False, True])
+def test_audit_flags_what_equals_the_label_and_not_noise_and_late_knowledge_only_in_prospective_mode(prospective):
+    audited = audit.leakage_audit(*audit_input(), COUNTS | {"event_after_the_end": 3}, prospective)
+    found, rows = audited[audited.kind == "column"].set_index("name"), audited[audited.kind == "count"]
     assert found.index[found.flagged].tolist() == ["copy", "where", "death_time", "both ends"]
     assert (found.auroc[found.flagged] == 1).all()
     assert found.auroc[["noise", "unit", "number of events"]].between(0.2, 0.8).all()
     assert "AUROC 1.00" in found.reason["where"] and found.reason["noise"] == ""
-    assert "FLAGGED: copy (AUROC 1.00 alone), where" in audit.audit_summary(found.reset_index())
-
-
-def test_audit_looks_at_training_patients_only():
-    columns, labels, patients, is_train = audit_input()
-    columns["copy"] = np.where(is_train, 0, labels)  # the label, but in the test split only
-    found = audit.leakage_audit(columns, labels, patients, is_train, counts={}).set_index("name")
-    assert found.auroc["copy"] == 0.5 and not found.flagged["copy"]
-
-
-@pytest.mark.parametrize("prospective", [False, True])
-def test_audit_counts_late_knowledge_but_flags_it_only_in_prospective_mode(prospective):
-    columns, *others = audit_input()
-    found = audit.leakage_audit(columns[["noise"]], *others, COUNTS, prospective)
-    rows = found[found.kind == "count"]
-    assert rows.flagged.tolist() == [prospective, True, False]
-    assert rows["count"].iloc[0] == 7 and rows.reason.iloc[0] and rows.reason.iloc[2] == ""
-    assert "1 patients in two parts of the split" in audit.audit_summary(found)
+    assert rows.flagged.tolist() == [prospective, True, False, False] and rows["count"].tolist() == [7, 1, 0, 3]
+    assert rows.reason.iloc[0].startswith("Expected") != prospective and rows.reason.iloc[2] == ""
+    summary = audit.audit_summary(audited)
+    assert "FLAGGED: copy (AUROC 1.00 alone), where" in summary and "1 patients in two parts of the split" in summary
 
 
 def test_audit_judges_no_column_with_one_death_and_a_constant_alone_has_auroc_one_half():
-    table = pd.DataFrame({"age": [1, 2, 3, 4]})
-    found = audit.leakage_audit(table, [1, 0, 0, 0], np.arange(4), np.ones(4, bool), counts={})
+    stays = pd.DataFrame({LABEL: [1, 0, 0, 0], "patient_id": range(4)})
+    found = audit.leakage_audit(pd.DataFrame({"age": [1, 2, 3, 4]}), stays, {}, True)
     assert found.auroc.isna().all() and not found.flagged.any() and "too few" in audit.audit_summary(found)
     labels = np.random.default_rng(0).integers(0, 2, 150)
     folds = audit.patient_folds(labels, np.arange(150))
@@ -74,42 +62,36 @@ def test_folds_keep_patients_whole_and_are_no_more_than_the_deaths():
     assert [labels[stays].sum() for stays in held_out] == [2, 2, 2]  # one patient who died, two stays, in each
 
 
-def test_audit_of_a_table_counts_what_crosses_the_split_and_what_came_late(tmp_path):
-    frame = small_table(60)
+def test_audit_of_a_table_judges_training_stays_and_counts_what_crosses_the_split_and_what_came_late(tmp_path):
+    frame, of_stay = small_table(60), np.repeat(np.arange(60), 3)
     frame["icu_length_of_stay_in_days"] = "9"  # far beyond the record of 47 or 48 h
-    of_stay = np.repeat(np.arange(60), 3)
     frame.loc[of_stay == 1, "admission_id"] = frame["admission_id"][0]  # with the other label, too
     frame.loc[of_stay == 50, "patient_id"] = frame["patient_id"][0]
     frame.loc[frame.index % 30 == 2, "event_known_time"] = "2150-03-09 08:00:00"
+    frame.loc[(of_stay >= 40) & (frame[LABEL] == "1"), "insurance"] = "None"  # the label, but in other parts only
     table, report = read_stays(frame, tmp_path)
     split = Split(*np.split(np.arange(len(table.stays)), [40, 50]))
     found = {flag: audit.audit_table(table, split, report, 0, flag).set_index("name") for flag in (False, True)}
-    counts = found[True]["count"]
+    counts, flagged = found[True]["count"], {flag: set(table.index[table.flagged]) for flag, table in found.items()}
     assert counts["patients in two parts of the split"] == 1 and counts["admissions in two parts of the split"] == 0
     assert counts["admissions with conflicting labels"] == 1 and counts[LATE] == 6
     (recomputed,) = found[True][found[True].index.str.endswith("recomputed")].to_dict("records")
     assert recomputed["count"] == 60 and not recomputed["flagged"]
-    flagged = {flag: set(table.index[table.flagged & (table.kind == "count")]) for flag, table in found.items()}
     assert flagged[True] - flagged[False] == {LATE}
-    is_column = found[True].kind == "column"
-    assert found[True].flagged[is_column]["discharge_location"] and not found[True].flagged[is_column]["patient_age"]
+    assert "discharge_location" in flagged[True] and "patient_age" not in flagged[True]
+    assert found[True].auroc["insurance"] == 0.5
     early = audit.audit_table(table, split, ReadReport(), observation_hours=2.5).set_index("name")
     assert early["count"][LATE] > 6  # the third hour's, known at 3.5 h
 
 
 # ---- Texts
 def test_audit_of_texts_flags_an_item_that_only_the_dead_have_and_no_other(tmp_path):
-    table = small_table(120)
-    died = table[LABEL] == "1"
-    first = table.index % 3 == 0
-    table.loc[died & first, "event_text"] = "Discharge: expired"
-    table.loc[first & ~died, "event_text"] = [f"Lab: Sodium | Value: {i}" for i in range(60)]
-    table.loc[table.index % 3 == 1, "event_text"] = "Prescription: Heparin | Dose: 5000 UNIT"
+    table, columns = small_table(120), ["stays", "deaths", "auroc", "purity", "median_hours_to_end"]
+    table.loc[(table[LABEL] == "1") & (table.index % 3 == 0), "event_text"] = "Discharge: expired"
     texts = audit.audit_texts(read_stays(table, tmp_path)[0]).set_index("text")
-    assert texts.index[texts.flagged].tolist() == ["Discharge: expired", "Lab: Sodium | Value: #"]
-    columns = ["stays", "deaths", "auroc", "purity", "median_hours_to_end"]
+    assert texts.index.tolist() == ["Discharge: expired", f"{LACTATE} | Value: # mmol/L | Comment: {MARK}"]
     assert texts.loc["Discharge: expired", columns].tolist() == [60, 60, 1.0, 1.0, 46]
-    assert texts.loc["Prescription: Heparin | Dose: # UNIT", "auroc"] == 0.5
+    assert texts["flagged"].tolist() == [True, False] and texts["auroc"].iloc[1] == 0.5
 
 
 LABELS = np.tile([1.0, 0, 0, 0], 20)
@@ -125,16 +107,14 @@ def table_of(events, labels=LABELS, n_each=1):
     return StayTable(stays, offsets, texts=np.array(texts, object), **arrays)
 
 
-def test_text_that_one_outcome_alone_has_is_a_leak_and_a_common_one_is_not():
+def test_leaking_texts_are_those_of_known_outcome_alone_whatever_common_ones_stand_beside():
     deaths, events = np.flatnonzero(LABELS == 1), {"Procedure: Discharge teaching": np.flatnonzero(LABELS == 0)}
-    common, planted = {"Lab: Sodium": range(80)}, {"Procedure: Comfort measures": [*deaths, *deaths]}
-    assert audit.leaking_texts(table_of(common | planted)) == {"Procedure: Comfort measures": 1.0}
-    assert audit.leaking_texts(table_of(common)) == {}
-    assert audit.leaking_texts(table_of(events)) == {"Procedure: Discharge teaching": 1.0}
+    planted = {"Lab: Sodium": range(80), "Procedure: Comfort measures": [*deaths, *deaths]}
+    assert audit.leaking_texts(table_of(planted)) == {"Procedure: Comfort measures": 1.0}
     nine_deaths = table_of(events, np.where(np.arange(80) < 36, LABELS, np.nan))
     unknown = audit.audit_texts(nine_deaths).iloc[0]
-    assert (unknown["stays"], unknown["deaths"], unknown["flagged"]) == (27, 0, True)  # of 36 stays
-    assert list(audit.leaking_texts(nine_deaths)) == list(events)  # one rule for training and for the verdict
+    assert (unknown["stays"], unknown["deaths"]) == (27, 0)  # of 36 stays
+    assert audit.leaking_texts(nine_deaths) == {"Procedure: Discharge teaching": 1.0}
     assert audit.leaking_texts(table_of(events, np.full(80, np.nan))) == {}
 
 
@@ -147,23 +127,10 @@ def test_texts_that_come_by_chance_are_no_leaks_however_few_the_deaths():
     assert n_flagged <= 2  # a hundredth of 60, and luck
 
 
-ONE_IN_TWO, THREE_IN_A_HUNDRED = np.arange(200) < 100, np.arange(200) < 6  # the first of 200 stays died
-EIGHTEEN, SIXTY = np.arange(140) < 18, np.arange(3000) < 60
-TOLD = {
-    "a quarter of the deaths": (ONE_IN_TWO, range(25), 0.625, True),  # pure: 0.5 ** 25 is no chance
-    "twenty survivors, as most are": (THREE_IN_A_HUNDRED, range(100, 120), 0.448, False),  # pure: 0.97 ** 20 is
-    "all deaths, five survivors": (ONE_IN_TWO, range(105), 0.975, True),  # not pure, but it tells them apart
-    "half of the deaths, ten survivors": (ONE_IN_TWO, range(50, 110), 0.7, False),
-    "sixteen of eighteen deaths": (EIGHTEEN, range(16), 0.944, True),
-    "three of eighteen deaths": (EIGHTEEN, range(3), 0.583, True),  # the only text: 2 * 0.0018
-    "two of eighteen deaths": (EIGHTEEN, range(2), 0.556, False),  # 2 * 0.016
-    "half as many deaths as usual, of few": (SIXTY, range(45, 1500), 0.38, False),  # 99 % survive, 98 % of all
-}
-
-
-@pytest.mark.parametrize("died, stays, auroc, flagged", TOLD.values(), ids=TOLD)
-def test_text_is_flagged_where_its_stays_end_alike_beyond_chance_or_it_tells_deaths(died, stays, auroc, flagged):
-    text = audit.audit_texts(table_of({"Lab: Sodium": stays}, died.astype(float))).iloc[0]
+@pytest.mark.parametrize("n_died, n, first, end, auroc, flagged", CASES["telling"].values(), ids=CASES["telling"])
+def test_text_is_flagged_where_its_stays_end_alike_beyond_chance(n_died, n, first, end, auroc, flagged):
+    events, labels = {"Lab: Sodium": range(first, end)}, (np.arange(n) < n_died).astype(float)
+    text = audit.audit_texts(table_of(events, labels)).iloc[0]
     assert (round(text["auroc"], 3), bool(text["flagged"])) == (auroc, flagged)
-    stays_of_patients = table_of({"Lab: Sodium": stays}, died.astype(float), n_each=3)  # 3 of one patient tell of one
-    assert audit.audit_texts(stays_of_patients)["flagged"][0] == (flagged and len(stays) > 3)
+    by_patient = audit.audit_texts(table_of(events, labels, n_each=3))["flagged"][0]  # 3 of one patient tell of one
+    assert by_patient == (flagged and end - first > 3)
