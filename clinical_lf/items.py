@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,12 @@ def item_quantiles(table: StayTable) -> dict[str, list[float]]:
     return {item: np.quantile(group, np.linspace(0, 1, 65), method="nearest").tolist() for item, group in groups}
 
 
+def quantiles_in(sorted_values: Sequence[float], numbers: np.ndarray) -> np.ndarray:
+    """Return where numbers of any shape lie: -1 below all values, 0 at their median, 1 above all; 0 for NaN."""
+    below, up_to = (np.searchsorted(sorted_values, numbers, side) for side in ("left", "right"))
+    return np.where(np.isfinite(numbers), (below + up_to) / len(sorted_values) - 1, 0)
+
+
 def encode_history(table: StayTable, quantiles: dict[str, list[float]]) -> np.ndarray:
     """Return `item_history` as (n_events, 9) float32 HISTORY: numbers as places -1..1 among the item's quantiles."""
     history = item_history(table)
@@ -102,9 +109,6 @@ def encode_history(table: StayTable, quantiles: dict[str, list[float]]) -> np.nd
     numbers = history[list(STATISTICS)].to_numpy()  # (n_events, 6)
     for item, rows in history.groupby("item", sort=False, observed=True).indices.items():
         if item in quantiles:
-            own, is_number = numbers[rows], np.isfinite(numbers[rows])
-            below, up_to = (np.searchsorted(quantiles[item], own, side) for side in ("left", "right"))
-            places = np.where(is_number, (below + up_to) / len(quantiles[item]) - 1, 0)  # at the median, or no number
-            encoded[rows, :-2] = np.c_[places, is_number[:, 0]]
+            encoded[rows, :-2] = np.c_[quantiles_in(quantiles[item], numbers[rows]), np.isfinite(numbers[rows, 0])]
     encoded[:, -2:] = np.c_[np.log1p(history["count"]), history["is_latest"]]
     return encoded
