@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from sklearn.metrics import roc_auc_score
 
 CAUSAL_ROLES = ("cause", "late_cause", "joint_cause", "redundant")
@@ -145,138 +146,17 @@ def procedure_text(label, category, minutes, location=""):
     return f"Procedure: {label} ({category}){place} | Status: FinishedRunning{length}"
 
 
-def culture_text(specimen, test, organism="", antibiotic="", interpretation="", comment=""):
-    """One culture; missing parts are left out."""
-    names = ("Test", "Organism", "Antibiotic", "Interpretation", "Comment")
-    parts = zip(names, (test, organism, antibiotic, interpretation, comment))
-    return " | ".join([f"Microbiology: {specimen}"] + [f"{name}: {value}" for name, value in parts if value])
-
-
 # ---- The catalogue: what happens in an ICU ----
-CHEM, HEM, GAS = "Chemistry", "Hematology", "Blood Gas"
-FASTING = "IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES."
-CRITICAL = "CRITICAL VALUE CALLED AND READ BACK."
-
-LACTATE = Lab("Lactate", GAS, "mmol/L", 0.5, 2, 4.1, 15, 0.1)
-PLATELETS = Lab("Platelet Count", HEM, "K/uL", 150, 400, 10, 70, 5)
-BILIRUBIN = Lab("Bilirubin, Total", CHEM, "mg/dL", 0, 1.5, 4, 24, 0.5)
-INR = Lab("INR(PT)", HEM, "", 0.9, 1.1, 2.4, 6, 0.1)
-
-LABS = {
-    "background": (
-        Lab("Chloride", CHEM, "mEq/L", 96, 108, 96, 108, 2),
-        Lab("Urea Nitrogen", CHEM, "mg/dL", 6, 20, 8, 24, 2),
-        Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 3.4, 5.0, 0.2),
-        Lab("Glucose", CHEM, "mg/dL", 70, 100, 75, 120, 5, FASTING),
-        Lab("Magnesium", CHEM, "mg/dL", 1.6, 2.6, 1.6, 2.6, 0.2),
-        Lab("Calcium, Total", CHEM, "mg/dL", 8.4, 10.3, 8, 10, 0.2),
-        Lab("Sodium", CHEM, "mEq/L", 133, 145, 134, 144, 2),
-        Lab("Creatinine", CHEM, "mg/dL", 0.5, 1.2, 0.6, 1.4, 0.2),
-        Lab("White Blood Cells", HEM, "K/uL", 4, 11, 5, 11, 1),
-        Lab("Hemoglobin", HEM, "g/dL", 11.2, 15.7, 10, 14, 0.5),
-        Lab("Bicarbonate", CHEM, "mEq/L", 22, 32, 22, 30, 2),
-        Lab("pH", GAS, "units", 7.35, 7.45, 7.34, 7.46, 0.02),
-        # the harmless values of the four tests that elsewhere are causes
-        LACTATE._replace(smallest=0.8, largest=2.0, step=0.2),
-        PLATELETS._replace(smallest=160, largest=380, step=20),
-        BILIRUBIN._replace(smallest=0.2, largest=1.4, step=0.2),
-        INR._replace(smallest=0.9, largest=1.3),
-    ),
-    "decoy": (
-        Lab("Troponin T", CHEM, "ng/mL", 0, 0.01, 0.2, 4, 0.2, CRITICAL),
-        Lab("Potassium", CHEM, "mEq/L", 3.3, 5.1, 6.4, 7.8, 0.2, CRITICAL),
-        Lab("Glucose", CHEM, "mg/dL", 70, 100, 350, 700, 50, CRITICAL),
-        Lab("Creatine Kinase (CK)", CHEM, "IU/L", 47, 322, 1000, 9000, 1000),
-        Lab("White Blood Cells", HEM, "K/uL", 4, 11, 24, 45, 3),
-        Lab("Lipase", CHEM, "IU/L", 0, 60, 200, 2000, 200),
-    ),
-}
+CATALOGUE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+LABS = {role: [Lab(*row) for row in rows] for role, rows in CATALOGUE["labs"].items()}
+LACTATE, PLATELETS, BILIRUBIN, INR = LABS["cause"]
 FREE_TEXT_LABS = (
-    f"Lab: Specimen Type (Blood, {GAS}) | Value: ART.",
-    f"Lab: Platelet Smear (Blood, {HEM}) | Comment: NORMAL.",
-    f"Lab: Anisocytosis (Blood, {HEM}) | Comment: OCCASIONAL.",
-    f"Lab: Estimated GFR (MDRD equation) (Blood, {CHEM}) "
+    "Lab: Specimen Type (Blood, Blood Gas) | Value: ART.",
+    "Lab: Platelet Smear (Blood, Hematology) | Comment: NORMAL.",
+    "Lab: Anisocytosis (Blood, Hematology) | Comment: OCCASIONAL.",
+    "Lab: Estimated GFR (MDRD equation) (Blood, Chemistry) "
     "| Comment: Using this patient's age, gender, and serum creatinine value.",
 )
-
-PRESCRIPTIONS = {
-    "background": (
-        "Insulin | Strength: 100 Units / mL - 10 mL Vial | Form: VIAL | Dose: 4 UNIT | Route: SC",
-        "Sodium Chloride 0.9% Flush | Strength: 10 mL Syringe | Form: SYR | Dose: 10 mL | Route: IV",
-        "Heparin | Strength: 5000 Units / mL- 1mL Vial | Form: mL | Dose: 5000 UNIT | Route: SC",
-        "Furosemide | Strength: 40mg/4mL Vial | Form: VIAL | Dose: 40 mg | Route: IV",
-        "Acetaminophen | Strength: 325mg Tablet | Form: TAB | Dose: 650 mg | Route: PO/NG",
-        "Pantoprazole | Strength: 40mg Tablet | Form: TAB | Dose: 40 mg | Route: PO",
-        "Potassium Chloride | Form: TAB | Dose: 20 mEq | Route: PO",
-    ),
-    "decoy": (
-        "EPINEPHrine | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
-        "Atropine Sulfate | Strength: 1 mg / 10 mL Syringe | Form: SYR | Dose: 1 mg | Route: IV",
-        "Naloxone | Strength: 0.4mg/1mL Vial | Form: VIAL | Dose: 0.4 mg | Route: IV",
-    ),
-    "vasopressor": (
-        "NORepinephrine | Strength: 8 mg / 250 mL Premix Bag | Form: BAG | Dose: 8 mg | Route: IV DRIP",
-        "NORepinephrine | Strength: 4mg/4mL Vial | Form: VIAL | Dose: 16 mg | Route: IV DRIP",
-    ),
-    "airway": ("Cisatracurium Besylate | Strength: 200mg/20mL Vial | Form: VIAL | Dose: 200 mg | Route: IV DRIP",),
-}
-
-LINE, TUBE = "Access Lines - Peripheral", "Access Lines - Invasive"
-INSTANT, DAYS = (1,), (720, 1440, 2160, 2880, 4320)  # minutes that a procedure may take
-PROCEDURES = {  # label, category, durations, locations
-    "background": (
-        ("Chest X-Ray", "5-Imaging", INSTANT, ("",)),
-        ("EKG", "4-Procedures", INSTANT, ("",)),
-        ("20 Gauge", LINE, DAYS, ("", "Right Antecubital", "Left Metacarpal")),
-        ("18 Gauge", LINE, DAYS, ("",)),
-        ("Arterial Line", TUBE, DAYS, ("Right Radial", "Left Radial")),
-        ("Foley Catheter", "GI/GU", DAYS, ("Urethral",)),
-        ("Family updated by RN", "7-Communication", INSTANT, ("",)),
-        ("Nasal Swab", "6-Cultures", INSTANT, ("",)),
-    ),
-    "decoy": (
-        ("Cardioversion/Defibrillation", "3-Significant Events", INSTANT, ("",)),
-        ("Cardiac Arrest", "3-Significant Events", INSTANT, ("",)),
-    ),
-    "airway": (("Invasive Ventilation", "2-Ventilation", DAYS, ("",)),),
-    "extubation": (("Extubation", "1-Intubation/Extubation", INSTANT, ("",)),),
-}
-
-BLOOD, URINE = ("BLOOD CULTURE", "Blood Culture, Routine"), ("URINE", "URINE CULTURE")
-CULTURES = {
-    "background": (
-        culture_text(*BLOOD, comment="NO GROWTH."),
-        culture_text(*URINE, comment="NO GROWTH."),
-        culture_text("MRSA SCREEN", "MRSA SCREEN", comment="No MRSA isolated."),
-        culture_text("STOOL", "C. difficile PCR"),
-        culture_text("SPUTUM", "GRAM STAIN", comment="NO MICROORGANISMS SEEN."),
-    ),
-    "decoy": (
-        culture_text(*URINE, "PSEUDOMONAS AERUGINOSA", "CIPROFLOXACIN", "resistant"),
-        culture_text(*URINE, "YEAST"),
-        culture_text("SPUTUM", "RESPIRATORY CULTURE", "ACINETOBACTER BAUMANNII COMPLEX", "MEROPENEM", "resistant"),
-        culture_text("SWAB", "WOUND CULTURE", "PROTEUS MIRABILIS", "AMPICILLIN", "intermediate"),
-    ),
-    "blood culture": (
-        culture_text(*BLOOD, "ESCHERICHIA COLI", "CEFTRIAXONE", "resistant"),
-        culture_text(*BLOOD, "STAPH AUREUS COAG +", "OXACILLIN", "susceptible"),
-        culture_text(*BLOOD, "KLEBSIELLA PNEUMONIAE", "GENTAMICIN", "susceptible"),
-        culture_text(*BLOOD, "ENTEROCOCCUS FAECIUM"),
-    ),
-}
-
-INGREDIENTS = {  # label, amount's unit, rates in mL/hour (none: given at once)
-    "background": (
-        ("Water", "ml", (8, 20, 50, 100)),
-        ("IVF ingredient", "ml", (10, 25, 50, 75)),
-        ("Water", "ml", ()),
-        ("Oral/Gastric Ingredient", "ml", ()),
-        ("Calories", "Kcal", (5, 20, 60)),
-        ("Protein", "grams", (2, 4)),
-    ),
-    "decoy": (("Blood Ingredient", "ml", (300, 500, 999)),),
-    "feeding": (("Enteral Nutrition Ingredient", "ml", (40, 60)),),
-}
 
 
 # ---- Events: functions of an array of events give (texts, minutes until all that the text says is known) ----
@@ -293,14 +173,14 @@ def lab_delay(rng, n):
 
 def prescription_events(rng, kind, n):
     """`n` orders of one kind; an order is known when it is made."""
-    texts = np.array(["Prescription: " + text for text in PRESCRIPTIONS[kind]], dtype=object)
+    texts = np.array(CATALOGUE["prescriptions"][kind], dtype=object)
     return texts[rng.integers(0, len(texts), n)], np.zeros(n)
 
 
 def procedure_events(rng, kind, n):
     """`n` procedures of one kind; their text tells how long they took, so they are known at their end."""
     variants, weight = [], []
-    for label, category, durations, locations in PROCEDURES[kind]:
+    for label, category, durations, locations in CATALOGUE["procedures"][kind]:
         ways = list(itertools.product(durations, locations))
         variants += [(procedure_text(label, category, minutes, location), minutes) for minutes, location in ways]
         weight += [1 / len(ways)] * len(ways)  # procedures are equally frequent, however many variants there are
@@ -309,7 +189,7 @@ def procedure_events(rng, kind, n):
 
 def culture_events(rng, kind, n):
     """`n` cultures of one kind, reported after one to three days; for 3 % that time was not stored."""
-    texts = np.array(CULTURES[kind], dtype=object)
+    texts = np.array(CATALOGUE["cultures"][kind], dtype=object)
     delay = np.where(rng.random(n) < 0.03, np.nan, rng.integers(24 * 60, 72 * 60 + 1, n))
     return texts[rng.integers(0, len(texts), n)], delay
 
@@ -317,7 +197,7 @@ def culture_events(rng, kind, n):
 def ingredient_events(rng, kind, n):
     """`n` ingredients of one kind; a text tells the status, so it is known at the end."""
     variants, statuses = [], ("FinishedRunning", "FinishedRunning", "ChangeDose/Rate")
-    for label, unit, rates in INGREDIENTS[kind]:
+    for label, unit, rates in CATALOGUE["ingredients"][kind]:
         if not rates:
             texts = [f"Amount: {amount} {unit} | Status: FinishedRunning" for amount in (30, 60, 100, 250)]
             variants += [(f"Ingredient: {label} | {text}", 1) for text in texts]
@@ -482,29 +362,10 @@ def pair_up(rng, stays, share=0.27):
     return earlier, shares_admission
 
 
-SHARES = {  # the values of static columns and their shares; "-" stands for a missing value
-    "patient_gender": "M 56, F 44",
-    "patient_race": "WHITE 64, BLACK/AFRICAN AMERICAN 14, UNKNOWN 8, HISPANIC/LATINO - PUERTO RICAN 5, ASIAN 4, "
-    "OTHER 5",
-    "marital_status": "MARRIED 42, SINGLE 30, WIDOWED 13, DIVORCED 8, - 7",
-    "insurance": "Medicare 45, Other 45, Medicaid 10",
-    "admission_type": "EW EMER. 45, OBSERVATION ADMIT 15, URGENT 18, SURGICAL SAME DAY ADMISSION 10, DIRECT EMER. 6, "
-    "ELECTIVE 6",
-    "admission_location": "EMERGENCY ROOM 48, PHYSICIAN REFERRAL 25, TRANSFER FROM HOSPITAL 20, CLINIC REFERRAL 5, "
-    "INFORMATION NOT AVAILABLE 2",
-    "discharge_location": "HOME 38, HOME HEALTH CARE 28, SKILLED NURSING FACILITY 18, REHAB 8, "
-    "CHRONIC/LONG TERM ACUTE CARE 4, HOSPICE 2, AGAINST ADVICE 2",
-    "careunit": "Medical Intensive Care Unit (MICU) 24, Surgical Intensive Care Unit (SICU) 20, "
-    "Medical/Surgical Intensive Care Unit (MICU/SICU) 18, Cardiac Vascular Intensive Care Unit (CVICU) 16, "
-    "Coronary Care Unit (CCU) 12, Trauma SICU (TSICU) 10",
-}
-
-
 def choose(rng, name, n):
     """`n` draws of a static column."""
-    values, _, shares = zip(*(option.rpartition(" ") for option in SHARES[name].split(", ")))
-    edges = np.cumsum([int(share) for share in shares])
-    options = np.array([None if value == "-" else value for value in values], dtype=object)
+    options = np.array(list(CATALOGUE["shares"][name]), dtype=object)
+    edges = np.cumsum(list(CATALOGUE["shares"][name].values()))
     return options[np.searchsorted(edges, rng.random(n) * edges[-1], side="right")]
 
 

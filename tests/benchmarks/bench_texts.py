@@ -75,7 +75,7 @@ SAMPLE: Words = [
     ("rounded(minutes, -first_digit(minutes)) if minutes > 60 else minutes", "minutes"),
     (
         '        f"Comment:',
-        '        "Priority: " + ("STAT" if lab.category == GAS else "ROUTINE"),\n        f"Comment:',
+        '        "Priority: " + ("STAT" if lab.category == "Blood Gas" else "ROUTINE"),\n        f"Comment:',
     ),
     ('Value: ART."', 'Value: ART. | Priority: STAT"'),
     ("written = rounded(rate, 1 - first_digit(rate))", "written, amount = rate, rate * minutes / 60"),
@@ -122,7 +122,8 @@ def read_sample(n_stays: int, seed: int, words: Words) -> StayTable:
     """Return synthetic stays by tests/make_sample.py with some of its words put back."""
     module = types.ModuleType("former_sample")
     sys.modules["former_sample"] = module
-    exec(put_back((ROOT / "tests/make_sample.py").read_text("utf-8"), words), module.__dict__)
+    module.__file__ = str(ROOT / "tests" / "make_sample.py")
+    exec(put_back(Path(module.__file__).read_text("utf-8"), words), module.__dict__)
     table, _ = read_stays(module.make_sample(n_stays, seed).table)
     print(f"{len(table.text):,} events, {len(table.texts):,} texts", flush=True)
     return table
