@@ -23,20 +23,19 @@ def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> F
     """Return a page-wide figure: the question on top, a caption line below; constrained layout keeps both clear."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(textwrap.fill(title, 88), fontsize=11)
-    if caption:
-        figure.supxlabel(textwrap.fill(caption, int(16 * width)), fontsize=7.5, color="#444444")
+    figure.supxlabel(textwrap.fill(caption, int(16 * width)), fontsize=7.5, color="#444444")
     return figure
 
 
-def tidy(axes: Any, xlabel: str = "", ylabel: str = "", title: str = "", legend: str = "", ticks: Any = ()) -> None:
-    """Label the axes, take off half the frame; `legend`: its corner; `ticks`: at most so many, plain, along x and y."""
+def tidy(axes: Any, xlabel: str = "", ylabel: str = "", title: str = "", ticks: Any = (), **legend: Any) -> None:
+    """Label the axes, take off half the frame; `ticks`: at most so many, plain, along x and y; `legend`: its place."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(fontsize=8, frameon=False, loc=legend)
+        axes.legend(fontsize=8, frameon=False, **legend)
     for axis, most in zip((axes.xaxis, axes.yaxis), ticks):
         axis.set_major_locator(MaxNLocator(most))
         axes.ticklabel_format(axis=axis.axis_name, useOffset=False, style="plain")
@@ -65,30 +64,24 @@ def save_figure(path: Path, figure: Figure) -> None:
 def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     """Draw history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
     figure = new_figure("Does training still help on patients it does not see?", caption, height=3.2)
-    loss, auroc, rate = figure.subplots(1, 3)
+    loss, auroc, rate = panels = figure.subplots(1, 3)
     style = {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
-    held_out = {"color": VERMILLION, "linestyle": "--", **style}
-    curves, loss_title = history.set_index("epoch"), "Loss"
+    curves, best = history.set_index("epoch"), int(history.set_index("epoch")["validation_loss"].idxmin())
     loss.plot(curves["train_loss"], color=BLUE, label="training, all terms", **style)
-    loss.plot(curves["validation_loss"], label="validation, BCE", **held_out)
-    auroc.plot(curves["validation_auroc"], **held_out)
+    for axes, name in ((loss, "validation_loss"), (auroc, "validation_auroc")):
+        axes.plot(curves[name], color=VERMILLION, linestyle="--", label="validation, BCE", **style)
+        axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
     rate.plot(curves["learning_rate"], color=GREY, **style)
-    if curves["validation_loss"].notna().any():
-        best = int(curves["validation_loss"].idxmin())
-        loss_title = f"Loss (validation lowest in epoch {best})"
-        for axes in (loss, auroc):
-            axes.axvline(best, color="black", linewidth=0.8, linestyle=":")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     rate.yaxis.get_offset_text().set_fontsize(8)
     rate.set_ylim(0, 1.08 * curves["learning_rate"].max())
-    titles = {"loss": loss_title, "AUROC": "Validation AUROC", "learning rate": "Learning rate"}
-    for axes, (ylabel, title) in zip((loss, auroc, rate), titles.items()):
-        tidy(axes, "epoch", ylabel, title)
+    titles = (f"Loss (validation lowest in epoch {best})", "Validation AUROC", "Learning rate")
+    for axes, ylabel, title in zip(panels, ("loss", "AUROC", "learning rate"), titles):
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22)} if axes is loss else {}  # no curve is there
+        tidy(axes, "epoch", ylabel, title, **below)
         axes.set_xlim(curves.index.min() - 0.5, curves.index.max() + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    # Below the axes: inside, it would lie on some curve.
-    loss.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return figure
 
 
@@ -109,8 +102,8 @@ def plot_roc_and_pr(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any]
     roc.plot([0, 1], [0, 1], label="no better than chance", **REFERENCE)
     pr.axhline(died.mean(), label=f"chance: the death rate, {died.mean():.2f}", **REFERENCE)
     auroc, auprc = (f"{METRIC_WORDS[name]} {figure_text(figures[name])}" for name in ("auroc", "auprc"))
-    tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", auroc, "lower right")
-    tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", auprc, "best")
+    tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", auroc, loc="lower right")
+    tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", auprc, loc="best")
     for axes in (roc, pr):
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     return figure
@@ -122,27 +115,25 @@ def plot_calibration(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any
     figure = new_figure("Do as many die as the predicted risk says?", caption, height=5.6, width=5.6)
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top = min(1.0, np.ceil(10 * max(table["high"].max(), risks.max()) + 0.2) / 10)
-    rate, sizes = table["observed_rate"], " to ".join(map(str, sorted({table["n"].min(), table["n"].max()})))
-    label = f"{len(table)} bins of {sizes} stays, 95 % interval (Wilson, by stay)"
-    bars = np.clip([rate - table["low"], table["high"] - rate], 0, None)
     curve.plot([0, top], [0, top], label="perfect agreement", **REFERENCE)
     if not figures["too_few_to_read"]:
         order, logits = np.argsort(risks), logit(risks.clip(1e-7, 1 - 1e-7))
         smooth = smooth_rates(np.ones((1, len(died))), died, logits)[0]
         curve.plot(risks[order], smooth[order], color=ORANGE, linewidth=1.4, label="smooth (logistic spline)")
-    style = {"fmt": "o", "color": BLUE, "capsize": 2, "markersize": 4, "linewidth": 1}
-    curve.errorbar(table["mean_risk"], rate, yerr=bars, label=label, **style)
+    rate, sizes = table["observed_rate"], " to ".join(map(str, sorted({table["n"].min(), table["n"].max()})))
+    bars = {"yerr": np.clip([rate - table["low"], table["high"] - rate], 0, None), "capsize": 2, "linewidth": 1}
+    bars["label"] = f"{len(table)} bins of {sizes} stays, 95 % interval (Wilson, by stay)"
+    curve.errorbar(table["mean_risk"], rate, fmt="o", color=BLUE, markersize=4, **bars)
     curve.set(xlim=(-0.01 * top, top * 1.01), ylim=(-0.01 * top, top * 1.01))
     names = ("calibration_intercept", "calibration_slope", "ici", "brier")
     words = "\n".join(f"{METRIC_WORDS[name]} {figure_text(figures[name])}" for name in names)
-    tidy(curve, "", "observed death rate", words)
     # Below the axes: inside, the legend would lie on the points of some model or other.
-    curve.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)
-    parts, bins = [risks[died == 0], risks[died == 1]], np.linspace(0, top, 31)
-    histogram.hist(parts, bins=bins, stacked=True, color=[BLUE, VERMILLION], label=["survived", "died"])
+    tidy(curve, "", "observed death rate", words, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)
+    style = {"bins": np.linspace(0, top, 31), "color": [BLUE, VERMILLION], "label": ["survived", "died"]}
+    histogram.hist([risks[died == 0], risks[died == 1]], stacked=True, **style)
     histogram.margins(y=0.5)  # room for the legend
     histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    tidy(histogram, "predicted risk of death", "stays", legend="best")
+    tidy(histogram, "predicted risk of death", "stays", loc="best")
     return figure
 
 
@@ -158,7 +149,7 @@ def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
     shown = curve.filter(["model", "low", "high"])
     lowest, highest = shown.min(axis=None), max(shown.max(axis=None), curve["treat_all"].max(), 0.01)
     axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
-    tidy(axes, "risk threshold at which one would treat", "net benefit per stay", legend="best")
+    tidy(axes, "risk threshold at which one would treat", "net benefit per stay", loc="best")
     return figure
 
 
@@ -166,12 +157,11 @@ def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, h
     """Draw what `train.load_attention_weights` read of a file of this name: its layers, if any, over the pooling."""
     layer_maps = [weights[0].mean(0) for weights in record["layer_attention_weights"]]  # (bins, bins), rows look
     weights = record["pooling_weights"][0, :, 0].astype(float)  # (heads, L)
-    hours = record["hours_to_final_event"].astype(float)  # (L,)
-    caption = f"{name.replace('_', ' ')}, a training stay · risk {record['probability']:.2f}"
-    caption += f" · text encoder: {text_encoder}"
+    hours, n_events = record["hours_to_final_event"].astype(float), weights.shape[1]  # (L,)
+    whose = f"{name.replace('_', ' ')}, a training stay · risk {record['probability']:.2f}"
     title, height = f"Where does the model look in ICU stay {record['icu_stay_id']}?", 4.6 if layer_maps else 2.5
-    *upper, lower = bands(new_figure(title, caption, height), [1.2, 1] if layer_maps else [1])
-    n_events = len(hours)
+    figure = new_figure(title, f"{whose} · text encoder: {text_encoder}", height)
+    *upper, lower = bands(figure, [1.2, 1] if layer_maps else [1])
     for part in upper:
         panels = part.subplots(1, len(layer_maps), sharey=True, squeeze=False)[0]
         draw_shares(part, panels, n_events * np.asarray(layer_maps, dtype=float), extent=(0, 100, 100, 0))
@@ -187,7 +177,7 @@ def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, h
     axes.set_yticks(range(len(cells)), [f"head {head}" for head in range(1, len(cells) + 1)])
     width = "each event equally wide" if per_cell == 1 else f"each column the heaviest of {per_cell} events"
     tidy(axes, f"{hours_label} ({width})", "", "Pooling: attention to each event")
-    return lower.figure
+    return figure
 
 
 def draw_shares(figure: SubFigure, panels: Any, shares: np.ndarray, **options: Any) -> None:
@@ -206,26 +196,23 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
     figure = new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
     single, mean = figure.subplots(1, 2, sharey=True)
     times = np.sort(trajectories["hours_after_admission"].unique())
-    outcomes = ((1, VERMILLION, "-", "died"), (0, BLUE, "--", "survived"), (-1, GREY, ":", "outcome unknown"))
-    for label, color, line, word in outcomes:
-        group = trajectories[trajectories["label"].fillna(-1) == label].sort_values("hours_after_admission")
-        if group.empty:
-            continue
+    outcomes = {1: (VERMILLION, "-", "died"), 0: (BLUE, "--", "survived"), -1: (GREY, ":", "outcome unknown")}
+    for label, rows in reversed(list(trajectories.groupby(trajectories["label"].fillna(-1)))):
+        group = rows.pivot(index="hours_after_admission", columns="icu_stay_id", values="probability")  # (times, stays)
+        color, line, word = outcomes[label]
         style = {"color": color, "linestyle": line, "marker": "o"}
         # Chosen without looking at their risk: the longest followed, then by stay.
-        followed = group.groupby("icu_stay_id").size().sort_values(ascending=False, kind="stable")
-        for number, icu_stay_id in enumerate(followed.index[:n_individual]):
-            one = group[group["icu_stay_id"] == icu_stay_id].set_index("hours_after_admission")["probability"]
-            single.plot(one, markersize=3, linewidth=1, label=None if number else word, **style)
-        by_hour = group.groupby("hours_after_admission")["probability"].describe(percentiles=[0.25, 0.75])
-        mean.plot(by_hour["mean"], label=word, markersize=4, **style)
-        mean.fill_between(by_hour.index, by_hour["25%"], by_hour["75%"], color=color, **BAND)
+        followed = group.count().sort_values(ascending=False, kind="stable").index[:n_individual]
+        names = [word, *["_"] * (len(followed) - 1)]  # one entry of the legend
+        single.plot(group[followed], markersize=3, linewidth=1, label=names, **style)
+        mean.plot(group.mean(axis=1), label=word, markersize=4, **style)
+        mean.fill_between(group.index, *group.quantile([0.25, 0.75], axis=1).to_numpy(), color=color, **BAND)
         above = {"transform": mean.get_xaxis_transform(), "color": color, "fontsize": 7, "ha": "center"}
-        for hour, n_stays in by_hour["count"].reindex(times, fill_value=0).items():
-            mean.text(hour, 0.97 + 0.05 * len(mean.lines), f"n={n_stays:.0f}", **above)
+        for hour, n_stays in group.count(axis=1).reindex(times, fill_value=0).items():
+            mean.text(hour, 0.97 + 0.05 * len(mean.lines), f"n={n_stays}", **above)
     words = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the n stays still there")
     for axes, title, ylabel in zip((single, mean), words, ("predicted risk of death", "")):
-        tidy(axes, "hours after ICU admission (log scale)", ylabel, legend="best")
+        tidy(axes, "hours after ICU admission (log scale)", ylabel, loc="best")
         axes.set_title(title, fontsize=9, pad=4 + 11 * len(mean.lines))
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
