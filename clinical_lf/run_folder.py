@@ -14,13 +14,12 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from matplotlib.figure import Figure
 from scipy.special import expit
 
 from clinical_lf import audit, metrics, plots
@@ -48,11 +47,6 @@ class Predictions(NamedTuple):
     probabilities: np.ndarray  # (n)
     thresholds: Content  # of validation stays, as `metrics.thresholds_of` returns them, or (n) of each
 
-    def take(self, is_taken: np.ndarray) -> Self:
-        """Return those that a mask (n,) marks."""
-        stays = self.stays[is_taken].reset_index(drop=True)
-        return self._replace(stays=stays, probabilities=self.probabilities[is_taken])
-
     @property
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Labels, probabilities and patients (n), as the functions of `metrics` take them."""
@@ -69,9 +63,8 @@ class RunFolder:
     """The folder of a run with these settings, the one place that writes into it what a person reads."""
 
     def __init__(self, folder: Path, settings: Content) -> None:
-        self.folder, self.settings, self.started = folder, settings, time.time()
+        self.folder, self.pictures, self.settings, self.started = folder, folder / "plots", settings, time.time()
         self.resampling = {"n_bootstrap": settings["n_bootstrap"], "seed": settings["seed"]}
-        self.audit: list[Content] = []
 
     def begin(self, resume: bool = False) -> None:
         """Clear the folder, unless this run resumes the one in it; write what repeats the run."""
@@ -84,15 +77,10 @@ class RunFolder:
     def clear(self) -> None:
         """Move what a run left to a folder with its date; remove it if it has no model, or one of the sample alone."""
         left = list(chain.from_iterable(map(self.folder.glob, WRITTEN_BY_A_RUN)))
-        models = [
-            *self.folder.glob("checkpoints/best_model.pth"),
-            *self.folder.glob("*_[0-9]*/checkpoints/best_model.pth"),
-        ]
-        said = self.folder / "settings.yaml"
-        is_of_sample = said.exists() and f"data: {SAMPLE.name}\n" in said.read_text("utf-8", "replace")
-        is_of_sample &= not Path(SAMPLE.name).exists() or SAMPLE.samefile(
-            SAMPLE.name
-        )  # else it is a table of one's own
+        models = list(chain.from_iterable(path.rglob("best_model.pth") for path in left))
+        said, own = self.folder / "settings.yaml", Path(SAMPLE.name)
+        is_of_sample = said.exists() and f"data: {own}\n" in said.read_text("utf-8", "replace")
+        is_of_sample &= not own.exists() or SAMPLE.samefile(own)  # else it is a table of one's own
         if not models or is_of_sample:
             for path in left:
                 delete_quietly(path)
@@ -129,24 +117,22 @@ class RunFolder:
 
     def json(self, name: str, content: Any) -> None:
         """Write plain data; NaN and infinity, for which JSON has no word, as null."""
-        write_json(self.folder / name, without_nan(content))
+        plain = json.loads(json.dumps(content, default=str), parse_constant=lambda word: None)
+        write_json(self.folder / name, plain)
 
-    def figure(self, name: str, figure: Figure) -> None:
-        """Write a picture into plots/."""
-        plots.save_figure(self.folder / "plots" / name, figure)
-
-    def end(self) -> None:
-        """Write how long the run took, and log what its folder holds."""
+    def end(self, name: str, content: Content) -> Content:
+        """Write what was found and how long the run took, log what its folder holds; return what was found."""
+        self.json(name, content)
         self.json("run.json", self.record() | {"seconds": round(time.time() - self.started, 1)})
-        names = [f"{path.name}{'/' * path.is_dir()}" for path in self.folder.glob("[!.]*")]
-        words = textwrap.wrap(", ".join(sorted(names)), 108)
-        logger.info("\n            ".join([f"Written     {self.folder}", *words]))
+        names = ", ".join(sorted(f"{path.name}{'/' * path.is_dir()}" for path in self.folder.glob("[!.]*")))
+        logger.info(f"Written     {self.folder}\n{textwrap.indent(textwrap.fill(names, 108), ' ' * 12)}")
+        return content
 
     def write_split(self, patients: dict[str, list[int]]) -> None:
         """Write patient_id and part, as --split reads it."""
         self.patients = patients
-        rows = [(patient, part) for part, members in patients.items() for patient in members]
-        self.table("split.csv", pd.DataFrame(rows, columns=["patient_id", "part"]).sort_values("patient_id"))
+        parts = pd.Series(patients, name="patient_id").explode().dropna().sort_values().rename_axis("part")
+        self.table("split.csv", parts.reset_index()[["patient_id", "part"]])
 
     def write_audit(self, table: StayTable, split: Split, report: ReadReport) -> None:
         """Write and log the leakage audit of the table and the split."""
@@ -159,49 +145,54 @@ class RunFolder:
         self.table("leakage_audit_texts.csv", texts)
         self.audit = json.loads(found.to_json(orient="records"))
         flagged = set(found.loc[found["flagged"] & (found["kind"] == "column"), "name"])
-        used = sorted(flagged & set(self.settings["static_features"]))
+        used = ", ".join(sorted(flagged & set(self.settings["static_features"])))
         unused = "; the model does not use it" if flagged and not used else ""
         logger.info(f"Audit       {audit.audit_summary(found)}{unused}")
         if used:
-            logger.warning(WORDS["log"]["used"].format(names=", ".join(used)))
-        if telling := texts["text"][texts["flagged"]].tolist():
-            more = f" and {len(telling) - 5} more" if len(telling) > 5 else ""
-            named = "; ".join(text[:80] for text in telling[:5])
-            logger.warning(WORDS["log"]["telling"].format(texts=f"{named}{more}"))
+            logger.warning(WORDS["log"]["used"].format(names=used))
+        if telling := [text[:80] for text in texts["text"][texts["flagged"]]]:
+            more = f" and {len(telling) - 5} more" * (len(telling) > 5)
+            logger.warning(WORDS["log"]["telling"].format(texts=f"{'; '.join(telling[:5])}{more}"))
 
-    def write_evaluation(self, scored: Predictions, known: Predictions, caption: str) -> tuple[Content, pd.DataFrame]:
-        """Write predictions and, of those of known outcome, figures, tables and plots; return figures and subgroups."""
-        frame = scored.stays.filter(["icu_stay_id", "patient_id", LABEL, "fold"]).astype({LABEL: "Int64"})
-        frame.insert(3, "probability", scored.probabilities)
+    def write_evaluation(self, scored: Predictions, known: Predictions, caption: str, title: str) -> Content:
+        """Write predictions and, of those of known outcome, tables and plots; log and return their figures."""
+        frame = scored.stays.assign(probability=scored.probabilities).astype({LABEL: "Int64"})
+        frame = frame.filter(["icu_stay_id", "patient_id", LABEL, "probability", "fold"])
         self.table("predictions.csv", frame.rename(columns={LABEL: LABELS[self.settings["outcome"]]}))
         if self.settings["labels"]:
             self.table("predictions.parquet", meds_predictions(scored.stays, pd.Series(scored.probabilities)))
         if known.stays.empty:
-            return {}, pd.DataFrame()
+            return {}
         labels, risks, patients = known.columns
         figures = metrics.evaluate_predictions(*known.columns, **self.resampling)
         groups = metrics.subgroups_of_stays(known.stays)
-        subgroups = metrics.subgroup_table(known.columns, groups, known.thresholds, **self.resampling)
-        counted = subgroups.loc[:, "group":"prevalence"].to_dict("records")
+        self.subgroups = metrics.subgroup_table(known.columns, groups, known.thresholds, **self.resampling)
+        counted = self.subgroups.loc[:, "group":"prevalence"].to_dict("records")
         figures["conformal_sets"] = {"percent": metrics.LEVEL, "coverage": counted}
         curve = metrics.decision_curve(labels, risks, patient_ids=patients, **self.resampling)
-        self.table("subgroups.csv", subgroups)
+        self.table("subgroups.csv", self.subgroups)
         self.table("decision_curve.csv", curve)
         self.table("calibration.csv", metrics.calibration_table(labels, risks))
-        self.figure("roc_and_precision_recall.png", plots.plot_roc_and_pr(labels, risks, figures, caption))
-        self.figure("calibration.png", plots.plot_calibration(labels, risks, figures, caption))
-        self.figure("decision_curve.png", plots.plot_decision_curve(curve, caption))
-        return figures, subgroups
+        ranking = plots.plot_roc_and_pr(labels, risks, figures, caption)
+        plots.save_figure(self.pictures / "roc_and_precision_recall.png", ranking)
+        plots.save_figure(self.pictures / "calibration.png", plots.plot_calibration(labels, risks, figures, caption))
+        plots.save_figure(self.pictures / "decision_curve.png", plots.plot_decision_curve(curve, caption))
+        logger.info(f"{title}; in brackets 95 % intervals")
+        for name, words in METRIC_WORDS.items():
+            prevalence = f" at prevalence {figures['prevalence']:.3f}" if name == "auprc" else ""
+            logger.info(f"            {words:22s} {figure_text(figures[name], 3, '')}{prevalence}")
+        return figures
 
     def report_training(
         self, described: Content, predictions: dict[str, Predictions], table: StayTable, history: pd.DataFrame
     ) -> Content:
-        """Write metrics, predictions, plots and model card of the held-out stays; log them; return the metrics."""
+        """Write and log metrics, predictions, plots and model card of the held-out stays; return the metrics."""
         part, validation = "test" if "test" in predictions else "validation", predictions["validation"]
         scored, encoder = predictions[part], f"text encoder: {described['text_encoder']}"
-        figures, subgroups = self.write_evaluation(scored, scored, f"{encoder} · {scored.words(part)}")
+        title = WORDS["log"]["trained"].format(**described["training"], part=part.capitalize(), words=scored.words())
+        figures = self.write_evaluation(scored, scored, f"{encoder} · {scored.words(part)}", title)
         curves = plots.plot_training_curves(history, f"{encoder} · {validation.words('validation')}")
-        self.figure("training_curves.png", curves)
+        plots.save_figure(self.pictures / "training_curves.png", curves)
         of_validation = metrics.evaluate_predictions(*validation.columns, **self.resampling)
         counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1).tolist()
         tripod_ai = {  # what a TRIPOD+AI report asks for beside these and subgroups.csv
@@ -209,19 +200,13 @@ class RunFolder:
             "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
             "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts)),
         }
-        content = described | {"thresholds": scored.thresholds}
-        content["metrics"] = {part: figures, "validation": of_validation}
+        content = described | {"thresholds": scored.thresholds, "metrics": {part: figures, "validation": of_validation}}
         content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai}
-        self.json("metrics.json", content)
-        more: Content = {"folder": self, "part": part, "figures": figures, "subgroups": subgroups.to_dict("records")}
-        more["metrics"] = metrics  # the module, whose functions the card calls: the content's of that name are numbers
-        self.text("model_card.md", render("model_card.md.j2", globals() | content | more))
-        facts = described["training"] | {"part": part.capitalize(), "words": scored.words()}
-        log_metrics(figures, WORDS["log"]["trained"].format(**facts))
+        facts = globals() | {"folder": self, "part": part, "figures": figures}  # `metrics` are the module's functions
+        self.text("model_card.md", render("model_card.md.j2", content | facts))
         if part == "validation":
             logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
-        self.end()
-        return content
+        return self.end("metrics.json", content)
 
     def report_evaluation(
         self,
@@ -233,15 +218,15 @@ class RunFolder:
         is_prospective: bool,
     ) -> Content:
         """Write and log what a checkpoint says of other stays; of patients it has seen (n,) no figure is made."""
-        judged = predictions.take(~is_seen & predictions.stays[LABEL].notna().to_numpy())
+        stays, encoder = predictions.stays, f"text encoder: {described['text_encoder']}"
+        is_judged = ~is_seen & stays[LABEL].notna().to_numpy()
+        judged = Predictions(stays[is_judged], predictions.probabilities[is_judged], predictions.thresholds)
         overlap = "no patient was trained or tuned on"
         if is_seen.any():
             overlap = f"{is_seen.sum()} stays of patients that the model was trained or tuned on are left out"
             logger.warning(f"Evaluation  {overlap} of figures and pictures")
-        caption = f"text encoder: {described['text_encoder']} · {judged.words()} · {overlap}"
-        figures, _ = self.write_evaluation(predictions, judged, caption)
-        if figures:
-            log_metrics(figures, f"Evaluation  of known outcome {judged.words()}")
+        title = f"Evaluation  of known outcome {judged.words()}"
+        figures = self.write_evaluation(predictions, judged, f"{encoder} · {judged.words()} · {overlap}", title)
         unseen = unseen_items.groupby("item", as_index=False).sum()
         self.table("unseen_in_training.csv", unseen.sort_values("of_new_item", ascending=False, kind="stable"))
         share = float(unseen["of_new_item"].sum() / max(unseen["events"].sum(), 1))
@@ -252,50 +237,45 @@ class RunFolder:
                 moment = WORDS["moments"]["extrapolated"]
                 logger.warning(f"Trajectory  WARNING: {moment}")
             self.table("risk_trajectories.csv", trajectories)
-            seen_patients = predictions.stays["patient_id"][is_seen]
-            shown = trajectories[~trajectories["patient_id"].isin(seen_patients)].reset_index(drop=True)
+            shown = trajectories[~trajectories["patient_id"].isin(stays["patient_id"][is_seen])]
+            caption = f"{moment} · {encoder} · {shown['icu_stay_id'].nunique()} stays · {overlap}"
             if len(shown):
-                who = f"text encoder: {described['text_encoder']} · {shown['icu_stay_id'].nunique()} stays · {overlap}"
-                self.figure("risk_trajectories.png", plots.plot_risk_trajectories(shown, f"{moment} · {who}"))
+                picture = plots.plot_risk_trajectories(shown, caption)
+                plots.save_figure(self.pictures / "risk_trajectories.png", picture)
         content = described | {"thresholds": predictions.thresholds}
         content |= {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
         content |= {"metrics": figures or None, "unseen_in_training": {"of_new_item": round(share, 4)}}
-        self.json("metrics.json", content)
-        self.end()
-        return content
+        return self.end("metrics.json", content)
 
     def report_spread(self, outcomes: Sequence[tuple[Content, dict[str, Predictions]]], unit: str) -> Content:
         """Write and log the figures of each fold or seed, their mean and spread, and the pooled predictions'."""
-        contents = [content for content, _ in outcomes]
-        figures = [content["metrics"].get("test", content["metrics"]["validation"]) for content in contents]
-        columns = {name: [figure[name]["value"] for figure in figures] for name in METRIC_WORDS}
-        spread = pd.DataFrame(columns, index=range(1, 1 + len(figures)), dtype=float)
+        contents, predictions = zip(*outcomes)
+        part = "test" if "test" in predictions[0] else "validation"
+        tested = [own[part] for own in predictions]
+        values = [{name: content["metrics"][part][name]["value"] for name in METRIC_WORDS} for content in contents]
+        spread = pd.DataFrame(values, index=range(1, 1 + len(values)), dtype=float)
         moments = spread.agg(["mean", "std"])
         self.table(f"{unit}s.csv", pd.concat([spread, moments]).rename_axis(unit).reset_index())
-        parts = {name: [predictions[name] for _, predictions in outcomes] for name in outcomes[0][1]}
-        tested, encoder = parts.get("test", parts["validation"]), contents[0]["text_encoder"]
-        what = f"mean risk of {len(outcomes)} seeds" if unit == "seed" else "the test stays of all folds"
-        if unit == "seed":  # each stay once, with its mean risk over the seeds
-            means = {name: np.mean([one.probabilities for one in own], axis=0) for name, own in parts.items()}
-            thresholds = metrics.thresholds_of(parts["validation"][0].columns[0], means["validation"])
-            scored = Predictions(tested[0].stays, means["test"], thresholds)
-        else:
-            stays = [part.stays.assign(fold=number) for number, part in enumerate(tested, start=1)]
-            limits = pd.concat([pd.DataFrame(part.thresholds, index=part.stays.index) for part in tested])
-            risks = np.concatenate([part.probabilities for part in tested])
-            scored = Predictions(pd.concat(stays, ignore_index=True), risks, limits.to_dict("list"))
-        pooled, _ = self.write_evaluation(scored, scored, f"text encoder: {encoder} · {what}, {scored.words()}")
-        summary = {}
-        for name, values in spread.items():
-            summary[name] = {"mean": values.mean(), "sd": values.std(), f"{unit}s": values.tolist()}
-        content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": summary, "pooled": pooled}
-        content["cohort"] = contents[0]["cohort"]
-        self.json("cross_validation.json" if unit == "fold" else "seeds.json", content)
         for name, (mean, deviation) in moments[["auroc", "auprc"]].items():
             logger.info(f"{unit.capitalize() + 's':11s} {METRIC_WORDS[name]} {mean:.3f} (sd {deviation:.3f})")
-        log_metrics(pooled, f"Pooled      {what}: {scored.words()}")
-        self.end()
-        return content
+        if unit == "seed":  # each stay once, with its mean risk over the seeds
+            what, file = f"mean risk of {len(outcomes)} seeds", "seeds.json"
+            mean_of = lambda part: np.mean([own[part].probabilities for own in predictions], axis=0)
+            thresholds = metrics.thresholds_of(predictions[0]["validation"].columns[0], mean_of("validation"))
+            scored = Predictions(tested[0].stays, mean_of(part), thresholds)
+        else:
+            what, file = "the test stays of all folds", "cross_validation.json"
+            parts = [own.stays.assign(fold=number, **own.thresholds) for number, own in enumerate(tested, start=1)]
+            stays = pd.concat(parts, ignore_index=True)
+            risks = np.concatenate([own.probabilities for own in tested])
+            scored = Predictions(stays, risks, stays[list(tested[0].thresholds)].to_dict("list"))
+        encoder, title = contents[0]["text_encoder"], f"{what}: {scored.words()}"
+        caption = f"text encoder: {encoder} · {what}, {scored.words()}"
+        pooled = self.write_evaluation(scored, scored, caption, f"Pooled      {title}")
+        content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": {}}
+        for name, own in moments.rename({"std": "sd"}).to_dict().items():
+            content["spread"][name] = own | {f"{unit}s": spread[name].tolist()}
+        return self.end(file, content | {"pooled": pooled, "cohort": contents[0]["cohort"]})
 
 
 def render(template: str, content: Content) -> str:
@@ -306,23 +286,9 @@ def render(template: str, content: Content) -> str:
     return pages.get_template(template).render(content)
 
 
-def without_nan(content: Any) -> Any:
-    """Return nested plain data with None for NaN and infinity."""
-    return json.loads(json.dumps(content, default=str), parse_constant=lambda word: None)
-
-
-def log_metrics(figures: Content, title: str) -> None:
-    """Log each figure with its interval."""
-    logger.info(f"{title}; in brackets 95 % intervals")
-    for name, words in METRIC_WORDS.items():
-        prevalence = f" at prevalence {figures['prevalence']:.3f}" if name == "auprc" else ""
-        logger.info(f"            {words:22s} {figure_text(figures[name], 3, '')}{prevalence}")
-
-
 def data_in_words(data: str) -> str:
     """Return the name of a data set; of the bundled sample also that no patient is behind it."""
-    name = Path(data).name
-    return WORDS["data"].get(name, name)
+    return WORDS["data"].get(Path(data).name, Path(data).name)
 
 
 def moment_of_prediction(observation_hours: float, labels: str) -> str:

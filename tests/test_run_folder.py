@@ -9,26 +9,20 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from clinical_lf.files import logger
-from clinical_lf.metrics import evaluate_predictions
-from clinical_lf.run_folder import Predictions, RunFolder, log_metrics, moment_of_prediction, without_nan
+from clinical_lf.metrics import thresholds_of
+from clinical_lf.run_folder import Predictions, RunFolder, moment_of_prediction
 from clinical_lf.tables import LABEL
 
 
-@pytest.fixture
-def predictions():
-    stays = pd.DataFrame({"icu_stay_id": range(4), "patient_id": [1, 1, 2, 3], LABEL: [1.0, 1, 0, np.nan]})
-    return Predictions(stays, expit([0.0, 1, -1, 2]), {})
-
-
-def test_predictions_are_risks_in_the_order_of_the_stays_and_say_who_they_are_of(predictions):
-    assert predictions.probabilities == pytest.approx([0.5, 0.731, 0.269, 0.881], abs=1e-3)
-    known = predictions.take(np.array([True, True, True, False]))
+def test_predictions_say_who_they_are_of_and_give_their_columns():
+    stays = pd.DataFrame({"icu_stay_id": range(3), "patient_id": [1, 1, 2], LABEL: [1.0, 1, 0]})
+    known = Predictions(stays, expit([0.0, 1, -1]), {})
     labels, risks, patients = known.columns
-    assert labels.tolist() == [1, 1, 0] and risks[2] == predictions.probabilities[2] and patients.tolist() == [1, 1, 2]
+    assert labels.tolist() == [1, 1, 0] and patients.tolist() == [1, 1, 2]
+    assert risks == pytest.approx([0.5, 0.731, 0.269], abs=1e-3)
     few = "(too few to read: 1 stays of one outcome, below 10)"
     assert known.words("test") == f"3 test stays of 2 patients, 2 deaths {few}"
-    many = Predictions(pd.concat([known.stays] * 10, ignore_index=True), np.tile(known.probabilities, 10), {})
+    many = Predictions(pd.concat([stays] * 10, ignore_index=True), np.tile(risks, 10), {})
     assert many.words() == "30 stays of 2 patients, 20 deaths"
 
 
@@ -43,7 +37,7 @@ def test_json_has_null_for_nan_and_infinity_however_deep(tmp_path):
     content = {"a": [math.nan, {"b": (math.inf, 1.5)}], "c": "nan", "d": -math.inf, "e": 0}
     plain = {"a": [None, {"b": [None, 1.5]}], "c": "nan", "d": None, "e": 0}
     RunFolder(tmp_path, {"n_bootstrap": 1, "seed": 0}).json("x.json", content)
-    assert without_nan(content) == json.loads((tmp_path / "x.json").read_text()) == plain
+    assert json.loads((tmp_path / "x.json").read_text()) == plain
 
 
 @pytest.mark.parametrize("what", ["resumed", "finished", "without a model", "of the sample", "of another sample"])
@@ -73,8 +67,10 @@ def test_begin_moves_a_finished_run_aside_and_removes_any_other_and_nothing_else
     assert {"command", "date", "commit", "versions"} == set(json.loads((tmp_path / "out" / "run.json").read_text()))
 
 
-def test_figures_are_logged_with_intervals_and_prevalence(monkeypatch):
-    said, stays = [], np.arange(40)
-    monkeypatch.setattr(logger, "info", said.append)
-    log_metrics(evaluate_predictions(stays % 4 == 0, np.linspace(0.1, 0.9, 40), stays, 50), "Test        40 stays")
-    assert "40 stays; in brackets 95 % intervals" in said[0] and "at prevalence 0.250" in "".join(said)
+def test_figures_are_logged_with_intervals_and_prevalence(tmp_path, log):
+    stays = pd.DataFrame({"icu_stay_id": range(40), "patient_id": range(40), LABEL: np.arange(40) % 4 == 0})
+    stays = stays.assign(patient_gender="F", patient_age=50, patient_race="WHITE", first_icu_careunit="MICU")
+    risks, settings = np.linspace(0.1, 0.9, 40), {"n_bootstrap": 50, "seed": 0, "outcome": "hospital", "labels": ""}
+    scored = Predictions(stays, risks, thresholds_of(stays[LABEL], risks))
+    RunFolder(tmp_path, settings).write_evaluation(scored, scored, "", "Test        40 stays")
+    assert "40 stays; in brackets 95 % intervals" in log.text and "at prevalence 0.250" in log.text
