@@ -115,10 +115,11 @@ def bootstrap(statistic: Callable, patient_ids: ArrayLike, n_bootstrap: int, see
 
 def mean_with_interval(values: np.ndarray, patient_ids: np.ndarray, n_bootstrap: int = 1000, seed: int = 0) -> dict:
     """Return the mean of those of (n,) values that are not NaN and its 95 % interval over resampled patients."""
-    known = pd.Series(np.asarray(values, float), patient_ids).dropna().sort_index(kind="stable")
-    mean, n_patients = lambda weights: weights @ known.to_numpy() / weights.sum(1), known.index.nunique()
-    low, high = interval_of(bootstrap(mean, known.index, n_bootstrap if n_patients > 2 else 0, seed))  # two say nothing
-    return {"value": float(known.mean()), "low": low, "high": high, "n": len(known), "n_patients": n_patients}
+    known = pd.Series(np.asarray(values, float), patient_ids).dropna()
+    sums, sizes = known.groupby(level=0).agg(["sum", "size"]).to_numpy().T  # of each patient
+    mean = lambda weights: weights @ sums / (weights @ sizes)
+    low, high = interval_of(bootstrap(mean, np.arange(len(sums)), n_bootstrap if len(sums) > 2 else 0, seed))
+    return {"value": float(known.mean()), "low": low, "high": high, "n": len(known), "n_patients": len(sums)}
 
 
 def interval_of(draws: np.ndarray) -> tuple[float, float]:
@@ -233,9 +234,8 @@ def thresholds_of(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, floa
     deaths, survivors = np.sort(np.append(risks[died == 1], 0)), np.sort(np.append(risks[died == 0], 1))[::-1]
     alarm = deaths[-math.ceil(SENSITIVITY * died.sum())] if died.any() else math.nan
     died_from, survived_to = (part[len(part) * (100 - LEVEL) // 100] for part in (deaths, survivors))
-    limits = {"alarm": np.floor(1e4 * alarm), "died_from": np.floor(1e4 * died_from)}
-    limits["survived_to"] = np.ceil(1e4 * survived_to)
-    return {name: float(limit / 1e4) for name, limit in limits.items()}
+    down = lambda risk: float(np.floor(1e4 * risk) / 1e4)
+    return {"alarm": down(alarm), "died_from": down(died_from), "survived_to": -down(-survived_to)}
 
 
 def subgroup_table(
