@@ -80,7 +80,7 @@ def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[s
         with np.errstate(invalid="ignore", divide="ignore"):
             return (both - first * second) / np.sqrt((first_2 - first**2) * (second_2 - second**2))
 
-    draws = bootstrap(correlation, known["patient_id"], len(known), n_bootstrap, seed)
+    draws = bootstrap(correlation, known["patient_id"], n_bootstrap, seed)
     low, high = interval_of(draws)
     return {"rho": float(correlation(np.ones((1, len(known))))[0]), "rho_low": low, "rho_high": high}
 

@@ -15,6 +15,7 @@ from clinical_lf.duck import column_types, file_list, first_value, open_duckdb, 
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
 from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
+QUERY_FILE = Path(__file__).resolve().parent.parent / "meds.sql"
 MADE_LABELS = re.compile(r"mortality-(in-hospital|in-icu|within-30d)@(\d{1,6}(?:\.\d{1,6})?)h")
 CSV = {
     name: pd.read_csv(Path(__file__).with_name(f"meds_{name}.csv")) for name in ("columns", "facts", "kinds", "parts")
@@ -73,7 +74,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
         raise refusal("incomplete_meds", root=root, missing="metadata/codes.parquet" if shards else "data/*.parquet")
     for name in ("kinds", "facts"):
         con.register(name, CSV[name])
-    text = Path(__file__).with_name("meds.sql").read_text("utf-8").format(**task._asdict())
+    text = QUERY_FILE.read_text("utf-8").format(**task._asdict())
     statements = dict(part.split("\n", 1) for part in text.split("-- name: ")[1:])
     zones = make_view(con, "data", shards) + make_view(con, "codes", [codes])
     con.execute(statements["codes"])
