@@ -64,9 +64,10 @@ def save_figure(path: Path, figure: Figure) -> None:
 def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     """Draw history, one row per epoch: epoch, train_loss, validation_loss, validation_auroc, learning_rate."""
     figure = new_figure("Does training still help on patients it does not see?", caption, height=3.2)
-    loss, auroc, rate = panels = figure.subplots(1, 3)
+    curves = history.set_index("epoch")
+    best, limits = curves["validation_loss"].idxmin(), (curves.index[0] - 0.5, curves.index[-1] + 0.5)
+    loss, auroc, rate = panels = figure.subplots(1, 3, subplot_kw={"xlim": limits})
     style = {"marker": "o", "markersize": 3 if len(history) < 30 else 0, "linewidth": 1.4}
-    curves, best = history.set_index("epoch"), int(history.set_index("epoch")["validation_loss"].idxmin())
     loss.plot(curves["train_loss"], color=BLUE, label="training, all terms", **style)
     for axes, name in ((loss, "validation_loss"), (auroc, "validation_auroc")):
         axes.plot(curves[name], color=VERMILLION, linestyle="--", label="validation, BCE", **style)
@@ -75,11 +76,11 @@ def plot_training_curves(history: pd.DataFrame, caption: str = "") -> Figure:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     rate.yaxis.get_offset_text().set_fontsize(8)
     rate.set_ylim(0, 1.08 * curves["learning_rate"].max())
-    titles = (f"Loss (validation lowest in epoch {best})", "Validation AUROC", "Learning rate")
-    for axes, ylabel, title in zip(panels, ("loss", "AUROC", "learning rate"), titles):
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22)} if axes is loss else {}  # no curve is there
-        tidy(axes, "epoch", ylabel, title, **below)
-        axes.set_xlim(curves.index.min() - 0.5, curves.index.max() + 0.5)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22)}  # inside, it would lie on some curve
+    tidy(loss, "epoch", "loss", f"Loss (validation lowest in epoch {best})", **below)
+    tidy(auroc, "epoch", "AUROC", "Validation AUROC")
+    tidy(rate, "epoch", "learning rate", "Learning rate")
+    for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
@@ -90,7 +91,8 @@ def plot_roc_and_pr(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any]
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     figure = new_figure("How well does the predicted risk tell deaths from survivors?", caption, height=4.25)
-    roc, pr = figure.subplots(1, 2)
+    square = {"xlim": (-0.02, 1.02), "ylim": (-0.02, 1.02), "box_aspect": 1}
+    roc, pr = figure.subplots(1, 2, subplot_kw=square)
     if 0 < died.sum() < len(died):
         false_alarms, found, _ = roc_curve(died, risks)
         precision, recall, _ = precision_recall_curve(died, risks)
@@ -104,8 +106,6 @@ def plot_roc_and_pr(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any]
     auroc, auprc = (f"{METRIC_WORDS[name]} {figure_text(figures[name])}" for name in ("auroc", "auprc"))
     tidy(roc, "1 - specificity (survivors called deaths)", "sensitivity (deaths found)", auroc, loc="lower right")
     tidy(pr, "recall (deaths found)", "precision (alarms that were deaths)", auprc, loc="best")
-    for axes in (roc, pr):
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     return figure
 
 
@@ -172,8 +172,7 @@ def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, h
     axes = lower.subplots()
     draw_shares(lower, [axes], cells[None])
     shown = np.unique(np.linspace(0, cells.shape[1] - 1, 9).round().astype(int))
-    decimals = 0 if np.ptp(hours) >= 20 else 1
-    axes.set_xticks(shown, [f"{hours[cell * per_cell]:.{decimals}f}" for cell in shown])
+    axes.set_xticks(shown, [f"{hours[cell * per_cell]:.{int(np.ptp(hours) < 20)}f}" for cell in shown])
     axes.set_yticks(range(len(cells)), [f"head {head}" for head in range(1, len(cells) + 1)])
     width = "each event equally wide" if per_cell == 1 else f"each column the heaviest of {per_cell} events"
     tidy(axes, f"{hours_label} ({width})", "", "Pooling: attention to each event")
@@ -194,7 +193,7 @@ def draw_shares(figure: SubFigure, panels: Any, shares: np.ndarray, **options: A
 def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_individual: int = 4) -> Figure:
     """Draw trajectories, one row per stay and time: icu_stay_id, hours_after_admission, probability, label (0/1)."""
     figure = new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
-    single, mean = figure.subplots(1, 2, sharey=True)
+    single, mean = figure.subplots(1, 2, sharey=True, subplot_kw={"ylim": (0, 1)})
     times = np.sort(trajectories["hours_after_admission"].unique())
     outcomes = {1: (VERMILLION, "-", "died"), 0: (BLUE, "--", "survived"), -1: (GREY, ":", "outcome unknown")}
     for label, rows in reversed(list(trajectories.groupby(trajectories["label"].fillna(-1)))):
@@ -216,5 +215,4 @@ def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_indi
         axes.set_title(title, fontsize=9, pad=4 + 11 * len(mean.lines))
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
-        axes.set_ylim(0, 1)
     return figure

@@ -31,12 +31,6 @@ from clinical_lf.tables import EVENT_TYPES, LABEL, LABELS, ReadReport, Split, St
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE.parent / "sample_train.csv"
 PACKAGES = ("torch", "transformers", "accelerate", "duckdb", "sqlglot", "scikit-learn", "numpy")
-# What a run writes; all else in its folder stays where it is.
-WRITTEN_BY_A_RUN = (
-    "run.json settings.yaml split.csv metrics.json model_card.md predictions.* history.csv leakage_audit*.csv "
-    "folds.csv subgroups.csv decision_curve.csv calibration.csv cross_validation.json seeds.* plots checkpoints "
-    "unseen_in_training.csv risk_trajectories.csv attention_weights evaluation explainability fold_[0-9]* seed_[0-9]*"
-).split()
 Content = dict[str, Any]  # plain data, as JSON holds it
 
 
@@ -76,7 +70,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Move what a run left to a folder with its date; remove it if it has no model, or one of the sample alone."""
-        left = list(chain.from_iterable(map(self.folder.glob, WRITTEN_BY_A_RUN)))
+        left = list(chain.from_iterable(map(self.folder.glob, WORDS["written_by_a_run"])))
         models = list(chain.from_iterable(path.rglob("best_model.pth") for path in left))
         said, own = self.folder / "settings.yaml", Path(SAMPLE.name)
         is_of_sample = said.exists() and f"data: {own}\n" in said.read_text("utf-8", "replace")
@@ -269,9 +263,9 @@ class RunFolder:
             stays = pd.concat(parts, ignore_index=True)
             risks = np.concatenate([own.probabilities for own in tested])
             scored = Predictions(stays, risks, stays[list(tested[0].thresholds)].to_dict("list"))
-        encoder, title = contents[0]["text_encoder"], f"{what}: {scored.words()}"
+        encoder, title = contents[0]["text_encoder"], f"Pooled      {what}: {scored.words()}"
         caption = f"text encoder: {encoder} · {what}, {scored.words()}"
-        pooled = self.write_evaluation(scored, scored, caption, f"Pooled      {title}")
+        pooled = self.write_evaluation(scored, scored, caption, title)
         content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": {}}
         for name, own in moments.rename({"std": "sd"}).to_dict().items():
             content["spread"][name] = own | {f"{unit}s": spread[name].tolist()}
