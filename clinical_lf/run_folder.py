@@ -71,7 +71,7 @@ class RunFolder:
     def clear(self) -> None:
         """Move what a run left to a folder with its date; remove it if it has no model, or one of the sample alone."""
         left = list(chain.from_iterable(map(self.folder.glob, WORDS["written_by_a_run"])))
-        models = list(chain.from_iterable(path.rglob("best_model.pth") for path in left))
+        models = [path for path in self.folder.rglob("best_model.pth") if {path, path.parents[1]} & {*left}]
         said, own = self.folder / "settings.yaml", Path(SAMPLE.name)
         is_of_sample = said.exists() and f"data: {own}\n" in said.read_text("utf-8", "replace")
         is_of_sample &= not own.exists() or SAMPLE.samefile(own)  # else it is a table of one's own
@@ -84,9 +84,10 @@ class RunFolder:
         aside = (home if is_alone else home.parent) / f"{home.name}-{date:%Y-%m-%d-%H%M%S}"
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
-        aside.mkdir()
-        for path in sorted(left, key=lambda path: path.name == "checkpoints"):  # last: a next start moves the rest
-            shutil.move(path, aside / path.name)
+        for path in left:  # checkpoints last: where this is stopped, the next start moves the rest
+            target = aside / path.relative_to(self.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, target)
         logger.info(f"Moved       the run that was in {self.folder} to {aside}")
 
     def record(self) -> Content:

@@ -43,9 +43,9 @@ def test_json_has_null_for_nan_and_infinity_however_deep(tmp_path):
 @pytest.mark.parametrize("what", ["resumed", "finished", "without a model", "of the sample", "of another sample"])
 def test_begin_moves_a_finished_run_aside_and_removes_any_other_and_nothing_else(what, tmp_path, monkeypatch):
     """With the whole of the folders that are the program's own; a table may have the sample's name."""
-    left = ["run.json", "settings.yaml", "checkpoints/best_model.pth", "plots/mine.png", "predictions.parquet"]
+    left = ["run.json", "settings.yaml", "checkpoints/best_model.pth", "plots/calibration.png", "predictions.parquet"]
     left += ["evaluation/predictions.csv", "explainability/report.html", "fold_2/run.json", "seed_3/x.csv", "seeds.csv"]
-    others = ["notes.csv", "notes/run.json", "seed_of_mine/model.pth", "folder/x.csv"]
+    others = ["notes.csv", "notes/run.json", "plots/mine.png", "checkpoints/mine.pt", "seed_of_mine/model.pth"]
     for name in (*left, *others):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("data: sample_train.csv\n" if "sample" in what else "data: mine.csv\n")

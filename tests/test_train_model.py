@@ -223,7 +223,7 @@ def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model
     table, loss = dataset.table.take(stays), train.TemporalAwareLoss(32)
     objective = train.TrainingObjective(small_model, loss, train.ClinicalDataPreprocessor().fit(dataset.table))
     assert torch.allclose(objective(batch, 773), objective(padded, 773), atol=1e-6)
-    hours = train.unpack(torch.from_numpy(table.minutes_to_end[:, None] / 60), batch.layout).squeeze(2)
+    hours = train.unpack(torch.from_numpy(table.minutes_to_end[:, None] / 60).float(), batch.layout).squeeze(2)
     by_hand = loss(logits, details["transformer_output"], batch.labels, hours, batch.layout.attention_mask)
     assert torch.allclose(objective(batch, 773), by_hand, atol=1e-5)
 
