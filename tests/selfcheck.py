@@ -29,6 +29,8 @@ from clinical_lf import files, metrics, tables
 # Of the sample's effects: a cause then moves the logit by 1.5 (median). With the full effects seven in ten true logits
 # lie beyond 4, and training has no reason to learn how far beyond: attributions cannot have the size of the truth.
 EFFECTS = 0.35
+# Each thing measured: what is asked, which limit of its interval must hold that, and the sentence about it.
+CRITERIA = pd.read_csv(Path(__file__).with_name("selfcheck.csv"), keep_default_na=False, index_col="check")
 HARMLESS = {"decoys": ("decoy",), "traps": ("early", "lone")}  # what only looks alarming; what elsewhere is a cause
 
 
@@ -42,13 +44,14 @@ class Size:
     cache_dir: str = "clinical_LF_precomp_emb"
 
 
-def criterion(
-    name: str, method: str, found: dict[str, Any], words: str, threshold: str = "", limit: str = "value"
-) -> dict[str, Any]:
-    """Return one thing measured, and whether it reaches the threshold: a row, as the checks of an explanation are."""
-    row = {"check": name, "method": method} | {part: found.get(part, np.nan) for part in ("value", "low", "high", "n")}
-    passed = explain.judged(name, method, found, threshold, limit).passed
-    return row | {"threshold": threshold, "passed": passed, "sentence": words.format(**row)}
+def criterion(check: str, method: str, found: dict[str, Any], **said: Any) -> dict[str, Any]:
+    """Return one of CRITERIA as a row, as the checks of an explanation are; nothing is asked of attention."""
+    asked, limit, words = CRITERIA.loc[check]
+    row = {"check": check.format(**said), "method": method}
+    row |= {part: found.get(part, np.nan) for part in ("value", "low", "high", "n")}
+    row["threshold"] = "" if method == "attention" else asked
+    row["passed"] = explain.judged(check, method, found, row["threshold"], limit).passed
+    return row | {"sentence": words.format(**row, **said)}
 
 
 def run_of(checkpoint: train.Checkpoint, table: tables.StayTable, vectors: Any) -> explain.Run:
@@ -154,16 +157,10 @@ def of_pairs(pairs: pd.DataFrame, settings: explain.ExplainSettings) -> list[dic
     """Return how far the planted pairs of each kind interact in the model, and how many with the right sign."""
     rows = []
     for kind, part in pairs.groupby("kind"):
-        resampled = part["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed
-        found = metrics.mean_with_interval(part["found"].to_numpy(), *resampled)
-        words = (
-            f"pairs of {kind} interact by {{value:.2f}} [{{low:.2f}}, {{high:.2f}}] (truth {part['true'].mean():.2f})"
-        )
-        rows.append(criterion(f"pairs, {kind}", "if_absent", found, words))
-        right = (np.sign(part["found"]) == np.sign(part["true"])).to_numpy(float)
-        found = metrics.mean_with_interval(right, *resampled)
-        words = f"{{value:.0%}} of the pairs of {kind} interact in the right direction ({{n}} pairs)"
-        rows.append(criterion(f"pairs, {kind}: sign", "if_absent", found, words))
+        right = np.sign(part["found"]) == np.sign(part["true"])
+        for check, values in (("pairs, {kind}", part["found"]), ("pairs, {kind}: sign", right.astype(float))):
+            found = metrics.mean_with_interval(values, part["patient_id"], settings.n_bootstrap, settings.seed)
+            rows.append(criterion(check, "if_absent", found, kind=kind, truth=part["true"].mean()))
     return rows
 
 
@@ -179,31 +176,21 @@ def of_latest(events: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for method in ("attribution", "if_absent"):
         said = [part[method].sum() / part["true_effect"].sum() for part in (chosen, causes)]
-        words = f"{method} of a latest lactate after a higher one is {{value:.2f}} of what its truth says of causes"
         found = {"value": float(said[0] / said[1]) if len(chosen) else np.nan, "n": len(chosen)}
-        rows.append(criterion("latest after higher", method, found, f"{words} ({{n}} events)"))
+        rows.append(criterion("latest after higher", method, found))
     return rows
 
 
 def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
-    """Return what is asked of planted truth, per method; attention is measured too, and nothing is asked of it."""
-    rows = []
-    for method in explain.METHODS:
-        part, asked = scores[scores["method"] == method], method != "attention"
-        resampled = part["patient_id"].to_numpy(), settings.n_bootstrap, settings.seed
-        mean = lambda name: metrics.mean_with_interval(part[name].to_numpy(), *resampled)
-        words = f"of the events that {method} ranks first, {{value:.3f}} [{{low:.3f}}, {{high:.3f}}] are causes "
-        words += f"(chance {part['chance'].mean():.2f})"
-        bar = ">= 0.9" if asked else ""
-        rows.append(criterion("planted precision@k", method, mean("precision"), words, bar, "low"))
-        if asked:
-            words = f"{method} gives {{value:.1%}} [{{low:.1%}}, {{high:.1%}}] of the causes the right sign"
-            rows.append(criterion("planted sign", method, mean("right_sign"), words, ">= 0.95"))
+    """Return what is asked of planted truth, per method; attention, which has no sign, is measured too."""
+    rows, checks = [], {"planted precision@k": "precision", "planted sign": "right_sign"}
+    for method, part in scores.groupby("method", sort=False):
+        for check, column in list(checks.items())[: 1 if method == "attention" else 2]:
+            found = metrics.mean_with_interval(part[column], part["patient_id"], settings.n_bootstrap, settings.seed)
+            rows.append(criterion(check, method, found, chance=part["chance"].mean()))
         for name in HARMLESS:
             found = {"value": float(part["cause"].mean() / part[name].mean()), "n": int(part[name].count())}
-            words = f"{method} gives a cause {{value:.1f}} times as much as one of the {name} ({{n}} stays)"
-            bar = ">= 10" if asked and name == "decoys" else ""
-            rows.append(criterion(f"causes over {name}", method, found, words, bar))
+            rows.append(criterion(f"causes over {name}", method, found))
     return rows
 
 
@@ -212,15 +199,13 @@ def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for size, part in groups.groupby("size"):
         push, joint, alone, true = part[["attribution", "joint", "alone", "true"]].mean()
-        group, both_ends = f"redundant evidence of {size} events", (joint + alone) / 2
-        effect, absent = "the model's effect of it, mean of both ends,", "the effect of its absence"
-        for name, method, found, wanted, words, bar in (
-            ("", "attribution", push, both_ends, f"pushes of {group} miss {effect}", "<= 0.25"),
-            (": in the stay", "attribution", push, joint, f"pushes of {group} miss {absent}", ""),
-            (": model", "model", joint, true, f"the model's own effect of the absence of {group} misses the truth", ""),
+        for check, method, found, wanted in (
+            ("redundant, {size}", "attribution", push, (joint + alone) / 2),
+            ("redundant, {size}: in the stay", "attribution", push, joint),
+            ("redundant, {size}: model", "model", joint, true),
         ):
             error = {"value": float(abs(found / wanted - 1)), "n": len(part)}
-            rows.append(criterion(f"redundant, {size}{name}", method, error, words + " by {value:.0%}", bar))
+            rows.append(criterion(check, method, error, size=size))
     return rows
 
 
@@ -234,8 +219,7 @@ def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
     for column, method in (("if_absent", "model"), ("attribution", "attribution")):
         size = events[column].abs()
         found = {"value": float(size[is_trap].mean() / size[is_cause].mean()), "n": int(is_trap.sum())}
-        words = f"{column} of a trap is {{value:.2f}} of a cause's, {size[is_cause].mean():.2f} (truth: 0)"
-        rows.append(criterion("traps in shares of causes", method, found, words))
+        rows.append(criterion("traps in shares of causes", method, found, column=column, cause=size[is_cause].mean()))
     return rows
 
 

@@ -42,9 +42,15 @@ def test_truth_is_matched_by_stay_text_and_order_and_another_samples_is_an_error
         selfcheck.with_truth(events.assign(event_text="c"), truth)
 
 
-def test_what_falls_short_is_returned():
-    short = selfcheck.criterion("c", "m", {"value": 0.1, "n": 3}, "it is {value:.1f}", ">= 0.9")
+def test_what_falls_short_is_returned_and_nothing_is_asked_of_attention():
+    found = {"value": 0.95, "low": 0.85, "high": 1.0, "n": 3}
+    short, unasked = (
+        selfcheck.criterion("planted precision@k", name, found, chance=0.2) for name in ("m", "attention")
+    )
     short |= {"seed": "all", "recipe": "774 inputs"}
-    assert short["sentence"] == "it is 0.1" and short["passed"] is False and np.isnan(short["low"])
+    said = "of the events that m ranks first, 0.950 [0.850, 1.000] are causes (chance 0.20)"
+    assert short["sentence"] == said and short["passed"] is False and unasked["passed"] is None
+    of_size = selfcheck.criterion("redundant, {size}", "m", {"value": 0.3}, size=2)
+    assert of_size["check"] == "redundant, 2" and of_size["passed"] is False and np.isnan(of_size["low"])
     assert selfcheck.say(pd.DataFrame([short])) == 1
     assert selfcheck.say(pd.DataFrame([short | {"passed": True}])) == 0
