@@ -72,6 +72,13 @@ def run_python(*words, folder=None, **environment):
     return done.stdout
 
 
+@torch.no_grad()
+def padded_logits(model, dataset):
+    """The logits (B,) of a dataset's stays by the ordinary way: padded, and one pass."""
+    batch = train.collate_stays([dataset[stay] for stay in range(len(dataset))])
+    return model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"]).squeeze(1)
+
+
 class LinearStay(torch.nn.Module):
     """Logit = sum of the events times w + statics times v + c: the one model whose attributions are known exactly."""
 

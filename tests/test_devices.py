@@ -32,6 +32,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from conftest import save_tokenizer  # noqa: E402
 from make_sample import make_sample  # noqa: E402
+from small_table import padded_logits  # noqa: E402
 from torch import distributed, futures  # noqa: E402
 
 import train  # noqa: E402
@@ -62,10 +63,7 @@ def packed_input(machine):
         on_cpu = train.load_checkpoint("out/checkpoints/best_model.pth")
         vectors = trainer.test_set.text_vectors.cpu()
         dataset = train.ClinicalSequenceDataset(trainer.test_set.table, on_cpu.preprocessor, vectors)
-        batch = train.collate_stays([dataset[stay] for stay in range(len(dataset))])
-        with torch.no_grad():
-            padded = on_cpu.model.logits(batch["sequences"], batch["static_features"], batch["attention_mask"])
-        assert np.allclose(found, padded[:, 0].numpy(), atol=1e-4)
+        assert np.allclose(found, padded_logits(on_cpu.model, dataset), atol=1e-4)
 
 
 def another_encoder(machine):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.special import expit
-from small_table import LinearStay, best_model
+from small_table import LinearStay, best_model, padded_logits
 
 import explain_clinicalLF as explain
 import train
@@ -181,12 +181,9 @@ def any_run(sample_run, request):
 
 
 def read_anew(run, table):
-    """The logits of stays by the ordinary way: a dataset of what is in their table, padded, and one pass."""
+    """The logits of stays by the ordinary way: a dataset of what is in their table."""
     dataset = train.ClinicalSequenceDataset(table, run.checkpoint.preprocessor, run.dataset.text_vectors)
-    batch = train.collate_stays([dataset[stay] for stay in range(len(dataset))])
-    with torch.no_grad():
-        inputs = (batch["sequences"], batch["static_features"], batch["attention_mask"])
-        return run.checkpoint.model.logits(*inputs).double().squeeze(1).numpy()
+    return padded_logits(run.checkpoint.model, dataset).double().numpy()
 
 
 def falls_of(run, stay):

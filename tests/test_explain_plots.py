@@ -1,5 +1,7 @@
 """The pictures of an explanation: they ask a question, name their events, and survive small and odd tables."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -60,26 +62,19 @@ def test_head_specialization_counts_only_heads_that_move_the_logit(tables):
     assert "0 of 8 heads matter" in words_of(draw_figure("head_specialization", {"heads": heads.assign(effect=0.0)}))
 
 
-def test_pictures_say_of_how_many_events_replacements_are(tables):
-    events = tables["events"].assign(if_absent=lambda table: table["if_absent"].where(table["event"] < 20))
-    n_events = (events["icu_stay_id"] == tables["attention"]["icu_stay_id"]).sum()
-    words = words_of(draw_figure("sequence_importance_combined", tables | {"events": events}))
-    assert f"20 of {n_events} events" in words
-
-
-def test_figures_survive_one_stay_without_label_and_without_heads(tables):
+def test_figures_survive_one_stay_without_label_and_without_heads_and_an_unknown_one_is_refused(tables):
     drawn = draw_figures(one_stay(tables) | {"curves": tables["curves"]})
     assert set(drawn) == set(NAMES) == set(FIGURES) and "outcome unknown" in words_of(drawn["captum_attributions"])
     for figure in drawn.values():
         figure.draw_without_rendering()
+    with pytest.raises(InputError, match="no picture is called nonsense; there are layer_attention_weights"):
+        draw_figure("nonsense", tables)
 
 
-def test_pictures_of_checks_and_layers_are_drawn_only_where_there_are_any_and_an_unknown_one_is_refused(tables):
+def test_pictures_of_checks_and_layers_are_drawn_only_where_there_are_any(tables):
     attention = tables["attention"] | {"layer_maps": np.zeros((0, 2, 0, 0))}
     drawn = draw_figures(tables | {"curves": tables["curves"][:0], "attention": attention})
     assert set(NAMES) - set(drawn) == {"deletion_insertion", "layer_attention_weights", "captum_layer_attributions"}
-    with pytest.raises(InputError, match="no picture is called nonsense; there are layer_attention_weights"):
-        draw_figure("nonsense", tables)
 
 
 def test_maps_of_a_long_stay_have_the_hours_of_its_end(tables):
@@ -97,10 +92,13 @@ def test_every_stay_can_be_drawn_with_its_events_for_and_against(tables):
         assert ("not complete" in words) != stay.complete
 
 
-def test_pushes_that_do_not_matter_are_said_not_to(tables):
-    quiet = tables["events"].assign(attribution=0.001, if_absent=0.0, attention=0.04)
-    words = words_of(draw_figure("sequence_importance_combined", tables | {"events": quiet}))
-    assert "no event mattered: none moves the logit by 0.05" in words and "no event stands out" in words
+def test_pushes_that_do_not_matter_are_said_not_to_and_of_how_many_events_replacements_are(tables):
+    events, draw = tables["events"], partial(draw_figure, "sequence_importance_combined")
+    words = lambda **changed: words_of(draw(tables | {"events": events.assign(**changed)}))
+    quiet = words(attribution=0.001, if_absent=0.0, attention=0.04)
+    assert "no event mattered: none moves the logit by 0.05" in quiet and "no event stands out" in quiet
+    n_events = (events["icu_stay_id"] == tables["attention"]["icu_stay_id"]).sum()
+    assert f"20 of {n_events} events" in words(if_absent=events["if_absent"].where(events["event"] < 20))
 
 
 def test_deletion_and_insertion_are_the_means_over_stays(tables):

@@ -1,19 +1,19 @@
 """What is said of an explanation: words for numbers and texts, sentences of checks and findings, and the page."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from small_table import LACTATE
+import yaml
 
 from clinical_lf import explain_report
 from clinical_lf.explain_report import Check, check_table
 from clinical_lf.plots import new_figure
 
-FAR = "far above range"
-ATTACK = f'Lab: <script>alert(1)</script> & "$x_{{$ (Blood, Chemistry) | Value: <b>9</b> | Level: {FAR}'
+ATTACK = 'Lab: <script>alert(1)</script> & "$x_{$ (Blood, Chemistry) | Value: <b>9</b> | Level: far above range'
 INFO: dict[str, Any] = {"text_encoder": "hashing", "data": "synthetic", "checkpoint": "best_model.pth"}
 INFO |= {"labels": np.array([]), "risks": np.array([])}  # and the ids of the stays, where a page is made
 INFO |= {"setting": "The model sees every event up to the final one."}
@@ -60,34 +60,13 @@ def report(tables):
 
 
 # ---- Words
-@pytest.mark.parametrize(
-    "text, short",
-    [
-        (f"{LACTATE} | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: {FAR}", f"Lactate · 5.2 mmol/L · {FAR}"),
-        ("Lab: Sodium (Urine, Chemistry) | Value: 30 mEq/L", "Sodium (Urine, Chemistry) · 30 mEq/L"),
-        ("Microbiology: URINE | Test: URINE CULTURE | Comment: NO GROWTH.", "Microbiology: URINE · URINE CULTURE"),
-        ("Procedure: EKG (4-Procedures) | Status: FinishedRunning", "Procedure: EKG"),
-        ("", ""),
-    ],
-)
-def test_short_text_keeps_what_value_and_level(text, short):
-    assert explain_report.short_text(text) == short and len(explain_report.short_text(text, 12)) <= 12
+WORDINGS = yaml.safe_load(Path(__file__).with_name("wordings.yaml").read_text("utf-8"))
 
 
-@pytest.mark.parametrize(
-    "function, number, words",
-    [
-        *(("odds", logit, said) for logit, said in ((0.0, "the same"), (-0.03, "the same"), (2.5, "× 12"))),
-        *(("odds", logit, said) for logit, said in ((-0.35, "÷ 1.4"), (9.0, "× over 1,000"), (np.nan, "–"))),
-        *(("signed", value, said) for value, said in ((0.31, "+0.31"), (-0.031, "−0.031"), (0.0031, "+0.0031"))),
-        *(("signed", value, said) for value, said in ((-0.0004, "0"), (np.nan, "–"))),
-        *(("percent", risk, said) for risk, said in ((0.424, "42 %"), (0.001, "under 1 %"), (1.0, "over 99 %"))),
-        *(("outcome", label, said) for label, said in ((1.0, "died"), (0.0, "survived"), (np.nan, "outcome unknown"))),
-        *(("plain_number", value, said) for value, said in (("71.00", "71"), ("F", "F"), (0.12345, "0.123"))),
-    ],
-)
-def test_numbers_are_written_as_a_person_would(function, number, words):
-    assert getattr(explain_report, function)(number) == words
+@pytest.mark.parametrize("function", WORDINGS)
+def test_numbers_and_texts_are_written_as_a_person_would(function):
+    for *given, words in WORDINGS[function]:
+        assert getattr(explain_report, function)(*given) == words
 
 
 def test_checks_say_in_words_whether_they_hold_and_are_counted_unless_the_verdict_warns():
