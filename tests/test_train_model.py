@@ -53,7 +53,7 @@ def test_default_model_has_the_shapes_of_the_specification_and_refuses_others_in
     assert probability.shape == (2, 1) and attention["transformer_output"].shape == (2, 9, 256)
     assert attention["pooling_weights"].shape == (2, 4, 1, 9) and attention["query_vector"].shape == (2, 1, 256)
     assert [w.shape for w in attention["layer_attention_weights"]] == [(2, 8, 9, 9)] * 4
-    linear = [tuple(layer.weight.shape) for layer in model.classifier if hasattr(layer, "weight")]
+    linear = [layer.weight.shape for layer in model.classifier if hasattr(layer, "weight")]
     assert linear == [(256, 296), (128, 256), (1, 128)] and model.query_vector.shape == (1, 1, 256)
     for shape in ((5, 774), (1, 5, 773)):
         with pytest.raises(InputError, match=r"give \(B, L, 774\), a single stay with B = 1"):
@@ -89,12 +89,11 @@ def test_attention_sums_to_one_over_events_and_is_that_of_the_pass_that_made_the
     value = train.unpack(seen["qkv"], train.layout_of_mask(mask)).unflatten(2, (3, 4, -1))[:, :, 2].transpose(1, 2)
     by_weights = (attention["layer_attention_weights"][0] @ value).transpose(1, 2).flatten(2)[mask]
     assert torch.allclose(by_weights, seen["attended"], atol=1e-5)
-    for weights in attention["layer_attention_weights"]:
-        assert torch.allclose(weights.sum(-1), mask[:, None, :].expand(-1, 4, -1).float(), atol=1e-5)
-        assert not weights.transpose(2, 3)[~mask[:, None, :, None].expand_as(weights)].any()
     pooling, layer = attention["pooling_weights"], model.attention_pooling
-    assert torch.allclose(pooling.sum(-1), torch.ones(B, 4, 1), atol=1e-5)
-    assert not pooling[~mask[:, None, None, :].expand_as(pooling)].any()
+    for weights in (*attention["layer_attention_weights"], pooling):
+        is_asking = mask[:, None] if weights.shape[2] > 1 else torch.ones(B, 1, 1)
+        assert torch.allclose(weights.sum(-1), is_asking.expand(-1, 4, -1).float(), atol=1e-5)
+        assert not (weights * ~mask[:, None, None]).any()
     values = layer.value(attention["transformer_output"]).unflatten(2, (4, -1)).transpose(1, 2)
     pooled = layer.output((pooling @ values).transpose(1, 2).flatten(2)).squeeze(1)
     again = torch.sigmoid(model.classifier(torch.cat([pooled, batch[1]], dim=1)))
@@ -170,9 +169,8 @@ def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
 
 def test_numbers_enter_as_eight_soft_steps_and_only_where_an_event_has_one():
     projection = train.ItemHistoryProjection(INPUT, 52)  # 6 quantiles of 8 steps, 3 other numbers, the time
-    for layer in (projection.text, projection.product):
-        torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(projection.text.bias)
+    for parameter in (projection.text.weight, projection.text.bias, projection.product.weight):
+        torch.nn.init.zeros_(parameter)
     torch.nn.init.eye_(projection.numbers.weight)
     events = torch.zeros(4, INPUT + len(HISTORY))
     events[:, INPUT] = torch.tensor([-1, 0.125, 1, 1])  # quantiles of the value
@@ -209,14 +207,12 @@ def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
 @torch.no_grad()
 def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model):
     stays = np.array([4, 0, 9, 1])
-    batch, lengths = dataset.packed(stays), dataset.lengths[stays]
-    padded = train.collate_stays([dataset[stay] for stay in stays])
-    assert batch.layout.lengths == lengths.tolist() and len(batch.events) == lengths.sum()
-    assert padded["attention_mask"].sum(1).tolist() == lengths.tolist()
-    assert not padded["sequences"][~padded["attention_mask"]].any()
+    batch, padded = dataset.packed(stays), train.collate_stays([dataset[stay] for stay in stays])
+    mask, lengths = padded["attention_mask"], dataset.lengths[stays].tolist()
+    assert batch.layout.lengths == mask.sum(1).tolist() == lengths and len(batch.events) == sum(lengths)
+    assert not padded["sequences"][~mask].any() and torch.equal(batch.labels, dataset.labels[stays])
     logits, details = small_model.score_packed(batch.events, batch.static_features, batch.layout)
     assert torch.allclose(logits[:, 0], padded_logits(small_model, dataset)[stays], atol=1e-6)
-    assert torch.equal(batch.labels, dataset.labels[stays])
     table, loss = dataset.table.take(stays), train.TemporalAwareLoss(32)
     objective = train.TrainingObjective(small_model, loss, train.ClinicalDataPreprocessor().fit(dataset.table))
     assert torch.allclose(objective(batch, 773), objective(padded, 773), atol=1e-6)
