@@ -6,7 +6,6 @@
 Every criterion stands in the log with its value, its interval over patients and what is asked, and in --out as JSON.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import make_sample
 import explain_clinicalLF as explain
 import train
 from clinical_lf import files, metrics, tables
+from clinical_lf.settings import setting, settings_from
 
 # Of the sample's effects: a cause then moves the logit by 1.5 (median). With the full effects seven in ten true logits
 # lie beyond 4, and training has no reason to learn how far beyond: attributions cannot have the size of the truth.
@@ -36,12 +36,13 @@ HARMLESS = {"decoys": ("decoy",), "traps": ("early", "lone")}  # what only looks
 
 @dataclass(frozen=True)
 class Size:
-    """How much the self-check takes."""
+    """How much the self-check takes, and where it is written."""
 
-    stays: int = 2000  # that each model is trained on
-    epochs: int = 50
-    seeds: int = 5
-    cache_dir: str = "clinical_LF_precomp_emb"
+    stays: int = setting(2000, "Stays that each model is trained on.")
+    epochs: int = setting(50, "Epochs of each.")
+    seeds: int = setting(5, "Samples.")
+    cache_dir: str = setting("clinical_LF_precomp_emb", "Folder of the text vectors.")
+    out: str = setting("", "JSON file for the criteria.")
 
 
 def criterion(check: str, method: str, found: dict[str, Any], **said: Any) -> dict[str, Any]:
@@ -257,18 +258,12 @@ def say(rows: pd.DataFrame) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("seeds", "stays", "epochs"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Size, name))
-    parser.add_argument("--cache-dir", default=Size.cache_dir)
-    parser.add_argument("--out", type=Path, help="JSON file for the criteria")
-    options = parser.parse_args()
+    size = settings_from(None, Size, __doc__)
     files.log_to_stdout()
-    size = Size(options.stays, options.epochs, options.seeds, options.cache_dir)
     of_recipes = [selfcheck(size, explain.ExplainSettings(stays=0), item_history) for item_history in (False, True)]
     rows = pd.DataFrame([*of_recipes[0], *of_recipes[1]])
-    if options.out:
-        files.write_json(options.out, json.loads(rows.to_json(orient="records")))
+    if size.out:
+        files.write_json(Path(size.out), json.loads(rows.to_json(orient="records")))
     return say(rows)
 
 

@@ -82,9 +82,8 @@ def test_statics_are_findings_as_items_are():
     statics = {"patient_id": range(12), "feature": "length of stay", "value": [*map(str, range(11)), "Unknown"]}
     tables = {"statics": pd.DataFrame(statics | {"attribution": np.arange(12.0)}), "events": events_of([1.0], [0.0])}
     row = findings.item_table(findings.with_statics(tables)).iloc[0]
-    assert (
-        row["is_static"] and row["n_values"] == 11 and "length of stay pushes towards death when hi" in row["sentence"]
-    )
+    assert "length of stay pushes towards death when hi" in row["sentence"]
+    assert row["is_static"] and row["n_values"] == 11
 
 
 def test_items_of_one_patient_are_no_finding_and_the_largest_come_first():
