@@ -1,16 +1,17 @@
 """explain_clinicalLF.py: attributions, ablations, attention, checks, verdict, files, on models with known answers."""
 
 import doctest
-import itertools
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from scipy.special import expit
 from small_table import LinearStay, best_model, padded_logits
 
@@ -27,15 +28,21 @@ N_EVENTS, INPUT_DIM, STATIC_DIM = 7, 14, 4  # an event: 5 type, 8 text, 1 time
 PARTS = ("type", "text", "time", "history")
 ANALYSES = (explain.captum_analysis, explain.layer_analysis, explain.ablation_analysis)
 LINEAR = LinearStay(INPUT_DIM, STATIC_DIM)
+CASES = yaml.safe_load(Path(__file__).with_name("explain_cases.yaml").read_text("utf-8"))
+
+
+def random_model(input_dim, static_dim, n_history=0):
+    """A small model with two layers, whose query is random too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = train.ClinicalTransformer(input_dim, static_dim, 16, 2, 2, 32, 2, n_history=n_history).eval()
+        made.query_vector.data.normal_()
+        return made
 
 
 @pytest.fixture(scope="module")
 def model():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = train.ClinicalTransformer(INPUT_DIM, STATIC_DIM, 16, 2, 2, 32, 2).eval()
-        made.query_vector.data.normal_()
-        return made
+    return random_model(INPUT_DIM, STATIC_DIM)
 
 
 @pytest.fixture
@@ -74,25 +81,27 @@ def test_attribution_on_a_linear_model_is_weight_times_difference(stay):
     torch.testing.assert_close(found.statics, LINEAR.v.data * (stay.static - stay.baseline["static"]))
 
 
-def test_attribution_sums_to_the_difference_of_the_logits_and_is_the_same_twice(model, stay):
+def test_attributions_sum_to_the_difference_of_the_logits_also_at_every_layer_and_are_the_same_twice(model, stay):
     found, again = (explain.captum_analysis(model, *stay.inputs, baseline=stay.baseline) for _ in range(2))
-    total = float(found.events.sum() + found.statics.sum())
-    difference = logit(model, *stay.inputs) - logit(model, stay.nothing, stay.baseline["static"][None])
+    total, own = float(found.events.sum() + found.statics.sum()), logit(model, *stay.inputs)
+    difference = own - logit(model, stay.nothing, stay.baseline["static"][None])
     assert found.complete.all() and total == pytest.approx(difference, abs=0.02)
     assert total - found.gap_errors[0] == pytest.approx(found.logits[0] - found.baseline_logits[0], abs=1e-6)
     assert torch.equal(found.events, again.events)
+    rows = explain.layer_analysis(model, *stay.inputs, baseline=stay.baseline)
+    difference = own - logit(model, stay.nothing, stay.static)
+    assert [row["layer"] for row in rows] == ["input_projection", "encoder layer 1", "encoder layer 2"]
+    assert all(row["attribution"].shape == (1, N_EVENTS) for row in rows)
+    assert [row["attribution"].sum() for row in rows] == pytest.approx([difference] * 3, abs=0.03)
 
 
-def test_attribution_ignores_padding_other_stays_and_masked_events(model, stay):
-    alone = explain.captum_analysis(model, *stay.inputs, baseline=stay.baseline)
-    padded = torch.full((2, N_EVENTS + 200, INPUT_DIM), math.nan)
-    padded[0, :N_EVENTS], padded[1] = stay.sequence[0], 1.0
-    both = (padded, stay.static.expand(2, -1), ~padded.isnan().any(2))
-    found = explain.captum_analysis(model, *both, stay.baseline, n_steps=50, retry=False)
-    torch.testing.assert_close(found.events[0, :N_EVENTS], alone.events[0], rtol=0, atol=1e-6)
-    assert (found.events[0, N_EVENTS:] == 0).all()
-    holed = explain.captum_analysis(model, *stay.inputs, torch.arange(N_EVENTS)[None] != 3, stay.baseline)
-    assert (holed.events[0, 3] == 0).all() and (holed.events[0, 2] != 0).any()
+def test_attribution_ignores_masked_events_whatever_they_are_and_wherever_they_stand(model, stay):
+    """Padding, and another stay in the batch: see `test_analyses_take_a_batch_and_its_mask_of_any_type`."""
+    mask, damaged = torch.arange(N_EVENTS)[None] != 3, stay.sequence.clone()
+    damaged[0, 3] = math.nan
+    found, other = (explain.captum_analysis(model, given, stay.static, mask) for given in (stay.sequence, damaged))
+    assert (found.events[0, 3] == 0).all() and (found.events[0, 2] != 0).any()
+    torch.testing.assert_close(other.events, found.events, rtol=0, atol=1e-6)
 
 
 def test_retry_takes_more_steps_where_it_does_not_add_up(stay, monkeypatch):
@@ -102,14 +111,6 @@ def test_retry_takes_more_steps_where_it_does_not_add_up(stay, monkeypatch):
     assert once.n_steps[0] == 2 and not once.complete[0]
     again = explain.captum_analysis(LINEAR, *stay.inputs, n_steps=2)
     assert again.n_steps[0] in (8, 32) and again.complete[0] and abs(again.gap_errors[0]) < abs(once.gap_errors[0])
-
-
-def test_layer_attributions_add_up_at_every_layer(model, stay):
-    rows = explain.layer_analysis(model, *stay.inputs, baseline=stay.baseline)
-    difference = logit(model, *stay.inputs) - logit(model, stay.nothing, stay.static)
-    assert [row["layer"] for row in rows] == ["input_projection", "encoder layer 1", "encoder layer 2"]
-    assert all(row["attribution"].shape == (1, N_EVENTS) for row in rows)
-    assert [row["attribution"].sum() for row in rows] == pytest.approx([difference] * 3, abs=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
@@ -169,11 +170,7 @@ def any_run(sample_run, request):
     preprocessor = train.ClinicalDataPreprocessor(item_history=request.param).fit(table)
     vectors = torch.randn(len(table.texts), 8, generator=torch.Generator().manual_seed(2))
     dataset = train.ClinicalSequenceDataset(table, preprocessor, vectors)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = (dataset.input_dim, preprocessor.static_dim, 16, 2, 2, 32, 2)
-        made = train.ClinicalTransformer(*sizes, n_history=dataset.n_history).eval()
-        made.query_vector.data.normal_()
+    made = random_model(dataset.input_dim, preprocessor.static_dim, dataset.n_history)
     checkpoint = train.Checkpoint(made, preprocessor, train.Settings(), "", {}, {}, {})
     typical = explain.typical_texts(table.texts, preprocessor.state_dict()["item_quantiles"])
     run = explain.Run(checkpoint, table, dataset, np.zeros(20), True, np.zeros(len(table.texts), bool), typical)
@@ -196,60 +193,54 @@ def falls_of(run, stay):
 
 def test_an_absent_event_has_the_effect_that_the_table_without_it_has(any_run, monkeypatch):
     lactates = pd.Series(any_run.table.texts[any_run.table.text]).str.startswith("Lab: Lactate").to_numpy()
-    stays, counts = np.unique(any_run.table.stay_of_event[lactates], return_counts=True)
-    stay = int(stays[counts.argmax()])  # its latest lactate follows others
+    counts = np.bincount(any_run.table.stay_of_event[lactates])
+    stay = int(counts.argmax())  # its latest lactate follows others
     given, expected = (any_run.checkpoint.model, *any_run.inputs(stay)), falls_of(any_run, stay)
-    (found,) = explain.ablation_analysis(*given, dataset=any_run.dataset, first=stay).if_absent
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert counts.max() >= 2 and np.abs(found).max() > 1e-3
+    absence = partial(explain.ablation_analysis, *given, dataset=any_run.dataset, first=stay)
+    np.testing.assert_allclose(absence().if_absent[0], expected, atol=2e-5)
+    assert counts.max() >= 2 and np.abs(expected).max() > 1e-3
     monkeypatch.setattr(explain, "FORWARD_EVENTS", 1)
-    of_some = {"which": np.array([1, 4]), "dataset": any_run.dataset, "first": stay}
-    (some,) = explain.ablation_analysis(*given, **of_some).if_absent
-    np.testing.assert_allclose(some[[1, 4]], expected[[1, 4]], atol=2e-5)
-    assert np.isnan(some).sum() == len(some) - 2
+    of_two = np.where(np.isin(np.arange(len(expected)), [1, 4]), expected, np.nan)
+    np.testing.assert_allclose(absence(which=np.array([1, 4])).if_absent[0], of_two, atol=2e-5)
     if any_run.checkpoint.preprocessor.item_history:
         with pytest.raises(InputError, match="Give dataset="):  # the histories of others are in no tensor
             explain.ablation_analysis(*given)
 
 
 def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run):
-    places, sizes = np.arange(len(any_run.table.text)), []
-    falls_of_stays = [falls_of(any_run, stay) for stay in range(20)]
-    for stay, share in itertools.product(range(20), (0.9, 1.3)):  # of the strongest event: enough, and not
-        falls, first = falls_of_stays[stay], any_run.table.offsets[stay]
+    """Thresholds ask for a share of the strongest event's effect: it is enough, or not."""
+    sizes = {0.9: [], 1.3: []}
+    for stay in range(8):
+        falls, before = falls_of(any_run, stay), any_run.logits[stay]
         columns = {"icu_stay_id": stay, "event": np.arange(len(falls)), "event_text": "", "attribution": falls}
-        strongest = falls[np.abs(falls).argmax()]
-        threshold = float(expit(any_run.logits[stay] - share * strongest))
-        found = explain.decisive_events(any_run, stay, pd.DataFrame(columns), threshold)
-        left = any_run.table.take(np.array([stay]), keep_event=~np.isin(places, first + found["event"].to_numpy(int)))
-        (risk,) = expit(read_anew(any_run, left))
-        sizes.append(len(found))
-        if share > 1 and found.empty:  # all other events speak for the other side
-            continue
-        assert (risk < threshold) != (expit(any_run.logits[stay]) < threshold)
-        np.testing.assert_allclose(found["probability_without"].astype(float), risk, atol=1e-5)
-    assert min(sizes[::2]) == 1 and np.mean(sizes[1::2]) > 1.5
+        for share, counted in sizes.items():
+            threshold = float(expit(before - share * falls[np.abs(falls).argmax()]))
+            found = explain.decisive_events(any_run, stay, pd.DataFrame(columns), threshold)
+            counted.append(len(found))
+            if share > 1 and found.empty:  # all other events speak for the other side
+                continue
+            gone = any_run.table.offsets[stay] + found["event"].to_numpy(int)
+            kept = ~np.isin(np.arange(len(any_run.table.text)), gone)
+            (risk,) = expit(read_anew(any_run, any_run.table.take(np.array([stay]), keep_event=kept)))
+            assert (risk < threshold) != (expit(before) < threshold)
+            np.testing.assert_allclose(found["probability_without"].astype(float), risk, atol=1e-5)
+    assert min(sizes[0.9]) == 1 and np.mean(sizes[1.3]) > 1.5
 
 
 def test_a_typical_number_is_that_of_the_nearest_text_that_says_the_same_and_its_history_follows(any_run):
-    said = lambda value, more="": f"Lab: Lactate | Value: {value} mmol/L{more}"
-    texts = np.array(
-        [said(9, " | Level: far above range"), said(2), said(1.9, " | Flag: low"), said(4, " | Comment: x")]
-    )
+    texts = [" | Value: 9 mmol/L | Level: far above range", " | Value: 2 mmol/L", " | Value: 1.9 mmol/L | Flag: low"]
+    texts = np.array([f"Lab: Lactate{text}" for text in (*texts, " | Value: 4 mmol/L | Comment: x", "")])
     known = {"Lab: Lactate mmol/L": [1.0, 1.5, 2.0, 3.0, 12.0], "Lab: Sodium mEq/L": [100.0, 140.0]}
-    assert explain.typical_texts(texts, known).tolist() == [1, 1, 1, -1]  # 4 is in the upper quarter
-    assert explain.typical_texts(np.array(["Lab: Sodium | Value: 140 mEq/L", "Lab: X", ""]), {}).tolist() == [-1] * 3
-    table, stay = any_run.table, 0
-    own = table.text[: table.offsets[1]]
-    changed = np.flatnonzero((any_run.typical_texts[own] >= 0) & (any_run.typical_texts[own] != own))
-    other = [own.copy() for _ in changed]
-    for text, event in zip(other, changed):
-        text[event] = any_run.typical_texts[own[event]]
-    alone = table.take(np.array([0]))
-    falls = any_run.logits[stay] - read_anew(any_run, stacked([replace(alone, text=text) for text in other]))
-    found = explain.if_typical(any_run, stay, np.arange(len(own)))
-    np.testing.assert_allclose(found[changed], falls, atol=2e-5)
-    assert len(changed) > 2 and np.isnan(found[any_run.typical_texts[own] < 0]).all()
+    assert explain.typical_texts(texts, known).tolist() == [1, 1, 1, -1, -1]  # 4 is in the upper quarter
+    assert explain.typical_texts(texts, {}).tolist() == [-1] * 5
+    alone, own, other = any_run.table.take(np.array([0])), any_run.table.text[: any_run.table.offsets[1]], []
+    typical = any_run.typical_texts[own]
+    changed = np.flatnonzero((typical >= 0) & (typical != own))
+    for event in changed:
+        other.append(replace(alone, text=np.where(np.arange(len(own)) == event, typical[event], own)))
+    found = explain.if_typical(any_run, 0, np.arange(len(own)))
+    np.testing.assert_allclose(found[changed], any_run.logits[0] - read_anew(any_run, stacked(other)), atol=2e-5)
+    assert len(changed) > 2 and np.isnan(found[typical < 0]).all()
 
 
 # ---- Attention
@@ -346,12 +337,9 @@ def test_gain_over_random_resamples_patients_not_stays():
     assert gains["deletion, lowest first", "attribution"] == 0.5
 
 
-def test_a_check_is_held_to_its_threshold_by_the_limit_of_its_interval():
-    known, wide = {"value": 0.5, "low": 0.1, "high": 0.9}, dict.fromkeys(("low", "high"), math.nan)
-    judge = lambda found, *asked: explain.judged("deletion", "attention", found, *asked).passed
-    assert judge(known, ">= 0.2", "low") is False and judge(known, ">= 0.2") is True
-    assert judge(known, "<= 0.6", "high") is False and judge(known | wide, "> 0.2", "low") is True
-    assert judge(known | wide | {"value": math.nan}, "> 0.2", "low") is None and judge(known) is None
+@pytest.mark.parametrize("found, asked, limit, passed", CASES["judged"])
+def test_a_check_is_held_to_its_threshold_by_the_limit_of_its_interval(found, asked, limit, passed):
+    assert explain.judged("deletion", "attention", found, asked, limit).passed is passed
 
 
 # ---- Verdict
@@ -528,9 +516,8 @@ def test_what_attention_cannot_say_names_the_call_that_does_and_another_stay_is_
 
 
 def test_history_names_the_extremes_of_an_item_until_then():
-    rows = [(2.1, 2.1, 2.1, 1), (4.0, 2.1, 4.0, 2), (3.0, 2.1, 4.0, 3), (2.1, 2.1, 4.0, 4), (math.nan,) * 3 + (5,)]
-    history = pd.DataFrame(rows, columns=["value", "minimum", "maximum", "count"])
-    assert explain.history_in_words(history) == ["", "highest of 2", "", "lowest of 4", ""]
+    history = pd.DataFrame(CASES["history"], columns=["value", "minimum", "maximum", "count", "words"])
+    assert explain.history_in_words(history) == history["words"].tolist()
 
 
 def test_examples_in_docstrings_are_true(model, batch, run, attention, described):
@@ -650,22 +637,14 @@ def test_heads_are_correlated_with_what_events_are_and_switched_off_and_on_again
         assert torch.equal(values, before[name]), name
 
 
-@pytest.mark.parametrize(
-    "effects, pushes, threshold, events",
-    [
-        ([0.2, 2.5, -1.0, 0.1], None, 0.5, [1]),  # logit 2.3; without the 2.5 it is -0.2
-        ([0.5, -2.0, -0.1], None, 0.5, [1]),  # of a low risk those against
-        ([0.2, 1.5, 1.2, -1.0], None, 0.5, [1, 2]),  # neither alone is enough
-        ([0.3, 2.5, -1.0], [3.0, 2.0, -1.0], 0.5, [1]),  # the first is given back: the change does not need it
-        ([0.5, 0.4], None, 0.4, []),  # a stay that says nothing has a risk above 40 %
-    ],
-)
-def test_decisive_events_are_the_fewest_that_change_the_decision(effects, pushes, threshold, events):
+@pytest.mark.parametrize("case", CASES["decisive"])
+def test_decisive_events_are_the_fewest_that_change_the_decision(case):
+    effects, events, threshold = case["effects"], case["events"], case["threshold"]
     model, inputs = LinearStay(1, 1), (torch.tensor(effects)[None, :, None], torch.zeros(1, 1))
     model.w.data[:] = 1  # the logit is 0.5 and the sum of the effects
     run = SimpleNamespace(checkpoint=SimpleNamespace(model=model), one=lambda stay: explain.OneStay(*inputs))
     columns = {"icu_stay_id": 1, "event": range(len(effects)), "event_text": ""}
-    stay = pd.DataFrame(columns | {"attribution": pushes or effects})
+    stay = pd.DataFrame(columns | {"attribution": case.get("pushes", effects)})
     table, whole = explain.decisive_events(run, 0, stay, threshold), 0.5 + sum(effects)
     assert table["event"].tolist() == events
     left = whole - sum(effects[event] for event in events)
@@ -695,9 +674,6 @@ def test_log_names_findings_only_of_a_model_that_discriminates(explained, discri
     assert ("Findings" in "".join(said)) == discriminates and "Checks" in "".join(said)
 
 
-def test_main_says_what_to_mend_and_returns_2(capsys):
-    wrong = {"--checkpoint no.pth": "no such checkpoint", "--n-bootstrap 0": "must be at least 1"}
-    for arguments, message in wrong.items():
-        assert explain.main(arguments.split()) == 2 and message in capsys.readouterr().err
+def test_analysis_with_an_unknown_option_is_refused():
     with pytest.raises(InputError, match="no_such_option"):
         explain.run_explainability_analysis("best_model.pth", "", None, no_such_option=1)

@@ -6,29 +6,24 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from small_table import TINY, arguments, leftovers, run_python, small_table
 
 import train
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import split_by_patient
 
-ACCELERATE = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-# Without MPI, accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts them all.
-LAUNCHERS = {
-    "accelerate launch --cpu": (1, [*ACCELERATE.split(), "--cpu"]),
-    "accelerate launch --multi_gpu": (2, [*ACCELERATE.split(), "--multi_gpu", "--main_process_port", "29531"]),
-    "torchrun": (2, ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29532"]),
-}
+LAUNCHERS = yaml.safe_load(Path(__file__).with_name("launchers.yaml").read_text("utf-8"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_processes, command", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, command, tmp_path, tiny_longformer):
+@pytest.mark.parametrize("n_processes, options", [launcher.values() for launcher in LAUNCHERS])
+def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, options, tmp_path, tiny_longformer):
     data = small_table()
     data["event_text"] = [f"Lab: Lactate | Value: {i} mmol/L" + " and so on" * (i % 40) for i in range(len(data))]
     data.to_csv(tmp_path / "data.csv", index=False)
     argv = arguments(tmp_path, tmp_path / "data.csv", encoder=tiny_longformer)
-    said = run_python(*command, train.__file__, *argv, folder=tmp_path)
+    said = run_python(*options.split(), train.__file__, *argv, folder=tmp_path)
     assert "on the CPU, float32" in said and (", 2 processes" in said) == (n_processes == 2)
     assert said.count("epoch  1/1") == 1 and said.count("Written ") == 1
     predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
