@@ -174,9 +174,6 @@ class HuggingFaceEncoder:
         # Of attention: what is no Longformer has none, nor one whose layers differ; a longer band takes much memory.
         self.window = windows.pop() if len(windows) == 1 and self._length_limit <= 1024 else None
         model = (longformer_as_roberta(model) if self.window else model).to(self._dtype).eval().requires_grad_(False)
-        if self._devices[0].type == "cpu" and self._dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            for linear in [layer for layer in model.modules() if type(layer) is nn.Linear]:
-                linear.__class__ = OneDnnLinear
         others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]  # the last takes the model itself
         self._models = [*others, model.to(self._devices[-1])]
         check_vectors(self)
@@ -237,13 +234,6 @@ def check_vectors(encoder: HashingEncoder | HuggingFaceEncoder) -> None:
     if pdist(vectors).min(initial=np.inf) <= 1e-4 * np.abs(vectors).max():
         encoder.unload()
         raise InputError(WORDS["encoder"]["one_vector"].format(encoder=encoder.id))
-
-
-class OneDnnLinear(nn.Linear):
-    """A Linear through oneDNN, as bfloat16 has it anyway: on AMD processors twice as fast as MKL, torch's choice."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
 
 def band_mask(is_token: Tensor, window: int) -> Tensor | None:
