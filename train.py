@@ -57,7 +57,7 @@ from clinical_lf.items import HISTORY, STATISTICS
 from clinical_lf.meds import MedsTask, is_meds, meds_split
 from clinical_lf.reading import read_stays
 from clinical_lf.settings import check_limits, cli_name, setting, settings_from
-from clinical_lf.tables import EVENT_TYPES, STATIC_COLUMNS, CohortStep, ReadReport, Split, StayTable
+from clinical_lf.tables import EVENT_TYPES, STATIC_COLUMNS, ReadReport, Split, StayTable
 
 SAMPLE = Path(__file__).resolve().parent / "sample_train.csv"
 CHECKPOINT_FORMAT = 4  # raise it when what a model reads of a text changes, as items and their numbers
@@ -260,7 +260,7 @@ class ClinicalDataPreprocessor:
         for column in self.categorical:
             words = table.stays[column].dropna().astype(str)
             counts[column] = int((~words.isin(self.static_encoders[column].categories_[0])).sum())
-        return files.without_zeros(counts)
+        return {column: count for column, count in counts.items() if count}
 
     def encode_static_features(self, stays: pd.DataFrame, static_columns: Sequence[str] | None = None) -> np.ndarray:
         """Return (n, S) float32 of n stays' columns (default: those fitted on): one-hot groups, then numbers.
@@ -1582,15 +1582,16 @@ class Source(NamedTuple):
     """The stays of one data set that a run is about, and how they came to be these."""
 
     table: StayTable
-    flow: list[CohortStep]
+    flow: list[dict[str, Any]]  # a step: its name and counts
     report: ReadReport
     whole: StayTable  # before the cohort was chosen
 
     def origin(self, settings: Settings) -> dict[str, Any]:
         """Return what metrics.json says of what is predicted, and of how the stays came to be these."""
-        report, cohort = asdict(self.report), [step._asdict() for step in self.flow]
-        outcome = tables.outcome_in_words(settings.outcome, settings.labels)
-        return outcome | {"cohort": cohort, "dropped_or_repaired": report["counts"], "source_tables": report["sources"]}
+        report, kinds = asdict(self.report), [name for name in tables.LABELS if f"-{name}@" in settings.labels]
+        kind = [*kinds, "given" if settings.labels else settings.outcome][0]
+        said = {"outcome": kind, "outcome_definition": files.WORDS["labels"][kind], "cohort": self.flow}
+        return said | {"dropped_or_repaired": report["counts"], "source_tables": report["sources"]}
 
 
 def read_source(
@@ -1616,7 +1617,7 @@ def read_source(
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
     report.log(len(whole.stays))
     for step in flow if len(flow) > 1 else ():
-        logger.info(files.WORDS["log"]["cohort"].format(**step._asdict()))
+        logger.info(files.WORDS["log"]["cohort"].format(**step))
     return Source(table, flow, report, whole)
 
 

@@ -38,14 +38,6 @@ class EncoderUnreachable(InputError):
     """The text encoder's weights are neither on this machine nor can they be downloaded."""
 
 
-def soft_bins(number: float, per_octave: int) -> list[tuple[int, int]]:
-    """Return the two bins nearest to a number's magnitude and their whole weights, 16 together: near numbers share."""
-    # The logarithm to base 2, straight between powers of 2, is exact on any machine; below 1/64 all are near 0.
-    mantissa, exponent = math.frexp(min(number, 1e300) + 1 / 64)
-    lower, weight = divmod(round(16 * (exponent + 2 * mantissa) * per_octave), 16)
-    return [(lower, 16 - weight), (lower + 1, weight)]
-
-
 class HashingEncoder:
     """An encoder without weights: what a text says of its item, its numbers, words and character n-grams, hashed.
 
@@ -63,11 +55,14 @@ class HashingEncoder:
         return [item, *(f"{item} {part}" for part in parts)]
 
     def numbers_of_item(self, text: str) -> Iterator[tuple[str, int]]:
-        """Yield words for the soft bins of each number behind the item, with their weights."""
+        """Yield words for the two bins nearest to each number behind the item, and their weights, 16 together."""
         for what, part in zip(self.parts_of_item(mask_numbers(text))[1:], text.split(" | ")[1:]):
             for (place, number), per_octave in product(enumerate(NUMBER.findall(part)), (1, 4, 16)):
-                for bin_number, weight in soft_bins(float(number.replace(",", "")), per_octave):
-                    yield f"{what} {place} {per_octave} {bin_number}", weight
+                # The logarithm to base 2, straight between powers of 2, is exact on any machine; below 1/64 all are 0.
+                mantissa, exponent = math.frexp(min(float(number.replace(",", "")), 1e300) + 1 / 64)
+                lower, weight = divmod(round(16 * (exponent + 2 * mantissa) * per_octave), 16)
+                yield f"{what} {place} {per_octave} {lower}", 16 - weight
+                yield f"{what} {place} {per_octave} {lower + 1}", weight
 
     def load(self, cache_folder: Path) -> None:
         """Make ready to encode."""

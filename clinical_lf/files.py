@@ -174,11 +174,6 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
-def without_zeros(counts: dict[str, int]) -> dict[str, int]:
-    """Return the counts of what occurred at all."""
-    return {name: count for name, count in counts.items() if count}
-
-
 def refusal(key: str, **found: Any) -> InputError:
     """Return the error that words.yaml has for what a person can mend, filled with what was found."""
     return InputError(WORDS["refusals"][key].format(**found))

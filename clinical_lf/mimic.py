@@ -132,7 +132,7 @@ def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTa
             in_stays = found.get(event_type, 0)
             lost = {"outside the ICU stays": account.in_stays - in_stays}
             lost["repeated, or of a stay that was dropped"] = in_stays - n_used
-            account.in_stays, account.lost = n_used, files.without_zeros(account.lost | lost)
+            account.in_stays, account.lost = n_used, {why: n for why, n in (account.lost | lost).items() if n}
     return list(accounts.values())
 
 

@@ -52,10 +52,10 @@ def read_stays(
                 _check(con, name, kind, label, need_label, static_features)
                 notes = _load_stays(con, name, kind, need_label, days, counts)
                 table = _load_events(con, name, counts, notes)
-                notes = {"length_recomputed": 0} | files.without_zeros(notes)
+                notes = {"length_recomputed": 0} | {code: count for code, count in notes.items() if count}
                 sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
                 sources += meds_account(con) if task else []
-                return table, ReadReport(files.without_zeros(counts), notes, sources)
+                return table, ReadReport({code: count for code, count in counts.items() if count}, notes, sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise duck.out_of_memory_error(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:

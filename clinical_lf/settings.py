@@ -41,7 +41,8 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
             return super().add_argument(*names, **options)  # argparse knows no limits
 
         def error(self, message: str) -> Any:
-            self.exit(2, f"error: {message}. --help lists all options.\n")
+            said = message.replace("unrecognized arguments:", "unknown option")
+            self.exit(2, f"error: {said}. --help lists all options.\n")
 
     summary = str(description).split("\n\n")[0]
     parser = SettingsParser(kind, description=summary, allow_abbrev=False, **WORDS["command_line"])
@@ -57,10 +58,7 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
         if unknown := [str(name) for name in content if name not in kind.__dataclass_fields__]:
             parser.error(f"{path}: unknown settings {', '.join(unknown)}")
         parser.set_defaults(**content)
-    options, unknown = parser.parse_known_args(words)
-    if unknown:
-        parser.error(f"unknown option {' '.join(unknown)}")
-    return kind(**vars(options))
+    return kind(**vars(parser.parse_args(words)))
 
 
 def check_limits(settings: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -25,12 +25,6 @@ KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharg
 # At 80 years float32 holds every fourth minute. The model is given float32, of what is scaled by then.
 MINUTES = ("minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
 EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES, np.float64)
-
-
-def outcome_in_words(outcome: str, labels: str) -> dict[str, str]:
-    """Return for metrics.json what a label of 1 means: the outcome of these settings, and its definition."""
-    kind = next((name for name in LABELS if f"-{name}@" in labels), "given" if labels else outcome)
-    return {"outcome": kind, "outcome_definition": WORDS["labels"][kind]}
 
 
 @dataclass(frozen=True)
@@ -176,19 +170,11 @@ def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[Stay
     return StayTable(stays, texts=texts["text"].to_numpy(object), **arrays), ReadReport(**report)
 
 
-class CohortStep(NamedTuple):
-    name: str
-    stays: int
-    patients: int
-    events: int
-    deaths: int
-
-
 def choose_cohort(
     table: StayTable, first_stay_only: bool = False, observation_hours: float = 0.0, gap_hours: float = 0.0
-) -> tuple[StayTable, list[CohortStep]]:
+) -> tuple[StayTable, list[dict[str, Any]]]:
     """Return the stays to analyse, as known by observation_hours if any, and the flow to them; InputError if none."""
-    flow, least = list[CohortStep](), observation_hours + gap_hours
+    flow, least = list[dict[str, Any]](), observation_hours + gap_hours
     steps: dict[str, Callable[[StayTable], StayTable]] = {"all stays with events": lambda now: now}
     if first_stay_only:
         earliest = lambda stays: stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
@@ -200,9 +186,10 @@ def choose_cohort(
     for name, step in steps.items():
         table = step(table)
         n_patients, n_deaths = table.stays["patient_id"].nunique(), int(np.nansum(table.labels))
-        flow.append(CohortStep(name, len(table.stays), n_patients, len(table.text), n_deaths))
+        counts = {"stays": len(table.stays), "patients": n_patients, "events": len(table.text), "deaths": n_deaths}
+        flow.append({"name": name} | counts)
         if table.stays.empty:
-            so_far = "; ".join(f"{done.name}: {done.stays}" for done in flow)
+            so_far = "; ".join(f"{done['name']}: {done['stays']}" for done in flow)
             raise InputError(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
     return table, flow
 

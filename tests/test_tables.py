@@ -74,10 +74,10 @@ def test_cohort_is_those_still_there_with_something_known_and_the_flow_counts_th
     """The dead of the small table leave after 47 h, survivors after 48 h."""
     table = read_stays(put(small_table(), {"event_known_time": ""}))[0]
     cohort, flow = choose_cohort(table, observation_hours=24)
-    assert [step[1:] for step in flow] == [(40, 40, 120, 20), (40, 40, 120, 20), (39, 39, 117, 20)]
-    assert flow[1].name == "still in the ICU and alive 24 h after admission"
+    assert [[*step.values()][1:] for step in flow] == [[40, 40, 120, 20], [40, 40, 120, 20], [39, 39, 117, 20]]
+    assert flow[1]["name"] == "still in the ICU and alive 24 h after admission"
     cohort, flow = choose_cohort(table, observation_hours=24, gap_hours=23)
-    assert flow[1].stays == 20 and set(cohort.labels) == {0.0}
+    assert flow[1]["stays"] == 20 and set(cohort.labels) == {0.0}
     assert tables.stay_hours(table).tolist() == [48, 47] * 20
     # Described in subgroups by what is known only later; no feature of the cohort knows it.
     assert cohort.stays["last_icu_careunit"].tolist() == ["MICU"] * 19
@@ -90,7 +90,7 @@ def test_first_stay_of_each_patient_is_the_earliest():
     frame.loc[frame["icu_stay_id"].isin(["30000002", "30000004"]), "icu_intime"] = "2150-03-01 07:00:00"
     cohort, flow = choose_cohort(read_stays(frame)[0], first_stay_only=True)
     assert cohort.stays["icu_stay_id"].tolist() == [30_000_002, 30_000_004]
-    assert flow[-1] == ("first ICU stay of each patient", 2, 2, 6, 0)
+    assert [*flow[-1].values()] == ["first ICU stay of each patient", 2, 2, 6, 0]
 
 
 NOBODY = [({}, 100, 0, "40; still"), ({}, 24, 30, "40; still"), ({"event_known_time": ""}, 24, 0, "40; with an event")]
