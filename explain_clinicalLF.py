@@ -26,7 +26,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
 from clinical_lf.items import HISTORY, item_history, mask_numbers, quantiles_in, read_text
 from clinical_lf.metrics import figure_text, mean_with_interval
-from clinical_lf.settings import check_limits, same_setting, setting, settings_from
+from clinical_lf.settings import check_limits, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, LABEL, known_at, stacked
 from train import ClinicalTransformer
 
@@ -68,6 +68,7 @@ GRADIENT_EVENTS = 2048  # of a pass with gradients, some 100 kB each
 FORWARD_EVENTS = 8192  # of a pass without, some 30 kB each
 IG_STEPS = 12  # nine in ten stays are complete with them; the others are tried again with 4 and 16 times as many
 METHODS = ("attribution", "if_absent", "attention")
+SHARED = train.Settings.__dataclass_fields__  # settings that mean what they mean there; empty, the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,10 @@ class ExplainSettings:
     quick: bool = setting(
         False, "Show what matters in half a minute: 12 short stays, few checks, no layers; a full run may differ."
     )
-    # As in train.py; empty, they are the checkpoint's.
-    text_encoder: str = same_setting(train.Settings, "text_encoder")
-    labels: str = same_setting(train.Settings, "labels")
-    cache_dir: str = same_setting(train.Settings, "cache_dir")
-    memory_limit: str = same_setting(train.Settings, "memory_limit", train.Settings.memory_limit)
+    text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
+    labels: str = field(default="", metadata=SHARED["labels"].metadata)
+    cache_dir: str = field(default="", metadata=SHARED["cache_dir"].metadata)
+    memory_limit: str = field(default=train.Settings.memory_limit, metadata=SHARED["memory_limit"].metadata)
     n_bootstrap: int = setting(1000, "Bootstrap samples behind every 95 % interval.", low=1)
     seed: int = setting(0, "Seed of the choice of stays, random orders, untrained models and the bootstrap.")
 

@@ -22,11 +22,6 @@ def setting(default: Any, help_text: str, **limits: Any) -> Any:
     return field(**start, metadata=metadata)
 
 
-def same_setting(kind: Any, name: str, default: Any = "") -> Any:
-    """Return a field that means what it means in another class of settings, with a default of its own."""
-    return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
-
-
 def cli_name(name: str) -> str:
     """Return the option of a setting: `d_model` is `--d-model`."""
     return f"--{name.replace('_', '-')}"

@@ -4,7 +4,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -103,9 +102,6 @@ class SourceAccount:
     noted: dict[str, int] = field(default_factory=dict)  # rows of the cohort with something to know, kept or not
 
 
-LOST_STAYS = ("stay_", "label_after_death")  # codes of what is not as asked for, as a stay that had ended is
-
-
 @dataclass
 class ReadReport:
     """What was left out or mended on reading, by keys of words.yaml's reasons, and where a folder's rows went."""
@@ -129,7 +125,8 @@ class ReadReport:
                 logger.warning(warnings["table_gives_nothing"].format(source=source))
         dropped = "; ".join(f"{count:,} {reasons[code]}" for code, count in self.counts.items())
         logger.info(f"Dropped     {dropped or 'nothing'}{total * bool(dropped and self.sources)}")
-        without = {reasons[code]: count for code, count in self.counts.items() if code.startswith(LOST_STAYS)}
+        fault = ("stay_", "label_after_death")  # codes of no other: a stay that had ended is not what was asked for
+        without = {reasons[code]: count for code, count in self.counts.items() if code.startswith(fault)}
         without |= self.sources[0].lost if self.sources else {}  # ICU stays that a join loses, as without an admission
         if (lost := sum(without.values())) > 0.05 * (lost + n_stays):  # so many are no slips of the pen
             found = {"lost": lost, "read": lost + n_stays, "share": lost / (lost + n_stays)}
@@ -181,13 +178,12 @@ def choose_cohort(
         steps["first ICU stay of each patient"] = lambda now: now.take(np.sort(earliest(now.stays)))
     if observation_hours > 0:
         steps[f"still in the ICU and alive {least:g} h after admission"] = lambda now: now.take(stay_hours(now) > least)
-        known = partial(known_at, hours=observation_hours, is_described=True)  # in subgroups; it is never a feature
+        known = lambda now: known_at(now, observation_hours, is_described=True)  # in subgroups; it is never a feature
         steps[f"with an event known {observation_hours:g} h after admission"] = known
     for name, step in steps.items():
         table = step(table)
-        n_patients, n_deaths = table.stays["patient_id"].nunique(), int(np.nansum(table.labels))
-        counts = {"stays": len(table.stays), "patients": n_patients, "events": len(table.text), "deaths": n_deaths}
-        flow.append({"name": name} | counts)
+        counts = {"stays": len(table.stays), "patients": table.stays["patient_id"].nunique(), "events": len(table.text)}
+        flow.append({"name": name} | counts | {"deaths": int(np.nansum(table.labels))})
         if table.stays.empty:
             so_far = "; ".join(f"{done['name']}: {done['stays']}" for done in flow)
             raise InputError(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")

@@ -15,7 +15,7 @@ from test_mimic import broken_mimic
 import explain_clinicalLF as explain
 import train
 from clinical_lf.files import InputError
-from clinical_lf.settings import check_limits, same_setting, setting, settings_from
+from clinical_lf.settings import check_limits, setting, settings_from
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ class Example:
     names: list[str] = setting([], "Of things.")
     kind: Literal["one", "other"] = setting("one", "Which.")
     is_on: bool = setting(False, "Whether.")
-    copied: float = same_setting(train.Settings, "tau_hours", 1.0)
+    copied: float = dataclasses.field(default=1.0, metadata=train.Settings.__dataclass_fields__["tau_hours"].metadata)
 
 
 @pytest.mark.parametrize("name, values, message", BAD["values"])
