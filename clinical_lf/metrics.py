@@ -300,8 +300,7 @@ def calibration_table(labels: ArrayLike, probabilities: ArrayLike) -> pd.DataFra
     died, risks = checked_predictions(labels, probabilities)
     bins = pd.qcut(risks, int(np.clip(len(died) // 10, 2, 10)), labels=False, duplicates="drop")  # NaN: all tie
     stays = pd.DataFrame({"n": 1, "deaths": died.astype(int), "mean_risk": risks, "observed_rate": died})
-    table = stays.groupby(np.nan_to_num(bins)).agg(
-        {"n": "sum", "deaths": "sum", "mean_risk": "mean", "observed_rate": "mean"}
-    )
+    how = {"n": "sum", "deaths": "sum", "mean_risk": "mean", "observed_rate": "mean"}
+    table = stays.groupby(np.nan_to_num(bins)).agg(how)
     bounds = [binomtest(deaths, n).proportion_ci(method="wilson") for deaths, n in zip(table["deaths"], table["n"])]
     return table.reset_index(drop=True).join(pd.DataFrame(bounds))

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -116,11 +115,10 @@ class RunFolder:
         write_json(self.folder / name, plain)
 
     def end(self, name: str, content: Content) -> Content:
-        """Write what was found and how long the run took, log what its folder holds; return what was found."""
+        """Write what was found and how long the run took, log where it lies; return what was found."""
         self.json(name, content)
         self.json("run.json", self.record() | {"seconds": round(time.time() - self.started, 1)})
-        names = ", ".join(sorted(f"{path.name}{'/' * path.is_dir()}" for path in self.folder.glob("[!.]*")))
-        logger.info(f"Written     {self.folder}\n{textwrap.indent(textwrap.fill(names, 108), ' ' * 12)}")
+        logger.info(f"Written     {self.folder}")
         return content
 
     def write_split(self, patients: dict[str, list[int]]) -> None:
@@ -141,8 +139,7 @@ class RunFolder:
         self.audit = json.loads(found.to_json(orient="records"))
         flagged = set(found.loc[found["flagged"] & (found["kind"] == "column"), "name"])
         used = ", ".join(sorted(flagged & set(self.settings["static_features"])))
-        unused = "; the model does not use it" if flagged and not used else ""
-        logger.info(f"Audit       {audit.audit_summary(found)}{unused}")
+        logger.info(f"Audit       {audit.audit_summary(found)}")
         if used:
             logger.warning(WORDS["log"]["used"].format(names=used))
         if telling := [text[:80] for text in texts["text"][texts["flagged"]]]:
