@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import cm, ticker
+from matplotlib import cm, colormaps, ticker
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -24,12 +24,6 @@ SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b
 BAND = "#eaf0ea"  # what lies within the floor
 TO_END = "hours before the final event or observation limit"
 LOGIT = f"logit (right: towards death; band: below {FLOOR})"
-OVER_TIME = (  # measures of an event: column, word, is it a push
-    ("attention", "pooling attention", False),
-    ("rollout", "attention rollout", False),
-    ("attribution", "push", True),
-    ("if_absent", "if absent", True),
-)
 METHOD_STYLES = {"attribution": ("#9ecae1", "-", 4), "if_absent": ("black", "--", 1.2)}  # colour, line, its width
 METHOD_STYLES |= {"attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
 ABOVE = {"loc": "outside upper center", "ncols": 4, "fontsize": 7.5, "frameon": False}  # a legend above all panels
@@ -70,10 +64,11 @@ def name_rows(
         other.spines["right"].set_visible(False)
 
 
-def draw_stems(figure: Any, title: str, rows: list[tuple], hours: np.ndarray, texts: Sequence[str]) -> None:
+def draw_stems(figure: Figure, title: str, rows: list[tuple], hours: np.ndarray, texts: Sequence[str]) -> Figure:
     """Draw a panel per (name, values (L,), is it a push or a weight) over hours to the end; name the three largest."""
-    figure.suptitle(title, fontsize=9)
-    grid = figure.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
+    (body,) = bands(figure, [1])
+    body.suptitle(title, fontsize=9)
+    grid = body.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
     for (name, values, is_push), (axes, beside) in zip(rows, grid):
         values, level = (values, 0) if is_push else (values * len(hours), 1)
         sizes = np.nan_to_num(np.abs(values))
@@ -97,6 +92,7 @@ def draw_stems(figure: Any, title: str, rows: list[tuple], hours: np.ndarray, te
         for line, text in enumerate(said):
             beside.text(0, 0.85 - 0.34 * line, text, fontsize=6.5, va="center", transform=beside.transAxes)
     grid[-1, 0].invert_xaxis()
+    return figure
 
 
 def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
@@ -114,9 +110,8 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     ticks, places = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)], [0, n_bins / 2, n_bins]
     for (layer, head), axes in np.ndenumerate(grid):
         image = axes.imshow(doublings[layer, head], SHARES, vmin=-reach, vmax=reach, extent=(0, n_bins, n_bins, 0))
-        axes.set_aspect("auto")
-        axes.set_xticks(places, ticks, fontsize=6)
-        axes.set_yticks(places, ticks, fontsize=6)
+        axes.set(aspect="auto", xticks=places, xticklabels=ticks, yticks=places, yticklabels=ticks)
+        axes.tick_params(labelsize=6)
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
             label.set_horizontalalignment(side)
         axes.set_ylabel("" if head else f"layer {layer + 1}", fontsize=8)
@@ -131,23 +126,21 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
 def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     """Draw `attention` of one stay: pooling (heads, L), hours, texts."""
     attention = tables["attention"]
-    pooling, hours = (np.asarray(attention[name], dtype=float) for name in ("pooling", "hours"))
-    (body,) = bands(page("sequence_importance", caption, len(pooling) + 1.2), [1])
+    rows = [(f"head {head}", weights, False) for head, weights in enumerate(np.asarray(attention["pooling"], float), 1)]
     title = f"Stay {attention['icu_stay_id']}: weight of every event, times an even share; its three heaviest are dark"
-    rows = [(f"head {head}", weights, False) for head, weights in enumerate(pooling, 1)]
-    draw_stems(body, title, rows, hours, attention["texts"])
-    return body.figure
+    figure = page("sequence_importance", caption, len(rows) + 1.2)
+    return draw_stems(figure, title, rows, np.asarray(attention["hours"], float), attention["texts"])
 
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time."""
-    events, icu_stay_id = tables["events"], tables["attention"]["icu_stay_id"]
-    (body,) = bands(page("sequence_importance_combined", caption, 5.0), [1])
-    own = events.query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
+    icu_stay_id, measures = tables["attention"]["icu_stay_id"], ("attention", "rollout", "attribution", "if_absent")
+    names = ("pooling\nattention", "attention\nrollout", "push", "if\nabsent")
+    own = tables["events"].query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
+    rows = [(name, own[column].to_numpy(float), column in measures[2:]) for column, name in zip(measures, names)]
     title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{removed_in_words(own)}"
-    rows = [(name.replace(" ", "\n"), own[column].to_numpy(float), is_push) for column, name, is_push in OVER_TIME]
-    draw_stems(body, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
-    return body.figure
+    figure = page("sequence_importance_combined", caption, 5.0)
+    return draw_stems(figure, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
 
 
 def draw_head_specialization(tables: Tables, caption: str) -> Figure:
@@ -157,12 +150,11 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
         figure = page("head_specialization", caption, 1.5, found="")
         figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
         return figure
-    properties = heads["property"].unique()
     names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
-    grid = heads.pivot(index="property", columns=["layer", "head"]).loc[properties]
+    grid = heads.pivot(index="property", columns=["layer", "head"]).loc[heads["property"].unique()]
     matters = grid["effect"][names].to_numpy(float) > FLOOR
     found = f" {matters.any(0).sum()} of {len(names)} heads matter"
-    figure = page("head_specialization", caption, 0.28 * len(properties) + 1.9, found=found)
+    figure = page("head_specialization", caption, 0.28 * len(grid) + 1.9, found=found)
     axes, values = figure.subplots(), grid["correlation"][names].to_numpy(float)
     image = axes.imshow(values, SIGNED, Normalize(-1, 1), aspect="auto", alpha=np.where(matters, 1.0, 0.35))
     for at, (layer, head) in enumerate(names):
@@ -171,8 +163,8 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
             axes.axvline(at - 0.5, color="black", linewidth=1)
     tidy(axes, f"head; pale: switched off, it moves the logit by less than {FLOOR}", "")
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
-    labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in properties]
-    axes.set_yticks(range(len(properties)), labels, fontsize=7.5)
+    labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in grid.index]
+    axes.set_yticks(range(len(grid)), labels, fontsize=7.5)
     small_bar(figure, image, axes, "rank correlation within the stay", {})
     return figure
 
@@ -192,13 +184,12 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
     (body,) = bands(page("feature_importance", caption, 0.2 * sum(n_rows) + 3.4), [1])
     panels = body.subplots(4, 1, height_ratios=[n + 1 for n in n_rows])
     for axes, (title, counted_in, table, group) in zip(panels, blocks):
-        size = means_by(table.assign(size=table["attribution"].abs()), group, "size")
-        size = size.sort_values("mean", ascending=False)
+        size = table["attribution"].abs().groupby(table[group]).mean().sort_values(ascending=False)
         mean = means_by(table, group, "attribution").loc[size.index]
-        axes.barh(range(len(size)), size["mean"], color="#dddddd")
+        axes.barh(range(len(size)), size, color="#dddddd")
         dots(axes, mean, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
         names = [plain(name, 60, report.cut) for name in size.index]
-        name_rows(axes, names, [f"{n:,} / {k:,}" for n, k in zip(size["n"], size["n_patients"])])
+        name_rows(axes, names, [f"{n:,} / {k:,}" for n, k in zip(mean["n"], mean["n_patients"])])
         axes.set_title(title, fontsize=8.5, loc="left")
         axes.set_title(counted_in, fontsize=7.5, loc="right")
     panels[-1].set_xlabel(f"dot: mean push, grey: mean size, {LOGIT}", fontsize=8)
@@ -209,22 +200,21 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
     """Draw the items and statics that matter most: a dot per event or stay, coloured by its value's place."""
     events, items = findings.with_statics(tables), tables["items"]
     figure = page("item_importance", caption, 0.26 * len(items) + 1.7)
-    axes, norm, draw = figure.subplots(), Normalize(0, 1), np.random.default_rng(0)
+    axes, draw = figure.subplots(), np.random.default_rng(0)
+    places = cm.ScalarMappable(Normalize(0, 1), colormaps["viridis"].with_extremes(bad="#bbbbbb"))
     names, rho = [], []
     for at, item in enumerate(items.itertuples()):
         part = events[events["item"] == item.item]
         part = part.assign(place=part["value"].rank(pct=True)).sample(min(len(part), 400), random_state=0)
-        height, known = at + draw.uniform(-0.32, 0.32, len(part)), part["place"].notna().to_numpy()
-        axes.scatter(part["attribution"][~known], height[~known], s=5, color="#bbbbbb", linewidths=0)
-        style = {"c": part["place"][known], "s": 6, "cmap": "viridis", "norm": norm, "linewidths": 0}
-        axes.scatter(part["attribution"][known], height[known], **style)
+        height = at + draw.uniform(-0.32, 0.32, len(part))
+        axes.scatter(part["attribution"], height, s=6, color=places.to_rgba(part["place"]), linewidths=0)
         names.append(("(!) " if item.tells_outcome else "") + plain(item.item, 40, report.cut))
-        is_shown = item.rho_low > 0 or item.rho_high < 0
-        rho.append(f"{item.rho:+.2f} ({item.n_values})".replace("-", "−") if is_shown else "")
+        shown = f"{item.rho:+.2f} ({item.n_values})".replace("-", "−")
+        rho.append(shown if item.rho_low > 0 or item.rho_high < 0 else "")
     name_rows(axes, names, rho, xlabel=f"push, {LOGIT}\na dot an event or stay; grey: no value; (!): tells the outcome")
     axes.set_title("rho of value and push (n), if its interval excludes 0", fontsize=7.5, loc="right")
     ends = {0: "lowest", 0.5: "middle", 1: "highest"}
-    small_bar(figure, cm.ScalarMappable(norm, "viridis"), axes, "value among those of its item", ends)
+    small_bar(figure, places, axes, "value among those of its item", ends)
     return figure
 
 
@@ -244,22 +234,11 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
     return figure
 
 
-def signed_bars(axes: Axes, values: np.ndarray, names: list[str]) -> None:
-    """Draw horizontal bars, first on top, with their values; colours by sign; say so where there are none."""
-    if not len(values):
-        axes.text(0.5, 0.5, f"nothing here moves the logit by {FLOOR}", ha="center", transform=axes.transAxes)
-    bars = axes.barh(range(len(values)), values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
-    axes.bar_label(bars, [f" {signed(value)} " for value in values], fontsize=6.5)
-    axes.margins(x=0.27)
-    name_rows(axes, names, n_ticks=5, xlabel=LOGIT)
-
-
 def draw_heatmap(figure: Any, events: pd.DataFrame) -> None:
     """Draw the push of a stay's items over the hours, the items that push most on top; grey: no event."""
     sizes = events["attribution"].abs().groupby(events["item"]).sum().nlargest(12)
-    sizes, hours, axes = sizes[sizes >= FLOOR], events["hours_to_end"], figure.subplots()
+    sizes, hours = sizes[sizes >= FLOOR], events["hours_to_end"]
     if sizes.empty:
-        signed_bars(axes, sizes.to_numpy(), [])
         return
     edges = np.linspace(min(0, hours.min()), max(hours.max(), 1e-9), 25)
     bins = np.digitize(hours, edges[1:-1])
@@ -267,6 +246,7 @@ def draw_heatmap(figure: Any, events: pd.DataFrame) -> None:
     grid = sums.reindex(columns=range(24)).to_numpy(float)
     top = max(np.nanmax(np.abs(grid), initial=0), FLOOR)
     extent = (edges[0], edges[-1], len(sizes), 0)
+    axes = figure.subplots()
     image = axes.imshow(grid, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest", extent=extent)
     axes.set_facecolor("#e3e3e3")
     axes.invert_xaxis()
@@ -276,7 +256,7 @@ def draw_heatmap(figure: Any, events: pd.DataFrame) -> None:
 
 
 def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
-    """Draw one stay, by default that of the highest risk: pushes and risk over time, the strongest events, statics."""
+    """Draw one stay, by default that of the highest risk: pushes and risk over time, the strongest events."""
     stays = tables["stays"].set_index("icu_stay_id")
     icu_stay_id = icu_stay_id or stays["probability"].idxmax()
     row = stays.loc[icu_stay_id]
@@ -284,7 +264,7 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     events, statics, arriving = own
     push, hours = events["attribution"], events["hours_to_end"]
     facts = {"stay": icu_stay_id, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
-    line, middle, over_time, below = bands(page("captum_attributions", caption, 10.2, **facts), [1, 2.2, 1.7, 1.1])
+    line, middle, over_time = bands(page("captum_attributions", caption, 8.4, **facts), [1, 2.2, 1.7])
     said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
     said += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
@@ -297,8 +277,7 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
         risk, end = axes.twinx(), events["hours_since_admission"].max() + hours.min()
         risk.plot(end - arriving["hours_since_admission"], 100 * arriving["probability"], color=GREY, linewidth=1.2)
         risk.set_ylim(0, 100)
-        early = "\n(early: extrapolated)" if arriving["extrapolated"].any() else ""
-        risk.set_ylabel(f"grey: risk as events\narrive, %{early}", fontsize=8, color=GREY)
+        risk.set_ylabel("grey: risk as events\narrive, %", fontsize=8, color=GREY)
         risk.tick_params(labelsize=8)
     axes.invert_xaxis()
     middle.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
@@ -308,13 +287,14 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     for event in named.itertuples():
         history, mark = f"  {event.in_history}" if event.in_history else "", "(!) " if event.tells_outcome else ""
         texts.append(f"{mark}{plain(event.event_text, 56)}{history}  {event.hours_to_end:.1f} h")
-    signed_bars(middle.subplots(), named["attribution"].to_numpy(), texts)
+    axes, values = middle.subplots(), named["attribution"]
+    if named.empty:
+        axes.text(0.5, 0.5, f"nothing here moves the logit by {FLOOR}", ha="center", transform=axes.transAxes)
+    bars = axes.barh(range(len(values)), values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
+    axes.bar_label(bars, [f" {signed(value)} " for value in values], fontsize=6.5)
+    axes.margins(x=0.27)
+    name_rows(axes, texts, n_ticks=5, xlabel=LOGIT)
     draw_heatmap(over_time, events)
-    left = below.subplots()
-    top = statics[statics["attribution"].abs() >= FLOOR].sort_values("attribution", key=abs, ascending=False).head(8)
-    texts = [plain(f"{name}: {report.plain_number(value)}", 38) for name, value in zip(top["feature"], top["value"])]
-    signed_bars(left, top["attribution"].to_numpy(), texts)
-    left.set_title("Patient and admission", fontsize=9)
     return line.figure
 
 
@@ -322,7 +302,6 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): the stay of the highest risk."""
     layers, risks = tables["layers"], tables["stays"].set_index("icu_stay_id")["probability"]
     names = layers["layer"].unique()
-    labels = [name.replace("_", " ") for name in names]
     stay = risks[layers["icu_stay_id"].unique()].idxmax()
     caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
     (body,) = bands(page("captum_layer_attributions", caption, 3.2), [1])
@@ -331,7 +310,7 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     axes, top = body.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
     image = axes.imshow(wide, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest")
     small_bar(body, image, axes, "logit (up: towards death)", {})
-    axes.set_yticks(range(len(names)), labels)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     title = f"Stay {stay}, {counted(len(hours), 'event')}; the sums miss at most {layers['gap_error'].abs().max():.2g}"
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
@@ -377,11 +356,7 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     return body.figure
 
 
-OF_ATTENTION = (draw_layer_attention_weights, draw_sequence_importance, draw_sequence_importance_combined)
-OF_PARTS = (draw_head_specialization, draw_feature_importance, draw_item_importance, draw_query_vector_analysis)
-OF_PUSHES = (draw_captum_attributions, draw_captum_layer_attributions, draw_captum_ablation_attributions)
-DRAWN: tuple[Callable[[Tables, str], Figure], ...] = (*OF_ATTENTION, *OF_PARTS, *OF_PUSHES, draw_deletion_insertion)
-FIGURES = {draw.__name__.removeprefix("draw_"): draw for draw in DRAWN}  # words.yaml has the question of each
+FIGURES: dict[str, Callable[[Tables, str], Figure]] = {name: globals()[f"draw_{name}"] for name in WORDS["questions"]}
 
 
 def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
@@ -393,9 +368,7 @@ def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
 
 def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
     """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any."""
-    left_out = set() if len(tables["curves"]) else {"deletion_insertion"}
-    if not len(tables["attention"]["layer_maps"]):
-        left_out.add("layer_attention_weights")
-    if "layer_attention_weights" in left_out or not len(tables["layers"]):
-        left_out.add("captum_layer_attributions")
-    return {name: draw_figure(name, tables, caption) for name in FIGURES if name not in left_out}
+    n_maps = len(tables["attention"]["layer_maps"])
+    found = {"deletion_insertion": len(tables["curves"]), "layer_attention_weights": n_maps}
+    found["captum_layer_attributions"] = n_maps * len(tables["layers"])
+    return {name: draw_figure(name, tables, caption) for name in FIGURES if found.get(name, True)}

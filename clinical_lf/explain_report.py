@@ -160,18 +160,7 @@ def decisive_sentence(decisive: pd.DataFrame) -> str:
         return ""
     risks = {name: percent(row[name]) for name in ("probability", "probability_without", "threshold")}
     texts = "; ".join(short_text(text, 80) for text in decisive["event_text"])
-    which = "this event" if n == 1 else f"these {n} events"
-    return WORDS["page"]["decisive"].format(**risks, which=which, texts=texts)
-
-
-def pair_sentence(pairs: pd.DataFrame) -> str:
-    """Say which pair of a stay interacts most; nothing where that is below FLOOR."""
-    if pairs.empty or pairs["interaction"].abs().max() < FLOOR:
-        return ""
-    row = pairs.loc[pairs["interaction"].abs().idxmax()]
-    moves = {name: signed(row[name]) for name in ("with_second", "without_second")}
-    texts = {name: short_text(row[name], 80) for name in ("first", "second")}
-    return WORDS["page"]["pair"].format(**moves, **texts, n=len(pairs))
+    return WORDS["page"]["decisive"].format(**risks, which="this event" if n == 1 else f"these {n} events", texts=texts)
 
 
 def cohort_sentence(stays: pd.DataFrame) -> str:
@@ -219,19 +208,13 @@ def png_of(figure: Figure, dpi: int = 100) -> bytes:
 def picture_of(figure: Figure) -> dict[str, Any]:
     """Return a figure as PNG, as its base64, and its question for those who cannot see it."""
     png = png_of(figure, 150)
-    question = " ".join(figure.get_suptitle().split())
-    return {"png": png, "data": base64.b64encode(png).decode("ascii"), "question": question}
-
-
-def event_in_words(row: Any) -> str:
-    """Return an event's text, with what its item was until then, and whether the text tells the outcome."""
-    history = f" ({row.in_history})" if row.in_history else ""
-    return f"{row.event_text}{history}{' [this text alone tells the outcome]' if row.tells_outcome else ''}"
+    words = figure.get_suptitle().split()
+    return {"png": png, "data": base64.b64encode(png).decode("ascii"), "question": " ".join(words)}
 
 
 def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], info: dict[str, Any]) -> str:
     """Return report.html of an explanation's tables, pictures (`picture_of`, by file name) and info about the run."""
-    stays, items, sections = tables["stays"], tables["items"], []
+    stays, sections = tables["stays"], []
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
     for stay in shown.itertuples():
         names = ("events", "statics", "systems", "decisive", "trajectory", "pairs")
@@ -240,7 +223,8 @@ def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], i
         own["place"] = int(np.flatnonzero(info["ids"] == stay.icu_stay_id)[0])
         own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
         own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
+        size = own["pairs"]["interaction"].abs()
+        own["strongest pair"] = own["pairs"].loc[size[size >= FLOOR].nlargest(1).index]
         sections.append((stay, own))
-    said = items["sentence"][items["is_finding"]].tolist()
-    content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections, said_of_items=said)
+    content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections)
     return render("report.html.j2", globals() | content)  # the page calls the functions above by their names
