@@ -46,11 +46,6 @@ def file_list(paths: Iterable[Path]) -> str:
     return f"[{', '.join(quoted(escape(str(path))) for path in paths)}]"
 
 
-def sql_case(conditions: dict[str, str]) -> str:
-    """Return the SQL for the first name whose condition holds in a row, NULL where none does."""
-    return f"CASE {' '.join(f'WHEN {condition} THEN {quoted(name)}' for name, condition in conditions.items())} END"
-
-
 def csv_rows(paths: Path | Sequence[Path], missing: Sequence[str] = ("",)) -> str:
     """Return the SQL that reads CSV files as text, guessing nothing of their form; a value in `missing` is NULL."""
     listed = file_list([paths] if isinstance(paths, Path) else paths)

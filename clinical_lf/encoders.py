@@ -23,7 +23,7 @@ from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from clinical_lf.files import WORDS, InputError, lock_folder, read_json, write_json
+from clinical_lf.files import WORDS, InputError, lock_folder, write_json
 from clinical_lf.items import NUMBER, mask_numbers
 
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
@@ -150,7 +150,7 @@ class HuggingFaceEncoder:
             positions = getattr(config, "max_position_embeddings", None) or -1  # none, or XLNet's -1: they end nowhere
             if config.model_type in KIN_OF_ROBERTA:  # they count from behind the padding token
                 positions -= config.pad_token_id + 1
-            wishes = read_json(path) if path.is_file() else {}
+            wishes = json.loads(path.read_text("utf-8")) if path.is_file() else {}
             limits = (self.max_tokens, positions, wishes.get("max_seq_length") or -1)
             self._length_limit = min(limit for limit in limits if limit > 0)
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers makes up an empty one
@@ -160,7 +160,11 @@ class HuggingFaceEncoder:
             raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
         self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
         facts = {name: getattr(self, name) for name in ("pooling", "max_tokens", "dim")}
-        facts |= {"encoder": self.id, "weights": model_fingerprint(model, tokenizer)}
+        # A thousandth of the weights and the vocabulary. The pooler is never used, and random where the files lack it.
+        weights = [(name, value.flatten()[::997].float()) for name, value in sorted(model.state_dict().items())]
+        read = [name.encode() + value.numpy().tobytes() for name, value in weights if not name.startswith("pooler.")]
+        read.append(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        facts |= {"encoder": self.id, "weights": hashlib.sha256(b"".join(read)).hexdigest()[:12]}
         described = read_description(cache_folder / "encoder.json")
         if described.get("weights", facts["weights"]) != facts["weights"]:
             raise InputError(WORDS["encoder"]["other_weights"].format(cache=cache_folder, folder=self._folder))
@@ -208,7 +212,7 @@ def folder_pooling(folder: Path, config: Any) -> str:
     path, modules = folder / "1_Pooling" / "config.json", folder / "modules.json"
     if not path.is_file():
         return "last" if is_causal else "cls"
-    wishes = read_json(path)
+    wishes = json.loads(path.read_text("utf-8"))
     modes = [*np.atleast_1d(wishes.get("pooling_mode") or [])]  # since version 5.4
     modes += [name for name, is_on in wishes.items() if name.startswith("pooling_mode_") and is_on]
     found = {POOLINGS.get(re.sub("pooling_mode_|_tokens?$", "", mode), "") for mode in modes}
@@ -255,7 +259,7 @@ def longformer_as_roberta(longformer: Any) -> Any:
 def read_description(path: Path) -> dict[str, Any]:
     """Return what a cache folder's encoder.json says; nothing where it is missing or damaged."""
     with suppress(OSError, ValueError, TypeError):
-        return dict(read_json(path))
+        return dict(json.loads(path.read_text("utf-8")))
     return {}
 
 
@@ -267,14 +271,6 @@ def folder_fingerprint(folder: Path) -> str:
             with open(path, "rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
-
-
-def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """Return 12 hex digits of the loaded weights (a thousandth of them) and the vocabulary, whatever their files."""
-    weights = [(name, value.flatten()[::997].float()) for name, value in sorted(model.state_dict().items())]
-    # The pooler is never used, and random where the files have none.
-    read = [name.encode() + value.numpy().tobytes() for name, value in weights if not name.startswith("pooler.")]
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode() + b"".join(read)).hexdigest()[:12]
 
 
 @contextmanager

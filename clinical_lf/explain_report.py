@@ -223,7 +223,7 @@ def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], i
         own["place"] = int(np.flatnonzero(info["ids"] == stay.icu_stay_id)[0])
         own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
         own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
-        size = own["pairs"]["interaction"].abs()
+        size = own["pairs"]["interaction"].astype(float).abs()
         own["strongest pair"] = own["pairs"].loc[size[size >= FLOOR].nlargest(1).index]
         sections.append((stay, own))
     content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections)

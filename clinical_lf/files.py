@@ -112,11 +112,6 @@ def write_json(path: Path, content: Any) -> Path:
     return write_whole(path, lambda name: name.write_text(text, "utf-8"))
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises OSError or ValueError where there is none."""
-    return json.loads(path.read_text("utf-8"))
-
-
 def parquet_files(folder: Path) -> list[Path]:
     """Return the Parquet files below a folder, sorted: links are followed, what begins with a dot or _ is no data."""
     found: dict[Path, Path] = {}  # by where they really are: each once, and no link to a folder above goes on for ever

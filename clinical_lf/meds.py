@@ -17,8 +17,7 @@ from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
 QUERY_FILE = Path(__file__).resolve().parent.parent / "meds.sql"
 MADE_LABELS = re.compile(r"mortality-(in-hospital|in-icu|within-30d)@(\d{1,6}(?:\.\d{1,6})?)h")
-NAMES = ("columns", "facts", "kinds", "parts")
-CSV = {name: pd.read_csv(Path(__file__).with_name(f"meds_{name}.csv")) for name in NAMES}
+CSV = {path.stem[5:]: pd.read_csv(path) for path in Path(__file__).parent.glob("meds_*.csv")}
 MUST = {"any": "", "there": "false", "filled": "{0} IS NULL"}  # by must_be, the SQL of what makes a value unfit
 COLUMNS = CSV["columns"].assign(must=CSV["columns"]["must_be"].map(MUST))
 

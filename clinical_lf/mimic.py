@@ -1,6 +1,7 @@
 """A MIMIC-IV folder through query.sql in DuckDB: nested Parquet, one row per ICU stay, and the account of its rows."""
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import asdict
@@ -76,7 +77,8 @@ def faults_of_rows(query: str) -> dict[str, str]:
     for condition, alias, reason in re.findall(r"^\s+AND (.*?\b(\w+)\..*?)\s+-- else: (.+)$", query, re.MULTILINE):
         of_table, fails = faults[aliases[alias]], f"NOT ({condition.replace(f'{alias}.', '')})"
         of_table[reason] = f"{of_table[reason]} OR {fails}" if reason in of_table else fails
-    return {table: duck.sql_case(conditions) for table, conditions in faults.items()}
+    when = lambda conditions: " ".join(f"WHEN {fails} THEN {duck.quoted(why)}" for why, fails in conditions.items())
+    return {table: f"CASE {when(conditions)} END" for table, conditions in faults.items()}
 
 
 def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
@@ -123,8 +125,8 @@ def account_for_rows(database: duckdb.DuckDBPyConnection, faults: dict[str, str]
 
 def complete_account(con: duckdb.DuckDBPyConnection, folder: Path, table: StayTable) -> list[SourceAccount]:
     """Return the account that lies beside a query's result, with the events that were read: every row is in it once."""
-    kept = files.read_json(folder / ACCOUNT) if (folder / ACCOUNT).is_file() else []
-    accounts = {account["table"]: SourceAccount(**account) for account in kept}
+    text = (folder / ACCOUNT).read_text("utf-8") if (folder / ACCOUNT).is_file() else "[]"
+    accounts = {account["table"]: SourceAccount(**account) for account in json.loads(text)}
     found = dict(con.execute("SELECT event_type, count(*) FROM event_rows GROUP BY event_type").fetchall())
     used = np.bincount(table.event_type, minlength=len(EVENT_TYPES)).tolist()
     for account, event_type, n_used in zip(map(accounts.get, EVENT_TABLES), EVENT_TYPES, used):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pandas as pd
 
-from clinical_lf.files import WORDS, InputError, logger, read_json, refusal
+from clinical_lf.files import WORDS, InputError, logger, refusal
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 # {column: SQL type} of stays and of their events, in the order of the file.
@@ -156,13 +156,14 @@ def save_arrays(folder: Path, table: StayTable, report: ReadReport) -> None:
 
 def load_arrays(folder: Path, static_features: Sequence[str] = ()) -> tuple[StayTable, ReadReport]:
     """Map into memory what `save_arrays` wrote; OSError if absent, ValueError if damaged or without a feature."""
-    if any(zlib.crc32((folder / name).read_bytes()) != crc for name, crc in read_json(folder / "sums.json").items()):
+    sums = json.loads((folder / "sums.json").read_text("utf-8"))
+    if any(zlib.crc32((folder / name).read_bytes()) != crc for name, crc in sums.items()):
         raise ValueError("it has changed since it was written")
     arrays = {name: np.asarray(np.load(folder / f"{name}.npy", "c")) for name in ("offsets", *EVENT_ARRAYS)}
     stays, texts = (pd.read_parquet(folder / f"{name}.parquet") for name in ("stays", "texts"))
     if any(stays[name].isna().all() for name in static_features if name in stays):  # it was read for other features
         raise ValueError("a column is missing")
-    report = read_json(folder / "report.json")
+    report = json.loads((folder / "report.json").read_text("utf-8"))
     report["sources"] = [SourceAccount(**account) for account in report["sources"]]
     return StayTable(stays, texts=texts["text"].to_numpy(object), **arrays), ReadReport(**report)
 

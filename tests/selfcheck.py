@@ -48,7 +48,7 @@ class Size:
 def criterion(check: str, method: str, found: dict[str, Any], **said: Any) -> dict[str, Any]:
     """Return one of CRITERIA as a row, as the checks of an explanation are; nothing is asked of attention."""
     asked, limit, words = CRITERIA.loc[check]
-    row = {"check": check.format(**said), "method": method}
+    row: dict[str, Any] = {"check": check.format(**said), "method": method}
     row |= {part: found.get(part, np.nan) for part in ("value", "low", "high", "n")}
     row["threshold"] = "" if method == "attention" else asked
     row["passed"] = explain.judged(check, method, found, row["threshold"], limit).passed
