@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from make_sample import make_sample
 from scipy.stats import spearmanr
 
 from clinical_lf import findings
 from clinical_lf.items import read_text
 
+CASES = yaml.safe_load(Path(__file__).with_name("explain_cases.yaml").read_text("utf-8"))
 WINDOWS = ("last 6 h", "6 to 12 h", "12 to 24 h", "24 to 48 h", "48 to 96 h", "more than 96 h")
 
 
@@ -39,26 +41,12 @@ def events_of(values, pushes, item="Lab: Lactate (Blood, Blood Gas)"):
     return pd.DataFrame(table | {"tells_outcome": False, "is_static": False})
 
 
-CHANCE = np.random.default_rng(0).permutation(12)
-
-
-@pytest.mark.parametrize(
-    "n, push_of, words",
-    [
-        (12, lambda value: value**3, "when high (rho 1.00 [1.00, 1.00], n 12)"),
-        (12, lambda value: -(value**3) - 1, "pushes away from death, least when low (rho -1.00"),
-        (9, lambda value: value + 1, "pushes towards death, +4.96 ["),  # nine patients show no order
-        (12, lambda value: value - 20, "pushes away from death, least when high"),
-        (12, lambda value: 1 + CHANCE[value], "do not show whether its high or its low values do (n 12)"),
-        (12, lambda value: CHANCE[value] - 5.5, "in no direction that these stays show"),
-        (12, lambda value: value / 1000, "it does not matter"),  # below the floor, however sure
-    ],
-)
-def test_items_have_a_direction_only_beyond_the_floor_and_where_an_interval_excludes_zero(n, push_of, words):
-    others = events_of(np.full(1200, np.nan), 0.0, "Lab: Other").assign(patient_id=np.arange(1200) % 12)
-    row, _ = findings.item_table(pd.concat([events_of(np.arange(n), push_of(np.arange(n))), others])).to_dict("records")
+@pytest.mark.parametrize("pushes, words", CASES["items"])
+def test_items_have_a_direction_only_beyond_the_floor_and_where_an_interval_excludes_zero(pushes, words):
+    others, n = events_of(np.full(1200, np.nan), 0.0, "Lab: Other").assign(patient_id=np.arange(1200) % 12), len(pushes)
+    row, _ = findings.item_table(pd.concat([events_of(np.arange(n), np.array(pushes)), others])).to_dict("records")
     assert words in row["sentence"] and row["n_events"] == n and row["is_finding"] == (" pushes " in row["sentence"])
-    assert row["size"] == pytest.approx(abs(push_of(np.arange(n))).mean())
+    assert row["size"] == pytest.approx(np.abs(pushes).mean())
 
 
 def test_an_item_that_pushes_as_all_events_do_is_no_finding():
