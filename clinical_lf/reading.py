@@ -46,6 +46,8 @@ def read_stays(
 
     def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
+        with contextlib.suppress(OSError):  # a folder to spill into: DuckDB makes the last one of a path only
+            results.mkdir(parents=True, exist_ok=True)
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task, need_label)
@@ -64,8 +66,6 @@ def read_stays(
             raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
-        with contextlib.suppress(OSError):  # a folder to spill into: DuckDB makes the last one of a path only
-            results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
     path = Path(os.path.expanduser(data))
     if "\n" in str(data):
