@@ -104,8 +104,8 @@ def typed_rows(con: DuckDBPyConnection, rows: str, columns: pd.DataFrame, place:
         if count:
             where = f"FROM (SELECT {place}, {read} WHERE {checks[column.Index]}"
             source, first = con.execute(f"SELECT min(place), {FIRST.format('number')} {where}").fetchall()[0]
-            of_column = {"column": column.given, "wanted": column.wanted}
-            raise refusal("unfit_values", source=source, count=count, first=first, **of_column)
+            facts = {"source": source, "column": column.given, "wanted": column.wanted}
+            raise refusal("unfit_values", count=count, first=first, **facts)
     counts = np.reshape(found[len(checks) :], (-1, 2))
     return f"SELECT {', '.join(values)} FROM {rows}", pd.DataFrame(counts, [*zones], ["zoned", "naive"])
 

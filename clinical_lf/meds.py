@@ -79,8 +79,8 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
         hours = float(made[2])
         con.execute(statements["made labels"], {"hours": hours, "outcome": made[1].split("-")[1]})
         left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE NOT lasts")}
-        untold = first_value(con, "DELETE FROM label_rows WHERE lasts IS NULL OR boolean_value IS NULL")
-        left_out["label_untold"] = untold
+        unknown = "DELETE FROM label_rows WHERE lasts IS NULL OR boolean_value IS NULL"
+        left_out["label_untold"] = untold = first_value(con, unknown)
         if not first_value(con, "SELECT count(*) FROM label_rows"):
             raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours, untold=untold)
     elif not task.files:

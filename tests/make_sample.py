@@ -45,12 +45,7 @@ INTERCEPT = -9.9  # gives 20 to 25 % deaths
 AGE_EFFECT = 1.5  # logit per 15 years beyond 65
 LATE_MINUTES = 24 * 60  # a high lactate counts within this time of the end of the stay
 DECOY_SHARE = 0.25  # of all events of a stay, whatever causes it has
-TABLE_COLUMNS = (
-    "patient_id admission_id icu_stay_id icu_intime icu_outtime patient_death_time patient_expired_in_hospital "
-    "patient_gender patient_age patient_race marital_status admission_type admission_location insurance "
-    "first_icu_careunit last_icu_careunit icu_length_of_stay_in_days discharge_location event_time event_known_time "
-    "event_type event_text relative_time_to_final_event"
-).split()
+TABLE_COLUMNS = pd.read_csv(Path(__file__).parents[1].resolve() / "clinical_lf" / "columns.csv")["column"].tolist()
 
 
 class Sample(NamedTuple):
@@ -457,8 +452,7 @@ def build_table(stays, events):
 
 def write_csv(sample, path):
     """Writes the table; the same bytes on every machine."""
-    form = {"date_format": "%Y-%m-%d %H:%M:%S", "lineterminator": "\n", "encoding": "utf-8"}
-    sample.table.to_csv(path, index=False, **form)
+    sample.table.to_csv(path, index=False, date_format="%Y-%m-%d %H:%M:%S", lineterminator="\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -469,8 +463,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     sample = make_sample(arguments.stays, arguments.seed)
     write_csv(sample, arguments.out)
-    print(
-        f"{arguments.out}: {len(sample.stays):,} stays of {sample.stays['patient_id'].nunique():,} patients, "
-        f"{len(sample.table):,} events, {sample.stays['label'].mean():.1%} died; "
-        f"best AUROC any model can reach (true risk): {sample.best_auroc:.3f}"
-    )
+    size = f"{len(sample.stays):,} stays, {len(sample.table):,} events, {sample.stays['label'].mean():.1%} died"
+    print(f"{arguments.out}: {size}; best AUROC any model can reach (true risk): {sample.best_auroc:.3f}")

@@ -260,8 +260,8 @@ def say(rows: pd.DataFrame) -> int:
 def main() -> int:
     size = settings_from(None, Size, __doc__)
     files.log_to_stdout()
-    of_recipes = [selfcheck(size, explain.ExplainSettings(stays=0), item_history) for item_history in (False, True)]
-    rows = pd.DataFrame([*of_recipes[0], *of_recipes[1]])
+    settings = explain.ExplainSettings(stays=0)
+    rows = pd.DataFrame([*selfcheck(size, settings, False), *selfcheck(size, settings, True)])
     if size.out:
         files.write_json(Path(size.out), json.loads(rows.to_json(orient="records")))
     return say(rows)

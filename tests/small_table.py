@@ -20,16 +20,15 @@ def small_table(n_patients=40, n_events=3, first_id=10_000_000):
     """(n_patients * n_events) rows, one stay of 48 h per patient, every second patient died; all values are text."""
     rng, rows = np.random.default_rng(0), []
     start = pd.Timestamp("2150-03-01 08:00:00")
+    ends = ("HOME", ""), ("DIED", start + pd.Timedelta(hours=47))
     for i in range(n_patients):
         died = i % 2
         stay = dict(patient_id=first_id + i, admission_id=20_000_000 + i, icu_stay_id=30_000_000 + i)
         stay |= dict(patient_gender="FM"[i % 3 % 2], patient_age=40 + i, patient_expired_in_hospital=died)
         stay |= dict(icu_intime=start, icu_outtime=start + pd.Timedelta(hours=48), icu_length_of_stay_in_days=2.0)
-        stay |= dict(patient_race="WHITE", marital_status="SINGLE", insurance="Medicare")
-        stay |= dict(admission_type="URGENT", admission_location="EMERGENCY ROOM")
-        stay |= dict(first_icu_careunit="MICU", last_icu_careunit="MICU")
-        stay |= dict(discharge_location="DIED" if died else "HOME")
-        stay |= dict(patient_death_time=start + pd.Timedelta(hours=47) if died else "")
+        stay |= dict(patient_race="WHITE", marital_status="SINGLE", insurance="Medicare", admission_type="URGENT")
+        stay |= dict(admission_location="EMERGENCY ROOM", first_icu_careunit="MICU", last_icu_careunit="MICU")
+        stay |= dict(zip(("discharge_location", "patient_death_time"), ends[died]))
         for hour in range(1, n_events + 1):
             time = start + pd.Timedelta(hours=hour)
             event = dict(event_time=time, event_known_time=time + pd.Timedelta(minutes=30))
