@@ -46,8 +46,6 @@ def read_stays(
 
     def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
-        with contextlib.suppress(OSError):  # a folder to spill into: DuckDB makes the last one of a path only
-            results.mkdir(parents=True, exist_ok=True)
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task, need_label)
@@ -61,11 +59,16 @@ def read_stays(
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise duck.out_of_memory_error(f"{name}: reading", error, memory_limit, results) from None
         except duckdb.Error as error:
+            if spill.name in str(error) and not results.exists():  # DuckDB makes the last folder of a path only
+                results.mkdir(parents=True)
+                return read(source, name)
             is_csv = any(map(_is_csv, parts))
             reason = duck.reason_without_rows(error, [] if is_csv else parts).removeprefix(f"{name}: ")
             raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
+        with contextlib.suppress(OSError):
+            results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
     path = Path(os.path.expanduser(data))
     if "\n" in str(data):
