@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -230,7 +229,7 @@ def check_vectors(encoder: HashingEncoder | HuggingFaceEncoder) -> None:
     """Unload and refuse an encoder that gives texts of different tokens one vector, as a causal model's first does."""
     distinct: dict[str, Any] = {str(tokens): tokens for tokens in encoder.tokenise(PROBES)}
     vectors = encoder.forward(0, [*distinct.values()])
-    if pdist(vectors).min(initial=np.inf) <= 1e-4 * np.abs(vectors).max():
+    if len(vectors) > 1 and torch.pdist(torch.from_numpy(vectors)).min() <= 1e-4 * np.abs(vectors).max():
         encoder.unload()
         raise InputError(WORDS["encoder"]["one_vector"].format(encoder=encoder.id))
 
