@@ -23,7 +23,6 @@ from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS
 ARRAYS_VERSION = 5  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 IDS = ("patient_id", "admission_id", "icu_stay_id")
-COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"), index_col="column")
 
 
 def read_stays(
@@ -148,7 +147,7 @@ def _check(
 ) -> None:
     """Make the views `typed_stay_rows` and `typed_event_rows`; refuse what is missing or unreadable in them."""
     types = duck.column_types(con, "stay_rows") | duck.column_types(con, "event_rows")
-    columns = COLUMNS.assign(given=COLUMNS.index, must="false").replace({"given": {LABEL: label}})
+    columns = tables.COLUMNS.assign(given=tables.COLUMNS.index, must="false").replace({"given": {LABEL: label}})
     unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {label})
     is_there, numbered = columns["given"].isin(types), [name.lower() for name in types]
     if missing := ", ".join(columns["given"][~is_there & ~columns["given"].isin(unneeded)]):

@@ -14,8 +14,8 @@ from clinical_lf.files import WORDS, InputError, logger, refusal
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 # {column: SQL type} of stays and of their events, in the order of the file.
-_TABLES = pd.read_csv(Path(__file__).with_name("columns.csv")).groupby("table", sort=False)
-STAY_COLUMNS, EVENT_COLUMNS = (dict(zip(rows["column"], rows["type"])) for _, rows in _TABLES)
+COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"), index_col="column")
+STAY_COLUMNS, EVENT_COLUMNS = (rows["type"].to_dict() for _, rows in COLUMNS.groupby("table", sort=False))
 LABEL = "patient_expired_in_hospital"  # in a table that was read it holds the outcome that was chosen
 LABELS = {"hospital": LABEL, "icu": "patient_expired_in_icu", "30d": "patient_expired_within_30d"}  # of a source
 STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
