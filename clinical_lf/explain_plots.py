@@ -25,7 +25,7 @@ BAND = "#eaf0ea"  # what lies within the floor
 TO_END = "hours before the final event or observation limit"
 LOGIT = f"logit (right: towards death; band: below {FLOOR})"
 METHOD_STYLES = {"attribution": ("#9ecae1", "-", 4), "if_absent": ("black", "--", 1.2)}  # colour, line, its width
-METHOD_STYLES |= {"attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
+METHOD_STYLES |= {"relevance": (BLUE, "-.", 1.4), "attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
 ABOVE = {"loc": "outside upper center", "ncols": 4, "fontsize": 7.5, "frameon": False}  # a legend above all panels
 
 
@@ -76,7 +76,7 @@ def draw_stems(figure: Figure, title: str, rows: list[tuple], hours: np.ndarray,
         amounts = [signed(values[event]) if is_push else f"{values[event]:.1f} ×" for event in top]
         said = [f"{amount} at {hours[event]:.1f} h: {plain(texts[event], 44)}" for event, amount in zip(top, amounts)]
         if is_push and sizes.max() < FLOOR:
-            said = [f"no event mattered: none moves the logit by {FLOOR}"]
+            said = [f"no event stands out: none reaches {FLOOR}"]
         elif not is_push and sizes.max() < 1.5:
             said = [f"no event stands out: {np.nanmin(values):.2f} to {sizes.max():.2f} of an even share"]
         axes.axhspan(-FLOOR * is_push, FLOOR * is_push, color=BAND, linewidth=0)
@@ -134,10 +134,10 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time."""
-    icu_stay_id, measures = tables["attention"]["icu_stay_id"], ("attention", "rollout", "attribution", "if_absent")
-    names = ("pooling\nattention", "attention\nrollout", "push", "if\nabsent")
+    icu_stay_id, measures = tables["attention"]["icu_stay_id"], ("attention", "relevance", "attribution", "if_absent")
+    names = ("pooling\nattention", "relevance", "push", "if\nabsent")
     own = tables["events"].query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
-    rows = [(name, own[column].to_numpy(float), column in measures[2:]) for column, name in zip(measures, names)]
+    rows = [(name, own[column].to_numpy(float), column in measures[1:]) for column, name in zip(measures, names)]
     title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{removed_in_words(own)}"
     figure = page("sequence_importance_combined", caption, 5.0)
     return draw_stems(figure, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())

@@ -31,6 +31,7 @@ from clinical_lf.settings import setting, settings_from
 EFFECTS = 0.35
 # Each thing measured: what is asked, which limit of its interval must hold that, and the sentence about it.
 CRITERIA = pd.read_csv(Path(__file__).with_name("selfcheck.csv"), keep_default_na=False, index_col="check")
+UNSIGNED = ("attention", "rollout")  # methods that say where the model looks, not which way: nothing is asked of them
 HARMLESS = {"decoys": ("decoy",), "traps": ("early", "lone")}  # what only looks alarming; what elsewhere is a cause
 
 
@@ -46,11 +47,11 @@ class Size:
 
 
 def criterion(check: str, method: str, found: dict[str, Any], **said: Any) -> dict[str, Any]:
-    """Return one of CRITERIA as a row, as the checks of an explanation are; nothing is asked of attention."""
+    """Return one of CRITERIA as a row, as the checks of an explanation are; nothing is asked of UNSIGNED methods."""
     asked, limit, words = CRITERIA.loc[check]
     row: dict[str, Any] = {"check": check.format(**said), "method": method}
     row |= {part: found.get(part, np.nan) for part in ("value", "low", "high", "n")}
-    row["threshold"] = "" if method == "attention" else asked
+    row["threshold"] = "" if method in UNSIGNED else asked
     row["passed"] = explain.judged(check, method, found, row["threshold"], limit).passed
     return row | {"sentence": words.format(**row, **said)}
 
@@ -98,7 +99,7 @@ def planted_scores(events: pd.DataFrame) -> pd.DataFrame:
     for (stay, patient), part in events.groupby(["icu_stay_id", "patient_id"], sort=False):
         effect = part["true_effect"].to_numpy()
         causal = effect != 0
-        for method in explain.METHODS if causal.any() else ():
+        for method in (*explain.METHODS, "rollout") if causal.any() else ():
             score = part[method].to_numpy(float)
             top = np.argsort(-np.abs(score), kind="stable")[: causal.sum()]
             row = {"icu_stay_id": stay, "patient_id": patient, "method": method}
@@ -186,7 +187,7 @@ def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dic
     """Return what is asked of planted truth, per method; attention, which has no sign, is measured too."""
     rows, checks = [], {"planted precision@k": "precision", "planted sign": "right_sign"}
     for method, part in scores.groupby("method", sort=False):
-        for check, column in list(checks.items())[: 1 if method == "attention" else 2]:
+        for check, column in list(checks.items())[: 1 if method in UNSIGNED else 2]:
             found = metrics.mean_with_interval(part[column], part["patient_id"], settings.n_bootstrap, settings.seed)
             rows.append(criterion(check, method, found, chance=part["chance"].mean()))
         for name in HARMLESS:

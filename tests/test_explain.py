@@ -210,7 +210,7 @@ def test_an_absent_event_has_the_effect_that_the_table_without_it_has(any_run, m
 def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run):
     """Thresholds ask for a share of the strongest event's effect: it is enough, or not."""
     sizes = {0.9: [], 1.3: []}
-    for stay in range(8):
+    for stay in range(20):
         falls, before = falls_of(any_run, stay), any_run.logits[stay]
         columns = {"icu_stay_id": stay, "event": np.arange(len(falls)), "event_text": "", "attribution": falls}
         for share, counted in sizes.items():
@@ -225,6 +225,19 @@ def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run)
             assert (risk < threshold) != (expit(before) < threshold)
             np.testing.assert_allclose(found["probability_without"].astype(float), risk, atol=1e-5)
     assert min(sizes[0.9]) == 1 and np.mean(sizes[1.3]) > 1.5
+
+
+def test_a_pair_interacts_as_the_tables_without_the_one_the_other_and_both_say(any_run):
+    run, falls = any_run._replace(checkpoint=any_run.checkpoint._replace(baseline=None)), falls_of(any_run, 0)
+    columns = {"event": np.arange(len(falls)), "event_text": np.arange(len(falls)).astype(str), "attribution": falls}
+    statics = pd.DataFrame({"feature": ["age (years)"], "value": ["70"], "attribution": [0.0]})
+    pairs = explain.pair_table(run, 0, pd.DataFrame(columns), statics)
+    first, second = (pairs[name].to_numpy(int) for name in ("first", "second"))
+    kept = [~np.isin(np.arange(len(run.table.text)), pair) for pair in zip(first, second)]
+    neither = read_anew(run, stacked([run.table.take(np.array([0]), keep_event=keep) for keep in kept]))
+    expected = falls[first] - (run.logits[0] - falls[second] - neither)
+    np.testing.assert_allclose(pairs["interaction"], expected, atol=3e-6)
+    assert len(pairs) == 45 and np.abs(expected).max() > 1e-4
 
 
 def test_a_typical_number_is_that_of_the_nearest_text_that_says_the_same_and_its_history_follows(any_run):
@@ -271,11 +284,30 @@ def test_attend_bounds_the_maps_of_a_long_stay(model, stay, monkeypatch):
     assert np.isnan(found.rollout[:3]).all() and found.rollout[3:].sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_rollout_by_hand():
-    pooling, to_first = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([[1.0, 0], [1, 0]])
-    torch.testing.assert_close(explain.attention_rollout([torch.eye(3)] * 4, pooling), pooling)
-    half = explain.attention_rollout([to_first], torch.tensor([0.0, 1]))
-    torch.testing.assert_close(half, torch.tensor([0.5, 0.5]))
+def test_rollout_and_relevance_are_products_over_the_layers_of_maps_and_of_their_gradients(model, stay, monkeypatch):
+    maps, identity = [], torch.eye(N_EVENTS)
+
+    def through_maps(query, key, value, layout):
+        maps.append(train.attention_weights_within_stays(query, key, layout)[0])
+        return torch.einsum("hij,jhd->ihd", maps[-1], value)
+
+    found = explain.attend(model, *stay.inputs)
+    monkeypatch.setattr(train, "attend_within_stays", through_maps)
+    layout = train.layout_of_lengths(np.array([N_EVENTS]), torch.device("cpu"))
+    own, seen = model.score_packed(stay.sequence[0], stay.static, layout)
+    weights = [seen["pooling_weights"], *maps[::-1]]
+    moves = [weight * slope for weight, slope in zip(weights, torch.autograd.grad(own, weights))]
+    rollout, relevance = weights[0][0, :, 0].mean(0), 0
+    for mean in (weight.mean(0) for weight in weights[1:]):
+        rollout = rollout @ (identity + mean) / 2
+    for sign in (1, -1):
+        share = (sign * moves[0][0, :, 0]).relu().mean(0)
+        for move in moves[1:]:
+            share = share @ (identity + (sign * move).relu().mean(0))
+        relevance += sign * share
+    np.testing.assert_allclose(found.rollout, rollout.detach(), atol=1e-6)
+    np.testing.assert_allclose(found.relevance, relevance.detach(), atol=1e-6)
+    assert found.relevance.min() < 0 < found.relevance.max()
 
 
 def test_untrained_model_keeps_the_input_statistics_and_the_callers_random_state(model):
@@ -308,9 +340,9 @@ def test_infidelity_of_the_truth_about_a_linear_model_is_zero_also_where_some_ev
         found = explain.infidelity(LINEAR, one, given, seed=0)
         assert found["truth"] == pytest.approx(0, abs=1e-8) and found["none"] == pytest.approx(1)
         assert 0 < found["half"] < 1 and found.get("partly", 0) == pytest.approx(0, abs=1e-8)
-    columns = {"attribution": effects, "if_absent": partly, "attention": 1.0}
+    columns = {"attribution": effects, "if_absent": partly, "attention": 1.0, "relevance": 0.0}
     orders = explain.orders_of(pd.DataFrame(columns), np.random.default_rng(0))
-    assert len(orders) == 8 and orders["if_absent"][3] == 0
+    assert len(orders) == 9 and orders["if_absent"][3] == 0
     np.testing.assert_array_equal(orders["if_absent, lowest first"], -np.nan_to_num(partly))
     np.testing.assert_array_equal(orders["attribution, by size"], np.abs(effects))
 
@@ -664,11 +696,11 @@ def test_every_input_has_a_part_and_a_clinical_name_and_those_of_a_position_are_
         assert columns == list(range(width)) and len(range(width)[parts["text"]]) == 768
 
 
-@pytest.mark.parametrize("discriminates", [True, False])
-def test_log_names_findings_only_of_a_model_that_discriminates(explained, discriminates, monkeypatch):
+@pytest.mark.parametrize("check, discriminates", [("", True), ("", False), (", few", False), (", reversed", False)])
+def test_log_names_findings_only_of_a_model_that_discriminates(explained, check, discriminates, monkeypatch):
     said = []
     monkeypatch.setattr(logger, "info", said.append)
-    verdict = pd.DataFrame({"check": ["discrimination"], "sentence": ["AUROC"], "passed": [discriminates]})
+    verdict = pd.DataFrame({"check": [f"discrimination{check}"], "sentence": ["AUROC"], "passed": [discriminates]})
     explain.log_what_was_found({**explained, "verdict": verdict})
     assert ("Findings" in "".join(said)) == discriminates and "Checks" in "".join(said)
 

@@ -16,6 +16,7 @@ from clinical_lf.plots import new_figure
 ATTACK = 'Lab: <script>alert(1)</script> & "$x_{$ (Blood, Chemistry) | Value: <b>9</b> | Level: far above range'
 INFO: dict[str, Any] = {"text_encoder": "hashing", "data": "synthetic", "checkpoint": "best_model.pth"}
 INFO |= {"labels": np.array([]), "risks": np.array([])}  # and the ids of the stays, where a page is made
+INFO |= {"thresholds": {"died_from": 0.0, "survived_to": 1.0}, "level": 90}
 INFO |= {"setting": "The model sees every event up to the final one."}
 FAITHFULNESS = check_table(
     [
@@ -126,6 +127,16 @@ def test_report_tells_risk_outcome_checks_gap_and_decisive_events_of_every_shown
     decisive = "Without these 2 events the risk would be 18 % instead of 61 %, on the other side of 50 %: "
     for expected in (*shown["why_shown"], *risks, *outcomes, *judged, decisive, INFO["setting"]):
         assert expected in report
+    risk = shown["probability"].iloc[0]
+    for low, high, said in (
+        (risk, risk, "cannot say"),
+        (0, 0, "death alone"),
+        (1, 1, "survival alone"),
+        (1, 0, "Neither"),
+    ):
+        limits = {"thresholds": {"died_from": low, "survived_to": high}}
+        page = explain_report.render_report(tables, {}, INFO | limits).split('<span class="risk">')
+        assert any(said in part and outcome in part for part in page for outcome in outcomes)
 
 
 def test_report_says_of_how_many_events_replacements_are(tables):

@@ -8,6 +8,7 @@ import selfcheck
 
 def test_planted_scores_of_the_truth_itself_are_perfect():
     columns = {"attribution": [2.0, 0, -1, 0.1, 0.5], "if_absent": [0.0, 3, 0, 0, 0], "attention": 0.2}
+    columns |= {"relevance": columns["attribution"], "rollout": 0.2}
     columns |= {"true_effect": [2.0, 0, -1, 0, 0], "role": ["cause", "decoy", "cause", "background", "lone"]}
     events = pd.DataFrame({"icu_stay_id": 1, "patient_id": 1} | columns)
     scores = selfcheck.planted_scores(events).set_index("method")
