@@ -41,10 +41,10 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, send_to_device
-from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -1371,7 +1371,7 @@ class Trainer:
         logits, labels = self.predict(self.validation_set), self.validation_set.table.labels
         self.stop_if_not_finite(torch.tensor(logits), self.validation_set, np.arange(len(logits)))
         loss = F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels))
-        self.thresholds = metrics.thresholds_of(labels, expit(logits))
+        self.thresholds = metrics.thresholds_of(labels, scipy.special.expit(logits))
         return {"validation_loss": float(loss), "validation_auroc": float(roc_auc_score(labels, logits))}
 
     def out_of_patience(self) -> bool:
@@ -1768,7 +1768,7 @@ def train_and_report(
     for tracker in accelerator.trackers:
         tracker.finish()
     limits = best.state["thresholds"]
-    scored = lambda dataset: run_folder.Predictions(dataset.table.stays, expit(trainer.predict(dataset)), limits)
+    scored = lambda part: run_folder.Predictions(part.table.stays, scipy.special.expit(trainer.predict(part)), limits)
     parts = {"validation": trainer.validation_set, "test": trainer.test_set}
     predictions = {name: scored(dataset) for name, dataset in parts.items() if dataset is not None}
     if not accelerator.is_main_process:
@@ -1852,7 +1852,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
             frame = present.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hour)
             dataset = ClinicalSequenceDataset(present, checkpoint.preprocessor, loaded.dataset.text_vectors)
             logits = predict_logits(checkpoint.model, dataset, loaded.settings, accelerator)
-            rows.append(frame.assign(probability=expit(logits), label=present.labels))
+            rows.append(frame.assign(probability=scipy.special.expit(logits), label=present.labels))
     if settings.trajectory and not rows:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
     if not accelerator.is_main_process:
@@ -1866,7 +1866,8 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
     described: dict[str, Any] = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate}
     described |= loaded.source.origin(loaded.settings)
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
-    predictions = run_folder.Predictions(table.stays, expit(loaded.logits), checkpoint.state["thresholds"])
+    risks, limits = scipy.special.expit(loaded.logits), checkpoint.state["thresholds"]
+    predictions = run_folder.Predictions(table.stays, risks, limits)
     is_prospective, trajectories = checkpoint.settings.prospective, pd.concat(rows, ignore_index=True) if rows else None
     return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)
 

@@ -20,15 +20,12 @@ import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
 
 from clinical_lf.files import WORDS, InputError, lock_folder, write_json
 from clinical_lf.items import NUMBER, mask_numbers
 
 CLINICAL_LONGFORMER = "yikuan8/Clinical-Longformer"
 POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-NOT_CAUSAL = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
-ONLY_CAUSAL = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - NOT_CAUSAL  # a token reads none behind it
 KIN_OF_ROBERTA = "roberta xlm-roberta camembert longformer roberta-prelayernorm xlm-roberta-xl mpnet".split()
 PROBES = [f"Lab: {said}" for said in ("Lactate | Value: 4.1 mmol/L", "Glucose | Value: 1", "Culture", "50912")]
 
@@ -207,7 +204,10 @@ class HuggingFaceEncoder:
 
 def folder_pooling(folder: Path, config: Any) -> str:
     """Return what a sentence-transformers folder asks for, "cls", "mean" or "last" (and "-unit"), else the usual."""
-    is_causal = getattr(config, "is_decoder", False) or config.model_type in ONLY_CAUSAL
+    auto = transformers.models.auto.modeling_auto  # loaded here: it takes a tenth of a start
+    not_causal = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
+    only_causal = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - not_causal  # a token reads none behind it
+    is_causal = getattr(config, "is_decoder", False) or config.model_type in only_causal
     path, modules = folder / "1_Pooling" / "config.json", folder / "modules.json"
     if not path.is_file():
         return "last" if is_causal else "cls"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import ArrayLike
-from scipy.special import expit, logit
 
 from clinical_lf.files import WORDS
 
@@ -154,7 +154,7 @@ def weighted_metrics(weights: np.ndarray, labels: np.ndarray, probabilities: np.
     figures[:, 2] = weights @ (probabilities - labels) ** 2 / weights.sum(1)
     both = (weights @ labels > 0) & (weights @ (1 - labels) > 0)
     if both.any():
-        logits = logit(probabilities.clip(1e-7, 1 - 1e-7))  # those of 0 and 1 are infinite
+        logits = scipy.special.logit(probabilities.clip(1e-7, 1 - 1e-7))  # those of 0 and 1 are infinite
         figures[both, :2] = weighted_ranking(weights[both], labels, probabilities)
         figures[both, 3:4] = logistic_fits(weights[both], labels, np.ones((len(labels), 1)), logits)
         scale, auroc = logits.std() or math.nan, figures[both, 0]  # of risks that all tie there is no slope
@@ -190,7 +190,7 @@ def smooth_rates(weights: np.ndarray, labels: np.ndarray, logits: np.ndarray) ->
     bend = cubes[:, 0] - cubes[:, 2] - (cubes[:, 1] - cubes[:, 2]) * width / (knots[2] - knots[1])
     features = np.column_stack([np.ones(len(logits)), (logits - knots[1]) / width, bend])
     # A ridge of a hundredth of a stay keeps the curve of separated outcomes finite.
-    return expit(logistic_fits(weights, labels, features, ridge=0.01) @ features.T)
+    return scipy.special.expit(logistic_fits(weights, labels, features, ridge=0.01) @ features.T)
 
 
 def logistic_fits(
@@ -200,7 +200,7 @@ def logistic_fits(
     coefficients, (n_stays, k) = np.zeros((len(weights), features.shape[1])), features.shape
     products = (features[:, :, None] * features[:, None, :]).reshape(n_stays, k * k)
     for _ in range(100):
-        risks = expit(coefficients @ features.T + offset)  # (R, n)
+        risks = scipy.special.expit(coefficients @ features.T + offset)  # (R, n)
         gradient = (weights * (labels - risks) @ features - ridge * coefficients)[:, :, None]
         curvature = (weights * risks * (1 - risks) @ products).reshape(-1, k, k)  # flat where all risks are near 0 or 1
         step = np.linalg.solve(curvature + ridge * np.eye(k), gradient)[:, :, 0].clip(-2, 2)  # longer can oscillate
