@@ -14,10 +14,8 @@ LEAK_AUROC = 0.95  # no single bedside fact ranks deaths this well; what does kn
 REPAIRED = WORDS["repaired"]  # what is left out or mended on reading, but belongs into the audit
 
 
-def audit_table(
-    table: StayTable, split: Split, report: ReadReport, observation_hours: float = 0.0, prospective: bool = False
-) -> pd.DataFrame:
-    """Return the audit of a table and its split: `leakage_audit` of its columns, of stays' times, and of counts."""
+def audit_table(table: StayTable, split: Split, report: ReadReport, settings: dict) -> pd.DataFrame:
+    """Return the audit of a run's table and split: `leakage_audit` of its columns, of stays' times, and of counts."""
     stays, record = table.stays.assign(part=None), stay_hours(table)
     for name, members in split._asdict().items():
         stays.loc[members, "part"] = name
@@ -28,14 +26,16 @@ def audit_table(
     # What two columns tell together: a length that ran past the record would know who died before it.
     columns["length of stay less the record's span, hours"] = hours - record
     columns["length of stay less the last event, hours"] = hours - last
-    known, end_hours = report.counts | report.notes, observation_hours or record[table.stay_of_event]
+    known, end_hours = report.counts | report.notes, settings["observation_hours"] or record[table.stay_of_event]
     counts = dict.fromkeys(WORDS["impossible"], 0) | {code: known[code] for code in REPAIRED if code in known}
     counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
     counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
         counts[f"{unit}_in_two_parts"] = int((stays.groupby(f"{unit}_id")["part"].nunique() > 1).sum())
-    is_train = stays["part"] == "train"
-    return leakage_audit(columns[is_train], stays[is_train], counts, prospective)
+    if settings["outcome"] != "hospital":  # of two stays of an admission one may end with that death
+        del counts["admission_with_two_labels"]
+    is_train, is_prospective = stays["part"] == "train", bool(settings["labels"]) or settings["observation_hours"] > 0
+    return leakage_audit(columns[is_train], stays[is_train], counts, is_prospective)
 
 
 def leakage_audit(facts: pd.DataFrame, stays: pd.DataFrame, counts: dict[str, int], prospective: bool) -> pd.DataFrame:

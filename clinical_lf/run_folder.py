@@ -129,10 +129,7 @@ class RunFolder:
 
     def write_audit(self, table: StayTable, split: Split, report: ReadReport) -> None:
         """Write and log the leakage audit of the table and the split."""
-        hours, is_prospective = self.settings["observation_hours"], bool(self.settings["labels"])
-        found = audit.audit_table(table, split, report, hours, is_prospective or hours > 0)
-        if self.settings["outcome"] != "hospital":  # of two stays of an admission one may end with that death
-            found = found[found["name"] != WORDS["reasons"]["admission_with_two_labels"]]
+        found = audit.audit_table(table, split, report, self.settings)
         texts = audit.audit_texts(table.take(split.train))
         self.table("leakage_audit.csv", found)
         self.table("leakage_audit_texts.csv", texts)

@@ -10,6 +10,7 @@ from clinical_lf import audit
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import EVENT_ARRAYS, LABEL, ReadReport, Split, StayTable
 
+USUAL = {"observation_hours": 0.0, "labels": "", "outcome": "hospital"}
 LATE = "events known only after the moment of prediction"
 COUNTS = {"event_known_after_prediction": 7, "patient_in_two_parts": 1, "admission_in_two_parts": 0}
 
@@ -71,7 +72,9 @@ def test_audit_of_a_table_judges_training_stays_and_counts_what_crosses_the_spli
     frame.loc[(of_stay >= 40) & (frame[LABEL] == "1"), "insurance"] = "None"  # the label, but in other parts only
     table, report = read_stays(frame, tmp_path)
     split = Split(*np.split(np.arange(len(table.stays)), [40, 50]))
-    found = {flag: audit.audit_table(table, split, report, 0, flag).set_index("name") for flag in (False, True)}
+    of_labels = lambda labels: USUAL | {"labels": labels}
+    audits = {bool(name): audit.audit_table(table, split, report, of_labels(name)) for name in ("", "a file")}
+    found = {flag: audited.set_index("name") for flag, audited in audits.items()}
     counts, flagged = found[True]["count"], {flag: set(table.index[table.flagged]) for flag, table in found.items()}
     assert counts["patients in two parts of the split"] == 1 and counts["admissions in two parts of the split"] == 0
     assert counts["admissions with conflicting labels"] == 1 and counts[LATE] == 6
@@ -80,7 +83,7 @@ def test_audit_of_a_table_judges_training_stays_and_counts_what_crosses_the_spli
     assert flagged[True] - flagged[False] == {LATE}
     assert "discharge_location" in flagged[True] and "patient_age" not in flagged[True]
     assert found[True].auroc["insurance"] == 0.5
-    early = audit.audit_table(table, split, ReadReport(), observation_hours=2.5).set_index("name")
+    early = audit.audit_table(table, split, ReadReport(), USUAL | {"observation_hours": 2.5}).set_index("name")
     assert early["count"][LATE] > 6  # the third hour's, known at 3.5 h
 
 
