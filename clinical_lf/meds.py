@@ -17,9 +17,7 @@ from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
 QUERY_FILE = Path(__file__).resolve().parent.parent / "meds.sql"
 MADE_LABELS = re.compile(r"mortality-(in-hospital|in-icu|within-30d)@(\d{1,6}(?:\.\d{1,6})?)h")
-CSV = {path.stem[5:]: pd.read_csv(path) for path in Path(__file__).parent.glob("meds_*.csv")}
-MUST = {"any": "", "there": "false", "filled": "{0} IS NULL"}  # by must_be, the SQL of what makes a value unfit
-COLUMNS = CSV["columns"].assign(must=CSV["columns"]["must_be"].map(MUST))
+CSV = {path.stem[5:]: pd.read_csv(path, na_filter=False) for path in Path(__file__).parent.glob("meds_*.csv")}
 
 
 class MedsTask(NamedTuple):
@@ -46,7 +44,7 @@ def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_emp
 
     InputError names the file that lacks a column, or has values unfit for its type.
     """
-    columns = COLUMNS[COLUMNS["table"] == table].set_index("column")
+    columns = CSV["columns"].query("table == @table").set_index("column")
     columns.loc[columns.index == may_be_empty, "must"] = "false"
     known, place = columns["names"].str.split("|").explode(), "file_of_row AS place, file_row_number + 1 AS number"
     options = "hive_partitioning = false, filename = 'file_of_row', file_row_number = true"
@@ -126,13 +124,8 @@ def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
     if unknown := ", ".join(subjects["split"][subjects["part"].isna()].unique()[:3]):
         raise refusal("unknown_split", path=path, names=unknown, known=", ".join(CSV["parts"]["name"]))
     part_of_subject = subjects.drop_duplicates(["subject_id", "part"]).set_index("subject_id")["part"]
-    if twice := int(part_of_subject.index.duplicated().sum()):
-        raise refusal("subject_in_two_parts", path=path, count=twice)
-    split = tables.split_of_parts(table, part_of_subject)
     logger.info(f"Split       the data set's own, {path.name}")
-    others, warnings = table.stays["patient_id"].drop(np.concatenate(split)), WORDS["warnings"]
-    if len(others):
-        logger.warning(warnings["subject_in_no_part"].format(stays=len(others), subjects=others.nunique(), path=path))
+    split, warnings = tables.split_of_parts(table, part_of_subject, str(path)), WORDS["warnings"]
     if not tables.has_both_outcomes(table, split.test):
         logger.warning(warnings["nothing_held_out"].format(path=path.name))
         split = split._replace(test=split.test[:0])

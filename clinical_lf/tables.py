@@ -253,9 +253,15 @@ def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator
         yield Split(rest[train], rest[validation], test)
 
 
-def split_of_parts(table: StayTable, part_of_patient: pd.Series) -> Split:
-    """Return the split that `part_of_patient` (train, validation, test by patient) makes; others are in none."""
-    parts = table.stays["patient_id"].map(part_of_patient).to_numpy()
+def split_of_parts(table: StayTable, part_of_patient: pd.Series, path: str) -> Split:
+    """Return the split that a file's train, validation and test by patient make, and say how many are in no part."""
+    if twice := int(part_of_patient.index.duplicated().sum()):
+        raise refusal("patient_in_two_parts", path=path, count=twice)
+    patients = table.stays["patient_id"]
+    parts = patients.map(part_of_patient)
+    if len(others := patients[~parts.isin(Split._fields)]):
+        found = {"stays": len(others), "patients": others.nunique(), "path": path}
+        logger.warning(WORDS["warnings"]["patient_in_no_part"].format(**found))
     return Split(*(np.flatnonzero(parts == name) for name in Split._fields))
 
 
@@ -265,11 +271,7 @@ def split_from_file(table: StayTable, path: Path) -> Split:
         part_of_patient = pd.read_csv(path).drop_duplicates().set_index("patient_id")["part"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
-    if part_of_patient.index.has_duplicates:
-        raise InputError(f"--split {path}: a patient is in two parts. Give each patient one.")
-    split = split_of_parts(table, part_of_patient)
-    if left_out := len(table.stays) - sum(map(len, split)):
-        logger.warning(f"Split       WARNING: {left_out} stays are of patients in no part of {path}; they are left out")
+    split = split_of_parts(table, part_of_patient, f"--split {path}")
     for name, stays in zip(Split._fields, split):
         if not has_both_outcomes(table, stays) and (len(stays) or name != "test"):
             raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")

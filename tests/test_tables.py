@@ -144,7 +144,7 @@ def test_split_file_gives_each_part_its_patients_and_names_those_that_have_none(
     pd.concat([rows, rows[:3]]).sample(frac=1, random_state=0).to_csv(tmp_path / "split.csv", index=False)
     split = split_from_file(table, tmp_path / "split.csv")
     assert patients_of(table, split) == [{*ids[20:26]}, {*ids[26:]}, {*ids[:20]}]
-    assert "10 stays are of patients in no part" in log.text
+    assert "10 stays are of 10 patients in no part" in log.text
     rows[20:].to_csv(tmp_path / "untested.csv", index=False)
     assert len(split_from_file(table, tmp_path / "untested.csv").test) == 0
 

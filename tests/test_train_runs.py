@@ -63,7 +63,7 @@ def test_split_file_gives_each_part_its_patients(finished, tmp_path):
 
 BAD_SPLITS = {
     "a,b\n1,2\n": "cannot be read as CSV with patient_id and part",
-    "patient_id,part\n10000000,train\n10000000,test\n": "a patient is in two parts",
+    "patient_id,part\n10000000,train\n10000000,test\n": "1 patients are in two parts",
     "patient_id,part\n10000000,train\n": "its part train holds no stays of both outcomes",
 }
 
