@@ -46,11 +46,10 @@ def file_list(paths: Iterable[Path]) -> str:
     return f"[{', '.join(quoted(escape(str(path))) for path in paths)}]"
 
 
-def csv_rows(paths: Path | Sequence[Path], missing: Sequence[str] = ("",)) -> str:
+def csv_rows(paths: Sequence[Path], missing: Sequence[str] = ("",)) -> str:
     """Return the SQL that reads CSV files as text, guessing nothing of their form; a value in `missing` is NULL."""
-    listed = file_list([paths] if isinstance(paths, Path) else paths)
     # A buffer of one longest line: DuckDB's own, of sixteen, costs a quarter more CPU time.
-    return f"""read_csv({listed}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"',
+    return f"""read_csv({file_list(paths)}, all_varchar = true, header = true, delim = ',', quote = '"', escape = '"',
     comment = '', max_line_size = 16000000, buffer_size = 16000000, nullstr = {list(missing)})"""
 
 

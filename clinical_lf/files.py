@@ -1,7 +1,6 @@
 """Files that are whole or not there, one writer of a folder at a time, progress in a log, errors a person can mend."""
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -157,11 +156,6 @@ def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def cache_key(*parts: Any) -> str:
-    """Return the name under which a result is kept, by all that it is made of."""
-    return hashlib.md5(repr(parts).encode()).hexdigest()
 
 
 def free_disk(folder: Path) -> int:

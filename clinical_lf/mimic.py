@@ -83,7 +83,8 @@ def faults_of_rows(query: str) -> dict[str, str]:
 
 def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path, fault: str = "NULL") -> None:
     """Copy a CSV file into `database`, typed; of events those near ICU stays, at fault or noted. InputError if bad."""
-    name, rows, columns, says = Path(table).name, duck.csv_rows(path, duck.MISSING), MIMIC_TABLES[table], _TABLES[table]
+    name, rows = Path(table).name, duck.csv_rows([path], duck.MISSING)
+    columns, says = MIMIC_TABLES[table], _TABLES[table]
     if absent := sorted(columns.keys() - duck.column_types(database, rows)):
         raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
     parts = {"name": name, "rows": rows, "fault": fault}
@@ -145,7 +146,8 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
     # Which way a tie is rounded (3.05) depends on DuckDB's version.
-    key = files.cache_key(query, _TABLES, READ_AS, EVENT_TABLE, duck.MISSING, duckdb.__version__, stats)
+    made_of = (query, _TABLES, READ_AS, EVENT_TABLE, duck.MISSING, duckdb.__version__, stats)
+    key = hashlib.md5(repr(made_of).encode()).hexdigest()
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
     if not target.exists():
         with files.lock_folder(results):

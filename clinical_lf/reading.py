@@ -1,6 +1,7 @@
 """Any source to a StayTable: two relations `stay_rows` and `event_rows`, checked, then loaded as flat arrays."""
 
 import contextlib
+import hashlib
 import os
 import uuid
 from collections.abc import Sequence
@@ -85,9 +86,9 @@ def read_stays(
     source, stats = path if task else parts, [(str(part.absolute()), part.stat()) for part in parts]
     if sum(stat.st_size for _, stat in stats) < KEEP_ARRAYS_FROM:
         return read(source, str(data))
-    made_of = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    key = files.cache_key(ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, outcome, made_of)
-    kept = results / f"{key}.arrays"
+    versions = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    made_of = (ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, outcome, versions)
+    kept = results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.arrays"
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return tables.load_arrays(kept, static_features)
     with files.lock_folder(results):
