@@ -52,6 +52,7 @@ sys.exit(max(process.exitcode for process in processes))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
     """On the bundled sample, here a small one beside a copy of the program, with nobody at the hub's address."""
     program = Path(train.__file__).parent

@@ -179,8 +179,13 @@ def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital,
     assert 0 <= scores["samples_equally_weighted"]["roc_auc_score"] <= 1
 
 
+@pytest.fixture(scope="module")
+def table(hospital):
+    return read(hospital)[0]
+
+
 @pytest.mark.parametrize("name", CASES["splits"])
-def test_split_of_the_data_set_keeps_the_held_out_apart_however_it_is_written(name, hospital, tmp_path, caplog):
+def test_split_of_the_data_set_keeps_the_held_out_apart_however_it_is_written(name, hospital, table, tmp_path, caplog):
     case, rows = CASES["splits"][name], pd.read_parquet(hospital / "metadata" / "subject_splits.parquet")
     rows = rows.sample(frac=1, random_state=0) if "index" in case else rows  # else pandas keeps no index
     rows = rows[rows["split"] != case.get("without")][case.get("leave_out", 0) :]
@@ -191,11 +196,11 @@ def test_split_of_the_data_set_keeps_the_held_out_apart_however_it_is_written(na
     rows = rows.rename(columns=case.get("columns", {}))
     rows = rows.set_index("subject_id").rename_axis(case["index"]) if "index" in case else rows
     (tmp_path / "metadata").mkdir()
-    assert meds_split(read(hospital)[0], tmp_path) is None
+    assert meds_split(table, tmp_path) is None
     rows.to_parquet(tmp_path / "metadata" / "subject_splits.parquet")
     if "refused" in case:
         with pytest.raises(InputError, match=case["refused"]):
-            meds_split(read(hospital)[0], tmp_path)
+            meds_split(table, tmp_path)
     else:
-        split = meds_split(read(hospital)[0], tmp_path)
+        split = meds_split(table, tmp_path)
         assert [len(part) for part in split] == case["sizes"] and re.search(case.get("says", ""), caplog.text)

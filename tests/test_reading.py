@@ -369,7 +369,7 @@ def test_data_frame_that_passes_the_limit_of_memory_has_a_folder_to_spill_into(t
     assert (tmp_path / "new" / "cache" / "query_results").is_dir()
 
 
-QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 ODD = """nan|NaN|inf|-inf|infinity|epoch|1e308|-1e308|1e-320|9007199254740993|9223372036854775807|-9223372036854775808
 99999999999999999999|0|-0|1|1.0|1.5|0x1F|true|NULL|None|\\N|2150-03-01|2150-03-01 09:00:00|2150-03-01T09:00:00Z
 2150-02-30|0001-01-01|9999-12-31 23:59:59|290000-01-01|-0044-03-15 (BC)|12:00|47|2820|-2820|labevent|LABEVENT|😀|"|""
