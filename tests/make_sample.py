@@ -102,15 +102,9 @@ def as_charted(lab, values):
 def lab_text(lab, value, comment=""):
     """One result, e.g. `Lab: Lactate (Blood, Blood Gas) | Value: 5.2 mmol/L | Reference: 0.5-2 | Level: ...`."""
     level = magnitude_level(value, lab.low, lab.high)
-    parts = [
-        f"Lab: {lab.label} (Blood, {lab.category})",
-        f"Value: {value:.6g} {lab.unit}".rstrip(),
-        f"Reference: {lab.low:g}-{lab.high:g}",
-        f"Level: {level}",
-        "Flag: abnormal" if level != "within range" else "",
-        f"Comment: {comment}" if comment else "",
-    ]
-    return " | ".join(filter(None, parts))
+    said = f"Lab: {lab.label} (Blood, {lab.category}) | {f'Value: {value:.6g} {lab.unit}'.rstrip()}"
+    said += f" | Reference: {lab.low:g}-{lab.high:g} | Level: {level}" + " | Flag: abnormal" * (level != "within range")
+    return said + (f" | Comment: {comment}" if comment else "")
 
 
 def lab_texts(rng, lab, values):
@@ -145,13 +139,7 @@ def procedure_text(label, category, minutes, location=""):
 CATALOGUE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 LABS = {role: [Lab(*row) for row in rows] for role, rows in CATALOGUE["labs"].items()}
 LACTATE, PLATELETS, BILIRUBIN, INR = LABS["cause"]
-FREE_TEXT_LABS = (
-    "Lab: Specimen Type (Blood, Blood Gas) | Value: ART.",
-    "Lab: Platelet Smear (Blood, Hematology) | Comment: NORMAL.",
-    "Lab: Anisocytosis (Blood, Hematology) | Comment: OCCASIONAL.",
-    "Lab: Estimated GFR (MDRD equation) (Blood, Chemistry) "
-    "| Comment: Using this patient's age, gender, and serum creatinine value.",
-)
+FREE_TEXT_LABS = np.array(CATALOGUE["free_text_labs"], dtype=object)
 
 
 # ---- Events: functions of an array of events give (texts, minutes until all that the text says is known) ----
@@ -216,12 +204,9 @@ def part(stay, event_type, texts, delay, kind, role, effect=0.0, minutes=np.nan,
     return pd.DataFrame(columns | dict(true_effect=effect, minutes=minutes, group=group))
 
 
-MAKERS = {  # in the order in which `fill` takes them
-    "ingredient": ingredient_events,
-    "prescription": prescription_events,
-    "procedure_event": procedure_events,
-    "microbiology": culture_events,
-}
+# In the order in which `fill` takes them.
+MAKERS = {"ingredient": ingredient_events, "prescription": prescription_events, "procedure_event": procedure_events}
+MAKERS["microbiology"] = culture_events
 
 
 # ---- Planting ----
@@ -248,13 +233,7 @@ def plant_simple(rng, n_stays):
     stay = stays_with(rng, n_stays, 0.32, second=0.2)
     texts, delay, values = lab_events(rng, PLATELETS, len(stay))
     yield part(stay, "labevent", texts, delay, "platelets", "cause", 3.4 + 0.9 * np.log2(70 / values))
-    kinds = (
-        ("vasopressor", "prescription", 0.32, 0.2, 4.4),
-        ("blood culture", "microbiology", 0.30, 0.2, 4.4),
-        ("extubation", "procedure_event", 0.55, 0.0, -4.8),
-        ("feeding", "ingredient", 0.55, 0.3, -4.1),
-    )
-    for kind, event_type, probability, second, effect in kinds:
+    for kind, event_type, probability, second, effect in CATALOGUE["simple"]:
         stay = stays_with(rng, n_stays, probability, second)
         yield part(stay, event_type, *MAKERS[event_type](rng, kind, len(stay)), kind, "cause", effect)
 
@@ -297,7 +276,7 @@ def fill(rng, role, count):
         chosen = tested[lab_index == index]
         yield part(chosen, "labevent", *lab_events(rng, lab, len(chosen))[:2], role, role)
     chosen = tested[lab_index == -1]
-    texts = np.array(FREE_TEXT_LABS, dtype=object)[rng.integers(0, len(FREE_TEXT_LABS), len(chosen))]
+    texts = FREE_TEXT_LABS[rng.integers(0, len(FREE_TEXT_LABS), len(chosen))]
     yield part(chosen, "labevent", texts, lab_delay(rng, len(chosen)), role, role)
     for index, (event_type, maker) in enumerate(MAKERS.items(), start=1):
         chosen = stay[type_index == index]
@@ -407,8 +386,7 @@ def add_times(rng, stays, duration, earlier, shares_admission):
 
 def clock(minutes):
     """Minutes since 2110 -> datetime64[s]; NaN -> NaT."""
-    whole = np.nan_to_num(minutes).astype("int64") * 60
-    times = np.datetime64("2110-01-01T00:00:00", "s") + whole.astype("timedelta64[s]")
+    times = np.datetime64("2110-01-01T00:00:00", "s") + np.nan_to_num(minutes).astype("int64").astype("timedelta64[m]")
     return np.where(np.isnan(minutes), np.datetime64("NaT", "s"), times)
 
 

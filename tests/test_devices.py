@@ -144,24 +144,10 @@ def test_pretended_device(scenario):
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-2500:]
 
 
-WAITING_SCRIPT = """
-import sys, time
-from datetime import timedelta
-import train
-accelerator = train.make_accelerator(train.Settings(), timedelta(seconds=float(sys.argv[1])))
-with accelerator.main_process_first():
-    if accelerator.is_main_process:
-        time.sleep(float(sys.argv[2]))
-accelerator.wait_for_everyone()
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("timeout_s, work_s", [("600", "5"), ("2", "60")])
-def test_processes_wait_for_the_first_as_long_as_the_timeout_says(tmp_path, timeout_s, work_s):
-    script = tmp_path / "waiting.py"
-    script.write_text(WAITING_SCRIPT)
-    command = [*TWO_OF, str(script), timeout_s, work_s]
+def test_processes_wait_for_the_first_as_long_as_the_timeout_says(timeout_s, work_s):
+    command = [*TWO_OF, ROOT / "tests" / "processes" / "waiting.py", timeout_s, work_s]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert (done.returncode == 0) == (timeout_s == "600"), done.stderr[-2500:]
 

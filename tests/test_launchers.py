@@ -34,24 +34,6 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, options
     assert not leftovers(tmp_path)
 
 
-# Two processes as torchrun would start them, forked from one that has imported the program: half as much work.
-FORK = """
-import multiprocessing, os, sys, train
-
-def run(rank):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
-    sys.exit(train.main(sys.argv[1:]))
-
-processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
-for process in processes:
-    process.start()
-for process in processes:
-    process.join()
-sys.exit(max(process.exitcode for process in processes))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
     """On the bundled sample, here a small one beside a copy of the program, with nobody at the hub's address."""
@@ -60,7 +42,7 @@ def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
     shutil.copytree(program / "clinical_lf", tmp_path / "clinical_lf")
     small_table().to_csv(tmp_path / "sample_train.csv", index=False)
     hub_and_program = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)}
-    said = run_python("-c", FORK, *TINY, folder=tmp_path, **hub_and_program)
+    said = run_python(Path(__file__).parent / "processes" / "forked.py", *TINY, folder=tmp_path, **hub_and_program)
     assert said.count("read with the hashing encoder instead") == 2  # one warning of each process
     metrics = json.loads((tmp_path / "trained_models" / "clinical_LF" / "metrics.json").read_text())
     assert metrics["text_encoder"] == "hashing" and not leftovers(tmp_path / "trained_models")
