@@ -109,9 +109,8 @@ OF_RESUMING = {
 
 @pytest.mark.parametrize("what", [*OF_RESUMING, "a damaged best model"])
 def test_run_is_not_resumed_from_what_lacks_parts(what, finished, tmp_path, capfd):
-    path = Path(
-        shutil.copytree(finished / "out" / "checkpoints", tmp_path / "out" / "checkpoints"), "latest_checkpoint.pth"
-    )
+    folder = shutil.copytree(finished / "out" / "checkpoints", tmp_path / "out" / "checkpoints")
+    path = folder / "latest_checkpoint.pth"
     state = torch.load(path, weights_only=True)
     if what in OF_RESUMING:
         OF_RESUMING[what](state)

@@ -97,12 +97,6 @@ def test_run_into_the_folder_of_a_finished_one_moves_all_of_that_aside_once_it_b
     assert all((out / name).exists() for name in mine)
 
 
-def test_same_seed_gives_the_same_bits(finished, tmp_path):
-    assert train.main(arguments(tmp_path, finished / "data.csv")) == 0
-    first, second = (torch.load(best_model(folder), weights_only=True)["model"] for folder in (finished, tmp_path))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_loss_of_nan_stops_at_most_a_step_later_and_keeps_the_best_checkpoint(data, tmp_path, capfd, monkeypatch):
     assert train.main(arguments(tmp_path, data, "--batch-size", 3)) == 0
     best, forward, steps = best_model(tmp_path).read_bytes(), train.TrainingObjective.forward, []

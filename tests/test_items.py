@@ -14,9 +14,8 @@ from clinical_lf import items
 from clinical_lf.reading import read_stays
 
 IN_UNIT = f"{LACTATE} mmol/L"
-EVENT_TEXTS = pd.read_csv(
-    Path(__file__).with_name("event_texts.csv"), keep_default_na=False, na_values={"value": "nan"}
-)
+TEXTS_FILE = Path(__file__).with_name("event_texts.csv")
+EVENT_TEXTS = pd.read_csv(TEXTS_FILE, keep_default_na=False, na_values={"value": "nan"})
 
 
 @pytest.mark.parametrize("marked, item, value, unit", EVENT_TEXTS.to_numpy().tolist(), ids=EVENT_TEXTS["marked"])

@@ -67,13 +67,9 @@ def test_each_label_of_a_subject_is_a_stay_that_ends_with_the_prediction_and_tim
 
 
 def test_static_columns_are_those_known_at_the_prediction(tmp_path):
-    rows = [
-        lab(1, None, None, "GENDER//F"),
-        lab(1, -24 * 365.25 * 60, None, "MEDS_BIRTH"),
-        lab(1, 0, None, "HOSPITAL_ADMISSION//URGENT//ED", race="WHITE"),
-        lab(1, 1, None, "ICU_ADMISSION//MICU"),
-        lab(1, 9, None, "ICU_ADMISSION//SICU", race="later"),
-    ]
+    rows = [lab(1, None, None, "GENDER//F"), lab(1, -24 * 365.25 * 60, None, "MEDS_BIRTH")]
+    rows += [lab(1, 0, None, "HOSPITAL_ADMISSION//URGENT//ED", race="WHITE"), lab(1, 1, None, "ICU_ADMISSION//MICU")]
+    rows += [lab(1, 9, None, "ICU_ADMISSION//SICU", race="later")]
     stay = read(write_meds(tmp_path, rows, [(1, 5, False)]))[0].stays.loc[0]
     names = "patient_gender patient_age patient_race admission_type admission_location first_icu_careunit".split()
     assert stay[names].tolist() == ["F", 60, "WHITE", "URGENT", "ED", "MICU"]

@@ -12,10 +12,9 @@ from test_metrics import simulate
 
 from clinical_lf import metrics, plots
 
-RISES_AND_FALLS = {"train_loss": [0.6, 0.5, 0.4], "validation_loss": [0.62, 0.55, 0.58]}
-HISTORY = pd.DataFrame(
-    {"epoch": [1, 2, 3], "validation_auroc": [0.6, 0.7, np.nan], "learning_rate": [1e-4, 3e-4, 1e-4]} | RISES_AND_FALLS
-)
+LOSSES = {"train_loss": [0.6, 0.5, 0.4], "validation_loss": [0.62, 0.55, 0.58]}
+AUROC_AND_RATE = {"validation_auroc": [0.6, 0.7, np.nan], "learning_rate": [1e-4, 3e-4, 1e-4]}
+HISTORY = pd.DataFrame({"epoch": [1, 2, 3]} | LOSSES | AUROC_AND_RATE)
 
 
 def predictions(n):

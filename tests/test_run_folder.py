@@ -26,11 +26,10 @@ def test_predictions_say_who_they_are_of_and_give_their_columns():
     assert many.words() == "30 stays of 2 patients, 20 deaths"
 
 
-@pytest.mark.parametrize(
-    "hours, labels, words", [(0, "", "foresees nothing"), (24.0, "", "24 h after"), (0, "x@24h", "each MEDS label")]
-)
-def test_moment_of_prediction_is_said_in_a_sentence(hours, labels, words):
-    assert words in moment_of_prediction(hours, labels) and moment_of_prediction(hours, labels).endswith(".")
+def test_moment_of_prediction_is_said_in_a_sentence():
+    wanted = {"foresees nothing": (0, ""), "24 h after": (24.0, ""), "each MEDS label": (0, "x@24h")}
+    for words, given in wanted.items():
+        assert words in moment_of_prediction(*given) and moment_of_prediction(*given).endswith(".")
 
 
 def test_json_has_null_for_nan_and_infinity_however_deep(tmp_path):

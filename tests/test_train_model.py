@@ -205,10 +205,11 @@ def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):
 
 
 @torch.no_grad()
-def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model):
+def test_packed_stays_have_layout_logits_and_losses_of_padded_ones(dataset, small_model):
     stays = np.array([4, 0, 9, 1])
     batch, padded = dataset.packed(stays), train.collate_stays([dataset[stay] for stay in stays])
     mask, lengths = padded["attention_mask"], dataset.lengths[stays].tolist()
+    assert all(torch.equal(a, b) for a, b in zip(batch.layout[1:], train.layout_of_mask(mask)[1:]))
     assert batch.layout.lengths == mask.sum(1).tolist() == lengths and len(batch.events) == sum(lengths)
     assert not padded["sequences"][~mask].any() and torch.equal(batch.labels, dataset.labels[stays])
     logits, details = small_model.score_packed(batch.events, batch.static_features, batch.layout)
@@ -219,15 +220,6 @@ def test_packed_stays_have_logits_and_losses_of_padded_ones(dataset, small_model
     hours = train.unpack(torch.from_numpy(table.minutes_to_end[:, None] / 60).float(), batch.layout).squeeze(2)
     by_hand = loss(logits, details["transformer_output"], batch.labels, hours, batch.layout.attention_mask)
     assert torch.allclose(objective(batch, 773), by_hand, atol=1e-5)
-
-
-def test_layouts_of_lengths_and_of_a_mask_agree():
-    lengths = np.array([3, 1, 2])
-    attention_mask = torch.arange(3) < torch.from_numpy(lengths).unsqueeze(1)
-    by_lengths, by_mask = train.layout_of_lengths(lengths, torch.device("cpu")), train.layout_of_mask(attention_mask)
-    assert by_lengths.lengths == by_mask.lengths == [3, 1, 2] and by_lengths.ends.tolist() == [0, 3, 4, 6]
-    assert by_lengths.position.tolist() == [0, 1, 2, 0, 0, 1] and by_mask.place.tolist() == [0, 1, 2, 3, 6, 7]
-    assert all(torch.equal(a, b) for a, b in zip(by_lengths[1:], by_mask[1:]))
 
 
 def test_batches_gathered_ahead_are_those_gathered_in_turn(dataset, monkeypatch):

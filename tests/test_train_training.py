@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,12 +22,7 @@ from clinical_lf.items import HISTORY
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import EVENT_TYPES, KNOWN_ONLY_LATER, LABEL, STATIC_COLUMNS, stay_hours
 
-WRITTEN = (
-    "calibration.csv checkpoints/best_model.pth checkpoints/latest_checkpoint.pth decision_curve.csv history.csv "
-    "leakage_audit.csv leakage_audit_texts.csv metrics.json model_card.md plots/calibration.png "
-    "plots/decision_curve.png plots/roc_and_precision_recall.png plots/training_curves.png predictions.csv run.json "
-    "settings.yaml split.csv subgroups.csv"
-).split()
+WRITTEN = Path(__file__).with_name("written.txt").read_text("utf-8").split()
 
 
 def trained(run, output, **changes):
@@ -91,16 +87,6 @@ def test_weights_of_the_lowest_validation_loss_are_kept_and_patience_ends_traini
     monkeypatch.setattr(train.Trainer, "validate", lambda trainer: next(found))
     trainer, best = trained(finished, tmp_path, max_epochs=5, patience=2)
     assert (trainer.epochs_done, trainer.best_epoch, best.state["epochs_done"]) == (4, 2, 2)
-
-
-def test_resume_ends_with_exactly_the_weights_of_an_uninterrupted_run(sample_run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "out_of_patience", lambda trainer: trainer.epochs_done == 1)
-        trained(sample_run, tmp_path / "out")
-    trained(sample_run, tmp_path / "out", resume=True)
-    latest = [folder / "out" / "checkpoints" / "latest_checkpoint.pth" for folder in (sample_run, tmp_path)]
-    straight, resumed = (torch.load(path, weights_only=True)["model"] for path in latest)
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 def test_resume_knows_the_same_data_at_another_path_and_refuses_other_data_at_the_same(finished, tmp_path, capfd):
@@ -228,24 +214,11 @@ def test_import_does_no_work(tmp_path, tmp_path_factory):
     assert done.returncode == 0 and not done.stdout and not done.stderr and not list(tmp_path.iterdir()), done.stderr
 
 
-GRADIENT_SCRIPT = """
-import sys, torch, train
-from test_devices import small_settings
-train.GRADIENT_CLIP = 1e9
-trainer, _ = train.train_model(small_settings(n_layers=1, dropout=0.0, batch_size=12))
-found = {"gradients": [parameter.grad for parameter in trainer.objective.parameters()]}
-found |= {"loss": trainer.history[0]["train_loss"], "logits": torch.tensor(trainer.predict(trainer.test_set))}
-if trainer.is_main:
-    torch.save(found, sys.argv[1])
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     """Same losses, gradients of the last step and held-out logits, each stay once: one process or two."""
-    (tmp_path / "gradients.py").write_text(GRADIENT_SCRIPT)
     for name, launcher in {"one.pt": [sys.executable], "two.pt": TWO_OF}.items():
-        command = [*launcher, "gradients.py", name]
+        command = [*launcher, ROOT / "tests" / "processes" / "gradients.py", name]
         subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT, cwd=tmp_path)
     one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
