@@ -109,6 +109,12 @@ def typed_rows(con: DuckDBPyConnection, rows: str, columns: pd.DataFrame, place:
     return f"SELECT {', '.join(values)} FROM {rows}", pd.DataFrame(counts, [*zones], ["zoned", "naive"])
 
 
+def named_statements(path: Path, **filled: Any) -> dict[str, str]:
+    """Return the parts of a file of SQL by their names (`-- name:`), what stands in braces filled in."""
+    parts = path.read_text("utf-8").format(**filled).split("-- name: ")[1:]
+    return dict(part.split("\n", 1) for part in parts)
+
+
 def first_value(con: DuckDBPyConnection, statement: str) -> Any:
     """Return the first value of the first row that a statement gives, such as how many rows it counted or deleted."""
     return con.execute(statement).fetchall()[0][0]

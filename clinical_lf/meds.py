@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from clinical_lf import tables
+from clinical_lf import duck, tables
 from clinical_lf.duck import column_types, file_list, first_value, open_duckdb, reason_without_rows, typed_rows
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
 from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
@@ -69,8 +69,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
         raise refusal("incomplete_meds", root=root, missing="metadata/codes.parquet" if shards else "data/*.parquet")
     for name in ("kinds", "facts"):
         con.register(name, CSV[name])
-    text = QUERY_FILE.read_text("utf-8").format(**task._asdict())
-    statements = dict(part.split("\n", 1) for part in text.split("-- name: ")[1:])
+    statements = duck.named_statements(QUERY_FILE, **task._asdict())
     zones = make_view(con, "data", shards) + make_view(con, "codes", [codes])
     con.execute(statements["codes"])
     if made := MADE_LABELS.fullmatch(task.labels):

@@ -24,6 +24,10 @@ from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS
 ARRAYS_VERSION = 5  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 IDS = ("patient_id", "admission_id", "icu_stay_id")
+QUERY_FILE = Path(__file__).resolve().parent.parent / "table.sql"
+_CLEANED = ", ".join(f"null_if_missing({name}) AS {name}" for name, kind in STAY_COLUMNS.items() if kind == "VARCHAR")
+_FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": list(EVENT_TYPES)}
+SQL = duck.named_statements(QUERY_FILE, **_FILLED)
 
 
 def read_stays(
@@ -184,78 +188,28 @@ def _load_stays(
         twice = f"SELECT icu_stay_id, {FIRST.format('file_of_row')} FROM typed_stay_rows GROUP BY 1 HAVING count(*) > 1"
         if found := con.execute(f"{twice} ORDER BY 1").fetchall():
             raise files.refusal("repeated_stays", source=source, count=len(found), stay=found[0][0], files=found[0][1])
-    texts = [f"null_if_missing({name}) AS {name}" for name in STAY_COLUMNS if STAY_COLUMNS[name] == "VARCHAR"]
-    con.execute(f"""
-        CREATE TEMP TABLE given_stays AS
-        SELECT DISTINCT * REPLACE ({", ".join(texts)}) FROM (SELECT {", ".join(STAY_COLUMNS)} FROM typed_stay_rows)
-    """)
+    con.execute(SQL["given stays"])
     several = "QUALIFY count(*) OVER (PARTITION BY icu_stay_id) > 1 ORDER BY icu_stay_id"
     if len(odd := con.sql(f"FROM given_stays {several}").df()):
         stays = odd["icu_stay_id"].drop_duplicates()
         n_values = odd[odd["icu_stay_id"] == stays[0]].nunique(dropna=False)
         first, columns = ", ".join(map(str, stays[:3])), ", ".join(n_values.index[n_values > 1])
         raise files.refusal("contradicting_rows", source=source, count=len(stays), first=first, columns=columns)
-    # The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
-    statement = f"""
-        CREATE TEMP TABLE stays AS
-        SELECT least(icu_outtime, patient_death_time) AS final_time, icu_length_of_stay_in_days AS said_days,
-               CASE WHEN icu_intime IS NULL THEN 'stay_without_intime'
-                    WHEN final_time IS NULL THEN 'stay_without_end'
-                    WHEN patient_death_time < icu_intime THEN 'stay_after_death'
-                    WHEN final_time < icu_intime THEN 'stay_ends_before_it_begins'
-                    WHEN coalesce({LABEL} NOT IN (0, 1), $need_label) THEN 'stay_with_unfit_label'
-                    WHEN {LABEL} = 0 AND final_time = patient_death_time
-                         AND coalesce(date_diff('day', icu_intime, final_time) <= $days::INTEGER, true)
-                         THEN 'stay_with_death_and_label_0'
-               END AS fault,
-               * REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
-                          AS icu_length_of_stay_in_days)
-        FROM given_stays
-    """
-    con.execute(statement, {"is_meds": kind == "meds", "need_label": need_label, "days": days})
+    con.execute(SQL["stays"], {"is_meds": kind == "meds", "need_label": need_label, "days": days})
     faulty = f"SELECT fault, count(*), {FIRST.format('icu_stay_id')} FROM stays WHERE fault <> '' GROUP BY 1 ORDER BY 1"
     for code, count, first in con.execute(faulty).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
         logger.warning(f"Dropped     {count:,} {files.WORDS['reasons'][code]}: icu_stay_id {first}{more}")
-    odd_time = " OR ".join(f"year({name}) NOT BETWEEN 1900 AND 2299" for name in STAY_COLUMNS if "time" in name)
-    noted = {"length_recomputed": "abs(said_days - icu_length_of_stay_in_days) > 0.01 AND fault IS NULL"}
-    noted |= {"stay_with_odd_age": "patient_age NOT BETWEEN 0 AND 130", "stay_with_odd_time": odd_time}
-    counted = ", ".join(f"count_if({condition})" for condition in noted.values())
-    notes = dict(zip(noted, con.execute(f"SELECT {counted} FROM stays").fetchall()[0]))
+    notes = con.sql(SQL["noted stays"]).df().fillna(0).astype(int).iloc[0].to_dict()
     con.execute("DELETE FROM stays WHERE fault <> ''")
     return notes
 
 
 def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], notes: dict[str, int]) -> StayTable:
     """Return the table of stays and events, sorted; count what is left out or odd. Refuses contradicting times."""
-    # Texts are numbered first: what is compared, sorted and counted of events are numbers, which are small and of one
-    # size. Each is read as it is written, and cleaned once.
-    con.execute("""
-        CREATE TEMP TABLE texts AS
-        SELECT event_text, CASE WHEN null_if_missing(event_text) IS NULL AND trim(event_text) <> '' THEN ''
-                                ELSE coalesce(event_text, '') END AS cleaned,
-               (dense_rank() OVER (ORDER BY cleaned) - 1)::INTEGER AS text
-        FROM (SELECT DISTINCT event_text FROM typed_event_rows)
-    """)
-    types = list(EVENT_TYPES)
-    con.execute(f"""
-        CREATE TEMP TABLE events AS
-        SELECT icu_stay_id, text, epoch(event_time - icu_intime) / 60 AS minutes_since_intime,
-               coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT AS event_type,
-               epoch(event_known_time - icu_intime) / 60 AS known_minutes_since_intime,
-               epoch(final_time - event_time) / 60 AS minutes_to_end,
-               CASE WHEN isfinite(relative_time_to_final_event) THEN relative_time_to_final_event END AS stated
-        FROM typed_event_rows AS e JOIN stays USING (icu_stay_id)
-        JOIN texts AS t ON t.event_text IS NOT DISTINCT FROM e.event_text
-    """)
-    is_far, other = "stated IS NOT NULL AND abs(to_end) > 60", "CASE WHEN abs(stated - to_end) > 2 THEN icu_stay_id END"
-    compared, in_hours, differ, first, notes["event_with_odd_time"], notes["event_known_too_soon"] = con.execute(f"""
-        SELECT count_if({is_far}), count_if({is_far} AND abs(stated * 60 - to_end) < 2), count({other}),
-               {FIRST.format(other)},
-               count_if(greatest(abs(minutes), abs(known_minutes_since_intime)) > 63115200),  -- 120 years
-               count_if(known_minutes_since_intime < minutes - 1440)
-        FROM (FROM events SELECT *, minutes_since_intime AS minutes, minutes_to_end AS to_end)
-    """).fetchall()[0]
+    con.execute(SQL["events"])
+    found = con.execute(SQL["odd times"]).fetchall()[0]
+    compared, in_hours, differ, first, notes["event_with_odd_time"], notes["event_known_too_soon"] = found
     if differ and in_hours > 0.5 * compared:
         raise files.refusal("hours_for_minutes", source=source, count=in_hours, compared=compared)
     if differ:

@@ -38,7 +38,8 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, options
 def test_two_processes_without_network_both_fall_back_to_hashing(tmp_path):
     """On the bundled sample, here a small one beside a copy of the program, with nobody at the hub's address."""
     program = Path(train.__file__).parent
-    shutil.copy(program / "train.py", tmp_path)
+    for name in ("train.py", "table.sql"):
+        shutil.copy(program / name, tmp_path)
     shutil.copytree(program / "clinical_lf", tmp_path / "clinical_lf")
     small_table().to_csv(tmp_path / "sample_train.csv", index=False)
     hub_and_program = {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)}
