@@ -21,6 +21,7 @@ ACCOUNT = "_source_tables.json"  # beside the result: where the rows of the tabl
 ROWS_PER_SLICE, BYTES_PER_ROW = 2_000_000, 1_500
 
 _TABLES = yaml.safe_load(Path(__file__).with_name("mimic_tables.yaml").read_text("utf-8"))
+_STATEMENTS = _TABLES.pop("statements")
 MIMIC_TABLES = {name: table["columns"] for name, table in _TABLES.items()}  # {table: {column: type}}
 EVENT_TABLES = {name: table["time"] for name, table in _TABLES.items() if "time" in table}
 # How a text is read as a type: NaN and infinity (1e999) are missing, a time with an offset (slow to read) is in UTC.
@@ -28,20 +29,6 @@ FINITE = "CASE WHEN isfinite(TRY_CAST({0} AS DOUBLE)) IS NOT FALSE THEN {0} END"
 READ_AS = {kind: f"{{1}}({FINITE} AS {kind})" for kind in ("BIGINT", "DOUBLE", "TIMESTAMPTZ")} | {"VARCHAR": "{0}"}
 READ_AS["TIMESTAMP"] = f"""CASE WHEN {duck.IS_PLAIN} THEN {{1}}({{0}} AS TIMESTAMP)
                            ELSE CAST({READ_AS["TIMESTAMPTZ"]} AS TIMESTAMP) END"""
-# Of an event table only what lies within a day of a stay is stored, by patient: a slice of patients is then read
-# alone. Beside it what is no event for a fault of its own or is noted, for the account. Rows are numbered as they pass,
-# those that are not stored too: counting them apart would read the file twice.
-OTHER_TABLE = "SELECT {typed} FROM (SELECT *, nextval('{name}_read') AS number FROM {rows}) WHERE number > 0"
-EVENT_TABLE = f"""
-    WITH cohort AS (SELECT DISTINCT {{of}}, subject_id AS patient
-                    FROM icustays SEMI JOIN admissions USING (hadm_id, subject_id))
-    SELECT r.* EXCLUDE (number)
-    FROM (SELECT *, nextval('{{name}}_of_cohort') AS number FROM ({OTHER_TABLE}) JOIN cohort USING ({{of}})) AS r
-    WHERE number > 0 AND ({{fault}} IS NOT NULL OR {{also}} OR EXISTS (
-        FROM icustays AS i WHERE i.{{of}} = r.{{of}} AND {{time}} BETWEEN i.intime - INTERVAL 1 DAY
-            AND coalesce(i.outtime, 'infinity') + INTERVAL 1 DAY))
-    ORDER BY patient
-"""
 
 
 def find_mimic_files(folder: Path) -> dict[str, Path]:
@@ -90,7 +77,8 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     parts = {"name": name, "rows": rows, "fault": fault}
     parts["typed"] = ", ".join(f"{READ_AS[kind]} AS {{0}}".format(column, "CAST") for column, kind in columns.items())
     parts["also"] = " OR ".join(says.get("noted", {"nothing": "false"}).values())
-    statement = (EVENT_TABLE if table in EVENT_TABLES else OTHER_TABLE).format(**parts, **says)
+    parts["read"] = _STATEMENTS["read"].format(**parts)
+    statement = _STATEMENTS["near stays"].format(**parts, **says) if table in EVENT_TABLES else parts["read"]
     database.execute(f"CREATE OR REPLACE SEQUENCE {name}_read; CREATE OR REPLACE SEQUENCE {name}_of_cohort")
     try:
         database.execute(f"CREATE TABLE {name} AS {statement}").fetchall()
@@ -146,7 +134,7 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%") ->
     paths, query = find_mimic_files(folder), QUERY_FILE.read_text(encoding="utf-8")
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
     # Which way a tie is rounded (3.05) depends on DuckDB's version.
-    made_of = (query, _TABLES, READ_AS, EVENT_TABLE, duck.MISSING, duckdb.__version__, stats)
+    made_of = (query, _TABLES, READ_AS, _STATEMENTS, duck.MISSING, duckdb.__version__, stats)
     key = hashlib.md5(repr(made_of).encode()).hexdigest()
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
     if not target.exists():
