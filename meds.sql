@@ -58,6 +58,14 @@ SELECT subject_id, intime + to_seconds($hours * 3600) AS prediction_time,
        CASE WHEN until IS NOT NULL THEN coalesce(death <= until, false) END AS boolean_value
 FROM stays
 
+-- name: contradictions
+SELECT count(*) FROM (SELECT subject_id FROM label_rows GROUP BY subject_id, prediction_time
+                      HAVING count(DISTINCT boolean_value) > 1)
+
+-- name: labels after death
+DELETE FROM label_rows USING data AS m
+WHERE m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time <= prediction_time
+
 -- name: stays
 -- One sequence per label row: the subject's events up to and including the prediction, the last hours of them if asked.
 CREATE TEMP TABLE samples AS

@@ -6,6 +6,12 @@
 CREATE TEMP TABLE given_stays AS
 SELECT DISTINCT * REPLACE ({cleaned}) FROM (SELECT {columns} FROM typed_stay_rows)
 
+-- name: repeated stays
+-- Most often of an earlier export beside a later one: how many, and the first with its files.
+SELECT count(*), min(icu_stay_id), arg_min(files, icu_stay_id)
+FROM (SELECT icu_stay_id, array_to_string(min(DISTINCT file_of_row, 3), ', ') AS files
+      FROM typed_stay_rows GROUP BY icu_stay_id HAVING count(*) > 1)
+
 -- name: stays
 -- The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
 CREATE TEMP TABLE stays AS
@@ -43,7 +49,10 @@ SELECT icu_stay_id, text, epoch(event_time - icu_intime) / 60 AS minutes_since_i
        coalesce(list_position({types}, null_if_missing(event_type)) - 1, len({types}))::TINYINT AS event_type,
        epoch(event_known_time - icu_intime) / 60 AS known_minutes_since_intime,
        epoch(final_time - event_time) / 60 AS minutes_to_end,
-       CASE WHEN isfinite(relative_time_to_final_event) THEN relative_time_to_final_event END AS stated
+       CASE WHEN isfinite(relative_time_to_final_event) THEN relative_time_to_final_event END AS stated,
+       CASE WHEN minutes_since_intime IS NULL OR minutes_to_end IS NULL THEN 'event_without_time'
+            WHEN minutes_since_intime < 0 THEN 'event_before_admission'
+            WHEN minutes_to_end < 0 THEN 'event_after_the_end' END AS fault
 FROM typed_event_rows AS e JOIN stays USING (icu_stay_id)
 JOIN texts AS t ON t.event_text IS NOT DISTINCT FROM e.event_text
 

@@ -87,11 +87,9 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
         con.execute("CREATE TEMP TABLE label_rows AS FROM labels")
         if not first_value(con, "SELECT count(*) FROM label_rows SEMI JOIN data USING (subject_id)"):
             raise refusal("labels_of_nobody", labels=task.labels)
-        twice = "FROM label_rows GROUP BY subject_id, prediction_time HAVING count(DISTINCT boolean_value) > 1"
-        if conflicts := first_value(con, f"SELECT count(*) FROM (SELECT subject_id {twice})"):
+        if conflicts := first_value(con, statements["contradictions"]):
             raise refusal("contradicting_labels", labels=task.labels, count=conflicts)
-        late = "m.subject_id = label_rows.subject_id AND m.code = 'MEDS_DEATH' AND m.time <= prediction_time"
-        left_out = {"label_after_death": first_value(con, f"DELETE FROM label_rows USING data AS m WHERE {late}")}
+        left_out = {"label_after_death": first_value(con, statements["labels after death"])}
     if (zones > 0).all():
         raise refusal("mixed_offsets", labels=task.labels, root=root)
     con.execute(statements["stays"])

@@ -184,10 +184,9 @@ def _load_stays(
 
     days: a stay may last longer, and end with a death that its label, of so many days, does not tell.
     """
-    if kind == "nested":  # most often shards of an earlier export beside those of a later one
-        twice = f"SELECT icu_stay_id, {FIRST.format('file_of_row')} FROM typed_stay_rows GROUP BY 1 HAVING count(*) > 1"
-        if found := con.execute(f"{twice} ORDER BY 1").fetchall():
-            raise files.refusal("repeated_stays", source=source, count=len(found), stay=found[0][0], files=found[0][1])
+    count, first, names = con.execute(SQL["repeated stays"]).fetchall()[0] if kind == "nested" else (0, 0, "")
+    if count:
+        raise files.refusal("repeated_stays", source=source, count=count, stay=first, files=names)
     con.execute(SQL["given stays"])
     several = "QUALIFY count(*) OVER (PARTITION BY icu_stay_id) > 1 ORDER BY icu_stay_id"
     if len(odd := con.sql(f"FROM given_stays {several}").df()):
@@ -214,13 +213,11 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
         raise files.refusal("hours_for_minutes", source=source, count=in_hours, compared=compared)
     if differ:
         raise files.refusal("other_minutes", source=source, count=differ, first=first)
-    faults = {"event_without_time": "minutes_since_intime IS NULL OR minutes_to_end IS NULL"}
-    faults |= {"event_before_admission": "minutes_since_intime < 0", "event_after_the_end": "minutes_to_end < 0"}
-    for code, condition in faults.items():
-        counts[code] = duck.first_value(con, f"DELETE FROM events WHERE {condition}")
-    before = duck.first_value(con, "SELECT count(*) FROM events")
-    distinct = "CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE stated FROM events"
-    counts["event_repeated"] = before - duck.first_value(con, distinct)
+    fates = dict(con.execute("SELECT fault, count(*) FROM events GROUP BY fault ORDER BY fault DESC").fetchall())
+    distinct = "SELECT DISTINCT * EXCLUDE (stated, fault) FROM events WHERE fault IS NULL"
+    n_kept = duck.first_value(con, f"CREATE OR REPLACE TEMP TABLE events AS {distinct}")
+    n_repeated = fates.pop(None, 0) - n_kept
+    counts |= fates | {"event_repeated": n_repeated}
     n_events = con.sql("SELECT icu_stay_id, count(*) AS n_events FROM events GROUP BY 1 ORDER BY 1").df()
     stays = n_events.merge(con.sql("SELECT * EXCLUDE (final_time, fault, said_days) FROM stays").df())
     counts["stay_without_events"] = duck.first_value(con, "SELECT count(*) FROM stays") - len(stays)

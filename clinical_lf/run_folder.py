@@ -135,9 +135,8 @@ class RunFolder:
         self.table("leakage_audit_texts.csv", texts)
         self.audit = json.loads(found.to_json(orient="records"))
         flagged = set(found.loc[found["flagged"] & (found["kind"] == "column"), "name"])
-        used = ", ".join(sorted(flagged & set(self.settings["static_features"])))
         logger.info(f"Audit       {audit.audit_summary(found)}")
-        if used:
+        if used := ", ".join(sorted(flagged & set(self.settings["static_features"]))):
             logger.warning(WORDS["log"]["used"].format(names=used))
         if telling := [text[:80] for text in texts["text"][texts["flagged"]]]:
             more = f" and {len(telling) - 5} more" * (len(telling) > 5)
