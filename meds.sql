@@ -58,6 +58,9 @@ SELECT subject_id, intime + to_seconds($hours * 3600) AS prediction_time,
        CASE WHEN until IS NOT NULL THEN coalesce(death <= until, false) END AS boolean_value
 FROM stays
 
+-- name: untold labels
+DELETE FROM label_rows WHERE lasts IS NULL OR boolean_value IS NULL
+
 -- name: contradictions
 SELECT count(*) FROM (SELECT subject_id FROM label_rows GROUP BY subject_id, prediction_time
                       HAVING count(DISTINCT boolean_value) > 1)
@@ -117,12 +120,16 @@ LEFT JOIN (SELECT icu_stay_id, min(event_time) AS first_time FROM event_rows GRO
 LEFT JOIN (PIVOT known ON name IN ('patient_gender', 'patient_race', 'marital_status', 'admission_type',
            'admission_location', 'insurance', 'first_icu_careunit')
            USING max_by(value, since_when) GROUP BY icu_stay_id) AS said USING (icu_stay_id);
--- Where each row of the data went: why it is in no sequence, or '' where it is in one.
+-- Where the rows of the data went: how many are in no sequence and why, or '' for those in one; how many have a code
+-- without a description.
 CREATE TEMP VIEW row_fates AS
-SELECT code, CASE WHEN latest IS NULL THEN 'of subjects without a label here'
-                  WHEN time IS NULL THEN 'without a time: facts of a subject'
-                  WHEN time > latest THEN 'after the prediction'
-                  WHEN tells_outcome(code) THEN 'that tell birth or death'
-                  WHEN NOT EXISTS (FROM samples AS s WHERE s.subject_id = r.subject_id AND r.time <= prediction_time
-                                   AND (since IS NULL OR r.time > since)) THEN 'before the history' ELSE '' END AS fate
+SELECT CASE WHEN latest IS NULL THEN 'of subjects without a label here'
+             WHEN time IS NULL THEN 'without a time: facts of a subject'
+             WHEN time > latest THEN 'after the prediction'
+             WHEN tells_outcome(code) THEN 'that tell birth or death'
+             WHEN NOT EXISTS (FROM samples AS s WHERE s.subject_id = r.subject_id AND r.time <= prediction_time
+                              AND (since IS NULL OR r.time > since)) THEN 'before the history' ELSE '' END AS fate,
+       count(*), count(*) FILTER (NOT is_described)
 FROM data AS r LEFT JOIN (SELECT subject_id, max(prediction_time) AS latest FROM samples GROUP BY 1) USING (subject_id)
+LEFT JOIN meds_codes USING (code)
+GROUP BY fate ORDER BY fate

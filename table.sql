@@ -12,6 +12,9 @@ SELECT count(*), min(icu_stay_id), arg_min(files, icu_stay_id)
 FROM (SELECT icu_stay_id, array_to_string(min(DISTINCT file_of_row, 3), ', ') AS files
       FROM typed_stay_rows GROUP BY icu_stay_id HAVING count(*) > 1)
 
+-- name: contradicting rows
+FROM given_stays QUALIFY count(*) OVER (PARTITION BY icu_stay_id) > 1 ORDER BY icu_stay_id
+
 -- name: stays
 -- The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
 CREATE TEMP TABLE stays AS
@@ -28,6 +31,10 @@ SELECT least(icu_outtime, patient_death_time) AS final_time, icu_length_of_stay_
        * REPLACE (CASE WHEN $is_meds THEN NULL ELSE epoch(final_time - icu_intime) / 86400 END
                   AS icu_length_of_stay_in_days)
 FROM given_stays
+
+-- name: faulty stays
+SELECT fault, count(*), array_to_string(min(DISTINCT icu_stay_id, 3), ', ') FROM stays
+WHERE fault <> '' GROUP BY fault ORDER BY fault
 
 -- name: noted stays
 SELECT count_if(abs(said_days - icu_length_of_stay_in_days) > 0.01 AND fault IS NULL) AS length_recomputed,
@@ -69,3 +76,6 @@ SELECT count_if(is_far), count_if(is_far AND abs(stated * 60 - minutes_to_end) <
        count_if(greatest(abs(minutes_since_intime), abs(known_minutes_since_intime)) > 63115200),
        count_if(known_minutes_since_intime < minutes_since_intime - 1440)
 FROM told
+
+-- name: distinct events
+CREATE OR REPLACE TEMP TABLE events AS SELECT DISTINCT * EXCLUDE (stated, fault) FROM events WHERE fault IS NULL

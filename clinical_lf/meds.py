@@ -76,8 +76,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
         hours = float(made[2])
         con.execute(statements["made labels"], {"hours": hours, "outcome": made[1].split("-")[1]})
         left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE NOT lasts")}
-        unknown = "DELETE FROM label_rows WHERE lasts IS NULL OR boolean_value IS NULL"
-        left_out["label_untold"] = untold = first_value(con, unknown)
+        left_out["label_untold"] = untold = first_value(con, statements["untold labels"])
         if not first_value(con, "SELECT count(*) FROM label_rows"):
             raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours, untold=untold)
     elif not task.files:
@@ -98,8 +97,7 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
 
 def meds_account(con: DuckDBPyConnection) -> list[SourceAccount]:
     """Return where the rows of data/ went; one that is in the sequences of two labels counts once."""
-    counts = "count(*), count(*) FILTER (NOT is_described) FROM row_fates LEFT JOIN meds_codes USING (code)"
-    fates = con.execute(f"SELECT fate, {counts} GROUP BY fate ORDER BY fate").fetchall()
+    fates = con.execute("FROM row_fates").fetchall()
     lost = {fate: count for fate, count, _ in fates}
     noted = {"rows named by their code, which has no description": sum(count for *_, count in fates)}
     return [SourceAccount("data", sum(lost.values()), in_stays=lost.pop("", 0), lost=lost, noted=noted)]

@@ -14,7 +14,6 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf import duck, files, tables
-from clinical_lf.duck import FIRST
 from clinical_lf.files import InputError, logger
 from clinical_lf.meds import MedsTask, is_meds, meds_account, register_meds
 from clinical_lf.mimic import complete_account, run_mimic_query
@@ -188,15 +187,13 @@ def _load_stays(
     if count:
         raise files.refusal("repeated_stays", source=source, count=count, stay=first, files=names)
     con.execute(SQL["given stays"])
-    several = "QUALIFY count(*) OVER (PARTITION BY icu_stay_id) > 1 ORDER BY icu_stay_id"
-    if len(odd := con.sql(f"FROM given_stays {several}").df()):
+    if len(odd := con.sql(SQL["contradicting rows"]).df()):
         stays = odd["icu_stay_id"].drop_duplicates()
         n_values = odd[odd["icu_stay_id"] == stays[0]].nunique(dropna=False)
         first, columns = ", ".join(map(str, stays[:3])), ", ".join(n_values.index[n_values > 1])
         raise files.refusal("contradicting_rows", source=source, count=len(stays), first=first, columns=columns)
     con.execute(SQL["stays"], {"is_meds": kind == "meds", "need_label": need_label, "days": days})
-    faulty = f"SELECT fault, count(*), {FIRST.format('icu_stay_id')} FROM stays WHERE fault <> '' GROUP BY 1 ORDER BY 1"
-    for code, count, first in con.execute(faulty).fetchall():
+    for code, count, first in con.execute(SQL["faulty stays"]).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
         logger.warning(f"Dropped     {count:,} {files.WORDS['reasons'][code]}: icu_stay_id {first}{more}")
     notes = con.sql(SQL["noted stays"]).df().fillna(0).astype(int).iloc[0].to_dict()
@@ -214,9 +211,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
     if differ:
         raise files.refusal("other_minutes", source=source, count=differ, first=first)
     fates = dict(con.execute("SELECT fault, count(*) FROM events GROUP BY fault ORDER BY fault DESC").fetchall())
-    distinct = "SELECT DISTINCT * EXCLUDE (stated, fault) FROM events WHERE fault IS NULL"
-    n_kept = duck.first_value(con, f"CREATE OR REPLACE TEMP TABLE events AS {distinct}")
-    n_repeated = fates.pop(None, 0) - n_kept
+    n_repeated = fates.pop(None, 0) - duck.first_value(con, SQL["distinct events"])
     counts |= fates | {"event_repeated": n_repeated}
     n_events = con.sql("SELECT icu_stay_id, count(*) AS n_events FROM events GROUP BY 1 ORDER BY 1").df()
     stays = n_events.merge(con.sql("SELECT * EXCLUDE (final_time, fault, said_days) FROM stays").df())
