@@ -99,11 +99,12 @@ class Effort(NamedTuple):
 
     checked: int = 40  # stays on which deletion, infidelity and randomisation are measured
     removed: int = 100  # events of a stay taken out one by one, beside those that are listed
+    numbers: int = 40  # events of a stay, drawn at random, whose number becomes typical, beside those that are listed
     longest: int = 10**9  # events of a stay that is analysed
     layers: bool = True
 
 
-QUICK = Effort(checked=4, removed=20, longest=200, layers=False)
+QUICK = Effort(checked=4, removed=20, numbers=20, longest=200, layers=False)
 N_BOOTSTRAP_QUICK, STAYS_QUICK, SHOWN_QUICK = 200, 12, 2
 
 
@@ -117,7 +118,7 @@ class Run(NamedTuple):
     table: train.StayTable
     dataset: train.ClinicalSequenceDataset
     logits: np.ndarray  # (n_stays) float64
-    held_out: bool  # patients of the checkpoint's own test split; False: none of its patients is in the data
+    held_out: int  # stays of patients of the checkpoint's own test split
     is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
 
     typical_texts: np.ndarray  # (n_texts) number of the text that `typical_texts` gives each, -1 without
@@ -158,9 +159,8 @@ def load_unseen(
     given = {"data": data, "cache_dir": settings.cache_dir or own, "memory_limit": settings.memory_limit}
     given |= {"labels": settings.labels, "text_encoder": settings.text_encoder}
     loaded = train.load_run(checkpoint, given, accelerator, frame, only_unseen=True)
-    of_all = loaded.source.table.stays
-    held_out = bool(of_all["patient_id"].isin(checkpoint.patients["test"]).any())
-    if not held_out and not checkpoint.is_seen(of_all).any():
+    held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
+    if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
     is_new_item = checkpoint.is_new_item(loaded.dataset.table.texts)
     typical = typical_texts(loaded.dataset.table.texts, checkpoint.preprocessor.state_dict().get("item_quantiles", {}))
@@ -189,7 +189,9 @@ def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.nd
 def choose_stays(run: Run, shown: int, most: int, seed: int, longest: int) -> tuple[list[int], dict[int, str]]:
     """Return the stays to analyse, of `longest` events at most, and why each of `shown` of them is shown in full."""
     risk, labels, lengths = expit(run.logits), run.table.labels, run.table.lengths
-    usable = dict.fromkeys(np.flatnonzero(lengths <= max(longest, lengths.min())).tolist())
+    longest = max(longest, lengths.min())
+    usable = dict.fromkeys(np.flatnonzero(lengths <= longest).tolist())
+    among = "" if len(usable) == len(lengths) else f", of stays of at most {longest} events"
     wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
     orders = {
         "highest risk": np.argsort(-risk),
@@ -202,11 +204,11 @@ def choose_stays(run: Run, shown: int, most: int, seed: int, longest: int) -> tu
     reasons: dict[int, str] = {}
     while len(reasons) < min(shown, len(usable)):
         name = list(orders)[len(reasons) % len(orders)]
-        reasons[next(int(stay) for stay in orders[name] if stay in usable and stay not in reasons)] = name
+        reasons[next(int(stay) for stay in orders[name] if stay in usable and stay not in reasons)] = name + among
     deaths = np.intersect1d(np.flatnonzero(labels == 1), [*usable])
     if reasons and len(deaths) and not reasons.keys() & set(deaths.tolist()):
         reasons.popitem()
-        reasons[int(deaths[risk[deaths].argmax()])] = "highest risk of those who died"
+        reasons[int(deaths[risk[deaths].argmax()])] = f"highest risk of those who died{among}"
     others = np.random.default_rng(seed).permutation([stay for stay in usable if stay not in reasons])
     chosen = [*reasons, *others.tolist()]
     return sorted(chosen[: max(most, len(reasons))] if most else chosen), reasons
@@ -731,7 +733,8 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
     spread, unseen = float(np.std(run.logits)), float(np.mean(run.is_new_item[run.table.text]))
     checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR or len(risks) <= 2))
-    checks.append(Check("patients" if run.held_out else "patients, other", {}))
+    whose = {0: "patients, other", len(risks): "patients"}.get(run.held_out, "patients, some")
+    checks.append(Check(whose, {"held_out": run.held_out, "n": len(risks)}))
     checks.append(Check("likeness", {"value": unseen}, unseen <= UNSEEN_SHARE))
     worst, known = max(leaks, key=lambda text: leaks[text], default=""), labels[~np.isnan(labels)]
     found = {"n": len(leaks), "worst": worst, "value": leaks.get(worst, math.nan)}
@@ -824,7 +827,9 @@ def explain_stay(
     kinds = {"event type": events["event_type"].to_numpy()}
     kinds["clock window"] = clock_window(events["hours_to_end"]).astype(object)
     push = values.sum(1)
-    which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed_events(push))  # taken out one by one
+    listed, rows = listed_events(push), slice(run.table.offsets[stay], run.table.offsets[stay + 1])
+    which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed)  # taken out one by one
+    numbers = some_of(np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0), effort.numbers, settings.seed)
     columns = [column for column, _ in names]
     given = (model, sequence, static, None, baseline, kinds, columns, which)
     ablation = ablation_analysis(*given, run.dataset, stay)
@@ -832,7 +837,7 @@ def explain_stay(
         attribution=push,
         **{f"attribution_{name}": values[:, part].sum(1) for name, part in run.parts.items()},
         if_absent=ablation.if_absent[0],
-        if_typical=if_typical(run, stay, listed_events(push)) if reason else math.nan,
+        if_typical=if_typical(run, stay, np.union1d(numbers, listed if reason else []).astype(int)),
         attention=attention.pooling.mean(0),
         **{f"attention_head_{head}": weights for head, weights in enumerate(attention.pooling, start=1)},
         rollout=attention.rollout,
@@ -862,7 +867,7 @@ def explain_stay(
     logit, complete = found.logits[0], bool(found.complete[0])
     row = ids | {"label": events["label"].iloc[0], "probability": float(expit(logit)), "logit": logit}
     row |= {"baseline_logit": found.baseline_logits[0], "gap_error": found.gap_errors[0], "complete": complete}
-    row |= {"n_steps": found.n_steps[0], "logit_without_time": logit_without_time(run, stay, settings.seed)}
+    row |= {"n_steps": found.n_steps[0], "moved_by_shuffling": moved_by_shuffling(run, stay, settings.seed)}
     row |= {"n_events": len(events), "n_removed": events["if_absent"].count(), "why_shown": reason}
     by_layer = pd.concat(parts, ignore_index=True)
     by_column, by_group, layered = (table.assign(**ids) for table in (pd.DataFrame(statics), groups, by_layer))
@@ -892,8 +897,8 @@ def if_typical(run: Run, stay: int, which: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def logit_without_time(run: Run, stay: int, seed: int) -> float:
-    """Return the mean logit of a stay whose events are dealt at random to its places and times."""
+def moved_by_shuffling(run: Run, stay: int, seed: int) -> float:
+    """Return how far the logit of a stay moves, mean of five, when its events are dealt to its places and times."""
     sequence, static = run.inputs(stay)
     generator = torch.Generator().manual_seed(seed)
     orders = torch.stack([torch.randperm(sequence.shape[1], generator=generator) for _ in range(5)])
@@ -901,7 +906,7 @@ def logit_without_time(run: Run, stay: int, seed: int) -> float:
     dealt[:, :, run.parts["time"]] = sequence[:, :, run.parts["time"]]
     parts = dealt.split(max(1, FORWARD_EVENTS // sequence.shape[1]))
     logits = [run.checkpoint.model.logits(part, static.expand(len(part), -1)) for part in parts]
-    return float(torch.cat(logits).double().mean())
+    return float((torch.cat(logits).double() - run.logits[stay]).abs().mean())
 
 
 @torch.no_grad()
@@ -1082,7 +1087,8 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     of_interest = [*reasons] or chosen[:1]
     logger.info(f"Explaining  {len(chosen)} of {len(lengths)} stays of unseen patients, {len(reasons)} of them in full")
     leaks = audit.leaking_texts(run.table)
-    explaining, checking = lengths * (50 + np.minimum(lengths, effort.removed)), lengths * 250  # passes over an event
+    explaining = lengths * (50 + np.minimum(lengths, effort.removed) + np.minimum(lengths, effort.numbers))
+    checking = lengths * 250  # both in passes over an event
     total = int(explaining[chosen].sum() + checking[checked].sum())
     bar = files.Progress(total=total, desc="explain", unit=" passes", unit_scale=True)
     explained: dict[int, Explained] = {}
@@ -1118,13 +1124,14 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     paired = [pair_table(run, stay, explained[stay].events, explained[stay].statics) for stay in reasons]
     tables["pairs"] = of_shown([*PAIR_COLUMNS, "icu_stay_id"], paired)
     tables["decisive"] = of_shown(DECISIVE_COLUMNS, decisive)
-    moved = (stays["logit"] - stays["logit_without_time"]).abs().to_numpy()
-    by_time = mean_with_interval(moved, stays["patient_id"].to_numpy(), *resampling)
+    patients = stays["patient_id"].to_numpy()
+    by_time = mean_with_interval(stays["moved_by_shuffling"].to_numpy(), patients, *resampling)
     verdict = [*verdict_of(run, leaks), Check("time" if by_time["value"] > FLOOR else "time, unused", by_time)]
     mean = float(of_layers.mean())
     name = "layer attention" if mean > FLOOR else "layer attention, idle"
     has_layers = len(run.checkpoint.model.transformer_encoder) > 0
-    verdict.append(Check(name if has_layers else "layer attention, none", {"value": mean}))
+    found_of = {"value": mean, "n": len(of_layers)}
+    verdict.append(Check(name if has_layers else "layer attention, none", found_of))
     tables["verdict"] = explain_report.check_table(verdict + [Check("quick", effort._asdict())] * settings.quick)
     best = max((explained[stay] for stay in of_interest), key=lambda found: found.stay["probability"])
     pictured = {"icu_stay_id": best.stay["icu_stay_id"], "layer_maps": best.attention.maps}
@@ -1356,7 +1363,8 @@ TABLE_FILES = {
     "decisive": "decisive_events.csv",
     "pairs": "pairs.csv",
 }
-LOGGED_CHECKS = ("discrimination", "calibration", "patients", "patients, other", "time", "time, unused", "quick")
+LOGGED_CHECKS = ["discrimination", "calibration", "patients", "patients, some", "patients, other"]
+LOGGED_CHECKS += ["time", "time, unused", "quick"]
 
 
 class Explanation(dict[str, Any]):
@@ -1464,7 +1472,7 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
         writer.table(file, found[name])
     rows = lambda table: json.loads(table.to_json(orient="records", double_precision=15))
     means = found["curves"].groupby(["direction", "order", "fraction"])["change"].mean().reset_index()
-    record = {"text_encoder": found.text_encoder, "stays": len(found["stays"]), "held_out_split": run.held_out}
+    record = {"text_encoder": found.text_encoder, "stays": len(found["stays"]), "held_out": run.held_out}
     record |= {"verdict": rows(found["verdict"]), "checks": rows(found["faithfulness"]), "curves": rows(means)}
     writer.json("faithfulness.json", record)
     drawn = draw_figures(found, found.caption)

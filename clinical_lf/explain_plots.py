@@ -212,7 +212,7 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
         shown = f"{item.rho:+.2f} ({item.n_values})".replace("-", "−")
         rho.append(shown if item.rho_low > 0 or item.rho_high < 0 else "")
     name_rows(axes, names, rho, xlabel=f"push, {LOGIT}\na dot an event or stay; grey: no value; (!): tells the outcome")
-    axes.set_title("rho of value and push (n), if its interval excludes 0", fontsize=7.5, loc="right")
+    axes.set_title("rho of number and what it does (n), if its interval excludes 0", fontsize=7.5, loc="right")
     ends = {0: "lowest", 0.5: "middle", 1: "highest"}
     small_bar(figure, places, axes, "value among those of its item", ends)
     return figure

@@ -16,6 +16,7 @@ from clinical_lf.files import WORDS
 from clinical_lf.run_folder import render
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
+MIN_PATIENTS = 10  # behind a finding: fewer agree by chance
 EVENTS_LISTED = 10  # of a stay, in the report, on either side
 DISCLAIMER = "explains this model, not causes of death"
 TYPE_WORDS, METHOD_WORDS, STATIC_WORDS = WORDS["event_types"], WORDS["methods"], WORDS["static"]
@@ -123,15 +124,16 @@ def item_kind(row: dict[str, Any]) -> str:
     """Return which sentence of words.yaml an item deserves: a direction only where its interval excludes 0."""
     if row["size"] < FLOOR:
         return "small"
-    if row["rho_low"] > 0 or row["rho_high"] < 0:
-        return "towards" if row["highest_push"] >= FLOOR else "away"
+    if row["number_size"] >= FLOOR and (row["rho_low"] > 0 or row["rho_high"] < 0):
+        return "average" if row["is_static"] else "typical"
     is_shown = abs(row["beyond"]) >= FLOOR and (row["beyond_low"] > 0 or row["beyond_high"] < 0)
+    is_shown = is_shown and row["n_patients"] >= MIN_PATIENTS
     return ("push" if row["n_values"] else "no values") if is_shown else "either"
 
 
 def item_sentence(row: dict[str, Any]) -> str:
-    """Say which values of an item push: `Lab: Lactate pushes towards death when high (rho 0.87 [0.80, 0.92], n 40).`"""
-    direction, end = "towards" if row["beyond"] > 0 else "away from", "high" if row["rho"] > 0 else "low"
+    """Say what an item does: `Lab: Lactate: the higher its number, the higher the predicted risk (...).`"""
+    direction, end = "towards" if row["beyond"] > 0 else "away from", "higher" if row["rho"] > 0 else "lower"
     numbers = [signed(row[f"beyond{name}"]) for name in ("", "_low", "_high")]
     mean = "{} [{}, {}] ".format(*numbers) + ("a stay" if row["is_static"] else "against the average event")
     return WORDS["items"][row["kind"]].format(**row, direction=direction, end=end, mean=mean)

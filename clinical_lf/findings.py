@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from clinical_lf.explain_report import item_kind, item_sentence
+from clinical_lf.explain_report import MIN_PATIENTS, item_kind, item_sentence
 from clinical_lf.metrics import bootstrap, interval_of, mean_with_interval
 
 # Windows before the end of what is read, and the hour at which each begins.
@@ -57,21 +57,25 @@ def important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]
 
 def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
     """Return the events, and below them the statics of each stay as items of their own; numbers are values."""
-    statics = tables["statics"].rename(columns={"feature": "item"}).assign(tells_outcome=False, is_static=True)
+    statics = tables["statics"].rename(columns={"feature": "item", "ablation": "if_typical"})
+    statics = statics.assign(tells_outcome=False, is_static=True)
     statics["value"] = pd.to_numeric(statics["value"], errors="coerce")
     both = pd.concat([tables["events"].assign(is_static=False), statics], ignore_index=True)
-    return both[["patient_id", "item", "value", "attribution", "tells_outcome", "is_static"]]
+    return both[["patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]]
 
 
 def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str, float]:
-    """Return the rank correlation of value and push of an item's events, and its 95 % interval over patients.
+    """Return the rank correlation of an item's numbers with what they do, its 95 % interval over patients, and n.
 
+    What a number does: how far the logit falls if it becomes typical (of statics: average); size: its mean, unsigned.
     NaN below ten values, ten patients or three different values: so few agree by chance.
     """
-    known = part.dropna(subset=["value"])
-    if known["patient_id"].nunique() < 10 or known["value"].nunique() < 3:
-        return {"rho": math.nan, "rho_low": math.nan, "rho_high": math.nan}
-    ranks = np.stack([rankdata(known[column]) for column in ("value", "attribution")], axis=1)  # (n, 2)
+    known = part.dropna(subset=["value", "if_typical"])
+    found = {"rho": math.nan, "rho_low": math.nan, "rho_high": math.nan, "n_values": len(known)}
+    found["number_size"] = known["if_typical"].abs().mean()
+    if known["patient_id"].nunique() < MIN_PATIENTS or known["value"].nunique() < 3:
+        return found
+    ranks = np.stack([rankdata(known[column]) for column in ("value", "if_typical")], axis=1)  # (n, 2)
     ranks = (ranks - ranks.mean(0)) / max(1, len(known))
     products = np.column_stack([ranks, ranks**2, ranks.prod(1)])  # (n, 5)
 
@@ -82,7 +86,7 @@ def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[s
 
     draws = bootstrap(correlation, known["patient_id"], n_bootstrap, seed)
     low, high = interval_of(draws)
-    return {"rho": float(correlation(np.ones((1, len(known))))[0]), "rho_low": low, "rho_high": high}
+    return found | {"rho": float(correlation(np.ones((1, len(known))))[0]), "rho_low": low, "rho_high": high}
 
 
 def item_table(rows: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -98,7 +102,6 @@ def item_table(rows: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd
         row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique()}
         row |= {"beyond": mean["value"], "beyond_low": mean["low"], "beyond_high": mean["high"]}
         row |= {"push": part["attribution"].mean(), "size": part["attribution"].abs().mean()}
-        row |= {"highest_push": part["attribution"].max(), "n_values": part["value"].count()}
         row |= rho_with_interval(part, n_bootstrap, seed) | {"is_static": bool(part["is_static"].iloc[0])}
         row |= {"tells_outcome": bool(part["tells_outcome"].any()), "kind": item_kind(row)}
         row |= {"is_finding": row["kind"] not in ("small", "either"), "sentence": item_sentence(row)}

@@ -58,7 +58,7 @@ def explained(sample_run):
     old.parent.mkdir()
     old.touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explain.Effort.__new__, "__defaults__", (2, 100, 10**9, True))  # of `Effort`
+        patch.setattr(explain.Effort.__new__, "__defaults__", (2, 100, 40, 10**9, True))  # of `Effort`
         return explain.run_explainability_analysis(best_model(sample_run), cache_dir=str(sample_run / "cache"), **few)
 
 

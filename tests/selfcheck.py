@@ -61,7 +61,7 @@ def run_of(checkpoint: train.Checkpoint, table: tables.StayTable, vectors: Any) 
     dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, explain.float32_accelerator())
     typical = explain.typical_texts(table.texts, checkpoint.preprocessor.state_dict()["item_quantiles"])
-    return explain.Run(checkpoint, table, dataset, logits, True, checkpoint.is_new_item(table.texts), typical)
+    return explain.Run(checkpoint, table, dataset, logits, len(logits), checkpoint.is_new_item(table.texts), typical)
 
 
 def train_on_sample(

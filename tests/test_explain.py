@@ -173,7 +173,7 @@ def any_run(sample_run, request):
     made = random_model(dataset.input_dim, preprocessor.static_dim, dataset.n_history)
     checkpoint = train.Checkpoint(made, preprocessor, train.Settings(), "", {}, {}, {})
     typical = explain.typical_texts(table.texts, preprocessor.state_dict()["item_quantiles"])
-    run = explain.Run(checkpoint, table, dataset, np.zeros(20), True, np.zeros(len(table.texts), bool), typical)
+    run = explain.Run(checkpoint, table, dataset, np.zeros(20), 20, np.zeros(len(table.texts), bool), typical)
     return run._replace(logits=read_anew(run, table))
 
 
@@ -417,16 +417,19 @@ def test_verdict_on_the_models_own_test_stays(run):
     start = logit(run.checkpoint.model, nothing, run.checkpoint.baseline["static"][None])
     assert f"risk {100 * expit(start):.2g} %" in words and "24 % died" in words
     assert f"; {(spread.logits > start).sum()} of {len(run.logits)} stays lie above it" in words
+    assert "2 of these 17 stays are of the model's own held-out" in verdict_of(run._replace(held_out=2), {})[1]
 
 
 def test_verdict_warns_of_an_untrained_model_foreign_stays_and_a_text_that_tells_the_outcome(run):
     fresh = explain.untrained_like(run.checkpoint.model, 0)
     logits = explain.logits_without(fresh, run.dataset, np.arange(len(run.logits)))
-    other = run._replace(checkpoint=run.checkpoint._replace(model=fresh), logits=logits, held_out=False)
+    other = run._replace(checkpoint=run.checkpoint._replace(model=fresh), logits=logits, held_out=0)
     other = other._replace(is_new_item=np.ones(len(run.is_new_item), bool))
     passed, words = verdict_of(other, {"Procedure: Comfort measures": 1.0, "Lab: Sodium": 0.96})
     assert passed == [False] * 3
-    warnings = "nothing to explain; None of these patients; These stays are not like those; 100% of their events; \n2 "
+    warnings = (
+        "nothing to explain; none of them is of its own; These stays are not like those; 100% of their events; \n2 "
+    )
     for warning in (*warnings.split("; "), "most of all: Procedure: Comfort measures (AUROC 1.00"):
         assert warning in words
     assert run.checkpoint.is_new_item([run.table.texts[0] + " | Value: 7 mmol/L", "Lab: Nonsense"]).tolist() == [0, 1]
@@ -435,8 +438,9 @@ def test_verdict_warns_of_an_untrained_model_foreign_stays_and_a_text_that_tells
 def test_use_of_time_is_how_far_shuffling_moves_the_logit_and_a_sum_uses_none(stay, explained):
     run = SimpleNamespace(checkpoint=SimpleNamespace(model=LINEAR), parts=explain.event_parts(INPUT_DIM))
     run.inputs = lambda at: stay.inputs
-    assert explain.logit_without_time(run, 0, seed=1) == pytest.approx(logit(LINEAR, *stay.inputs), abs=1e-4)
-    moved = (explained.stays["logit"] - explained.stays["logit_without_time"]).abs().mean()
+    run.logits = np.array([logit(LINEAR, *stay.inputs) + 1])
+    assert explain.moved_by_shuffling(run, 0, seed=1) == pytest.approx(1, abs=1e-4)
+    moved = explained.stays["moved_by_shuffling"].mean()
     row = explained.verdict[explained.verdict["check"].str.startswith("time")].iloc[0]
     assert row["value"] == pytest.approx(moved) and (row["check"] == "time") == (moved > FLOOR)
 
@@ -574,7 +578,9 @@ def run(sample_run):
 
 
 def test_only_stays_of_held_out_patients_are_explained_and_data_of_others_alone_refused(run, sample_run):
-    assert run.held_out and set(run.table.stays["patient_id"]) == set(run.checkpoint.patients["test"])
+    assert run.held_out == len(run.logits) and set(run.table.stays["patient_id"]) == set(
+        run.checkpoint.patients["test"]
+    )
     assert len(run.logits) == len(run.table.stays)
     table = pd.read_csv(sample_run / "data.csv", dtype=str)
     seen = table[table["patient_id"].astype(int).isin(run.checkpoint.patients["train"])]
@@ -701,7 +707,7 @@ def test_log_names_findings_only_of_a_model_that_discriminates(explained, check,
     said = []
     monkeypatch.setattr(logger, "info", said.append)
     verdict = pd.DataFrame({"check": [f"discrimination{check}"], "sentence": ["AUROC"], "passed": [discriminates]})
-    explain.log_what_was_found({**explained, "verdict": verdict})
+    explain.log_what_was_found({**explained, "verdict": verdict, "items": explained["items"].assign(is_finding=True)})
     assert ("Findings" in "".join(said)) == discriminates and "Checks" in "".join(said)
 
 

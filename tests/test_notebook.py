@@ -26,7 +26,7 @@ def test_explanation_lies_beside_its_checkpoint_and_is_at_home_in_a_notebook(exp
 
 
 def test_data_frame_of_other_patients_is_explained_and_named_as_other_data(sample_run, log, monkeypatch):
-    monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 100, 10**9, True))  # of `Effort`
+    monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 100, 40, 10**9, True))  # of `Effort`
     few = {"stays": 1, "max_stays": 3, "n_bootstrap": 20, "cache_dir": str(sample_run / "cache")}
     frame = small_table(12, first_id=90_000_000)
     other = explain.run_explainability_analysis(best_model(sample_run), frame, None, **few)

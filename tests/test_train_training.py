@@ -184,7 +184,7 @@ def test_item_history_and_another_encoder_train_and_explain(tiny_longformer, fin
     copy = shutil.copytree(tiny_longformer, tmp_path / "another name")
     (copy / "notes.json").write_text("{}")  # other files, the same weights
     assert train.main(arguments(tmp_path, data, "--evaluate", best_model(tmp_path), encoder=copy)) == 0
-    monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 100, 10**9, True))  # of `Effort`
+    monkeypatch.setattr(explain.Effort.__new__, "__defaults__", (1, 100, 40, 10**9, True))  # of `Effort`
     given = {"cache_dir": str(tmp_path / "cache"), "text_encoder": str(tiny_longformer), "n_bootstrap": 20}
     found = explain.run_explainability_analysis(best_model(tmp_path), stays=1, max_stays=3, **given)
     assert "no layers" in found.verdict.set_index("check")["sentence"]["layer attention, none"]
