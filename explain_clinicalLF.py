@@ -751,7 +751,7 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
 # ---- Tables: the same for the pictures, the report and the files -----------------------------------------------------
 
 OFF_STAYS = 10  # whose attention is switched off
-LEVEL = re.compile(r" \| (Level|Flag): [^|]*")
+LEVEL = re.compile(r" \| (Level|Flag): [^|]*?(?= \||$)")
 ABNORMAL = re.compile(r"\| Flag: abnormal|\| Level: (?!within range)")
 
 
@@ -950,10 +950,11 @@ def head_table(
 ) -> pd.DataFrame:
     """Return the rank correlation of each head's weights with properties of the events, over a stay's events.
 
-    Heads count from 1, the pooling heads come last; effect: how far the logit moves without the head.
+    Heads count from 1, the pooling heads come last. effect: how far logits move without the head, the mean of effects
+    (heads, n_switched_off stays).
     """
     usable = [found for found in explained.values() if len(found.events) >= MIN_EVENTS]
-    columns, measured, properties = ["layer", "head", "property", "correlation", "low", "high", "effect"], [], {}
+    columns, measured, properties = ["layer", "head", "property", "correlation", "low", "high", "n_stays"], [], {}
     for found in usable:
         events = found.events
         properties = {
@@ -977,8 +978,9 @@ def head_table(
         for column, name in enumerate(properties):
             of_stays = np.array([found[number, column] for found in measured])
             mean = mean_with_interval(of_stays, patients, settings.n_bootstrap, settings.seed)
-            rows.append((layer, head, name, mean["value"], mean["low"], mean["high"], effects[number], mean["n"]))
-    return pd.DataFrame(rows, columns=[*columns, "n_stays"])
+            of_head = (float(effects[number].mean()), effects.shape[1])
+            rows.append((layer, head, name, mean["value"], mean["low"], mean["high"], mean["n"], *of_head))
+    return pd.DataFrame(rows, columns=[*columns, "effect", "n_switched_off"])
 
 
 def query_similarity_table(explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
@@ -1114,7 +1116,7 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     checks.insert(0, judged("completeness", "attribution", complete, ">= 0.99"))
     tables["faithfulness"] = explain_report.check_table(checks)
     effects, of_layers = head_effects(run, some_of(checked, OFF_STAYS, seed))
-    tables["heads"] = head_table(run, explained, effects.mean(1), settings)
+    tables["heads"] = head_table(run, explained, effects, settings)
     tables["query_similarity"] = query_similarity_table(explained, settings)
     of_shown = lambda columns, parts: pd.concat([pd.DataFrame(columns=columns), *parts], ignore_index=True)
     tables["trajectory"] = of_shown(TRAJECTORY_COLUMNS, [trajectory_table(run, stay) for stay in reasons])
@@ -1126,7 +1128,7 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     tables["decisive"] = of_shown(DECISIVE_COLUMNS, decisive)
     patients = stays["patient_id"].to_numpy()
     by_time = mean_with_interval(stays["moved_by_shuffling"].to_numpy(), patients, *resampling)
-    verdict = [*verdict_of(run, leaks), Check("time" if by_time["value"] > FLOOR else "time, unused", by_time)]
+    verdict = [*verdict_of(run, leaks), Check("time" if by_time["low"] > FLOOR else "time, unused", by_time)]
     mean = float(of_layers.mean())
     name = "layer attention" if mean > FLOOR else "layer attention, idle"
     has_layers = len(run.checkpoint.model.transformer_encoder) > 0
@@ -1462,7 +1464,7 @@ def log_what_was_found(tables: dict[str, Any]) -> None:
     stay = stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
     decisive = tables["decisive"]
     if sentence := explain_report.decisive_sentence(decisive[decisive["icu_stay_id"] == stay]):
-        logger.info(f"Stay        {stay}, of the highest risk: {sentence}")
+        logger.info(f"Stay        {stay}, of the highest risk here: {sentence}")
 
 
 def write_everything(folder: Path, run: Run, found: Explanation, data: str, checkpoint: str) -> None:

@@ -1824,7 +1824,9 @@ def load_run(
         table = table.take(~is_seen).with_own_texts()
     for column, count in checkpoint.preprocessor.unknown_categories(table).items():
         level, words = (30, "WARNING: ") if count > 0.2 * len(table.stays) else (20, "")
-        logger.log(level, f"Data        {words}{column}: {count} of {len(table.stays)} stays, unknown to the model")
+        logger.log(
+            level, f"Data        {words}{column}: {count} of {len(table.stays)} stays, as in no stay of training"
+        )
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if not checkpoint.has_read(*text_encoder.identity):

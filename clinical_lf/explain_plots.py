@@ -76,7 +76,7 @@ def draw_stems(figure: Figure, title: str, rows: list[tuple], hours: np.ndarray,
         amounts = [signed(values[event]) if is_push else f"{values[event]:.1f} ×" for event in top]
         said = [f"{amount} at {hours[event]:.1f} h: {plain(texts[event], 44)}" for event, amount in zip(top, amounts)]
         if is_push and sizes.max() < FLOOR:
-            said = [f"no event stands out: none reaches {FLOOR}"]
+            said = [f"no event stands out: none of {np.isfinite(values).sum()} reaches {FLOOR}"]
         elif not is_push and sizes.max() < 1.5:
             said = [f"no event stands out: {np.nanmin(values):.2f} to {sizes.max():.2f} of an even share"]
         axes.axhspan(-FLOOR * is_push, FLOOR * is_push, color=BAND, linewidth=0)
@@ -161,7 +161,9 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
             axes.axvline(at - 0.5, color="black", linewidth=1)
-    tidy(axes, f"head; pale: switched off, it moves the logit by less than {FLOOR}", "")
+    n_off = counted(heads["n_switched_off"].iloc[0], "stay")
+    tidy(axes, f"head; pale: switched off, it moves the logit of {n_off} by {FLOOR} or less on average", "")
+    axes.set_facecolor("#e3e3e3")  # where nothing varies
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
     labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in grid.index]
     axes.set_yticks(range(len(grid)), labels, fontsize=7.5)
@@ -187,7 +189,7 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
         size = table["attribution"].abs().groupby(table[group]).mean().sort_values(ascending=False)
         mean = means_by(table, group, "attribution").loc[size.index]
         axes.barh(range(len(size)), size, color="#dddddd")
-        dots(axes, mean, np.where(mean["mean"] >= 0, VERMILLION, BLUE))
+        dots(axes, mean, np.select([mean["mean"] > 0, mean["mean"] < 0], [VERMILLION, BLUE], GREY))
         names = [plain(name, 60, report.cut) for name in size.index]
         name_rows(axes, names, [f"{n:,} / {k:,}" for n, k in zip(mean["n"], mean["n_patients"])])
         axes.set_title(title, fontsize=8.5, loc="left")
@@ -276,8 +278,9 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     if len(arriving):
         risk, end = axes.twinx(), events["hours_since_admission"].max() + hours.min()
         risk.plot(end - arriving["hours_since_admission"], 100 * arriving["probability"], color=GREY, linewidth=1.2)
-        risk.set_ylim(0, 100)
-        risk.set_ylabel("grey: risk as events\narrive, %", fontsize=8, color=GREY)
+        risk.set_ylim(-4, 100)
+        early = "; before the\nend extrapolated" if arriving["extrapolated"].any() else ""
+        risk.set_ylabel(f"grey: risk as events\narrive, %{early}", fontsize=8, color=GREY)
         risk.tick_params(labelsize=8)
     axes.invert_xaxis()
     middle.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
@@ -305,13 +308,14 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     stay = risks[layers["icu_stay_id"].unique()].idxmax()
     caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
     (body,) = bands(page("captum_layer_attributions", caption, 3.2), [1])
-    wide = layers.query(f"icu_stay_id == {stay}").pivot(index="layer", columns="event", values="attribution").loc[names]
+    own = layers.query(f"icu_stay_id == {stay}")
+    wide = own.pivot(index="layer", columns="event", values="attribution").loc[names]
     hours = tables["events"].query(f"icu_stay_id == {stay}").sort_values("event")["hours_to_end"].to_numpy()
     axes, top = body.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
     image = axes.imshow(wide, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest")
     small_bar(body, image, axes, "logit (up: towards death)", {})
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    title = f"Stay {stay}, {counted(len(hours), 'event')}; the sums miss at most {layers['gap_error'].abs().max():.2g}"
+    title = f"Stay {stay}, {counted(len(hours), 'event')}; the sums miss at most {own['gap_error'].abs().max():.2g}"
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
     axes.set_xticks(ticks, [f"{hours[tick]:.0f}" for tick in ticks])

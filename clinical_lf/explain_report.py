@@ -59,13 +59,13 @@ def cut(text: object, width: int) -> str:
     return line if len(line) <= width else line[: width - 1].rstrip(" ·,(") + "…"
 
 
-def percent(probability: float) -> str:
+def percent(probability: float, digits: int = 0) -> str:
     """Return `42 %`; never 0 or 100, which no prediction is."""
     if pd.isna(probability):
         return "–"
     if probability < 0.01:
         return "under 1 %"
-    return "over 99 %" if probability > 0.99 else f"{100 * probability:.0f} %"
+    return "over 99 %" if probability > 0.99 else f"{100 * probability:.{digits}f} %"
 
 
 def outcome(label: float) -> str:
@@ -160,9 +160,12 @@ def decisive_sentence(decisive: pd.DataFrame) -> str:
     row, n = decisive.iloc[0], len(decisive)
     if abs(logit(row["probability"]) - logit(row["probability_without"])) < FLOOR:
         return ""
-    risks = {name: percent(row[name]) for name in ("probability", "probability_without", "threshold")}
-    texts = "; ".join(short_text(text, 80) for text in decisive["event_text"])
-    return WORDS["page"]["decisive"].format(**risks, which="this event" if n == 1 else f"these {n} events", texts=texts)
+    risks = row[["probability", "probability_without", "threshold"]].astype(float)
+    digits = next((digits for digits in range(3) if risks.map(lambda risk: percent(risk, digits)).is_unique), 3)
+    texts = [short_text(text, 80) for text in decisive["event_text"]]
+    texts = texts[:EVENTS_LISTED] + [f"and {n - EVENTS_LISTED} more"] * (n > EVENTS_LISTED)
+    said = {name: percent(risk, digits) for name, risk in risks.items()} | {"texts": "; ".join(texts)}
+    return WORDS["page"]["decisive"].format(**said, which="this event" if n == 1 else f"these {n} events")
 
 
 def cohort_sentence(stays: pd.DataFrame) -> str:

@@ -64,6 +64,14 @@ def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
     return both[["patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]]
 
 
+def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the ranks of values (n,), less their mean, in samples (R, n) that say how often each was drawn."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    drawn = np.add.reduceat(weights[:, np.argsort(group, kind="stable")], sizes.cumsum() - sizes, axis=1)  # (R, groups)
+    middle, total = drawn.cumsum(1) - drawn / 2, drawn.sum(1, keepdims=True)
+    return (middle[:, group] - total / 2) / total
+
+
 def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str, float]:
     """Return the rank correlation of an item's numbers with what they do, its 95 % interval over patients, and n.
 
@@ -75,14 +83,13 @@ def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[s
     found["number_size"] = known["if_typical"].abs().mean()
     if known["patient_id"].nunique() < MIN_PATIENTS or known["value"].nunique() < 3:
         return found
-    ranks = np.stack([rankdata(known[column]) for column in ("value", "if_typical")], axis=1)  # (n, 2)
-    ranks = (ranks - ranks.mean(0)) / max(1, len(known))
-    products = np.column_stack([ranks, ranks**2, ranks.prod(1)])  # (n, 5)
+    columns = [known[column].to_numpy() for column in ("value", "if_typical")]
 
     def correlation(weights: np.ndarray) -> np.ndarray:
-        first, second, first_2, second_2, both = (weights @ products / weights.sum(1, keepdims=True)).T
+        first, second = (weighted_ranks(column, weights) for column in columns)  # (R, n) each
+        covariance = lambda one, other: (weights * one * other).sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return (both - first * second) / np.sqrt((first_2 - first**2) * (second_2 - second**2))
+            return covariance(first, second) / np.sqrt(covariance(first, first) * covariance(second, second))
 
     draws = bootstrap(correlation, known["patient_id"], n_bootstrap, seed)
     low, high = interval_of(draws)

@@ -267,7 +267,8 @@ def subgroup_table(
                 row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = parts
             rows.append(row)
     table = pd.DataFrame(rows)
-    table = table[(table["group"] == "all") | (table["patients"] >= SMALLEST_GROUP)]
+    is_part = (table["patients"] >= SMALLEST_GROUP) & (table["stays"] < len(groups))
+    table = table[(table["group"] == "all") | is_part]
     read = table[(table["group"] == "all") | ~table["too_few_to_read"]]
     survivors, found = read["stays"] - read["deaths"], read["deaths_found"]
     rates = {"sensitivity": found / read["deaths"], "alarms_per_true_death": read["alarms"] / found}

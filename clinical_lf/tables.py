@@ -124,7 +124,7 @@ class ReadReport:
             if source.in_stays == 0:
                 logger.warning(warnings["table_gives_nothing"].format(source=source))
         dropped = "; ".join(f"{count:,} {reasons[code]}" for code, count in self.counts.items())
-        logger.info(f"Dropped     {dropped or 'nothing'}{total * bool(dropped and self.sources)}")
+        logger.info(f"Cleaned     {dropped or 'nothing'}{total * bool(dropped and self.sources)}")
         fault = ("stay_", "label_after_death")  # codes of no other: a stay that had ended is not what was asked for
         without = {reasons[code]: count for code, count in self.counts.items() if code.startswith(fault)}
         without |= self.sources[0].lost if self.sources else {}  # ICU stays that a join loses, as without an admission

@@ -241,7 +241,11 @@ def test_a_pair_interacts_as_the_tables_without_the_one_the_other_and_both_say(a
 
 
 def test_a_typical_number_is_that_of_the_nearest_text_that_says_the_same_and_its_history_follows(any_run):
-    texts = [" | Value: 9 mmol/L | Level: far above range", " | Value: 2 mmol/L", " | Value: 1.9 mmol/L | Flag: low"]
+    texts = [
+        " | Value: 9 mmol/L | Level: far above range | Flag: abnormal",
+        " | Value: 2 mmol/L",
+        " | Value: 1.9 mmol/L | Flag: low",
+    ]
     texts = np.array([f"Lab: Lactate{text}" for text in (*texts, " | Value: 4 mmol/L | Comment: x", "")])
     known = {"Lab: Lactate mmol/L": [1.0, 1.5, 2.0, 3.0, 12.0], "Lab: Sodium mEq/L": [100.0, 140.0]}
     assert explain.typical_texts(texts, known).tolist() == [1, 1, 1, -1, -1]  # 4 is in the upper quarter
@@ -412,7 +416,7 @@ def test_verdict_on_the_models_own_test_stays(run):
     spread = run._replace(logits=4 * run.logits)
     passed, words = verdict_of(spread, {})
     assert passed == [True] * 3
-    assert "own held-out" in words and "No text alone tells the outcome" in words
+    assert "own held-out" in words and "No text stands in the record of one outcome alone" in words
     nothing = run.checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     start = logit(run.checkpoint.model, nothing, run.checkpoint.baseline["static"][None])
     assert f"risk {100 * expit(start):.2g} %" in words and "24 % died" in words
