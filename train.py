@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from clinical_lf import encoders, files, items, metrics, mimic, tables
+from clinical_lf import encoders, files, items, metrics, mimic, tables, trees
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable, HashingEncoder, HuggingFaceEncoder
 from clinical_lf.files import InputError, Progress, logger, write_whole
 from clinical_lf.items import HISTORY, STATISTICS
@@ -115,6 +115,7 @@ class Settings:
     evaluate: str = setting("", "Checkpoint with which to score --data (default: its own), without training.")
     trajectory: str = setting("", "With --evaluate: hours after admission at which to score stays, e.g. 6,12,24,48.")
     report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Also send each epoch's figures to a tracker.")
+    no_baseline: bool = setting(False, "Fit no boosted trees beside the model.")
     dry_run: bool = setting(False, "Read the data, say what the run will do and need, and stop.")
 
     @property
@@ -1777,7 +1778,13 @@ def train_and_report(
     seconds = round(sum(row["seconds"] for row in trainer.history), 1)  # of all parts, where it was resumed
     training |= {"seconds": seconds, "parameters": trainer.n_parameters}
     described = {"text_encoder": data.text_encoder, "training": training, **source.origin(settings)}
-    content = folder.report_training(described, predictions, data.table, pd.DataFrame(trainer.history))
+    of_trees, split, table = None, data.split, data.table
+    if not settings.no_baseline:
+        statics = trainer.preprocessor.encode_static_features(table.static_columns)
+        features = trees.item_summaries(table, statics, split.train)
+        of_trees = trees.tree_risks(features, table.labels, split, settings.seed)
+        of_trees = of_trees[split.test if len(split.test) else split.validation]
+    content = folder.report_training(described, predictions, table, pd.DataFrame(trainer.history), of_trees)
     return content, predictions
 
 

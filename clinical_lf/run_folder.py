@@ -21,7 +21,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from scipy.special import expit
 
-from clinical_lf import audit, metrics, plots
+from clinical_lf import audit, metrics, plots, trees
 from clinical_lf.files import WORDS, delete_quietly, logger, write_json, write_whole
 from clinical_lf.meds import meds_predictions
 from clinical_lf.metrics import METRIC_WORDS, figure_text
@@ -172,9 +172,17 @@ class RunFolder:
         return figures
 
     def report_training(
-        self, described: Content, predictions: dict[str, Predictions], table: StayTable, history: pd.DataFrame
+        self,
+        described: Content,
+        predictions: dict[str, Predictions],
+        table: StayTable,
+        history: pd.DataFrame,
+        of_trees: np.ndarray | None,
     ) -> Content:
-        """Write and log metrics, predictions, plots and model card of the held-out stays; return the metrics."""
+        """Write and log metrics, predictions, plots and model card of the held-out stays; return the metrics.
+
+        of_trees: what boosted trees, trained alike, give the held-out stays; None: not asked for.
+        """
         part, validation = "test" if "test" in predictions else "validation", predictions["validation"]
         scored, encoder = predictions[part], f"text encoder: {described['text_encoder']}"
         title = WORDS["log"]["trained"].format(**described["training"], part=part.capitalize(), words=scored.words())
@@ -189,7 +197,10 @@ class RunFolder:
             "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts)),
         }
         content = described | {"thresholds": scored.thresholds, "metrics": {part: figures, "validation": of_validation}}
-        content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai}
+        beside = {} if of_trees is None else trees.compared(scored.columns, of_trees, **self.resampling)
+        content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai, "boosted_trees": beside}
+        if beside and not figures["too_few_to_read"]:
+            logger.info(f"Trees       {trees.sentence(beside)}")
         facts = globals() | {"folder": self, "part": part, "figures": figures}  # `metrics` are the module's functions
         self.text("model_card.md", render("model_card.md.j2", content | facts))
         if part == "validation":

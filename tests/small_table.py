@@ -55,7 +55,7 @@ def to_parquet(table, path, nested=False):
 def arguments(folder, data, *more, encoder="hashing"):
     """The command line of a small run into `folder`; of options given twice the later one counts."""
     places = ["--cache-dir", folder / "cache", "--output-dir", folder / "out"]
-    return [*TINY, *map(str, ["--data", data, "--text-encoder", encoder, *places, *more])]
+    return [*TINY, "--no-baseline", *map(str, ["--data", data, "--text-encoder", encoder, *places, *more])]
 
 
 best_model = lambda folder: folder / "out" / "checkpoints" / "best_model.pth"

@@ -22,14 +22,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from common import hashing_vectors, log_epochs, machine, markdown, ranking, synthetic_stays, train, train_and_test
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from clinical_lf.items import mask_numbers, read_text
+from clinical_lf import trees
+from clinical_lf.items import mask_numbers
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import EVENT_TYPES, Split, StayTable, choose_cohort, cross_validation_splits, split_by_patient
 
@@ -69,13 +69,6 @@ def mean_text_features(data: Data) -> np.ndarray:
     return np.hstack([static_features(data), np.log1p(counts), means / table.lengths[:, None]])
 
 
-def item_of_text(text: str) -> tuple[str, float]:
-    """Item and number. What has no number is its whole text, numbers masked: an organism is in it, not in its head."""
-    read = read_text(text)
-    item = f"{read.item} {read.unit}".strip()
-    return (item if math.isfinite(read.value) else mask_numbers(text)), read.value
-
-
 def count_features(data: Data) -> np.ndarray:
     """(n_stays, S + K): static features and how often each text occurs, numbers masked.
 
@@ -90,26 +83,9 @@ def count_features(data: Data) -> np.ndarray:
 
 
 def item_features(data: Data) -> np.ndarray:
-    """(n_stays, S + 6 + ...): static features, event counts per type, and statistics of the numbers per item.
-
-    The statistics are min, max, mean, last, first, sd and count,
-    of items that occur in at least 1 % (and 3) of the training stays. Missing numbers stay NaN, trees split on that.
-    """
-    table, n = data.table, len(data.table.stays)
-    items, values = zip(*map(item_of_text, table.texts), strict=True)
-    codes, _ = pd.factorize(np.array(items, dtype=object))
-    events = pd.DataFrame(
-        {"stay": table.stay_of_event, "item": codes[table.text], "value": np.array(values)[table.text]}
-    )
-    in_training = events[events.stay.isin(data.split.train)].drop_duplicates(["stay", "item"]).item.value_counts()
-    kept = in_training.index[in_training >= max(3, 0.01 * len(data.split.train))]
-    groups = events[events.item.isin(kept)].groupby(["stay", "item"]).value  # oldest first, so that last is last
-    wide = (
-        groups.agg(["min", "max", "mean", "last", "first", "std"]).dropna(how="all").unstack("item").reindex(range(n))
-    )
-    wide = wide.loc[:, wide.iloc[data.split.train].notna().any()]  # trees and medians need a number to learn from
-    counts = groups.size().unstack("item").reindex(range(n)).fillna(0)
-    return np.hstack([static_features(data), pd.crosstab(events.stay, table.event_type), wide, counts])
+    """(n_stays, K): statics and the summaries of items that train.py's own trees are given, empty columns left out."""
+    features = trees.item_summaries(data.table, static_features(data), data.split.train)
+    return features[:, ~np.isnan(features[data.split.train]).all(0)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,35 +127,9 @@ def sparse_logistic_regression(data: Data) -> np.ndarray:
     return best_on_validation(models, count_features(data), data)
 
 
-def boosted_trees(
-    features: np.ndarray,
-    data: Data,
-    sizes: tuple[int, ...] = (2, 4, 8, 16),
-    shares: tuple[float, ...] = (0.3, 1.0),
-    stages: int = 300,
-) -> np.ndarray:
+def boosted_trees(features: np.ndarray, data: Data) -> np.ndarray:
     """Size and number of trees and share of features per split as suit the validation stays best."""
-    labels, split, found = data.table.labels, data.split, []
-    for leaves in sizes:
-        for share in shares:
-            model = HistGradientBoostingClassifier(
-                learning_rate=0.05,
-                max_iter=stages,
-                max_leaf_nodes=leaves,
-                max_features=share,
-                min_samples_leaf=10,
-                l2_regularization=1.0,
-                early_stopping=False,
-                random_state=data.settings.seed,
-            )
-            model.fit(features[split.train], labels[split.train])
-            losses = [
-                log_loss(labels[split.validation], risk)
-                for risk in model.staged_predict_proba(features[split.validation])
-            ]
-            found.append((min(losses), int(np.argmin(losses)), model))
-    _, stage, model = min(found, key=lambda fit: fit[0])
-    return [risk[:, 1] for risk in model.staged_predict_proba(features[split.test])][stage]
+    return trees.tree_risks(features, data.table.labels, data.split, data.settings.seed)[data.split.test]
 
 
 def ours(data: Data) -> np.ndarray:

@@ -1,0 +1,113 @@
+"""A first honest baseline of every run: boosted trees on summaries of each item, of the network's own stays."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit, logit
+
+from clinical_lf import metrics
+from clinical_lf.files import WORDS
+from clinical_lf.items import item_history, mask_numbers, read_text
+from clinical_lf.tables import EVENT_TYPES, Split, StayTable
+
+SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
+MOST_KINDS, SMALLEST_SHARE, FEWEST_STAYS = 300, 0.01, 3  # of items, and of training stays that have one
+LEAVES, SHARES_OF_FEATURES, STAGES = (2, 4, 8, 16), (0.3, 1.0), 300
+
+
+def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Return (n_stays, K) float32: statics (n_stays, S), number of events by type, and what each frequent item was.
+
+    That is SUMMARIES of its numbers (NaN without one; trees split on that) and how often it came. Events without a
+    number count by their whole text, numbers masked: an organism is no item's head. training: the stays that choose.
+    """
+    history, stays, n_stays = item_history(table), table.stay_of_event, len(table.stays)
+    history["deviation"] = history["value"].groupby([stays, history["item"]], observed=True).transform("std")
+    readings = list(map(read_text, table.texts))
+    has_value = np.isfinite([reading.value for reading in readings])  # of each text
+    masked = map(mask_numbers, table.texts)
+    names = [f"{r.item} {r.unit}" if known else whole for r, known, whole in zip(readings, has_value, masked)]
+    kind_of_text, _ = pd.factorize(np.array(names, dtype=object))
+    events = pd.DataFrame({"stay": stays, "kind": kind_of_text[table.text]})
+    n_having = events[np.isin(stays, training)].drop_duplicates()["kind"].value_counts()
+    kept = n_having.index[n_having >= max(FEWEST_STAYS, SMALLEST_SHARE * len(training))][:MOST_KINDS]
+    place = np.full(len(names), -1)
+    place[kept] = np.arange(len(kept))
+    at = place[events["kind"]]  # (n_events,) column of the kind, -1 where it is not kept
+    numbers = np.full((n_stays, len(kept), len(SUMMARIES)), np.nan, np.float32)
+    known = np.flatnonzero(has_value[table.text] & (at >= 0))  # oldest first: of an item the last one stays
+    numbers[stays[known], at[known]] = history[list(SUMMARIES)].to_numpy(np.float32)[known]
+    counts = np.zeros((n_stays, len(kept)), np.float32)
+    np.add.at(counts, (stays[at >= 0], at[at >= 0]), 1)
+    by_type = np.zeros((n_stays, len(EVENT_TYPES) + 1), np.float32)
+    np.add.at(by_type, (stays, table.event_type), 1)
+    return np.hstack([statics, by_type, numbers.reshape(n_stays, -1), counts])
+
+
+def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
+    """Return the risks (n_stays,) by trees of the size and number that suit the validation stays best.
+
+    HistGradientBoostingClassifier; of LEAVES a tree and SHARES_OF_FEATURES a split, those of the least log loss.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    best, found = np.inf, np.full(len(labels), np.nan)
+    features = features[:, ~np.isnan(features[split.train]).all(0)]
+    more: dict[str, Any] = {"min_samples_leaf": 10, "l2_regularization": 1.0, "early_stopping": False}
+    more |= {"learning_rate": 0.05, "max_iter": STAGES, "random_state": seed}
+    for leaves in LEAVES:
+        for share in SHARES_OF_FEATURES:
+            model = HistGradientBoostingClassifier(max_leaf_nodes=leaves, max_features=share, **more)
+            model.fit(features[split.train], labels[split.train])
+            staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
+            died = labels[split.validation] == 1
+            losses = -np.log(np.where(died, staged, 1 - staged).clip(1e-15)).mean(1)
+            if losses.min() < best:
+                best, stage = losses.min(), int(losses.argmin())
+                staged = model.staged_predict_proba(features)
+                found = next(risks[:, 1] for number, risks in enumerate(staged) if number == stage)
+    return found
+
+
+def compared(
+    columns: tuple[np.ndarray, np.ndarray, np.ndarray], of_trees: np.ndarray, **resampling: int
+) -> dict[str, dict[str, Any]]:
+    """Return AUROC and AUPRC of the trees and of the mean of both log-odds, and how far the model lies above them.
+
+    columns: labels, the model's risks, patients (n,). Differences are paired: 95 % intervals over resampled patients
+    (n_bootstrap, seed), the same for all. Nothing where one outcome is missing.
+    """
+    died, own, patients = columns
+    if not metrics.fewest(died):
+        return {}
+    log_odds = [logit(risks.clip(1e-7, 1 - 1e-7)) for risks in (own, of_trees)]
+    risks = (own, of_trees, expit((log_odds[0] + log_odds[1]) / 2))
+
+    def rankings(weights: np.ndarray) -> np.ndarray:
+        weights = weights[(weights @ died > 0) & (weights @ (1 - died) > 0)]
+        return np.stack([metrics.weighted_ranking(weights, died, of_one) for of_one in risks], axis=1)  # (R, 3, 2)
+
+    takes = {"trees": [0, 1, 0], "mean_of_both": [0, 0, 1], "model_less_trees": [1, -1, 0]}
+    takes["mean_of_both_less_trees"] = [0, -1, 1]
+    values, draws = rankings(np.ones((1, len(died))))[0], metrics.bootstrap(rankings, patients, **resampling)
+    found: dict[str, dict[str, Any]] = {}
+    for name, take in takes.items():
+        value, drawn = take @ values, np.einsum("k,rkm->rm", take, draws)
+        found[name] = {
+            metric: metrics.with_interval(value[i], drawn[:, i]) for i, metric in enumerate(("auroc", "auprc"))
+        }
+    return found
+
+
+def sentence(found: dict[str, dict[str, Any]]) -> str:
+    """Say what `compared` found, and whether the network is shown to rank better than the trees."""
+    texts = {
+        f"{name}_{metric}": metrics.figure_text(figure, 3, "")
+        for name, of in found.items()
+        for metric, figure in of.items()
+    }
+    lows, highs = zip(*((figure["low"], figure["high"]) for figure in found["model_less_trees"].values()))
+    is_ahead, is_behind = any((low or 0) > 0 for low in lows), any((high or 0) < 0 for high in highs)
+    key = "open" if is_ahead == is_behind else "ahead" if is_ahead else "behind"
+    return WORDS["trees"]["found"].format(**texts, verdict=WORDS["trees"][key])
