@@ -1,5 +1,7 @@
 """A first honest baseline of every run: boosted trees on summaries of each item, of the network's own stays."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from clinical_lf.tables import EVENT_TYPES, Split, StayTable
 
 SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
 MOST_KINDS, SMALLEST_SHARE, FEWEST_STAYS = 300, 0.01, 3  # of items, and of training stays that have one
-LEAVES, SHARES_OF_FEATURES, STAGES = (2, 4, 8, 16), (0.3, 1.0), 300
+SIZES, STAGES = tuple(itertools.product((2, 4, 8, 16), (0.3, 1.0))), 300  # leaves of a tree, share of features a split
 
 
 def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) -> np.ndarray:
@@ -45,28 +47,30 @@ def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) 
     return np.hstack([statics, by_type, numbers.reshape(n_stays, -1), counts])
 
 
-def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
-    """Return the risks (n_stays,) by trees of the size and number that suit the validation stays best.
-
-    HistGradientBoostingClassifier; of LEAVES a tree and SHARES_OF_FEATURES a split, those of the least log loss.
-    """
+def tree_risks(
+    features: np.ndarray,
+    labels: np.ndarray,
+    split: Split,
+    seed: int,
+    sizes: Sequence[tuple[int, float]] = SIZES,
+    stages: int = STAGES,
+) -> np.ndarray:
+    """Return the risks (n_stays,) by HistGradientBoosting of the size and number of trees that validation likes best."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     best, found = np.inf, np.full(len(labels), np.nan)
     features = features[:, ~np.isnan(features[split.train]).all(0)]
     more: dict[str, Any] = {"min_samples_leaf": 10, "l2_regularization": 1.0, "early_stopping": False}
-    more |= {"learning_rate": 0.05, "max_iter": STAGES, "random_state": seed}
-    for leaves in LEAVES:
-        for share in SHARES_OF_FEATURES:
-            model = HistGradientBoostingClassifier(max_leaf_nodes=leaves, max_features=share, **more)
-            model.fit(features[split.train], labels[split.train])
-            staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
-            died = labels[split.validation] == 1
-            losses = -np.log(np.where(died, staged, 1 - staged).clip(1e-15)).mean(1)
-            if losses.min() < best:
-                best, stage = losses.min(), int(losses.argmin())
-                staged = model.staged_predict_proba(features)
-                found = next(risks[:, 1] for number, risks in enumerate(staged) if number == stage)
+    more |= {"learning_rate": 0.05, "max_iter": stages, "random_state": seed}
+    for leaves, share in sizes:
+        model = HistGradientBoostingClassifier(max_leaf_nodes=leaves, max_features=share, **more)
+        model.fit(features[split.train], labels[split.train])
+        staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
+        died = labels[split.validation] == 1
+        losses = -np.log(np.where(died, staged, 1 - staged).clip(1e-15)).mean(1)
+        if losses.min() < best:
+            best = losses.min()
+            found = next(itertools.islice(model.staged_predict_proba(features), int(losses.argmin()), None))[:, 1]
     return found
 
 

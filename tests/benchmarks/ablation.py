@@ -120,6 +120,7 @@ class Variant(NamedTuple):
     at_start: Callable[[train.Trainer], None] | None = None
 
 
+HISTORY_ALONE = {"item_history": True, "n_layers": 0}
 VARIANTS = {
     "default": Variant({}),
     "no layer": Variant({}, no_layer),
@@ -127,9 +128,13 @@ VARIANTS = {
     "layers at full size from the start": Variant({}, full_size_layers),
     "one layer": Variant({"n_layers": 1}),
     "item history": Variant({"item_history": True}),
-    "item history, no layer": Variant({"item_history": True, "n_layers": 0}),
-    "item history, no layer, every event shown": Variant({"item_history": True, "n_layers": 0}, every_event_shown),
+    "item history, no layer": Variant(HISTORY_ALONE),
+    "item history, no layer, every event shown": Variant(HISTORY_ALONE, every_event_shown),
+    "temporal loss 0.05": Variant({"temporal_weight": 0.05}),
+    "temporal loss 0.1": Variant({"temporal_weight": 0.1}),
     "temporal loss 0.3": Variant({"temporal_weight": 0.3}),
+    "item history, no layer, temporal loss 0.05": Variant({**HISTORY_ALONE, "temporal_weight": 0.05}),
+    "item history, no layer, temporal loss 0.1": Variant({**HISTORY_ALONE, "temporal_weight": 0.1}),
     "number of events unseen": Variant({}, unseen_number_of_events),
     "static numbers weigh as flags": Variant({}, light_static_numbers),
     "inputs as they are": Variant({}, raw_inputs),

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_simple_models import MODELS, Data, boosted_trees, item_features, item_of_text
+from bench_simple_models import MODELS, Data, boosted_trees, item_features
 from common import ROOT, Ranking, hashing_vectors, machine, markdown, ranking, train
 
 from clinical_lf import mimic
-from clinical_lf.items import items_and_values
+from clinical_lf.items import items_and_values, read_text
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import StayTable, choose_cohort, cross_validation_splits
 
@@ -86,7 +86,7 @@ FIXED = "fixed trees, item summaries"
 
 
 def fixed_trees(data: Data) -> np.ndarray:
-    return boosted_trees(item_features(data), data, sizes=(4,), shares=(0.3,), stages=100)
+    return boosted_trees(item_features(data), data, sizes=[(4, 0.3)], stages=100)
 
 
 CHOICES: dict[str, Callable[[Data], np.ndarray]] = {FIXED: fixed_trees, **MODELS}
@@ -131,7 +131,7 @@ def read_sample(n_stays: int, seed: int, words: Words) -> StayTable:
 
 def items_changed(before: StayTable, now: StayTable) -> str:
     """Return how many items (what trees read) stand in one of the two only, and how far their numbers lie apart."""
-    items = [{item_of_text(text)[0] for text in table.texts[np.unique(table.text)]} for table in (before, now)]
+    items = [{read_text(text).item for text in table.texts[np.unique(table.text)]} for table in (before, now)]
     last = []
     for table in (before, now):
         item, value = items_and_values(table)
