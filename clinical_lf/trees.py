@@ -55,7 +55,7 @@ def tree_risks(
     sizes: Sequence[tuple[int, float]] = SIZES,
     stages: int = STAGES,
 ) -> np.ndarray:
-    """Return the risks (n_stays,) by HistGradientBoosting of the size and number of trees that validation likes best."""
+    """Return the risks (n_stays,) by boosted trees of the size and number that suit the validation stays best."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     best, found = np.inf, np.full(len(labels), np.nan)
