@@ -236,7 +236,8 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     attention. Relevance (Chefer et al. 2021) takes identity + the mean over heads of what is positive in the map times
     the logit's gradient by it; for survival in the map times the gradient of minus the logit.
     """
-    layers, seen, recent = list(model.transformer_encoder), {}, max(0, sequence.shape[1] - MAX_MAP_EVENTS)
+    layers: list[Any] = list(model.transformer_encoder)
+    seen, recent = {}, max(0, sequence.shape[1] - MAX_MAP_EVENTS)
     layout_of = lambda events: train.layout_of_lengths(np.array([len(events)]), events.device)
     whole = model.score_packed(sequence[0], static, layout_of(sequence[0]))[1]
     events = sequence[0, recent:].detach().requires_grad_()
@@ -829,7 +830,8 @@ def explain_stay(
     push = values.sum(1)
     listed, rows = listed_events(push), slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed)  # taken out one by one
-    numbers = some_of(np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0), effort.numbers, settings.seed)
+    numbered = np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0).tolist()
+    numbers = some_of(numbered, effort.numbers, settings.seed)
     columns = [static_word(column) for column, _ in names]
     given = (model, sequence, static, None, baseline, kinds, columns, which)
     ablation = ablation_analysis(*given, run.dataset, stay)
