@@ -1778,13 +1778,13 @@ def train_and_report(
     seconds = round(sum(row["seconds"] for row in trainer.history), 1)  # of all parts, where it was resumed
     training |= {"seconds": seconds, "parameters": trainer.n_parameters}
     described = {"text_encoder": data.text_encoder, "training": training, **source.origin(settings)}
-    of_trees, split, table = None, data.split, data.table
     if not settings.no_baseline:
-        statics = trainer.preprocessor.encode_static_features(table.static_columns)
-        features = trees.item_summaries(table, statics, split.train)
-        of_trees = trees.tree_risks(features, table.labels, split, settings.seed)
-        of_trees = of_trees[split.test if len(split.test) else split.validation]
-    content = folder.report_training(described, predictions, table, pd.DataFrame(trainer.history), of_trees)
+        statics = trainer.preprocessor.encode_static_features(data.table.static_columns)
+        features = trees.item_summaries(data.table, statics, data.split.train)
+        risks = trees.tree_risks(features, data.table.labels, data.split, settings.seed)
+        held_out = data.split.test if len(data.split.test) else data.split.validation
+        predictions["trees"] = run_folder.Predictions(data.table.stays.iloc[held_out], risks[held_out], limits)
+    content = folder.report_training(described, predictions, data.table, pd.DataFrame(trainer.history))
     return content, predictions
 
 

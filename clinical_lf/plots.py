@@ -188,31 +188,3 @@ def draw_shares(figure: SubFigure, panels: Any, shares: np.ndarray, **options: A
         image = axes.imshow(panel_shares, aspect="auto", interpolation="nearest", **options)
     names = {1 / top: f"1/{top:.2g}", 1: "1", top: f"{top:.2g}"}
     small_bar(figure, image, panels, "weight, 1 where it is even", names, aspect=20, extend="both")
-
-
-def plot_risk_trajectories(trajectories: pd.DataFrame, caption: str = "", n_individual: int = 4) -> Figure:
-    """Draw trajectories, one row per stay and time: icu_stay_id, hours_after_admission, probability, label (0/1)."""
-    figure = new_figure("How does the predicted risk move during the stay?", caption, height=4.0)
-    single, mean = figure.subplots(1, 2, sharey=True, subplot_kw={"ylim": (0, 1)})
-    times = np.sort(trajectories["hours_after_admission"].unique())
-    outcomes = {1: (VERMILLION, "-", "died"), 0: (BLUE, "--", "survived"), -1: (GREY, ":", "outcome unknown")}
-    for label, rows in reversed(list(trajectories.groupby(trajectories["label"].fillna(-1)))):
-        group = rows.pivot(index="hours_after_admission", columns="icu_stay_id", values="probability")  # (times, stays)
-        color, line, word = outcomes[label]
-        style = {"color": color, "linestyle": line, "marker": "o"}
-        # Chosen without looking at their risk: the longest followed, then by stay.
-        followed = group.count().sort_values(ascending=False, kind="stable").index[:n_individual]
-        names = [word, *["_"] * (len(followed) - 1)]  # one entry of the legend
-        single.plot(group[followed], markersize=3, linewidth=1, label=names, **style)
-        mean.plot(group.mean(axis=1), label=word, markersize=4, **style)
-        mean.fill_between(group.index, *group.quantile([0.25, 0.75], axis=1).to_numpy(), color=color, **BAND)
-        above = {"transform": mean.get_xaxis_transform(), "color": color, "fontsize": 7, "ha": "center"}
-        for hour, n_stays in group.count(axis=1).reindex(times, fill_value=0).items():
-            mean.text(hour, 0.97 + 0.05 * len(mean.lines), f"n={n_stays}", **above)
-    words = (f"Up to {n_individual} stays of each outcome", "Mean and middle half of the n stays still there")
-    for axes, title, ylabel in zip((single, mean), words, ("predicted risk of death", "")):
-        tidy(axes, "hours after ICU admission (log scale)", ylabel, loc="best")
-        axes.set_title(title, fontsize=9, pad=4 + 11 * len(mean.lines))
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(times, [f"{hour:g}" for hour in times], minor=False)
-    return figure

@@ -172,16 +172,11 @@ class RunFolder:
         return figures
 
     def report_training(
-        self,
-        described: Content,
-        predictions: dict[str, Predictions],
-        table: StayTable,
-        history: pd.DataFrame,
-        of_trees: np.ndarray | None,
+        self, described: Content, predictions: dict[str, Predictions], table: StayTable, history: pd.DataFrame
     ) -> Content:
         """Write and log metrics, predictions, plots and model card of the held-out stays; return the metrics.
 
-        of_trees: what boosted trees, trained alike, give the held-out stays; None: not asked for.
+        `predictions` may hold what boosted trees, trained alike, give the held-out stays, by the name `trees`.
         """
         part, validation = "test" if "test" in predictions else "validation", predictions["validation"]
         scored, encoder = predictions[part], f"text encoder: {described['text_encoder']}"
@@ -197,7 +192,8 @@ class RunFolder:
             "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts)),
         }
         content = described | {"thresholds": scored.thresholds, "metrics": {part: figures, "validation": of_validation}}
-        beside = {} if of_trees is None else trees.compared(scored.columns, of_trees, **self.resampling)
+        of_trees = predictions.get("trees", scored).probabilities
+        beside = trees.compared(scored.columns, of_trees, **self.resampling) if "trees" in predictions else {}
         content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai, "boosted_trees": beside}
         if beside and not figures["too_few_to_read"]:
             logger.info(f"Trees       {trees.sentence(beside)}")
@@ -231,16 +227,9 @@ class RunFolder:
         share = float(unseen["of_new_item"].sum() / max(unseen["events"].sum(), 1))
         logger.info(f"Unseen      {share:.1%} of these stays' events are of items that training never saw")
         if trajectories is not None:
-            moment = moment_of_prediction(self.settings["observation_hours"], self.settings["labels"])
             if not is_prospective:
-                moment = WORDS["moments"]["extrapolated"]
-                logger.warning(f"Trajectory  WARNING: {moment}")
+                logger.warning(f"Trajectory  WARNING: {WORDS['moments']['extrapolated']}")
             self.table("risk_trajectories.csv", trajectories)
-            shown = trajectories[~trajectories["patient_id"].isin(stays["patient_id"][is_seen])]
-            caption = f"{moment} · {encoder} · {shown['icu_stay_id'].nunique()} stays · {overlap}"
-            if len(shown):
-                picture = plots.plot_risk_trajectories(shown, caption)
-                plots.save_figure(self.pictures / "risk_trajectories.png", picture)
         content = described | {"thresholds": predictions.thresholds}
         content |= {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
         content |= {"metrics": figures or None, "unseen_in_training": {"of_new_item": round(share, 4)}}

@@ -22,12 +22,6 @@ def predictions(n):
     return labels, expit(logits)
 
 
-def trajectories(n):
-    labels, risks = predictions(n)
-    columns = {"icu_stay_id": np.repeat(range(n), 2), "hours_after_admission": [6, 24] * n}
-    return pd.DataFrame(columns | {"probability": np.repeat(risks, 2), "label": np.repeat(labels, 2)})
-
-
 def scored(n: int, judge: Any = metrics.evaluate_predictions) -> tuple[np.ndarray, np.ndarray, Any]:
     """Labels and risks of n stays, and what is found of them."""
     labels, risks = predictions(n)
@@ -49,7 +43,6 @@ FIGURES = {
     "decision": lambda n: plots.plot_decision_curve(scored(n, metrics.decision_curve)[2], "made up"),
     "attention": attention,
     "attention without layers": lambda n: attention(1300, n_layers=0),
-    "trajectories": lambda n: plots.plot_risk_trajectories(trajectories(n), "made up"),
 }
 
 
@@ -61,7 +54,7 @@ def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(nam
     assert any(axes.get_xlabel() for axes in figure.axes) and any(axes.get_ylabel() for axes in figure.axes)
     figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000 and dict(matplotlib.rcParams) == before
-    if name in ("roc", "calibration", "decision", "trajectories"):
+    if name in ("roc", "calibration", "decision"):
         FIGURES[name](2).savefig(tmp_path / "plot.png")  # of two stays, which both survived
 
 
@@ -90,13 +83,3 @@ def test_saved_attention_is_drawn_with_its_stay_risk_and_encoder():
     caption = " ".join(figure.get_supxlabel().split())
     assert caption == "attention epoch 1 batch 0, a training stay · risk 0.25 · text encoder: made up"
     assert any(axes.get_xlabel().startswith("hours before (each event") for axes in figure.axes)
-
-
-def test_trajectory_means_come_with_their_numbers():
-    columns = {"icu_stay_id": [1, 1, 2, 3], "hours_after_admission": [6, 24, 6, 6], "label": [1, 1, 1, 0]}
-    mean = plots.plot_risk_trajectories(pd.DataFrame(columns | {"probability": [0.2, 0.4, 0.6, 0.1]})).axes[1]
-    assert mean.lines[0].get_xydata().tolist() == [[6, pytest.approx(0.4)], [24, pytest.approx(0.4)]]
-    assert [text.get_text() for text in mean.texts] == ["n=2", "n=1", "n=1", "n=0"]
-    figure = plots.plot_risk_trajectories(trajectories(5).assign(label=np.nan))
-    words = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert words == [["outcome unknown"]] * 2
