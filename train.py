@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from clinical_lf import encoders, files, items, metrics, mimic, tables, trees
+from clinical_lf import encoders, files, items, metrics, tables, trees
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable, HashingEncoder, HuggingFaceEncoder
 from clinical_lf.files import InputError, Progress, logger, write_whole
 from clinical_lf.items import HISTORY, STATISTICS
@@ -1603,8 +1603,6 @@ def read_source(
     data = data_path(settings.data) if frame is None else frame
     task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
     options = (settings.memory_limit, settings.static_features, settings.outcome)
-    if settings.dry_run:
-        mimic.check_sums(data_path(settings.data))
     with accelerator.main_process_first():  # one process runs the query, the others find its result
         whole, report = read_stays(data, settings.cache_dir, need_label, task, *options)
     table, flow = tables.choose_cohort(whole, settings.first_stay_only, settings.observation_hours, settings.gap_hours)

@@ -172,19 +172,17 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
 
 
 def draw_feature_importance(tables: Tables, caption: str) -> Figure:
-    """Draw event types and items per event, organ systems and statics per stay."""
-    events, systems = tables["events"], tables["systems"].rename(columns={"push": "attribution"})
-    items, least = findings.important_items(events, 12)
-    types, of_items = events.replace({"event_type": TYPE_WORDS}), events[events["item"].isin(items)]
+    """Draw event types per event, organ systems and statics per stay; for items see `item_importance`."""
+    types = tables["events"].replace({"event_type": TYPE_WORDS})
+    systems = tables["systems"].rename(columns={"push": "attribution"})
     blocks = (
         ("Event types, per event", "events / patients", types, "event_type"),
-        (f"Items, per event (of {least} patients or more)", "events / patients", of_items, "item"),
         ("Organ systems, sum of a stay's events", "stays / patients", systems, "system"),
         ("Patient and admission, per stay", "stays / patients", tables["statics"], "feature"),
     )
     n_rows = [table[group].nunique() for *_, table, group in blocks]
     (body,) = bands(page("feature_importance", caption, 0.2 * sum(n_rows) + 3.4), [1])
-    panels = body.subplots(4, 1, height_ratios=[n + 1 for n in n_rows])
+    panels = body.subplots(3, 1, height_ratios=[n + 1 for n in n_rows])
     for axes, (title, counted_in, table, group) in zip(panels, blocks):
         size = table["attribution"].abs().groupby(table[group]).mean().sort_values(ascending=False)
         mean = means_by(table, group, "attribution").loc[size.index]

@@ -212,9 +212,8 @@ def png_of(figure: Figure, dpi: int = 100) -> bytes:
 
 def picture_of(figure: Figure) -> dict[str, Any]:
     """Return a figure as PNG, as its base64, and its question for those who cannot see it."""
-    png = png_of(figure, 150)
-    words = figure.get_suptitle().split()
-    return {"png": png, "data": base64.b64encode(png).decode("ascii"), "question": " ".join(words)}
+    png, question = png_of(figure, 150), " ".join(figure.get_suptitle().split())
+    return {"png": png, "data": base64.b64encode(png).decode("ascii"), "question": question}
 
 
 def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], info: dict[str, Any]) -> str:

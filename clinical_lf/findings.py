@@ -45,16 +45,6 @@ def clock_window(hours_to_end: Any) -> pd.Categorical:
     return pd.Categorical.from_codes(np.maximum(place, 0), list(CLOCK_WINDOWS), ordered=True)
 
 
-def important_items(events: pd.DataFrame, n_items: int) -> tuple[list[str], int]:
-    """Return the items of the largest mean |push| among those that enough patients have, and how many that is."""
-    sizes = events.assign(size=events["attribution"].abs()).groupby("item")
-    table = sizes.agg(size=("size", "mean"), n_patients=("patient_id", "nunique"))
-    n_patients = events["patient_id"].nunique()
-    least = min(max(3, 0.05 * n_patients), table["n_patients"].max())  # one patient is no finding
-    common = table[table["n_patients"] >= least]
-    return common["size"].nlargest(n_items).index.tolist(), math.ceil(least)
-
-
 def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
     """Return the events, and below them the statics of each stay as items of their own; numbers are values."""
     statics = tables["statics"].rename(columns={"feature": "item", "ablation": "if_typical"})
@@ -102,7 +92,10 @@ def item_table(rows: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd
     `beyond`, its limits too: the mean push less that of all events; of statics, which count from their mean, itself.
     """
     found, average = [], rows.loc[~rows["is_static"], "attribution"].mean()
-    for item in important_items(rows, 20)[0]:
+    sizes = rows.assign(size=rows["attribution"].abs()).groupby("item")
+    known = sizes.agg(size=("size", "mean"), n=("patient_id", "nunique"))
+    least = min(max(3, 0.05 * rows["patient_id"].nunique()), known["n"].max())  # one patient is no finding
+    for item in known.loc[known["n"] >= least, "size"].nlargest(20).index:
         part = rows[rows["item"] == item]
         beyond = part["attribution"] - np.where(part["is_static"], 0, average)
         mean = mean_with_interval(beyond, part["patient_id"], n_bootstrap, seed)

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from clinical_lf import duck, files
-from clinical_lf.files import InputError, Progress, logger, refusal
+from clinical_lf.files import InputError, Progress, refusal
 from clinical_lf.tables import EVENT_TYPES, SourceAccount, StayTable
 
 QUERY_FILE = Path(__file__).resolve().parent.parent / "query.sql"
@@ -40,21 +40,6 @@ def find_mimic_files(folder: Path) -> dict[str, Path]:
     if doubled := [" and ".join(map(str, paths)) for paths in found.values() if len(paths) == 2]:
         raise refusal("doubled_mimic", paths=doubled[0])
     return {table: paths[0] for table, paths in found.items()}
-
-
-def check_sums(folder: Path) -> None:
-    """Compare a MIMIC-IV folder's tables with its SHA256SUMS.txt, where it lies; say which differ."""
-    text = path.read_text("utf-8", "replace") if (path := folder / "SHA256SUMS.txt").is_file() else ""
-    sums = {name: digest.lower() for digest, name in re.findall(r"(?m)^(\w{64}) +\*?(?:\./)?(\S+)", text)}
-    names = [name for name in sums if name.split(".csv")[0] in MIMIC_TABLES and (folder / name).is_file()]
-    differ = []
-    for name in Progress(names, desc="SHA256SUMS", unit=" tables"):
-        with open(folder / name, "rb") as file:
-            differ += [name] * (hashlib.file_digest(file, "sha256").hexdigest() != sums[name])
-    if differ:
-        logger.warning(files.WORDS["warnings"]["other_sums"].format(folder=folder, names=", ".join(differ)))
-    elif text:
-        logger.info(f"Checked     {len(names)} of {len(MIMIC_TABLES)} tables are as SHA256SUMS.txt says")
 
 
 def faults_of_rows(query: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from clinical_lf.tables import EVENT_TYPES, Split, StayTable
 
 SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
 MOST_KINDS, SMALLEST_SHARE, FEWEST_STAYS = 300, 0.01, 3  # of items, and of training stays that have one
-SIZES, STAGES = tuple(itertools.product((2, 4, 8, 16), (0.3, 1.0))), 300  # leaves of a tree, share of features a split
+SIZES = [*itertools.product((2, 4, 8, 16), (0.3, 1.0), (300,))]  # leaves of a tree, share of features a split, trees
 
 
 def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) -> np.ndarray:
@@ -42,18 +42,15 @@ def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) 
     numbers[stays[known], at[known]] = history[list(SUMMARIES)].to_numpy(np.float32)[known]
     counts = np.zeros((n_stays, len(kept)), np.float32)
     np.add.at(counts, (stays[at >= 0], at[at >= 0]), 1)
-    by_type = np.zeros((n_stays, len(EVENT_TYPES) + 1), np.float32)
-    np.add.at(by_type, (stays, table.event_type), 1)
-    return np.hstack([statics, by_type, numbers.reshape(n_stays, -1), counts])
+    by_type = np.stack(
+        [np.bincount(stays[table.event_type == kind], minlength=n_stays) for kind in range(1 + len(EVENT_TYPES))],
+        axis=1,
+    )
+    return np.hstack([statics, by_type, numbers.reshape(n_stays, -1), counts], dtype=np.float32)
 
 
 def tree_risks(
-    features: np.ndarray,
-    labels: np.ndarray,
-    split: Split,
-    seed: int,
-    sizes: Sequence[tuple[int, float]] = SIZES,
-    stages: int = STAGES,
+    features: np.ndarray, labels: np.ndarray, split: Split, seed: int, sizes: Sequence[Any] = SIZES
 ) -> np.ndarray:
     """Return the risks (n_stays,) by boosted trees of the size and number that suit the validation stays best."""
     from sklearn.ensemble import HistGradientBoostingClassifier
@@ -61,9 +58,9 @@ def tree_risks(
     best, found = np.inf, np.full(len(labels), np.nan)
     features = features[:, ~np.isnan(features[split.train]).all(0)]
     more: dict[str, Any] = {"min_samples_leaf": 10, "l2_regularization": 1.0, "early_stopping": False}
-    more |= {"learning_rate": 0.05, "max_iter": stages, "random_state": seed}
-    for leaves, share in sizes:
-        model = HistGradientBoostingClassifier(max_leaf_nodes=leaves, max_features=share, **more)
+    more |= {"learning_rate": 0.05, "random_state": seed}
+    for leaves, share, most in sizes:
+        model = HistGradientBoostingClassifier(max_leaf_nodes=leaves, max_features=share, max_iter=most, **more)
         model.fit(features[split.train], labels[split.train])
         staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
         died = labels[split.validation] == 1
@@ -74,9 +71,7 @@ def tree_risks(
     return found
 
 
-def compared(
-    columns: tuple[np.ndarray, np.ndarray, np.ndarray], of_trees: np.ndarray, **resampling: int
-) -> dict[str, dict[str, Any]]:
+def compared(columns: tuple[np.ndarray, ...], of_trees: np.ndarray, **resampling: int) -> dict[str, Any]:
     """Return AUROC and AUPRC of the trees and of the mean of both log-odds, and how far the model lies above them.
 
     columns: labels, the model's risks, patients (n,). Differences are paired: 95 % intervals over resampled patients
@@ -95,21 +90,16 @@ def compared(
     takes = {"trees": [0, 1, 0], "mean_of_both": [0, 0, 1], "model_less_trees": [1, -1, 0]}
     takes["mean_of_both_less_trees"] = [0, -1, 1]
     values, draws = rankings(np.ones((1, len(died))))[0], metrics.bootstrap(rankings, patients, **resampling)
-    found: dict[str, dict[str, Any]] = {}
-    for name, take in takes.items():
-        value, drawn = take @ values, np.einsum("k,rkm->rm", take, draws)
-        found[name] = {
-            metric: metrics.with_interval(value[i], drawn[:, i]) for i, metric in enumerate(("auroc", "auprc"))
-        }
+    found: dict[str, Any] = {name: {} for name in takes}
+    for (name, take), (i, metric) in itertools.product(takes.items(), enumerate(("auroc", "auprc"))):
+        found[name][metric] = metrics.with_interval(take @ values[:, i], draws[:, :, i] @ take)
     return found
 
 
-def sentence(found: dict[str, dict[str, Any]]) -> str:
+def sentence(found: dict[str, Any]) -> str:
     """Say what `compared` found, and whether the network is shown to rank better than the trees."""
     texts = {
-        f"{name}_{metric}": metrics.figure_text(figure, 3, "")
-        for name, of in found.items()
-        for metric, figure in of.items()
+        name: {metric: metrics.figure_text(of, 3, "") for metric, of in own.items()} for name, own in found.items()
     }
     lows, highs = zip(*((figure["low"], figure["high"]) for figure in found["model_less_trees"].values()))
     is_ahead, is_behind = any((low or 0) > 0 for low in lows), any((high or 0) < 0 for high in highs)

@@ -1,7 +1,6 @@
 """A MIMIC-IV folder through query.sql, and the account of its rows; made up: no row here comes from a patient."""
 
 import gzip
-import hashlib
 import re
 from collections import ChainMap
 from dataclasses import astuple
@@ -17,7 +16,6 @@ import sqlglot
 import yaml
 from small_table import leftovers, run_python
 
-import train
 from clinical_lf import duck, mimic, tables
 from clinical_lf.files import HALF_WRITTEN, WORDS, InputError
 from clinical_lf.mimic import EVENT_TABLES, MIMIC_TABLES, run_mimic_query
@@ -357,16 +355,3 @@ def test_bad_table_is_an_input_error_without_its_rows(case, tmp_path):
         rows_of(tmp_path, **changed_tables([case["change"]]))
     assert "sixfold" not in str(caught.value) and "2150" not in str(caught.value) and caught.value.__cause__ is None
     assert not list(tmp_path.glob("query_results/[!.]*")) and not leftovers(tmp_path)
-
-
-def test_dry_run_compares_the_tables_with_their_sums(tmp_path, capsys):
-    folder = write_folder(tmp_path / "mimic")
-    (path,) = folder.glob("icu/d_items.csv*")
-    line = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  icu/{path.name}\n"
-    words = ["--data", str(folder), "--dry-run", "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]
-    for content in (f"{line}{'0' * 64} LICENSE.txt\n", "0" * 64 + line[64:]):
-        (folder / "SHA256SUMS.txt").write_text(content)
-        train.main(words)
-    said = capsys.readouterr().out
-    assert "1 of 10 tables are as SHA256SUMS.txt says" in said
-    assert f"WARNING: icu/{path.name} in {folder} differ from SHA256SUMS.txt" in said

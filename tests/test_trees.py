@@ -35,7 +35,7 @@ def test_summaries_of_an_item_are_those_of_its_numbers_and_texts_without_one_are
     assert np.isnan(numbers[1:]).all() and sorted(found[0, 25:]) == [0, 2, 3] and sorted(found[1, 25:]) == [0, 0, 5]
 
 
-few_trees = partial(trees.tree_risks, sizes=[(4, 1.0)], stages=20)
+few_trees = partial(trees.tree_risks, sizes=[(4, 1.0, 20)])
 
 
 def test_trees_find_low_and_high_values_and_leave_out_what_training_never_saw():

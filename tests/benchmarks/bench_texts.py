@@ -86,7 +86,7 @@ FIXED = "fixed trees, item summaries"
 
 
 def fixed_trees(data: Data) -> np.ndarray:
-    return boosted_trees(item_features(data), data, sizes=[(4, 0.3)], stages=100)
+    return boosted_trees(item_features(data), data, sizes=[(4, 0.3, 100)])
 
 
 CHOICES: dict[str, Callable[[Data], np.ndarray]] = {FIXED: fixed_trees, **MODELS}
