@@ -98,8 +98,7 @@ class Settings:
     weight_decay: float = setting(0.1, "Weight decay of AdamW.", low=0)
     max_epochs: int = setting(10, "Epochs at most; the learning rate falls to 0 over them.", low=1)
     patience: int = setting(8, "Stop after this many epochs without a better validation loss.", low=1)
-    # A step is the same however many processes share it, so the learning rate is not scaled with them. With many GPUs
-    # raise the batch, and the rate by the square root of the factor.
+    # However many processes share a step, its rate stays. With many GPUs raise the batch, and the rate by its root.
     batch_size: int = setting(32, "Stays per step at most, of all processes together.", low=1)
     max_events_per_batch: int = setting(16384, "Events per step and process at most; bounds a GPU's memory.", low=1)
     mixed_precision: Literal["auto", "no", "bf16"] = setting("auto", "auto is bf16 on CUDA devices that have it.")
@@ -1263,10 +1262,9 @@ class Trainer:
         sizes = {name: getattr(settings, name) for name in names} | {"n_history": dataset.n_history}
         model = ClinicalTransformer(dataset.input_dim, self.preprocessor.static_dim, **sizes)
         mean, scale = input_statistics(dataset)
-        is_number = [category is None for _, category in self.preprocessor.static_names]
-        static_weight = torch.where(torch.tensor(is_number), NUMBER_WEIGHT, 1.0)  # (S,)
+        of_columns = [1.0 if category else NUMBER_WEIGHT for _, category in self.preprocessor.static_names]
         training_items = items_of_events(dataset) if dataset.n_history else None
-        model.set_input_statistics(mean[: len(scale)], scale, static_weight, training_items)
+        model.set_input_statistics(mean[: len(scale)], scale, torch.tensor(of_columns), training_items)
         self.baseline = {"event": mean, "static": dataset.static.mean(0).cpu()}
         return model
 
@@ -1291,8 +1289,7 @@ class Trainer:
         attention_every = max(settings.save_attention_every, math.ceil(len(batches) / MOST_ATTENTION_FILES))
         self.objective.train()
         unread: deque[tuple[np.ndarray, Future[Tensor]]] = deque()
-        total_loss, n_stays, n_events = 0.0, 0, 0
-        started = time.monotonic()
+        total_loss, n_stays, n_events, started = 0.0, 0, 0, time.monotonic()
         for number, batch in enumerate(bar):
             stays, (share, weight) = batches[number], shares[number]
             self.set_learning_rate((epoch - 1 + number / len(batches)) / settings.max_epochs)
@@ -1310,8 +1307,7 @@ class Trainer:
                 total_loss += self.read_losses(*unread.popleft())
                 rate = n_events / (time.monotonic() - started)
                 bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s", refresh=False)
-            n_stays += len(stays)
-            n_events += int(lengths[stays].sum())
+            n_stays, n_events = n_stays + len(stays), n_events + int(lengths[stays].sum())
             if settings.save_attention_every and number % attention_every == 0 and self.is_main:
                 self.save_attention(epoch, number, stays)
         total_loss += self.read_losses(*unread.popleft())
