@@ -4,9 +4,7 @@
     python train.py --data PATH/TO/mimic-iv                     # MIMIC-IV or its open demo: has hosp/ and icu/
     python train.py --data "exported/*.parquet"                 # what query.sql returned in BigQuery
     python train.py --data mimic-iv --observation-hours 24      # predict 24 h after ICU admission, from what was known
-    python train.py settings.yaml --max-epochs 20               # settings from a file; options overrule it
     python train.py --evaluate trained_models/clinical_LF/checkpoints/best_model.pth --data NEW.csv
-    accelerate launch --num_processes 8 train.py --data PATH/TO/mimic-iv
 
 Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer
 turns each distinct text into a vector once; a transformer reads the stay's events and pools them by attention. The
@@ -76,7 +74,7 @@ class Settings:
 
     text_encoder: str = setting(CLINICAL_LONGFORMER, "Hugging Face id (or id@revision), a folder, or 'hashing'.")
     max_text_tokens: int = setting(512, "Texts are cut after this many tokens.", low=1)
-    item_history: bool = setting(False, "Nine more inputs per event: what its item was until then in this stay.")
+    item_history: bool = setting(False, "Nine more inputs per event, its item's history; trees help to train.")
     static_features: list[str] = setting([], "Static columns to use; default: all that are known at the prediction.")
 
     observation_hours: float = setting(0.0, "Predict this many hours after ICU admission; 0 reads whole stays.", low=0)
@@ -708,8 +706,7 @@ def plan_batches(
     """Return the stays of each batch, each stay once: in random order with a seed, else the longest first.
 
     A batch holds at most `batch_size` stays, its longest first, and each of `world` processes at most `max_events`
-    events of it (a longer stay is alone). In training lengths mix: batches of similar ones cost 0.004 of AUROC on real
-    stays (with item history), and packed events do not need them.
+    events of it (a longer stay is alone). In training lengths mix: batches of similar ones cost 0.004 of AUROC.
     """
     longest_first, sizes = np.argsort(-lengths, kind="stable"), lengths.tolist()
     order = longest_first if seed is None else np.random.default_rng(seed).permutation(len(lengths))
@@ -1034,11 +1031,6 @@ class ClinicalTransformer(nn.Module):
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 
 
-def temporal_weights(hours_to_final_event: Tensor, attention_mask: Tensor, tau_hours: float) -> Tensor:
-    """(B, L) -> (B, L): exp(-hours / tau), summing to 1 over a stay's events, by a softmax, which cannot underflow."""
-    return softmax_among(-hours_to_final_event / tau_hours, attention_mask)
-
-
 class TemporalAwareLoss(nn.Module):
     """BCE of the stay's logit, mixed with each event's own prediction of the outcome; recent events weigh more.
 
@@ -1061,7 +1053,7 @@ class TemporalAwareLoss(nn.Module):
         event_logits = in_full_precision(self.event_head, events).squeeze(2)  # (B, L)
         outcomes = labels.expand_as(event_logits)
         event_loss = F.binary_cross_entropy_with_logits(event_logits, outcomes, reduction="none")
-        weights = temporal_weights(hours_to_final_event, attention_mask, self.tau_hours)
+        weights = softmax_among(-hours_to_final_event / self.tau_hours, attention_mask)  # (B, L); cannot underflow
         return (1 - self.weight) * loss + self.weight * (weights * event_loss).sum(1)
 
 
@@ -1165,6 +1157,7 @@ NUMBER_WEIGHT = 3.0
 TEXT_SHARE = 0.75  # of an event's variance; scaling column by column would leave the time one voice among 774
 WARMUP_STEPS = 50  # Adam's second moments settle in about so many
 GRADIENT_CLIP = 1.0  # norm; that of most steps is below
+TREES_SHARE = 0.5  # of a label, with item history: what trees say that have not seen the patient (Hinton et al. 2015)
 AVERAGING = 0.98  # decay per step of the running mean of the weights, which is validated and kept
 MOST_ATTENTION_FILES = 5  # of an epoch
 ATTENTION_FOLDER = f"{Settings.output_dir}/attention_weights"
@@ -1236,6 +1229,9 @@ class Trainer:
         dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
         self.train_set, self.validation_set = dataset_of(train_table), dataset_of(table.take(split.validation))
         self.test_set = dataset_of(table.take(split.test)) if len(split.test) else None
+        if settings.item_history:
+            risks = trees.unseen_risks(train_table, self.train_set.static.cpu().numpy(), settings.seed)
+            self.train_set.labels.lerp_(torch.from_numpy(risks).to(self.train_set.labels)[:, None], TREES_SHARE)
         self.time_column = len(EVENT_TYPES) + vectors.shape[1]
         self.training_items = sorted(set(map(items.item_hash, table.texts[np.unique(train_table.text)])))
         self.data_fingerprint = fingerprint(table)
@@ -1871,8 +1867,11 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
     risks, limits = scipy.special.expit(loaded.logits), checkpoint.state["thresholds"]
     predictions = run_folder.Predictions(table.stays, risks, limits)
-    is_prospective, trajectories = checkpoint.settings.prospective, pd.concat(rows, ignore_index=True) if rows else None
-    return folder.report_evaluation(described, predictions, is_seen, unseen, trajectories, is_prospective)
+    if rows:
+        folder.table("risk_trajectories.csv", pd.concat(rows, ignore_index=True))
+        if not checkpoint.settings.prospective:
+            logger.warning(f"Trajectory  WARNING: {files.WORDS['moments']['extrapolated']}")
+    return folder.report_evaluation(described, predictions, is_seen, unseen)
 
 
 def train_repeatedly(

@@ -204,15 +204,9 @@ class RunFolder:
         return self.end("metrics.json", content)
 
     def report_evaluation(
-        self,
-        described: Content,
-        predictions: Predictions,
-        is_seen: np.ndarray,
-        unseen_items: pd.DataFrame,  # item, events and of_new_item (of items that training never saw), a row per text
-        trajectories: pd.DataFrame | None,
-        is_prospective: bool,
+        self, described: Content, predictions: Predictions, is_seen: np.ndarray, unseen_items: pd.DataFrame
     ) -> Content:
-        """Write and log what a checkpoint says of other stays; of patients it has seen (n,) no figure is made."""
+        """Write and log what a checkpoint says of other stays, (n,) seen ones without a figure; items: a row a text."""
         stays, encoder = predictions.stays, f"text encoder: {described['text_encoder']}"
         is_judged = ~is_seen & stays[LABEL].notna().to_numpy()
         judged = Predictions(stays[is_judged], predictions.probabilities[is_judged], predictions.thresholds)
@@ -226,10 +220,6 @@ class RunFolder:
         self.table("unseen_in_training.csv", unseen.sort_values("of_new_item", ascending=False, kind="stable"))
         share = float(unseen["of_new_item"].sum() / max(unseen["events"].sum(), 1))
         logger.info(f"Unseen      {share:.1%} of these stays' events are of items that training never saw")
-        if trajectories is not None:
-            if not is_prospective:
-                logger.warning(f"Trajectory  WARNING: {WORDS['moments']['extrapolated']}")
-            self.table("risk_trajectories.csv", trajectories)
         content = described | {"thresholds": predictions.thresholds}
         content |= {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
         content |= {"metrics": figures or None, "unseen_in_training": {"of_new_item": round(share, 4)}}

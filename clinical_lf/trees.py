@@ -1,7 +1,6 @@
 """A first honest baseline of every run: boosted trees on summaries of each item, of the network's own stays."""
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,19 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from clinical_lf import metrics
+from clinical_lf.audit import patient_folds
 from clinical_lf.files import WORDS
 from clinical_lf.items import item_history, mask_numbers, read_text
 from clinical_lf.tables import EVENT_TYPES, Split, StayTable
 
 SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
 MOST_KINDS, SMALLEST_SHARE, FEWEST_STAYS = 300, 0.01, 3  # of items, and of training stays that have one
+USUAL: dict[str, Any] = {
+    "learning_rate": 0.05,
+    "min_samples_leaf": 10,
+    "l2_regularization": 1.0,
+    "early_stopping": False,
+}
 SIZES = [*itertools.product((2, 4, 8, 16), (0.3, 1.0), (300,))]  # leaves of a tree, share of features a split, trees
 
 
@@ -42,25 +48,19 @@ def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) 
     numbers[stays[known], at[known]] = history[list(SUMMARIES)].to_numpy(np.float32)[known]
     counts = np.zeros((n_stays, len(kept)), np.float32)
     np.add.at(counts, (stays[at >= 0], at[at >= 0]), 1)
-    by_type = np.stack(
-        [np.bincount(stays[table.event_type == kind], minlength=n_stays) for kind in range(1 + len(EVENT_TYPES))],
-        axis=1,
-    )
-    return np.hstack([statics, by_type, numbers.reshape(n_stays, -1), counts], dtype=np.float32)
+    by_type = [np.bincount(stays[table.event_type == kind], minlength=n_stays) for kind in range(1 + len(EVENT_TYPES))]
+    return np.hstack([statics, np.stack(by_type, axis=1), numbers.reshape(n_stays, -1), counts], dtype=np.float32)
 
 
-def tree_risks(
-    features: np.ndarray, labels: np.ndarray, split: Split, seed: int, sizes: Sequence[Any] = SIZES
-) -> np.ndarray:
+def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
     """Return the risks (n_stays,) by boosted trees of the size and number that suit the validation stays best."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     best, found = np.inf, np.full(len(labels), np.nan)
     features = features[:, ~np.isnan(features[split.train]).all(0)]
-    more: dict[str, Any] = {"min_samples_leaf": 10, "l2_regularization": 1.0, "early_stopping": False}
-    more |= {"learning_rate": 0.05, "random_state": seed}
-    for leaves, share, most in sizes:
-        model = HistGradientBoostingClassifier(max_leaf_nodes=leaves, max_features=share, max_iter=most, **more)
+    for leaves, share, most in SIZES:
+        size: dict[str, Any] = {"max_leaf_nodes": leaves, "max_features": share, "max_iter": most}
+        model = HistGradientBoostingClassifier(**size, random_state=seed, **USUAL)
         model.fit(features[split.train], labels[split.train])
         staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
         died = labels[split.validation] == 1
@@ -69,6 +69,20 @@ def tree_risks(
             best = losses.min()
             found = next(itertools.islice(model.staged_predict_proba(features), int(losses.argmin()), None))[:, 1]
     return found
+
+
+def unseen_risks(table: StayTable, statics: np.ndarray, seed: int) -> np.ndarray:
+    """Return the risks (n_stays,) by trees that never saw the patient, of five folds; the labels where few died."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.model_selection import cross_val_predict
+
+    died = table.labels
+    if len(folds := patient_folds(died, table.stays["patient_id"].to_numpy())) < 5:
+        return died
+    model = HistGradientBoostingClassifier(max_leaf_nodes=6, max_features=0.3, max_iter=150, random_state=seed, **USUAL)
+    features = item_summaries(table, statics, np.arange(len(died)))
+    filled = np.nan_to_num(features, nan=-1e6)  # a fold may hold no number of some item
+    return cross_val_predict(model, filled, died, cv=folds, method="predict_proba")[:, 1]
 
 
 def compared(columns: tuple[np.ndarray, ...], of_trees: np.ndarray, **resampling: int) -> dict[str, Any]:

@@ -285,11 +285,9 @@ def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_thre
     assert variance.sum() == pytest.approx(774, rel=0.01)
 
 
-def test_temporal_weights_and_loss_of_two_events_by_hand_and_plain_bce_without():
+def test_temporal_loss_of_two_events_by_hand_and_plain_bce_without():
     hours, mask = torch.tensor([[24.0, 0.0, 99.0]]), torch.tensor([[True, True, False]])
     older, bce = math.exp(-1) / (1 + math.exp(-1)), lambda logit: math.log1p(math.exp(-logit))
-    weights = train.temporal_weights(hours, mask, tau_hours=24.0)
-    assert torch.allclose(weights, torch.tensor([[older, 1 - older, 0.0]]), atol=1e-6)
     loss, plain = (train.TemporalAwareLoss(d_model=1, tau_hours=24.0, weight=weight) for weight in (0.3, 0.0))
     torch.nn.init.ones_(loss.event_head.weight)
     torch.nn.init.zeros_(loss.event_head.bias)

@@ -1,7 +1,6 @@
 """clinical_lf/trees.py: what the trees are given, and how a model is compared with them."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -35,14 +34,16 @@ def test_summaries_of_an_item_are_those_of_its_numbers_and_texts_without_one_are
     assert np.isnan(numbers[1:]).all() and sorted(found[0, 25:]) == [0, 2, 3] and sorted(found[1, 25:]) == [0, 0, 5]
 
 
-few_trees = partial(trees.tree_risks, sizes=[(4, 1.0, 20)])
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch):
+    monkeypatch.setattr(trees, "SIZES", [(4, 1.0, 20)])
 
 
 def test_trees_find_low_and_high_values_and_leave_out_what_training_never_saw():
     values, order = RANDOM.normal(size=600), np.arange(600)
     died = (np.abs(values) > 1).astype(float)
     features = np.column_stack([values, np.where(order < 400, np.nan, died)]).astype(np.float32)
-    risks = few_trees(features, died, Split(order[:300], order[300:400], order[400:]), 0)
+    risks = trees.tree_risks(features, died, Split(order[:300], order[300:400], order[400:]), 0)
     assert roc_auc_score(died[400:], risks[400:]) > 0.98 and 0 < risks.min() < risks.max() < 1
 
 
@@ -62,8 +63,7 @@ def test_comparison_equals_scikit_learn_and_says_who_is_shown_to_be_ahead():
     assert trees.compared((DIED * 0, good, np.arange(200)), bad, n_bootstrap=9, seed=0) == {}
 
 
-def test_a_run_says_what_trees_find_in_the_same_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(trees, "tree_risks", few_trees)
+def test_a_run_says_what_trees_find_in_the_same_stays(tmp_path):
     small_table().to_csv(tmp_path / "data.csv", index=False)
     given = [word for word in arguments(tmp_path, tmp_path / "data.csv", "--no-test") if word != "--no-baseline"]
     assert train.main(given) == 0

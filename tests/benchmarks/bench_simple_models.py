@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -127,9 +127,9 @@ def sparse_logistic_regression(data: Data) -> np.ndarray:
     return best_on_validation(models, count_features(data), data)
 
 
-def boosted_trees(features: np.ndarray, data: Data, **sizes: Any) -> np.ndarray:
+def boosted_trees(features: np.ndarray, data: Data) -> np.ndarray:
     """Size and number of trees and share of features per split as suit the validation stays best."""
-    return trees.tree_risks(features, data.table.labels, data.split, data.settings.seed, **sizes)[data.split.test]
+    return trees.tree_risks(features, data.table.labels, data.split, data.settings.seed)[data.split.test]
 
 
 def ours(data: Data) -> np.ndarray:

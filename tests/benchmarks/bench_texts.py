@@ -16,13 +16,14 @@ import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 from bench_simple_models import MODELS, Data, boosted_trees, item_features
 from common import ROOT, Ranking, hashing_vectors, machine, markdown, ranking, train
 
-from clinical_lf import mimic
+from clinical_lf import mimic, trees
 from clinical_lf.items import items_and_values, read_text
 from clinical_lf.reading import read_stays
 from clinical_lf.tables import StayTable, choose_cohort, cross_validation_splits
@@ -86,7 +87,8 @@ FIXED = "fixed trees, item summaries"
 
 
 def fixed_trees(data: Data) -> np.ndarray:
-    return boosted_trees(item_features(data), data, sizes=[(4, 0.3, 100)])
+    with patch.object(trees, "SIZES", [(4, 0.3, 100)]):
+        return boosted_trees(item_features(data), data)
 
 
 CHOICES: dict[str, Callable[[Data], np.ndarray]] = {FIXED: fixed_trees, **MODELS}
