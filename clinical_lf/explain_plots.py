@@ -26,7 +26,7 @@ TO_END = "hours before the final event or observation limit"
 LOGIT = f"logit (right: towards death; band: below {FLOOR})"
 METHOD_STYLES = {"attribution": ("#9ecae1", "-", 4), "if_absent": ("black", "--", 1.2)}  # colour, line, its width
 METHOD_STYLES |= {"relevance": (BLUE, "-.", 1.4), "attention": (ORANGE, "-.", 1.4), "random": ("0.5", ":", 1.4)}
-ABOVE = {"loc": "outside upper center", "ncols": 4, "fontsize": 7.5, "frameon": False}  # a legend above all panels
+ABOVE = {"loc": "outside upper center", "ncols": 5, "fontsize": 7.5, "frameon": False}  # a legend above all panels
 
 
 def plain(text: object, width: int = 46, shorten: Callable[[Any, int], str] = short_text) -> str:
@@ -137,8 +137,9 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     icu_stay_id, measures = tables["attention"]["icu_stay_id"], ("attention", "relevance", "attribution", "if_absent")
     names = ("pooling\nattention", "relevance", "push", "if\nabsent")
     own = tables["events"].query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
+    own = own.assign(relevance=own["relevance"] / max(own["relevance"].abs().mean(), 1e-12))
     rows = [(name, own[column].to_numpy(float), column in measures[1:]) for column, name in zip(measures, names)]
-    title = f"Stay {icu_stay_id}: attention in times an even share, pushes in logit{removed_in_words(own)}"
+    title = f"Stay {icu_stay_id}: attention and relevance in times their mean, all else in logit{removed_in_words(own)}"
     figure = page("sequence_importance_combined", caption, 5.0)
     return draw_stems(figure, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
 
@@ -209,10 +210,9 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
         height = at + draw.uniform(-0.32, 0.32, len(part))
         axes.scatter(part["attribution"], height, s=6, color=places.to_rgba(part["place"]), linewidths=0)
         names.append(("(!) " if item.tells_outcome else "") + plain(item.item, 40, report.cut))
-        shown = f"{item.rho:+.2f} ({item.n_values})".replace("-", "−")
-        rho.append(shown if item.rho_low > 0 or item.rho_high < 0 else "")
+        rho.append(f"{item.rho:+.2f} ({item.n_values})".replace("-", "−") * (item.kind in ("typical", "average")))
     name_rows(axes, names, rho, xlabel=f"push, {LOGIT}\na dot an event or stay; grey: no value; (!): tells the outcome")
-    axes.set_title("rho of number and what it does (n), if its interval excludes 0", fontsize=7.5, loc="right")
+    axes.set_title("rho of number and what it does (n), where it is a finding", fontsize=7.5, loc="right")
     ends = {0: "lowest", 0.5: "middle", 1: "highest"}
     small_bar(figure, places, axes, "value among those of its item", ends)
     return figure
