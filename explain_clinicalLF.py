@@ -78,7 +78,7 @@ class ExplainSettings:
     checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
     save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
-    stays: int = setting(4, "Stays shown in full: highest, lowest, most uncertain, most wrong risk in turn.", low=0)
+    stays: int = setting(4, "Stays shown in full: highest, lowest, most uncertain, most wrong risk.", low=0, high=50)
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
     decision_threshold: float = setting(
         0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
