@@ -104,7 +104,7 @@ class Effort(NamedTuple):
     layers: bool = True
 
 
-QUICK = Effort(checked=4, removed=20, numbers=20, longest=200, layers=False)
+QUICK = Effort(checked=4, removed=20, numbers=10, longest=200, layers=False)
 N_BOOTSTRAP_QUICK, STAYS_QUICK, SHOWN_QUICK = 200, 12, 2
 
 

@@ -108,6 +108,12 @@ def every_event_shown(trainer: train.Trainer) -> None:
         model.attention_pooling.event_dropout = 0.0
 
 
+def labels_alone(trainer: train.Trainer) -> None:
+    """Take back what trees say of the training stays."""
+    labels = torch.from_numpy(trainer.train_set.table.labels).unsqueeze(1)
+    trainer.train_set.labels.copy_(labels)
+
+
 def unit_pooling_query(trainer: train.Trainer) -> None:
     for model in fresh_models(trainer):
         model.query_vector.data *= 50
@@ -130,6 +136,8 @@ VARIANTS = {
     "item history": Variant({"item_history": True}),
     "item history, no layer": Variant(HISTORY_ALONE),
     "item history, no layer, every event shown": Variant(HISTORY_ALONE, every_event_shown),
+    "item history, one layer": Variant({"item_history": True, "n_layers": 1}),
+    "item history, one layer, labels alone": Variant({"item_history": True, "n_layers": 1}, labels_alone),
     "temporal loss 0.05": Variant({"temporal_weight": 0.05}),
     "temporal loss 0.1": Variant({"temporal_weight": 0.1}),
     "temporal loss 0.3": Variant({"temporal_weight": 0.3}),
