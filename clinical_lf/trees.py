@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit, logit
+import scipy
 
 from clinical_lf import metrics
 from clinical_lf.audit import patient_folds
@@ -94,8 +94,8 @@ def compared(columns: tuple[np.ndarray, ...], of_trees: np.ndarray, **resampling
     died, own, patients = columns
     if not metrics.fewest(died):
         return {}
-    log_odds = [logit(risks.clip(1e-7, 1 - 1e-7)) for risks in (own, of_trees)]
-    risks = (own, of_trees, expit((log_odds[0] + log_odds[1]) / 2))
+    log_odds = [scipy.special.logit(risks.clip(1e-7, 1 - 1e-7)) for risks in (own, of_trees)]
+    risks = (own, of_trees, scipy.special.expit((log_odds[0] + log_odds[1]) / 2))
 
     def rankings(weights: np.ndarray) -> np.ndarray:
         weights = weights[(weights @ died > 0) & (weights @ (1 - died) > 0)]
