@@ -127,7 +127,7 @@ class ReadReport:
         logger.info(f"Cleaned     {dropped or 'nothing'}{total * bool(dropped and self.sources)}")
         fault = ("stay_", "label_after_death")  # codes of no other: a stay that had ended is not what was asked for
         without = {reasons[code]: count for code, count in self.counts.items() if code.startswith(fault)}
-        without |= self.sources[0].lost if self.sources else {}  # ICU stays that a join loses, as without an admission
+        without |= next((of.lost for of in self.sources if of.table == "icu/icustays"), {})  # as without an admission
         if (lost := sum(without.values())) > 0.05 * (lost + n_stays):  # so many are no slips of the pen
             found = {"lost": lost, "read": lost + n_stays, "share": lost / (lost + n_stays)}
             logger.warning(warnings["stays_lost"].format(reasons="; ".join(without), **found))

@@ -149,10 +149,10 @@ def hospital(tmp_path_factory):
 
 def run(root, *options):
     places = ["--data", root, "--labels", root / "labels.parquet", "--cache-dir", root / "cache"]
-    assert train.main([*TINY, "--text-encoder", "hashing", *map(str, [*places, *options])]) == 0
+    assert train.main([*TINY, "--no-baseline", "--text-encoder", "hashing", *map(str, [*places, *options])]) == 0
 
 
-def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital, tmp_path):
+def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital, tmp_path, capsys):
     run(hospital, "--output-dir", tmp_path / "out")
     predictions = pd.read_parquet(tmp_path / "out" / "predictions.parquet").sort_values("subject_id")
     held_out = [subject for subject in range(60) if PARTS[subject // 3 % 5] == "held_out"]
@@ -162,11 +162,12 @@ def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital,
     assert (predictions["predicted_boolean_value"] == (risk >= 0.5)).all() and risk.between(0, 1).all()
     new = []
     for subject in (91, 92):
-        new += [lab(subject, 0, 2.0, "LAB//lactate//x"), lab(subject, 1, 2.0, "LAB//glucose//x")]
+        new += [lab(subject, at, 2.0, f"LAB//{name}//x") for at, name in ((0, "lactate"), (1, "glucose"), (20, "late"))]
     other = write_meds(tmp_path / "other", new, [(91, 10, True), (92, 10, False)])
     run(other, "--evaluate", best_model(tmp_path), "--output-dir", tmp_path / "scored")
     scored = tmp_path / "scored" / "evaluation"
     assert pd.read_parquet(scored / "predictions.parquet")["subject_id"].tolist() == [91, 92]
+    assert "2 after the prediction" in (said := capsys.readouterr().out) and "lost on reading" not in said
     unseen = pd.read_csv(scored / "unseen_in_training.csv").to_numpy().tolist()
     assert unseen == [["Lab: glucose", 2, 2], ["Lab: lactate", 2, 0]]
     assert json.loads((scored / "metrics.json").read_text())["unseen_in_training"] == {"of_new_item": 0.5}
