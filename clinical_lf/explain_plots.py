@@ -134,11 +134,12 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time."""
-    icu_stay_id, measures = tables["attention"]["icu_stay_id"], ("attention", "relevance", "attribution", "if_absent")
-    names = ("pooling\nattention", "relevance", "push", "if\nabsent")
+    icu_stay_id = tables["attention"]["icu_stay_id"]
     own = tables["events"].query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
     own = own.assign(relevance=own["relevance"] / max(own["relevance"].abs().mean(), 1e-12))
-    rows = [(name, own[column].to_numpy(float), column in measures[1:]) for column, name in zip(measures, names)]
+    better = "rollout" if own["in_history"].ne("").any() else "relevance"  # of the two, by tests/selfcheck.py
+    names = {"attention": "pooling\nattention", better: better, "attribution": "push", "if_absent": "if\nabsent"}
+    rows = [(name, own[key].to_numpy(float), key not in ("attention", "rollout")) for key, name in names.items()]
     title = f"Stay {icu_stay_id}: attention and relevance in times their mean, all else in logit{removed_in_words(own)}"
     figure = page("sequence_importance_combined", caption, 5.0)
     return draw_stems(figure, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
@@ -162,8 +163,7 @@ def draw_head_specialization(tables: Tables, caption: str) -> Figure:
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
             axes.axvline(at - 0.5, color="black", linewidth=1)
-    n_off = counted(heads["n_switched_off"].iloc[0], "stay")
-    tidy(axes, f"head; pale: switched off, it moves the logit of {n_off} by {FLOOR} or less on average", "")
+    tidy(axes, f"head; pale: without it {heads['n_switched_off'].max()} logits move by {FLOOR} or less on average", "")
     axes.set_facecolor("#e3e3e3")  # where nothing varies
     axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
     labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in grid.index]
