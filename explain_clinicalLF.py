@@ -189,8 +189,7 @@ def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.nd
 def choose_stays(run: Run, shown: int, most: int, seed: int, longest: int) -> tuple[list[int], dict[int, str]]:
     """Return the stays to analyse, of `longest` events at most, and why each of `shown` of them is shown in full."""
     risk, labels, lengths = expit(run.logits), run.table.labels, run.table.lengths
-    longest = max(longest, lengths.min())
-    usable = dict.fromkeys(np.flatnonzero(lengths <= longest).tolist())
+    usable = dict.fromkeys(np.flatnonzero(lengths <= (longest := max(longest, lengths.min()))).tolist())
     among = "" if len(usable) == len(lengths) else f", of stays of at most {longest} events"
     wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
     orders = {
@@ -204,7 +203,9 @@ def choose_stays(run: Run, shown: int, most: int, seed: int, longest: int) -> tu
     reasons: dict[int, str] = {}
     while len(reasons) < min(shown, len(usable)):
         name = list(orders)[len(reasons) % len(orders)]
-        reasons[next(int(stay) for stay in orders[name] if stay in usable and stay not in reasons)] = name + among
+        ranked = [int(stay) for stay in orders[name] if stay in usable]
+        stay = next(stay for stay in ranked if stay not in reasons)
+        reasons[stay] = name + " of the others" * (stay != ranked[0]) + among
     deaths = np.intersect1d(np.flatnonzero(labels == 1), [*usable])
     if reasons and len(deaths) and not reasons.keys() & set(deaths.tolist()):
         reasons.popitem()
@@ -1384,7 +1385,7 @@ class Explanation(dict[str, Any]):
     def caption(self) -> str:
         """What stands below every picture: whose stays these are, and what read their texts."""
         stays = self["events"].drop_duplicates("icu_stay_id")
-        who = f"{counted(len(stays), 'held-out stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
+        who = f"{counted(len(stays), 'unseen stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
         return f"{who} · text encoder: {self.text_encoder}"
 
     @cached_property

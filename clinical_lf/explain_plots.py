@@ -140,7 +140,7 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     better = "rollout" if own["in_history"].ne("").any() else "relevance"  # of the two, by tests/selfcheck.py
     names = {"attention": "pooling\nattention", better: better, "attribution": "push", "if_absent": "if\nabsent"}
     rows = [(name, own[key].to_numpy(float), key not in ("attention", "rollout")) for key, name in names.items()]
-    title = f"Stay {icu_stay_id}: attention and relevance in times their mean, all else in logit{removed_in_words(own)}"
+    title = f"Stay {icu_stay_id}: push and absence in logit, all else in times its mean{removed_in_words(own)}"
     figure = page("sequence_importance_combined", caption, 5.0)
     return draw_stems(figure, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
 

@@ -128,7 +128,7 @@ def item_kind(row: dict[str, Any]) -> str:
         return "average" if row["is_static"] else "typical"
     is_shown = abs(row["beyond"]) >= FLOOR and (row["beyond_low"] > 0 or row["beyond_high"] < 0)
     is_shown = is_shown and row["n_patients"] >= MIN_PATIENTS
-    return ("push" if row["n_values"] else "no values") if is_shown else "either"
+    return "push" if is_shown else "either"
 
 
 def item_sentence(row: dict[str, Any]) -> str:
@@ -174,7 +174,7 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     if len(known):
         of_known = "" if len(known) == len(stays) else " of known outcome"
         ends = f"{int(known.sum()):,} of {counted(len(known), 'stay')}{of_known} ended with death."
-    who = f"{counted(len(stays), 'held-out stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
+    who = f"{counted(len(stays), 'unseen stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
     flagged = int((~stays["complete"].astype(bool)).sum())
     adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."
     n_events, n_removed = stays["n_events"].sum(), stays["n_removed"].sum()
@@ -198,9 +198,9 @@ def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     if verdict["passed"].eq(False).any():
         return WORDS["page"]["warned"]
     fallen = [question_of(row) for row in faithfulness[faithfulness["passed"].eq(False)].itertuples()]
-    n_judged = faithfulness["passed"].notna().sum()
+    n_judged, n_stays = faithfulness["passed"].notna().sum(), faithfulness["n"].min()
     words = WORDS["page"]["fallen" if fallen else "passed"]
-    return words.format(passed=n_judged - len(fallen), judged=n_judged, fallen="; ".join(fallen))
+    return words.format(passed=n_judged - len(fallen), judged=n_judged, n=n_stays, fallen="; ".join(fallen))
 
 
 def png_of(figure: Figure, dpi: int = 100) -> bytes:

@@ -416,7 +416,7 @@ def test_verdict_on_the_models_own_test_stays(run):
     spread = run._replace(logits=4 * run.logits)
     passed, words = verdict_of(spread, {})
     assert passed == [True] * 3
-    assert "own held-out" in words and "No text stands in the record of one outcome alone" in words
+    assert "own held-out" in words and "Of no text do more than 98 %" in words
     nothing = run.checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     start = logit(run.checkpoint.model, nothing, run.checkpoint.baseline["static"][None])
     assert f"risk {100 * expit(start):.2g} %" in words and "24 % died" in words
@@ -636,7 +636,7 @@ def test_chosen_stays_are_shown_for_a_reason_and_a_death_is_among_them(run):
     stays = lambda labels: run.table.stays.assign(**{LABEL: 1.0 * labels})
     with_labels = lambda labels: run._replace(table=replace(run.table, stays=stays(labels)))
     chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), 3, 6, 0, longest=10**9)
-    assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain"]
+    assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain of the others"]
     assert next(iter(why)) == run.logits.argmax()
     quiet = int(run.logits.argmin())  # neither the highest risk nor, with one stay shown, any other
     _, why = explain.choose_stays(with_labels(np.arange(len(run.logits)) == quiet), 1, 6, 0, longest=10**9)

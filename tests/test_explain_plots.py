@@ -17,7 +17,7 @@ NAMES = (
     "item_importance query_vector_analysis captum_attributions captum_layer_attributions captum_ablation_attributions "
     "deletion_insertion"
 ).split()
-CAPTION = "text encoder: hashing · 5 held-out stays of 5 patients"
+CAPTION = "text encoder: hashing · 5 unseen stays of 5 patients"
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_checks_say_in_words_whether_they_hold_and_are_counted_unless_the_verdic
     assert infidelity.startswith("The values of absence predict") and infidelity.endswith("(Asked: <= 0.2: NO.)")
     assert agreement.startswith("Pooling attention") and "Asked" not in agreement
     words = explain_report.checks_sentence(FAITHFULNESS, pd.DataFrame({"passed": [True, None]}))
-    assert words.startswith("1 of 2 checks with a threshold are passed.")
+    assert words.startswith("1 of 2 checks with a threshold are passed, on 3 stays.")
     assert words.endswith("falls short: Absence foretells what taking out several events does.")
     warned = explain_report.checks_sentence(FAITHFULNESS, pd.DataFrame({"passed": [False, True]}))
     assert warned.startswith("The verdict warns") and "1 of 2" not in warned
@@ -171,5 +171,5 @@ def one_stay(tables):
 
 def test_report_of_one_stay_of_unknown_outcome_says_so(tables):
     page = explain_report.render_report(one_stay(tables), {}, INFO)
-    assert "outcome unknown" in page and "1 held-out stay of 1 patient with" in page
+    assert "outcome unknown" in page and "1 unseen stay of 1 patient with" in page
     assert "Their outcomes are unknown." in page
