@@ -354,8 +354,9 @@ def test_encoder_that_gives_texts_of_different_tokens_one_vector_is_refused_what
 
 
 def test_texts_are_cut_and_vectors_normalised_as_the_folder_asks_and_equal_tokens_are_no_fault(make, bert):
-    same = make(bert).encode_event_text_batch(["LAB", "lab", "unheard-of"]).round(4)  # last bits differ in a batch
-    assert len(np.unique(same, axis=0)) == 2 and not np.ptp(make(max_tokens=2).encode_event_text_batch(EVENTS), 0).any()
+    same = [*make(bert).encode_event_text_batch(["LAB", "lab", "unheard-of"])]  # in a batch last bits may differ
+    assert np.allclose(same[0], same[1], atol=1e-5) and not np.allclose(same[0], same[2], atol=1e-2)
+    assert np.ptp(make(max_tokens=2).encode_event_text_batch(EVENTS), 0).max() < 1e-5
     ask_for(bert, pooling_mode_mean_tokens=True, modules=("Transformer", "Pooling", "Normalize"), max_seq_length=8)
     encoder, expected = make(bert), last_layers(bert, ["lab " * 40], 8)[0].mean(0)
     (vector,) = encoder.encode_event_text_batch(["lab " * 40])

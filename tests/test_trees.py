@@ -78,8 +78,7 @@ def test_half_a_training_label_is_what_trees_say_that_never_saw_the_patient(tmp_
     stays, _ = read_stays(tmp_path / "data.csv")
     telling, idle = (trees.unseen_risks(stays, column[:, None], 0) for column in (stays.labels, RANDOM.normal(size=80)))
     assert roc_auc_score(stays.labels, telling) > 0.95 > 0.8 > roc_auc_score(stays.labels, idle)
-    few = stays.take(np.flatnonzero(stays.labels == 0)[:20])
-    assert (trees.unseen_risks(few, np.zeros((20, 1)), 0) == 0).all()  # nobody died: labels
+    assert not trees.unseen_risks(stays.take(np.flatnonzero(stays.labels == 0)[:9]), np.zeros((9, 1)), 0).any()
     seen = []
     places = {"data": str(tmp_path / "data.csv"), "cache_dir": str(tmp_path), "output_dir": str(tmp_path / "out")}
     small = {"text_encoder": "hashing", "d_model": 32, "n_layers": 0, "max_epochs": 1, "item_history": True}
