@@ -242,11 +242,12 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     layout_of = lambda events: train.layout_of_lengths(np.array([len(events)]), events.device)
     whole = model.score_packed(sequence[0], static, layout_of(sequence[0]))[1]
     events = sequence[0, recent:].detach().requires_grad_()
+    layout = layout_of(events)
     keep = lambda part, given, made: seen.update({part: (given[0], made)})
     parts = [part for layer in layers for part in (layer.query_key_value, layer.attention_output)]
     hooks = [part.register_forward_hook(keep) for part in parts]
     with torch.enable_grad():
-        logit, found = model.score_packed(events, static, layout_of(events))
+        logit, found = model.score_packed(events, static, layout)
         attended = [seen[layer.attention_output][0] for layer in layers]  # (n, D) each
         gradient, *gradients = torch.autograd.grad(logit, [found["pooling_weights"], *attended])
     for hook in hooks:
@@ -258,7 +259,7 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     received, maps = pooling.new_zeros(0, n_heads, len(events)), pooling.new_zeros(0, n_heads, n_bins, n_bins)
     for layer, gradient in zip(layers[::-1], gradients[::-1]):
         query, key, value = seen[layer.query_key_value][1].unflatten(1, (3, n_heads, -1)).unbind(1)  # (n, H, D/H) each
-        weights = train.attention_weights_within_stays(query, key, layout_of(events))  # (1, H, n, n)
+        weights = train.attention_weights_within_stays(query, key, layout)  # (1, H, n, n)
         moves = weights[0] * torch.einsum("ihd,jhd->hij", gradient.unflatten(1, (n_heads, -1)), value)
         rollout = (rollout + rollout @ weights[0].mean(0)) / 2
         relevance = [share + share @ (sign * moves).relu().mean(0) for sign, share in zip((1, -1), relevance)]
@@ -831,8 +832,7 @@ def explain_stay(
     push = values.sum(1)
     listed, rows = listed_events(push), slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed)  # taken out one by one
-    numbered = np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0).tolist()
-    numbers = some_of(numbered, effort.numbers, settings.seed)
+    numbers = some_of([*np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0)], effort.numbers, settings.seed)
     columns = [static_word(column) for column, _ in names]
     given = (model, sequence, static, None, baseline, kinds, columns, which)
     ablation = ablation_analysis(*given, run.dataset, stay)

@@ -10,7 +10,7 @@ import scipy
 from clinical_lf import metrics
 from clinical_lf.audit import patient_folds
 from clinical_lf.files import WORDS
-from clinical_lf.items import item_history, mask_numbers, read_text
+from clinical_lf.items import item_history, mask_numbers
 from clinical_lf.tables import EVENT_TYPES, Split, StayTable
 
 SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
@@ -32,19 +32,17 @@ def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) 
     """
     history, stays, n_stays = item_history(table), table.stay_of_event, len(table.stays)
     history["deviation"] = history["value"].groupby([stays, history["item"]], observed=True).transform("std")
-    readings = list(map(read_text, table.texts))
-    has_value = np.isfinite([reading.value for reading in readings])  # of each text
-    masked = map(mask_numbers, table.texts)
-    names = [f"{r.item} {r.unit}" if known else whole for r, known, whole in zip(readings, has_value, masked)]
-    kind_of_text, _ = pd.factorize(np.array(names, dtype=object))
-    events = pd.DataFrame({"stay": stays, "kind": kind_of_text[table.text]})
+    has_value, items = history["value"].notna().to_numpy(), history["item"].cat
+    masked, names = pd.factorize(np.array(list(map(mask_numbers, table.texts)), dtype=object))
+    kind = np.where(has_value, items.codes, len(items.categories) + masked[table.text])  # numbers of items come first
+    events = pd.DataFrame({"stay": stays, "kind": kind})
     n_having = events[np.isin(stays, training)].drop_duplicates()["kind"].value_counts()
     kept = n_having.index[n_having >= max(FEWEST_STAYS, SMALLEST_SHARE * len(training))][:MOST_KINDS]
-    place = np.full(len(names), -1)
+    place = np.full(len(items.categories) + len(names), -1)
     place[kept] = np.arange(len(kept))
-    at = place[events["kind"]]  # (n_events,) column of the kind, -1 where it is not kept
+    at = place[kind]  # (n_events,) column of the kind, -1 where it is not kept
     numbers = np.full((n_stays, len(kept), len(SUMMARIES)), np.nan, np.float32)
-    known = np.flatnonzero(has_value[table.text] & (at >= 0))  # oldest first: of an item the last one stays
+    known = np.flatnonzero(has_value & (at >= 0))  # oldest first: of an item the last one stays
     numbers[stays[known], at[known]] = history[list(SUMMARIES)].to_numpy(np.float32)[known]
     counts = np.zeros((n_stays, len(kept)), np.float32)
     np.add.at(counts, (stays[at >= 0], at[at >= 0]), 1)
