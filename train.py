@@ -291,13 +291,10 @@ def _one_hot(categories: Sequence[str]) -> Any:
 
 
 def _scaler(mean: float, scale: float) -> Any:
-    """Return a fitted scaler of one number."""
+    """Return a scaler of one number, fitted on two that have this mean and scale."""
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler()
-    scaler.mean_, scaler.scale_, scaler.var_ = np.array([mean]), np.array([scale]), np.array([scale**2])
-    scaler.n_features_in_ = 1
-    return scaler
+    return StandardScaler().fit([[mean - scale], [mean + scale]])
 
 
 # ---- Text embedding: every distinct text becomes a vector once, kept under the text's MD5 ----------------------------
@@ -1564,6 +1561,12 @@ def folder_of_run(checkpoint: str | Path) -> Path:
     """Return the folder of the run that a checkpoint belongs to: the one above `checkpoints`, else its own."""
     folder = Path(checkpoint).parent
     return folder.parent if folder.name == "checkpoints" else folder
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """Return the checkpoint that a path names: itself, or the best of a run's folder, one a fold or seed."""
+    found = sorted(Path(path).glob("**/checkpoints/best_model.pth"), key=lambda file: (len(str(file)), file))
+    return found if Path(path).is_dir() and found else [Path(path)]
 
 
 def data_path(data: str) -> Path:
