@@ -150,15 +150,15 @@ def load_unseen(
     """Return the checkpoint with the stays of patients it was neither trained nor tuned on. Raises InputError."""
     settings, accelerator = settings or ExplainSettings(), float32_accelerator()
     checkpoint = train.load_checkpoint(checkpoint_path, accelerator.device)
-    trained, frame = checkpoint.settings, test_data_path if isinstance(test_data_path, pd.DataFrame) else None
-    data = str(test_data_path) if frame is None else "the data frame"
-    if not data and not train.data_path(trained.data).exists() and "*" not in trained.data:
-        raise InputError(f"{trained.data}: the data that the checkpoint was trained on are not there. Give --data.")
+    trained, is_frame = checkpoint.settings, isinstance(test_data_path, pd.DataFrame)
+    data = train.THE_FRAME if is_frame else str(test_data_path) or trained.data
+    if not is_frame and not test_data_path and not train.data_path(data).exists() and "*" not in data:
+        raise InputError(f"{data}: the data that the checkpoint was trained on are not there. Give --data.")
     # The folder given, else the one that training used, where this machine has it, else train.py's default.
     own = trained.cache_dir if os.access(trained.cache_dir, os.W_OK) else train.Settings.cache_dir
-    given = {"data": data, "cache_dir": settings.cache_dir or own, "memory_limit": settings.memory_limit}
+    given = {"cache_dir": settings.cache_dir or own, "memory_limit": settings.memory_limit}
     given |= {"labels": settings.labels, "text_encoder": settings.text_encoder}
-    loaded = train.load_run(checkpoint, given, accelerator, frame, only_unseen=True)
+    loaded = train.load_run(checkpoint, test_data_path, accelerator, only_unseen=True, **given)
     held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
     if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
@@ -481,7 +481,7 @@ def variant_logits(
         layout = train.layout_of_lengths(keep[part].sum(1), events.device)
         found, _ = model.score_packed(events, statics, layout, rows=rows)
         logits[part] = found.squeeze(1).double().cpu().numpy()
-    same = np.zeros(which.max() + 1, int)
+    same = np.zeros(which.max(initial=-1) + 1, int)
     same[which[first]] = first
     return logits[same[which]]
 

@@ -23,8 +23,11 @@ WITH stays AS (
     adm.deathtime AS patient_death_time,
     -- The final event is ICU discharge or death, whichever is first: charting goes on after death, and what is charted
     -- then gives the label away. A stay without outtime ends at its death. IF, not LEAST: BigQuery's LEAST is NULL as
-    -- soon as one argument is. NULL only where both are: train.py drops and counts such a stay.
+    -- soon as one argument is. NULL only where both are: train.py drops and counts such a stay, unless it predicts for it.
     COALESCE(IF(adm.deathtime < icu.outtime, adm.deathtime, icu.outtime), adm.deathtime) AS final_time,
+    -- Events are read until then; of a patient who is still there, all.
+    COALESCE(IF(adm.deathtime < icu.outtime, adm.deathtime, icu.outtime), adm.deathtime, DATETIME '9999-01-01 00:00:00')
+      AS read_until,
     -- Three labels, of which --outcome names one; NULL is unknown. In hospital, by the hospital's own flag: a survivor
     -- of the ICU may still die on the ward.
     adm.hospital_expire_flag AS patient_expired_in_hospital,
@@ -86,8 +89,8 @@ prescription_events AS (
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_hosp.prescriptions` AS rx ON rx.hadm_id = s.admission_id
   WHERE (rx.starttime >= s.icu_intime OR rx.starttime = DATETIME_TRUNC(s.icu_intime, HOUR))
-    AND rx.starttime <= s.final_time
-    AND s.icu_intime <= s.final_time
+    AND rx.starttime <= s.read_until
+    AND s.icu_intime <= s.read_until
 ),
 
 procedure_rows AS (
@@ -97,7 +100,7 @@ procedure_rows AS (
     p.value * CASE p.valueuom WHEN 'min' THEN 1 WHEN 'hour' THEN 60 WHEN 'day' THEN 1440 END AS minutes
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_icu.procedureevents` AS p ON p.stay_id = s.icu_stay_id
-  WHERE p.starttime BETWEEN s.icu_intime AND s.final_time
+  WHERE p.starttime BETWEEN s.icu_intime AND s.read_until
     AND IFNULL(TRIM(p.statusdescription), '') <> 'Rewritten'  -- else: rewritten, never done
     AND IFNULL(p.value, 0) >= 0  -- else: of a negative duration
     AND IFNULL(p.endtime, p.starttime) >= p.starttime  -- else: of a negative duration
@@ -135,7 +138,7 @@ lab_rows AS (
     1 - FLOOR(LOG10(ABS(NULLIF(ROUND(l.ref_range_upper - l.ref_range_lower, 6), 0)))) AS range_digits
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_hosp.labevents` AS l ON l.subject_id = s.patient_id
-  WHERE l.charttime BETWEEN s.icu_intime AND s.final_time
+  WHERE l.charttime BETWEEN s.icu_intime AND s.read_until
     AND (l.hadm_id = s.admission_id OR l.hadm_id IS NULL)
 ),
 
@@ -225,17 +228,17 @@ microbiology_rows AS (
   SELECT
     s.icu_stay_id,
     s.icu_intime,
-    s.final_time,
+    s.read_until,
     m.*,
     COALESCE(m.charttime, IF(
-      DATETIME_ADD(CAST(m.chartdate AS DATETIME), INTERVAL 86399 SECOND) < s.final_time,
+      DATETIME_ADD(CAST(m.chartdate AS DATETIME), INTERVAL 86399 SECOND) < s.read_until,
       DATETIME_ADD(CAST(m.chartdate AS DATETIME), INTERVAL 86399 SECOND),
-      s.final_time
+      s.read_until
     )) AS event_time
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_hosp.microbiologyevents` AS m ON m.subject_id = s.patient_id
   WHERE (m.hadm_id = s.admission_id OR m.hadm_id IS NULL)
-    AND COALESCE(m.charttime, CAST(m.chartdate AS DATETIME)) <= s.final_time
+    AND COALESCE(m.charttime, CAST(m.chartdate AS DATETIME)) <= s.read_until
     AND COALESCE(m.charttime, DATETIME_ADD(CAST(m.chartdate AS DATETIME), INTERVAL 86399 SECOND)) >= s.icu_intime
 ),
 
@@ -273,7 +276,7 @@ ingredient_rows AS (
     1 - IFNULL(FLOOR(LOG10(ABS(NULLIF(IFNULL(i.rate, i.amount), 0)))), 0) AS digits
   FROM stays AS s
   INNER JOIN `physionet-data.mimiciv_3_1_icu.ingredientevents` AS i ON i.stay_id = s.icu_stay_id
-  WHERE i.starttime BETWEEN s.icu_intime AND s.final_time
+  WHERE i.starttime BETWEEN s.icu_intime AND s.read_until
     AND IFNULL(TRIM(i.statusdescription), '') <> 'Rewritten'  -- else: rewritten, never given
     AND IFNULL(i.amount, 0) >= 0  -- else: of a negative amount or duration
     AND IFNULL(i.rate, 0) >= 0  -- else: of a negative amount or duration

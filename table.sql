@@ -16,11 +16,12 @@ FROM (SELECT icu_stay_id, array_to_string(min(DISTINCT file_of_row, 3), ', ') AS
 FROM given_stays QUALIFY count(*) OVER (PARTITION BY icu_stay_id) > 1 ORDER BY icu_stay_id
 
 -- name: stays
--- The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death.
+-- The length of a stay is that of its record, recomputed: MIMIC-IV's own runs to outtime, hours past a death. A stay may
+-- last, without an end yet, where what is predicted of it is not asked at its end.
 CREATE TEMP TABLE stays AS
 SELECT least(icu_outtime, patient_death_time) AS final_time, icu_length_of_stay_in_days AS said_days,
        CASE WHEN icu_intime IS NULL THEN 'stay_without_intime'
-            WHEN final_time IS NULL THEN 'stay_without_end'
+            WHEN final_time IS NULL AND NOT $may_last THEN 'stay_without_end'
             WHEN patient_death_time < icu_intime THEN 'stay_after_death'
             WHEN final_time < icu_intime THEN 'stay_ends_before_it_begins'
             WHEN coalesce(patient_expired_in_hospital NOT IN (0, 1), $need_label) THEN 'stay_with_unfit_label'
@@ -57,7 +58,7 @@ SELECT icu_stay_id, text, epoch(event_time - icu_intime) / 60 AS minutes_since_i
        epoch(event_known_time - icu_intime) / 60 AS known_minutes_since_intime,
        epoch(final_time - event_time) / 60 AS minutes_to_end,
        CASE WHEN isfinite(relative_time_to_final_event) THEN relative_time_to_final_event END AS stated,
-       CASE WHEN minutes_since_intime IS NULL OR minutes_to_end IS NULL THEN 'event_without_time'
+       CASE WHEN minutes_since_intime IS NULL THEN 'event_without_time'
             WHEN minutes_since_intime < 0 THEN 'event_before_admission'
             WHEN minutes_to_end < 0 THEN 'event_after_the_end' END AS fault
 FROM typed_event_rows AS e JOIN stays USING (icu_stay_id)

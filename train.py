@@ -1,10 +1,7 @@
 """Predict in-hospital mortality from the event texts of an ICU stay: a frozen text encoder and a small transformer.
 
-    python train.py                                             # the bundled synthetic sample, half a minute on a CPU
-    python train.py --data PATH/TO/mimic-iv                     # MIMIC-IV or its open demo: has hosp/ and icu/
-    python train.py --data "exported/*.parquet"                 # what query.sql returned in BigQuery
-    python train.py --data mimic-iv --observation-hours 24      # predict 24 h after ICU admission, from what was known
-    python train.py --evaluate trained_models/clinical_LF/checkpoints/best_model.pth --data NEW.csv
+    python train.py                             # the bundled synthetic sample, half a minute on a CPU
+    python train.py --data PATH/TO/mimic-iv     # MIMIC-IV or its open demo: has hosp/ and icu/; README.md has more
 
 Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer
 turns each distinct text into a vector once; a transformer reads the stay's events and pools them by attention. The
@@ -17,7 +14,6 @@ Research software: not a medical device, not for clinical use.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import operator
@@ -58,6 +54,7 @@ from clinical_lf.settings import check_limits, cli_name, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, STATIC_COLUMNS, ReadReport, Split, StayTable
 
 SAMPLE = Path(__file__).resolve().parent / "sample_train.csv"
+THE_FRAME = "the data frame"  # what a run's settings name where the data are no file
 CHECKPOINT_FORMAT = 4  # raise it when what a model reads of a text changes, as items and their numbers
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -109,9 +106,9 @@ class Settings:
     seeds: int = setting(1, "Train this many times on one split, seeds from --seed on, and report the spread.", low=1)
     cross_validate: int = setting(0, "Train once for each of so many patient-level folds and report the spread.", low=0)
     resume: bool = setting(False, "Go on from latest_checkpoint.pth in the output folder.")
-    evaluate: str = setting("", "Checkpoint with which to score --data (default: its own), without training.")
+    init_from: str = setting("", "Checkpoint whose weights training starts from, as of another hospital.")
+    evaluate: str = setting("", "Checkpoint, or folder of folds or seeds, that scores --data (default: its own).")
     trajectory: str = setting("", "With --evaluate: hours after admission at which to score stays, e.g. 6,12,24,48.")
-    report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Also send each epoch's figures to a tracker.")
     no_baseline: bool = setting(False, "Fit no boosted trees beside the model.")
     dry_run: bool = setting(False, "Read the data, say what the run will do and need, and stop.")
 
@@ -136,7 +133,8 @@ def check_settings(settings: Settings) -> Settings:
     unknown = " ".join(name for name in chosen if name not in STATIC_COLUMNS)
     late = " ".join(name for name in chosen if name in hidden)
     modes = [name for name in ("evaluate", "cross_validate") if getattr(settings, name)]
-    modes += ["seeds"] * (settings.seeds > 1) + ["resume"] * (settings.resume and bool(settings.evaluate))
+    modes += ["seeds"] * (settings.seeds > 1)
+    modes += [name for name in ("resume", "init_from") if getattr(settings, name) and settings.evaluate]
     parts = [name for name in ("evaluate", "cross_validate", "no_test") if getattr(settings, name)]
     parts += ["split"] * (bool(settings.split) and parts[:1] != ["no_test"])
     width, labels = settings.d_model, bool(settings.labels)
@@ -176,8 +174,11 @@ class ClinicalDataPreprocessor:
         self.categorical = [name for name in static_features if name not in NUMERIC_STATIC_FEATURES]
         self.item_history = item_history
 
-    def fit(self, table: StayTable) -> Self:
-        """Learn categories, means and scales from the training stays, and nothing from any other."""
+    def fit(self, table: StayTable, first: Self | None = None) -> Self:
+        """Learn categories, means and scales from the training stays, and nothing from any other.
+
+        first: of the model that training starts from, which knows times and numbers by its scales: they stay.
+        """
         stays, minutes = table.static_columns, table.minutes_to_end.astype(float)
         numbers = self._numbers_of(stays, self.numeric)
         state = {
@@ -194,6 +195,14 @@ class ClinicalDataPreprocessor:
             "time_scale": float(minutes.std()) or 1.0,
             "item_quantiles": items.item_quantiles(table),
         }
+        if first is not None:
+            before = first.state_dict()
+            state |= {name: before[name] for name in ("time_mean", "time_scale")}
+            state["item_quantiles"] |= before["item_quantiles"]
+            for name, mean, scale in zip(before["numeric"], before["means"], before["scales"]):
+                if name in self.numeric:
+                    place = self.numeric.index(name)
+                    state["means"][place], state["scales"][place] = mean, scale
         return self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,10 +250,6 @@ class ClinicalDataPreprocessor:
     def decode_hours(self, encoded: Tensor) -> Tensor:
         """Return the inverse of `encode_relative_time`, in hours, for a tensor of any shape."""
         return (encoded * float(self.time_scaler.scale_[0]) + float(self.time_scaler.mean_[0])) / 60
-
-    def encode_history(self, table: StayTable) -> np.ndarray:
-        """(n_events, 9) float32: `items.encode_history`. Raises KeyError if not fitted."""
-        return items.encode_history(table, self._state["item_quantiles"])
 
     def _numbers_of(self, stays: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         """Return numeric columns as they are scaled: the number of events, which spans powers of ten, as logarithm."""
@@ -408,22 +413,21 @@ class EmbeddingCache:
 
     def adopt_legacy(self, keys: np.ndarray) -> None:
         """Copy vectors of single `<md5>.npy` files, (dim,) or (1, dim), into parts, for keys that have none yet."""
-        n_damaged = 0
         for folder in filter(Path.is_dir, self.legacy_folders):
             names = {entry.name for entry in os.scandir(folder)}
             found = [key for key in keys[self.missing(keys)] if f"{key.tobytes().hex()}.npy" in names]
-            for start in range(0, len(found), 50_000):  # bounds memory
-                block = np.array(found[start : start + 50_000], KEY)
+            for block in (
+                np.array(found[at : at + 50_000], KEY) for at in range(0, len(found), 50_000)
+            ):  # bounds memory
                 vectors = np.full((len(block), self.dim), np.nan, np.float32)
                 for key, vector in zip(block, vectors):
                     with suppress(Exception):  # whatever is wrong with it
                         vector[:] = np.load(folder / f"{key.tobytes().hex()}.npy", allow_pickle=False).reshape(self.dim)
                 is_good = np.isfinite(vectors).all(axis=1)
-                n_damaged += (~is_good).sum()
                 if is_good.any():
                     self.append(block[is_good], vectors[is_good])
-        if n_damaged:
-            logger.warning(files.WORDS["log"]["damaged_files"].format(count=n_damaged))
+                if not is_good.all():
+                    logger.warning(files.WORDS["log"]["damaged_files"].format(count=(~is_good).sum()))
 
 
 class ClinicalTextEncoder:
@@ -631,7 +635,8 @@ class ClinicalSequenceDataset(Dataset):
         self.type_columns = here(preprocessor.encode_event_type((*EVENT_TYPES, "unknown")))  # (6, 5)
         self.event_type, self.text = here(table.event_type), here(table.text)  # (n_events,) each
         columns = [preprocessor.encode_relative_time(table.minutes_to_end)]
-        columns += [preprocessor.encode_history(table)] if preprocessor.item_history else []
+        if preprocessor.item_history:
+            columns.append(items.encode_history(table, preprocessor.state_dict()["item_quantiles"]))
         self.event_columns = here(np.hstack(columns))  # (n_events, 1 or 10), time first
         self.offsets = here(table.offsets)
         self.static = here(preprocessor.encode_static_features(table.static_columns))  # (n_stays, S)
@@ -1147,7 +1152,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
     "seed outcome static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
-    "max_events_per_batch weight_decay temporal_weight tau_hours dropout"
+    "max_events_per_batch weight_decay temporal_weight tau_hours dropout init_from"
 ).split()
 # One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
 NUMBER_WEIGHT = 3.0
@@ -1221,7 +1226,9 @@ class Trainer:
         self.encoder_weights = data.encoder_weights
         self.output, self.is_main = Path(settings.output_dir), accelerator.is_main_process
         table, split, train_table = data.table, data.split, data.table.take(data.split.train)
-        self.preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history).fit(train_table)
+        first = load_checkpoint(settings.init_from) if settings.init_from else None
+        preprocessor = ClinicalDataPreprocessor(settings.static_features, settings.item_history)
+        self.preprocessor = preprocessor.fit(train_table, first and first.preprocessor)
         vectors = place_vectors(data.text_vectors, accelerator.device)
         dataset_of = partial(ClinicalSequenceDataset, preprocessor=self.preprocessor, text_vectors=vectors)
         self.train_set, self.validation_set = dataset_of(train_table), dataset_of(table.take(split.validation))
@@ -1230,11 +1237,15 @@ class Trainer:
             risks = trees.unseen_risks(train_table, self.train_set.static.cpu().numpy(), settings.seed)
             self.train_set.labels.lerp_(torch.from_numpy(risks).to(self.train_set.labels)[:, None], TREES_SHARE)
         self.time_column = len(EVENT_TYPES) + vectors.shape[1]
+        # Whose attention is saved, in every epoch the same stays: of some 512 events, as a picture can show them.
+        self.shown = np.argsort(np.abs(self.train_set.lengths - 512), kind="stable")[:MOST_ATTENTION_FILES].tolist()
         self.training_items = sorted(set(map(items.item_hash, table.texts[np.unique(train_table.text)])))
         self.data_fingerprint = fingerprint(table)
         patient_ids = table.stays["patient_id"]
         self.patients = {name: patient_ids.iloc[part].unique().tolist() for name, part in split._asdict().items()}
         model = self.new_model()
+        if first is not None:
+            self.take_over(model, first)
         loss = TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight)
         objective = TrainingObjective(model, loss, self.preprocessor)
         rate, decay = settings.learning_rate, settings.weight_decay
@@ -1260,6 +1271,28 @@ class Trainer:
         model.set_input_statistics(mean[: len(scale)], scale, torch.tensor(of_columns), training_items)
         self.baseline = {"event": mean, "static": dataset.static.mean(0).cpu()}
         return model
+
+    def take_over(self, model: ClinicalTransformer, first: Checkpoint) -> None:
+        """Give a new model the weights of another of its sizes; of static inputs those of what both know."""
+        path, own, its = self.settings.init_from, model.architecture, first.model.architecture
+        sizes = [name for name in own if name not in ("static_dim", "dropout") and own[name] != its[name]]
+        unlike = [f"{name} {own[name]} instead of {its[name]}" for name in sizes]
+        if not first.has_read(self.text_encoder, self.encoder_weights):
+            unlike.append(f"text encoder {self.text_encoder} instead of {first.text_encoder}")
+        if unlike:
+            raise files.refusal("unlike_start", path=path, unlike=", ".join(unlike))
+        weights, static = first.model.state_dict(), self.preprocessor.static_names
+        at, before = model.classifier[0].weight.detach().clone(), weights["classifier.0.weight"]
+        at[:, : own["d_model"]] = before[:, : own["d_model"]]
+        place = {name: own["d_model"] + column for column, name in enumerate(first.preprocessor.static_names)}
+        for column, name in enumerate(static, start=own["d_model"]):
+            at[:, column] = before[:, place[name]] if name in place else at[:, column]
+        model.load_state_dict(weights | {"classifier.0.weight": at, "static_weight": model.static_weight})
+        fresh = ", ".join(": ".join(filter(None, name)) for name in static if name not in place)
+        logger.info(files.WORDS["log"]["taken_over"].format(path=path, n=sum(name in place for name in static)))
+        logger.info(files.WORDS["log"]["fresh"].format(names=fresh or "nothing", of=len(static)))
+        if self.test_set is not None and (count := int(first.is_seen(self.test_set.table.stays).sum())):
+            logger.warning(files.WORDS["log"]["seen_before"].format(count=count, n=len(self.test_set), path=path))
 
     @property
     def model(self) -> ClinicalTransformer:
@@ -1302,7 +1335,7 @@ class Trainer:
                 bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s", refresh=False)
             n_stays, n_events = n_stays + len(stays), n_events + int(lengths[stays].sum())
             if settings.save_attention_every and number % attention_every == 0 and self.is_main:
-                self.save_attention(epoch, number, stays)
+                self.save_attention(epoch, number, self.shown[number // attention_every % len(self.shown)])
         total_loss += self.read_losses(*unread.popleft())
         sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
         return float(sums[0]) / n_stays
@@ -1336,14 +1369,14 @@ class Trainer:
         settings = self.settings
         if not self.epochs_done:
             self.save("latest_checkpoint.pth")
-        while self.epochs_done < settings.max_epochs and not self.out_of_patience():
-            started = time.monotonic()
-            epoch = self.epochs_done + 1
+        while self.epochs_done < settings.max_epochs:
+            if self.history and self.epochs_done - self.best_epoch >= settings.patience:
+                break
+            started, epoch = time.monotonic(), self.epochs_done + 1
             row: dict[str, float] = {"epoch": epoch, "train_loss": self.train_epoch(epoch), **self.validate()}
             row |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
             self.history.append(row)
             self.epochs_done = epoch
-            self.accelerator.log(row, step=epoch)  # to the trackers of --report-to
             if self.is_main:
                 write_whole(self.output / "history.csv", partial(pd.DataFrame(self.history).to_csv, index=False))
             rate, is_best = self.train_set.lengths.sum() / row["seconds"], self.best_epoch == epoch
@@ -1363,10 +1396,6 @@ class Trainer:
         loss = F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels))
         self.thresholds = metrics.thresholds_of(labels, scipy.special.expit(logits))
         return {"validation_loss": float(loss), "validation_auroc": float(roc_auc_score(labels, logits))}
-
-    def out_of_patience(self) -> bool:
-        """Return whether the validation loss has rested for too long."""
-        return bool(self.history) and self.epochs_done - self.best_epoch >= self.settings.patience
 
     @property
     def best_epoch(self) -> int:
@@ -1418,9 +1447,8 @@ class Trainer:
         logger.info(f"Resumed     after epoch {self.epochs_done} of {path}")
 
     @torch.no_grad()
-    def save_attention(self, epoch: int, batch: int, stays: np.ndarray) -> None:
+    def save_attention(self, epoch: int, batch: int, stay: int) -> None:
         """Save and draw the attention of a stay's last 1,024 events, in a pass of its own, while training goes on."""
-        stay = int(min(stays, key=lambda s: abs(int(self.train_set.lengths[s]) - 512)))
         model, table, device = self.model.eval(), self.train_set.table, self.accelerator.device
         sequence, static, _ = self.train_set[stay]
         sequence, end = sequence[-MAX_MAP_EVENTS:].to(device), table.offsets[stay + 1]
@@ -1516,10 +1544,11 @@ def run(settings: Settings) -> dict[str, Any]:
     """Go through all phases of a run; return what metrics.json holds."""
     accelerator = make_accelerator(settings)
     settings = replace(settings, output_dir=str(output_folder(settings)))
-    checkpoint = load_checkpoint(settings.evaluate, accelerator.device) if settings.evaluate else None
+    for path in checkpoint_files(settings.evaluate) if settings.evaluate else ():
+        load_checkpoint(path)  # a mistyped one leaves no folder
     with files.lock_folder(Path(settings.output_dir), wait=False) if accelerator.is_main_process else nullcontext():
-        if checkpoint is not None:
-            return evaluate_checkpoint(checkpoint, settings, accelerator)
+        if settings.evaluate:
+            return evaluate(settings, accelerator)
         settings, source, data = read_training_data(settings, accelerator)
         if settings.dry_run:
             return {}
@@ -1529,17 +1558,14 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def make_accelerator(settings: Settings, timeout: timedelta = timedelta(days=7)) -> Accelerator:
-    """Return where to compute, and what it reports to: bf16 on GPUs that have it themselves, not by emulation."""
-    precision, tracker = settings.mixed_precision, settings.report_to
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise InputError(f"--report-to {tracker}: the package {tracker} is not installed. Run: pip install {tracker}")
+    """Return where to compute: in bf16 on GPUs that have it themselves, not by emulation."""
+    precision = settings.mixed_precision
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "no"
     # The others wait for the first process, which may run the query and encode for hours.
     handlers = [InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    options: dict[str, Any] = {"log_with": None if tracker == "none" else tracker, "kwargs_handlers": handlers}
-    return Accelerator(mixed_precision=precision, cpu=only_cpu(), project_dir=settings.output_dir, **options)
+    return Accelerator(mixed_precision=precision, cpu=only_cpu(), kwargs_handlers=handlers)
 
 
 def only_cpu() -> bool:
@@ -1558,8 +1584,8 @@ def output_folder(settings: Settings) -> Path:
 
 
 def folder_of_run(checkpoint: str | Path) -> Path:
-    """Return the folder of the run that a checkpoint belongs to: the one above `checkpoints`, else its own."""
-    folder = Path(checkpoint).parent
+    """Return the folder of the run that a checkpoint, or a folder of them, belongs to."""
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
@@ -1580,7 +1606,6 @@ class Source(NamedTuple):
     table: StayTable
     flow: list[dict[str, Any]]  # a step: its name and counts
     report: ReadReport
-    whole: StayTable  # before the cohort was chosen
 
     def origin(self, settings: Settings) -> dict[str, Any]:
         """Return what metrics.json says of what is predicted, and of how the stays came to be these."""
@@ -1591,18 +1616,17 @@ class Source(NamedTuple):
 
 
 def read_source(
-    settings: Settings, accelerator: Accelerator, need_label: bool = True, frame: pd.DataFrame | None = None
+    settings: Settings, accelerator: Accelerator, data: str | Path | pd.DataFrame = "", need_label: bool = True
 ) -> Source:
     """Read the settings' data set, or a data frame, choose its cohort and describe it in the log."""
     logger.info(f"Reading     {settings.data}")
-    data = data_path(settings.data) if frame is None else frame
+    source = data if isinstance(data, pd.DataFrame) else data_path(settings.data)
     task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
-    options = (settings.memory_limit, settings.static_features, settings.outcome)
+    options = (settings.memory_limit, settings.static_features, settings.outcome, settings.observation_hours > 0)
     with accelerator.main_process_first():  # one process runs the query, the others find its result
-        whole, report = read_stays(data, settings.cache_dir, need_label, task, *options)
+        whole, report = read_stays(source, settings.cache_dir, need_label, task, *options)
     table, flow = tables.choose_cohort(whole, settings.first_stay_only, settings.observation_hours, settings.gap_hours)
-    if not settings.trajectory:  # which scores more of each stay than its cohort has
-        table = table.with_own_texts()
+    table = table.with_own_texts()
     known = table.labels[~np.isnan(table.labels)]
     deaths = f"{known.mean():.1%} died ({settings.labels or settings.outcome})" if len(known) else "outcome unknown"
     counted = {"stays": len(table.stays), "patients": table.stays["patient_id"].nunique(), "events": len(table.text)}
@@ -1612,7 +1636,7 @@ def read_source(
     report.log(len(whole.stays))
     for step in flow if len(flow) > 1 else ():
         logger.info(files.WORDS["log"]["cohort"].format(**step))
-    return Source(table, flow, report, whole)
+    return Source(table, flow, report)
 
 
 def choose_splits(table: StayTable, settings: Settings) -> list[Split]:
@@ -1635,10 +1659,7 @@ def describe_plan(
         logger.info(files.WORDS["log"]["split"].format(stays=stays, deaths=deaths))
     for name, part in splits[0]._asdict().items() if len(splits) == 1 else ():  # of folds, all are read together
         if len(part) and (words := metrics.too_few(table.labels[part])):
-            if name == "validation":
-                logger.info(f"Split       {name}: {words}; which epoch is best is partly luck")
-            else:
-                logger.warning(f"Split       WARNING: {name}: {words}; --cross-validate 5 tests on every stay once")
+            logger.warning(f"Split       WARNING: {name}: {words}; {files.WORDS['log'][f'few_{name}']}")
     n_trainings, megabytes = max(len(splits), settings.seeds), 4e-6 * encoder.dim  # of a float32 vector
     again = f"{n_trainings} times " if n_trainings > 1 else ""
     missing = encoder.cache.missing(np.unique(text_keys(texts)))
@@ -1700,16 +1721,21 @@ def embed_texts(encoder: ClinicalTextEncoder, texts: list[str], accelerator: Acc
 
 def train_model(
     settings: Settings,
-    data: TrainingData | None = None,
+    data: TrainingData | pd.DataFrame | None = None,
     accelerator: Accelerator | None = None,
     at_start: Callable[[Trainer], Any] | None = None,
 ) -> tuple[Trainer, Checkpoint]:
     """Train on the data, by default those that the settings name, and write no report; `at_start` gets the trainer.
 
-    Return the trainer, whose datasets are the parts of the split, and the checkpoint of the best weights, its own then.
+    data: also a data frame, one row per event. Return the trainer, whose datasets are the parts of the split, and the
+    checkpoint of the best weights, its own then.
     """
+    if isinstance(data := settings.data if data is None else data, pd.DataFrame):
+        settings = replace(settings, data=THE_FRAME)
     settings, accelerator = check_settings(replace(settings, dry_run=False)), accelerator or make_accelerator(settings)
-    trainer = Trainer(settings, data or read_training_data(settings, accelerator)[2][0], accelerator)
+    if not isinstance(data, TrainingData):
+        data = read_training_data(settings, accelerator, data)[2][0]
+    trainer = Trainer(settings, data, accelerator)
     if settings.resume:
         trainer.resume()
     if at_start:
@@ -1721,9 +1747,11 @@ def train_model(
     return trainer, best
 
 
-def read_training_data(settings: Settings, accelerator: Accelerator) -> tuple[Settings, Source, list[TrainingData]]:
+def read_training_data(
+    settings: Settings, accelerator: Accelerator, data: str | Path | pd.DataFrame = ""
+) -> tuple[Settings, Source, list[TrainingData]]:
     """Return the settings with the encoder that is to be had, and the data by split, encoded unless in a dry run."""
-    source = read_source(settings, accelerator)
+    source = read_source(settings, accelerator, data)
     # Split first: a table too small for it is refused before hours of encoding.
     splits = choose_splits(source.table, settings)
     texts = texts_to_encode(source.table.texts, settings)
@@ -1753,14 +1781,8 @@ def train_and_report(
         logger.info(files.WORDS["log"]["model"].format(trainer=trainer, on=f"{device}, {precision}{processes}"))
         events = trainer.train_set.lengths.sum() / n_steps / world
         logger.info(files.WORDS["log"]["steps"].format(steps=n_steps, events=events))
-        if settings.report_to != "none":
-            accelerator.project_configuration.set_directories(settings.output_dir)
-            said = {name: str(value) for name, value in asdict(settings).items()}
-            accelerator.init_trackers("clinical_LF", said, {"wandb": {"dir": settings.output_dir}})
 
     trainer, best = train_model(settings, data, accelerator, begin)
-    for tracker in accelerator.trackers:
-        tracker.finish()
     limits = best.state["thresholds"]
     scored = lambda part: run_folder.Predictions(part.table.stays, scipy.special.expit(trainer.predict(part)), limits)
     parts = {"validation": trainer.validation_set, "test": trainer.test_set}
@@ -1782,31 +1804,43 @@ def train_and_report(
 
 
 class LoadedRun(NamedTuple):
-    """Stays of some data with the logits that a checkpoint gives them."""
+    """Stays of some data as a checkpoint's model reads them: from here a notebook goes on."""
 
+    checkpoint: Checkpoint
+    model: ClinicalTransformer
+    table: StayTable
+    dataset: ClinicalSequenceDataset  # item i: sequence, statics and label of the table's stay i
+    logits: np.ndarray  # (n_stays) float64
     settings: Settings  # the checkpoint's, with what was given
     source: Source  # how the stays came to be these
-    dataset: ClinicalSequenceDataset
-    logits: np.ndarray  # (n_stays) float64
 
 
 def load_run(
-    checkpoint: Checkpoint,
-    given: dict[str, Any],
-    accelerator: Accelerator,
-    frame: pd.DataFrame | None = None,
+    checkpoint: str | Path | Checkpoint,
+    data: str | Path | pd.DataFrame = "",
+    accelerator: Accelerator | None = None,
     only_unseen: bool = False,
+    **options: Any,
 ) -> LoadedRun:
-    """Return the stays of some data, a frame or what `given` names, scored by a checkpoint; nothing is refitted.
+    """Return the stays of some data, scored by a checkpoint; nothing is refitted.
 
-    given: settings that overrule the checkpoint's, unless empty. only_unseen: leave out patients that it was trained or
-    tuned on. Raises InputError where the data cannot be read, the encoder is another one, or no stay is left.
+    data: as --data takes it (default: the checkpoint's own), or a data frame, one row per event. options: settings that
+    overrule the checkpoint's, unless empty. only_unseen: leave out patients that it was trained or tuned on. Raises
+    InputError where the data cannot be read, the encoder is another one, or no stay is left.
+
+    >>> run = load_run("RUN/checkpoints/best_model.pth", "new.parquet")  # doctest: +SKIP
     """
-    trained, given = checkpoint.settings, {name: value for name, value in given.items() if value != ""}
+    accelerator = accelerator or make_accelerator(Settings())
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint, accelerator.device)
+    trained, given = checkpoint.settings, {name: value for name, value in options.items() if value != ""}
+    if unknown := ", ".join(given.keys() - Settings.__dataclass_fields__.keys()):
+        raise InputError(f"{unknown}: no such setting. The options are the fields of train.Settings.")
+    given["data"] = THE_FRAME if isinstance(data, pd.DataFrame) else str(data) or trained.data
     given["history_hours"] = given.get("history_hours") or trained.history_hours
     if given.get("labels"):
         given["observation_hours"] = 0.0  # a label has its own time
-    elif given.get("data") and not is_meds(data_path(given["data"])):
+    elif given["data"] != trained.data and not is_meds(data_path(given["data"])):
         given |= {"labels": "", "history_hours": 0.0}
     # What the checkpoint's settings name may have been replaced; a path in it is not followed.
     encoder = given.get("text_encoder", CLINICAL_LONGFORMER)
@@ -1815,18 +1849,22 @@ def load_run(
         if encoder != CLINICAL_LONGFORMER and Path(encoder).exists():
             raise files.refusal("local_encoder", encoder=checkpoint.text_encoder)
     settings = replace(trained, **(given | {"text_encoder": encoder, "dry_run": False}))
-    source = read_source(settings, accelerator, need_label=False, frame=frame)
+    check_limits(settings)
+    if is_early := settings.observation_hours != trained.observation_hours and not settings.labels:
+        logger.warning(files.WORDS["log"]["other_moment"].format(own=trained.observation_hours, **asdict(settings)))
+    source = read_source(settings, accelerator, data, need_label=False)
     table = source.table
+    if is_early:  # what is known only later may be a feature of this model
+        table = replace(table, stays=table.stays.assign(**tables.KNOWN_ONLY_LATER))
     if only_unseen:
         is_seen = checkpoint.is_seen(table.stays)
         if is_seen.all():
             raise files.refusal("all_seen", data=settings.data, count=len(is_seen))
         table = table.take(~is_seen).with_own_texts()
     for column, count in checkpoint.preprocessor.unknown_categories(table).items():
-        level, words = (30, "WARNING: ") if count > 0.2 * len(table.stays) else (20, "")
-        logger.log(
-            level, f"Data        {words}{column}: {count} of {len(table.stays)} stays, as in no stay of training"
-        )
+        words = f"{column}: {count} of {len(table.stays)} stays, as in no stay of training"
+        is_much = count > 0.2 * len(table.stays)
+        logger.log(30 if is_much else 20, f"Data        {'WARNING: ' * is_much}{words}")
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if not checkpoint.has_read(*text_encoder.identity):
@@ -1834,47 +1872,68 @@ def load_run(
     vectors = embed_texts(text_encoder, texts, accelerator)
     dataset = ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
     logits = predict_logits(checkpoint.model, dataset, settings, accelerator)
-    return LoadedRun(settings, source, dataset, logits)
+    return LoadedRun(checkpoint, checkpoint.model, table, dataset, logits, settings, source)
 
 
-def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """Score a table with a trained model; figures where labels are known, trajectories if asked."""
+def load_runs(
+    checkpoint: str | Path, data: str | Path | pd.DataFrame, accelerator: Accelerator | None = None, **options: Any
+) -> tuple[list[LoadedRun], np.ndarray]:
+    """Return the same stays as each model of a folder of folds or seeds reads them, and their mean risks (n_stays)."""
+    runs = [load_run(path, data, accelerator, **options) for path in checkpoint_files(checkpoint)]
+    if any(not run.table.stays["icu_stay_id"].equals(runs[0].table.stays["icu_stay_id"]) for run in runs):
+        raise files.refusal("unlike_models", folder=checkpoint, count=len(runs))
+    return runs, np.mean([scipy.special.expit(run.logits) for run in runs], axis=0)
+
+
+def predict(checkpoint: str | Path, data: str | Path | pd.DataFrame = "", **options: Any) -> pd.DataFrame:
+    """Return icu_stay_id, patient_id and probability (of death) of each stay, as --evaluate does, and write nothing.
+
+    checkpoint: also a folder of folds or seeds, whose mean risk counts. The rest is as in `load_run`: observation_hours
+    predict from what was known by then, for stays that may last still and have no icu_outtime.
+
+    >>> predict("RUN/checkpoints/best_model.pth", frame).nlargest(5, "probability")  # doctest: +SKIP
+    """
+    runs, risks = load_runs(checkpoint, data, **options)
+    return runs[0].table.stays[["icu_stay_id", "patient_id"]].assign(probability=risks)
+
+
+def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """Score stays with the checkpoint, or the folder of some, that --evaluate names; figures where labels are known."""
     from clinical_lf import run_folder
 
-    taken = "data output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate"
-    taken += " trajectory n_bootstrap no_test split resume"
-    given = {name: getattr(settings, name) for name in taken.split()}
-    loaded = load_run(checkpoint, given, accelerator)
-    table, whole = loaded.dataset.table, loaded.source.whole
-    is_seen = checkpoint.is_seen(table.stays)
-    rows = []  # the whole table's texts have these vectors: with --trajectory read_source leaves none out
-    for hour in trajectory_hours(settings.trajectory):
-        present = tables.known_at(whole.take(tables.stay_hours(whole) > hour), hour)
-        if len(present.stays):
-            frame = present.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hour)
-            dataset = ClinicalSequenceDataset(present, checkpoint.preprocessor, loaded.dataset.text_vectors)
-            logits = predict_logits(checkpoint.model, dataset, loaded.settings, accelerator)
-            rows.append(frame.assign(probability=scipy.special.expit(logits), label=present.labels))
-    if settings.trajectory and not rows:
-        raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long.")
+    taken = "output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate n_bootstrap"
+    given = {name: getattr(settings, name) for name in f"{taken} no_test split resume init_from".split()}
+    given |= {"observation_hours": settings.observation_hours} if settings.observation_hours else {}
+    runs, risks = load_runs(settings.evaluate, settings.data, accelerator, **given)
+    checkpoint, _, table, *_, own, source = runs[0]
+    rows = []  # of each moment, of the stays that last longer
+    for hours in trajectory_hours(settings.trajectory):
+        with suppress(files.NoStayLeft):
+            (then, *_), at = load_runs(
+                settings.evaluate, settings.data, accelerator, **given | {"observation_hours": hours}
+            )
+            frame = then.table.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hours, probability=at)
+            rows.append(frame.assign(label=then.table.labels))
+    if settings.trajectory and (own.labels or not rows):
+        raise InputError(
+            f"--trajectory {settings.trajectory}: no ICU stay lasts that long (a MEDS label has one time)."
+        )
     if not accelerator.is_main_process:
         return {}
-    folder = run_folder.RunFolder(Path(settings.output_dir), asdict(loaded.settings))
+    is_seen = np.any([run.checkpoint.is_seen(table.stays) for run in runs], axis=0)
+    folder = run_folder.RunFolder(Path(settings.output_dir), asdict(own))
     folder.begin()
+    if rows:
+        folder.table("risk_trajectories.csv", pd.concat(rows, ignore_index=True))
     n_events = np.bincount(table.take(~is_seen).text, minlength=len(table.texts))
     of_new_item = n_events * checkpoint.is_new_item(table.texts)
     names = [items.read_text(text).item for text in table.texts]
     unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
     described: dict[str, Any] = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate}
-    described |= loaded.source.origin(loaded.settings)
+    described |= {"models": len(runs)} | source.origin(own)
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
-    risks, limits = scipy.special.expit(loaded.logits), checkpoint.state["thresholds"]
-    predictions = run_folder.Predictions(table.stays, risks, limits)
-    if rows:
-        folder.table("risk_trajectories.csv", pd.concat(rows, ignore_index=True))
-        if not checkpoint.settings.prospective:
-            logger.warning(f"Trajectory  WARNING: {files.WORDS['moments']['extrapolated']}")
-    return folder.report_evaluation(described, predictions, is_seen, unseen)
+    limits = pd.DataFrame([run.checkpoint.state["thresholds"] for run in runs]).mean().to_dict()
+    return folder.report_evaluation(described, run_folder.Predictions(table.stays, risks, limits), is_seen, unseen)
 
 
 def train_repeatedly(

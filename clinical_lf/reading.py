@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -23,6 +24,8 @@ from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS
 ARRAYS_VERSION = 5  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 IDS = ("patient_id", "admission_id", "icu_stay_id")
+# Of a prediction before the end all but the first.
+MAY_BE_MISSING = ("event_known_time", "admission_id", "patient_death_time", "relative_time_to_final_event")
 QUERY_FILE = Path(__file__).resolve().parent.parent / "table.sql"
 _CLEANED = ", ".join(f"null_if_missing({name}) AS {name}" for name, kind in STAY_COLUMNS.items() if kind == "VARCHAR")
 _FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": list(EVENT_TYPES)}
@@ -37,23 +40,28 @@ def read_stays(
     memory_limit: str = "33%",
     static_features: Sequence[str] = STATIC_COLUMNS,
     outcome: str = "hospital",
+    prospective: bool = False,
 ) -> tuple[StayTable, ReadReport]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
     data may be a data frame, one row per event. task: what is predicted of a MEDS data set; outcome: of others, as in
-    tables.LABELS. Of what describes a stay, only the static_features must be there. Raises InputError for a table that
-    cannot be read as it was meant.
+    tables.LABELS. Of what describes a stay, only the static_features must be there. prospective: the prediction is
+    before the end of a stay, so that events need the time at which they were known, and stays to be scored no end.
+    Raises InputError for a table that cannot be read as it was meant.
     """
     results, parts = Path(cache_dir) / "query_results", list[Path]()
     label, days = LABEL if task else tables.LABELS[outcome], 30 if outcome == "30d" and not task else None
+    asked = {"need_label": need_label, "may_last": prospective and not need_label, "days": days}
+    unneeded = {*MAY_BE_MISSING[prospective:], *STATIC_COLUMNS} - {*static_features}
+    unneeded |= {*[label] * (not need_label), *["icu_outtime"] * asked["may_last"]}
 
     def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task, need_label)
-                _check(con, name, kind, label, need_label, static_features)
-                notes = _load_stays(con, name, kind, need_label, days, counts)
+                _check(con, name, kind, label, need_label, unneeded)
+                notes = _load_stays(con, name, kind, asked, counts)
                 table = _load_events(con, name, counts, notes)
                 notes = {"length_recomputed": 0} | {code: count for code, count in notes.items() if count}
                 sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
@@ -90,7 +98,7 @@ def read_stays(
     if sum(stat.st_size for _, stat in stats) < KEEP_ARRAYS_FROM:
         return read(source, str(data))
     versions = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    made_of = (ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, need_label, task, outcome, versions)
+    made_of = (ARRAYS_VERSION, STAY_COLUMNS, EVENT_COLUMNS, EVENT_TYPES, task, outcome, prospective, asked, versions)
     kept = results / f"{hashlib.md5(repr(made_of).encode()).hexdigest()}.arrays"
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return tables.load_arrays(kept, static_features)
@@ -146,19 +154,16 @@ def _register_source(
     return kind, {}
 
 
-def _check(
-    con: DuckDBPyConnection, source: str, kind: str, label: str, need_label: bool, static_features: Sequence[str]
-) -> None:
+def _check(con: DuckDBPyConnection, source: str, kind: str, label: str, need_label: bool, unneeded: set[str]) -> None:
     """Make the views `typed_stay_rows` and `typed_event_rows`; refuse what is missing or unreadable in them."""
     types = duck.column_types(con, "stay_rows") | duck.column_types(con, "event_rows")
     columns = tables.COLUMNS.assign(given=tables.COLUMNS.index, must="false").replace({"given": {LABEL: label}})
-    unneeded = set(STATIC_COLUMNS) - set(static_features) | (set() if need_label else {label})
     is_there, numbered = columns["given"].isin(types), [name.lower() for name in types]
     if missing := ", ".join(columns["given"][~is_there & ~columns["given"].isin(unneeded)]):
         raise files.refusal("missing_columns", source=source, columns=missing)
     if twice := ", ".join(columns["given"][(columns["given"] + "_1").isin(numbered)]):  # DuckDB numbers the second
         raise files.refusal("repeated_columns", source=source, columns=twice)
-    for name in [name for name in IDS if types[name] in ("DOUBLE", "FLOAT")]:
+    for name in [name for name in IDS if types.get(name) in ("DOUBLE", "FLOAT")]:
         if lost := duck.first_value(con, f"SELECT count(*) FROM stay_rows WHERE abs({name}) > 9007199254740992"):
             raise files.refusal("ids_without_digits", source=source, column=name, count=lost)
     # A flat table is somebody's own make, and lacks these by mistake; of the query's stays, `_load_stays` drops such.
@@ -177,11 +182,12 @@ def _check(
 
 
 def _load_stays(
-    con: DuckDBPyConnection, source: str, kind: str, need_label: bool, days: int | None, counts: dict[str, int]
+    con: DuckDBPyConnection, source: str, kind: str, asked: dict[str, Any], counts: dict[str, int]
 ) -> dict[str, int]:
     """Make the table `stays`, count and log those left out; return how many are mended, or implausible.
 
-    days: a stay may last longer, and end with a death that its label, of so many days, does not tell.
+    asked: need_label; may_last, whether a stay may have no end yet; days, if any: a stay may last longer, and end with
+    a death that its label, of so many days, does not tell.
     """
     count, first, names = con.execute(SQL["repeated stays"]).fetchall()[0] if kind == "nested" else (0, 0, "")
     if count:
@@ -192,7 +198,7 @@ def _load_stays(
         n_values = odd[odd["icu_stay_id"] == stays[0]].nunique(dropna=False)
         first, columns = ", ".join(map(str, stays[:3])), ", ".join(n_values.index[n_values > 1])
         raise files.refusal("contradicting_rows", source=source, count=len(stays), first=first, columns=columns)
-    con.execute(SQL["stays"], {"is_meds": kind == "meds", "need_label": need_label, "days": days})
+    con.execute(SQL["stays"], asked | {"is_meds": kind == "meds"})
     for code, count, first in con.execute(SQL["faulty stays"]).fetchall():
         counts[code], more = count, ", ..." * (count > 3)
         logger.warning(f"Dropped     {count:,} {files.WORDS['reasons'][code]}: icu_stay_id {first}{more}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pandas as pd
 
-from clinical_lf.files import WORDS, InputError, logger, refusal
+from clinical_lf.files import WORDS, InputError, NoStayLeft, logger, refusal
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 # {column: SQL type} of stays and of their events, in the order of the file.
@@ -19,8 +19,8 @@ STAY_COLUMNS, EVENT_COLUMNS = (rows["type"].to_dict() for _, rows in COLUMNS.gro
 LABEL = "patient_expired_in_hospital"  # in a table that was read it holds the outcome that was chosen
 LABELS = {"hospital": LABEL, "icu": "patient_expired_in_icu", "30d": "patient_expired_within_30d"}  # of a source
 STATIC_COLUMNS = (*tuple(STAY_COLUMNS)[7:], "number_of_events")  # what may be used as a static feature
-# What a prospective model cannot know at the moment of prediction.
-KNOWN_ONLY_LATER = ("icu_length_of_stay_in_days", "last_icu_careunit", "discharge_location")
+# What a prospective model cannot know at the moment of prediction, and what stands there then.
+KNOWN_ONLY_LATER = {"icu_length_of_stay_in_days": np.nan, "last_icu_careunit": None, "discharge_location": None}
 # At 80 years float32 holds every fourth minute. The model is given float32, of what is scaled by then.
 MINUTES = ("minutes_since_intime", "known_minutes_since_intime", "minutes_to_end")
 EVENT_ARRAYS = {"event_type": np.int8, "text": np.int32} | dict.fromkeys(MINUTES, np.float64)
@@ -178,7 +178,9 @@ def choose_cohort(
         earliest = lambda stays: stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
         steps["first ICU stay of each patient"] = lambda now: now.take(np.sort(earliest(now.stays)))
     if observation_hours > 0:
-        steps[f"still in the ICU and alive {least:g} h after admission"] = lambda now: now.take(stay_hours(now) > least)
+        no_end = " (or without an end yet)" if np.isinf(stay_hours(table)).any() else ""
+        in_icu = f"still in the ICU and alive {least:g} h after admission{no_end}"
+        steps[in_icu] = lambda now: now.take(stay_hours(now) > least)
         known = lambda now: known_at(now, observation_hours, is_described=True)  # in subgroups; it is never a feature
         steps[f"with an event known {observation_hours:g} h after admission"] = known
     for name, step in steps.items():
@@ -187,14 +189,14 @@ def choose_cohort(
         flow.append({"name": name} | counts | {"deaths": int(np.nansum(table.labels))})
         if table.stays.empty:
             so_far = "; ".join(f"{done['name']}: {done['stays']}" for done in flow)
-            raise InputError(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
+            raise NoStayLeft(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
     return table, flow
 
 
 def stay_hours(table: StayTable) -> np.ndarray:
-    """(n_stays) hours from ICU admission to the final event, ICU discharge or death, whichever is first."""
+    """(n_stays) hours from ICU admission to ICU discharge or death, whichever is first; inf without either."""
     final = table.stays[["icu_outtime", "patient_death_time"]].min(axis=1)
-    return ((final - table.stays.icu_intime).dt.total_seconds() / 3600).to_numpy()
+    return ((final - table.stays["icu_intime"]).dt.total_seconds() / 3600).fillna(np.inf).to_numpy()
 
 
 def known_at(table: StayTable, hours: float, is_described: bool = False) -> StayTable:
@@ -202,8 +204,7 @@ def known_at(table: StayTable, hours: float, is_described: bool = False) -> Stay
     minutes = hours * 60
     known = (table.known_minutes_since_intime <= minutes) & (table.minutes_since_intime <= minutes)  # NaN <= x is False
     part = table.take(np.unique(table.stay_of_event[known]), keep_event=known)
-    # What is known only later is missing, as where a model learns it.
-    unknown = {} if is_described else dict(zip(KNOWN_ONLY_LATER, (np.nan, None, None), strict=True))
+    unknown = {} if is_described else KNOWN_ONLY_LATER
     return replace(part, stays=part.stays.assign(**unknown), minutes_to_end=minutes - part.minutes_since_intime)
 
 
