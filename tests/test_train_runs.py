@@ -139,19 +139,3 @@ def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, 
     assert "MB of disk" in shown and "MB of vectors in memory" in shown
     assert "test: too few to read: 4 stays of one outcome, below 10" in shown and "train: too few" not in shown
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
-
-
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-def test_tracker_that_is_not_installed_is_named(tracker, finished, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    run(tmp_path, finished, "--report-to", tracker, code=2)
-    assert f"pip install {tracker}" in capfd.readouterr().err
-
-
-def test_tensorboard_gets_every_epoch(finished, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(tmp_path, finished, "--report-to", "tensorboard", "--max-epochs", 2)
-    events = EventAccumulator(str(tmp_path / "out" / "clinical_LF")).Reload()
-    assert [event.step for event in events.Scalars("validation_loss")] == [1, 2]
