@@ -1152,7 +1152,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
     "seed outcome static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
-    "max_events_per_batch weight_decay temporal_weight tau_hours dropout init_from"
+    "max_events_per_batch weight_decay temporal_weight tau_hours dropout init_from d_model n_layers n_heads "
+    "n_pooling_heads"
 ).split()
 # One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
 NUMBER_WEIGHT = 3.0
@@ -1282,7 +1283,7 @@ class Trainer:
         if unlike:
             raise files.refusal("unlike_start", path=path, unlike=", ".join(unlike))
         weights, static = first.model.state_dict(), self.preprocessor.static_names
-        at, before = model.classifier[0].weight.detach().clone(), weights["classifier.0.weight"]
+        at, before = (part["classifier.0.weight"].clone() for part in (model.state_dict(), weights))
         at[:, : own["d_model"]] = before[:, : own["d_model"]]
         place = {name: own["d_model"] + column for column, name in enumerate(first.preprocessor.static_names)}
         for column, name in enumerate(static, start=own["d_model"]):
@@ -1428,13 +1429,13 @@ class Trainer:
             logger.warning(f"Resumed     nothing: {path} does not exist, training starts at epoch 1")
             return
         saved = load_checkpoint(path)  # on the CPU, where AdamW's step counts stay: read there, they cost no wait
-        before, now = asdict(saved.settings), asdict(self.settings)
-        changed = [name for name in SETTINGS_OF_A_RUN if before[name] != now[name]]
-        has_read = saved.has_read(self.text_encoder, self.encoder_weights)
-        then = (saved.state.get("data_fingerprint"), saved.patients, saved.model.architecture)
-        if changed or not has_read or then != (self.data_fingerprint, self.patients, self.model.architecture):
-            reason = ", ".join(changed) or "other data, patients, encoder or model sizes"
-            raise files.refusal("other_run", path=path, reason=reason)
+        before, now = saved.settings, self.settings
+        changed = {cli_name(name): getattr(before, name) != getattr(now, name) for name in SETTINGS_OF_A_RUN}
+        changed["the text encoder"] = not saved.has_read(self.text_encoder, self.encoder_weights)
+        changed["the data"] = saved.state.get("data_fingerprint") != self.data_fingerprint
+        changed |= {"the split": saved.patients != self.patients}
+        if reasons := [name for name, differs in changed.items() if differs]:
+            raise files.refusal("other_run", path=path, reason=", ".join(reasons))
         if "objective" not in saved.state:
             raise files.refusal("unfit_checkpoint", path=path, error="it is of no use to go on from")
         self.accelerator.unwrap_model(self.objective).load_state_dict(saved.state["objective"])

@@ -51,9 +51,10 @@ def read_stays(
     """
     results, parts = Path(cache_dir) / "query_results", list[Path]()
     label, days = LABEL if task else tables.LABELS[outcome], 30 if outcome == "30d" and not task else None
-    asked = {"need_label": need_label, "may_last": prospective and not need_label, "days": days}
+    may_last = prospective and not need_label
+    asked = {"need_label": need_label, "may_last": may_last, "days": days}
     unneeded = {*MAY_BE_MISSING[prospective:], *STATIC_COLUMNS} - {*static_features}
-    unneeded |= {*[label] * (not need_label), *["icu_outtime"] * asked["may_last"]}
+    unneeded |= {*[label] * (not need_label), *["icu_outtime"] * may_last}
 
     def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"

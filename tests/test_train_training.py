@@ -97,7 +97,7 @@ def test_resume_knows_the_same_data_at_another_path_and_refuses_other_data_at_th
     table = pd.read_csv(tmp_path / "data.csv", dtype=str)
     table.assign(event_text=table["event_text"] + ".").to_csv(tmp_path / "data.csv", index=False)
     assert train.main(options) == 2
-    assert "other data" in capfd.readouterr().err
+    assert "(the data)" in capfd.readouterr().err
 
 
 def test_evaluate_gives_the_probabilities_of_training_also_without_labels_and_while_stays_last(sample_run, tmp_path):
