@@ -1,5 +1,6 @@
 """Files are whole or not there, a folder has one writer, a log gets lines of progress, errors are one line."""
 
+import io
 import multiprocessing
 import os
 import signal
@@ -86,6 +87,26 @@ def test_folder_held_by_another_run_is_refused_without_waiting_and_what_it_half_
         assert half.exists() and not orphan.exists()
     with files.lock_folder(held, wait=False):
         assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    "name, wait, left", [("new/out", False, []), ("new", True, [".lock"]), (".", False, [".lock"])]
+)
+def test_start_that_fails_before_it_writes_leaves_nothing_of_its_own_making(name, wait, left, tmp_path):
+    """A cache's lock stays, for which others may wait, and so does that of a folder that was there."""
+    with pytest.raises(KeyError), files.lock_folder(tmp_path / name, wait):
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == left
+    assert (tmp_path / name).parent.exists() == bool(left)
+
+
+def test_text_that_a_console_of_cp1252_cannot_show_is_escaped_in_the_log(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "cp1252"))
+    monkeypatch.setattr(files.logger, "handlers", [])
+    files.log_to_stdout()
+    files.logger.info("Reading µ ≥ 数据.csv")
+    assert raw.getvalue().split() == [b"Reading", b"\xb5", b"\\u2265", b"\\u6570\\u636e.csv"]
 
 
 @pytest.mark.parametrize("is_watched", [False, True])
