@@ -70,6 +70,8 @@ def read_stays(
             raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
+        with contextlib.suppress(OSError):
+            results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
     path = Path(os.path.expanduser(data))
     if "\n" in str(data):
