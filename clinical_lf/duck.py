@@ -111,8 +111,7 @@ def typed_rows(con: DuckDBPyConnection, rows: str, columns: pd.DataFrame, place:
 
 def named_statements(path: Path, **filled: Any) -> dict[str, str]:
     """Return the parts of a file of SQL by their names (`-- name:`), what stands in braces filled in."""
-    parts = path.read_text("utf-8").format(**filled).split("-- name: ")[1:]
-    return dict(part.split("\n", 1) for part in parts)
+    return dict(part.split("\n", 1) for part in path.read_text("utf-8").format(**filled).split("-- name: ")[1:])
 
 
 def first_value(con: DuckDBPyConnection, statement: str) -> Any:

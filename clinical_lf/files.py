@@ -54,8 +54,9 @@ class Progress(tqdm):
 
 def log_to_stdout() -> None:
     """Send the log, plain messages of the first process, to the standard output."""
-    handler = logging.StreamHandler(sys.stdout)
-    logger.handlers, logger.propagate = [handler], False
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console of cp1252 has no word for every text and path
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
 
 
@@ -139,6 +140,7 @@ def delete_quietly(path: Path) -> None:
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold a folder against other runs and remove what killed ones left half-written; InputError if not ours."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
@@ -159,7 +161,12 @@ def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and not wait and [*folder.glob("*")] == [folder / ".lock"]:  # nothing was written: no trace stays
+            delete_quietly(folder / ".lock")  # while it is held: who waits would go on with the deleted file
         lock.release()
+        with contextlib.suppress(OSError):  # something is in it
+            for place in made:
+                place.rmdir()
 
 
 def free_disk(folder: Path) -> int:

@@ -81,8 +81,7 @@ def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[s
         with np.errstate(invalid="ignore", divide="ignore"):
             return covariance(first, second) / np.sqrt(covariance(first, first) * covariance(second, second))
 
-    draws = bootstrap(correlation, known["patient_id"], n_bootstrap, seed)
-    low, high = interval_of(draws)
+    low, high = interval_of(bootstrap(correlation, known["patient_id"], n_bootstrap, seed))
     return found | {"rho": float(correlation(np.ones((1, len(known))))[0]), "rho_low": low, "rho_high": high}
 
 

@@ -28,7 +28,7 @@ def cli_name(name: str) -> str:
 
 
 def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None) -> Any:
-    """Return a command line's settings, options over a first argument *.yaml; exits with code 2 where it is unsound."""
+    """Return a command line's settings, options over a first *.yaml; code 2 (notebook: InputError) if unsound."""
     from transformers import HfArgumentParser
 
     class SettingsParser(HfArgumentParser):
@@ -36,8 +36,10 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
             return super().add_argument(*names, **options)  # argparse knows no limits
 
         def error(self, message: str) -> Any:
-            said = message.replace("unrecognized arguments:", "unknown option")
-            self.exit(2, f"error: {said}. --help lists all options.\n")
+            said = f"{message.replace('unrecognized arguments:', 'unknown option')}. --help lists all options."
+            if "ipykernel" in sys.modules:  # where a SystemExit says nothing
+                raise InputError(said) from None
+            self.exit(2, f"error: {said}\n")
 
     summary = str(description).split("\n\n")[0]
     parser = SettingsParser(kind, description=summary, allow_abbrev=False, **WORDS["command_line"])

@@ -61,8 +61,7 @@ def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int
         model = HistGradientBoostingClassifier(**size, random_state=seed, **USUAL)
         model.fit(features[split.train], labels[split.train])
         staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
-        died = labels[split.validation] == 1
-        losses = -np.log(np.where(died, staged, 1 - staged).clip(1e-15)).mean(1)
+        losses = -np.log(np.where(labels[split.validation] == 1, staged, 1 - staged).clip(1e-15)).mean(1)
         if losses.min() < best:
             best = losses.min()
             found = next(itertools.islice(model.staged_predict_proba(features), int(losses.argmin()), None))[:, 1]

@@ -6,10 +6,12 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import duckdb
 import pytest
+from small_table import run_python
 
 from clinical_lf import files
 from clinical_lf.files import HALF_WRITTEN, InputError
@@ -59,8 +61,7 @@ def test_what_a_living_writer_holds_is_left_alone_and_a_dead_ones_removed(tmp_pa
     monkeypatch.setattr(files, "SECONDS_UNTIL_SAID", 0.1)
     with files.lock_folder(tmp_path):
         orphan = left_by_a_killed_run(tmp_path)
-        target = lambda: (files.log_to_stdout(), write_in(tmp_path))
-        writer = multiprocessing.get_context("fork").Process(target=target)
+        writer = multiprocessing.get_context("fork").Process(target=lambda: (files.log_to_stdout(), write_in(tmp_path)))
         writer.start()
         time.sleep(0.5)
         assert orphan.exists() and not (tmp_path / "written").exists()  # the other writer waits
@@ -86,6 +87,23 @@ def test_folder_held_by_another_run_is_refused_without_waiting_and_what_it_half_
         assert half.exists() and not orphan.exists()
     with files.lock_folder(held, wait=False):
         assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    "name, wait, left", [("new/out", False, []), ("new", True, [".lock"]), (".", False, [".lock"])]
+)
+def test_start_that_fails_before_it_writes_leaves_nothing_of_its_own_making(name, wait, left, tmp_path):
+    """A cache's lock stays, for which others may wait, and so does that of a folder that was there."""
+    with pytest.raises(KeyError), files.lock_folder(tmp_path / name, wait):
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == left
+    assert (tmp_path / name).parent.exists() == bool(left)
+
+
+def test_text_that_a_console_of_cp1252_cannot_show_is_escaped_in_the_log():
+    code = r"from clinical_lf import files; files.log_to_stdout(); files.logger.info('Reading \u2265.csv')"
+    root = Path(files.__file__).parent.parent
+    assert run_python("-c", code, folder=root, PYTHONIOENCODING="cp1252") == "Reading \\u2265.csv\n"
 
 
 @pytest.mark.parametrize("is_watched", [False, True])

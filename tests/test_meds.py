@@ -134,17 +134,19 @@ def test_meds_without_labels_and_labels_without_meds_are_refused(tmp_path):
             read_stays(data, tmp_path / "cache", task=task)
 
 
-@pytest.fixture(scope="module")
-def hospital(tmp_path_factory):
+def make_hospital(root):
     """A hospital of 60 subjects whose deaths follow from lactate, with a split of its own."""
     rng, rows = np.random.default_rng(0), []
     for subject in range(60):
         values = rng.normal(2 if subject % 3 else 6, 0.5, 4).clip(0.5)
         rows += [lab(subject, hour, value, "LAB//lactate//mmol/L") for hour, value in enumerate(values)]
-    root = write_meds(tmp_path_factory.mktemp("hospital"), rows, [(s, 10, s % 3 == 0) for s in range(60)])
+    write_meds(root, rows, [(subject, 10, subject % 3 == 0) for subject in range(60)])
     splits = pd.DataFrame({"subject_id": range(60), "split": [PARTS[subject // 3 % 5] for subject in range(60)]})
     splits.to_parquet(root / "metadata" / "subject_splits.parquet")
     return root
+
+
+hospital = pytest.fixture(lambda tmp_path_factory: make_hospital(tmp_path_factory.mktemp("hospital")), scope="module")
 
 
 def run(root, *options):

@@ -19,14 +19,17 @@ from clinical_lf.settings import check_limits, setting, settings_from
 
 
 @pytest.fixture
-def assert_refused(tmp_path, capfd):
+def assert_refused(tmp_path, capfd, monkeypatch):
     """The arguments end a script with code 2 and a line that holds the words, some left out where "..." stands."""
 
     def check(words, main, *argv):
         try:
             code = main([*map(str, argv)])
-        except SystemExit as stop:  # argparse
+        except SystemExit as stop:  # argparse; of it a notebook would show no word
             code = stop.code
+            with monkeypatch.context() as notebook, pytest.raises(InputError, match=".--help lists all options.$"):
+                notebook.setitem(sys.modules, "ipykernel", sys)
+                main([*map(str, argv)])
         output = capfd.readouterr()
         assert code == 2 and output.err.startswith("error: ") and output.err.count("\n") == 1
         assert all(part in output.err for part in words.split("..."))
@@ -40,7 +43,7 @@ def test_help_names_every_setting_and_its_sentence(script, kind, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         script.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "95 % interval" in shown and script.__doc__.split("\n\n")[0] in shown
+    assert shown.isascii() and "95 % interval" in shown and script.__doc__.split("\n\n")[0] in shown
     for field in dataclasses.fields(kind):
         assert f"--{field.name}" in shown and field.metadata["help"].replace("%%", "%")[:30] in shown
 
