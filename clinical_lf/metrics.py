@@ -22,7 +22,6 @@ SENSITIVITY = 0.8  # of the operating point: at least this share of the validati
 LEVEL = 90  # percent of either outcome whose conformal set holds it
 AUROC_INTERVAL = "Newcombe's score interval, its variance at least the bootstrap's over patients"
 SHOWN_CALIBRATED = {"calibration_slope": (0.8, 1.25), "calibration_intercept": (-0.25, 0.25)}  # whole intervals
-THRESHOLDS = np.arange(0.01, 0.61, 0.01)  # of the decision curve
 
 
 def evaluate_predictions(
@@ -273,25 +272,6 @@ def subgroup_table(
     survivors, found = read["stays"] - read["deaths"], read["deaths_found"]
     rates = {"sensitivity": found / read["deaths"], "alarms_per_true_death": read["alarms"] / found}
     return table.assign(**rates, specificity=(survivors - read["alarms"] + found) / survivors)
-
-
-def decision_curve(labels: ArrayLike, probabilities: ArrayLike, patient_ids: ArrayLike, **more: Any) -> pd.DataFrame:
-    """Return the net benefit per stay of treating those at or above each risk of THRESHOLDS, all, or none.
-
-    Net benefit = true positives / n - false positives / n * t / (1 - t): t is the risk at which one would just treat.
-    more: n_bootstrap, seed, of the 95 % interval over patients: low and high bound the model's.
-    """
-    died, risks = checked_predictions(labels, probabilities)
-    is_treated = risks >= THRESHOLDS[:, None]  # (thresholds, n)
-    odds, prevalence = THRESHOLDS / (1 - THRESHOLDS), died.mean()
-    gains = np.where(died == 1, 1.0, -odds[:, None]) * is_treated
-    curve = {"threshold": THRESHOLDS, "model": gains.mean(1), "treat_all": prevalence - (1 - prevalence) * odds}
-    curve |= {"treat_none": 0.0, "share_treated": is_treated.mean(1)}
-    mean_gains = lambda weights: weights @ gains.T / weights.sum(1, keepdims=True)
-    draws = bootstrap(mean_gains, patient_ids, **more)
-    if len(draws):
-        curve["low"], curve["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
-    return pd.DataFrame(curve)
 
 
 def calibration_table(labels: ArrayLike, probabilities: ArrayLike) -> pd.DataFrame:

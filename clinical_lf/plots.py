@@ -137,22 +137,6 @@ def plot_calibration(died: np.ndarray, risks: np.ndarray, figures: dict[str, Any
     return figure
 
 
-def plot_decision_curve(curve: pd.DataFrame, caption: str = "") -> Figure:
-    """Draw a curve as `decision_curve` returns it; what treating all would lose beyond the axes is not shown."""
-    figure = new_figure("At which risk thresholds does acting on the model beat treating all or none?", caption, 3.8)
-    axes, thresholds = figure.subplots(), curve["threshold"]
-    axes.plot(thresholds, curve["treat_all"], color=ORANGE, linestyle="--", label="treat all")
-    axes.plot(thresholds, curve["treat_none"], color=GREY, linestyle=":", label="treat none")
-    axes.plot(thresholds, curve["model"], color=BLUE, label="treat by the model")
-    if "low" in curve:
-        axes.fill_between(thresholds, curve["low"], curve["high"], color=BLUE, label="95 % interval", **BAND)
-    shown = curve.filter(["model", "low", "high"])
-    lowest, highest = shown.min(axis=None), max(shown.max(axis=None), curve["treat_all"].max(), 0.01)
-    axes.set_ylim(min(lowest, -0.1 * highest) - 0.03 * highest, 1.08 * highest)
-    tidy(axes, "risk threshold at which one would treat", "net benefit per stay", loc="best")
-    return figure
-
-
 def draw_saved_attention(record: dict[str, Any], name: str, text_encoder: str, hours_label: str) -> Figure:
     """Draw what `train.load_attention_weights` read of a file of this name: its layers, if any, over the pooling."""
     layer_maps = [weights[0].mean(0) for weights in record["layer_attention_weights"]]  # (bins, bins), rows look

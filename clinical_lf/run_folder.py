@@ -157,14 +157,11 @@ class RunFolder:
         self.subgroups = metrics.subgroup_table(known.columns, groups, known.thresholds, **self.resampling)
         counted = self.subgroups.loc[:, "group":"prevalence"].to_dict("records")
         figures["conformal_sets"] = {"percent": metrics.LEVEL, "coverage": counted}
-        curve = metrics.decision_curve(labels, risks, patient_ids=patients, **self.resampling)
         self.table("subgroups.csv", self.subgroups)
-        self.table("decision_curve.csv", curve)
         self.table("calibration.csv", metrics.calibration_table(labels, risks))
         ranking = plots.plot_roc_and_pr(labels, risks, figures, caption)
         plots.save_figure(self.pictures / "roc_and_precision_recall.png", ranking)
         plots.save_figure(self.pictures / "calibration.png", plots.plot_calibration(labels, risks, figures, caption))
-        plots.save_figure(self.pictures / "decision_curve.png", plots.plot_decision_curve(curve, caption))
         logger.info(f"{title}; in brackets 95 % intervals")
         for name, words in METRIC_WORDS.items():
             prevalence = f" at prevalence {figures['prevalence']:.3f}" if name == "auprc" else ""

@@ -178,20 +178,6 @@ def test_conformal_sets_are_those_of_p_values_and_hold_nine_of_ten_of_either_out
     assert all(0.89 < np.mean(of_outcome) <= (0.93 if n == 400 else 1) for of_outcome in held)
 
 
-def test_net_benefit_by_hand_and_its_interval_holds_it_and_narrows_with_patients():
-    curve = metrics.decision_curve([1, 0, 0, 1, 0], [0.9, 0.6, 0.1, 0.3, 0.2], [1] * 5, n_bootstrap=9)
-    assert curve.threshold[[49, 19]].tolist() == pytest.approx([0.5, 0.2])
-    assert curve.model[[49, 19]].tolist() == pytest.approx([1 / 5 - 1 / 5 * 1, 2 / 5 - 2 / 5 * 0.25])
-    assert curve.treat_all[[49, 19]].tolist() == pytest.approx([0.4 - 0.6, 0.4 - 0.6 * 0.25])
-    assert (curve.treat_none == 0).all() and curve.share_treated[[49, 19]].tolist() == pytest.approx([0.4, 0.8])
-    (labels, logits), widths = simulate(400), []
-    for n in (100, 400):
-        at = metrics.decision_curve(labels[:n], expit(logits[:n]), np.arange(n), n_bootstrap=300).iloc[19]  # 0.2
-        assert at["low"] < at["model"] < at["high"]
-        widths.append(at["high"] - at["low"])
-    assert 1.5 < widths[0] / widths[1] < 2.7  # sqrt(4) in theory
-
-
 def test_calibration_table_by_hand():
     table = metrics.calibration_table([0, 0, 1, 1, 1, 1], [0.1, 0.2, 0.3, 0.7, 0.8, 0.9])
     assert table.n.tolist() == [3, 3] and table.mean_risk.tolist() == pytest.approx([0.2, 0.8])

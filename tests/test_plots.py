@@ -40,7 +40,6 @@ FIGURES = {
     "training": lambda n: plots.plot_training_curves(HISTORY, "made up"),
     "roc": lambda n: plots.plot_roc_and_pr(*scored(n), "made up"),
     "calibration": lambda n: plots.plot_calibration(*scored(n), "made up"),
-    "decision": lambda n: plots.plot_decision_curve(scored(n, metrics.decision_curve)[2], "made up"),
     "attention": attention,
     "attention without layers": lambda n: attention(1300, n_layers=0),
 }
@@ -54,7 +53,7 @@ def test_plot_has_question_caption_and_axis_labels_and_moves_no_global_state(nam
     assert any(axes.get_xlabel() for axes in figure.axes) and any(axes.get_ylabel() for axes in figure.axes)
     figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000 and dict(matplotlib.rcParams) == before
-    if name in ("roc", "calibration", "decision"):
+    if name in ("roc", "calibration"):
         FIGURES[name](2).savefig(tmp_path / "plot.png")  # of two stays, which both survived
 
 
