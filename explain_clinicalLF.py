@@ -50,6 +50,7 @@ from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
 from clinical_lf.items import HISTORY, item_history, mask_numbers, quantiles_in, read_text
 from clinical_lf.metrics import figure_text, mean_with_interval
+from clinical_lf.plan import only_cpu
 from clinical_lf.settings import check_limits, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, LABEL, known_at, stacked
 from train import ClinicalTransformer
@@ -141,7 +142,7 @@ class Run(NamedTuple):
 
 def float32_accelerator() -> Accelerator:
     """Return the process's accelerator, also after training in bf16, without autocast: differences need all digits."""
-    return Accelerator(cpu=train.only_cpu(), kwargs_handlers=[AutocastKwargs(enabled=False)])
+    return Accelerator(cpu=only_cpu(), kwargs_handlers=[AutocastKwargs(enabled=False)])
 
 
 def load_unseen(

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from itertools import cycle, groupby, islice
 from pathlib import Path
@@ -38,13 +37,13 @@ import pandas as pd
 import scipy
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from clinical_lf import encoders, files, items, metrics, tables, trees
+from clinical_lf import encoders, files, items, metrics, plan, tables, trees
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable, HashingEncoder, HuggingFaceEncoder
 from clinical_lf.files import InputError, Progress, logger, write_whole
 from clinical_lf.items import HISTORY, STATISTICS
@@ -1309,14 +1308,14 @@ class Trainer:
         """Pass once over the training stays; return the mean loss of a stay. Depends on seed and epoch alone."""
         settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(settings.seed + 100_003 * epoch + 17 * rank)
-        lengths, batches = self.train_set.lengths, self.plan_epoch(epoch)
+        batches = self.plan_epoch(epoch)
         shares = [share_of_batch(batch, rank, world) for batch in batches]
         loader = packed_batches(self.train_set, [stays for stays, _ in shares], self.accelerator.device)
         bar = Progress(loader, total=len(batches), desc=f"epoch {epoch}", unit=" batches", active=self.is_main)
         attention_every = max(settings.save_attention_every, math.ceil(len(batches) / MOST_ATTENTION_FILES))
         self.objective.train()
         unread: deque[tuple[np.ndarray, Future[Tensor]]] = deque()
-        total_loss, n_stays, n_events, started = 0.0, 0, 0, time.monotonic()
+        total_loss, n_stays = 0.0, 0
         for number, batch in enumerate(bar):
             stays, (share, weight) = batches[number], shares[number]
             self.set_learning_rate((epoch - 1 + number / len(batches)) / settings.max_epochs)
@@ -1332,9 +1331,8 @@ class Trainer:
             unread.append((share, self.threads.submit(losses.detach().cpu)))
             if len(unread) > 1:  # the step before; to ask for this one now would leave the device without work
                 total_loss += self.read_losses(*unread.popleft())
-                rate = n_events / (time.monotonic() - started)
-                bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}, {rate:,.0f} events/s", refresh=False)
-            n_stays, n_events = n_stays + len(stays), n_events + int(lengths[stays].sum())
+                bar.set_postfix_str(f"loss {total_loss * world / n_stays:.3f}", refresh=False)
+            n_stays += len(stays)
             if settings.save_attention_every and number % attention_every == 0 and self.is_main:
                 self.save_attention(epoch, number, self.shown[number // attention_every % len(self.shown)])
         total_loss += self.read_losses(*unread.popleft())
@@ -1543,7 +1541,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Go through all phases of a run; return what metrics.json holds."""
-    accelerator = make_accelerator(settings)
+    accelerator = plan.make_accelerator(settings.mixed_precision)
     settings = replace(settings, output_dir=str(output_folder(settings)))
     for path in checkpoint_files(settings.evaluate) if settings.evaluate else ():
         load_checkpoint(path)  # a mistyped one leaves no folder
@@ -1556,25 +1554,6 @@ def run(settings: Settings) -> dict[str, Any]:
         if settings.cross_validate or settings.seeds > 1:
             return train_repeatedly(source, data, settings, accelerator)
         return train_and_report(source, data[0], settings, accelerator)[0]
-
-
-def make_accelerator(settings: Settings, timeout: timedelta = timedelta(days=7)) -> Accelerator:
-    """Return where to compute: in bf16 on GPUs that have it themselves, not by emulation."""
-    precision = settings.mixed_precision
-    if precision == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "no"
-    # The others wait for the first process, which may run the query and encode for hours.
-    handlers = [InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(mixed_precision=precision, cpu=only_cpu(), kwargs_handlers=handlers)
-
-
-def only_cpu() -> bool:
-    """Return whether Accelerate must be told to take the CPU: for torchrun's processes there, and on Apple's GPUs."""
-    if torch.backends.mps.is_available():
-        logger.info("Device      the CPU: Apple's GPUs know no float64, which scores and explanations need")
-        return True
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
 
 
 def output_folder(settings: Settings) -> Path:
@@ -1650,30 +1629,6 @@ def choose_splits(table: StayTable, settings: Settings) -> list[Split]:
     return [own or tables.split_by_patient(table, settings.seed, 0.0 if settings.no_test else 0.2)]
 
 
-def describe_plan(
-    table: StayTable, splits: list[Split], texts: list[str], settings: Settings, encoder: ClinicalTextEncoder
-) -> None:
-    """Log the sizes of the parts, with a warning where figures will be luck, and what the run will do and need."""
-    for split in splits:
-        stays = " / ".join(str(len(part)) for part in split)
-        deaths = " / ".join(f"{table.labels[part].sum():.0f}" for part in split)
-        logger.info(files.WORDS["log"]["split"].format(stays=stays, deaths=deaths))
-    for name, part in splits[0]._asdict().items() if len(splits) == 1 else ():  # of folds, all are read together
-        if len(part) and (words := metrics.too_few(table.labels[part])):
-            logger.warning(f"Split       WARNING: {name}: {words}; {files.WORDS['log'][f'few_{name}']}")
-    n_trainings, megabytes = max(len(splits), settings.seeds), 4e-6 * encoder.dim  # of a float32 vector
-    again = f"{n_trainings} times " if n_trainings > 1 else ""
-    missing = encoder.cache.missing(np.unique(text_keys(texts)))
-    disk, held = megabytes * missing.sum(), megabytes * len(table.texts)
-    free = files.free_disk(Path(settings.cache_dir)) / 1e6
-    sizes = {"missing": missing.sum(), "n": len(missing), "disk": disk, "free": free / 1e3, "held": held}
-    logger.info(files.WORDS["log"]["plan"].format(**sizes, id=encoder.id, again=again, epochs=settings.max_epochs))
-    if disk > free:
-        logger.warning("Plan        WARNING: too little disk is free. Free some, or take --cache-dir on another disk.")
-    if settings.dry_run:
-        logger.info("Dry run     nothing was encoded or trained")
-
-
 def texts_to_encode(texts: np.ndarray, settings: Settings) -> list[str]:
     """Return the texts as the encoder reads them: `--item-history` has the numbers itself, so that far fewer differ."""
     return [items.read_text(text).without_value if settings.item_history else text for text in texts]
@@ -1733,7 +1688,10 @@ def train_model(
     """
     if isinstance(data := settings.data if data is None else data, pd.DataFrame):
         settings = replace(settings, data=THE_FRAME)
-    settings, accelerator = check_settings(replace(settings, dry_run=False)), accelerator or make_accelerator(settings)
+    settings, accelerator = (
+        check_settings(replace(settings, dry_run=False)),
+        accelerator or plan.make_accelerator(settings.mixed_precision),
+    )
     if not isinstance(data, TrainingData):
         data = read_training_data(settings, accelerator, data)[2][0]
     trainer = Trainer(settings, data, accelerator)
@@ -1757,7 +1715,8 @@ def read_training_data(
     splits = choose_splits(source.table, settings)
     texts = texts_to_encode(source.table.texts, settings)
     settings, encoder = make_text_encoder(settings, texts, accelerator)
-    describe_plan(source.table, splits, texts, settings, encoder)
+    is_missing = encoder.cache.missing(np.unique(text_keys(texts)))
+    plan.describe_plan(source.table, splits, is_missing, encoder, settings)
     vectors = np.zeros(0) if settings.dry_run else embed_texts(encoder, texts, accelerator)
     return settings, source, [TrainingData(source.table, split, vectors, *encoder.identity) for split in splits]
 
@@ -1831,7 +1790,7 @@ def load_run(
 
     >>> run = load_run("RUN/checkpoints/best_model.pth", "new.parquet")  # doctest: +SKIP
     """
-    accelerator = accelerator or make_accelerator(Settings())
+    accelerator = accelerator or plan.make_accelerator()
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, accelerator.device)
     trained, given = checkpoint.settings, {name: value for name, value in options.items() if value != ""}

@@ -36,6 +36,7 @@ from small_table import padded_logits  # noqa: E402
 from torch import distributed, futures  # noqa: E402
 
 import train  # noqa: E402
+from clinical_lf import plan  # noqa: E402
 
 
 def small_settings(**changes):
@@ -154,15 +155,15 @@ def test_processes_wait_for_the_first_as_long_as_the_timeout_says(timeout_s, wor
 
 def test_default_timeout_outlasts_days_of_encoding(monkeypatch):
     handlers = {}
-    monkeypatch.setattr(train, "Accelerator", lambda **options: handlers.update(options))
-    train.make_accelerator(train.Settings())
+    monkeypatch.setattr(plan, "Accelerator", lambda **options: handlers.update(options))
+    plan.make_accelerator()
     timeouts = [handler.timeout for handler in handlers["kwargs_handlers"] if hasattr(handler, "timeout")]
     assert timeouts == [timedelta(days=7)]
 
 
 def test_apple_gpus_are_left_alone_with_a_sentence(monkeypatch, log):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert train.only_cpu() and "float64" in log.text
+    assert plan.only_cpu() and "float64" in log.text
 
 
 @pytest.mark.parametrize("device, free, moves", [("cuda", 1000, True), ("cuda", 900, False), ("cpu", 1000, False)])

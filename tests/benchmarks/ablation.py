@@ -29,6 +29,7 @@ import torch
 from common import Ranking, log_epochs, machine, markdown, ranking, train, train_and_test
 
 from clinical_lf import files
+from clinical_lf.plan import make_accelerator
 from clinical_lf.settings import settings_from
 from clinical_lf.tables import StayTable, cross_validation_splits
 
@@ -251,7 +252,7 @@ def main() -> None:
         log_epochs()
     of_train = ["--text-encoder", "hashing", *of_train]
     default = train.check_settings(settings_from(of_train, train.Settings, __doc__))
-    accelerator = train.make_accelerator(default)
+    accelerator = make_accelerator(default.mixed_precision)
     table = train.read_source(default, accelerator).table
     folder = recipe_folder(options.out, default, table)
 

@@ -25,6 +25,7 @@ from make_sample import make_sample  # noqa: E402
 
 import train  # noqa: E402
 from clinical_lf import metrics  # noqa: E402
+from clinical_lf.plan import make_accelerator  # noqa: E402
 from clinical_lf.reading import read_stays  # noqa: E402
 from clinical_lf.run_folder import PACKAGES  # noqa: E402
 from clinical_lf.tables import StayTable  # noqa: E402
@@ -69,7 +70,7 @@ def hashing_vectors(table: StayTable, item_history: bool = False) -> np.ndarray:
     """Return vectors (n_texts, 768) of the hashing encoder; with item_history of texts without their number."""
     with tempfile.TemporaryDirectory() as cache:
         settings = train.Settings(text_encoder="hashing", cache_dir=cache, item_history=item_history)
-        accelerator = train.make_accelerator(settings)
+        accelerator = make_accelerator(settings.mixed_precision)
         texts = train.texts_to_encode(table.texts, settings)
         settings, encoder = train.make_text_encoder(settings, texts, accelerator)
         return train.embed_texts(encoder, texts, accelerator)

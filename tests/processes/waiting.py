@@ -4,9 +4,9 @@ import sys
 import time
 from datetime import timedelta
 
-import train
+from clinical_lf.plan import make_accelerator
 
-accelerator = train.make_accelerator(train.Settings(), timedelta(seconds=float(sys.argv[1])))
+accelerator = make_accelerator(timeout=timedelta(seconds=float(sys.argv[1])))
 with accelerator.main_process_first():
     if accelerator.is_main_process:
         time.sleep(float(sys.argv[2]))
