@@ -1107,15 +1107,6 @@ class Checkpoint(NamedTuple):
         return stays["patient_id"].isin(self.patients["train"] + self.patients["validation"]).to_numpy()
 
 
-def parts_of(content: dict[Any, Any], above: str = "") -> Iterator[str]:
-    """Yield the names of the parts of nested plain data, such as `model/classifier.0.weight`."""
-    for key, value in content.items():
-        yield f"{above}{key}"
-        is_list = isinstance(value, list) and value and isinstance(value[0], dict)
-        if is_list or isinstance(value, dict):
-            yield from parts_of(dict(enumerate(value)) if is_list else value, f"{above}{key}/")
-
-
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint, executing nothing in it; the model is in eval mode. Raises InputError for any other file."""
     try:
@@ -1136,7 +1127,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         known = Settings.__dataclass_fields__
         settings = Settings(**{name: value for name, value in state["settings"].items() if name in known})
         preprocessor = ClinicalDataPreprocessor().load_state_dict(state["preprocessor"])
-        if not {*state["parts"]} <= {*parts_of(state)}:
+        if not {*state["parts"]} <= {*files.parts_of(state)}:
             raise ValueError("parts are missing")
         json.dumps(state, allow_nan=False, default=lambda tensor: float(tensor.sum()))  # ValueError: NaN or infinity
         baseline = {name: mean.to(device) for name, mean in state["baseline"].items()}
@@ -1197,16 +1188,6 @@ def items_of_events(dataset: ClinicalSequenceDataset) -> Tensor:
     return dataset.events(rows)[:, : -1 - dataset.n_history].cpu()
 
 
-def fingerprint(table: StayTable) -> str:
-    """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
-    digest = hashlib.md5(usedforsecurity=False)
-    of_stays = (table.stays["icu_stay_id"].to_numpy(), table.offsets, table.labels)
-    of_events = (table.event_type, table.text, table.minutes_to_end, table.known_minutes_since_intime)
-    for array in (*of_stays, *of_events, pd.util.hash_array(np.asarray(table.texts, dtype=object))):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
 class TrainingData(NamedTuple):
     """What a model is trained on."""
 
@@ -1240,7 +1221,7 @@ class Trainer:
         # Whose attention is saved, in every epoch the same stays: of some 512 events, as a picture can show them.
         self.shown = np.argsort(np.abs(self.train_set.lengths - 512), kind="stable")[:MOST_ATTENTION_FILES].tolist()
         self.training_items = sorted(set(map(items.item_hash, table.texts[np.unique(train_table.text)])))
-        self.data_fingerprint = fingerprint(table)
+        self.data_fingerprint = table.fingerprint()
         patient_ids = table.stays["patient_id"]
         self.patients = {name: patient_ids.iloc[part].unique().tolist() for name, part in split._asdict().items()}
         model = self.new_model()
@@ -1417,7 +1398,7 @@ class Trainer:
         if name == "latest_checkpoint.pth":
             state["objective"] = self.accelerator.unwrap_model(self.objective).state_dict()
             state |= {"n_averaged": self.average.n_averaged, "optimizer": self.optimizer.state_dict()}
-        state["parts"] = list(parts_of(state))
+        state["parts"] = list(files.parts_of(state))
         write_whole(self.output / "checkpoints" / name, lambda path: torch.save(state, path))
 
     def resume(self) -> None:
@@ -1688,10 +1669,8 @@ def train_model(
     """
     if isinstance(data := settings.data if data is None else data, pd.DataFrame):
         settings = replace(settings, data=THE_FRAME)
-    settings, accelerator = (
-        check_settings(replace(settings, dry_run=False)),
-        accelerator or plan.make_accelerator(settings.mixed_precision),
-    )
+    settings = check_settings(replace(settings, dry_run=False))
+    accelerator = accelerator or plan.make_accelerator(settings.mixed_precision)
     if not isinstance(data, TrainingData):
         data = read_training_data(settings, accelerator, data)[2][0]
     trainer = Trainer(settings, data, accelerator)
@@ -1735,10 +1714,9 @@ def train_and_report(
             folder.write_split(trainer.patients)
             folder.write_audit(data.table, data.split, source.report)
         n_steps, world = len(trainer.plan_epoch(1)), accelerator.num_processes
-        device = {"cpu": "the CPU", "cuda": "the GPU"}.get(accelerator.device.type, accelerator.device.type)
         precision = "bfloat16 where it suffices" if accelerator.mixed_precision == "bf16" else "float32"
-        processes = f", {world} processes" if world > 1 else ""
-        logger.info(files.WORDS["log"]["model"].format(trainer=trainer, on=f"{device}, {precision}{processes}"))
+        on = f"{accelerator.device.type.upper()}, {precision}" + f", {world} processes" * (world > 1)
+        logger.info(files.WORDS["log"]["model"].format(trainer=trainer, on=on))
         events = trainer.train_set.lengths.sum() / n_steps / world
         logger.info(files.WORDS["log"]["steps"].format(steps=n_steps, events=events))
 
@@ -1787,8 +1765,6 @@ def load_run(
     data: as --data takes it (default: the checkpoint's own), or a data frame, one row per event. options: settings that
     overrule the checkpoint's, unless empty. only_unseen: leave out patients that it was trained or tuned on. Raises
     InputError where the data cannot be read, the encoder is another one, or no stay is left.
-
-    >>> run = load_run("RUN/checkpoints/best_model.pth", "new.parquet")  # doctest: +SKIP
     """
     accelerator = accelerator or plan.make_accelerator()
     if not isinstance(checkpoint, Checkpoint):

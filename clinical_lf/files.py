@@ -169,6 +169,15 @@ def lock_folder(folder: Path, wait: bool = True) -> Iterator[None]:
                 place.rmdir()
 
 
+def parts_of(content: dict[Any, Any], above: str = "") -> Iterator[str]:
+    """Yield the names of the parts of nested plain data, such as `model/classifier.0.weight`."""
+    for key, value in content.items():
+        yield f"{above}{key}"
+        is_list = isinstance(value, list) and value and isinstance(value[0], dict)
+        if is_list or isinstance(value, dict):
+            yield from parts_of(dict(enumerate(value)) if is_list else value, f"{above}{key}/")
+
+
 def free_disk(folder: Path) -> int:
     """Return how many bytes are free where a folder is, or will be."""
     return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free

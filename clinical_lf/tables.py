@@ -1,5 +1,6 @@
 """Stays and their events as flat arrays: the table, the report of its reading, the cohort, and the split by patient."""
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,15 @@ class StayTable:
         is_used = np.bincount(self.text, minlength=len(self.texts)) > 0
         number = sums_before(is_used).astype(np.int32)  # of each text that is used: how many of these precede it
         return replace(self, text=number[self.text], texts=self.texts[is_used])
+
+    def fingerprint(self) -> str:
+        """Return 32 hex digits of the stays and their events: the same wherever they lie, others once they change."""
+        digest = hashlib.md5(usedforsecurity=False)
+        of_stays = (self.stays["icu_stay_id"].to_numpy(), self.offsets, self.labels)
+        of_events = (self.event_type, self.text, self.minutes_to_end, self.known_minutes_since_intime)
+        for array in (*of_stays, *of_events, pd.util.hash_array(np.asarray(self.texts, dtype=object))):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 def sums_before(counts: np.ndarray) -> np.ndarray:

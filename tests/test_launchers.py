@@ -24,7 +24,7 @@ def test_launcher_trains_with_one_writer_and_each_stay_once(n_processes, options
     data.to_csv(tmp_path / "data.csv", index=False)
     argv = arguments(tmp_path, tmp_path / "data.csv", encoder=tiny_longformer)
     said = run_python(*options.split(), train.__file__, *argv, folder=tmp_path)
-    assert "on the CPU, float32" in said and (", 2 processes" in said) == (n_processes == 2)
+    assert "on CPU, float32" in said and (", 2 processes" in said) == (n_processes == 2)
     assert said.count("epoch  1/1") == 1 and said.count("Written ") == 1
     predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -49,13 +49,13 @@ def test_part_has_its_stays_in_their_order_their_events_and_their_texts_only(cho
 def test_parts_stacked_again_are_the_whole(sample):
     parts = [sample.take(np.arange(first, last)) for first, last in ((0, 30), (30, 31), (31, 90))]
     assert_same_table(tables.stacked(parts), sample)
-    assert train.fingerprint(tables.stacked(parts)) == train.fingerprint(sample)
-    assert train.fingerprint(tables.stacked(parts[::-1])) != train.fingerprint(sample)
+    assert tables.stacked(parts).fingerprint() == sample.fingerprint()
+    assert tables.stacked(parts[::-1]).fingerprint() != sample.fingerprint()
 
 
 def test_fingerprint_changes_with_what_is_read():
     for changed in ({"event_text": "x"}, {"patient_expired_in_hospital": "1"}, {"event_known_time": ""}):
-        assert train.fingerprint(small(4)) == train.fingerprint(small(4)) != train.fingerprint(small(4, **changed))
+        assert small(4).fingerprint() == small(4).fingerprint() != small(4, **changed).fingerprint()
 
 
 def test_only_what_was_known_by_the_hour_is_read_and_times_count_to_it():
