@@ -1524,8 +1524,8 @@ def run(settings: Settings) -> dict[str, Any]:
     """Go through all phases of a run; return what metrics.json holds."""
     accelerator = plan.make_accelerator(settings.mixed_precision)
     settings = replace(settings, output_dir=str(output_folder(settings)))
-    for path in checkpoint_files(settings.evaluate) if settings.evaluate else ():
-        load_checkpoint(path)  # a mistyped one leaves no folder
+    for path in checkpoint_files(settings.evaluate) if settings.evaluate else filter(None, [settings.init_from]):
+        load_checkpoint(path)  # a mistyped one leaves no folder, and costs no hours of encoding
     with files.lock_folder(Path(settings.output_dir), wait=False) if accelerator.is_main_process else nullcontext():
         if settings.evaluate:
             return evaluate(settings, accelerator)
