@@ -17,7 +17,6 @@ Explains this model, not causes of death. Research software: not a medical devic
 
 import copy
 import html
-import itertools
 import json
 import logging
 import math
@@ -1014,7 +1013,6 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
 
 TRAJECTORY_COLUMNS = ["hours_since_admission", "n_events", "probability", "icu_stay_id", "extrapolated"]
 DECISIVE_COLUMNS = ["icu_stay_id", "threshold", "probability", "probability_without", "event", "event_text"]
-PAIRED, PAIR_COLUMNS = 10, ["first", "second", "with_second", "without_second", "interaction"]
 MOST_DECISIVE = 64  # events taken out at most before the search for a changed decision is given up
 
 
@@ -1045,31 +1043,6 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
             chosen = fewer
     found = events.iloc[np.sort(chosen)].assign(threshold=threshold, probability=risk)
     return found.assign(probability_without=risk_without([chosen])[0])[DECISIVE_COLUMNS]
-
-
-def pair_table(run: Run, stay: int, events: pd.DataFrame, statics: pd.DataFrame) -> pd.DataFrame:
-    """Return the pairs among the `PAIRED` strongest events and statics of a stay (`PAIR_COLUMNS`).
-
-    How far the first moves the logit where the second is there, and where it is not; their difference is the
-    interaction, a second difference by absence. A static that is not there is as average.
-    """
-    columns = np.array([static_word(column) for column, _ in run.checkpoint.preprocessor.static_names])
-    every, places = np.ones(len(columns), bool), np.arange(len(events))
-    parts = [(row.attribution, row.event_text, places != row.event, every) for row in events.itertuples()]
-    for row in statics.itertuples():
-        name = f"{row.feature}: {explain_report.plain_number(row.value)}"
-        parts.append((row.attribution, name, places >= 0, columns != row.feature))
-    strongest = sorted(parts, key=lambda part: -abs(part[0]))[:PAIRED]
-    pairs = list(itertools.combinations(range(len(strongest)), 2))
-    sets = [(), *((place,) for place in range(len(strongest))), *pairs]
-    masks = [np.stack([part[at] for part in strongest]) for at in (2, 3)]  # (PAIRED, L), (PAIRED, S)
-    keep, keep_static = (np.stack([mask[np.array(chosen, int)].all(0) for chosen in sets]) for mask in masks)
-    logits = variant_logits(run.checkpoint.model, run.one(stay), keep, run.checkpoint.baseline, keep_static)
-    rows = []
-    for (first, second), neither in zip(pairs, logits[len(strongest) + 1 :]):
-        moves = logits[0] - logits[1 + first], logits[1 + second] - neither
-        rows.append((strongest[first][1], strongest[second][1], *moves, moves[0] - moves[1]))
-    return pd.DataFrame(rows, columns=PAIR_COLUMNS).assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
 
 
 def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
@@ -1120,8 +1093,6 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     decisive = [decisive_events(run, stay, explained[stay].events, settings.decision_threshold) for stay in reasons]
     tables["items"] = findings.item_table(findings.with_statics(tables), *resampling)
     tables["systems"] = findings.system_table(tables["events"])
-    paired = [pair_table(run, stay, explained[stay].events, explained[stay].statics) for stay in reasons]
-    tables["pairs"] = of_shown([*PAIR_COLUMNS, "icu_stay_id"], paired)
     tables["decisive"] = of_shown(DECISIVE_COLUMNS, decisive)
     by_time = mean_with_interval(stays["moved_by_shuffling"], stays["patient_id"], *resampling)
     verdict = [*verdict_of(run, leaks), Check("time" if by_time["low"] > FLOOR else "time, unused", by_time)]
@@ -1357,7 +1328,6 @@ TABLE_FILES = {
     "items": "item_importance.csv",
     "systems": "organ_systems.csv",
     "decisive": "decisive_events.csv",
-    "pairs": "pairs.csv",
 }
 LOGGED_CHECKS = ("discrimination", "calibration", "patients", "time", "quick")  # and those whose names begin so
 

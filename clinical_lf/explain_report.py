@@ -221,14 +221,12 @@ def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], i
     stays, sections = tables["stays"], []
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
     for stay in shown.itertuples():
-        names = ("events", "statics", "systems", "decisive", "trajectory", "pairs")
+        names = ("events", "statics", "systems", "decisive", "trajectory")
         own = {name: tables[name][tables[name]["icu_stay_id"] == stay.icu_stay_id] for name in names}
         events, own["statics"] = own["events"], own["statics"].sort_values("attribution", key=abs, ascending=False)
         own["place"] = int(np.flatnonzero(info["ids"] == stay.icu_stay_id)[0])
         own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
         own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
-        size = own["pairs"]["interaction"].astype(float).abs()
-        own["strongest pair"] = own["pairs"].loc[size[size >= FLOOR].nlargest(1).index]
         sections.append((stay, own))
     content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections)
     return render("report.html.j2", globals() | content)  # the page calls the functions above by their names

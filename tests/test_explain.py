@@ -227,19 +227,6 @@ def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run)
     assert min(sizes[0.9]) == 1 and np.mean(sizes[1.3]) > 1.5
 
 
-def test_a_pair_interacts_as_the_tables_without_the_one_the_other_and_both_say(any_run):
-    run, falls = any_run._replace(checkpoint=any_run.checkpoint._replace(baseline=None)), falls_of(any_run, 0)
-    columns = {"event": np.arange(len(falls)), "event_text": np.arange(len(falls)).astype(str), "attribution": falls}
-    statics = pd.DataFrame({"feature": ["age (years)"], "value": ["70"], "attribution": [0.0]})
-    pairs = explain.pair_table(run, 0, pd.DataFrame(columns), statics)
-    first, second = (pairs[name].to_numpy(int) for name in ("first", "second"))
-    kept = [~np.isin(np.arange(len(run.table.text)), pair) for pair in zip(first, second)]
-    neither = read_anew(run, stacked([run.table.take(np.array([0]), keep_event=keep) for keep in kept]))
-    expected = falls[first] - (run.logits[0] - falls[second] - neither)
-    np.testing.assert_allclose(pairs["interaction"], expected, atol=3e-6)
-    assert len(pairs) == 45 and np.abs(expected).max() > 1e-4
-
-
 def test_a_typical_number_is_that_of_the_nearest_text_that_says_the_same_and_its_history_follows(any_run):
     texts = [
         " | Value: 9 mmol/L | Level: far above range | Flag: abnormal",
