@@ -44,7 +44,7 @@ from torch.nn import functional as F
 import train
 from clinical_lf import audit, explain_report, files, findings, metrics, run_folder
 from clinical_lf.explain_plots import FIGURES, draw_captum_attributions, draw_figure, draw_figures
-from clinical_lf.explain_report import FLOOR, Check, counted, percent, static_word
+from clinical_lf.explain_report import FEW, FLOOR, Check, counted, percent, static_word
 from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
 from clinical_lf.items import HISTORY, item_history, mask_numbers, quantiles_in, read_text
@@ -77,13 +77,16 @@ class ExplainSettings:
     checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
     save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
-    stays: int = setting(4, "Stays shown in full: highest, lowest, most uncertain, most wrong risk.", low=0, high=50)
+    stays: int = setting(
+        4, "Stays shown: highest, lowest, most uncertain, most wrong risk.", "; --stay-ids takes ids", low=0, high=50
+    )
+    stay_ids: str = setting("", "Ids (icu_stay_id) of the held-out stays to show in full, instead of a choice: 1,2,3.")
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
     decision_threshold: float = setting(
         0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
     )
     quick: bool = setting(
-        False, "Show what matters in half a minute: 12 short stays, few checks, no layers; a full run may differ."
+        False, "Show what matters in half a minute: a dozen short stays, few checks, no layers; a full run may differ."
     )
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
@@ -99,11 +102,11 @@ class Effort(NamedTuple):
     checked: int = 40  # stays on which deletion, infidelity and randomisation are measured
     removed: int = 100  # events of a stay taken out one by one, beside those that are listed
     numbers: int = 40  # events of a stay, drawn at random, whose number becomes typical, beside those that are listed
-    longest: int = 10**9  # events of a stay that is analysed
+    events: int = 10**9  # of all stays that are analysed, together; none has more than a sixth
     layers: bool = True
 
 
-QUICK = Effort(checked=4, removed=20, numbers=10, longest=200, layers=False)
+QUICK = Effort(checked=4, removed=20, numbers=10, events=1200, layers=False)
 N_BOOTSTRAP_QUICK, STAYS_QUICK, SHOWN_QUICK = 200, 12, 2
 
 
@@ -161,6 +164,7 @@ def load_unseen(
     held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
     if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
+    check_ids(settings.stay_ids, loaded.dataset.table.stays["icu_stay_id"], loaded.source.table.stays["icu_stay_id"])
     is_new_item = checkpoint.is_new_item(loaded.dataset.table.texts)
     typical = typical_texts(loaded.dataset.table.texts, checkpoint.preprocessor.state_dict().get("item_quantiles", {}))
     return Run(checkpoint, loaded.dataset.table, loaded.dataset, loaded.logits, held_out, is_new_item, typical)
@@ -185,33 +189,52 @@ def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.nd
     return found
 
 
-def choose_stays(run: Run, shown: int, most: int, seed: int, longest: int) -> tuple[list[int], dict[int, str]]:
-    """Return the stays to analyse, of `longest` events at most, and why each of `shown` of them is shown in full."""
+def ids_of(text: str) -> list[int]:
+    """Return the ids that a text names, separated by commas or spaces. Raises InputError."""
+    words = text.replace(",", " ").split()
+    if unfit := [word for word in words if not word.isdecimal()]:
+        raise files.refusal("unfit_ids", unfit=", ".join(unfit))
+    return [*map(int, words)]
+
+
+def check_ids(text: str, unseen: pd.Series, of_data: pd.Series) -> None:
+    """Refuse ids that are not among the unseen stays, each with its reason (InputError)."""
+    reasons = {icu_stay_id: "seen in training" for icu_stay_id in of_data} | dict.fromkeys(unseen, "")
+    unfit = {icu_stay_id: reasons.get(icu_stay_id, "not in the data") for icu_stay_id in ids_of(text)}
+    if said := [f"{icu_stay_id} ({reason})" for icu_stay_id, reason in unfit.items() if reason]:
+        raise files.refusal("absent_ids", absent=", ".join(said))
+
+
+def choose_stays(run: Run, settings: ExplainSettings, most_events: int) -> tuple[list[int], dict[int, str]]:
+    """Return the stays to analyse, of `most_events` in all, and why each of those that are shown in full is."""
     risk, labels, lengths = expit(run.logits), run.table.labels, run.table.lengths
-    usable = dict.fromkeys(np.flatnonzero(lengths <= (longest := max(longest, lengths.min()))).tolist())
+    if ids := ids_of(settings.stay_ids):
+        asked = np.flatnonzero(run.table.stays["icu_stay_id"].isin(ids)).tolist()
+        return asked, dict.fromkeys(asked, "asked for")
+    shown = min(settings.stays, len(lengths))
+    longest = max(most_events // 6, np.sort(lengths)[max(shown, 1) - 1])
+    usable = np.flatnonzero(lengths <= longest)
     among = "" if len(usable) == len(lengths) else f", of stays of at most {longest} events"
     wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
-    orders = {
-        "highest risk": np.argsort(-risk),
-        "lowest risk": np.argsort(risk),
-        "most uncertain": np.argsort(np.abs(risk - 0.5)),
-        "most wrong": np.argsort(-wrong),
-    }
+    scores = {"highest risk": -risk, "lowest risk": risk, "most uncertain": np.abs(risk - 0.5), "most wrong": -wrong}
     if np.isnan(labels).all():
-        del orders["most wrong"]
+        del scores["most wrong"]
+    ranked = {name: usable[np.argsort(score[usable])].tolist() for name, score in scores.items()}
     reasons: dict[int, str] = {}
-    while len(reasons) < min(shown, len(usable)):
-        name = list(orders)[len(reasons) % len(orders)]
-        ranked = [int(stay) for stay in orders[name] if stay in usable]
-        stay = next(stay for stay in ranked if stay not in reasons)
-        reasons[stay] = name + " of the others" * (stay != ranked[0]) + among
-    deaths = np.intersect1d(np.flatnonzero(labels == 1), [*usable])
-    if reasons and len(deaths) and not reasons.keys() & set(deaths.tolist()):
+    while len(reasons) < shown:
+        name = list(ranked)[len(reasons) % len(ranked)]
+        stay = next(stay for stay in ranked[name] if stay not in reasons)
+        reasons[stay] = name + " of the others" * (stay != ranked[name][0]) + among
+    deaths = [stay for stay in ranked["highest risk"] if labels[stay] == 1]
+    if reasons and deaths and not reasons.keys() & set(deaths):
         reasons.popitem()
-        reasons[int(deaths[risk[deaths].argmax()])] = f"highest risk of those who died{among}"
-    others = np.random.default_rng(seed).permutation([stay for stay in usable if stay not in reasons])
-    chosen = [*reasons, *others.tolist()]
-    return sorted(chosen[: max(most, len(reasons))] if most else chosen), reasons
+        reasons[deaths[0]] = f"highest risk of those who died{among}"
+    others = np.random.default_rng(settings.seed).permutation([stay for stay in usable if stay not in reasons])
+    order = np.array([*reasons, *others], int)
+    order = order[: max(settings.max_stays, len(reasons)) if settings.max_stays else None]
+    fits = np.cumsum(lengths[order]) <= most_events
+    fits[: max(1, len(reasons))] = True
+    return sorted(order[fits].tolist()), reasons
 
 
 # ---- Attend ----------------------------------------------------------------------------------------------------------
@@ -311,18 +334,17 @@ def captum_analysis(
 
     `baseline` is the checkpoint's: the mean training event at every position and the mean statics; None is zeros. Stays
     are done one by one, without padding, and again with 4 and 16 times the steps where the sum misses the difference of
-    the logits. Raises ValueError for NaN or infinite inputs of real events. Sundararajan et al. 2017, by Captum.
+    the logits. Arrays are converted; raises InputError for what cannot be meant. Sundararajan et al. 2017, by Captum.
 
     >>> found = captum_analysis(model, sequences, static_features, attention_mask)
     >>> found.events.shape == sequences.shape and bool(found.complete.all())
     True
     """
-    model.eval()
+    sequences, static_features, is_real = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
-    for stay, is_event in enumerate(event_mask(sequences, attention_mask)):
-        length = int(is_event.nonzero().max()) + 1 if is_event.any() else 0
+    for stay, is_event in enumerate(is_real):
+        length = int(is_event.nonzero().max()) + 1
         sequence, static, mask = sequences[stay, None, :length], static_features[stay, None], is_event[None, :length]
-        check_finite(sequence, static, mask)
         sequence = torch.where(mask[..., None], sequence, 0)  # what padding holds must not become 0 * NaN
         starts = baselines_like(sequence, static, baseline)
         with torch.no_grad():
@@ -338,25 +360,29 @@ def captum_analysis(
     return Attribution(attributions, statics, *(np.array(column) for column in zip(*rows)))
 
 
-def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) -> Tensor:
-    """Return (B, L) bool, True at real events, from a mask of any number type; None: every event is real."""
-    if sequences.dim() != 3:
-        shape = tuple(sequences.shape)
-        raise InputError(f"sequences of shape {shape}: give (B, L, C), a single stay with B = 1; statics (B, S).")
-    if attention_mask is None:
-        return torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
-    mask = torch.as_tensor(attention_mask, device=sequences.device).bool()
-    if mask.shape != sequences.shape[:2]:
-        shapes = (tuple(mask.shape), tuple(sequences.shape[:2]))
-        raise ValueError(f"attention_mask is {shapes[0]}; it must be {shapes[1]}, as the events.")
-    return mask
+def checked_inputs(
+    model: ClinicalTransformer, sequences: Any, static_features: Any, attention_mask: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (B, L, C) events, (B, S) statics and (B, L) bool, True at real events, as tensors where the model is.
 
-
-def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
-    """Raise ValueError for an input that nothing can be attributed to."""
-    if not (torch.isfinite(sequence[is_event]).all() and torch.isfinite(static).all()):
-        reason = "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it"
-        raise ValueError(f"{reason}. Look for missing text vectors, or for times that were not encoded.")
+    None as mask: every event is real. Raises InputError for what cannot be meant and for what is NaN or infinite.
+    """
+    like = next(model.parameters())
+    events, statics = (torch.as_tensor(values).to(like) for values in (sequences, static_features))
+    if events.dim() != 3 or statics.dim() != 2 or len(events) != len(statics):
+        raise files.refusal("no_batch", events=tuple(events.shape), statics=tuple(statics.shape))
+    widths = tuple(getattr(model, "architecture", {}).get(name) for name in ("input_dim", "static_dim"))
+    if (given := (events.shape[2], statics.shape[1])) != widths and any(widths):
+        raise files.refusal("other_width", given=given, read=widths)
+    mask = torch.ones(events.shape[:2]) if attention_mask is None else torch.as_tensor(attention_mask)
+    if mask.shape != events.shape[:2]:
+        raise files.refusal("other_mask", given=tuple(mask.shape), events=tuple(events.shape[:2]))
+    is_event = mask.to(like.device).bool()
+    if not ((mask == 0) | (mask == 1)).all() or not is_event.any(1).all():
+        raise files.refusal("no_mask")
+    if not (torch.isfinite(events[is_event]).all() and torch.isfinite(statics).all()):
+        raise files.refusal("not_finite")
+    return events, statics, is_event
 
 
 def baselines_like(sequence: Tensor, static: Tensor, baseline: Baseline) -> tuple[Tensor, Tensor]:
@@ -391,9 +417,7 @@ def layer_analysis(
     Statics are held fixed, and deeper layers have already mixed the events. Return dicts of layer, attribution (B, L),
     exactly 0 at padding, and gap_error (B,), complete (B,).
     """
-    model.eval()
-    mask = event_mask(sequences, attention_mask)
-    check_finite(sequences, static_features, mask)
+    sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
     rows = []
@@ -515,13 +539,15 @@ def ablation_analysis(
     >>> found.if_absent.shape == sequences.shape[:2]
     True
     """
-    model.eval()
-    mask = event_mask(sequences, attention_mask)
-    check_finite(sequences, static_features, mask)
+    sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     if dataset is None and model.architecture["n_history"]:
         raise files.refusal("held_histories")
     names = np.array(static_names or [f"static {column}" for column in range(static_features.shape[1])], object)
     kinds = event_groups or {"all events": ["all"] * sequences.shape[1]}
+    of_events = ((f"event_groups[{kind!r}]", labels, sequences.shape[1]) for kind, labels in kinds.items())
+    for name, labels, n_wanted in (("static_names", names, static_features.shape[1]), *of_events):
+        if len(labels) != n_wanted:
+            raise files.refusal("other_number", name=name, given=len(labels), wanted=n_wanted)
     scores, rows = np.zeros(mask.shape), []
     for number, is_event in enumerate(mask):
         stay = OneStay(
@@ -648,7 +674,7 @@ def randomisation(
 
     Similar texts look alike to any model: what counts is the excess (Adebayo et al. 2018).
     """
-    is_event, resets = event_mask(sequence, None), []
+    is_event, resets = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device), []
     for model in models:
         events, _ = integrated_gradients(model, sequence, static, is_event, baseline, FEW_STEPS)
         resets.append(events[0].double().sum(1).cpu().numpy())
@@ -731,23 +757,26 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     """Return what is to be read before any explanation."""
     checkpoint, risks, labels = run.checkpoint, expit(run.logits), run.table.labels
     trained = checkpoint.settings  # its resamples give the interval that train.py says
-    patients = run.table.stays["patient_id"].to_numpy()
-    checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
-    spread, unseen = float(np.std(run.logits)), float(np.mean(run.is_new_item[run.table.text]))
-    checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR or len(risks) <= 2))
-    whose = {0: "patients, other", len(risks): "patients"}.get(run.held_out, "patients, some")
-    checks.append(Check(whose, {"held_out": run.held_out, "n": len(risks)}))
+    patients, whose = run.table.stays["patient_id"].to_numpy(), {0: "patients, other", len(risks): "patients"}
+    checks, is_few, known = [], len(set(patients)) < FEW, labels[~np.isnan(labels)]
+    if not is_few:
+        checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
+        spread = float(np.std(run.logits))
+        checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR))
+    checks.append(Check(whose.get(run.held_out, "patients, some"), {"held_out": run.held_out, "n": len(risks)}))
+    unseen = float(np.mean(run.is_new_item[run.table.text]))
     checks.append(Check("likeness", {"value": unseen}, unseen <= UNSEEN_SHARE))
-    worst, known = max(leaks, key=lambda text: leaks[text], default=""), labels[~np.isnan(labels)]
+    worst = max(leaks, key=lambda text: leaks[text], default="")
     found = {"n": len(leaks), "worst": worst, "value": leaks.get(worst, math.nan)}
     is_told = bool(leaks) or metrics.fewest(known) > 2  # of two, chance tells as well
-    checks.append(Check("single texts", found, not leaks) if is_told else Check("single texts, unknown", {}))
+    if not is_few:
+        checks.append(Check("single texts", found, not leaks) if is_told else Check("single texts, unknown", {}))
     sequence = checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     with torch.no_grad():
         logit = float(checkpoint.model.logits(sequence, checkpoint.baseline["static"][None]))
     found = {"value": logit, "risk": 100 * expit(logit), "mean": percent(risks.mean()), "n": len(risks)}
     found |= {"died": percent(known.mean()) if len(known) else "–", "above": int((run.logits > logit).sum())}
-    return [*checks, Check("baseline", found)]
+    return [*checks, Check("baseline, of few" if is_few else "baseline", found)]
 
 
 # ---- Tables: the same for the pictures, the report and the files -----------------------------------------------------
@@ -927,18 +956,25 @@ def logits_without(
     return logits
 
 
+def heads_of(model: ClinicalTransformer) -> dict[tuple[str, int], tuple[nn.Linear, slice]]:
+    """Return what each head gives, inputs of a linear layer, by its layer and number from 1; pooling comes last."""
+    layers: list[Any] = [layer.attention_output for layer in model.transformer_encoder]
+    kinds = [(f"layer {number}", linear, model.architecture["n_heads"]) for number, linear in enumerate(layers, 1)]
+    kinds.append(("pooling", model.attention_pooling.output, model.architecture["n_pooling_heads"]))
+    found: dict[tuple[str, int], tuple[nn.Linear, slice]] = {}
+    for name, linear, n_heads in kinds:
+        width = linear.in_features // n_heads
+        found |= {(name, head + 1): (linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)}
+    return found
+
+
 def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return how far logits move without each head, (heads, stays), and without all attention of layers, (stays,)."""
-    model, switches = run.checkpoint.model, []
-    layers: list[Any] = [layer.attention_output for layer in model.transformer_encoder]
-    kinds = [(linear, model.architecture["n_heads"]) for linear in layers]
-    for linear, n_heads in [*kinds, (model.attention_pooling.output, model.architecture["n_pooling_heads"])]:
-        width = linear.in_features // n_heads
-        switches += [(linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)]
-    logits = partial(logits_without, model, run.dataset, np.array(stays))
-    whole = logits()
-    moves = [np.abs(logits([switch]) - whole) for switch in switches]
-    return np.stack(moves), np.abs(logits([(linear, slice(None)) for linear in layers]) - whole)
+    heads, logits = heads_of(run.checkpoint.model), partial(logits_without, run.checkpoint.model, run.dataset)
+    whole = logits(np.array(stays))
+    moves = [np.abs(logits(np.array(stays), [head]) - whole) for head in heads.values()]
+    of_layers = [head for (name, _), head in heads.items() if name != "pooling"]
+    return np.stack(moves), np.abs(logits(np.array(stays), of_layers) - whole)
 
 
 def head_table(
@@ -965,12 +1001,8 @@ def head_table(
         values = np.stack([value.to_numpy(float) for value in properties.values()])
         measured.append(rank_correlation(weights[:, seen], values[:, seen]))
     patients = np.array([found.stay["patient_id"] for found in usable])
-    sizes = run.checkpoint.model.architecture
-    layers = np.repeat([f"layer {layer}" for layer in range(1, sizes["n_layers"] + 1)], sizes["n_heads"]).tolist()
-    heads = [*range(1, sizes["n_heads"] + 1)] * sizes["n_layers"] + [*range(1, sizes["n_pooling_heads"] + 1)]
-    names = list(zip(layers + ["pooling"] * sizes["n_pooling_heads"], heads))
     rows = []
-    for number, (layer, head) in enumerate(names if measured else ()):
+    for number, (layer, head) in enumerate(heads_of(run.checkpoint.model) if measured else ()):
         for column, name in enumerate(properties):
             of_stays = np.array([found[number, column] for found in measured])
             mean = mean_with_interval(of_stays, patients, settings.n_bootstrap, settings.seed)
@@ -1011,7 +1043,6 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
     return pd.DataFrame(columns).assign(extrapolated=not run.checkpoint.settings.prospective)
 
 
-TRAJECTORY_COLUMNS = ["hours_since_admission", "n_events", "probability", "icu_stay_id", "extrapolated"]
 DECISIVE_COLUMNS = ["icu_stay_id", "threshold", "probability", "probability_without", "event", "event_text"]
 MOST_DECISIVE = 64  # events taken out at most before the search for a changed decision is given up
 
@@ -1053,58 +1084,68 @@ def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
 def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     """Return the tables of a run, as the report and the pictures take them."""
     effort, seed, lengths = QUICK if settings.quick else Effort(), settings.seed, run.table.lengths
-    resampling = (settings.n_bootstrap, seed)
-    chosen, reasons = choose_stays(run, settings.stays, settings.max_stays, seed, effort.longest)
-    checked = some_of(chosen, effort.checked, seed)
-    of_interest = [*reasons] or chosen[:1]
+    model, n_layers = run.checkpoint.model, len(run.checkpoint.model.transformer_encoder)
+    resampling, leaks = (settings.n_bootstrap, seed), audit.leaking_texts(run.table)
+    chosen, reasons = choose_stays(run, settings, effort.events)
+    is_few = run.table.stays["patient_id"][chosen].nunique() < FEW
+    checked = [] if is_few else some_of(chosen, effort.checked, seed)
+    switched, of_interest = some_of(checked or chosen, OFF_STAYS, seed), [*reasons] or chosen[:1]
     logger.info(f"Explaining  {len(chosen)} of {len(lengths)} stays of unseen patients, {len(reasons)} of them in full")
-    leaks = audit.leaking_texts(run.table)
-    explaining = lengths * (50 + np.minimum(lengths, effort.removed) + np.minimum(lengths, effort.numbers))
-    checking = lengths * 250  # both in passes over an event
-    total = int(explaining[chosen].sum() + checking[checked].sum())
-    bar = files.Progress(total=total, desc="explain", unit=" passes", unit_scale=True)
+    # Passes over an event that each of them takes; one with gradients counts three times.
+    explaining = lengths * (70 + np.minimum(lengths, effort.removed) + np.minimum(lengths, effort.numbers))
+    explaining[of_interest] += lengths[of_interest] * 6 * IG_STEPS * effort.layers * (1 + n_layers)
+    checking, switching, showing = lengths * 250, lengths * (2 + len(heads_of(model))), lengths * 100
+    work = [(explaining, chosen), (checking, checked), (switching, switched), (showing, of_interest)]
+    total = int(sum(passes[stays].sum() for passes, stays in work))
+    bar = files.Progress(total=total, desc="explain", unit=" passes", unit_scale=True, smoothing=0)
     explained: dict[int, Explained] = {}
     for stay in chosen:
-        found = explain_stay(
-            run, stay, settings, effort, leaks, reasons.get(stay, ""), effort.layers and stay in of_interest
-        )
-        drawn = stay in of_interest  # no picture shows the maps of the others, half a megabyte each
-        explained[stay] = found if drawn else found._replace(attention=found.attention._replace(maps=np.empty(0)))
+        has_layers = effort.layers and stay in of_interest
+        found = explain_stay(run, stay, settings, effort, leaks, reasons.get(stay, ""), has_layers)
+        # No picture shows the maps of the others, half a megabyte each.
+        maps = found.attention.maps if has_layers else np.empty(0)
+        explained[stay] = found._replace(attention=found.attention._replace(maps=maps))
         bar.update(int(explaining[stay]))
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
         parts = [getattr(found, name) for found in explained.values()]
         tables[name] = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-    percentiles = [100 * float((run.logits <= run.logits[stay]).mean()) for stay in chosen]
     tables["stays"] = stays = pd.DataFrame([found.stay for found in explained.values()])
-    stays["risk_percentile"] = percentiles
+    stays["risk_percentile"] = [100 * float((run.logits <= run.logits[stay]).mean()) for stay in chosen]
     done = lambda stay: bar.update(int(checking[stay]))
     checks, tables["curves"] = check_stays(run, tables["events"], checked, settings, done)
-    bar.close()
     complete = {"value": float(stays["complete"].mean()), "n": len(stays), "steps": IG_STEPS}
     complete["at_once"] = float((stays["complete"] & (stays["n_steps"] == IG_STEPS)).mean())
     checks.insert(0, judged("completeness", "attribution", complete, ">= 0.99"))
     tables["faithfulness"] = explain_report.check_table(checks)
-    effects, of_layers = head_effects(run, some_of(checked, OFF_STAYS, seed))
+    effects, of_layers = head_effects(run, switched)
+    bar.update(int(switching[switched].sum()))
     tables["heads"] = head_table(run, explained, effects, settings)
     tables["query_similarity"] = query_similarity_table(explained, settings)
-    of_shown = lambda columns, parts: pd.concat([pd.DataFrame(columns=columns), *parts], ignore_index=True)
-    tables["trajectory"] = of_shown(TRAJECTORY_COLUMNS, [trajectory_table(run, stay) for stay in reasons])
-    decisive = [decisive_events(run, stay, explained[stay].events, settings.decision_threshold) for stay in reasons]
+    arriving, decisive = [], []
+    for stay in of_interest:
+        arriving.append(trajectory_table(run, stay))
+        decisive.append(decisive_events(run, stay, explained[stay].events, settings.decision_threshold))
+        bar.update(int(showing[stay]))
+    bar.close()
+    tables["trajectory"], tables["decisive"] = (pd.concat(parts, ignore_index=True) for parts in (arriving, decisive))
     tables["items"] = findings.item_table(findings.with_statics(tables), *resampling)
     tables["systems"] = findings.system_table(tables["events"])
-    tables["decisive"] = of_shown(DECISIVE_COLUMNS, decisive)
-    by_time = mean_with_interval(stays["moved_by_shuffling"], stays["patient_id"], *resampling)
-    verdict = [*verdict_of(run, leaks), Check("time" if by_time["low"] > FLOOR else "time, unused", by_time)]
-    mean, has_layers = float(of_layers.mean()), len(run.checkpoint.model.transformer_encoder) > 0
-    name = "layer attention" if mean > FLOOR else "layer attention, idle"
-    verdict.append(Check(name if has_layers else "layer attention, none", {"value": mean, "n": len(of_layers)}))
+    verdict = verdict_of(run, leaks)
+    if is_few:
+        verdict.append(Check("few stays", {"n": len(chosen)}))
+    else:
+        by_time = mean_with_interval(stays["moved_by_shuffling"], stays["patient_id"], *resampling)
+        verdict.append(Check("time" if by_time["low"] > FLOOR else "time, unused", by_time))
+        mean = float(of_layers.mean())
+        name = "layer attention" if mean > FLOOR else "layer attention, idle" if n_layers else "layer attention, none"
+        verdict.append(Check(name, {"value": mean, "n": len(of_layers)}))
     tables["verdict"] = explain_report.check_table(verdict + [Check("quick", effort._asdict())] * settings.quick)
     best = max((explained[stay] for stay in of_interest), key=lambda found: found.stay["probability"])
-    pictured = {"icu_stay_id": best.stay["icu_stay_id"], "layer_maps": best.attention.maps}
-    pictured |= {"n_mapped": min(len(best.events), MAX_MAP_EVENTS), "pooling": best.attention.pooling}
-    pictured |= {"hours": best.events["hours_to_end"].to_numpy(), "texts": best.events["event_text"].tolist()}
-    return tables | {"attention": pictured}
+    pictured = {"icu_stay_id": best.stay["icu_stay_id"], "pooling_weights": best.attention.pooling[None, :, None]}
+    pictured["layer_attention_weights"] = [maps[None] for maps in best.attention.maps]
+    tables["attention"] = pictured | {"n_mapped": min(len(best.events), MAX_MAP_EVENTS)}
+    return tables
 
 
 # ---- In a notebook: names of inputs, and small analyses of one pass --------------------------------------------------
@@ -1148,6 +1189,8 @@ def map_features_to_clinical(
     parts = feature_mapping.loc[feature_mapping["input"] == "event", "part"].to_numpy() if is_frame else np.array([])
     if values.ndim != 2 or values.shape[1] != len(parts):
         raise files.refusal("hidden_units")
+    if not -len(values) <= pos < len(values):
+        raise InputError(f"pos {pos}: there are {len(values)} positions, from 0 on.")
     table = pd.DataFrame({"part": parts, "attribution": values[pos]})
     return table.groupby("part", sort=False)["attribution"].sum().reset_index()
 
@@ -1159,17 +1202,17 @@ class Stay(NamedTuple):
     statics: pd.DataFrame | None = None
 
 
-def stay_of(tables: dict[str, pd.DataFrame], icu_stay_id: int) -> Stay:
+def stay_of(tables: dict[str, pd.DataFrame], icu_stay_id: int | str) -> Stay:
     """Return one stay out of what `run_explainability_analysis` returned. Raises InputError if it is not there.
 
     >>> stay_of(tables, 1).events["event_text"].iloc[0]
     'Lab: Lactate | Value: 9 mmol/L'
     """
     parts = [tables[name] for name in ("events", "statics")]
-    events, statics = (part[part["icu_stay_id"] == icu_stay_id].reset_index(drop=True) for part in parts)
+    events, statics = (part[part["icu_stay_id"].astype(str) == str(icu_stay_id)] for part in parts)
     if not len(events):
         raise InputError(f"icu_stay_id {icu_stay_id} is not among the stays analysed.")
-    return Stay(events, statics)
+    return Stay(events.reset_index(drop=True), statics.reset_index(drop=True))
 
 
 def to_numpy(values: Any) -> np.ndarray:
@@ -1184,6 +1227,10 @@ def weights_and_events(
 
     Padding has no output and no weight. Raises InputError for the record of another stay.
     """
+    if not isinstance(attention_weights, Mapping) or "pooling_weights" not in attention_weights:
+        raise files.refusal("no_attention")
+    if not isinstance(record, Stay | None):
+        raise files.refusal("no_record", kind=type(record).__name__)
     weights = to_numpy(attention_weights["pooling_weights"])[:, :, 0]  # (B, Hp, L)
     is_used = weights.sum(1) > 0
     if "transformer_output" in attention_weights:
@@ -1329,7 +1376,7 @@ TABLE_FILES = {
     "systems": "organ_systems.csv",
     "decisive": "decisive_events.csv",
 }
-LOGGED_CHECKS = ("discrimination", "calibration", "patients", "time", "quick")  # and those whose names begin so
+LOGGED_CHECKS = ("discrimination", "calibration", "patients", "time", "quick", "few")  # and those whose names begin so
 
 
 class Explanation(dict[str, Any]):
@@ -1390,9 +1437,14 @@ def run_explainability_analysis(
     if not isinstance(checkpoint_path, str | os.PathLike):
         kind = type(checkpoint_path).__name__
         raise InputError(f"the checkpoint is the path of a best_model.pth, not a {kind}; data come second.")
-    folder = train.folder_of_run(checkpoint_path) / "explainability" if save_dir == "" else save_dir
+    path, *others = train.checkpoint_files(checkpoint_path)
+    if others:
+        raise files.refusal("many_checkpoints", folder=checkpoint_path, count=1 + len(others), first=path)
+    folder = train.folder_of_run(path) / "explainability" if save_dir == "" else save_dir
+    if not isinstance(ids := options.get("stay_ids", ""), str):
+        options["stay_ids"] = " ".join(map(str, np.atleast_1d(ids)))
     try:
-        settings = ExplainSettings(checkpoint=str(checkpoint_path), **options)
+        settings = ExplainSettings(checkpoint=str(path), **options)
     except TypeError as error:
         reason = f"{str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
         raise InputError(f"run_explainability_analysis: {reason}") from None
@@ -1409,7 +1461,7 @@ def run_explainability_analysis(
     if report is not None:
         is_frame = isinstance(test_data_path, pd.DataFrame)
         data = "the data frame" if is_frame else str(test_data_path) or run.checkpoint.settings.data
-        write_everything(report.parent, run, found, run_folder.data_in_words(data), Path(checkpoint_path).name)
+        write_everything(report.parent, run, found, run_folder.data_in_words(data), path.name)
         logger.info(f"Written     {report}, and its tables and pictures beside it")
     return found
 
@@ -1434,7 +1486,10 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     """Write tables, faithfulness.json, the pictures and the report."""
     writer = run_folder.RunFolder(folder, asdict(run.checkpoint.settings))
     for name, file in TABLE_FILES.items():
-        writer.table(file, found[name])
+        if name == "layers" and found.layers.empty:  # of a quick look
+            files.delete_quietly(folder / file)
+        else:
+            writer.table(file, found[name])
     rows = lambda table: json.loads(table.to_json(orient="records", double_precision=15))
     means = found["curves"].groupby(["direction", "order", "fraction"])["change"].mean().reset_index()
     record = {"text_encoder": found.text_encoder, "stays": len(found["stays"]), "held_out": run.held_out}

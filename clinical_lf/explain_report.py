@@ -17,6 +17,7 @@ from clinical_lf.run_folder import render
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
 MIN_PATIENTS = 10  # behind a finding: fewer agree by chance
+FEW = 3  # patients; of fewer, which have no interval, nothing is said about the model
 EVENTS_LISTED = 10  # of a stay, in the report, on either side
 DISCLAIMER = "explains this model, not causes of death"
 TYPE_WORDS, METHOD_WORDS, STATIC_WORDS = WORDS["event_types"], WORDS["methods"], WORDS["static"]
@@ -100,7 +101,8 @@ def counted(number: int, word: str) -> str:
 def plain_number(value: object) -> str:
     """Return a number without needless digits, anything else as it is."""
     try:
-        return f"{float(str(value)):.3g}"
+        number = float(str(value))
+        return f"{number:,.0f}" if 1000 <= abs(number) < math.inf else f"{number:.3g}"
     except ValueError:
         return str(value)
 
@@ -197,6 +199,8 @@ def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     """Say how many checks are passed, and which are not; none is counted where the verdict warns."""
     if verdict["passed"].eq(False).any():
         return WORDS["page"]["warned"]
+    if set(faithfulness["check"]) == {"completeness"}:
+        return WORDS["page"]["few"]
     fallen = [question_of(row) for row in faithfulness[faithfulness["passed"].eq(False)].itertuples()]
     n_judged, n_stays = faithfulness["passed"].notna().sum(), faithfulness["n"].min()
     words = WORDS["page"]["fallen" if fallen else "passed"]

@@ -622,18 +622,20 @@ def test_every_file_is_written(explained):
 def test_chosen_stays_are_shown_for_a_reason_and_a_death_is_among_them(run):
     stays = lambda labels: run.table.stays.assign(**{LABEL: 1.0 * labels})
     with_labels = lambda labels: run._replace(table=replace(run.table, stays=stays(labels)))
-    chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), 3, 6, 0, longest=10**9)
+    asked = lambda shown, most=0, ids="": explain.ExplainSettings(stays=shown, max_stays=most, stay_ids=ids)
+    chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), asked(3, 6), 10**9)
     assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain of the others"]
     assert next(iter(why)) == run.logits.argmax()
     quiet = int(run.logits.argmin())  # neither the highest risk nor, with one stay shown, any other
-    _, why = explain.choose_stays(with_labels(np.arange(len(run.logits)) == quiet), 1, 6, 0, longest=10**9)
+    _, why = explain.choose_stays(with_labels(np.arange(len(run.logits)) == quiet), asked(1, 6), 10**9)
     assert why == {quiet: "highest risk of those who died"}
-    chosen, why = explain.choose_stays(run, 3, 0, 0, longest=int(np.median(run.table.lengths)))
-    assert chosen == np.flatnonzero(run.table.lengths <= np.median(run.table.lengths)).tolist() and why.keys() < {
-        *chosen
-    }
-    chosen, why = explain.choose_stays(run, 3, 0, 0, longest=1)  # there is none: the shortest ones
-    assert chosen == np.flatnonzero(run.table.lengths == run.table.lengths.min()).tolist()
+    first, *_, last = ids = run.table.stays["icu_stay_id"].tolist()
+    assert explain.choose_stays(run, asked(4, 6, f"{last}, {first}"), 1)[0] == [0, len(ids) - 1]
+    lengths, most = run.table.lengths, 6 * int(np.median(run.table.lengths))
+    chosen, why = explain.choose_stays(run, asked(3), most)
+    assert lengths[chosen].max() <= most // 6 and most - most // 6 < lengths[chosen].sum() <= most and {*why} < {*chosen}
+    chosen, why = explain.choose_stays(run, asked(3), 1)  # there is none so short: the shortest ones
+    assert len(chosen) == len(why) == 3 and lengths[chosen].max() <= np.sort(lengths)[2]
 
 
 def test_risk_as_events_arrive_is_that_of_what_was_known_by_then_and_of_nothing_later(run):

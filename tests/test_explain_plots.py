@@ -3,6 +3,7 @@
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -69,14 +70,15 @@ def test_figures_survive_one_stay_without_label_and_without_heads_and_an_unknown
 
 
 def test_pictures_of_checks_and_layers_are_drawn_only_where_there_are_any(tables):
-    attention = tables["attention"] | {"layer_maps": np.zeros((0, 2, 0, 0))}
+    attention = tables["attention"] | {"layer_attention_weights": []}
     drawn = draw_figures(tables | {"curves": tables["curves"][:0], "attention": attention})
     assert set(NAMES) - set(drawn) == {"deletion_insertion", "layer_attention_weights", "captum_layer_attributions"}
 
 
 def test_maps_of_a_long_stay_have_the_hours_of_its_end(tables):
-    attention = tables["attention"] | {"hours": np.arange(5000.0)[::-1], "n_mapped": 3000}
-    figure = draw_figure("layer_attention_weights", tables | {"attention": attention})
+    attention, hours = tables["attention"] | {"n_mapped": 3000}, np.arange(5000.0)[::-1]
+    events = pd.DataFrame({"icu_stay_id": attention["icu_stay_id"], "event": np.arange(5000), "hours_to_end": hours})
+    figure = draw_figure("layer_attention_weights", tables | {"attention": attention, "events": events})
     ticks = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
     assert "3000 events" in figure.get_suptitle() and ["2999", "1499", "0"] in ticks
 

@@ -34,13 +34,13 @@ def loud(explained):
         pushes = tables[name].filter(regex="^(attribution|if_absent|ablation|push)").columns
         tables[name][pushes] *= 300
     events, stays, attention = tables["events"], tables["stays"], tables["attention"]
-    stay, n_events = attention["icu_stay_id"], len(attention["texts"])
+    stay, n_events = attention["icu_stay_id"], attention["pooling_weights"].shape[3]
     own = events["icu_stay_id"] == stay
     events.loc[own, "event_text"] = ATTACK
     events.loc[events["attribution"][own].idxmax(), "item"] = ATTACK.split(" | ")[0]
     stays.loc[stays["icu_stay_id"] == stay, ["complete", "gap_error"]] = [False, 0.3]
     pooling = np.random.default_rng(0).dirichlet(np.full(n_events, 0.3), 4)
-    tables["attention"] = attention | {"texts": [ATTACK] * n_events, "pooling": pooling}
+    tables["attention"] = attention | {"pooling_weights": pooling[None, :, None]}
     decisive = events[own][["icu_stay_id", "event", "event_text"]][:2]
     tables["decisive"] = decisive.assign(threshold=0.5, probability=0.61, probability_without=0.18)
     passed = tables["verdict"]["passed"].replace(False, True)
