@@ -51,14 +51,14 @@ from clinical_lf.items import HISTORY, item_history, mask_numbers, quantiles_in,
 from clinical_lf.metrics import figure_text, mean_with_interval
 from clinical_lf.settings import check_limits, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, LABEL, known_at, stacked
-from train import ClinicalTransformer
+from train import ClinicalTransformer, load_attention_weights, save_attention_weights
 
 __all__ = [
     "Ablation", "Attribution", "ExplainSettings", "Explanation", "Stay", "ablation_analysis",
     "analyze_critical_time_periods", "analyze_feature_importance_over_time", "analyze_layer_attention_patterns",
     "analyze_static_feature_attribution", "analyze_temporal_feature_attribution", "captum_analysis",
-    "draw_figure", "draw_figures", "layer_analysis", "map_features_to_clinical", "name_inputs",
-    "run_explainability_analysis", "stay_of",
+    "draw_figure", "draw_figures", "layer_analysis", "load_attention_weights", "map_features_to_clinical",
+    "name_inputs", "run_explainability_analysis", "save_attention_weights", "stay_of", "to_shap",
 ]  # fmt: skip
 
 Baseline = dict[str, Tensor] | None  # an event (C,) and statics (S,), by the names "event" and "static"; None: zeros
@@ -86,7 +86,7 @@ class ExplainSettings:
         0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
     )
     quick: bool = setting(
-        False, "Show what matters in half a minute: a dozen short stays, few checks, no layers; a full run may differ."
+        False, "Show what matters in half a minute: short stays, few checks, no layers; a full run may differ."
     )
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
@@ -107,7 +107,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(checked=4, removed=20, numbers=10, events=1200, layers=False)
-N_BOOTSTRAP_QUICK, STAYS_QUICK, SHOWN_QUICK = 200, 12, 2
+N_BOOTSTRAP_QUICK, SHOWN_QUICK = 200, 2
 
 
 # ---- Load ------------------------------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ class Run(NamedTuple):
     logits: np.ndarray  # (n_stays) float64
     held_out: int  # stays of patients of the checkpoint's own test split
     is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
-
     typical_texts: np.ndarray  # (n_texts) number of the text that `typical_texts` gives each, -1 without
+    asked: tuple[int, ...] = ()  # stays to show, if not a choice
 
     @property
     def parts(self) -> dict[str, slice]:
@@ -164,10 +164,10 @@ def load_unseen(
     held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
     if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
-    check_ids(settings.stay_ids, loaded.dataset.table.stays["icu_stay_id"], loaded.source.table.stays["icu_stay_id"])
-    is_new_item = checkpoint.is_new_item(loaded.dataset.table.texts)
-    typical = typical_texts(loaded.dataset.table.texts, checkpoint.preprocessor.state_dict().get("item_quantiles", {}))
-    return Run(checkpoint, loaded.dataset.table, loaded.dataset, loaded.logits, held_out, is_new_item, typical)
+    table, quantiles = loaded.dataset.table, checkpoint.preprocessor.state_dict().get("item_quantiles", {})
+    asked = asked_stays(settings.stay_ids, table.stays, loaded.source.table.stays["icu_stay_id"])
+    known = (checkpoint.is_new_item(table.texts), typical_texts(table.texts, quantiles), asked)
+    return Run(checkpoint, table, loaded.dataset, loaded.logits, held_out, *known)
 
 
 def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.ndarray:
@@ -189,28 +189,25 @@ def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.nd
     return found
 
 
-def ids_of(text: str) -> list[int]:
-    """Return the ids that a text names, separated by commas or spaces. Raises InputError."""
-    words = text.replace(",", " ").split()
-    if unfit := [word for word in words if not word.isdecimal()]:
-        raise files.refusal("unfit_ids", unfit=", ".join(unfit))
-    return [*map(int, words)]
-
-
-def check_ids(text: str, unseen: pd.Series, of_data: pd.Series) -> None:
-    """Refuse ids that are not among the unseen stays, each with its reason (InputError)."""
-    reasons = {icu_stay_id: "seen in training" for icu_stay_id in of_data} | dict.fromkeys(unseen, "")
-    unfit = {icu_stay_id: reasons.get(icu_stay_id, "not in the data") for icu_stay_id in ids_of(text)}
-    if said := [f"{icu_stay_id} ({reason})" for icu_stay_id, reason in unfit.items() if reason]:
-        raise files.refusal("absent_ids", absent=", ".join(said))
+def asked_stays(text: str, stays: pd.DataFrame, of_data: pd.Series) -> tuple[int, ...]:
+    """Return the places of the stays whose ids a text names. Raises InputError: which are not there, and why."""
+    places, asked = {str(icu_stay_id): place for place, icu_stay_id in enumerate(stays["icu_stay_id"])}, set()
+    reasons, absent = dict.fromkeys(of_data.astype(str), "seen in training"), []
+    for word in text.replace(",", " ").split():
+        if word in places:
+            asked.add(places[word])
+        else:
+            absent.append(f"{word} ({reasons.get(word, 'not in the data')})")
+    if absent:
+        raise files.refusal("absent_ids", absent=", ".join(absent))
+    return tuple(sorted(asked))
 
 
 def choose_stays(run: Run, settings: ExplainSettings, most_events: int) -> tuple[list[int], dict[int, str]]:
     """Return the stays to analyse, of `most_events` in all, and why each of those that are shown in full is."""
     risk, labels, lengths = expit(run.logits), run.table.labels, run.table.lengths
-    if ids := ids_of(settings.stay_ids):
-        asked = np.flatnonzero(run.table.stays["icu_stay_id"].isin(ids)).tolist()
-        return asked, dict.fromkeys(asked, "asked for")
+    if run.asked:
+        return [*run.asked], dict.fromkeys(run.asked, "asked for")
     shown = min(settings.stays, len(lengths))
     longest = max(most_events // 6, np.sort(lengths)[max(shown, 1) - 1])
     usable = np.flatnonzero(lengths <= longest)
@@ -328,7 +325,6 @@ def captum_analysis(
     attention_mask: Tensor | None = None,
     baseline: Baseline = None,
     n_steps: int = 50,
-    retry: bool = True,
 ) -> Attribution:
     """Return the Integrated Gradients of (B, L, C) events and (B, S) statics on the logit, from a baseline.
 
@@ -350,7 +346,7 @@ def captum_analysis(
         with torch.no_grad():
             both = torch.cat([sequence, starts[0]]), torch.cat([static, starts[1]]), mask.expand(2, -1)
             logit, start = model.logits(*both).squeeze(1).tolist()
-        for steps in (n_steps, 4 * n_steps, 16 * n_steps) if retry else (n_steps,):
+        for steps in (n_steps, 4 * n_steps, 16 * n_steps):
             events, columns = integrated_gradients(model, sequence, static, mask, baseline, steps)
             gap = float(events.double().sum() + columns.double().sum()) - (logit - start)
             if adds_up(gap, logit - start):
@@ -420,16 +416,14 @@ def layer_analysis(
     sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    rows = []
-    for name in layers:
-        row: dict[str, Any] = {"layer": name, "attribution": np.zeros(mask.shape), "gap_error": np.zeros(len(mask))}
-        rows.append(row | {"complete": np.zeros(len(mask), bool)})
+    rows: list[dict[str, Any]] = [{"layer": name, "gap_error": [], "complete": []} for name in layers]
     for stay, is_event in enumerate(mask):
         sequence, static = sequences[stay, None, is_event], static_features[stay, None]
         start, _ = baselines_like(sequence, static, baseline)
         with torch.no_grad():
             logits = model.logits(torch.cat([sequence, start]), static.expand(2, -1)).squeeze(1).tolist()
         for row, layer in zip(rows, layers.values()):
+            of_layer = row.setdefault("attribution", np.zeros(mask.shape))
             # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
             per_pass = max(GRADIENT_EVENTS, sequence.shape[1])
             options = {"n_steps": n_steps, "method": "gausslegendre", "internal_batch_size": per_pass}
@@ -437,9 +431,10 @@ def layer_analysis(
             found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
             attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
             gap = float(attribution.sum()) - (logits[0] - logits[1])
-            row["attribution"][stay, is_event.cpu()] = attribution
-            row["gap_error"][stay], row["complete"][stay] = gap, adds_up(gap, logits[0] - logits[1])
-    return rows
+            of_layer[stay, is_event.cpu()] = attribution
+            row["gap_error"].append(gap)
+            row["complete"].append(adds_up(gap, logits[0] - logits[1]))
+    return [row | {name: np.array(row[name]) for name in ("gap_error", "complete")} for row in rows]
 
 
 class OneStay(NamedTuple):
@@ -495,18 +490,17 @@ def variant_logits(
         keep_static = np.ones((len(keep), stay.static.shape[1]), bool)
     n_events, asked = keep.shape[1], np.hstack([keep, keep_static, *([] if texts is None else [texts])])
     _, first, which = np.unique(asked, axis=0, return_index=True, return_inverse=True)
-    first = first[np.argsort(keep[first].sum(1), kind="stable")]  # stays of one length take one call
-    logits, per_pass = np.zeros(len(keep)), max(1, FORWARD_EVENTS // max(1, n_events))
-    for part in (first[start : start + per_pass] for start in range(0, len(first), per_pass)):
+    order = np.argsort(keep[first].sum(1), kind="stable")  # stays of one length take one call
+    logits, per_pass = np.zeros(len(first)), max(1, FORWARD_EVENTS // max(1, n_events))
+    for places in (order[start : start + per_pass] for start in range(0, len(order), per_pass)):
+        part = first[places]
         events, rows, statics = stay.variants(keep[part], None if texts is None else texts[part])
         is_kept = torch.as_tensor(keep_static[part], device=statics.device)
         statics = torch.where(is_kept, statics, baselines_like(stay.sequence, stay.static, baseline)[1])  # (n, S)
         layout = train.layout_of_lengths(keep[part].sum(1), events.device)
         found, _ = model.score_packed(events, statics, layout, rows=rows)
-        logits[part] = found.squeeze(1).double().cpu().numpy()
-    same = np.zeros(which.max() + 1, int)
-    same[which[first]] = first
-    return logits[same[which]]
+        logits[places] = found.squeeze(1).double().cpu().numpy()
+    return logits[which]
 
 
 class Ablation(NamedTuple):
@@ -761,16 +755,14 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     checks, is_few, known = [], len(set(patients)) < FEW, labels[~np.isnan(labels)]
     if not is_few:
         checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
-        spread = float(np.std(run.logits))
+        spread, worst = float(np.std(run.logits)), max(leaks, key=lambda text: leaks[text], default="")
         checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR))
+        found = {"n": len(leaks), "worst": worst, "value": leaks.get(worst, math.nan)}
+        is_told = bool(leaks) or metrics.fewest(known) > 2  # of two, chance tells as well
+        checks.append(Check("single texts", found, not leaks) if is_told else Check("single texts, unknown", {}))
     checks.append(Check(whose.get(run.held_out, "patients, some"), {"held_out": run.held_out, "n": len(risks)}))
     unseen = float(np.mean(run.is_new_item[run.table.text]))
     checks.append(Check("likeness", {"value": unseen}, unseen <= UNSEEN_SHARE))
-    worst = max(leaks, key=lambda text: leaks[text], default="")
-    found = {"n": len(leaks), "worst": worst, "value": leaks.get(worst, math.nan)}
-    is_told = bool(leaks) or metrics.fewest(known) > 2  # of two, chance tells as well
-    if not is_few:
-        checks.append(Check("single texts", found, not leaks) if is_told else Check("single texts, unknown", {}))
     sequence = checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     with torch.no_grad():
         logit = float(checkpoint.model.logits(sequence, checkpoint.baseline["static"][None]))
@@ -887,8 +879,8 @@ def explain_stay(
     groups["attribution"] = [sums[key] for key in zip(groups["kind"], groups["group"])]
     parts = [pd.DataFrame()]
     for row in layer_analysis(model, sequence, static, None, baseline, 2 * IG_STEPS) if layers else ():
-        table = pd.DataFrame({"event": events["event"], "attribution": row["attribution"][0]})
-        parts.append(table.assign(layer=row["layer"], gap_error=row["gap_error"][0], complete=row["complete"][0]))
+        of_stay = {name: row[name][0] for name in ("attribution", "gap_error", "complete")}
+        parts.append(pd.DataFrame({"event": events["event"], "layer": row["layer"], **of_stay}))
     logit, complete = found.logits[0], bool(found.complete[0])
     row = ids | {"label": events["label"].iloc[0], "probability": float(expit(logit)), "logit": logit}
     row |= {"baseline_logit": found.baseline_logits[0], "gap_error": found.gap_errors[0], "complete": complete}
@@ -1250,6 +1242,26 @@ def described_event(record: Stay | None, position: int) -> dict[str, Any]:
     return {"hours_to_end": float(event["hours_to_end"])} | event[["event_type", "event_text"]].to_dict()
 
 
+def to_shap(found: dict[str, Any]) -> Any:
+    """Return a `shap.Explanation` of an explanation's stays by items and statics, for SHAP's own plots.
+
+    values: Integrated Gradients, the pushes of all events of an item in a stay summed, 0 without any; data: the number
+    of its last event that has one, NaN without; base_values: the baseline's logit. So each row of values and its base
+    value sum to the stay's logit (0.02 + 1 %, where it is complete). Raises InputError without the package `shap`.
+
+    >>> shap.plots.waterfall(to_shap(found)[0])  # doctest: +SKIP
+    """
+    try:
+        import shap
+    except ImportError:
+        raise InputError("to_shap needs another package (0.51 works). Run: pip install shap") from None
+    stays, rows = found["stays"], findings.with_statics(found).groupby(["icu_stay_id", "item"])
+    values = rows["attribution"].sum().unstack(fill_value=0.0).loc[stays["icu_stay_id"]]
+    data = rows["value"].last().unstack().loc[values.index, values.columns]
+    starts = stays["baseline_logit"].to_numpy(float)
+    return shap.Explanation(values.to_numpy(), starts, data.to_numpy(float), feature_names=values.columns.tolist())
+
+
 def analyze_critical_time_periods(
     attention_weights: dict[str, Any], threshold: float = 0.1, record: Stay | None = None, relative: bool = False
 ) -> list[dict[str, Any]]:
@@ -1311,8 +1323,9 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     for stay, (pooling, events) in enumerate(weights_and_events(attention_weights)):
         for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
             matrices = to_numpy(weights[stay])
-            spacing = pooling.shape[1] / matrices.shape[2]  # events in a bin; 1: not binned
-            real = np.unique((events / spacing).astype(int))
+            first = pooling.shape[1] - int(attention_weights.get("n_mapped") or pooling.shape[1])  # maps begin here
+            spacing = (pooling.shape[1] - first) / matrices.shape[2]  # events in a bin; 1: not binned
+            real = np.unique(((events[events >= first] - first) / spacing).astype(int))
             matrices, place = matrices[:, real][:, :, real], real * spacing
             is_near = np.abs(place[:, None] - place) <= near
             local = matrices[:, is_near].mean(1)
@@ -1408,10 +1421,7 @@ class Explanation(dict[str, Any]):
     @cached_property
     def figures(self) -> dict[str, Figure]:
         """The pictures by name; each shows itself where a notebook's cell ends with it."""
-        drawn = draw_figures(self, self.caption)
-        for figure in drawn.values():
-            setattr(figure, "_repr_png_", partial(explain_report.png_of, figure))  # noqa: B010 (notebooks look for it)
-        return drawn
+        return draw_figures(self, self.caption)
 
     def _repr_html_(self) -> str:
         if self.report is None or not self.report.exists():
@@ -1450,9 +1460,8 @@ def run_explainability_analysis(
         raise InputError(f"run_explainability_analysis: {reason}") from None
     check_limits(settings)
     if settings.quick:  # never more than was asked for
-        stays, most = min(settings.stays, SHOWN_QUICK), min(settings.max_stays or STAYS_QUICK, STAYS_QUICK)
         n_bootstrap = min(settings.n_bootstrap, N_BOOTSTRAP_QUICK)
-        settings = replace(settings, stays=stays, max_stays=most, n_bootstrap=n_bootstrap)
+        settings = replace(settings, stays=min(settings.stays, SHOWN_QUICK), n_bootstrap=n_bootstrap)
     run = load_unseen(settings.checkpoint, test_data_path, settings)
     tables = explain_stays(run, settings)
     log_what_was_found(tables)

@@ -1,7 +1,6 @@
 """What is said of an explanation: words for numbers and texts, the sentences of checks and findings, and the page."""
 
 import base64
-import io
 import math
 import re
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from scipy.special import logit
 from scipy.stats import binomtest
 
 from clinical_lf.files import WORDS
+from clinical_lf.plots import png_of
 from clinical_lf.run_folder import render
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
@@ -205,13 +205,6 @@ def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     n_judged, n_stays = faithfulness["passed"].notna().sum(), faithfulness["n"].min()
     words = WORDS["page"]["fallen" if fallen else "passed"]
     return words.format(passed=n_judged - len(fallen), judged=n_judged, n=n_stays, fallen="; ".join(fallen))
-
-
-def png_of(figure: Figure, dpi: int = 100) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
 
 
 def picture_of(figure: Figure) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
     statics = statics.assign(tells_outcome=False, is_static=True)
     statics["value"] = pd.to_numeric(statics["value"], errors="coerce")
     both = pd.concat([tables["events"].assign(is_static=False), statics], ignore_index=True)
-    return both[["patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]]
+    return both[
+        ["icu_stay_id", "patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]
+    ]
 
 
 def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

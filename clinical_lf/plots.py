@@ -1,13 +1,16 @@
 """What all pictures are drawn with, and those of a run: Figures made without pyplot, so no global state changes."""
 
+import io
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from scipy.special import logit
 
@@ -19,9 +22,35 @@ REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to comp
 BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}  # between the ends of intervals
 
 
+# Behind the font in use: one that has µ and ≥, and what systems have for Chinese, Japanese and Korean.
+FALLBACKS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"]
+FALLBACKS += ["WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS"]
+
+
+class Page(Figure):
+    """A figure whose texts have fonts to fall back on, and which a notebook shows where a cell ends with it."""
+
+    def draw(self, renderer: Any) -> None:
+        own = [name for name in FALLBACKS if name in font_manager.get_font_names()]
+        for text in self.findobj(Text):
+            if not {*own} <= {*text.get_fontfamily()}:
+                text.set_fontfamily([*text.get_fontfamily(), *own])
+        super().draw(renderer)
+
+    def _repr_png_(self) -> bytes:
+        return png_of(self, 100)
+
+
+def png_of(figure: Figure, dpi: int) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
 def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> Figure:
     """Return a page-wide figure: the question on top, a caption line below; constrained layout keeps both clear."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Page(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(textwrap.fill(title, 88), fontsize=11)
     figure.supxlabel(textwrap.fill(caption, int(16 * width)), fontsize=7.5, color="#444444")
     return figure
@@ -187,4 +216,4 @@ def draw_shares(figure: SubFigure, panels: Any, shares: np.ndarray, **options: A
     for axes, panel_shares in zip(panels, shares):
         image = axes.imshow(panel_shares, aspect="auto", interpolation="nearest", **options)
     names = {1 / top: f"1/{top:.2g}", 1: "1", top: f"{top:.2g}"}
-    small_bar(figure, image, panels, "weight, 1 where it is even", names, aspect=20, extend="both")
+    small_bar(figure, image, panels, "attention, 1 where it is even", names, aspect=20, extend="both")
