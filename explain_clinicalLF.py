@@ -49,6 +49,7 @@ from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
 from clinical_lf.items import HISTORY, item_history, mask_numbers, quantiles_in, read_text
 from clinical_lf.metrics import figure_text, mean_with_interval
+from clinical_lf.plots import png_of
 from clinical_lf.settings import check_limits, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, LABEL, known_at, stacked
 from train import ClinicalTransformer, load_attention_weights, save_attention_weights
@@ -82,12 +83,8 @@ class ExplainSettings:
     )
     stay_ids: str = setting("", "Ids (icu_stay_id) of the held-out stays to show in full, instead of a choice: 1,2,3.")
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
-    decision_threshold: float = setting(
-        0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
-    )
-    quick: bool = setting(
-        False, "Show what matters in half a minute: short stays, few checks, no layers; a full run may differ."
-    )
+    decision_threshold: float = setting(0.5, "Risk of a decision: which events turn it?", above=0, below=1)
+    quick: bool = setting(False, "In half a minute: short stays, few checks, no layers; a full run may differ.")
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
     cache_dir: str = field(default="", metadata=SHARED["cache_dir"].metadata)
@@ -191,16 +188,11 @@ def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.nd
 
 def asked_stays(text: str, stays: pd.DataFrame, of_data: pd.Series) -> tuple[int, ...]:
     """Return the places of the stays whose ids a text names. Raises InputError: which are not there, and why."""
-    places, asked = {str(icu_stay_id): place for place, icu_stay_id in enumerate(stays["icu_stay_id"])}, set()
-    reasons, absent = dict.fromkeys(of_data.astype(str), "seen in training"), []
-    for word in text.replace(",", " ").split():
-        if word in places:
-            asked.add(places[word])
-        else:
-            absent.append(f"{word} ({reasons.get(word, 'not in the data')})")
-    if absent:
+    words, places = text.replace(",", " ").split(), {str(name): at for at, name in enumerate(stays["icu_stay_id"])}
+    reasons = dict.fromkeys(of_data.astype(str), "seen in training")
+    if absent := [f"{word} ({reasons.get(word, 'not in the data')})" for word in words if word not in places]:
         raise files.refusal("absent_ids", absent=", ".join(absent))
-    return tuple(sorted(asked))
+    return tuple(sorted({places[word] for word in words}))
 
 
 def choose_stays(run: Run, settings: ExplainSettings, most_events: int) -> tuple[list[int], dict[int, str]]:
@@ -416,25 +408,25 @@ def layer_analysis(
     sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    rows: list[dict[str, Any]] = [{"layer": name, "gap_error": [], "complete": []} for name in layers]
-    for stay, is_event in enumerate(mask):
-        sequence, static = sequences[stay, None, is_event], static_features[stay, None]
-        start, _ = baselines_like(sequence, static, baseline)
-        with torch.no_grad():
-            logits = model.logits(torch.cat([sequence, start]), static.expand(2, -1)).squeeze(1).tolist()
-        for row, layer in zip(rows, layers.values()):
-            of_layer = row.setdefault("attribution", np.zeros(mask.shape))
+    rows = []
+    for name, layer in layers.items():
+        attribution, gaps, complete = np.zeros(mask.shape), [], []
+        for stay, is_event in enumerate(mask):
+            sequence, static = sequences[stay, None, is_event], static_features[stay, None]
+            start, _ = baselines_like(sequence, static, baseline)
+            with torch.no_grad():
+                logits = model.logits(torch.cat([sequence, start]), static.expand(2, -1)).squeeze(1).tolist()
             # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
             per_pass = max(GRADIENT_EVENTS, sequence.shape[1])
             options = {"n_steps": n_steps, "method": "gausslegendre", "internal_batch_size": per_pass}
             gradients = LayerIntegratedGradients(model.logits, layer)
             found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
-            attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
-            gap = float(attribution.sum()) - (logits[0] - logits[1])
-            of_layer[stay, is_event.cpu()] = attribution
-            row["gap_error"].append(gap)
-            row["complete"].append(adds_up(gap, logits[0] - logits[1]))
-    return [row | {name: np.array(row[name]) for name in ("gap_error", "complete")} for row in rows]
+            attribution[stay, is_event.cpu()] = found.detach().double().sum(1).cpu().numpy()  # (L,)
+            gaps.append(attribution[stay].sum() - (logits[0] - logits[1]))
+            complete.append(adds_up(gaps[-1], logits[0] - logits[1]))
+        row = {"layer": name, "attribution": attribution, "gap_error": np.array(gaps)}
+        rows.append(row | {"complete": np.array(complete)})
+    return rows
 
 
 class OneStay(NamedTuple):
@@ -536,36 +528,32 @@ def ablation_analysis(
     sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     if dataset is None and model.architecture["n_history"]:
         raise files.refusal("held_histories")
-    names = np.array(static_names or [f"static {column}" for column in range(static_features.shape[1])], object)
-    kinds = event_groups or {"all events": ["all"] * sequences.shape[1]}
-    of_events = ((f"event_groups[{kind!r}]", labels, sequences.shape[1]) for kind, labels in kinds.items())
-    for name, labels, n_wanted in (("static_names", names, static_features.shape[1]), *of_events):
-        if len(labels) != n_wanted:
-            raise files.refusal("other_number", name=name, given=len(labels), wanted=n_wanted)
+    n_events, n_statics = sequences.shape[1], static_features.shape[1]
+    names = static_names if static_names is not None else [f"static {column}" for column in range(n_statics)]
+    kinds = event_groups or {"all events": ["all"] * n_events}
+    for name, labels in {"static_names": names, **kinds}.items():
+        if len(labels) != (wanted := n_statics if labels is names else n_events):
+            raise files.refusal("other_number", name=name, given=len(labels), wanted=wanted)
+    names = np.array(names, dtype=object)
     scores, rows = np.zeros(mask.shape), []
     for number, is_event in enumerate(mask):
-        stay = OneStay(
-            sequences[number : number + 1, is_event], static_features[number : number + 1], dataset, first + number
-        )
+        stay = OneStay(sequences[number, None, is_event], static_features[number, None], dataset, first + number)
         positions = is_event.nonzero().squeeze(1).cpu().numpy()
         chosen = positions if which is None else np.intersect1d(positions, which)
-        keep, found = [np.ones(len(positions), bool), *(chosen[:, None] != positions)], []
-        keep_static = [np.ones(len(names), bool)] * len(keep)
+        every, statics = np.ones(len(positions), bool), np.ones(n_statics, bool)
+        left = [(number, "", "", 0, every, statics)]  # kind, group, its events, and what is left without it
+        left += [(number, "event", "", 1, positions != event, statics) for event in chosen]
         for kind, labels in kinds.items():
             of_event = np.asarray(labels, dtype=object)[positions]
-            for group in sorted(set(of_event)):
-                found.append((number, kind, group, int((of_event == group).sum())))
-                keep.append(of_event != group)
-                keep_static.append(keep_static[0])
-        for name in pd.unique(names):
-            found.append((number, "static", name, 0))
-            keep.append(keep[0])
-            keep_static.append(names != name)
-        logits = variant_logits(model, stay, np.array(keep), baseline, np.array(keep_static))
+            counts = pd.Series(of_event).value_counts().sort_index()
+            left += [(number, kind, group, count, of_event != group, statics) for group, count in counts.items()]
+        left += [(number, "static", name, 0, every, names != name) for name in pd.unique(names)]
+        keep, keep_static = (np.array([row[at] for row in left]) for at in (4, 5))
+        logits = variant_logits(model, stay, keep, baseline, keep_static)
         falls = logits[0] - logits[1:]
         scores[number, positions] = math.nan
         scores[number, chosen] = falls[: len(chosen)]
-        rows += [(*row, fall) for row, fall in zip(found, falls[len(chosen) :])]
+        rows += [(*row[:4], fall) for row, fall in zip(left[1 + len(chosen) :], falls[len(chosen) :])]
     return Ablation(scores, pd.DataFrame(rows, columns=["stay", "kind", "group", "n_events", "ablation"]))
 
 
@@ -679,11 +667,7 @@ def randomisation(
 
 
 def check_stays(
-    run: Run,
-    events: pd.DataFrame,
-    stays: Sequence[int],
-    settings: ExplainSettings,
-    done: Callable[[int], Any] = lambda stay: None,
+    run: Run, events: pd.DataFrame, stays: Sequence[int], settings: ExplainSettings, done: Callable[[int], Any]
 ) -> tuple[list[Check], pd.DataFrame]:
     """Measure the explanations of some stays -> checks, curves. Calls `done` with each stay."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
@@ -751,8 +735,8 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     """Return what is to be read before any explanation."""
     checkpoint, risks, labels = run.checkpoint, expit(run.logits), run.table.labels
     trained = checkpoint.settings  # its resamples give the interval that train.py says
-    patients, whose = run.table.stays["patient_id"].to_numpy(), {0: "patients, other", len(risks): "patients"}
-    checks, is_few, known = [], len(set(patients)) < FEW, labels[~np.isnan(labels)]
+    patients, known, checks = run.table.stays["patient_id"].to_numpy(), labels[~np.isnan(labels)], []
+    is_few, whose = len(set(patients)) < FEW, {0: "patients, other", len(risks): "patients"}
     if not is_few:
         checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
         spread, worst = float(np.std(run.logits)), max(leaks, key=lambda text: leaks[text], default="")
@@ -831,13 +815,7 @@ class Explained(NamedTuple):
 
 
 def explain_stay(
-    run: Run,
-    stay: int,
-    settings: ExplainSettings,
-    effort: Effort,
-    leaks: Mapping[str, float],
-    reason: str = "",
-    layers: bool = True,
+    run: Run, stay: int, effort: Effort, leaks: Mapping[str, float], seed: int, reason: str, layers: bool
 ) -> Explained:
     """Return every view of one stay; `reason` is why it is shown in full, or ""."""
     model, baseline, names = run.checkpoint.model, run.checkpoint.baseline, run.checkpoint.preprocessor.static_names
@@ -852,7 +830,7 @@ def explain_stay(
     push = values.sum(1)
     listed, rows = listed_events(push), slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed)  # taken out one by one
-    numbers = some_of([*np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0)], effort.numbers, settings.seed)
+    numbers = some_of([*np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0)], effort.numbers, seed)
     columns = [static_word(column) for column, _ in names]
     given = (model, sequence, static, None, baseline, kinds, columns, which)
     ablation = ablation_analysis(*given, run.dataset, stay)
@@ -884,10 +862,12 @@ def explain_stay(
     logit, complete = found.logits[0], bool(found.complete[0])
     row = ids | {"label": events["label"].iloc[0], "probability": float(expit(logit)), "logit": logit}
     row |= {"baseline_logit": found.baseline_logits[0], "gap_error": found.gap_errors[0], "complete": complete}
-    row |= {"n_steps": found.n_steps[0], "moved_by_shuffling": moved_by_shuffling(run, stay, settings.seed)}
+    row |= {"n_steps": found.n_steps[0], "moved_by_shuffling": moved_by_shuffling(run, stay, seed)}
     row |= {"n_events": len(events), "n_removed": events["if_absent"].count(), "why_shown": reason}
     by_layer = pd.concat(parts, ignore_index=True)
     by_column, by_group, layered = (table.assign(**ids) for table in (pd.DataFrame(statics), groups, by_layer))
+    if not layers:  # no picture shows the maps, half a megabyte each
+        attention = attention._replace(maps=np.empty(0))
     return Explained(row, events, by_column, by_group, layered, attention)
 
 
@@ -1047,9 +1027,7 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
     """
 
     def risk_without(sets: list[np.ndarray]) -> np.ndarray:
-        keep = np.ones((len(sets), len(events)), bool)
-        for row, taken in zip(keep, sets):
-            row[taken] = False
+        keep = np.array([~np.isin(np.arange(len(events)), taken) for taken in sets]).reshape(-1, len(events))
         return expit(variant_logits(run.checkpoint.model, run.one(stay), keep))
 
     risk = risk_without([np.array([], int)])[0]
@@ -1080,7 +1058,7 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     resampling, leaks = (settings.n_bootstrap, seed), audit.leaking_texts(run.table)
     chosen, reasons = choose_stays(run, settings, effort.events)
     is_few = run.table.stays["patient_id"][chosen].nunique() < FEW
-    checked = [] if is_few else some_of(chosen, effort.checked, seed)
+    checked = some_of(chosen, 0 if is_few else effort.checked, seed)
     switched, of_interest = some_of(checked or chosen, OFF_STAYS, seed), [*reasons] or chosen[:1]
     logger.info(f"Explaining  {len(chosen)} of {len(lengths)} stays of unseen patients, {len(reasons)} of them in full")
     # Passes over an event that each of them takes; one with gradients counts three times.
@@ -1092,11 +1070,8 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     bar = files.Progress(total=total, desc="explain", unit=" passes", unit_scale=True, smoothing=0)
     explained: dict[int, Explained] = {}
     for stay in chosen:
-        has_layers = effort.layers and stay in of_interest
-        found = explain_stay(run, stay, settings, effort, leaks, reasons.get(stay, ""), has_layers)
-        # No picture shows the maps of the others, half a megabyte each.
-        maps = found.attention.maps if has_layers else np.empty(0)
-        explained[stay] = found._replace(attention=found.attention._replace(maps=maps))
+        given = (seed, reasons.get(stay, ""), effort.layers and stay in of_interest)
+        explained[stay] = explain_stay(run, stay, effort, leaks, *given)
         bar.update(int(explaining[stay]))
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
@@ -1123,16 +1098,12 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     tables["trajectory"], tables["decisive"] = (pd.concat(parts, ignore_index=True) for parts in (arriving, decisive))
     tables["items"] = findings.item_table(findings.with_statics(tables), *resampling)
     tables["systems"] = findings.system_table(tables["events"])
-    verdict = verdict_of(run, leaks)
-    if is_few:
-        verdict.append(Check("few stays", {"n": len(chosen)}))
-    else:
-        by_time = mean_with_interval(stays["moved_by_shuffling"], stays["patient_id"], *resampling)
-        verdict.append(Check("time" if by_time["low"] > FLOOR else "time, unused", by_time))
-        mean = float(of_layers.mean())
-        name = "layer attention" if mean > FLOOR else "layer attention, idle" if n_layers else "layer attention, none"
-        verdict.append(Check(name, {"value": mean, "n": len(of_layers)}))
-    tables["verdict"] = explain_report.check_table(verdict + [Check("quick", effort._asdict())] * settings.quick)
+    by_time = mean_with_interval(stays["moved_by_shuffling"], stays["patient_id"], *resampling)
+    name = "layer attention" if (mean := of_layers.mean()) > FLOOR else "layer attention, idle"
+    said = [Check("time" if by_time["low"] > FLOOR else "time, unused", by_time)]
+    said.append(Check(name if n_layers else "layer attention, none", {"value": mean, "n": len(of_layers)}))
+    said = [*verdict_of(run, leaks), *([Check("few stays", {})] if is_few else said)]
+    tables["verdict"] = explain_report.check_table(said + [Check("quick", effort._asdict())] * settings.quick)
     best = max((explained[stay] for stay in of_interest), key=lambda found: found.stay["probability"])
     pictured = {"icu_stay_id": best.stay["icu_stay_id"], "pooling_weights": best.attention.pooling[None, :, None]}
     pictured["layer_attention_weights"] = [maps[None] for maps in best.attention.maps]
@@ -1421,7 +1392,10 @@ class Explanation(dict[str, Any]):
     @cached_property
     def figures(self) -> dict[str, Figure]:
         """The pictures by name; each shows itself where a notebook's cell ends with it."""
-        return draw_figures(self, self.caption)
+        drawn = draw_figures(self, self.caption)
+        for figure in drawn.values():
+            setattr(figure, "_repr_png_", partial(png_of, figure, 100))  # noqa: B010 (notebooks look for it)
+        return drawn
 
     def _repr_html_(self) -> str:
         if self.report is None or not self.report.exists():
@@ -1495,9 +1469,8 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     """Write tables, faithfulness.json, the pictures and the report."""
     writer = run_folder.RunFolder(folder, asdict(run.checkpoint.settings))
     for name, file in TABLE_FILES.items():
-        if name == "layers" and found.layers.empty:  # of a quick look
-            files.delete_quietly(folder / file)
-        else:
+        files.delete_quietly(folder / file)
+        if name != "layers" or len(found[name]):  # a quick look has none
             writer.table(file, found[name])
     rows = lambda table: json.loads(table.to_json(orient="records", double_precision=15))
     means = found["curves"].groupby(["direction", "order", "fraction"])["change"].mean().reset_index()

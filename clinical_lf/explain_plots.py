@@ -152,10 +152,6 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
 def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     """Draw `heads`, one row per layer, head and property: correlation, effect (pale where it is below FLOOR)."""
     heads = tables["heads"]
-    if heads.empty:
-        figure = page("head_specialization", caption, 1.5, found="")
-        figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
-        return figure
     names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
     grid = heads.pivot(index="property", columns=["layer", "head"]).loc[heads["property"].unique()]
     matters = grid["effect"][names].to_numpy(float) > FLOOR
@@ -373,8 +369,8 @@ def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
 
 
 def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
-    """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any."""
+    """Draw all pictures, by file name without .png; of checks, heads and layers only where there are any."""
     n_maps = len(tables["attention"]["layer_attention_weights"])
-    found = {"deletion_insertion": len(tables["curves"]), "layer_attention_weights": n_maps}
-    found["captum_layer_attributions"] = n_maps * len(tables["layers"])
+    found = {"deletion_insertion": len(tables["curves"]), "head_specialization": len(tables["heads"])}
+    found |= {"layer_attention_weights": n_maps, "captum_layer_attributions": n_maps * len(tables["layers"])}
     return {name: draw_figure(name, tables, caption) for name in FIGURES if found.get(name, True)}

@@ -209,7 +209,7 @@ def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
 
 def picture_of(figure: Figure) -> dict[str, Any]:
     """Return a figure as PNG, as its base64, and its question for those who cannot see it."""
-    png, question = png_of(figure, 150), " ".join(figure.get_suptitle().split())
+    png, question = png_of(figure), " ".join(figure.get_suptitle().split())
     return {"png": png, "data": base64.b64encode(png).decode("ascii"), "question": question}
 
 

@@ -51,9 +51,8 @@ def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
     statics = statics.assign(tells_outcome=False, is_static=True)
     statics["value"] = pd.to_numeric(statics["value"], errors="coerce")
     both = pd.concat([tables["events"].assign(is_static=False), statics], ignore_index=True)
-    return both[
-        ["icu_stay_id", "patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]
-    ]
+    columns = ["icu_stay_id", "patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]
+    return both[columns]
 
 
 def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -17,8 +17,7 @@ LIMITS = {"low": ("at least", ge), "high": ("at most", le), "above": ("above", g
 
 def setting(default: Any, help_text: str, hint: str = "", **limits: Any) -> Any:
     """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
-    # A lone percent sign is argparse's.
-    metadata = {"help": help_text.replace("%", "%%"), "limits": limits, "hint": hint}
+    metadata = {"limits": limits, "hint": hint, "help": help_text.replace("%", "%%")}  # a lone % is argparse's
     start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**start, metadata=metadata)
 

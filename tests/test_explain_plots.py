@@ -62,7 +62,8 @@ def test_head_specialization_counts_only_heads_that_move_the_logit(tables):
 
 def test_figures_survive_one_stay_without_label_and_without_heads_and_an_unknown_one_is_refused(tables):
     drawn = draw_figures(one_stay(tables) | {"curves": tables["curves"]})
-    assert set(drawn) == set(NAMES) == set(FIGURES) and "outcome unknown" in words_of(drawn["captum_attributions"])
+    assert {*drawn, "head_specialization"} == set(NAMES) == set(FIGURES)
+    assert "outcome unknown" in words_of(drawn["captum_attributions"])
     for figure in drawn.values():
         figure.draw_without_rendering()
     with pytest.raises(InputError, match="no picture is called nonsense; there are layer_attention_weights"):
