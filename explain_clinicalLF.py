@@ -529,7 +529,7 @@ def ablation_analysis(
     if dataset is None and model.architecture["n_history"]:
         raise files.refusal("held_histories")
     n_events, n_statics = sequences.shape[1], static_features.shape[1]
-    names = static_names if static_names is not None else [f"static {column}" for column in range(n_statics)]
+    names: Any = static_names if static_names is not None else [f"static {column}" for column in range(n_statics)]
     kinds = event_groups or {"all events": ["all"] * n_events}
     for name, labels in {"static_names": names, **kinds}.items():
         if len(labels) != (wanted := n_statics if labels is names else n_events):
@@ -1188,16 +1188,16 @@ def weights_and_events(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return, for each stay of a pass, its (Hp, L) pooling weights and the positions of its real events.
 
-    Padding has no output and no weight. Raises InputError for the record of another stay.
+    With a record, of the first, which must be the record's. Padding has no output and no weight. Raises InputError.
     """
     if not isinstance(attention_weights, Mapping) or "pooling_weights" not in attention_weights:
         raise files.refusal("no_attention")
     if not isinstance(record, Stay | None):
         raise files.refusal("no_record", kind=type(record).__name__)
-    weights = to_numpy(attention_weights["pooling_weights"])[:, :, 0]  # (B, Hp, L)
+    weights = to_numpy(attention_weights["pooling_weights"])[: None if record is None else 1, :, 0]  # (B, Hp, L)
     is_used = weights.sum(1) > 0
     if "transformer_output" in attention_weights:
-        is_used |= np.abs(to_numpy(attention_weights["transformer_output"])).sum(2) > 0
+        is_used |= np.abs(to_numpy(attention_weights["transformer_output"])[: len(weights)]).sum(2) > 0
     events = [np.flatnonzero(row) for row in is_used]
     for positions in events:
         if record is not None and len(positions) != len(record.events):
@@ -1318,8 +1318,7 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
     """
     if not isinstance(feature_mapping, Stay):
         raise files.refusal("no_features")
-    events, first = feature_mapping.events, {"pooling_weights": attention_weights["pooling_weights"][:1]}
-    pooling, inside = weights_and_events(first, feature_mapping)[0]
+    events, (pooling, inside) = feature_mapping.events, weights_and_events(attention_weights, feature_mapping)[0]
     columns = {"window": clock_window(events["hours_to_end"]), "n_events": 1}
     columns |= {f"attention_head_{head}": weights[inside] for head, weights in enumerate(pooling, start=1)}
     if "attribution" in events:

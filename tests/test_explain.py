@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from matplotlib import pyplot as plt
 from scipy.special import expit
 from small_table import LinearStay, best_model, padded_logits
 
@@ -121,7 +123,9 @@ def test_analyses_take_a_batch_and_its_mask_of_any_type(model, batch, dtype):
     whole = (model, batch.sequences, batch.static, batch.mask.to(dtype))
     alone = (model, batch.sequences[1:, :3], batch.static[1:])
     found, single = (explain.captum_analysis(*inputs) for inputs in (whole, alone))
+    arrays = explain.captum_analysis(model, *(part.numpy() for part in whole[1:]))
     assert found.events.shape == batch.sequences.shape and (found.events[~batch.mask] == 0).all()
+    assert torch.equal(arrays.events, found.events) and torch.equal(arrays.statics, found.statics)
     assert found.complete.all()
     torch.testing.assert_close(found.events[1, :3], single.events[0], atol=1e-5, rtol=1e-4)
     for row, other in zip(*(explain.layer_analysis(*inputs) for inputs in (whole, alone)), strict=True):
@@ -136,16 +140,21 @@ def test_analyses_take_a_batch_and_its_mask_of_any_type(model, batch, dtype):
 
 
 @pytest.mark.parametrize("analyse", ANALYSES)
-def test_stay_that_is_no_batch_or_has_another_mask_or_nan_is_refused_in_a_sentence(analyse, model, batch, stay):
+@pytest.mark.parametrize("given, words", CASES["wrong_inputs"])
+def test_inputs_that_cannot_be_meant_are_refused_in_a_sentence(analyse, given, words, model, batch):
     with_nan = lambda values: torch.where(torch.arange(values.numel()).view(values.shape) == 2, math.nan, values)
-    for error, message, given in (
-        (InputError, "a single stay with B = 1", (batch.sequences[0], batch.static[0])),
-        (ValueError, r"must be \(2, 8\)", (batch.sequences, batch.static, batch.mask[:, :5])),
-        (ValueError, "NaN", (with_nan(stay.sequence), stay.static)),
-        (ValueError, "NaN", (stay.sequence, with_nan(stay.static))),
-    ):
-        with pytest.raises(error, match=message):
-            analyse(model, *given)
+    with pytest.raises(InputError, match=re.escape(words)):
+        analyse(model, *eval(given, vars(batch) | {"with_nan": with_nan}))
+
+
+@pytest.mark.parametrize("call, words", CASES["wrong_calls"])
+def test_a_wrong_call_is_told_in_a_sentence(call, words, model, batch, attention, described, tmp_path):
+    (tmp_path / "table.npz").write_text("stay,weight\n1,0.5\n")
+    known = {"tables": {name: table.assign(icu_stay_id=1) for name, table in described._asdict().items()}}
+    known |= {"other": described._replace(events=described.events[:3]), "here": str(tmp_path), "names": {0: "pulse"}}
+    known |= {"inputs": pd.DataFrame({"input": "event", "part": ["type"] * 3}), "torch": torch, "described": described}
+    with pytest.raises(InputError, match=re.escape(words)):
+        eval(call, vars(explain) | vars(batch) | known | {"model": model, "attention": attention})
 
 
 # ---- Ablation
@@ -527,24 +536,6 @@ def test_temporal_attribution_sums_by_clock_window_and_static_is_a_share_of_ever
     assert table["feature"].tolist() == ["age", "sex"] and table["share_of_attribution"].tolist() == [3 / 8, 1 / 8]
 
 
-def test_what_attention_cannot_say_names_the_call_that_does_and_another_stay_is_refused(attention, described):
-    names, bare = {0: "heart rate"}, explain.Stay(described.events[["hours_to_end"]])  # columns have no names
-    other = described._replace(events=described.events[:3])
-    calls = r"stay_of\(tables, icu_stay_id\)|name_inputs\(preprocessor\)"
-    lengths = "over a stay of 4 events, the record is of one of 3: give"
-    for analyse, given, message in (
-        (explain.analyze_temporal_feature_attribution, (attention, names), calls),
-        (explain.analyze_static_feature_attribution, (attention, torch.zeros(2, STATIC_DIM)), calls),
-        (explain.analyze_static_feature_attribution, (attention, bare), calls),
-        (explain.map_features_to_clinical, (attention["transformer_output"][0], names, 2), calls),
-        (explain.analyze_temporal_feature_attribution, (attention, other), lengths),
-        (explain.analyze_feature_importance_over_time, (attention, other), lengths),
-        (explain.analyze_critical_time_periods, (attention, 0.1, other), lengths),
-    ):
-        with pytest.raises(InputError, match=message):
-            analyse(*given)
-
-
 def test_history_names_the_extremes_of_an_item_until_then():
     history = pd.DataFrame(CASES["history"], columns=["value", "minimum", "maximum", "count", "words"])
     assert explain.history_in_words(history) == history["words"].tolist()
@@ -611,8 +602,30 @@ def test_a_stay_of_the_tables_serves_the_small_analyses(explained, run):
     with torch.no_grad():
         _, attention = run.checkpoint.model(*run.inputs(index), return_attention=True)
     assert explain.analyze_temporal_feature_attribution(attention, stay)["n_events"].sum() == len(stay.events)
-    with pytest.raises(InputError, match="not among"):
-        explain.stay_of(explained, -1)
+    own = explained.attention
+    record = explain.stay_of(explained, str(own["icu_stay_id"]))
+    (first, *_) = explain.analyze_critical_time_periods(own, 0.0, record)
+    heads = explained.events.query(f"icu_stay_id == {own['icu_stay_id']}").filter(like="attention_head_")
+    assert first["importance"] == pytest.approx(heads.max(axis=None)) and first["event_text"] in [
+        *record.events["event_text"]
+    ]
+    assert len(explain.analyze_layer_attention_patterns(own)) == 2
+    assert explain.analyze_temporal_feature_attribution(own, record)["n_events"].sum() == len(record.events)
+
+
+def test_shap_draws_what_sums_to_the_logit_by_items_and_statics(explained):
+    shap = pytest.importorskip("shap")
+    found, stays, events = explain.to_shap(explained), explained["stays"], explained["events"]
+    gaps = found.values.sum(1) + found.base_values - stays["logit"]
+    assert (gaps.abs() <= 0.02 + 0.01 * (stays["logit"] - stays["baseline_logit"]).abs()).all()
+    last = events[(events["icu_stay_id"] == stays["icu_stay_id"][1]) & events["value"].notna()].iloc[-1]
+    column = found.feature_names.index(last["item"])
+    of_item = events[(events["icu_stay_id"] == last["icu_stay_id"]) & (events["item"] == last["item"])]
+    assert found.data[1, column] == last["value"]
+    assert found.values[1, column] == pytest.approx(of_item["attribution"].sum())
+    for draw, given in ((shap.plots.beeswarm, found), (shap.plots.bar, found), (shap.plots.waterfall, found[0])):
+        draw(given, show=False)
+        plt.close("all")
 
 
 def test_every_file_is_written(explained):
