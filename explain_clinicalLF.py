@@ -3,13 +3,12 @@
     python explain_clinicalLF.py                                     # the bundled sample, after `python train.py`
     python explain_clinicalLF.py --data PATH/TO/mimic-iv --stays 4   # held-out stays of that data, four shown in full
     python explain_clinicalLF.py --checkpoint best_model.pth --data NEW.csv --save-dir OUT
-    python explain_clinicalLF.py --quick                             # the same in half a minute, on a dozen stays
+    python explain_clinicalLF.py --quick                             # the same in half a minute, on short stays
 
 Four views of one model, on the logit (log-odds of death) and never on the probability, which saturates:
 Integrated Gradients (what moves the logit from a stay whose events say nothing to this one), absence (how far the logit
 falls had an event not been there), attention (where the model looks), and the layers between. They differ.
-`verdict.csv` says whether the model is worth explaining, `faithfulness.json` how much each view is worth. Sentences,
-pictures and the page are in clinical_lf/.
+`verdict.csv` says whether the model is worth explaining, `faithfulness.json` how much each view is worth.
 
 Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, H heads. Masks are True at real events.
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
@@ -104,7 +103,6 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(checked=4, removed=20, numbers=10, events=1200, layers=False)
-N_BOOTSTRAP_QUICK, SHOWN_QUICK = 200, 2
 
 
 # ---- Load ------------------------------------------------------------------------------------------------------------
@@ -410,7 +408,7 @@ def layer_analysis(
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
     rows = []
     for name, layer in layers.items():
-        attribution, gaps, complete = np.zeros(mask.shape), [], []
+        attribution, gaps, adds = np.zeros(mask.shape), [], []
         for stay, is_event in enumerate(mask):
             sequence, static = sequences[stay, None, is_event], static_features[stay, None]
             start, _ = baselines_like(sequence, static, baseline)
@@ -423,9 +421,10 @@ def layer_analysis(
             found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
             attribution[stay, is_event.cpu()] = found.detach().double().sum(1).cpu().numpy()  # (L,)
             gaps.append(attribution[stay].sum() - (logits[0] - logits[1]))
-            complete.append(adds_up(gaps[-1], logits[0] - logits[1]))
-        row = {"layer": name, "attribution": attribution, "gap_error": np.array(gaps)}
-        rows.append(row | {"complete": np.array(complete)})
+            adds.append(adds_up(gaps[-1], logits[0] - logits[1]))
+        rows.append(
+            {"layer": name, "attribution": attribution, "gap_error": np.array(gaps), "complete": np.array(adds)}
+        )
     return rows
 
 
@@ -1418,8 +1417,7 @@ def run_explainability_analysis(
     if not logger.handlers and ("ipykernel" in sys.modules or not logging.root.handlers):  # nobody would see the log
         files.log_to_stdout()
     if not isinstance(checkpoint_path, str | os.PathLike):
-        kind = type(checkpoint_path).__name__
-        raise InputError(f"the checkpoint is the path of a best_model.pth, not a {kind}; data come second.")
+        raise files.refusal("no_path", kind=type(checkpoint_path).__name__)
     path, *others = train.checkpoint_files(checkpoint_path)
     if others:
         raise files.refusal("many_checkpoints", folder=checkpoint_path, count=1 + len(others), first=path)
@@ -1429,12 +1427,10 @@ def run_explainability_analysis(
     try:
         settings = ExplainSettings(checkpoint=str(path), **options)
     except TypeError as error:
-        reason = f"{str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
-        raise InputError(f"run_explainability_analysis: {reason}") from None
+        raise files.refusal("unknown_option", reason=str(error).split("() ")[-1]) from None
     check_limits(settings)
     if settings.quick:  # never more than was asked for
-        n_bootstrap = min(settings.n_bootstrap, N_BOOTSTRAP_QUICK)
-        settings = replace(settings, stays=min(settings.stays, SHOWN_QUICK), n_bootstrap=n_bootstrap)
+        settings = replace(settings, stays=min(settings.stays, 2), n_bootstrap=min(settings.n_bootstrap, 200))
     run = load_unseen(settings.checkpoint, test_data_path, settings)
     tables = explain_stays(run, settings)
     log_what_was_found(tables)

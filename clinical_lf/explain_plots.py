@@ -347,13 +347,13 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     caption = f"{caption} · measured on {n_stays}{removed}{', the others count as 0' if removed else ''}"
     (body,) = bands(page("deletion_insertion", caption, 3.4), [1])
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
-    titles = {"deletion": "Events taken out of the stay", "insertion": "Events given to a stay without any"}
-    for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
+    for axes, direction, moved in zip(body.subplots(1, 2), ("deletion", "insertion"), ("taken out", "given back")):
         for order, (color, line, width) in METHOD_STYLES.items():
             curve, label = means[direction, order], report.METHOD_WORDS.get(order, "random order")
             axes.plot(100 * curve.index, curve, color=color, linestyle=line, linewidth=width, label=label)
         axes.axhline(0, color="black", linewidth=0.5)
-        tidy(axes, "% of the events, highest first", "change of the logit", title, ticks=(5, 5))
+        title = f"Change of the logit as events are {moved}"
+        tidy(axes, f"% of the events {moved}, highest first", "change of the logit", title, ticks=(5, 5))
     body.legend(*axes.get_legend_handles_labels(), **ABOVE)
     return body.figure
 
