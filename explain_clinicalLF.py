@@ -831,8 +831,7 @@ def explain_stay(
     which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed)  # taken out one by one
     numbers = some_of([*np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0)], effort.numbers, seed)
     columns = [static_word(column) for column, _ in names]
-    given = (model, sequence, static, None, baseline, kinds, columns, which)
-    ablation = ablation_analysis(*given, run.dataset, stay)
+    ablation = ablation_analysis(model, sequence, static, None, baseline, kinds, columns, which, run.dataset, stay)
     events = events.assign(
         attribution=push,
         **{f"attribution_{name}": values[:, part].sum(1) for name, part in run.parts.items()},
@@ -1228,8 +1227,8 @@ def to_shap(found: dict[str, Any]) -> Any:
     stays, rows = found["stays"], findings.with_statics(found).groupby(["icu_stay_id", "item"])
     values = rows["attribution"].sum().unstack(fill_value=0.0).loc[stays["icu_stay_id"]]
     data = rows["value"].last().unstack().loc[values.index, values.columns]
-    starts = stays["baseline_logit"].to_numpy(float)
-    return shap.Explanation(values.to_numpy(), starts, data.to_numpy(float), feature_names=values.columns.tolist())
+    starts = np.array(stays["baseline_logit"])
+    return shap.Explanation(np.array(values), starts, np.array(data), feature_names=[*values])
 
 
 def analyze_critical_time_periods(

@@ -179,10 +179,7 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     who = f"{counted(len(stays), 'unseen stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
     flagged = int((~stays["complete"].astype(bool)).sum())
     adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."
-    n_events, n_removed = stays["n_events"].sum(), stays["n_removed"].sum()
-    if n_removed < n_events:
-        adds += WORDS["page"]["removed"].format(n=n_removed)
-    return f"{who} with {counted(n_events, 'event')}. {ends} {adds}"
+    return f"{who} with {counted(stays['n_events'].sum(), 'event')}. {ends} {adds}"
 
 
 def verdict_on_layers(verdict: pd.DataFrame) -> str:

@@ -18,8 +18,7 @@ from clinical_lf.files import write_whole
 from clinical_lf.metrics import METRIC_WORDS, calibration_table, figure_text, smooth_rates
 
 BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#767676"  # of Okabe and Ito, for all eyes
-# Fonts behind the one in use: for µ and ≥, and what systems have for Chinese.
-FALLBACKS = ["DejaVu Sans", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei"]
+FALLBACKS = ["DejaVu Sans", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC"]  # fonts that have µ and ≥, Chinese
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
 BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}  # between the ends of intervals
 
@@ -28,8 +27,7 @@ def png_of(figure: Figure, dpi: int = 150, compress_level: int = 6) -> bytes:
     """Return a figure as the bytes of a PNG file, its texts with fonts to fall back on."""
     buffer, known = io.BytesIO(), set(font_manager.get_font_names())
     for text in figure.findobj(Text):
-        behind = [name for name in FALLBACKS if name in known]
-        text.set_fontfamily([*dict.fromkeys([*text.get_fontfamily(), *behind])])
+        text.set_fontfamily([*text.get_fontfamily(), *(name for name in FALLBACKS if name in known)])
     figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": compress_level})
     return buffer.getvalue()
 

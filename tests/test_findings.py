@@ -68,16 +68,9 @@ def test_rank_correlation_of_an_item_equals_scipy_and_its_interval_is_over_patie
 
 
 def test_statics_are_findings_as_items_are():
-    statics = {
-        "icu_stay_id": range(12),
-        "patient_id": range(12),
-        "feature": "length of stay",
-        "value": [*map(str, range(11)), "Unknown"],
-    }
-    tables = {
-        "statics": pd.DataFrame(statics | {"attribution": np.arange(12.0), "ablation": np.arange(12.0)}),
-        "events": events_of([1.0], [0.0]),
-    }
+    numbers = {"icu_stay_id": 1, "patient_id": range(12), "attribution": np.arange(12.0), "ablation": np.arange(12.0)}
+    statics = pd.DataFrame(numbers | {"feature": "length of stay", "value": [*map(str, range(11)), "Unknown"]})
+    tables = {"statics": statics, "events": events_of([1.0], [0.0])}
     row = findings.item_table(findings.with_statics(tables)).iloc[0]
     assert "length of stay: the higher, the higher the predicted risk (its average" in row["sentence"]
     assert row["is_static"] and row["n_values"] == 11
