@@ -142,14 +142,15 @@ def test_analyses_take_a_batch_and_its_mask_of_any_type(model, batch, dtype):
 @pytest.mark.parametrize("analyse", ANALYSES)
 @pytest.mark.parametrize("given, words", CASES["wrong_inputs"])
 def test_inputs_that_cannot_be_meant_are_refused_in_a_sentence(analyse, given, words, model, batch):
-    with_nan = lambda values: torch.where(torch.arange(values.numel()).view(values.shape) == 2, math.nan, values)
     with pytest.raises(InputError, match=re.escape(words)):
-        analyse(model, *eval(given, vars(batch) | {"with_nan": with_nan}))
+        analyse(model, *eval(given, vars(batch) | {"nan": math.nan}))
 
 
 @pytest.mark.parametrize("call, words", CASES["wrong_calls"])
 def test_a_wrong_call_is_told_in_a_sentence(call, words, model, batch, attention, described, tmp_path):
-    (tmp_path / "table.npz").write_text("stay,weight\n1,0.5\n")
+    for name in ("table.npz", "fold_10/checkpoints/best_model.pth", "fold_2/checkpoints/best_model.pth"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("stay,weight\n1,0.5\n")
     known = {"tables": {name: table.assign(icu_stay_id=1) for name, table in described._asdict().items()}}
     known |= {"other": described._replace(events=described.events[:3]), "here": str(tmp_path), "names": {0: "pulse"}}
     known |= {"inputs": pd.DataFrame({"input": "event", "part": ["type"] * 3}), "torch": torch, "described": described}
@@ -566,8 +567,16 @@ def test_only_stays_of_held_out_patients_are_explained_and_data_of_others_alone_
     assert set(run.table.stays["patient_id"]) == set(run.checkpoint.patients["test"])
     table = pd.read_csv(sample_run / "data.csv", dtype=str)
     seen = table[table["patient_id"].astype(int).isin(run.checkpoint.patients["train"])]
+    settings = partial(explain.ExplainSettings, cache_dir=str(sample_run / "cache"))
     with pytest.raises(InputError, match="trained or tuned on"):
-        explain.load_unseen(best_model(sample_run), seen, explain.ExplainSettings(cache_dir=str(sample_run / "cache")))
+        explain.load_unseen(best_model(sample_run), seen, settings())
+    first, last = run.table.stays["icu_stay_id"].iloc[[0, -1]]
+    other = seen["icu_stay_id"].iloc[0]
+    with pytest.raises(InputError, match=rf"ids {other} \(seen in training\), 7 \(not in the data\):"):
+        explain.load_unseen(best_model(sample_run), "", settings(stay_ids=f"{first},{other} 7"))
+    asked = explain.load_unseen(best_model(sample_run), "", settings(stay_ids=f"{last}, {first}"))
+    chosen, why = explain.choose_stays(asked, settings(stays=4), 1)
+    assert chosen == [*why] == [0, len(run.logits) - 1] and {*why.values()} == {"asked for"}
 
 
 def test_parts_of_every_event_sum_to_its_attribution_and_all_to_the_logit(explained):
@@ -714,8 +723,3 @@ def test_log_names_findings_only_of_a_model_that_discriminates(explained, check,
     verdict = pd.DataFrame({"check": [f"discrimination{check}"], "sentence": ["AUROC"], "passed": [discriminates]})
     explain.log_what_was_found({**explained, "verdict": verdict, "items": explained["items"].assign(is_finding=True)})
     assert ("Findings" in "".join(said)) == discriminates and "Checks" in "".join(said)
-
-
-def test_analysis_with_an_unknown_option_is_refused():
-    with pytest.raises(InputError, match="no_such_option"):
-        explain.run_explainability_analysis("best_model.pth", "", None, no_such_option=1)
