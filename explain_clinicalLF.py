@@ -3,13 +3,12 @@
     python explain_clinicalLF.py                                     # the bundled sample, after `python train.py`
     python explain_clinicalLF.py --data PATH/TO/mimic-iv --stays 4   # held-out stays of that data, four shown in full
     python explain_clinicalLF.py --checkpoint best_model.pth --data NEW.csv --save-dir OUT
-    python explain_clinicalLF.py --quick                             # the same in half a minute, on a dozen stays
+    python explain_clinicalLF.py --quick                             # the same in half a minute, on short stays
 
 Four views of one model, on the logit (log-odds of death) and never on the probability, which saturates:
 Integrated Gradients (what moves the logit from a stay whose events say nothing to this one), absence (how far the logit
 falls had an event not been there), attention (where the model looks), and the layers between. They differ.
-`verdict.csv` says whether the model is worth explaining, `faithfulness.json` how much each view is worth. Sentences,
-pictures and the page are in clinical_lf/.
+`verdict.csv` says whether the model is worth explaining, `faithfulness.json` how much each view is worth.
 
 Axes: B stays, L events of a stay, C = 774 inputs of an event, S static inputs, H heads. Masks are True at real events.
 Explains this model, not causes of death. Research software: not a medical device, not for clinical use.
@@ -17,7 +16,6 @@ Explains this model, not causes of death. Research software: not a medical devic
 
 import copy
 import html
-import itertools
 import json
 import logging
 import math
@@ -45,22 +43,23 @@ from torch.nn import functional as F
 import train
 from clinical_lf import audit, explain_report, files, findings, metrics, run_folder
 from clinical_lf.explain_plots import FIGURES, draw_captum_attributions, draw_figure, draw_figures
-from clinical_lf.explain_report import FLOOR, Check, counted, percent, static_word
+from clinical_lf.explain_report import FEW, FLOOR, Check, counted, percent, static_word
 from clinical_lf.files import InputError, logger
 from clinical_lf.findings import clock_window, rank_correlation
 from clinical_lf.items import HISTORY, item_history, mask_numbers, quantiles_in, read_text
 from clinical_lf.metrics import figure_text, mean_with_interval
 from clinical_lf.plan import only_cpu
+from clinical_lf.plots import png_of
 from clinical_lf.settings import check_limits, setting, settings_from
 from clinical_lf.tables import EVENT_TYPES, LABEL, known_at, stacked
-from train import ClinicalTransformer
+from train import ClinicalTransformer, load_attention_weights, save_attention_weights
 
 __all__ = [
     "Ablation", "Attribution", "ExplainSettings", "Explanation", "Stay", "ablation_analysis",
     "analyze_critical_time_periods", "analyze_feature_importance_over_time", "analyze_layer_attention_patterns",
     "analyze_static_feature_attribution", "analyze_temporal_feature_attribution", "captum_analysis",
-    "draw_figure", "draw_figures", "layer_analysis", "map_features_to_clinical", "name_inputs",
-    "run_explainability_analysis", "stay_of",
+    "draw_figure", "draw_figures", "layer_analysis", "load_attention_weights", "map_features_to_clinical",
+    "name_inputs", "run_explainability_analysis", "save_attention_weights", "stay_of", "to_shap",
 ]  # fmt: skip
 
 Baseline = dict[str, Tensor] | None  # an event (C,) and statics (S,), by the names "event" and "static"; None: zeros
@@ -79,14 +78,13 @@ class ExplainSettings:
     checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
     save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
-    stays: int = setting(4, "Stays shown in full: highest, lowest, most uncertain, most wrong risk.", low=0, high=50)
+    stays: int = setting(
+        4, "Stays shown: highest, lowest, most uncertain, most wrong risk.", "; --stay-ids takes ids", low=0, high=50
+    )
+    stay_ids: str = setting("", "Ids (icu_stay_id) of the held-out stays to show in full, instead of a choice: 1,2,3.")
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
-    decision_threshold: float = setting(
-        0.5, "Risk at which a decision would change: without which events would it?", above=0, below=1
-    )
-    quick: bool = setting(
-        False, "Show what matters in half a minute: 12 short stays, few checks, no layers; a full run may differ."
-    )
+    decision_threshold: float = setting(0.5, "Risk of a decision: which events turn it?", above=0, below=1)
+    quick: bool = setting(False, "In half a minute: short stays, few checks, no layers; a full run may differ.")
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
     cache_dir: str = field(default="", metadata=SHARED["cache_dir"].metadata)
@@ -101,12 +99,11 @@ class Effort(NamedTuple):
     checked: int = 40  # stays on which deletion, infidelity and randomisation are measured
     removed: int = 100  # events of a stay taken out one by one, beside those that are listed
     numbers: int = 40  # events of a stay, drawn at random, whose number becomes typical, beside those that are listed
-    longest: int = 10**9  # events of a stay that is analysed
+    events: int = 10**9  # of all stays that are analysed, together; none has more than a sixth
     layers: bool = True
 
 
-QUICK = Effort(checked=4, removed=20, numbers=10, longest=200, layers=False)
-N_BOOTSTRAP_QUICK, STAYS_QUICK, SHOWN_QUICK = 200, 12, 2
+QUICK = Effort(checked=4, removed=20, numbers=10, events=1200, layers=False)
 
 
 # ---- Load ------------------------------------------------------------------------------------------------------------
@@ -121,8 +118,8 @@ class Run(NamedTuple):
     logits: np.ndarray  # (n_stays) float64
     held_out: int  # stays of patients of the checkpoint's own test split
     is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
-
     typical_texts: np.ndarray  # (n_texts) number of the text that `typical_texts` gives each, -1 without
+    asked: tuple[int, ...] = ()  # stays to show, if not a choice
 
     @property
     def parts(self) -> dict[str, slice]:
@@ -163,9 +160,10 @@ def load_unseen(
     held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
     if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
-    is_new_item = checkpoint.is_new_item(loaded.dataset.table.texts)
-    typical = typical_texts(loaded.dataset.table.texts, checkpoint.preprocessor.state_dict().get("item_quantiles", {}))
-    return Run(checkpoint, loaded.dataset.table, loaded.dataset, loaded.logits, held_out, is_new_item, typical)
+    table, quantiles = loaded.dataset.table, checkpoint.preprocessor.state_dict().get("item_quantiles", {})
+    asked = asked_stays(settings.stay_ids, table.stays, loaded.source.table.stays["icu_stay_id"])
+    known = (checkpoint.is_new_item(table.texts), typical_texts(table.texts, quantiles), asked)
+    return Run(checkpoint, table, loaded.dataset, loaded.logits, held_out, *known)
 
 
 def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.ndarray:
@@ -187,33 +185,44 @@ def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.nd
     return found
 
 
-def choose_stays(run: Run, shown: int, most: int, seed: int, longest: int) -> tuple[list[int], dict[int, str]]:
-    """Return the stays to analyse, of `longest` events at most, and why each of `shown` of them is shown in full."""
+def asked_stays(text: str, stays: pd.DataFrame, of_data: pd.Series) -> tuple[int, ...]:
+    """Return the places of the stays whose ids a text names. Raises InputError: which are not there, and why."""
+    words, places = text.replace(",", " ").split(), {str(name): at for at, name in enumerate(stays["icu_stay_id"])}
+    reasons = dict.fromkeys(of_data.astype(str), "seen in training")
+    if absent := [f"{word} ({reasons.get(word, 'not in the data')})" for word in words if word not in places]:
+        raise files.refusal("absent_ids", absent=", ".join(absent))
+    return tuple(sorted({places[word] for word in words}))
+
+
+def choose_stays(run: Run, settings: ExplainSettings, most_events: int) -> tuple[list[int], dict[int, str]]:
+    """Return the stays to analyse, of `most_events` in all, and why each of those that are shown in full is."""
     risk, labels, lengths = expit(run.logits), run.table.labels, run.table.lengths
-    usable = dict.fromkeys(np.flatnonzero(lengths <= (longest := max(longest, lengths.min()))).tolist())
+    if run.asked:
+        return [*run.asked], dict.fromkeys(run.asked, "asked for")
+    shown = min(settings.stays, len(lengths))
+    longest = max(most_events // 6, np.sort(lengths)[max(shown, 1) - 1])
+    usable = np.flatnonzero(lengths <= longest)
     among = "" if len(usable) == len(lengths) else f", of stays of at most {longest} events"
     wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
-    orders = {
-        "highest risk": np.argsort(-risk),
-        "lowest risk": np.argsort(risk),
-        "most uncertain": np.argsort(np.abs(risk - 0.5)),
-        "most wrong": np.argsort(-wrong),
-    }
+    scores = {"highest risk": -risk, "lowest risk": risk, "most uncertain": np.abs(risk - 0.5), "most wrong": -wrong}
     if np.isnan(labels).all():
-        del orders["most wrong"]
+        del scores["most wrong"]
+    ranked = {name: usable[np.argsort(score[usable])].tolist() for name, score in scores.items()}
     reasons: dict[int, str] = {}
-    while len(reasons) < min(shown, len(usable)):
-        name = list(orders)[len(reasons) % len(orders)]
-        ranked = [int(stay) for stay in orders[name] if stay in usable]
-        stay = next(stay for stay in ranked if stay not in reasons)
-        reasons[stay] = name + " of the others" * (stay != ranked[0]) + among
-    deaths = np.intersect1d(np.flatnonzero(labels == 1), [*usable])
-    if reasons and len(deaths) and not reasons.keys() & set(deaths.tolist()):
+    while len(reasons) < shown:
+        name = list(ranked)[len(reasons) % len(ranked)]
+        stay = next(stay for stay in ranked[name] if stay not in reasons)
+        reasons[stay] = name + " of the others" * (stay != ranked[name][0]) + among
+    deaths = [stay for stay in ranked["highest risk"] if labels[stay] == 1]
+    if reasons and deaths and not reasons.keys() & set(deaths):
         reasons.popitem()
-        reasons[int(deaths[risk[deaths].argmax()])] = f"highest risk of those who died{among}"
-    others = np.random.default_rng(seed).permutation([stay for stay in usable if stay not in reasons])
-    chosen = [*reasons, *others.tolist()]
-    return sorted(chosen[: max(most, len(reasons))] if most else chosen), reasons
+        reasons[deaths[0]] = f"highest risk of those who died{among}"
+    others = np.random.default_rng(settings.seed).permutation([stay for stay in usable if stay not in reasons])
+    order = np.array([*reasons, *others], int)
+    order = order[: max(settings.max_stays, len(reasons)) if settings.max_stays else None]
+    fits = np.cumsum(lengths[order]) <= most_events
+    fits[: max(1, len(reasons))] = True
+    return sorted(order[fits].tolist()), reasons
 
 
 # ---- Attend ----------------------------------------------------------------------------------------------------------
@@ -307,30 +316,28 @@ def captum_analysis(
     attention_mask: Tensor | None = None,
     baseline: Baseline = None,
     n_steps: int = 50,
-    retry: bool = True,
 ) -> Attribution:
     """Return the Integrated Gradients of (B, L, C) events and (B, S) statics on the logit, from a baseline.
 
     `baseline` is the checkpoint's: the mean training event at every position and the mean statics; None is zeros. Stays
     are done one by one, without padding, and again with 4 and 16 times the steps where the sum misses the difference of
-    the logits. Raises ValueError for NaN or infinite inputs of real events. Sundararajan et al. 2017, by Captum.
+    the logits. Arrays are converted; raises InputError for what cannot be meant. Sundararajan et al. 2017, by Captum.
 
     >>> found = captum_analysis(model, sequences, static_features, attention_mask)
     >>> found.events.shape == sequences.shape and bool(found.complete.all())
     True
     """
-    model.eval()
+    sequences, static_features, is_real = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     attributions, statics, rows = torch.zeros_like(sequences), torch.zeros_like(static_features), []
-    for stay, is_event in enumerate(event_mask(sequences, attention_mask)):
-        length = int(is_event.nonzero().max()) + 1 if is_event.any() else 0
+    for stay, is_event in enumerate(is_real):
+        length = int(is_event.nonzero().max()) + 1
         sequence, static, mask = sequences[stay, None, :length], static_features[stay, None], is_event[None, :length]
-        check_finite(sequence, static, mask)
         sequence = torch.where(mask[..., None], sequence, 0)  # what padding holds must not become 0 * NaN
         starts = baselines_like(sequence, static, baseline)
         with torch.no_grad():
             both = torch.cat([sequence, starts[0]]), torch.cat([static, starts[1]]), mask.expand(2, -1)
             logit, start = model.logits(*both).squeeze(1).tolist()
-        for steps in (n_steps, 4 * n_steps, 16 * n_steps) if retry else (n_steps,):
+        for steps in (n_steps, 4 * n_steps, 16 * n_steps):
             events, columns = integrated_gradients(model, sequence, static, mask, baseline, steps)
             gap = float(events.double().sum() + columns.double().sum()) - (logit - start)
             if adds_up(gap, logit - start):
@@ -340,25 +347,29 @@ def captum_analysis(
     return Attribution(attributions, statics, *(np.array(column) for column in zip(*rows)))
 
 
-def event_mask(sequences: Tensor, attention_mask: Tensor | np.ndarray | None) -> Tensor:
-    """Return (B, L) bool, True at real events, from a mask of any number type; None: every event is real."""
-    if sequences.dim() != 3:
-        shape = tuple(sequences.shape)
-        raise InputError(f"sequences of shape {shape}: give (B, L, C), a single stay with B = 1; statics (B, S).")
-    if attention_mask is None:
-        return torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
-    mask = torch.as_tensor(attention_mask, device=sequences.device).bool()
-    if mask.shape != sequences.shape[:2]:
-        shapes = (tuple(mask.shape), tuple(sequences.shape[:2]))
-        raise ValueError(f"attention_mask is {shapes[0]}; it must be {shapes[1]}, as the events.")
-    return mask
+def checked_inputs(
+    model: ClinicalTransformer, sequences: Any, static_features: Any, attention_mask: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (B, L, C) events, (B, S) statics and (B, L) bool, True at real events, as tensors where the model is.
 
-
-def check_finite(sequence: Tensor, static: Tensor, is_event: Tensor) -> None:
-    """Raise ValueError for an input that nothing can be attributed to."""
-    if not (torch.isfinite(sequence[is_event]).all() and torch.isfinite(static).all()):
-        reason = "an input of a real event or a static input is NaN or infinite: nothing can be attributed to it"
-        raise ValueError(f"{reason}. Look for missing text vectors, or for times that were not encoded.")
+    None as mask: every event is real. Raises InputError for what cannot be meant and for what is NaN or infinite.
+    """
+    like = next(model.parameters())
+    events, statics = (torch.as_tensor(values).to(like) for values in (sequences, static_features))
+    if events.dim() != 3 or statics.dim() != 2 or len(events) != len(statics):
+        raise files.refusal("no_batch", events=tuple(events.shape), statics=tuple(statics.shape))
+    widths = tuple(getattr(model, "architecture", {}).get(name) for name in ("input_dim", "static_dim"))
+    if (given := (events.shape[2], statics.shape[1])) != widths and any(widths):
+        raise files.refusal("other_width", given=given, read=widths)
+    mask = torch.ones(events.shape[:2]) if attention_mask is None else torch.as_tensor(attention_mask)
+    if mask.shape != events.shape[:2]:
+        raise files.refusal("other_mask", given=tuple(mask.shape), events=tuple(events.shape[:2]))
+    is_event = mask.to(like.device).bool()
+    if not ((mask == 0) | (mask == 1)).all() or not is_event.any(1).all():
+        raise files.refusal("no_mask")
+    if not (torch.isfinite(events[is_event]).all() and torch.isfinite(statics).all()):
+        raise files.refusal("not_finite")
+    return events, statics, is_event
 
 
 def baselines_like(sequence: Tensor, static: Tensor, baseline: Baseline) -> tuple[Tensor, Tensor]:
@@ -393,30 +404,28 @@ def layer_analysis(
     Statics are held fixed, and deeper layers have already mixed the events. Return dicts of layer, attribution (B, L),
     exactly 0 at padding, and gap_error (B,), complete (B,).
     """
-    model.eval()
-    mask = event_mask(sequences, attention_mask)
-    check_finite(sequences, static_features, mask)
+    sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
     rows = []
-    for name in layers:
-        row: dict[str, Any] = {"layer": name, "attribution": np.zeros(mask.shape), "gap_error": np.zeros(len(mask))}
-        rows.append(row | {"complete": np.zeros(len(mask), bool)})
-    for stay, is_event in enumerate(mask):
-        sequence, static = sequences[stay, None, is_event], static_features[stay, None]
-        start, _ = baselines_like(sequence, static, baseline)
-        with torch.no_grad():
-            logits = model.logits(torch.cat([sequence, start]), static.expand(2, -1)).squeeze(1).tolist()
-        for row, layer in zip(rows, layers.values()):
+    for name, layer in layers.items():
+        attribution, gaps, adds = np.zeros(mask.shape), [], []
+        for stay, is_event in enumerate(mask):
+            sequence, static = sequences[stay, None, is_event], static_features[stay, None]
+            start, _ = baselines_like(sequence, static, baseline)
+            with torch.no_grad():
+                logits = model.logits(torch.cat([sequence, start]), static.expand(2, -1)).squeeze(1).tolist()
             # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
             per_pass = max(GRADIENT_EVENTS, sequence.shape[1])
             options = {"n_steps": n_steps, "method": "gausslegendre", "internal_batch_size": per_pass}
             gradients = LayerIntegratedGradients(model.logits, layer)
             found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
-            attribution = found.detach().double().sum(1).cpu().numpy()  # (L,)
-            gap = float(attribution.sum()) - (logits[0] - logits[1])
-            row["attribution"][stay, is_event.cpu()] = attribution
-            row["gap_error"][stay], row["complete"][stay] = gap, adds_up(gap, logits[0] - logits[1])
+            attribution[stay, is_event.cpu()] = found.detach().double().sum(1).cpu().numpy()  # (L,)
+            gaps.append(attribution[stay].sum() - (logits[0] - logits[1]))
+            adds.append(adds_up(gaps[-1], logits[0] - logits[1]))
+        rows.append(
+            {"layer": name, "attribution": attribution, "gap_error": np.array(gaps), "complete": np.array(adds)}
+        )
     return rows
 
 
@@ -473,18 +482,17 @@ def variant_logits(
         keep_static = np.ones((len(keep), stay.static.shape[1]), bool)
     n_events, asked = keep.shape[1], np.hstack([keep, keep_static, *([] if texts is None else [texts])])
     _, first, which = np.unique(asked, axis=0, return_index=True, return_inverse=True)
-    first = first[np.argsort(keep[first].sum(1), kind="stable")]  # stays of one length take one call
-    logits, per_pass = np.zeros(len(keep)), max(1, FORWARD_EVENTS // max(1, n_events))
-    for part in (first[start : start + per_pass] for start in range(0, len(first), per_pass)):
+    order = np.argsort(keep[first].sum(1), kind="stable")  # stays of one length take one call
+    logits, per_pass = np.zeros(len(first)), max(1, FORWARD_EVENTS // max(1, n_events))
+    for places in (order[start : start + per_pass] for start in range(0, len(order), per_pass)):
+        part = first[places]
         events, rows, statics = stay.variants(keep[part], None if texts is None else texts[part])
         is_kept = torch.as_tensor(keep_static[part], device=statics.device)
         statics = torch.where(is_kept, statics, baselines_like(stay.sequence, stay.static, baseline)[1])  # (n, S)
         layout = train.layout_of_lengths(keep[part].sum(1), events.device)
         found, _ = model.score_packed(events, statics, layout, rows=rows)
-        logits[part] = found.squeeze(1).double().cpu().numpy()
-    same = np.zeros(which.max(initial=-1) + 1, int)
-    same[which[first]] = first
-    return logits[same[which]]
+        logits[places] = found.squeeze(1).double().cpu().numpy()
+    return logits[which]
 
 
 class Ablation(NamedTuple):
@@ -517,37 +525,35 @@ def ablation_analysis(
     >>> found.if_absent.shape == sequences.shape[:2]
     True
     """
-    model.eval()
-    mask = event_mask(sequences, attention_mask)
-    check_finite(sequences, static_features, mask)
+    sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     if dataset is None and model.architecture["n_history"]:
         raise files.refusal("held_histories")
-    names = np.array(static_names or [f"static {column}" for column in range(static_features.shape[1])], object)
-    kinds = event_groups or {"all events": ["all"] * sequences.shape[1]}
+    n_events, n_statics = sequences.shape[1], static_features.shape[1]
+    names: Any = static_names if static_names is not None else [f"static {column}" for column in range(n_statics)]
+    kinds = event_groups or {"all events": ["all"] * n_events}
+    for name, labels in {"static_names": names, **kinds}.items():
+        if len(labels) != (wanted := n_statics if labels is names else n_events):
+            raise files.refusal("other_number", name=name, given=len(labels), wanted=wanted)
+    names = np.array(names, dtype=object)
     scores, rows = np.zeros(mask.shape), []
     for number, is_event in enumerate(mask):
-        stay = OneStay(
-            sequences[number : number + 1, is_event], static_features[number : number + 1], dataset, first + number
-        )
+        stay = OneStay(sequences[number, None, is_event], static_features[number, None], dataset, first + number)
         positions = is_event.nonzero().squeeze(1).cpu().numpy()
         chosen = positions if which is None else np.intersect1d(positions, which)
-        keep, found = [np.ones(len(positions), bool), *(chosen[:, None] != positions)], []
-        keep_static = [np.ones(len(names), bool)] * len(keep)
+        every, statics = np.ones(len(positions), bool), np.ones(n_statics, bool)
+        left = [(number, "", "", 0, every, statics)]  # kind, group, its events, and what is left without it
+        left += [(number, "event", "", 1, positions != event, statics) for event in chosen]
         for kind, labels in kinds.items():
             of_event = np.asarray(labels, dtype=object)[positions]
-            for group in sorted(set(of_event)):
-                found.append((number, kind, group, int((of_event == group).sum())))
-                keep.append(of_event != group)
-                keep_static.append(keep_static[0])
-        for name in pd.unique(names):
-            found.append((number, "static", name, 0))
-            keep.append(keep[0])
-            keep_static.append(names != name)
-        logits = variant_logits(model, stay, np.array(keep), baseline, np.array(keep_static))
+            counts = pd.Series(of_event).value_counts().sort_index()
+            left += [(number, kind, group, count, of_event != group, statics) for group, count in counts.items()]
+        left += [(number, "static", name, 0, every, names != name) for name in pd.unique(names)]
+        keep, keep_static = (np.array([row[at] for row in left]) for at in (4, 5))
+        logits = variant_logits(model, stay, keep, baseline, keep_static)
         falls = logits[0] - logits[1:]
         scores[number, positions] = math.nan
         scores[number, chosen] = falls[: len(chosen)]
-        rows += [(*row, fall) for row, fall in zip(found, falls[len(chosen) :])]
+        rows += [(*row[:4], fall) for row, fall in zip(left[1 + len(chosen) :], falls[len(chosen) :])]
     return Ablation(scores, pd.DataFrame(rows, columns=["stay", "kind", "group", "n_events", "ablation"]))
 
 
@@ -650,7 +656,7 @@ def randomisation(
 
     Similar texts look alike to any model: what counts is the excess (Adebayo et al. 2018).
     """
-    is_event, resets = event_mask(sequence, None), []
+    is_event, resets = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device), []
     for model in models:
         events, _ = integrated_gradients(model, sequence, static, is_event, baseline, FEW_STEPS)
         resets.append(events[0].double().sum(1).cpu().numpy())
@@ -661,11 +667,7 @@ def randomisation(
 
 
 def check_stays(
-    run: Run,
-    events: pd.DataFrame,
-    stays: Sequence[int],
-    settings: ExplainSettings,
-    done: Callable[[int], Any] = lambda stay: None,
+    run: Run, events: pd.DataFrame, stays: Sequence[int], settings: ExplainSettings, done: Callable[[int], Any]
 ) -> tuple[list[Check], pd.DataFrame]:
     """Measure the explanations of some stays -> checks, curves. Calls `done` with each stay."""
     model, baseline = run.checkpoint.model, run.checkpoint.baseline
@@ -733,23 +735,24 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     """Return what is to be read before any explanation."""
     checkpoint, risks, labels = run.checkpoint, expit(run.logits), run.table.labels
     trained = checkpoint.settings  # its resamples give the interval that train.py says
-    patients = run.table.stays["patient_id"].to_numpy()
-    checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
-    spread, unseen = float(np.std(run.logits)), float(np.mean(run.is_new_item[run.table.text]))
-    checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR or len(risks) <= 2))
-    whose = {0: "patients, other", len(risks): "patients"}.get(run.held_out, "patients, some")
-    checks.append(Check(whose, {"held_out": run.held_out, "n": len(risks)}))
+    patients, known, checks = run.table.stays["patient_id"].to_numpy(), labels[~np.isnan(labels)], []
+    is_few, whose = len(set(patients)) < FEW, {0: "patients, other", len(risks): "patients"}
+    if not is_few:
+        checks = discrimination(labels, risks, patients, trained.n_bootstrap, trained.seed)
+        spread, worst = float(np.std(run.logits)), max(leaks, key=lambda text: leaks[text], default="")
+        checks.append(Check("spread", {"value": spread}, spread >= SPREAD_FLOOR))
+        found = {"n": len(leaks), "worst": worst, "value": leaks.get(worst, math.nan)}
+        is_told = bool(leaks) or metrics.fewest(known) > 2  # of two, chance tells as well
+        checks.append(Check("single texts", found, not leaks) if is_told else Check("single texts, unknown", {}))
+    checks.append(Check(whose.get(run.held_out, "patients, some"), {"held_out": run.held_out, "n": len(risks)}))
+    unseen = float(np.mean(run.is_new_item[run.table.text]))
     checks.append(Check("likeness", {"value": unseen}, unseen <= UNSEEN_SHARE))
-    worst, known = max(leaks, key=lambda text: leaks[text], default=""), labels[~np.isnan(labels)]
-    found = {"n": len(leaks), "worst": worst, "value": leaks.get(worst, math.nan)}
-    is_told = bool(leaks) or metrics.fewest(known) > 2  # of two, chance tells as well
-    checks.append(Check("single texts", found, not leaks) if is_told else Check("single texts, unknown", {}))
     sequence = checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     with torch.no_grad():
         logit = float(checkpoint.model.logits(sequence, checkpoint.baseline["static"][None]))
     found = {"value": logit, "risk": 100 * expit(logit), "mean": percent(risks.mean()), "n": len(risks)}
     found |= {"died": percent(known.mean()) if len(known) else "–", "above": int((run.logits > logit).sum())}
-    return [*checks, Check("baseline", found)]
+    return [*checks, Check("baseline, of few" if is_few else "baseline", found)]
 
 
 # ---- Tables: the same for the pictures, the report and the files -----------------------------------------------------
@@ -812,13 +815,7 @@ class Explained(NamedTuple):
 
 
 def explain_stay(
-    run: Run,
-    stay: int,
-    settings: ExplainSettings,
-    effort: Effort,
-    leaks: Mapping[str, float],
-    reason: str = "",
-    layers: bool = True,
+    run: Run, stay: int, effort: Effort, leaks: Mapping[str, float], seed: int, reason: str, layers: bool
 ) -> Explained:
     """Return every view of one stay; `reason` is why it is shown in full, or ""."""
     model, baseline, names = run.checkpoint.model, run.checkpoint.baseline, run.checkpoint.preprocessor.static_names
@@ -833,10 +830,9 @@ def explain_stay(
     push = values.sum(1)
     listed, rows = listed_events(push), slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed)  # taken out one by one
-    numbers = some_of([*np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0)], effort.numbers, settings.seed)
+    numbers = some_of([*np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0)], effort.numbers, seed)
     columns = [static_word(column) for column, _ in names]
-    given = (model, sequence, static, None, baseline, kinds, columns, which)
-    ablation = ablation_analysis(*given, run.dataset, stay)
+    ablation = ablation_analysis(model, sequence, static, None, baseline, kinds, columns, which, run.dataset, stay)
     events = events.assign(
         attribution=push,
         **{f"attribution_{name}": values[:, part].sum(1) for name, part in run.parts.items()},
@@ -860,15 +856,17 @@ def explain_stay(
     groups["attribution"] = [sums[key] for key in zip(groups["kind"], groups["group"])]
     parts = [pd.DataFrame()]
     for row in layer_analysis(model, sequence, static, None, baseline, 2 * IG_STEPS) if layers else ():
-        table = pd.DataFrame({"event": events["event"], "attribution": row["attribution"][0]})
-        parts.append(table.assign(layer=row["layer"], gap_error=row["gap_error"][0], complete=row["complete"][0]))
+        of_stay = {name: row[name][0] for name in ("attribution", "gap_error", "complete")}
+        parts.append(pd.DataFrame({"event": events["event"], "layer": row["layer"], **of_stay}))
     logit, complete = found.logits[0], bool(found.complete[0])
     row = ids | {"label": events["label"].iloc[0], "probability": float(expit(logit)), "logit": logit}
     row |= {"baseline_logit": found.baseline_logits[0], "gap_error": found.gap_errors[0], "complete": complete}
-    row |= {"n_steps": found.n_steps[0], "moved_by_shuffling": moved_by_shuffling(run, stay, settings.seed)}
+    row |= {"n_steps": found.n_steps[0], "moved_by_shuffling": moved_by_shuffling(run, stay, seed)}
     row |= {"n_events": len(events), "n_removed": events["if_absent"].count(), "why_shown": reason}
     by_layer = pd.concat(parts, ignore_index=True)
     by_column, by_group, layered = (table.assign(**ids) for table in (pd.DataFrame(statics), groups, by_layer))
+    if not layers:  # no picture shows the maps, half a megabyte each
+        attention = attention._replace(maps=np.empty(0))
     return Explained(row, events, by_column, by_group, layered, attention)
 
 
@@ -929,18 +927,25 @@ def logits_without(
     return logits
 
 
+def heads_of(model: ClinicalTransformer) -> dict[tuple[str, int], tuple[nn.Linear, slice]]:
+    """Return what each head gives, inputs of a linear layer, by its layer and number from 1; pooling comes last."""
+    layers: list[Any] = [layer.attention_output for layer in model.transformer_encoder]
+    kinds = [(f"layer {number}", linear, model.architecture["n_heads"]) for number, linear in enumerate(layers, 1)]
+    kinds.append(("pooling", model.attention_pooling.output, model.architecture["n_pooling_heads"]))
+    found: dict[tuple[str, int], tuple[nn.Linear, slice]] = {}
+    for name, linear, n_heads in kinds:
+        width = linear.in_features // n_heads
+        found |= {(name, head + 1): (linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)}
+    return found
+
+
 def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return how far logits move without each head, (heads, stays), and without all attention of layers, (stays,)."""
-    model, switches = run.checkpoint.model, []
-    layers: list[Any] = [layer.attention_output for layer in model.transformer_encoder]
-    kinds = [(linear, model.architecture["n_heads"]) for linear in layers]
-    for linear, n_heads in [*kinds, (model.attention_pooling.output, model.architecture["n_pooling_heads"])]:
-        width = linear.in_features // n_heads
-        switches += [(linear, slice(head * width, (head + 1) * width)) for head in range(n_heads)]
-    logits = partial(logits_without, model, run.dataset, np.array(stays))
-    whole = logits()
-    moves = [np.abs(logits([switch]) - whole) for switch in switches]
-    return np.stack(moves), np.abs(logits([(linear, slice(None)) for linear in layers]) - whole)
+    heads, logits = heads_of(run.checkpoint.model), partial(logits_without, run.checkpoint.model, run.dataset)
+    whole = logits(np.array(stays))
+    moves = [np.abs(logits(np.array(stays), [head]) - whole) for head in heads.values()]
+    of_layers = [head for (name, _), head in heads.items() if name != "pooling"]
+    return np.stack(moves), np.abs(logits(np.array(stays), of_layers) - whole)
 
 
 def head_table(
@@ -967,12 +972,8 @@ def head_table(
         values = np.stack([value.to_numpy(float) for value in properties.values()])
         measured.append(rank_correlation(weights[:, seen], values[:, seen]))
     patients = np.array([found.stay["patient_id"] for found in usable])
-    sizes = run.checkpoint.model.architecture
-    layers = np.repeat([f"layer {layer}" for layer in range(1, sizes["n_layers"] + 1)], sizes["n_heads"]).tolist()
-    heads = [*range(1, sizes["n_heads"] + 1)] * sizes["n_layers"] + [*range(1, sizes["n_pooling_heads"] + 1)]
-    names = list(zip(layers + ["pooling"] * sizes["n_pooling_heads"], heads))
     rows = []
-    for number, (layer, head) in enumerate(names if measured else ()):
+    for number, (layer, head) in enumerate(heads_of(run.checkpoint.model) if measured else ()):
         for column, name in enumerate(properties):
             of_stays = np.array([found[number, column] for found in measured])
             mean = mean_with_interval(of_stays, patients, settings.n_bootstrap, settings.seed)
@@ -1013,9 +1014,7 @@ def trajectory_table(run: Run, stay: int, most: int = 20) -> pd.DataFrame:
     return pd.DataFrame(columns).assign(extrapolated=not run.checkpoint.settings.prospective)
 
 
-TRAJECTORY_COLUMNS = ["hours_since_admission", "n_events", "probability", "icu_stay_id", "extrapolated"]
 DECISIVE_COLUMNS = ["icu_stay_id", "threshold", "probability", "probability_without", "event", "event_text"]
-PAIRED, PAIR_COLUMNS = 10, ["first", "second", "with_second", "without_second", "interaction"]
 MOST_DECISIVE = 64  # events taken out at most before the search for a changed decision is given up
 
 
@@ -1027,9 +1026,7 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
     """
 
     def risk_without(sets: list[np.ndarray]) -> np.ndarray:
-        keep = np.ones((len(sets), len(events)), bool)
-        for row, taken in zip(keep, sets):
-            row[taken] = False
+        keep = np.array([~np.isin(np.arange(len(events)), taken) for taken in sets]).reshape(-1, len(events))
         return expit(variant_logits(run.checkpoint.model, run.one(stay), keep))
 
     risk = risk_without([np.array([], int)])[0]
@@ -1048,31 +1045,6 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
     return found.assign(probability_without=risk_without([chosen])[0])[DECISIVE_COLUMNS]
 
 
-def pair_table(run: Run, stay: int, events: pd.DataFrame, statics: pd.DataFrame) -> pd.DataFrame:
-    """Return the pairs among the `PAIRED` strongest events and statics of a stay (`PAIR_COLUMNS`).
-
-    How far the first moves the logit where the second is there, and where it is not; their difference is the
-    interaction, a second difference by absence. A static that is not there is as average.
-    """
-    columns = np.array([static_word(column) for column, _ in run.checkpoint.preprocessor.static_names])
-    every, places = np.ones(len(columns), bool), np.arange(len(events))
-    parts = [(row.attribution, row.event_text, places != row.event, every) for row in events.itertuples()]
-    for row in statics.itertuples():
-        name = f"{row.feature}: {explain_report.plain_number(row.value)}"
-        parts.append((row.attribution, name, places >= 0, columns != row.feature))
-    strongest = sorted(parts, key=lambda part: -abs(part[0]))[:PAIRED]
-    pairs = list(itertools.combinations(range(len(strongest)), 2))
-    sets = [(), *((place,) for place in range(len(strongest))), *pairs]
-    masks = [np.stack([part[at] for part in strongest]) for at in (2, 3)]  # (PAIRED, L), (PAIRED, S)
-    keep, keep_static = (np.stack([mask[np.array(chosen, int)].all(0) for chosen in sets]) for mask in masks)
-    logits = variant_logits(run.checkpoint.model, run.one(stay), keep, run.checkpoint.baseline, keep_static)
-    rows = []
-    for (first, second), neither in zip(pairs, logits[len(strongest) + 1 :]):
-        moves = logits[0] - logits[1 + first], logits[1 + second] - neither
-        rows.append((strongest[first][1], strongest[second][1], *moves, moves[0] - moves[1]))
-    return pd.DataFrame(rows, columns=PAIR_COLUMNS).assign(icu_stay_id=run.table.stays["icu_stay_id"][stay])
-
-
 def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
     """Return at most so many of the stays, drawn at random, in order."""
     return sorted(np.random.default_rng(seed).permutation(list(stays))[:most].tolist())
@@ -1081,60 +1053,61 @@ def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
 def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     """Return the tables of a run, as the report and the pictures take them."""
     effort, seed, lengths = QUICK if settings.quick else Effort(), settings.seed, run.table.lengths
-    resampling = (settings.n_bootstrap, seed)
-    chosen, reasons = choose_stays(run, settings.stays, settings.max_stays, seed, effort.longest)
-    checked = some_of(chosen, effort.checked, seed)
-    of_interest = [*reasons] or chosen[:1]
+    model, n_layers = run.checkpoint.model, len(run.checkpoint.model.transformer_encoder)
+    resampling, leaks = (settings.n_bootstrap, seed), audit.leaking_texts(run.table)
+    chosen, reasons = choose_stays(run, settings, effort.events)
+    is_few = run.table.stays["patient_id"][chosen].nunique() < FEW
+    checked = some_of(chosen, 0 if is_few else effort.checked, seed)
+    switched, of_interest = some_of(checked or chosen, OFF_STAYS, seed), [*reasons] or chosen[:1]
     logger.info(f"Explaining  {len(chosen)} of {len(lengths)} stays of unseen patients, {len(reasons)} of them in full")
-    leaks = audit.leaking_texts(run.table)
-    explaining = lengths * (50 + np.minimum(lengths, effort.removed) + np.minimum(lengths, effort.numbers))
-    checking = lengths * 250  # both in passes over an event
-    total = int(explaining[chosen].sum() + checking[checked].sum())
-    bar = files.Progress(total=total, desc="explain", unit=" passes", unit_scale=True)
+    # Passes over an event that each of them takes; one with gradients counts three times.
+    explaining = lengths * (70 + np.minimum(lengths, effort.removed) + np.minimum(lengths, effort.numbers))
+    explaining[of_interest] += lengths[of_interest] * 6 * IG_STEPS * effort.layers * (1 + n_layers)
+    checking, switching, showing = lengths * 250, lengths * (2 + len(heads_of(model))), lengths * 100
+    work = [(explaining, chosen), (checking, checked), (switching, switched), (showing, of_interest)]
+    total = int(sum(passes[stays].sum() for passes, stays in work))
+    bar = files.Progress(total=total, desc="explain", unit=" passes", unit_scale=True, smoothing=0)
     explained: dict[int, Explained] = {}
     for stay in chosen:
-        found = explain_stay(
-            run, stay, settings, effort, leaks, reasons.get(stay, ""), effort.layers and stay in of_interest
-        )
-        drawn = stay in of_interest  # no picture shows the maps of the others, half a megabyte each
-        explained[stay] = found if drawn else found._replace(attention=found.attention._replace(maps=np.empty(0)))
+        given = (seed, reasons.get(stay, ""), effort.layers and stay in of_interest)
+        explained[stay] = explain_stay(run, stay, effort, leaks, *given)
         bar.update(int(explaining[stay]))
     tables: dict[str, Any] = {}
     for name in ("events", "statics", "groups", "layers"):
         parts = [getattr(found, name) for found in explained.values()]
         tables[name] = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-    percentiles = [100 * float((run.logits <= run.logits[stay]).mean()) for stay in chosen]
     tables["stays"] = stays = pd.DataFrame([found.stay for found in explained.values()])
-    stays["risk_percentile"] = percentiles
+    stays["risk_percentile"] = [100 * float((run.logits <= run.logits[stay]).mean()) for stay in chosen]
     done = lambda stay: bar.update(int(checking[stay]))
     checks, tables["curves"] = check_stays(run, tables["events"], checked, settings, done)
-    bar.close()
     complete = {"value": float(stays["complete"].mean()), "n": len(stays), "steps": IG_STEPS}
     complete["at_once"] = float((stays["complete"] & (stays["n_steps"] == IG_STEPS)).mean())
     checks.insert(0, judged("completeness", "attribution", complete, ">= 0.99"))
     tables["faithfulness"] = explain_report.check_table(checks)
-    effects, of_layers = head_effects(run, some_of(checked, OFF_STAYS, seed))
+    effects, of_layers = head_effects(run, switched)
+    bar.update(int(switching[switched].sum()))
     tables["heads"] = head_table(run, explained, effects, settings)
     tables["query_similarity"] = query_similarity_table(explained, settings)
-    of_shown = lambda columns, parts: pd.concat([pd.DataFrame(columns=columns), *parts], ignore_index=True)
-    tables["trajectory"] = of_shown(TRAJECTORY_COLUMNS, [trajectory_table(run, stay) for stay in reasons])
-    decisive = [decisive_events(run, stay, explained[stay].events, settings.decision_threshold) for stay in reasons]
+    arriving, decisive = [], []
+    for stay in of_interest:
+        arriving.append(trajectory_table(run, stay))
+        decisive.append(decisive_events(run, stay, explained[stay].events, settings.decision_threshold))
+        bar.update(int(showing[stay]))
+    bar.close()
+    tables["trajectory"], tables["decisive"] = (pd.concat(parts, ignore_index=True) for parts in (arriving, decisive))
     tables["items"] = findings.item_table(findings.with_statics(tables), *resampling)
     tables["systems"] = findings.system_table(tables["events"])
-    paired = [pair_table(run, stay, explained[stay].events, explained[stay].statics) for stay in reasons]
-    tables["pairs"] = of_shown([*PAIR_COLUMNS, "icu_stay_id"], paired)
-    tables["decisive"] = of_shown(DECISIVE_COLUMNS, decisive)
     by_time = mean_with_interval(stays["moved_by_shuffling"], stays["patient_id"], *resampling)
-    verdict = [*verdict_of(run, leaks), Check("time" if by_time["low"] > FLOOR else "time, unused", by_time)]
-    mean, has_layers = float(of_layers.mean()), len(run.checkpoint.model.transformer_encoder) > 0
-    name = "layer attention" if mean > FLOOR else "layer attention, idle"
-    verdict.append(Check(name if has_layers else "layer attention, none", {"value": mean, "n": len(of_layers)}))
-    tables["verdict"] = explain_report.check_table(verdict + [Check("quick", effort._asdict())] * settings.quick)
+    name = "layer attention" if (mean := of_layers.mean()) > FLOOR else "layer attention, idle"
+    said = [Check("time" if by_time["low"] > FLOOR else "time, unused", by_time)]
+    said.append(Check(name if n_layers else "layer attention, none", {"value": mean, "n": len(of_layers)}))
+    said = [*verdict_of(run, leaks), *([Check("few stays", {})] if is_few else said)]
+    tables["verdict"] = explain_report.check_table(said + [Check("quick", effort._asdict())] * settings.quick)
     best = max((explained[stay] for stay in of_interest), key=lambda found: found.stay["probability"])
-    pictured = {"icu_stay_id": best.stay["icu_stay_id"], "layer_maps": best.attention.maps}
-    pictured |= {"n_mapped": min(len(best.events), MAX_MAP_EVENTS), "pooling": best.attention.pooling}
-    pictured |= {"hours": best.events["hours_to_end"].to_numpy(), "texts": best.events["event_text"].tolist()}
-    return tables | {"attention": pictured}
+    pictured = {"icu_stay_id": best.stay["icu_stay_id"], "pooling_weights": best.attention.pooling[None, :, None]}
+    pictured["layer_attention_weights"] = [maps[None] for maps in best.attention.maps]
+    tables["attention"] = pictured | {"n_mapped": min(len(best.events), MAX_MAP_EVENTS)}
+    return tables
 
 
 # ---- In a notebook: names of inputs, and small analyses of one pass --------------------------------------------------
@@ -1178,6 +1151,8 @@ def map_features_to_clinical(
     parts = feature_mapping.loc[feature_mapping["input"] == "event", "part"].to_numpy() if is_frame else np.array([])
     if values.ndim != 2 or values.shape[1] != len(parts):
         raise files.refusal("hidden_units")
+    if not -len(values) <= pos < len(values):
+        raise InputError(f"pos {pos}: there are {len(values)} positions, from 0 on.")
     table = pd.DataFrame({"part": parts, "attribution": values[pos]})
     return table.groupby("part", sort=False)["attribution"].sum().reset_index()
 
@@ -1189,17 +1164,17 @@ class Stay(NamedTuple):
     statics: pd.DataFrame | None = None
 
 
-def stay_of(tables: dict[str, pd.DataFrame], icu_stay_id: int) -> Stay:
+def stay_of(tables: dict[str, pd.DataFrame], icu_stay_id: int | str) -> Stay:
     """Return one stay out of what `run_explainability_analysis` returned. Raises InputError if it is not there.
 
     >>> stay_of(tables, 1).events["event_text"].iloc[0]
     'Lab: Lactate | Value: 9 mmol/L'
     """
     parts = [tables[name] for name in ("events", "statics")]
-    events, statics = (part[part["icu_stay_id"] == icu_stay_id].reset_index(drop=True) for part in parts)
+    events, statics = (part[part["icu_stay_id"].astype(str) == str(icu_stay_id)] for part in parts)
     if not len(events):
         raise InputError(f"icu_stay_id {icu_stay_id} is not among the stays analysed.")
-    return Stay(events, statics)
+    return Stay(events.reset_index(drop=True), statics.reset_index(drop=True))
 
 
 def to_numpy(values: Any) -> np.ndarray:
@@ -1212,12 +1187,16 @@ def weights_and_events(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return, for each stay of a pass, its (Hp, L) pooling weights and the positions of its real events.
 
-    Padding has no output and no weight. Raises InputError for the record of another stay.
+    With a record, of the first, which must be the record's. Padding has no output and no weight. Raises InputError.
     """
-    weights = to_numpy(attention_weights["pooling_weights"])[:, :, 0]  # (B, Hp, L)
+    if not isinstance(attention_weights, Mapping) or "pooling_weights" not in attention_weights:
+        raise files.refusal("no_attention")
+    if not isinstance(record, Stay | None):
+        raise files.refusal("no_record", kind=type(record).__name__)
+    weights = to_numpy(attention_weights["pooling_weights"])[: None if record is None else 1, :, 0]  # (B, Hp, L)
     is_used = weights.sum(1) > 0
     if "transformer_output" in attention_weights:
-        is_used |= np.abs(to_numpy(attention_weights["transformer_output"])).sum(2) > 0
+        is_used |= np.abs(to_numpy(attention_weights["transformer_output"])[: len(weights)]).sum(2) > 0
     events = [np.flatnonzero(row) for row in is_used]
     for positions in events:
         if record is not None and len(positions) != len(record.events):
@@ -1231,6 +1210,26 @@ def described_event(record: Stay | None, position: int) -> dict[str, Any]:
         return {}
     event = record.events.iloc[position]
     return {"hours_to_end": float(event["hours_to_end"])} | event[["event_type", "event_text"]].to_dict()
+
+
+def to_shap(found: dict[str, Any]) -> Any:
+    """Return a `shap.Explanation` of an explanation's stays by items and statics, for SHAP's own plots.
+
+    values: Integrated Gradients, the pushes of all events of an item in a stay summed, 0 without any; data: the number
+    of its last event that has one, NaN without; base_values: the baseline's logit. So each row of values and its base
+    value sum to the stay's logit (0.02 + 1 %, where it is complete). Raises InputError without the package `shap`.
+
+    >>> shap.plots.waterfall(to_shap(found)[0])  # doctest: +SKIP
+    """
+    try:
+        import shap
+    except ImportError:
+        raise InputError("to_shap needs another package (0.51 works). Run: pip install shap") from None
+    stays, rows = found["stays"], findings.with_statics(found).groupby(["icu_stay_id", "item"])
+    values = rows["attribution"].sum().unstack(fill_value=0.0).loc[stays["icu_stay_id"]]
+    data = rows["value"].last().unstack().loc[values.index, values.columns]
+    starts = np.array(stays["baseline_logit"])
+    return shap.Explanation(np.array(values), starts, np.array(data), feature_names=[*values])
 
 
 def analyze_critical_time_periods(
@@ -1294,8 +1293,9 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     for stay, (pooling, events) in enumerate(weights_and_events(attention_weights)):
         for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
             matrices = to_numpy(weights[stay])
-            spacing = pooling.shape[1] / matrices.shape[2]  # events in a bin; 1: not binned
-            real = np.unique((events / spacing).astype(int))
+            first = pooling.shape[1] - int(attention_weights.get("n_mapped") or pooling.shape[1])  # maps begin here
+            spacing = (pooling.shape[1] - first) / matrices.shape[2]  # events in a bin; 1: not binned
+            real = np.unique(((events[events >= first] - first) / spacing).astype(int))
             matrices, place = matrices[:, real][:, :, real], real * spacing
             is_near = np.abs(place[:, None] - place) <= near
             local = matrices[:, is_near].mean(1)
@@ -1317,8 +1317,7 @@ def analyze_temporal_feature_attribution(attention_weights: dict[str, Any], feat
     """
     if not isinstance(feature_mapping, Stay):
         raise files.refusal("no_features")
-    events, first = feature_mapping.events, {"pooling_weights": attention_weights["pooling_weights"][:1]}
-    pooling, inside = weights_and_events(first, feature_mapping)[0]
+    events, (pooling, inside) = feature_mapping.events, weights_and_events(attention_weights, feature_mapping)[0]
     columns = {"window": clock_window(events["hours_to_end"]), "n_events": 1}
     columns |= {f"attention_head_{head}": weights[inside] for head, weights in enumerate(pooling, start=1)}
     if "attribution" in events:
@@ -1358,9 +1357,8 @@ TABLE_FILES = {
     "items": "item_importance.csv",
     "systems": "organ_systems.csv",
     "decisive": "decisive_events.csv",
-    "pairs": "pairs.csv",
 }
-LOGGED_CHECKS = ("discrimination", "calibration", "patients", "time", "quick")  # and those whose names begin so
+LOGGED_CHECKS = ("discrimination", "calibration", "patients", "time", "quick", "few")  # and those whose names begin so
 
 
 class Explanation(dict[str, Any]):
@@ -1394,7 +1392,7 @@ class Explanation(dict[str, Any]):
         """The pictures by name; each shows itself where a notebook's cell ends with it."""
         drawn = draw_figures(self, self.caption)
         for figure in drawn.values():
-            setattr(figure, "_repr_png_", partial(explain_report.png_of, figure))  # noqa: B010 (notebooks look for it)
+            setattr(figure, "_repr_png_", partial(png_of, figure, 100))  # noqa: B010 (notebooks look for it)
         return drawn
 
     def _repr_html_(self) -> str:
@@ -1419,19 +1417,20 @@ def run_explainability_analysis(
     if not logger.handlers and ("ipykernel" in sys.modules or not logging.root.handlers):  # nobody would see the log
         files.log_to_stdout()
     if not isinstance(checkpoint_path, str | os.PathLike):
-        kind = type(checkpoint_path).__name__
-        raise InputError(f"the checkpoint is the path of a best_model.pth, not a {kind}; data come second.")
-    folder = train.folder_of_run(checkpoint_path) / "explainability" if save_dir == "" else save_dir
+        raise files.refusal("no_path", kind=type(checkpoint_path).__name__)
+    path, *others = train.checkpoint_files(checkpoint_path)
+    if others:
+        raise files.refusal("many_checkpoints", folder=checkpoint_path, count=1 + len(others), first=path)
+    folder = train.folder_of_run(path) / "explainability" if save_dir == "" else save_dir
+    if not isinstance(ids := options.get("stay_ids", ""), str):
+        options["stay_ids"] = " ".join(map(str, np.atleast_1d(ids)))
     try:
-        settings = ExplainSettings(checkpoint=str(checkpoint_path), **options)
+        settings = ExplainSettings(checkpoint=str(path), **options)
     except TypeError as error:
-        reason = f"{str(error).split('() ')[-1]}; the options are the fields of ExplainSettings."
-        raise InputError(f"run_explainability_analysis: {reason}") from None
+        raise files.refusal("unknown_option", reason=str(error).split("() ")[-1]) from None
     check_limits(settings)
     if settings.quick:  # never more than was asked for
-        stays, most = min(settings.stays, SHOWN_QUICK), min(settings.max_stays or STAYS_QUICK, STAYS_QUICK)
-        n_bootstrap = min(settings.n_bootstrap, N_BOOTSTRAP_QUICK)
-        settings = replace(settings, stays=stays, max_stays=most, n_bootstrap=n_bootstrap)
+        settings = replace(settings, stays=min(settings.stays, 2), n_bootstrap=min(settings.n_bootstrap, 200))
     run = load_unseen(settings.checkpoint, test_data_path, settings)
     tables = explain_stays(run, settings)
     log_what_was_found(tables)
@@ -1440,7 +1439,7 @@ def run_explainability_analysis(
     if report is not None:
         is_frame = isinstance(test_data_path, pd.DataFrame)
         data = "the data frame" if is_frame else str(test_data_path) or run.checkpoint.settings.data
-        write_everything(report.parent, run, found, run_folder.data_in_words(data), Path(checkpoint_path).name)
+        write_everything(report.parent, run, found, run_folder.data_in_words(data), path.name)
         logger.info(f"Written     {report}, and its tables and pictures beside it")
     return found
 
@@ -1465,7 +1464,9 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
     """Write tables, faithfulness.json, the pictures and the report."""
     writer = run_folder.RunFolder(folder, asdict(run.checkpoint.settings))
     for name, file in TABLE_FILES.items():
-        writer.table(file, found[name])
+        files.delete_quietly(folder / file)
+        if name != "layers" or len(found[name]):  # a quick look has none
+            writer.table(file, found[name])
     rows = lambda table: json.loads(table.to_json(orient="records", double_precision=15))
     means = found["curves"].groupby(["direction", "order", "fraction"])["change"].mean().reset_index()
     record = {"text_encoder": found.text_encoder, "stays": len(found["stays"]), "held_out": run.held_out}

@@ -1476,10 +1476,12 @@ def save_attention_weights(
 
 def load_attention_weights(path: str | Path) -> dict[str, Any]:
     """Return what `save_attention_weights` wrote: exact `pooling_weights`, layers' means (B, H, bins, bins)."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    arrays["layer_attention_weights"] = list(arrays["layer_attention_weights"].astype(np.float32))
-    return arrays
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        return arrays | {"layer_attention_weights": list(arrays["layer_attention_weights"].astype(np.float32))}
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise files.refusal("no_attention_file", path=path, error=type(error).__name__) from None
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Pictures of an explanation, from its tables; towards death is vermillion and right or up, away from it blue."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,14 @@ def name_rows(
         other.spines["right"].set_visible(False)
 
 
-def draw_stems(figure: Figure, title: str, rows: list[tuple], hours: np.ndarray, texts: Sequence[str]) -> Figure:
+def pictured_events(tables: Tables) -> pd.DataFrame:
+    """Return the events of the stay whose attention is drawn."""
+    return tables["events"].query(f"icu_stay_id == {tables['attention']['icu_stay_id']}").sort_values("event")
+
+
+def draw_stems(figure: Figure, title: str, rows: list[tuple], events: pd.DataFrame) -> Figure:
     """Draw a panel per (name, values (L,), is it a push or a weight) over hours to the end; name the three largest."""
+    hours, texts = (events[name].to_numpy() for name in ("hours_to_end", "event_text"))
     (body,) = bands(figure, [1])
     body.suptitle(title, fontsize=9)
     grid = body.subplots(len(rows), 2, sharex="col", width_ratios=[3, 2.6], squeeze=False)
@@ -96,10 +102,10 @@ def draw_stems(figure: Figure, title: str, rows: list[tuple], hours: np.ndarray,
 
 
 def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
-    """Draw `attention`: layer_maps (layers, heads, bins, bins), rows look, columns are looked at; hours (L,)."""
+    """Draw the layers' maps of `attention`, (1, heads, bins, bins) each: rows look, columns are looked at."""
     attention, stay = tables["attention"], tables["attention"]["icu_stay_id"]
-    maps = np.asarray(attention["layer_maps"], dtype=float)
-    hours = np.asarray(attention["hours"], dtype=float)[-attention["n_mapped"] :]  # of a long stay, its end
+    maps = np.concatenate(attention["layer_attention_weights"]).astype(float)
+    hours = pictured_events(tables)["hours_to_end"].to_numpy()[-attention["n_mapped"] :]  # of a long stay, its end
     n_layers, n_heads, n_bins, _ = maps.shape
     maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
     doublings = np.log2(np.maximum(maps * len(hours), 2.0**-9))  # 0: an even share, 1/L
@@ -124,34 +130,28 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
 
 
 def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
-    """Draw `attention` of one stay: pooling (heads, L), hours, texts."""
-    attention = tables["attention"]
-    rows = [(f"head {head}", weights, False) for head, weights in enumerate(np.asarray(attention["pooling"], float), 1)]
+    """Draw the pooling weights of `attention`, (1, heads, 1, L)."""
+    attention, own = tables["attention"], pictured_events(tables)
+    weights = np.asarray(attention["pooling_weights"], float)[0, :, 0]
+    rows = [(f"head {head}", of_head, False) for head, of_head in enumerate(weights, start=1)]
     title = f"Stay {attention['icu_stay_id']}: weight of every event, times an even share; its three heaviest are dark"
-    figure = page("sequence_importance", caption, len(rows) + 1.2)
-    return draw_stems(figure, title, rows, np.asarray(attention["hours"], float), attention["texts"])
+    return draw_stems(page("sequence_importance", caption, len(rows) + 1.2), title, rows, own)
 
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time."""
-    icu_stay_id = tables["attention"]["icu_stay_id"]
-    own = tables["events"].query(f"icu_stay_id == {icu_stay_id}").sort_values("event")
+    icu_stay_id, own = tables["attention"]["icu_stay_id"], pictured_events(tables)
     own = own.assign(relevance=own["relevance"] / max(own["relevance"].abs().mean(), 1e-12))
     better = "rollout" if own["in_history"].ne("").any() else "relevance"  # of the two, by tests/selfcheck.py
     names = {"attention": "pooling\nattention", better: better, "attribution": "push", "if_absent": "if\nabsent"}
     rows = [(name, own[key].to_numpy(float), key not in ("attention", "rollout")) for key, name in names.items()]
     title = f"Stay {icu_stay_id}: push and absence in logit, all else in times its mean{removed_in_words(own)}"
-    figure = page("sequence_importance_combined", caption, 5.0)
-    return draw_stems(figure, title, rows, own["hours_to_end"].to_numpy(), own["event_text"].to_numpy())
+    return draw_stems(page("sequence_importance_combined", caption, 5.0), title, rows, own)
 
 
 def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     """Draw `heads`, one row per layer, head and property: correlation, effect (pale where it is below FLOOR)."""
     heads = tables["heads"]
-    if heads.empty:
-        figure = page("head_specialization", caption, 1.5, found="")
-        figure.text(0.5, 0.5, "No stay is long enough to measure what heads follow.", ha="center")
-        return figure
     names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
     grid = heads.pivot(index="property", columns=["layer", "head"]).loc[heads["property"].unique()]
     matters = grid["effect"][names].to_numpy(float) > FLOOR
@@ -347,13 +347,13 @@ def draw_deletion_insertion(tables: Tables, caption: str) -> Figure:
     caption = f"{caption} · measured on {n_stays}{removed}{', the others count as 0' if removed else ''}"
     (body,) = bands(page("deletion_insertion", caption, 3.4), [1])
     means = curves.groupby(["direction", "order", "fraction"])["change"].mean()
-    titles = {"deletion": "Events taken out of the stay", "insertion": "Events given to a stay without any"}
-    for axes, (direction, title) in zip(body.subplots(1, 2), titles.items()):
+    for axes, direction, moved in zip(body.subplots(1, 2), ("deletion", "insertion"), ("taken out", "given back")):
         for order, (color, line, width) in METHOD_STYLES.items():
             curve, label = means[direction, order], report.METHOD_WORDS.get(order, "random order")
             axes.plot(100 * curve.index, curve, color=color, linestyle=line, linewidth=width, label=label)
         axes.axhline(0, color="black", linewidth=0.5)
-        tidy(axes, "% of the events, highest first", "change of the logit", title, ticks=(5, 5))
+        title = f"Change of the logit as events are {moved}"
+        tidy(axes, f"% of the events {moved}, highest first", "change of the logit", title, ticks=(5, 5))
     body.legend(*axes.get_legend_handles_labels(), **ABOVE)
     return body.figure
 
@@ -369,8 +369,8 @@ def draw_figure(name: str, tables: Tables, caption: str = "") -> Figure:
 
 
 def draw_figures(tables: Tables, caption: str = "") -> dict[str, Figure]:
-    """Draw all pictures, by file name without .png; of checks only after checks, of layers only where there are any."""
-    n_maps = len(tables["attention"]["layer_maps"])
-    found = {"deletion_insertion": len(tables["curves"]), "layer_attention_weights": n_maps}
-    found["captum_layer_attributions"] = n_maps * len(tables["layers"])
+    """Draw all pictures, by file name without .png; of checks, heads and layers only where there are any."""
+    n_maps = len(tables["attention"]["layer_attention_weights"])
+    found = {"deletion_insertion": len(tables["curves"]), "head_specialization": len(tables["heads"])}
+    found |= {"layer_attention_weights": n_maps, "captum_layer_attributions": n_maps * len(tables["layers"])}
     return {name: draw_figure(name, tables, caption) for name in FIGURES if found.get(name, True)}

@@ -1,7 +1,6 @@
 """What is said of an explanation: words for numbers and texts, the sentences of checks and findings, and the page."""
 
 import base64
-import io
 import math
 import re
 from typing import Any, NamedTuple
@@ -13,10 +12,12 @@ from scipy.special import logit
 from scipy.stats import binomtest
 
 from clinical_lf.files import WORDS
+from clinical_lf.plots import png_of
 from clinical_lf.run_folder import render
 
 FLOOR = 0.05  # logit; what moves it by less does not matter
 MIN_PATIENTS = 10  # behind a finding: fewer agree by chance
+FEW = 3  # patients; of fewer, which have no interval, nothing is said about the model
 EVENTS_LISTED = 10  # of a stay, in the report, on either side
 DISCLAIMER = "explains this model, not causes of death"
 TYPE_WORDS, METHOD_WORDS, STATIC_WORDS = WORDS["event_types"], WORDS["methods"], WORDS["static"]
@@ -100,7 +101,8 @@ def counted(number: int, word: str) -> str:
 def plain_number(value: object) -> str:
     """Return a number without needless digits, anything else as it is."""
     try:
-        return f"{float(str(value)):.3g}"
+        number = float(str(value))
+        return f"{number:,.0f}" if 1000 <= abs(number) < math.inf else f"{number:.3g}"
     except ValueError:
         return str(value)
 
@@ -177,10 +179,7 @@ def cohort_sentence(stays: pd.DataFrame) -> str:
     who = f"{counted(len(stays), 'unseen stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
     flagged = int((~stays["complete"].astype(bool)).sum())
     adds = f"For all{f' but {flagged}' if flagged else ''} of them the parts add up to the prediction."
-    n_events, n_removed = stays["n_events"].sum(), stays["n_removed"].sum()
-    if n_removed < n_events:
-        adds += WORDS["page"]["removed"].format(n=n_removed)
-    return f"{who} with {counted(n_events, 'event')}. {ends} {adds}"
+    return f"{who} with {counted(stays['n_events'].sum(), 'event')}. {ends} {adds}"
 
 
 def verdict_on_layers(verdict: pd.DataFrame) -> str:
@@ -197,22 +196,17 @@ def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     """Say how many checks are passed, and which are not; none is counted where the verdict warns."""
     if verdict["passed"].eq(False).any():
         return WORDS["page"]["warned"]
+    if set(faithfulness["check"]) == {"completeness"}:
+        return WORDS["page"]["few"]
     fallen = [question_of(row) for row in faithfulness[faithfulness["passed"].eq(False)].itertuples()]
     n_judged, n_stays = faithfulness["passed"].notna().sum(), faithfulness["n"].min()
     words = WORDS["page"]["fallen" if fallen else "passed"]
     return words.format(passed=n_judged - len(fallen), judged=n_judged, n=n_stays, fallen="; ".join(fallen))
 
 
-def png_of(figure: Figure, dpi: int = 100) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
 def picture_of(figure: Figure) -> dict[str, Any]:
     """Return a figure as PNG, as its base64, and its question for those who cannot see it."""
-    png, question = png_of(figure, 150), " ".join(figure.get_suptitle().split())
+    png, question = png_of(figure), " ".join(figure.get_suptitle().split())
     return {"png": png, "data": base64.b64encode(png).decode("ascii"), "question": question}
 
 
@@ -221,14 +215,12 @@ def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], i
     stays, sections = tables["stays"], []
     shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
     for stay in shown.itertuples():
-        names = ("events", "statics", "systems", "decisive", "trajectory", "pairs")
+        names = ("events", "statics", "systems", "decisive", "trajectory")
         own = {name: tables[name][tables[name]["icu_stay_id"] == stay.icu_stay_id] for name in names}
         events, own["statics"] = own["events"], own["statics"].sort_values("attribution", key=abs, ascending=False)
         own["place"] = int(np.flatnonzero(info["ids"] == stay.icu_stay_id)[0])
         own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
         own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
-        size = own["pairs"]["interaction"].astype(float).abs()
-        own["strongest pair"] = own["pairs"].loc[size[size >= FLOOR].nlargest(1).index]
         sections.append((stay, own))
     content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections)
     return render("report.html.j2", globals() | content)  # the page calls the functions above by their names

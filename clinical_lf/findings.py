@@ -48,10 +48,10 @@ def clock_window(hours_to_end: Any) -> pd.Categorical:
 def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
     """Return the events, and below them the statics of each stay as items of their own; numbers are values."""
     statics = tables["statics"].rename(columns={"feature": "item", "ablation": "if_typical"})
-    statics = statics.assign(tells_outcome=False, is_static=True)
     statics["value"] = pd.to_numeric(statics["value"], errors="coerce")
-    both = pd.concat([tables["events"].assign(is_static=False), statics], ignore_index=True)
-    return both[["patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]]
+    both = pd.concat([tables["events"].assign(is_static=False), statics.assign(tells_outcome=False, is_static=True)])
+    columns = ["icu_stay_id", "patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]
+    return both[columns].reset_index(drop=True)
 
 
 def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

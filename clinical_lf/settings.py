@@ -15,9 +15,9 @@ from clinical_lf.files import WORDS, InputError
 LIMITS = {"low": ("at least", ge), "high": ("at most", le), "above": ("above", gt), "below": ("below", lt)}
 
 
-def setting(default: Any, help_text: str, **limits: Any) -> Any:
+def setting(default: Any, help_text: str, hint: str = "", **limits: Any) -> Any:
     """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
-    metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # a lone percent sign is argparse's
+    metadata = {"limits": limits, "hint": hint, "help": help_text.replace("%", "%%")}  # a lone % is argparse's
     start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**start, metadata=metadata)
 
@@ -32,7 +32,7 @@ def settings_from(argv: Sequence[str] | None, kind: Any, description: str | None
     from transformers import HfArgumentParser
 
     class SettingsParser(HfArgumentParser):
-        def add_argument(self, *names: str, limits: Any = None, **options: Any) -> Any:
+        def add_argument(self, *names: str, limits: Any = None, hint: str = "", **options: Any) -> Any:
             return super().add_argument(*names, **options)  # argparse knows no limits
 
         def error(self, message: str) -> Any:
@@ -71,5 +71,5 @@ def check_limits(settings: Any) -> None:
             is_sound = is_of_kind and isinstance(value, bool) == (kind is bool) and value not in (math.inf, -math.inf)
             is_sound = is_sound and all(LIMITS[side][1](value, limit) for side, limit in limits.items())
         if not is_sound:
-            must_be = wanted or f"of type {kind.__name__}"
+            must_be = (wanted or f"of type {kind.__name__}") + entry.metadata["hint"]
             raise InputError(f"{cli_name(entry.name)} {value}: out of range; it must be {must_be}.")

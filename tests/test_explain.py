@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from matplotlib import pyplot as plt
 from scipy.special import expit
 from small_table import LinearStay, best_model, padded_logits
 
@@ -107,10 +109,13 @@ def test_attribution_ignores_masked_events_whatever_they_are_and_wherever_they_s
 def test_retry_takes_more_steps_where_it_does_not_add_up(stay, monkeypatch):
     linear = LINEAR.logits
     monkeypatch.setattr(LINEAR, "logits", lambda *inputs: linear(*inputs).sin())  # two steps do not follow a sine
-    once = explain.captum_analysis(LINEAR, *stay.inputs, n_steps=2, retry=False)
-    assert once.n_steps[0] == 2 and not once.complete[0]
+    is_event = torch.ones(1, N_EVENTS, dtype=torch.bool)
+    once = sum(part.sum().item() for part in explain.integrated_gradients(LINEAR, *stay.inputs, is_event, None, 2))
+    nothing = LINEAR.logits(*map(torch.zeros_like, stay.inputs))
+    missed = abs(once - (LINEAR.logits(*stay.inputs) - nothing).item())
+    assert missed > 0.05
     again = explain.captum_analysis(LINEAR, *stay.inputs, n_steps=2)
-    assert again.n_steps[0] in (8, 32) and again.complete[0] and abs(again.gap_errors[0]) < abs(once.gap_errors[0])
+    assert again.n_steps[0] in (8, 32) and again.complete[0] and abs(again.gap_errors[0]) < missed
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
@@ -118,7 +123,9 @@ def test_analyses_take_a_batch_and_its_mask_of_any_type(model, batch, dtype):
     whole = (model, batch.sequences, batch.static, batch.mask.to(dtype))
     alone = (model, batch.sequences[1:, :3], batch.static[1:])
     found, single = (explain.captum_analysis(*inputs) for inputs in (whole, alone))
+    arrays = explain.captum_analysis(model, *(part.numpy() for part in whole[1:]))
     assert found.events.shape == batch.sequences.shape and (found.events[~batch.mask] == 0).all()
+    assert torch.equal(arrays.events, found.events) and torch.equal(arrays.statics, found.statics)
     assert found.complete.all()
     torch.testing.assert_close(found.events[1, :3], single.events[0], atol=1e-5, rtol=1e-4)
     for row, other in zip(*(explain.layer_analysis(*inputs) for inputs in (whole, alone)), strict=True):
@@ -133,16 +140,22 @@ def test_analyses_take_a_batch_and_its_mask_of_any_type(model, batch, dtype):
 
 
 @pytest.mark.parametrize("analyse", ANALYSES)
-def test_stay_that_is_no_batch_or_has_another_mask_or_nan_is_refused_in_a_sentence(analyse, model, batch, stay):
-    with_nan = lambda values: torch.where(torch.arange(values.numel()).view(values.shape) == 2, math.nan, values)
-    for error, message, given in (
-        (InputError, "a single stay with B = 1", (batch.sequences[0], batch.static[0])),
-        (ValueError, r"must be \(2, 8\)", (batch.sequences, batch.static, batch.mask[:, :5])),
-        (ValueError, "NaN", (with_nan(stay.sequence), stay.static)),
-        (ValueError, "NaN", (stay.sequence, with_nan(stay.static))),
-    ):
-        with pytest.raises(error, match=message):
-            analyse(model, *given)
+@pytest.mark.parametrize("given, words", CASES["wrong_inputs"])
+def test_inputs_that_cannot_be_meant_are_refused_in_a_sentence(analyse, given, words, model, batch):
+    with pytest.raises(InputError, match=re.escape(words)):
+        analyse(model, *eval(given, vars(batch) | {"nan": math.nan}))
+
+
+@pytest.mark.parametrize("call, words", CASES["wrong_calls"])
+def test_a_wrong_call_is_told_in_a_sentence(call, words, model, batch, attention, described, tmp_path):
+    for name in ("table.npz", "fold_10/checkpoints/best_model.pth", "fold_2/checkpoints/best_model.pth"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("stay,weight\n1,0.5\n")
+    known = {"tables": {name: table.assign(icu_stay_id=1) for name, table in described._asdict().items()}}
+    known |= {"other": described._replace(events=described.events[:3]), "here": str(tmp_path), "names": {0: "pulse"}}
+    known |= {"inputs": pd.DataFrame({"input": "event", "part": ["type"] * 3}), "torch": torch, "described": described}
+    with pytest.raises(InputError, match=re.escape(words)):
+        eval(call, vars(explain) | vars(batch) | known | {"model": model, "attention": attention})
 
 
 # ---- Ablation
@@ -225,19 +238,6 @@ def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run)
             assert (risk < threshold) != (expit(before) < threshold)
             np.testing.assert_allclose(found["probability_without"].astype(float), risk, atol=1e-5)
     assert min(sizes[0.9]) == 1 and np.mean(sizes[1.3]) > 1.5
-
-
-def test_a_pair_interacts_as_the_tables_without_the_one_the_other_and_both_say(any_run):
-    run, falls = any_run._replace(checkpoint=any_run.checkpoint._replace(baseline=None)), falls_of(any_run, 0)
-    columns = {"event": np.arange(len(falls)), "event_text": np.arange(len(falls)).astype(str), "attribution": falls}
-    statics = pd.DataFrame({"feature": ["age (years)"], "value": ["70"], "attribution": [0.0]})
-    pairs = explain.pair_table(run, 0, pd.DataFrame(columns), statics)
-    first, second = (pairs[name].to_numpy(int) for name in ("first", "second"))
-    kept = [~np.isin(np.arange(len(run.table.text)), pair) for pair in zip(first, second)]
-    neither = read_anew(run, stacked([run.table.take(np.array([0]), keep_event=keep) for keep in kept]))
-    expected = falls[first] - (run.logits[0] - falls[second] - neither)
-    np.testing.assert_allclose(pairs["interaction"], expected, atol=3e-6)
-    assert len(pairs) == 45 and np.abs(expected).max() > 1e-4
 
 
 def test_a_typical_number_is_that_of_the_nearest_text_that_says_the_same_and_its_history_follows(any_run):
@@ -352,8 +352,9 @@ def test_infidelity_of_the_truth_about_a_linear_model_is_zero_also_where_some_ev
 
 
 def test_random_models_that_are_the_model_itself_agree_with_it_no_more_than_with_each_other(model, stay):
-    own = explain.captum_analysis(model, *stay.inputs, n_steps=explain.FEW_STEPS, retry=False).events[0].sum(1)
-    found = explain.randomisation([model, model], *stay.inputs, None, own.numpy())
+    is_event = torch.ones(1, N_EVENTS, dtype=torch.bool)
+    own, _ = explain.integrated_gradients(model, *stay.inputs, is_event, None, explain.FEW_STEPS)
+    found = explain.randomisation([model, model], *stay.inputs, None, own[0].sum(1).numpy())
     assert found["model and reset"] == pytest.approx(1) and found["reset excess"] == pytest.approx(0)
 
 
@@ -431,9 +432,7 @@ def test_verdict_warns_of_an_untrained_model_foreign_stays_and_a_text_that_tells
     other = other._replace(is_new_item=np.ones(len(run.is_new_item), bool))
     passed, words = verdict_of(other, {"Procedure: Comfort measures": 1.0, "Lab: Sodium": 0.96})
     assert passed == [False] * 3
-    warnings = (
-        "nothing to explain; none of them is of its own; These stays are not like those; 100% of their events; \n2 "
-    )
+    warnings = "nothing to explain; none of them is of its own; These stays are not like those; 100% of their; \n2 "
     for warning in (*warnings.split("; "), "most of all: Procedure: Comfort measures (AUROC 1.00"):
         assert warning in words
     assert run.checkpoint.is_new_item([run.table.texts[0] + " | Value: 7 mmol/L", "Lab: Nonsense"]).tolist() == [0, 1]
@@ -536,24 +535,6 @@ def test_temporal_attribution_sums_by_clock_window_and_static_is_a_share_of_ever
     assert table["feature"].tolist() == ["age", "sex"] and table["share_of_attribution"].tolist() == [3 / 8, 1 / 8]
 
 
-def test_what_attention_cannot_say_names_the_call_that_does_and_another_stay_is_refused(attention, described):
-    names, bare = {0: "heart rate"}, explain.Stay(described.events[["hours_to_end"]])  # columns have no names
-    other = described._replace(events=described.events[:3])
-    calls = r"stay_of\(tables, icu_stay_id\)|name_inputs\(preprocessor\)"
-    lengths = "over a stay of 4 events, the record is of one of 3: give"
-    for analyse, given, message in (
-        (explain.analyze_temporal_feature_attribution, (attention, names), calls),
-        (explain.analyze_static_feature_attribution, (attention, torch.zeros(2, STATIC_DIM)), calls),
-        (explain.analyze_static_feature_attribution, (attention, bare), calls),
-        (explain.map_features_to_clinical, (attention["transformer_output"][0], names, 2), calls),
-        (explain.analyze_temporal_feature_attribution, (attention, other), lengths),
-        (explain.analyze_feature_importance_over_time, (attention, other), lengths),
-        (explain.analyze_critical_time_periods, (attention, 0.1, other), lengths),
-    ):
-        with pytest.raises(InputError, match=message):
-            analyse(*given)
-
-
 def test_history_names_the_extremes_of_an_item_until_then():
     history = pd.DataFrame(CASES["history"], columns=["value", "minimum", "maximum", "count", "words"])
     assert explain.history_in_words(history) == history["words"].tolist()
@@ -582,14 +563,20 @@ def run(sample_run):
 
 
 def test_only_stays_of_held_out_patients_are_explained_and_data_of_others_alone_refused(run, sample_run):
-    assert run.held_out == len(run.logits) and set(run.table.stays["patient_id"]) == set(
-        run.checkpoint.patients["test"]
-    )
-    assert len(run.logits) == len(run.table.stays)
+    assert run.held_out == len(run.logits) == len(run.table.stays)
+    assert set(run.table.stays["patient_id"]) == set(run.checkpoint.patients["test"])
     table = pd.read_csv(sample_run / "data.csv", dtype=str)
     seen = table[table["patient_id"].astype(int).isin(run.checkpoint.patients["train"])]
+    settings = partial(explain.ExplainSettings, cache_dir=str(sample_run / "cache"))
     with pytest.raises(InputError, match="trained or tuned on"):
-        explain.load_unseen(best_model(sample_run), seen, explain.ExplainSettings(cache_dir=str(sample_run / "cache")))
+        explain.load_unseen(best_model(sample_run), seen, settings())
+    first, last = run.table.stays["icu_stay_id"].iloc[[0, -1]]
+    other = seen["icu_stay_id"].iloc[0]
+    with pytest.raises(InputError, match=rf"ids {other} \(seen in training\), 7 \(not in the data\):"):
+        explain.load_unseen(best_model(sample_run), "", settings(stay_ids=f"{first},{other} 7"))
+    asked = explain.load_unseen(best_model(sample_run), "", settings(stay_ids=f"{last}, {first}"))
+    chosen, why = explain.choose_stays(asked, settings(stays=4), 1)
+    assert chosen == [*why] == [0, len(run.logits) - 1] and {*why.values()} == {"asked for"}
 
 
 def test_parts_of_every_event_sum_to_its_attribution_and_all_to_the_logit(explained):
@@ -620,8 +607,29 @@ def test_a_stay_of_the_tables_serves_the_small_analyses(explained, run):
     with torch.no_grad():
         _, attention = run.checkpoint.model(*run.inputs(index), return_attention=True)
     assert explain.analyze_temporal_feature_attribution(attention, stay)["n_events"].sum() == len(stay.events)
-    with pytest.raises(InputError, match="not among"):
-        explain.stay_of(explained, -1)
+    own = explained.attention
+    record = explain.stay_of(explained, str(own["icu_stay_id"]))
+    (first, *_) = explain.analyze_critical_time_periods(own, 0.0, record)
+    heads = explained.events.query(f"icu_stay_id == {own['icu_stay_id']}").filter(like="attention_head_")
+    assert first["importance"] == pytest.approx(heads.max(axis=None))
+    assert first["event_text"] == record.events["event_text"][first["position"]]
+    assert len(explain.analyze_layer_attention_patterns(own)) == 2
+    assert explain.analyze_temporal_feature_attribution(own, record)["n_events"].sum() == len(record.events)
+
+
+def test_shap_draws_what_sums_to_the_logit_by_items_and_statics(explained):
+    shap = pytest.importorskip("shap")
+    found, stays, events = explain.to_shap(explained), explained["stays"], explained["events"]
+    gaps = found.values.sum(1) + found.base_values - stays["logit"]
+    assert (gaps.abs() <= 0.02 + 0.01 * (stays["logit"] - stays["baseline_logit"]).abs()).all()
+    last = events[(events["icu_stay_id"] == stays["icu_stay_id"][1]) & events["value"].notna()].iloc[-1]
+    column = found.feature_names.index(last["item"])
+    of_item = events[(events["icu_stay_id"] == last["icu_stay_id"]) & (events["item"] == last["item"])]
+    assert found.data[1, column] == last["value"]
+    assert found.values[1, column] == pytest.approx(of_item["attribution"].sum())
+    for draw, given in ((shap.plots.beeswarm, found), (shap.plots.bar, found), (shap.plots.waterfall, found[0])):
+        draw(given, show=False)
+        plt.close("all")
 
 
 def test_every_file_is_written(explained):
@@ -635,18 +643,20 @@ def test_every_file_is_written(explained):
 def test_chosen_stays_are_shown_for_a_reason_and_a_death_is_among_them(run):
     stays = lambda labels: run.table.stays.assign(**{LABEL: 1.0 * labels})
     with_labels = lambda labels: run._replace(table=replace(run.table, stays=stays(labels)))
-    chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), 3, 6, 0, longest=10**9)
+    asked = lambda shown, most=0: explain.ExplainSettings(stays=shown, max_stays=most)
+    chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), asked(3, 6), 10**9)
     assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain of the others"]
     assert next(iter(why)) == run.logits.argmax()
     quiet = int(run.logits.argmin())  # neither the highest risk nor, with one stay shown, any other
-    _, why = explain.choose_stays(with_labels(np.arange(len(run.logits)) == quiet), 1, 6, 0, longest=10**9)
+    _, why = explain.choose_stays(with_labels(np.arange(len(run.logits)) == quiet), asked(1, 6), 10**9)
     assert why == {quiet: "highest risk of those who died"}
-    chosen, why = explain.choose_stays(run, 3, 0, 0, longest=int(np.median(run.table.lengths)))
-    assert chosen == np.flatnonzero(run.table.lengths <= np.median(run.table.lengths)).tolist() and why.keys() < {
-        *chosen
-    }
-    chosen, why = explain.choose_stays(run, 3, 0, 0, longest=1)  # there is none: the shortest ones
-    assert chosen == np.flatnonzero(run.table.lengths == run.table.lengths.min()).tolist()
+    lengths, most = run.table.lengths, 6 * int(np.median(run.table.lengths))
+    chosen, why = explain.choose_stays(run, asked(3), most)
+    assert (
+        lengths[chosen].max() <= most // 6 and most - most // 6 < lengths[chosen].sum() <= most and {*why} < {*chosen}
+    )
+    chosen, why = explain.choose_stays(run, asked(3), 1)  # there is none so short: the shortest ones
+    assert len(chosen) == len(why) == 3 and lengths[chosen].max() <= np.sort(lengths)[2]
 
 
 def test_risk_as_events_arrive_is_that_of_what_was_known_by_then_and_of_nothing_later(run):
@@ -713,8 +723,3 @@ def test_log_names_findings_only_of_a_model_that_discriminates(explained, check,
     verdict = pd.DataFrame({"check": [f"discrimination{check}"], "sentence": ["AUROC"], "passed": [discriminates]})
     explain.log_what_was_found({**explained, "verdict": verdict, "items": explained["items"].assign(is_finding=True)})
     assert ("Findings" in "".join(said)) == discriminates and "Checks" in "".join(said)
-
-
-def test_analysis_with_an_unknown_option_is_refused():
-    with pytest.raises(InputError, match="no_such_option"):
-        explain.run_explainability_analysis("best_model.pth", "", None, no_such_option=1)

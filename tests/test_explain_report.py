@@ -34,13 +34,13 @@ def loud(explained):
         pushes = tables[name].filter(regex="^(attribution|if_absent|ablation|push)").columns
         tables[name][pushes] *= 300
     events, stays, attention = tables["events"], tables["stays"], tables["attention"]
-    stay, n_events = attention["icu_stay_id"], len(attention["texts"])
+    stay, n_events = attention["icu_stay_id"], attention["pooling_weights"].shape[3]
     own = events["icu_stay_id"] == stay
     events.loc[own, "event_text"] = ATTACK
     events.loc[events["attribution"][own].idxmax(), "item"] = ATTACK.split(" | ")[0]
     stays.loc[stays["icu_stay_id"] == stay, ["complete", "gap_error"]] = [False, 0.3]
     pooling = np.random.default_rng(0).dirichlet(np.full(n_events, 0.3), 4)
-    tables["attention"] = attention | {"texts": [ATTACK] * n_events, "pooling": pooling}
+    tables["attention"] = attention | {"pooling_weights": pooling[None, :, None]}
     decisive = events[own][["icu_stay_id", "event", "event_text"]][:2]
     tables["decisive"] = decisive.assign(threshold=0.5, probability=0.61, probability_without=0.18)
     passed = tables["verdict"]["passed"].replace(False, True)
@@ -87,9 +87,7 @@ def test_checks_say_in_words_whether_they_hold_and_are_counted_unless_the_verdic
 def test_a_risk_is_set_beside_what_became_of_the_stays_nearest_to_it_without_itself():
     risks, labels = np.linspace(0.05, 0.95, 40), (np.arange(40) >= 20).astype(float)
     words = explain_report.similar_sentence(labels, risks, 39)
-    assert words.startswith(
-        "Of the 20 other stays whose risks are nearest (49 % to 93 %), 19 died: 95 %, 95 % interval"
-    )
+    assert words.startswith("Of the 20 other stays whose risks are nearest (49 % to 93 %), 19 died: 95 %, 95 % inter")
     alone = np.arange(40) == 39  # the only death is the stay's own
     assert ", 0 died: 0 %" in explain_report.similar_sentence(alone * 1.0, risks, 39)
     few = np.where(np.arange(40) < 20, labels, np.nan)
@@ -128,26 +126,18 @@ def test_report_tells_risk_outcome_checks_gap_and_decisive_events_of_every_shown
     for expected in (*shown["why_shown"], *risks, *outcomes, *judged, decisive, INFO["setting"]):
         assert expected in report
     risk = shown["probability"].iloc[0]
-    for low, high, said in (
-        (risk, risk, "cannot say"),
-        (0, 0, "death alone"),
-        (1, 1, "survival alone"),
-        (1, 0, "Neither"),
-    ):
+    sets = [(risk, risk, "cannot say"), (0, 0, "death alone"), (1, 1, "survival alone"), (1, 0, "Neither")]
+    for low, high, said in sets:
         limits = {"thresholds": {"died_from": low, "survived_to": high}}
         page = explain_report.render_report(tables, {}, INFO | limits).split('<span class="risk">')
         assert any(said in part and outcome in part for part in page for outcome in outcomes)
 
 
-def test_report_says_of_how_many_events_replacements_are(tables):
-    events, stays = tables["events"], tables["stays"]
+def test_pictures_say_of_how_many_events_replacements_are(tables):
+    events, known = tables["events"], tables["events"]["event"] < 20
     assert explain_report.removed_in_words(events) == ""
-    assert "taken out one by one" not in explain_report.cohort_sentence(stays)
-    known = events["event"] < 20
     words = explain_report.removed_in_words(events.assign(if_absent=events["if_absent"].where(known)))
     assert words == f"; {known.sum()} of {len(events)} events taken out one by one"
-    words = explain_report.cohort_sentence(stays.assign(n_removed=20))
-    assert "100 events, the strongest of each stay, were taken out" in words
 
 
 def test_report_begins_with_the_verdict_and_says_that_no_event_mattered_instead_of_listing_them(tables):

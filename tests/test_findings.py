@@ -37,7 +37,7 @@ def test_clock_windows_begin_at_their_lower_edge():
 
 # ---- Items
 def events_of(values, pushes, item="Lab: Lactate (Blood, Blood Gas)"):
-    table = {"patient_id": range(len(values)), "item": item, "value": values, "attribution": pushes}
+    table = {"icu_stay_id": 1, "patient_id": range(len(values)), "item": item, "value": values, "attribution": pushes}
     return pd.DataFrame(table | {"if_typical": pushes, "tells_outcome": False, "is_static": False})
 
 
@@ -45,11 +45,8 @@ def events_of(values, pushes, item="Lab: Lactate (Blood, Blood Gas)"):
 def test_items_have_a_direction_only_beyond_the_floor_and_where_an_interval_excludes_zero(pushes, words):
     others, n = events_of(np.full(1200, np.nan), 0.0, "Lab: Other").assign(patient_id=np.arange(1200) % 12), len(pushes)
     row, _ = findings.item_table(pd.concat([events_of(np.arange(n), np.array(pushes)), others])).to_dict("records")
-    assert (
-        words in row["sentence"]
-        and row["n_events"] == n
-        and row["is_finding"] == (row["kind"] not in ("small", "either"))
-    )
+    assert words in row["sentence"] and row["n_events"] == n
+    assert row["is_finding"] == (row["kind"] not in ("small", "either"))
     assert row["size"] == pytest.approx(np.abs(pushes).mean())
 
 
@@ -71,11 +68,9 @@ def test_rank_correlation_of_an_item_equals_scipy_and_its_interval_is_over_patie
 
 
 def test_statics_are_findings_as_items_are():
-    statics = {"patient_id": range(12), "feature": "length of stay", "value": [*map(str, range(11)), "Unknown"]}
-    tables = {
-        "statics": pd.DataFrame(statics | {"attribution": np.arange(12.0), "ablation": np.arange(12.0)}),
-        "events": events_of([1.0], [0.0]),
-    }
+    numbers = {"icu_stay_id": 1, "patient_id": range(12), "attribution": np.arange(12.0), "ablation": np.arange(12.0)}
+    statics = pd.DataFrame(numbers | {"feature": "length of stay", "value": [*map(str, range(11)), "Unknown"]})
+    tables = {"statics": statics, "events": events_of([1.0], [0.0])}
     row = findings.item_table(findings.with_statics(tables)).iloc[0]
     assert "length of stay: the higher, the higher the predicted risk (its average" in row["sentence"]
     assert row["is_static"] and row["n_values"] == 11

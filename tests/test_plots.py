@@ -1,5 +1,6 @@
 """The pictures of a run: they draw what was computed, survive small and odd data, move no global state."""
 
+import warnings
 from typing import Any
 
 import matplotlib
@@ -82,3 +83,12 @@ def test_saved_attention_is_drawn_with_its_stay_risk_and_encoder():
     caption = " ".join(figure.get_supxlabel().split())
     assert caption == "attention epoch 1 batch 0, a training stay · risk 0.25 · text encoder: made up"
     assert any(axes.get_xlabel().startswith("hours before (each event") for axes in figure.axes)
+
+
+def test_a_sign_that_the_font_lacks_is_drawn_by_one_that_the_system_has(monkeypatch):
+    figure = plots.new_figure("µ ≥ \N{POSITION INDICATOR}?", "", 1.0)  # in STIX, not in DejaVu
+    with pytest.warns(UserWarning, match="POSITION INDICATOR"):
+        plots.png_of(figure)
+    monkeypatch.setattr(plots, "FALLBACKS", ["No Such Font", "STIXGeneral"])
+    with warnings.catch_warnings(action="error"):
+        assert plots.png_of(figure).startswith(b"\x89PNG")
