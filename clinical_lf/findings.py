@@ -12,9 +12,10 @@ from scipy.stats import rankdata
 from clinical_lf.explain_report import MIN_PATIENTS, item_kind, item_sentence
 from clinical_lf.metrics import bootstrap, interval_of, mean_with_interval
 
-# Windows before the end of what is read, and the hour at which each begins.
-CLOCK_WINDOWS = {"last 6 h": 0, "6 to 12 h": 6, "12 to 24 h": 12, "24 to 48 h": 24, "48 to 96 h": 48}
-CLOCK_WINDOWS["more than 96 h"] = 96
+# Windows before the end of what is read, and the hours at their far end, which they include: none of a model at 24 h
+# has events 24 to 48 h before.
+CLOCK_WINDOWS = {"last 6 h": 6, "6 to 12 h": 12, "12 to 24 h": 24, "24 to 48 h": 48, "48 to 96 h": 96}
+CLOCK_WINDOWS["more than 96 h"] = math.inf
 # What stands in an item's name (_ is the edge of a word), and the organ system that it is of.
 NAMES = pd.read_csv(Path(__file__).with_name("organ_systems.csv"), dtype=str, keep_default_na=False)
 ORGAN_SYSTEMS = [(re.compile(re.escape(part).replace("_", r"\b")), system) for part, system in NAMES.to_numpy()]
@@ -22,11 +23,9 @@ ORGAN_SYSTEMS = [(re.compile(re.escape(part).replace("_", r"\b")), system) for p
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return Spearman correlations (m, n) of the rows of (m, L) with those of (n, L); NaN where a row is constant."""
-    ranks = [rankdata(np.atleast_2d(np.asarray(rows, float)), axis=1) for rows in (first, second)]
-    centred = [rows - rows.mean(1, keepdims=True) for rows in ranks]
-    lengths = [np.sqrt((rows**2).sum(1)) for rows in centred]
+    ranks = [rankdata(np.atleast_2d(rows), axis=1) for rows in (first, second)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (centred[0] @ centred[1].T) / np.outer(*lengths)
+        return np.corrcoef(*ranks)[: len(ranks[0]), len(ranks[0]) :]
 
 
 def means_by(
@@ -35,14 +34,13 @@ def means_by(
     """Return mean, low, high, n (rows), n_patients of `value` in each group; 95 % intervals over patients."""
     groups = table.groupby(keys, observed=True)
     found = {name: mean_with_interval(part[value], part["patient_id"], n_bootstrap, seed) for name, part in groups}
-    columns = ["value", "low", "high", "n", "n_patients"]
-    return pd.DataFrame(list(found.values()), list(found), columns).rename(columns={"value": "mean"})
+    table = pd.DataFrame.from_dict(found, "index", columns=["value", "low", "high", "n", "n_patients"])
+    return table.rename_axis(keys).rename(columns={"value": "mean"})
 
 
 def clock_window(hours_to_end: Any) -> pd.Categorical:
     """Return the windows before the end that (n,) hours lie in, from the last hours back."""
-    place = np.searchsorted(list(CLOCK_WINDOWS.values()), np.asarray(hours_to_end), "right") - 1
-    return pd.Categorical.from_codes(np.maximum(place, 0), list(CLOCK_WINDOWS), ordered=True)
+    return pd.cut(np.asarray(hours_to_end), [-math.inf, *CLOCK_WINDOWS.values()], labels=list(CLOCK_WINDOWS))
 
 
 def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
@@ -94,14 +92,13 @@ def item_table(rows: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd
     sizes = rows.assign(size=rows["attribution"].abs()).groupby("item")
     known = sizes.agg(size=("size", "mean"), n=("patient_id", "nunique"))
     least = min(max(3, 0.05 * rows["patient_id"].nunique()), known["n"].max())  # one patient is no finding
-    for item in known.loc[known["n"] >= least, "size"].nlargest(20).index:
+    for item, size in known.loc[known["n"] >= least, "size"].nlargest(20).items():
         part = rows[rows["item"] == item]
-        beyond = part["attribution"] - np.where(part["is_static"], 0, average)
-        mean = mean_with_interval(beyond, part["patient_id"], n_bootstrap, seed)
-        row = {"item": item, "n_events": len(part), "n_patients": part["patient_id"].nunique()}
-        row |= {"beyond": mean["value"], "beyond_low": mean["low"], "beyond_high": mean["high"]}
-        row |= {"push": part["attribution"].mean(), "size": part["attribution"].abs().mean()}
-        row |= rho_with_interval(part, n_bootstrap, seed) | {"is_static": bool(part["is_static"].iloc[0])}
+        push, is_static = part["attribution"], bool(part["is_static"].iloc[0])
+        mean = mean_with_interval(push - (0 if is_static else average), part["patient_id"], n_bootstrap, seed)
+        row = {"item": item, "n_events": mean["n"], "n_patients": mean["n_patients"], "beyond": mean["value"]}
+        row |= {"beyond_low": mean["low"], "beyond_high": mean["high"], "push": push.mean(), "size": size}
+        row |= rho_with_interval(part, n_bootstrap, seed) | {"is_static": is_static}
         row |= {"tells_outcome": bool(part["tells_outcome"].any()), "kind": item_kind(row)}
         row |= {"is_finding": row["kind"] not in ("small", "either"), "sentence": item_sentence(row)}
         found.append(row)

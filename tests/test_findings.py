@@ -29,10 +29,11 @@ def test_means_by_weighs_rows_equally_and_bounds_the_mean():
     assert found.low["a"] < 3 < found.high["a"] and np.isnan(found.low["b"])
 
 
-def test_clock_windows_begin_at_their_lower_edge():
-    found = findings.clock_window(np.array([0, 5.9, 6, 95, 96, 4000, -0.1]))
-    names = ["last 6 h", "last 6 h", "6 to 12 h", "48 to 96 h", "more than 96 h", "more than 96 h", "last 6 h"]
-    assert found.tolist() == names and tuple(found.categories) == WINDOWS and found.ordered
+def test_clock_windows_are_closed_at_their_far_end():
+    """A model at 24 h has no event more than 24 h before its end."""
+    edges = {0: 0, 6: 0, 6.01: 1, 12: 1, 12.01: 2, 24: 2, 24.01: 3, 48: 3, 48.01: 4, 96: 4, 96.01: 5, 4000: 5, -0.1: 0}
+    found = findings.clock_window(np.array([*edges]))
+    assert found.codes.tolist() == [*edges.values()] and tuple(found.categories) == WINDOWS and found.ordered
 
 
 # ---- Items
