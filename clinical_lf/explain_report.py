@@ -62,8 +62,6 @@ def cut(text: object, width: int) -> str:
 
 def percent(probability: float, digits: int = 0) -> str:
     """Return `42 %`; never 0 or 100, which no prediction is."""
-    if pd.isna(probability):
-        return "–"
     if probability < 0.01:
         return "under 1 %"
     return "over 99 %" if probability > 0.99 else f"{100 * probability:.{digits}f} %"
@@ -86,7 +84,7 @@ def signed(value: float) -> str:
 
 def odds(logit: float) -> str:
     """Return a difference of logits as odds, as a person writes it: `× 12`, `÷ 1.4`, `the same`."""
-    times = math.exp(min(abs(logit), 20)) if not pd.isna(logit) else math.nan
+    times = math.exp(min(abs(logit), 20))
     if math.isnan(times) or times < 1.05:
         return "–" if math.isnan(times) else "the same"
     number = "over 1,000" if times > 1000 else f"{times:.0f}" if times >= 9.95 else f"{times:.1f}"
@@ -100,11 +98,8 @@ def counted(number: int, word: str) -> str:
 
 def plain_number(value: object) -> str:
     """Return a number without needless digits, anything else as it is."""
-    try:
-        number = float(str(value))
-        return f"{number:,.0f}" if 1000 <= abs(number) < math.inf else f"{number:.3g}"
-    except ValueError:
-        return str(value)
+    number = pd.to_numeric(str(value), errors="coerce")
+    return str(value) if pd.isna(number) else f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def short_text(text: str, width: int = 46) -> str:
@@ -128,9 +123,8 @@ def item_kind(row: dict[str, Any]) -> str:
         return "small"
     if row["number_size"] >= FLOOR and (row["rho_low"] > 0 or row["rho_high"] < 0):
         return "average" if row["is_static"] else "typical"
-    is_shown = abs(row["beyond"]) >= FLOOR and (row["beyond_low"] > 0 or row["beyond_high"] < 0)
-    is_shown = is_shown and row["n_patients"] >= MIN_PATIENTS
-    return "push" if is_shown else "either"
+    is_known = row["n_patients"] >= MIN_PATIENTS and abs(row["beyond"]) >= FLOOR
+    return "push" if is_known and (row["beyond_low"] > 0 or row["beyond_high"] < 0) else "either"
 
 
 def item_sentence(row: dict[str, Any]) -> str:
@@ -168,6 +162,18 @@ def decisive_sentence(decisive: pd.DataFrame) -> str:
     texts = texts[:EVENTS_LISTED] + [f"and {n - EVENTS_LISTED} more"] * (n > EVENTS_LISTED)
     said = {name: percent(risk, digits) for name, risk in risks.items()} | {"texts": "; ".join(texts)}
     return WORDS["page"]["decisive"].format(**said, which="this event" if n == 1 else f"these {n} events")
+
+
+def of_stay(table: pd.DataFrame, icu_stay_id: int) -> pd.DataFrame:
+    """Return the rows of a table that are of one stay."""
+    return table[table["icu_stay_id"] == icu_stay_id]
+
+
+def strongest(events: pd.DataFrame, most: int) -> pd.DataFrame:
+    """Return the events that push most towards and away from death, at most so many of each, each by FLOOR or more."""
+    towards = events.nlargest(most, "attribution").query(f"attribution >= {FLOOR}")
+    away = events.nsmallest(most, "attribution").query(f"attribution <= -{FLOOR}")
+    return pd.concat([towards, away[::-1]])
 
 
 def cohort_sentence(stays: pd.DataFrame) -> str:
@@ -212,15 +218,6 @@ def picture_of(figure: Figure) -> dict[str, Any]:
 
 def render_report(tables: dict[str, Any], pictures: dict[str, dict[str, Any]], info: dict[str, Any]) -> str:
     """Return report.html of an explanation's tables, pictures (`picture_of`, by file name) and info about the run."""
-    stays, sections = tables["stays"], []
-    shown = stays[stays["why_shown"] != ""].sort_values("probability", ascending=False)
-    for stay in shown.itertuples():
-        names = ("events", "statics", "systems", "decisive", "trajectory")
-        own = {name: tables[name][tables[name]["icu_stay_id"] == stay.icu_stay_id] for name in names}
-        events, own["statics"] = own["events"], own["statics"].sort_values("attribution", key=abs, ascending=False)
-        own["place"] = int(np.flatnonzero(info["ids"] == stay.icu_stay_id)[0])
-        own["towards"] = events[events["attribution"] >= FLOOR].nlargest(EVENTS_LISTED, "attribution")
-        own["away from"] = events[events["attribution"] <= -FLOOR].nsmallest(EVENTS_LISTED, "attribution")
-        sections.append((stay, own))
-    content = dict(tables=tables, pictures=pictures, info=info, shown=shown, sections=sections)
-    return render("report.html.j2", globals() | content)  # the page calls the functions above by their names
+    shown = tables["stays"].query("why_shown != ''").sort_values("probability", ascending=False)
+    tables = tables | {"statics": tables["statics"].sort_values("attribution", key=abs, ascending=False)}
+    return render("report.html.j2", globals() | locals())  # the page calls the functions above by their names
