@@ -12,8 +12,7 @@ from scipy.stats import rankdata
 from clinical_lf.explain_report import MIN_PATIENTS, item_kind, item_sentence
 from clinical_lf.metrics import bootstrap, interval_of, mean_with_interval
 
-# Windows before the end of what is read, and the hours at their far end, which they include: none of a model at 24 h
-# has events 24 to 48 h before.
+# Windows before the end of what is read, and the hours at their far end, which they include.
 CLOCK_WINDOWS = {"last 6 h": 6, "6 to 12 h": 12, "12 to 24 h": 24, "24 to 48 h": 48, "48 to 96 h": 96}
 CLOCK_WINDOWS["more than 96 h"] = math.inf
 # What stands in an item's name (_ is the edge of a word), and the organ system that it is of.
@@ -28,28 +27,24 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return np.corrcoef(*ranks)[: len(ranks[0]), len(ranks[0]) :]
 
 
-def means_by(
-    table: pd.DataFrame, keys: str | list[str], value: str, n_bootstrap: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def means_by(table: pd.DataFrame, keys: str | list[str], value: str, *resampling: int) -> pd.DataFrame:
     """Return mean, low, high, n (rows), n_patients of `value` in each group; 95 % intervals over patients."""
     groups = table.groupby(keys, observed=True)
-    found = {name: mean_with_interval(part[value], part["patient_id"], n_bootstrap, seed) for name, part in groups}
+    found = {name: mean_with_interval(part[value], part["patient_id"], *resampling) for name, part in groups}
     table = pd.DataFrame.from_dict(found, "index", columns=["value", "low", "high", "n", "n_patients"])
     return table.rename_axis(keys).rename(columns={"value": "mean"})
 
 
 def clock_window(hours_to_end: Any) -> pd.Categorical:
-    """Return the windows before the end that (n,) hours lie in, from the last hours back."""
+    """Return the windows before the end that (n,) hours lie in; a model at 24 h has none beyond `12 to 24 h`."""
     return pd.cut(np.asarray(hours_to_end), [-math.inf, *CLOCK_WINDOWS.values()], labels=list(CLOCK_WINDOWS))
 
 
 def with_statics(tables: dict[str, Any]) -> pd.DataFrame:
     """Return the events, and below them the statics of each stay as items of their own; numbers are values."""
     statics = tables["statics"].rename(columns={"feature": "item", "ablation": "if_typical"})
-    statics["value"] = pd.to_numeric(statics["value"], errors="coerce")
-    both = pd.concat([tables["events"].assign(is_static=False), statics.assign(tells_outcome=False, is_static=True)])
-    columns = ["icu_stay_id", "patient_id", "item", "value", "attribution", "if_typical", "tells_outcome", "is_static"]
-    return both[columns].reset_index(drop=True)
+    own = {"value": pd.to_numeric(statics["value"], errors="coerce"), "tells_outcome": False, "is_static": True}
+    return pd.concat([tables["events"].assign(is_static=False), statics.assign(**own)], ignore_index=True)
 
 
 def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -71,10 +66,9 @@ def rho_with_interval(part: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[s
     found["number_size"] = known["if_typical"].abs().mean()
     if known["patient_id"].nunique() < MIN_PATIENTS or known["value"].nunique() < 3:
         return found
-    columns = [known[column].to_numpy() for column in ("value", "if_typical")]
 
     def correlation(weights: np.ndarray) -> np.ndarray:
-        first, second = (weighted_ranks(column, weights) for column in columns)  # (R, n) each
+        first, second = (weighted_ranks(known[name].to_numpy(), weights) for name in ("value", "if_typical"))  # (R, n)
         covariance = lambda one, other: (weights * one * other).sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return covariance(first, second) / np.sqrt(covariance(first, first) * covariance(second, second))
@@ -100,15 +94,13 @@ def item_table(rows: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd
         row |= {"beyond_low": mean["low"], "beyond_high": mean["high"], "push": push.mean(), "size": size}
         row |= rho_with_interval(part, n_bootstrap, seed) | {"is_static": is_static}
         row |= {"tells_outcome": bool(part["tells_outcome"].any()), "kind": item_kind(row)}
-        row |= {"is_finding": row["kind"] not in ("small", "either"), "sentence": item_sentence(row)}
-        found.append(row)
+        found.append(row | {"is_finding": row["kind"] not in ("small", "either"), "sentence": item_sentence(row)})
     return pd.DataFrame(found)
 
 
 def organ_system(item: str) -> str:
     """Return the organ system of an item, or `other`: the first row found decides."""
-    name = item.lower()
-    return next((system for part, system in ORGAN_SYSTEMS if part.search(name)), "other")
+    return next((system for part, system in ORGAN_SYSTEMS if part.search(item.lower())), "other")
 
 
 def system_table(events: pd.DataFrame) -> pd.DataFrame:
