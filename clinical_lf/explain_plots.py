@@ -5,22 +5,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import cm, colormaps, ticker
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from clinical_lf import explain_report as report
-from clinical_lf import findings
-from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, removed_in_words, short_text, signed
+from clinical_lf.explain_report import FLOOR, TYPE_WORDS, counted, of_stay, removed_in_words, short_text, signed
 from clinical_lf.files import WORDS, InputError
-from clinical_lf.findings import CLOCK_WINDOWS, means_by
-from clinical_lf.plots import BLUE, GREY, ORANGE, VERMILLION, bands, new_figure, small_bar, tidy
+from clinical_lf.findings import CLOCK_WINDOWS, means_by, with_statics
+from clinical_lf.plots import BLUE, GREY, ORANGE, VERMILLION, bands, draw_shares, new_figure, small_bar, tidy
 from clinical_lf.tables import EVENT_TYPES
 
 Tables = dict[str, Any]
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#ffffff", VERMILLION])
-SHARES = LinearSegmentedColormap.from_list("shares", ["#003f38", "#ffffff", "#5b3000"])  # below, above an even share
 BAND = "#eaf0ea"  # what lies within the floor
 TO_END = "hours before the final event or observation limit"
 LOGIT = f"logit (right: towards death; band: below {FLOOR})"
@@ -36,8 +34,7 @@ def plain(text: object, width: int = 46, shorten: Callable[[Any, int], str] = sh
 
 def page(name: str, caption: str, height: float, **facts: Any) -> Figure:
     """Return a page-wide figure with its question, caption and the line that none of them goes without."""
-    caption = " · ".join(filter(None, (caption, report.DISCLAIMER)))
-    return new_figure(WORDS["questions"][name].format(**facts), caption, height)
+    return new_figure(WORDS["questions"][name].format(**facts), f"{caption} · {report.DISCLAIMER}".lstrip(" ·"), height)
 
 
 def dots(axes: Axes, means: pd.DataFrame, color: Any, shift: float = 0, **style: Any) -> None:
@@ -47,26 +44,26 @@ def dots(axes: Axes, means: pd.DataFrame, color: Any, shift: float = 0, **style:
     axes.scatter(means["mean"], at, color=color, s=16, zorder=3, **style)
 
 
-def name_rows(
-    axes: Axes, left: Any, right: Any = (), n_ticks: int = 6, size: float = 7.5, floor: float = FLOOR, **words: Any
-) -> None:
+def name_rows(axes: Axes, left: Any, right: Any = (), n_ticks: int = 6, floor: float = FLOOR, **words: Any) -> None:
     """Name the rows of a panel, first on top, at the left and, small, at the right; a band around 0 is the floor."""
     tidy(axes, ticks=(n_ticks,), **words)
     axes.axvspan(-floor, floor, color=BAND, linewidth=0, zorder=0)
     axes.axvline(0, color="black", linewidth=0.7)
-    axes.set_yticks(range(len(left)), left, fontsize=size)
+    axes.set_yticks(range(len(left)), left, fontsize=7.5)
     axes.set(ylim=(len(left) - 0.4, -0.6), axisbelow=True)
     axes.grid(axis="x", color="#eeeeee")
-    if len(right):
-        other = axes.secondary_yaxis("right")
-        other.set_yticks(range(len(left)), right, fontsize=7)
-        other.tick_params(length=0)
-        other.spines["right"].set_visible(False)
+    for at, text in enumerate(right):
+        axes.text(1.01, at, text, fontsize=7, va="center", transform=axes.get_yaxis_transform())
 
 
-def pictured_events(tables: Tables) -> pd.DataFrame:
-    """Return the events of the stay whose attention is drawn."""
-    return tables["events"].query(f"icu_stay_id == {tables['attention']['icu_stay_id']}").sort_values("event")
+def draw_grid(figure: Any, values: pd.DataFrame, names: Any, top: float, label: str, **options: Any) -> Axes:
+    """Draw signed values (rows, columns) with the names of the rows and the bar of their colours; grey: no value."""
+    axes = figure.subplots()
+    image = axes.imshow(values, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest", **options)
+    axes.set_facecolor("#e3e3e3")
+    axes.set_yticks(range(len(names)), names)
+    small_bar(figure, image, axes, label, {})
+    return axes
 
 
 def draw_stems(figure: Figure, title: str, rows: list[tuple], events: pd.DataFrame) -> Figure:
@@ -79,7 +76,7 @@ def draw_stems(figure: Figure, title: str, rows: list[tuple], events: pd.DataFra
         values, level = (values, 0) if is_push else (values * len(hours), 1)
         sizes = np.nan_to_num(np.abs(values))
         top = np.argsort(-sizes, kind="stable")[:3]
-        amounts = [signed(values[event]) if is_push else f"{values[event]:.1f} ×" for event in top]
+        amounts = [signed(value) if is_push else f"{value:.1f} ×" for value in values[top]]
         said = [f"{amount} at {hours[event]:.1f} h: {plain(texts[event], 44)}" for event, amount in zip(top, amounts)]
         if is_push and sizes.max() < FLOOR:
             said = [f"no event stands out: none of {np.isfinite(values).sum()} reaches {FLOOR}"]
@@ -90,14 +87,12 @@ def draw_stems(figure: Figure, title: str, rows: list[tuple], events: pd.DataFra
         dark = np.where(values[top] >= 0, VERMILLION, BLUE) if is_push else "black"
         axes.vlines(hours[top], level, values[top], linewidth=1.4, color=dark)
         axes.axhline(level, color="black", linewidth=0.5)
-        axes.margins(x=0.01)
-        tidy(axes, TO_END if axes is grid[-1, 0] else "", "")
-        axes.set_ylabel(name, fontsize=7.5)
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(3))
+        tidy(axes, "", name, ticks=(8, 3))
         beside.axis("off")
-        for line, text in enumerate(said):
-            beside.text(0, 0.85 - 0.34 * line, text, fontsize=6.5, va="center", transform=beside.transAxes)
-    grid[-1, 0].invert_xaxis()
+        beside.text(0, 0.5, "\n".join(said), fontsize=6.5, va="center", linespacing=2.2, transform=beside.transAxes)
+    axes.set_xlabel(TO_END, fontsize=9)
+    axes.margins(x=0.01)
+    axes.invert_xaxis()
     return figure
 
 
@@ -105,33 +100,28 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     """Draw the layers' maps of `attention`, (1, heads, bins, bins) each: rows look, columns are looked at."""
     attention, stay = tables["attention"], tables["attention"]["icu_stay_id"]
     maps = np.concatenate(attention["layer_attention_weights"]).astype(float)
-    hours = pictured_events(tables)["hours_to_end"].to_numpy()[-attention["n_mapped"] :]  # of a long stay, its end
+    hours = of_stay(tables["events"], stay)["hours_to_end"].tolist()[-attention["n_mapped"] :]  # of long stays the end
     n_layers, n_heads, n_bins, _ = maps.shape
     maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
-    doublings = np.log2(np.maximum(maps * len(hours), 2.0**-9))  # 0: an even share, 1/L
-    reach = 4 if np.nanquantile(np.abs(doublings), 0.9) > 2 else 2
     caption = f"{report.verdict_on_layers(tables['verdict'])} {caption}"
     figure = page("layer_attention_weights", caption, 0.85 * n_layers + 1.4, stay=stay, n=len(hours))
     grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
+    draw_shares(figure, grid.ravel(), len(hours) * maps.reshape(-1, n_bins, n_bins), extent=(0, n_bins, n_bins, 0))
     ticks, places = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)], [0, n_bins / 2, n_bins]
     for (layer, head), axes in np.ndenumerate(grid):
-        image = axes.imshow(doublings[layer, head], SHARES, vmin=-reach, vmax=reach, extent=(0, n_bins, n_bins, 0))
-        axes.set(aspect="auto", xticks=places, xticklabels=ticks, yticks=places, yticklabels=ticks)
+        axes.set(xticks=places, xticklabels=ticks, yticks=places, yticklabels=ticks)
         axes.tick_params(labelsize=6)
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
             label.set_horizontalalignment(side)
         axes.set_ylabel("" if head else f"layer {layer + 1}", fontsize=8)
-        if layer == 0:
-            axes.set_title(f"head {head + 1}" if head < n_heads else "mean", fontsize=8)
+        axes.set_title("" if layer else f"head {head + 1}" if head < n_heads else "mean", fontsize=8)
     grid[-1, n_heads // 2].set_xlabel(f"event looked at: {TO_END}; event that looks: downwards, same scale", fontsize=8)
-    names = {step: f"1/{2**-step:.0f}" if step < 0 else f"{2**step:.0f}" for step in np.linspace(-reach, reach, 5)}
-    small_bar(figure, image, grid, "attention, times an even share", names)
     return figure
 
 
 def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     """Draw the pooling weights of `attention`, (1, heads, 1, L)."""
-    attention, own = tables["attention"], pictured_events(tables)
+    attention, own = tables["attention"], of_stay(tables["events"], tables["attention"]["icu_stay_id"])
     weights = np.asarray(attention["pooling_weights"], float)[0, :, 0]
     rows = [(f"head {head}", of_head, False) for head, of_head in enumerate(weights, start=1)]
     title = f"Stay {attention['icu_stay_id']}: weight of every event, times an even share; its three heaviest are dark"
@@ -140,7 +130,8 @@ def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
 
 def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
     """Draw attention and pushes of one stay over time."""
-    icu_stay_id, own = tables["attention"]["icu_stay_id"], pictured_events(tables)
+    icu_stay_id = tables["attention"]["icu_stay_id"]
+    own = of_stay(tables["events"], icu_stay_id)
     own = own.assign(relevance=own["relevance"] / max(own["relevance"].abs().mean(), 1e-12))
     better = "rollout" if own["in_history"].ne("").any() else "relevance"  # of the two, by tests/selfcheck.py
     names = {"attention": "pooling\nattention", better: better, "attribution": "push", "if_absent": "if\nabsent"}
@@ -151,39 +142,33 @@ def draw_sequence_importance_combined(tables: Tables, caption: str) -> Figure:
 
 def draw_head_specialization(tables: Tables, caption: str) -> Figure:
     """Draw `heads`, one row per layer, head and property: correlation, effect (pale where it is below FLOOR)."""
-    heads = tables["heads"]
-    names = heads[["layer", "head"]].drop_duplicates().to_records(index=False).tolist()
-    grid = heads.pivot(index="property", columns=["layer", "head"]).loc[heads["property"].unique()]
-    matters = grid["effect"][names].to_numpy(float) > FLOOR
-    found = f" {matters.any(0).sum()} of {len(names)} heads matter"
+    grid = tables["heads"].set_index(["property", "layer", "head"]).unstack(["layer", "head"], sort=False)
+    values, matters, n_logits = grid["correlation"], grid["effect"] > FLOOR, grid["n_switched_off"].max(axis=None)
+    found = f" {matters.any().sum()} of {len(values.columns)} heads matter"
     figure = page("head_specialization", caption, 0.28 * len(grid) + 1.9, found=found)
-    axes, values = figure.subplots(), grid["correlation"][names].to_numpy(float)
-    image = axes.imshow(values, SIGNED, Normalize(-1, 1), aspect="auto", alpha=np.where(matters, 1.0, 0.35))
-    for at, (layer, head) in enumerate(names):
+    labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in grid.index]
+    axes = draw_grid(figure, values, labels, 1, "rank correlation within the stay", alpha=np.where(matters, 1, 0.35))
+    for at, (layer, head) in enumerate(values):
         if head == 1:
             axes.text(at - 0.4, -0.75, layer, fontsize=8)
             axes.axvline(at - 0.5, color="black", linewidth=1)
-    tidy(axes, f"head; pale: without it {heads['n_switched_off'].max()} logits move by {FLOOR} or less on average", "")
-    axes.set_facecolor("#e3e3e3")  # where nothing varies
-    axes.set_xticks(range(len(names)), [head for _, head in names], fontsize=7.5)
-    labels = [f"event is: {TYPE_WORDS[name]}" if name in TYPE_WORDS else name for name in grid.index]
-    axes.set_yticks(range(len(grid)), labels, fontsize=7.5)
-    small_bar(figure, image, axes, "rank correlation within the stay", {})
+    tidy(axes, f"head; pale: without it {n_logits} logits move by {FLOOR} or less on average", "")
+    axes.set_xticks(range(len(values.columns)), [head for _, head in values], fontsize=7.5)
     return figure
 
 
 def draw_feature_importance(tables: Tables, caption: str) -> Figure:
     """Draw event types per event, organ systems and statics per stay; for items see `item_importance`."""
-    types = tables["events"].replace({"event_type": TYPE_WORDS})
     systems = tables["systems"].rename(columns={"push": "attribution"})
+    types = tables["events"].replace({"event_type": TYPE_WORDS})
     blocks = (
         ("Event types, per event", "events / patients", types, "event_type"),
         ("Organ systems, sum of a stay's events", "stays / patients", systems, "system"),
         ("Patient and admission, per stay", "stays / patients", tables["statics"], "feature"),
     )
     n_rows = [table[group].nunique() for *_, table, group in blocks]
-    (body,) = bands(page("feature_importance", caption, 0.2 * sum(n_rows) + 3.4), [1])
-    panels = body.subplots(3, 1, height_ratios=[n + 1 for n in n_rows])
+    figure = page("feature_importance", caption, 0.2 * sum(n_rows) + 3.4)
+    panels = figure.subplots(3, 1, height_ratios=[n + 1 for n in n_rows])
     for axes, (title, counted_in, table, group) in zip(panels, blocks):
         size = table["attribution"].abs().groupby(table[group]).mean().sort_values(ascending=False)
         mean = means_by(table, group, "attribution").loc[size.index]
@@ -194,27 +179,24 @@ def draw_feature_importance(tables: Tables, caption: str) -> Figure:
         axes.set_title(title, fontsize=8.5, loc="left")
         axes.set_title(counted_in, fontsize=7.5, loc="right")
     panels[-1].set_xlabel(f"dot: mean push, grey: mean size, {LOGIT}", fontsize=8)
-    return body.figure
+    return figure
 
 
 def draw_item_importance(tables: Tables, caption: str) -> Figure:
     """Draw the items and statics that matter most: a dot per event or stay, coloured by its value's place."""
-    events, items = findings.with_statics(tables), tables["items"]
+    items, events = tables["items"], with_statics(tables).sample(frac=1, random_state=0)
+    events["place"] = events.groupby("item")["value"].rank(pct=True)
+    shown = events[events["item"].isin(items["item"])].groupby("item").head(400)
+    at = pd.Index(items["item"]).get_indexer(shown["item"])
+    height = at + np.random.default_rng(0).uniform(-0.32, 0.32, len(at))
     figure = page("item_importance", caption, 0.26 * len(items) + 1.7)
-    axes, draw = figure.subplots(), np.random.default_rng(0)
-    places = cm.ScalarMappable(Normalize(0, 1), colormaps["viridis"].with_extremes(bad="#bbbbbb"))
-    names, rho = [], []
-    for at, item in enumerate(items.itertuples()):
-        part = events[events["item"] == item.item]
-        part = part.assign(place=part["value"].rank(pct=True)).sample(min(len(part), 400), random_state=0)
-        height = at + draw.uniform(-0.32, 0.32, len(part))
-        axes.scatter(part["attribution"], height, s=6, color=places.to_rgba(part["place"]), linewidths=0)
-        names.append(("(!) " if item.tells_outcome else "") + plain(item.item, 40, report.cut))
-        rho.append(f"{item.rho:+.2f} ({item.n_values})".replace("-", "−") * (item.kind in ("typical", "average")))
+    axes, colours = figure.subplots(), {"cmap": colormaps["viridis"].with_extremes(bad="#bbbbbb"), "vmin": 0, "vmax": 1}
+    image = axes.scatter(shown["attribution"], height, 6, shown["place"], linewidths=0, plotnonfinite=True, **colours)
+    names = ["(!) " * row.tells_outcome + plain(row.item, 40, report.cut) for row in items.itertuples()]
+    rho = [f"{signed(row.rho)} ({row.n_values})" * (row.kind in ("typical", "average")) for row in items.itertuples()]
     name_rows(axes, names, rho, xlabel=f"push, {LOGIT}\na dot an event or stay; grey: no value; (!): tells the outcome")
     axes.set_title("rho of number and what it does (n), where it is a finding", fontsize=7.5, loc="right")
-    ends = {0: "lowest", 0.5: "middle", 1: "highest"}
-    small_bar(figure, places, axes, "value among those of its item", ends)
+    small_bar(figure, image, axes, "value among those of its item", {0: "lowest", 0.5: "middle", 1: "highest"})
     return figure
 
 
@@ -228,7 +210,7 @@ def draw_query_vector_analysis(tables: Tables, caption: str) -> Figure:
         rows = table[table["head"] == head].set_index("event_type").reindex(kinds)
         dots(axes, rows, BLUE)
         names = [f"{TYPE_WORDS.get(kind, kind)} (n = {n:,.0f})" for kind, n in rows["n_events"].items()]
-        name_rows(axes, names, n_ticks=3, size=8, floor=0, title=f"head {head}")
+        name_rows(axes, names, n_ticks=3, floor=0, title=f"head {head}")
     label = "query·key score minus the stay's mean (right: looked for), 95 % interval over patients"
     panels[len(panels) // 2].set_xlabel(label, fontsize=8, x=0 if len(panels) % 2 == 0 else 0.5)
     return figure
@@ -241,29 +223,21 @@ def draw_heatmap(figure: Any, events: pd.DataFrame) -> None:
     if sizes.empty:
         return
     edges = np.linspace(min(0, hours.min()), max(hours.max(), 1e-9), 25)
-    bins = np.digitize(hours, edges[1:-1])
-    sums = events["attribution"].groupby([events["item"], bins]).sum().unstack().reindex(sizes.index)
-    grid = sums.reindex(columns=range(24)).to_numpy(float)
-    top = max(np.nanmax(np.abs(grid), initial=0), FLOOR)
-    extent = (edges[0], edges[-1], len(sizes), 0)
-    axes = figure.subplots()
-    image = axes.imshow(grid, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest", extent=extent)
-    axes.set_facecolor("#e3e3e3")
+    sums = events.pivot_table("attribution", "item", np.digitize(hours, edges[1:-1]), "sum")
+    grid = sums.reindex(sizes.index, columns=range(24))
+    names, extent = [plain(item, 40) for item in sizes.index], (edges[0], edges[-1], len(sizes) - 0.5, -0.5)
+    axes = draw_grid(figure, grid, names, max(grid.abs().max(axis=None), FLOOR), "push, logit", extent=extent)
     axes.invert_xaxis()
-    axes.set_yticks(np.arange(len(sizes)) + 0.5, [plain(item, 40) for item in sizes.index], fontsize=7)
-    small_bar(figure, image, axes, "push, logit", {})
     tidy(axes, TO_END, "", "Push of the stay's items over time; grey: none then")
 
 
 def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | None = None) -> Figure:
     """Draw one stay, by default that of the highest risk: pushes and risk over time, the strongest events."""
     stays = tables["stays"].set_index("icu_stay_id")
-    icu_stay_id = icu_stay_id or stays["probability"].idxmax()
-    row = stays.loc[icu_stay_id]
-    own = [tables[name].query(f"icu_stay_id == {icu_stay_id}") for name in ("events", "statics", "trajectory")]
-    events, statics, arriving = own
+    row = stays.loc[icu_stay_id or stays["probability"].idxmax()]
+    events, statics, arriving = (of_stay(tables[name], row.name) for name in ("events", "statics", "trajectory"))
     push, hours = events["attribution"], events["hours_to_end"]
-    facts = {"stay": icu_stay_id, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
+    facts = {"stay": row.name, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
     line, middle, over_time = bands(page("captum_attributions", caption, 8.4, **facts), [1, 2.2, 1.7])
     said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
@@ -282,9 +256,7 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
         risk.tick_params(labelsize=8)
     axes.invert_xaxis()
     middle.suptitle("The strongest events for and against, with the hours left to the end", fontsize=9)
-    towards = events.nlargest(7, "attribution").query(f"attribution >= {FLOOR}")
-    away = events.nsmallest(7, "attribution").query(f"attribution <= -{FLOOR}")
-    named, texts = pd.concat([towards, away[::-1]]), []
+    named, texts = report.strongest(events, 7), []
     for event in named.itertuples():
         history, mark = f"  {event.in_history}" if event.in_history else "", "(!) " if event.tells_outcome else ""
         texts.append(f"{mark}{plain(event.event_text, 56)}{history}  {event.hours_to_end:.1f} h")
@@ -294,7 +266,7 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     bars = axes.barh(range(len(values)), values, color=np.where(values >= 0, VERMILLION, BLUE), height=0.7)
     axes.bar_label(bars, [f" {signed(value)} " for value in values], fontsize=6.5)
     axes.margins(x=0.27)
-    name_rows(axes, texts, n_ticks=5, xlabel=LOGIT)
+    name_rows(axes, texts, xlabel=LOGIT)
     draw_heatmap(over_time, events)
     return line.figure
 
@@ -302,22 +274,19 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
 def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): the stay of the highest risk."""
     layers, risks = tables["layers"], tables["stays"].set_index("icu_stay_id")["probability"]
-    names = layers["layer"].unique()
     stay = risks[layers["icu_stay_id"].unique()].idxmax()
     caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
-    (body,) = bands(page("captum_layer_attributions", caption, 3.2), [1])
-    own = layers.query(f"icu_stay_id == {stay}")
-    wide = own.pivot(index="layer", columns="event", values="attribution").loc[names]
-    hours = tables["events"].query(f"icu_stay_id == {stay}").sort_values("event")["hours_to_end"].to_numpy()
-    axes, top = body.subplots(), max(np.quantile(wide.abs(), 0.99), 1e-12)
-    image = axes.imshow(wide, SIGNED, Normalize(-top, top), aspect="auto", interpolation="nearest")
-    small_bar(body, image, axes, "logit (up: towards death)", {})
-    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    own = of_stay(tables["layers"], stay)
+    wide = own.pivot(index="layer", columns="event", values="attribution").loc[own["layer"].unique()]
+    names, top = [name.replace("_", " ") for name in wide.index], max(np.quantile(wide.abs(), 0.99), 1e-12)
+    figure = page("captum_layer_attributions", caption, 3.2)
+    axes = draw_grid(figure, wide, names, top, "logit (up: towards death)")
+    hours = of_stay(tables["events"], stay)["hours_to_end"].to_numpy()
     title = f"Stay {stay}, {counted(len(hours), 'event')}; the sums miss at most {own['gap_error'].abs().max():.2g}"
     tidy(axes, f"{TO_END}; each event equally wide", "", title)
     ticks = np.unique(np.linspace(0, len(hours) - 1, 9).round().astype(int))
     axes.set_xticks(ticks, [f"{hours[tick]:.0f}" for tick in ticks])
-    return body.figure
+    return figure
 
 
 def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
@@ -331,8 +300,8 @@ def draw_captum_ablation_attributions(tables: Tables, caption: str) -> Figure:
         pushes, falls = (means_by(rows, "group", value).reindex(names) for value in ("attribution", "ablation"))
         dots(axes, pushes, BLUE, -0.14, label="push, summed")
         dots(axes, falls, VERMILLION, 0.14, marker="s", label="if absent (patient and admission: if average)")
-        labels, stays = [TYPE_WORDS.get(name, plain(name, 40)) for name in names], rows.groupby("group")["icu_stay_id"]
-        name_rows(axes, labels, [counted(n, "stay") for n in stays.nunique()[names]])
+        labels = [TYPE_WORDS.get(name, plain(name, 40)) for name in names]
+        name_rows(axes, labels, [counted(n, "stay") for n in pushes["n"]])
         axes.set_title(f"by {kind}" if kind != "static" else "patient and admission", fontsize=8.5, loc="left")
     panels[-1].set_xlabel(f"mean per stay that has the group, {LOGIT}", fontsize=8)
     body.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
