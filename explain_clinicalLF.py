@@ -120,6 +120,7 @@ class Run(NamedTuple):
     is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
     typical_texts: np.ndarray  # (n_texts) number of the text that `typical_texts` gives each, -1 without
     asked: tuple[int, ...] = ()  # stays to show, if not a choice
+    data: str = ""  # what the data are called
 
     @property
     def parts(self) -> dict[str, slice]:
@@ -162,7 +163,7 @@ def load_unseen(
         logger.warning(f"Data        WARNING: no patient of {data} was trained or tested on: these are other data")
     table, quantiles = loaded.dataset.table, checkpoint.preprocessor.state_dict().get("item_quantiles", {})
     asked = asked_stays(settings.stay_ids, table.stays, loaded.source.table.stays["icu_stay_id"])
-    known = (checkpoint.is_new_item(table.texts), typical_texts(table.texts, quantiles), asked)
+    known = (checkpoint.is_new_item(table.texts), typical_texts(table.texts, quantiles), asked, data)
     return Run(checkpoint, table, loaded.dataset, loaded.logits, held_out, *known)
 
 
@@ -203,10 +204,9 @@ def choose_stays(run: Run, settings: ExplainSettings, most_events: int) -> tuple
     longest = max(most_events // 6, np.sort(lengths)[max(shown, 1) - 1])
     usable = np.flatnonzero(lengths <= longest)
     among = "" if len(usable) == len(lengths) else f", of stays of at most {longest} events"
-    wrong = np.where(np.isnan(labels), -np.inf, np.abs(risk - labels))
-    scores = {"highest risk": -risk, "lowest risk": risk, "most uncertain": np.abs(risk - 0.5), "most wrong": -wrong}
-    if np.isnan(labels).all():
-        del scores["most wrong"]
+    scores = {"highest risk": -risk, "lowest risk": risk, "most uncertain": np.abs(risk - 0.5)}
+    if not np.isnan(labels).all():
+        scores["most wrong"] = -np.abs(risk - labels)  # NaN, where the outcome is unknown, come last
     ranked = {name: usable[np.argsort(score[usable])].tolist() for name, score in scores.items()}
     reasons: dict[int, str] = {}
     while len(reasons) < shown:
@@ -423,9 +423,8 @@ def layer_analysis(
             attribution[stay, is_event.cpu()] = found.detach().double().sum(1).cpu().numpy()  # (L,)
             gaps.append(attribution[stay].sum() - (logits[0] - logits[1]))
             adds.append(adds_up(gaps[-1], logits[0] - logits[1]))
-        rows.append(
-            {"layer": name, "attribution": attribution, "gap_error": np.array(gaps), "complete": np.array(adds)}
-        )
+        row = {"layer": name, "attribution": attribution}
+        rows.append(row | {"gap_error": np.array(gaps), "complete": np.array(adds)})
     return rows
 
 
@@ -676,7 +675,7 @@ def check_stays(
     for stay in stays:
         done(stay)
         ids = run.table.stays.loc[stay, ["icu_stay_id", "patient_id"]].to_dict()
-        part = events[events["icu_stay_id"] == ids["icu_stay_id"]]
+        part = explain_report.of_stay(events, ids["icu_stay_id"])
         if len(part) < MIN_EVENTS:
             continue
         if len(rows) % STAYS_PER_RESET == 0:  # other random models now and then: one model errs alike on all stays
@@ -713,14 +712,12 @@ SPREAD_FLOOR = 0.2  # standard deviation of the logits; below it all stays have 
 UNSEEN_SHARE = 0.2  # of the events; beyond it a stay is read by a model that does not know its words
 
 
-def discrimination(
-    labels: np.ndarray, probabilities: np.ndarray, patients: np.ndarray, n_bootstrap: int, seed: int
-) -> list[Check]:
+def discrimination(labels: np.ndarray, risks: np.ndarray, patients: np.ndarray, *resampling: int) -> list[Check]:
     """Say whether (n,) risks rank deaths above survivors, and whether as many died as predicted; NaN: unknown."""
     known = ~np.isnan(labels)
     found: dict[str, Any] = {"deaths": int(np.nansum(labels)), "n": int(known.sum())}
-    columns = (labels[known], probabilities[known], patients[known])
-    figures = metrics.evaluate_predictions(*columns, n_bootstrap, seed)
+    columns = (labels[known], risks[known], patients[known])
+    figures = metrics.evaluate_predictions(*columns, *resampling)
     if (state := metrics.discrimination(figures)) == "one outcome":
         return [Check("discrimination, unknown", found)]
     found |= {name: figure_text(figures[name]) for name in metrics.METRICS} | {"few": metrics.TOO_FEW}
@@ -780,10 +777,9 @@ def history_in_words(history: pd.DataFrame) -> list[str]:
 
 def describe_events(run: Run, stay: int, leaks: Mapping[str, float]) -> pd.DataFrame:
     """Return a stay's events, one row each, in the order of the model's input."""
-    table, rows = run.table, slice(run.table.offsets[stay], run.table.offsets[stay + 1])
-    person, texts = table.stays.loc[stay], table.texts[table.text[rows]]
-    minutes, readings = table.minutes_since_intime[rows].astype(float), [read_text(text) for text in texts]
-    uses_history = run.checkpoint.preprocessor.item_history
+    table, uses_history = run.table.take(np.array([stay])), run.checkpoint.preprocessor.item_history
+    person, texts, minutes = table.stays.loc[0], table.texts[table.text], table.minutes_since_intime
+    readings = [read_text(text) for text in texts]
     columns = {
         "icu_stay_id": person["icu_stay_id"],
         "patient_id": person["patient_id"],
@@ -791,12 +787,12 @@ def describe_events(run: Run, stay: int, leaks: Mapping[str, float]) -> pd.DataF
         "event": np.arange(len(texts)),
         "event_time": person["icu_intime"] + pd.to_timedelta(np.round(minutes * 60), unit="s"),
         "hours_since_admission": minutes / 60,
-        "hours_to_end": table.minutes_to_end[rows] / 60,
-        "event_type": np.array([*EVENT_TYPES, "unknown"], dtype=object)[table.event_type[rows]],
+        "hours_to_end": table.minutes_to_end / 60,
+        "event_type": np.array([*EVENT_TYPES, "unknown"], dtype=object)[table.event_type],
         "event_text": texts,
         "item": [reading.item for reading in readings],
         "value": [reading.value for reading in readings],
-        "in_history": history_in_words(item_history(table.take(np.array([stay])))) if uses_history else "",
+        "in_history": history_in_words(item_history(table)) if uses_history else "",
         "is_abnormal": [bool(ABNORMAL.search(text)) for text in texts],
         "tells_outcome": [mask_numbers(text) in leaks for text in texts],
     }
@@ -825,12 +821,11 @@ def explain_stay(
     found = captum_analysis(model, sequence, static, baseline=baseline, n_steps=IG_STEPS)
     attention = attend(model, sequence, static)
     values = found.events[0].double().cpu().numpy()  # (L, C)
-    kinds = {"event type": events["event_type"].to_numpy()}
-    kinds["clock window"] = clock_window(events["hours_to_end"]).astype(object)
+    kinds = {"event type": events["event_type"], "clock window": clock_window(events["hours_to_end"]).astype(object)}
     push = values.sum(1)
     listed, rows = listed_events(push), slice(run.table.offsets[stay], run.table.offsets[stay + 1])
     which = np.union1d(np.argsort(-np.abs(push))[: effort.removed], listed)  # taken out one by one
-    numbers = some_of([*np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0)], effort.numbers, seed)
+    numbers = some_of(np.flatnonzero(run.typical_texts[run.table.text[rows]] >= 0), effort.numbers, seed)
     columns = [static_word(column) for column, _ in names]
     ablation = ablation_analysis(model, sequence, static, None, baseline, kinds, columns, which, run.dataset, stay)
     events = events.assign(
@@ -850,10 +845,9 @@ def explain_stay(
     said = run.table.take(np.array([stay])).static_columns.loc[0, list(dict(names))]
     statics = {"feature": of_columns.index, "value": ["Unknown" if pd.isna(value) else str(value) for value in said]}
     statics |= {"attribution": of_columns.to_numpy(), "ablation": falls[of_columns.index].to_numpy()}
-    sums = {("static", column): value for column, value in of_columns.items()}
-    for kind, labels in kinds.items():
-        sums |= {(kind, name): value for name, value in events["attribution"].groupby(labels).sum().items()}
-    groups["attribution"] = [sums[key] for key in zip(groups["kind"], groups["group"])]
+    pushes = events["attribution"]
+    sums = {kind: pushes.groupby(labels).sum() for kind, labels in kinds.items()} | {"static": of_columns}
+    groups["attribution"] = [sums[kind][group] for kind, group in zip(groups["kind"], groups["group"])]
     parts = [pd.DataFrame()]
     for row in layer_analysis(model, sequence, static, None, baseline, 2 * IG_STEPS) if layers else ():
         of_stay = {name: row[name][0] for name in ("attribution", "gap_error", "complete")}
@@ -873,7 +867,7 @@ def explain_stay(
 def listed_events(push: np.ndarray) -> np.ndarray:
     """Return the events that a report may list, those of the highest and of the lowest push (L,)."""
     order, listed = np.argsort(push), explain_report.EVENTS_LISTED
-    return np.unique(np.concatenate([order[:listed], order[-listed:]]))
+    return np.union1d(order[:listed], order[-listed:])
 
 
 def if_typical(run: Run, stay: int, which: np.ndarray) -> np.ndarray:
@@ -948,9 +942,7 @@ def head_effects(run: Run, stays: Sequence[int]) -> tuple[np.ndarray, np.ndarray
     return np.stack(moves), np.abs(logits(np.array(stays), of_layers) - whole)
 
 
-def head_table(
-    run: Run, explained: dict[int, Explained], effects: np.ndarray, settings: ExplainSettings
-) -> pd.DataFrame:
+def head_table(run: Run, explained: dict[int, Explained], effects: np.ndarray, *resampling: int) -> pd.DataFrame:
     """Return the rank correlation of each head's weights with properties of the events, over a stay's events.
 
     Heads count from 1, the pooling heads come last. effect: how far logits move without the head, the mean of effects
@@ -976,22 +968,20 @@ def head_table(
     for number, (layer, head) in enumerate(heads_of(run.checkpoint.model) if measured else ()):
         for column, name in enumerate(properties):
             of_stays = np.array([found[number, column] for found in measured])
-            mean = mean_with_interval(of_stays, patients, settings.n_bootstrap, settings.seed)
+            mean = mean_with_interval(of_stays, patients, *resampling)
             of_head = (float(effects[number].mean()), effects.shape[1])
             rows.append((layer, head, name, mean["value"], mean["low"], mean["high"], mean["n"], *of_head))
     return pd.DataFrame(rows, columns=[*columns, "effect", "n_switched_off"])
 
 
-def query_similarity_table(explained: dict[int, Explained], settings: ExplainSettings) -> pd.DataFrame:
+def query_similarity_table(explained: dict[int, Explained], *resampling: int) -> pd.DataFrame:
     """Return how near each pooling head's query is to the keys of each event type, against the mean of the stay."""
     parts = []
     for found in explained.values():
         scores = found.attention.scores - found.attention.scores.mean(1, keepdims=True)  # (Hp, L)
         for head, values in enumerate(scores, start=1):
             parts.append(found.events[["patient_id", "event_type"]].assign(head=head, similarity=values))
-    keys = ["head", "event_type"]
-    table = findings.means_by(pd.concat(parts), keys, "similarity", settings.n_bootstrap, settings.seed)
-    table.index = pd.MultiIndex.from_tuples(list(table.index), names=keys)
+    table = findings.means_by(pd.concat(parts), ["head", "event_type"], "similarity", *resampling)
     return table.reset_index().rename(columns={"mean": "similarity", "n": "n_events"})
 
 
@@ -1045,9 +1035,9 @@ def decisive_events(run: Run, stay: int, events: pd.DataFrame, threshold: float)
     return found.assign(probability_without=risk_without([chosen])[0])[DECISIVE_COLUMNS]
 
 
-def some_of(stays: Sequence[int], most: int, seed: int) -> list[int]:
-    """Return at most so many of the stays, drawn at random, in order."""
-    return sorted(np.random.default_rng(seed).permutation(list(stays))[:most].tolist())
+def some_of(numbers: Sequence[int] | np.ndarray, most: int, seed: int) -> list[int]:
+    """Return at most so many of the numbers of stays or events, drawn at random, in order."""
+    return sorted(np.random.default_rng(seed).permutation(numbers)[:most].tolist())
 
 
 def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
@@ -1086,8 +1076,8 @@ def explain_stays(run: Run, settings: ExplainSettings) -> dict[str, Any]:
     tables["faithfulness"] = explain_report.check_table(checks)
     effects, of_layers = head_effects(run, switched)
     bar.update(int(switching[switched].sum()))
-    tables["heads"] = head_table(run, explained, effects, settings)
-    tables["query_similarity"] = query_similarity_table(explained, settings)
+    tables["heads"] = head_table(run, explained, effects, *resampling)
+    tables["query_similarity"] = query_similarity_table(explained, *resampling)
     arriving, decisive = [], []
     for stay in of_interest:
         arriving.append(trajectory_table(run, stay))
@@ -1198,9 +1188,8 @@ def weights_and_events(
     if "transformer_output" in attention_weights:
         is_used |= np.abs(to_numpy(attention_weights["transformer_output"])[: len(weights)]).sum(2) > 0
     events = [np.flatnonzero(row) for row in is_used]
-    for positions in events:
-        if record is not None and len(positions) != len(record.events):
-            raise files.refusal("other_record", read=len(positions), record=len(record.events))
+    if record is not None and len(events[0]) != len(record.events):
+        raise files.refusal("other_record", read=len(events[0]), record=len(record.events))
     return list(zip(weights, events))
 
 
@@ -1383,7 +1372,7 @@ class Explanation(dict[str, Any]):
     @property
     def caption(self) -> str:
         """What stands below every picture: whose stays these are, and what read their texts."""
-        stays = self["events"].drop_duplicates("icu_stay_id")
+        stays = self["stays"]
         who = f"{counted(len(stays), 'unseen stay')} of {counted(stays['patient_id'].nunique(), 'patient')}"
         return f"{who} · text encoder: {self.text_encoder}"
 
@@ -1437,9 +1426,7 @@ def run_explainability_analysis(
     report = None if folder is None else Path(folder) / "report.html"
     found = Explanation(tables, run.checkpoint.text_encoder, report)
     if report is not None:
-        is_frame = isinstance(test_data_path, pd.DataFrame)
-        data = "the data frame" if is_frame else str(test_data_path) or run.checkpoint.settings.data
-        write_everything(report.parent, run, found, run_folder.data_in_words(data), path.name)
+        write_everything(report.parent, run, found, path.name)
         logger.info(f"Written     {report}, and its tables and pictures beside it")
     return found
 
@@ -1455,12 +1442,11 @@ def log_what_was_found(tables: dict[str, Any]) -> None:
     for sentence in tables["items"].query("is_finding")["sentence"][:5]:
         logger.info(f"Findings    {sentence}")
     stay = stays.loc[stays["probability"].idxmax(), "icu_stay_id"]
-    decisive = tables["decisive"]
-    if sentence := explain_report.decisive_sentence(decisive[decisive["icu_stay_id"] == stay]):
+    if sentence := explain_report.decisive_sentence(explain_report.of_stay(tables["decisive"], stay)):
         logger.info(f"Stay        {stay}, of the highest risk here: {sentence}")
 
 
-def write_everything(folder: Path, run: Run, found: Explanation, data: str, checkpoint: str) -> None:
+def write_everything(folder: Path, run: Run, found: Explanation, checkpoint: str) -> None:
     """Write tables, faithfulness.json, the pictures and the report."""
     writer = run_folder.RunFolder(folder, asdict(run.checkpoint.settings))
     for name, file in TABLE_FILES.items():
@@ -1480,11 +1466,11 @@ def write_everything(folder: Path, run: Run, found: Explanation, data: str, chec
         files.delete_quietly(path)  # an earlier explanation may have drawn what this one does not
     for name, picture in pictures.items():
         files.write_whole(folder / f"{name}.png", partial(Path.write_bytes, data=picture["png"]))
-    trained, labels = run.checkpoint.settings, run.table.labels
-    info: dict[str, Any] = {"data": data, "checkpoint": checkpoint, "text_encoder": found.text_encoder}
-    info |= {"thresholds": run.checkpoint.state["thresholds"], "level": metrics.LEVEL}
+    info: dict[str, Any] = {"data": run_folder.data_in_words(run.data), "checkpoint": checkpoint}
+    info |= {"text_encoder": found.text_encoder, "thresholds": run.checkpoint.state["thresholds"]}
+    trained, info["level"] = run.checkpoint.settings, metrics.LEVEL
     info["setting"] = run_folder.moment_of_prediction(trained.observation_hours, trained.labels)
-    info |= {"labels": labels, "risks": expit(run.logits), "ids": run.table.stays["icu_stay_id"].to_numpy()}
+    info |= {"labels": run.table.labels, "risks": expit(run.logits), "ids": run.table.stays["icu_stay_id"].to_numpy()}
     writer.text("report.html", explain_report.render_report(found, pictures, info))
 
 
