@@ -104,7 +104,7 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
     n_layers, n_heads, n_bins, _ = maps.shape
     maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
     caption = f"{report.verdict_on_layers(tables['verdict'])} {caption}"
-    figure = page("layer_attention_weights", caption, 0.85 * n_layers + 1.4, stay=stay, n=len(hours))
+    figure: Any = page("layer_attention_weights", caption, 0.85 * n_layers + 1.4, stay=stay, n=len(hours))
     grid = figure.subplots(n_layers, n_heads + 1, sharex=True, sharey=True, squeeze=False)
     draw_shares(figure, grid.ravel(), len(hours) * maps.reshape(-1, n_bins, n_bins), extent=(0, n_bins, n_bins, 0))
     ticks, places = [f"{hours[at]:.0f}" for at in (0, len(hours) // 2, -1)], [0, n_bins / 2, n_bins]
@@ -190,8 +190,9 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
     at = pd.Index(items["item"]).get_indexer(shown["item"])
     height = at + np.random.default_rng(0).uniform(-0.32, 0.32, len(at))
     figure = page("item_importance", caption, 0.26 * len(items) + 1.7)
-    axes, colours = figure.subplots(), {"cmap": colormaps["viridis"].with_extremes(bad="#bbbbbb"), "vmin": 0, "vmax": 1}
-    image = axes.scatter(shown["attribution"], height, 6, shown["place"], linewidths=0, plotnonfinite=True, **colours)
+    style: dict[str, Any] = {"vmin": 0, "vmax": 1, "linewidths": 0, "plotnonfinite": True}
+    axes, style["cmap"] = figure.subplots(), colormaps["viridis"].with_extremes(bad="#bbbbbb")
+    image = axes.scatter(shown["attribution"], height, 6, shown["place"], **style)
     names = ["(!) " * row.tells_outcome + plain(row.item, 40, report.cut) for row in items.itertuples()]
     rho = [f"{signed(row.rho)} ({row.n_values})" * (row.kind in ("typical", "average")) for row in items.itertuples()]
     name_rows(axes, names, rho, xlabel=f"push, {LOGIT}\na dot an event or stay; grey: no value; (!): tells the outcome")

@@ -13,7 +13,7 @@ from clinical_lf.explain_report import MIN_PATIENTS, item_kind, item_sentence
 from clinical_lf.metrics import bootstrap, interval_of, mean_with_interval
 
 # Windows before the end of what is read, and the hours at their far end, which they include.
-CLOCK_WINDOWS = {"last 6 h": 6, "6 to 12 h": 12, "12 to 24 h": 24, "24 to 48 h": 48, "48 to 96 h": 96}
+CLOCK_WINDOWS = {"last 6 h": 6.0, "6 to 12 h": 12, "12 to 24 h": 24, "24 to 48 h": 48, "48 to 96 h": 96}
 CLOCK_WINDOWS["more than 96 h"] = math.inf
 # What stands in an item's name (_ is the edge of a word), and the organ system that it is of.
 NAMES = pd.read_csv(Path(__file__).with_name("organ_systems.csv"), dtype=str, keep_default_na=False)
