@@ -88,6 +88,7 @@ class ExplainSettings:
     )
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
+    vitals: str = field(default="", metadata=SHARED["vitals"].metadata)
     cache_dir: str = field(default="", metadata=SHARED["cache_dir"].metadata)
     memory_limit: str = field(default=train.Settings.memory_limit, metadata=SHARED["memory_limit"].metadata)
     n_bootstrap: int = setting(1000, "Bootstrap samples behind every 95 % interval.", low=1)
@@ -120,7 +121,6 @@ class Run(NamedTuple):
     logits: np.ndarray  # (n_stays) float64
     held_out: int  # stays of patients of the checkpoint's own test split
     is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
-
     typical_texts: np.ndarray  # (n_texts) number of the text that `typical_texts` gives each, -1 without
 
     @property
@@ -157,7 +157,7 @@ def load_unseen(
     # The folder given, else the one that training used, where this machine has it, else train.py's default.
     own = trained.cache_dir if os.access(trained.cache_dir, os.W_OK) else train.Settings.cache_dir
     given = {"data": data, "cache_dir": settings.cache_dir or own, "memory_limit": settings.memory_limit}
-    given |= {"labels": settings.labels, "text_encoder": settings.text_encoder}
+    given |= {"labels": settings.labels, "vitals": settings.vitals, "text_encoder": settings.text_encoder}
     loaded = train.load_run(checkpoint, given, accelerator, frame, only_unseen=True)
     held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
     if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():

@@ -68,6 +68,9 @@ class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
     data: str = setting("", "MIMIC-IV or MEDS folder, nested Parquet (or glob), flat CSV or Parquet; else the sample.")
+    vitals: str = setting(
+        "", "Add vitals.sql's events: alone, of a MIMIC-IV folder; or its result's Parquet.", "vitals.sql"
+    )
     output_dir: str = setting("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = setting("clinical_LF_precomp_emb", "Folder for vectors, query results and encoder weights.")
     memory_limit: str = setting("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
@@ -1146,8 +1149,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
-    "seed outcome static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
-    "max_events_per_batch weight_decay temporal_weight tau_hours dropout"
+    "seed outcome vitals static_features item_history observation_hours gap_hours first_stay_only learning_rate "
+    "batch_size max_events_per_batch weight_decay temporal_weight tau_hours dropout"
 ).split()
 # One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
 NUMBER_WEIGHT = 3.0
@@ -1597,7 +1600,7 @@ def read_source(
     logger.info(f"Reading     {settings.data}")
     data = data_path(settings.data) if frame is None else frame
     task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
-    options = (settings.memory_limit, settings.static_features, settings.outcome)
+    options = (settings.memory_limit, settings.static_features, settings.outcome, settings.vitals)
     with accelerator.main_process_first():  # one process runs the query, the others find its result
         whole, report = read_stays(data, settings.cache_dir, need_label, task, *options)
     table, flow = tables.choose_cohort(whole, settings.first_stay_only, settings.observation_hours, settings.gap_hours)
@@ -1808,6 +1811,8 @@ def load_run(
         given["observation_hours"] = 0.0  # a label has its own time
     elif given.get("data") and not is_meds(data_path(given["data"])):
         given |= {"labels": "", "history_hours": 0.0}
+    if given.get("data", trained.data) != trained.data and Path(trained.vitals).suffix != ".sql":
+        given.setdefault("vitals", "")  # those of other data
     # What the checkpoint's settings name may have been replaced; a path in it is not followed.
     encoder = given.get("text_encoder", CLINICAL_LONGFORMER)
     if encoder == CLINICAL_LONGFORMER:
@@ -1842,7 +1847,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, settings: Settings, accelerator:
     from clinical_lf import run_folder
 
     taken = "data output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate"
-    taken += " trajectory n_bootstrap no_test split resume"
+    taken += " trajectory n_bootstrap no_test split resume vitals"
     given = {name: getattr(settings, name) for name in taken.split()}
     loaded = load_run(checkpoint, given, accelerator)
     table, whole = loaded.dataset.table, loaded.source.whole

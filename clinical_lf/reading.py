@@ -13,19 +13,19 @@ import numpy as np
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from clinical_lf import duck, files, tables
+from clinical_lf import duck, files, mimic, tables
 from clinical_lf.files import InputError, logger
 from clinical_lf.meds import MedsTask, is_meds, meds_account, register_meds
-from clinical_lf.mimic import complete_account, run_mimic_query
-from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS, STAY_COLUMNS, ReadReport, StayTable
+from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, OTHER_TYPES, STATIC_COLUMNS, STAY_COLUMNS
+from clinical_lf.tables import ReadReport, StayTable
 
 # What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
-ARRAYS_VERSION = 5  # raise it when what is made of a source changes: arrays that were kept before are then made anew
+ARRAYS_VERSION = 6  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 IDS = ("patient_id", "admission_id", "icu_stay_id")
 QUERY_FILE = Path(__file__).resolve().parent.parent / "table.sql"
 _CLEANED = ", ".join(f"null_if_missing({name}) AS {name}" for name, kind in STAY_COLUMNS.items() if kind == "VARCHAR")
-_FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": list(EVENT_TYPES)}
+_FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": [*EVENT_TYPES, *OTHER_TYPES]}
 SQL = duck.named_statements(QUERY_FILE, **_FILLED)
 
 
@@ -37,14 +37,16 @@ def read_stays(
     memory_limit: str = "33%",
     static_features: Sequence[str] = STATIC_COLUMNS,
     outcome: str = "hospital",
+    vitals: str = "",
 ) -> tuple[StayTable, ReadReport]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
     data may be a data frame, one row per event. task: what is predicted of a MEDS data set; outcome: of others, as in
-    tables.LABELS. Of what describes a stay, only the static_features must be there. Raises InputError for a table that
-    cannot be read as it was meant.
+    tables.LABELS. Of what describes a stay, only the static_features must be there. vitals: "vitals.sql" to run it on
+    the folder, or the files of its result for those of query.sql's. Raises InputError for a table that cannot be read
+    as it was meant.
     """
-    results, parts = Path(cache_dir) / "query_results", list[Path]()
+    results, parts, added = Path(cache_dir) / "query_results", list[Path](), list[Path]()
     label, days = LABEL if task else tables.LABELS[outcome], 30 if outcome == "30d" and not task else None
 
     def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
@@ -52,11 +54,14 @@ def read_stays(
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task, need_label)
+                if vitals and not (kind == "nested" and added and _add_vitals(con, added)):
+                    raise files.refusal("vitals_of_nothing", vitals=vitals, source=name)
                 _check(con, name, kind, label, need_label, static_features)
                 notes = _load_stays(con, name, kind, need_label, days, counts)
                 table = _load_events(con, name, counts, notes)
                 notes = {"length_recomputed": 0} | {code: count for code, count in notes.items() if count}
-                sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
+                results_read = [found[0].parent for found in (parts, added) if found and kind == "nested"]
+                sources = mimic.complete_account(con, results_read)
                 sources += meds_account(con) if task else []
                 return table, ReadReport({code: count for code, count in counts.items() if count}, notes, sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
@@ -66,7 +71,7 @@ def read_stays(
                 results.mkdir(parents=True)
                 return read(source, name)
             is_csv = any(map(_is_csv, parts))
-            reason = duck.reason_without_rows(error, [] if is_csv else parts).removeprefix(f"{name}: ")
+            reason = duck.reason_without_rows(error, [] if is_csv else [*parts, *added]).removeprefix(f"{name}: ")
             raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
@@ -85,8 +90,14 @@ def read_stays(
     elif not (parts := table_files(path)):
         if path.suffix.lower() in (".parquet", ".csv"):
             raise files.refusal("no_parts", source=data)
-        parts = files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
-    source, stats = path if task else parts, [(str(part.absolute()), part.stat()) for part in parts]
+        queries = [mimic.QUERY_FILE] + [mimic.VITALS_FILE] * (vitals == mimic.VITALS_FILE.name)
+        for query in queries:  # what is missing is said before hours of work
+            mimic.find_mimic_files(path, query)
+        made = [mimic.run_mimic_query(path, Path(cache_dir), memory_limit, query) for query in queries]
+        parts, *of_vitals = map(files.parquet_files, made)
+        added = sum(of_vitals, [])
+    added = added or (table_files(Path(os.path.expanduser(vitals))) if vitals else [])
+    source, stats = path if task else parts, [(str(part.absolute()), part.stat()) for part in [*parts, *added]]
     if sum(stat.st_size for _, stat in stats) < KEEP_ARRAYS_FROM:
         return read(source, str(data))
     versions = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -137,13 +148,31 @@ def _register_source(
     else:
         con.register("given", data)
     kind, stay_rows, event_rows = "flat", "FROM given", "FROM given"
-    if array := duck.column_types(con, "given").get("events"):
-        # BigQuery's exports wrap each element of an array in structs called list and element.
-        events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-        kind, stay_rows = "nested", "SELECT * EXCLUDE events FROM given"
-        event_rows = f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM given)"
+    if nested := _rows_of_arrays(con, "given"):
+        kind, stay_rows, event_rows = "nested", "SELECT * EXCLUDE events FROM given", nested
     con.execute(f"CREATE TEMP VIEW stay_rows AS {stay_rows}; CREATE TEMP VIEW event_rows AS {event_rows}")
     return kind, {}
+
+
+def _rows_of_arrays(con: DuckDBPyConnection, relation: str) -> str:
+    """Return the SQL of a row per event of a relation's array of events; '' if it has none."""
+    array = duck.column_types(con, relation).get("events", "")
+    # BigQuery's exports wrap each element of an array in structs called list and element.
+    events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
+    return array and f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {relation})"
+
+
+def _add_vitals(con: DuckDBPyConnection, added: list[Path]) -> bool:
+    """Add the events of vitals.sql's result to `event_rows`; return whether there are any, of stays that are read."""
+    con.execute(f"CREATE TEMP VIEW given_vitals AS FROM read_parquet({duck.file_list(added)})")
+    if not (more := _rows_of_arrays(con, "given_vitals")):
+        return False
+    both = f"{_rows_of_arrays(con, 'given')} UNION ALL BY NAME {more}"
+    con.execute(f"CREATE OR REPLACE TEMP VIEW event_rows AS {both}")
+    of_others = (
+        "SELECT count(*) > 0 AND count(g.icu_stay_id) = 0 FROM given_vitals LEFT JOIN given AS g USING (icu_stay_id)"
+    )
+    return not duck.first_value(con, of_others)
 
 
 def _check(
@@ -221,12 +250,14 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
     offsets = tables.sums_before(stays.pop("n_events").to_numpy())
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}
-    order, filled = "icu_stay_id, minutes_since_intime, event_type, text, known_minutes_since_intime", 0
+    kind = f"least(event_type, {len(EVENT_TYPES)})"  # types for which the model has no input are one
+    order, filled = f"icu_stay_id, minutes_since_intime, {kind}, text, known_minutes_since_intime", 0
     events = con.sql(f"SELECT {', '.join(arrays)} FROM events ORDER BY {order}")
     for batch in events.to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():
             array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
         filled += len(batch)
-    counts["event_of_unknown_type"] = int((arrays["event_type"] == len(EVENT_TYPES)).sum())
+    counts["event_of_unknown_type"] = int((arrays["event_type"] == len((*EVENT_TYPES, *OTHER_TYPES))).sum())
+    arrays["event_type"].clip(max=len(EVENT_TYPES), out=arrays["event_type"])
     texts = con.execute("SELECT DISTINCT cleaned FROM texts ORDER BY cleaned").fetchnumpy()["cleaned"]
     return StayTable(stays, offsets, texts=texts, **arrays).with_own_texts()

@@ -15,9 +15,13 @@ from clinical_lf.files import WORDS, InputError
 LIMITS = {"low": ("at least", ge), "high": ("at most", le), "above": ("above", gt), "below": ("below", lt)}
 
 
-def setting(default: Any, help_text: str, **limits: Any) -> Any:
-    """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
+def setting(default: Any, help_text: str, alone: str = "", **limits: Any) -> Any:
+    """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed).
+
+    alone: its value where the option stands without one.
+    """
     metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # a lone percent sign is argparse's
+    metadata |= {"nargs": "?", "const": alone} if alone else {}
     start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**start, metadata=metadata)
 

@@ -13,6 +13,7 @@ import pandas as pd
 from clinical_lf.files import WORDS, InputError, logger, refusal
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
+OTHER_TYPES = ("vital", "output")  # known, but the model has no input for them: as those of unknown type
 # {column: SQL type} of stays and of their events, in the order of the file.
 COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"), index_col="column")
 STAY_COLUMNS, EVENT_COLUMNS = (rows["type"].to_dict() for _, rows in COLUMNS.groupby("table", sort=False))
