@@ -68,9 +68,7 @@ class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
     data: str = setting("", "MIMIC-IV or MEDS folder, nested Parquet (or glob), flat CSV or Parquet; else the sample.")
-    vitals: str = setting(
-        "", "Add vitals.sql's events: alone, of a MIMIC-IV folder; or its result's Parquet.", "vitals.sql"
-    )
+    vitals: str = setting("", "Add vitals.sql's events: bare for MIMIC-IV, or its result as Parquet.", "vitals.sql")
     output_dir: str = setting("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = setting("clinical_LF_precomp_emb", "Folder for vectors, query results and encoder weights.")
     memory_limit: str = setting("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
@@ -1811,8 +1809,8 @@ def load_run(
         given["observation_hours"] = 0.0  # a label has its own time
     elif given.get("data") and not is_meds(data_path(given["data"])):
         given |= {"labels": "", "history_hours": 0.0}
-    if given.get("data", trained.data) != trained.data and Path(trained.vitals).suffix != ".sql":
-        given.setdefault("vitals", "")  # those of other data
+    if (data := given.get("data", trained.data)) != trained.data:  # not the vitals of the data of training
+        given.setdefault("vitals", "vitals.sql" if trained.vitals and (data_path(data) / "icu").is_dir() else "")
     # What the checkpoint's settings name may have been replaced; a path in it is not followed.
     encoder = given.get("text_encoder", CLINICAL_LONGFORMER)
     if encoder == CLINICAL_LONGFORMER:

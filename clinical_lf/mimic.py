@@ -31,11 +31,15 @@ READ_AS["TIMESTAMP"] = f"""CASE WHEN {duck.IS_PLAIN} THEN {{1}}({{0}} AS TIMESTA
                            ELSE CAST({READ_AS["TIMESTAMPTZ"]} AS TIMESTAMP) END"""
 
 
-def find_mimic_files(folder: Path, query: Path) -> dict[str, Path]:
+def tables_of(query: str) -> list[str]:
+    """Return the tables that a query reads, in the order in which they are loaded."""
+    return [table for table in _TABLES if re.search(rf"_{table.replace('/', '[.]')}`", query)]
+
+
+def find_mimic_files(folder: Path, query: str) -> dict[str, Path]:
     """Return the file of every table that a query reads; InputError names what is missing or double."""
-    ends, named = (".csv", ".csv.gz"), re.findall(r"_(hosp|icu)\.(\w+)`", query.read_text("utf-8"))
-    read = [table for table in MIMIC_TABLES if tuple(table.split("/")) in named]
-    found = {table: [*filter(Path.is_file, (folder / f"{table}{end}" for end in ends))] for table in read}
+    files_of = lambda table: [*filter(Path.is_file, (folder / f"{table}{end}" for end in (".csv", ".csv.gz")))]
+    found = {table: files_of(table) for table in tables_of(query)}
     if missing := [f"{table}.csv[.gz]" for table, paths in found.items() if not paths]:
         raise refusal("incomplete_mimic", folder=folder, missing=", ".join(missing))
     if doubled := [" and ".join(map(str, paths)) for paths in found.values() if len(paths) == 2]:
@@ -54,22 +58,16 @@ def faults_of_rows(query: str) -> dict[str, str]:
     return {table: f"CASE {when(conditions)} END" for table, conditions in faults.items()}
 
 
-def load_mimic_table(
-    database: duckdb.DuckDBPyConnection, table: str, path: Path, fault: str = "NULL", items: Sequence[str] = ()
-) -> None:
-    """Copy a CSV file into `database`, typed; of events those near ICU stays, at fault or noted. InputError if bad.
-
-    items: the only ones of which a table of measurements is looked at.
-    """
+def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path, query: str) -> None:
+    """Copy a CSV file into `database`, typed; of events those near ICU stays, at fault or noted. InputError if bad."""
     name, rows = Path(table).name, duck.csv_rows([path], duck.MISSING)
     columns, says = MIMIC_TABLES[table], _TABLES[table]
     if absent := sorted(columns.keys() - duck.column_types(database, rows)):
         raise InputError(f"{path} has no column {', '.join(absent)}: it is not the table {table} of MIMIC-IV.")
-    parts = {"name": name, "rows": rows, "fault": fault}
-    if says.get("of_items"):  # the others are counted, and not even typed
-        counted = f"SELECT *, nextval('{name}_any') AS number_of_any FROM {rows}"
-        is_listed = f"CASE WHEN number_of_any > 0 THEN itemid IN {(*items, '')} END"  # AND would let it go first
-        parts["rows"] = f"(FROM ({counted}) WHERE {is_listed})"
+    parts = {"name": name, "rows": rows, "fault": faults_of_rows(query).get(table, "NULL")}
+    if "of_items" in says:  # rows of others are counted, and not even typed; with AND they would not be counted
+        is_listed = f"CASE WHEN any_row > 0 THEN itemid IN {tuple(re.findall(r'[(]([0-9]+), ', query))} END"
+        parts["rows"] = f"(FROM (SELECT *, nextval('{name}_any') AS any_row FROM {rows}) WHERE {is_listed})"
     parts["typed"] = ", ".join(f"{READ_AS[kind]} AS {{0}}".format(column, "CAST") for column, kind in columns.items())
     parts["also"] = " OR ".join(says.get("noted", {"nothing": "false"}).values())
     parts["read"] = _STATEMENTS["read"].format(**parts)
@@ -90,20 +88,18 @@ def load_mimic_table(
             raise refusal("repeated_keys", table=table, column=unique, count=count, first=first)
 
 
-def account_for_rows(database: duckdb.DuckDBPyConnection, faults: dict[str, str]) -> list[SourceAccount]:
+def account_for_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[SourceAccount]:
     """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
     passed = dict(database.execute("SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()").fetchall())
-    accounts = []
-    for table, says in _TABLES.items():
-        name = Path(table).name
-        if f"{name}_read" not in passed:
-            continue
-        looked_at, others = passed[f"{name}_read"], max(0, passed[f"{name}_any"] - passed[f"{name}_read"])
-        account = SourceAccount(table, looked_at + others)
+    accounts, faults = [], faults_of_rows(query)
+    for table in tables_of(query):
+        name, says = Path(table).name, _TABLES[table]
+        others = passed[f"{name}_any"] - passed[f"{name}_read"] if "of_items" in says else 0
+        account = SourceAccount(table, passed[f"{name}_read"] + others)
         if table in faults:
             counts = f"SELECT {faults[table]} AS fault, count(*) FROM {name} GROUP BY ALL HAVING fault IS NOT NULL"
-            account.lost = dict(database.execute(f"{counts} ORDER BY ALL").fetchall())
-            account.lost |= {"of other items": others} if others else {}
+            account.lost = {"of other items": others} if others else {}
+            account.lost |= dict(database.execute(f"{counts} ORDER BY ALL").fetchall())
             account.of_cohort = passed[f"{name}_of_cohort"] + others if table in EVENT_TABLES else account.read
             account.in_stays = account.of_cohort - sum(account.lost.values())  # of events less: see there
         for reason, condition in says.get("noted", {}).items():
@@ -114,23 +110,19 @@ def account_for_rows(database: duckdb.DuckDBPyConnection, faults: dict[str, str]
 
 def complete_account(con: duckdb.DuckDBPyConnection, folders: Sequence[Path]) -> list[SourceAccount]:
     """Return the accounts that lie beside queries' results, with the events that were read: every row is in it once."""
-    accounts = dict[str, SourceAccount]()
-    for path in (folder / ACCOUNT for folder in folders):
-        text = path.read_text("utf-8") if path.is_file() else "[]"
-        accounts |= {account["table"]: SourceAccount(**account) for account in json.loads(text)}
-    found, used = (
-        dict(con.execute(f"SELECT event_type, count(*) FROM {rows} GROUP BY event_type").fetchall())
-        for rows in ("event_rows", "events")
-    )
-    counted = duck.column_types(con, "given_vitals") if len(folders) > 1 else {}  # of a table, what is left out of it
+    told = [json.loads((folder / ACCOUNT).read_text("utf-8")) for folder in folders if (folder / ACCOUNT).is_file()]
+    accounts = {account["table"]: SourceAccount(**account) for account in sum(told, [])}
+    count = "SELECT event_type, count(*) FROM {} GROUP BY event_type"
+    found, used = (dict(con.execute(count.format(rows)).fetchall()) for rows in ("event_rows", "events"))
     for number, (table, event_type) in enumerate(zip(EVENT_TABLES, (*EVENT_TYPES, *OTHER_TYPES))):
         account, name = accounts.get(table), Path(table).name
         if account and account.in_stays is not None:
-            sums = {column: f"SELECT sum({column}) FROM given_vitals" for column in counted if column.startswith(name)}
-            left_out = {column: duck.first_value(con, counts) or 0 for column, counts in sums.items()}
-            lost = {column[len(name) + 1 :].replace("_", " "): int(count) for column, count in left_out.items()}
+            if event_type in OTHER_TYPES:  # vitals.sql counts what it leaves out, in columns of the table's name
+                sums = con.sql(f"SELECT coalesce(sum(COLUMNS('^{name}_')), 0) FROM given_vitals").df().iloc[0]
+                account.lost |= {why.removeprefix(f"{name}_").replace("_", " "): int(n) for why, n in sums.items()}
+                account.in_stays -= int(sums.sum())
             in_stays, n_used = found.get(event_type, 0), used.get(number, 0)
-            lost["outside the ICU stays"] = account.in_stays - in_stays - sum(lost.values())
+            lost = {"outside the ICU stays": account.in_stays - in_stays}
             lost["repeated, or of a stay that was dropped"] = in_stays - n_used
             account.in_stays, account.lost = n_used, {why: n for why, n in (account.lost | lost).items() if n}
     return list(accounts.values())
@@ -140,18 +132,11 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", qu
     """Return the folder of Parquet files with what query.sql gives for a MIMIC-IV folder: a row per ICU stay."""
     # Kept while both stay the same; a stopped run goes on from its tables and slices.
     folder, results, query_file = Path(folder), Path(cache_dir) / "query_results", query_file or QUERY_FILE
-    paths, query = find_mimic_files(folder, query_file), query_file.read_text("utf-8")
+    query = query_file.read_text("utf-8")
+    paths, tables = find_mimic_files(folder, query), {table: _TABLES[table] for table in tables_of(query)}
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
     # Which way a tie is rounded (3.05) depends on DuckDB's version.
-    made_of = (
-        query,
-        {table: _TABLES[table] for table in paths},
-        READ_AS,
-        _STATEMENTS,
-        duck.MISSING,
-        duckdb.__version__,
-        stats,
-    )
+    made_of = (query, tables, READ_AS, _STATEMENTS, duck.MISSING, duckdb.__version__, stats)
     key = hashlib.md5(repr(made_of).encode()).hexdigest()
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
     if not target.exists():
@@ -168,17 +153,16 @@ def _fill(working: Path, target: Path, folder: Path, query_file: Path, memory_li
     import sqlglot
 
     is_begun, read, result, query = working.exists(), folder, working / target.name, query_file.read_text("utf-8")
-    faults, items = faults_of_rows(query), re.findall(r"\((\d{6}),", query)
     working.mkdir(exist_ok=True)
     try:
         with duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb") as database:
             done = database.execute("SHOW TABLES").fetchall()
-            paths = find_mimic_files(folder, query_file)
+            paths = find_mimic_files(folder, query)
             for table, read in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
                 if (Path(table).name,) not in done:
-                    load_mimic_table(database, table, read, faults.get(table, "NULL"), items)
+                    load_mimic_table(database, table, read, query)
             read = folder
-            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, faults))))
+            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, query))))
             local = re.sub(r"`[\w.-]+\.(\w+)`", r"\1", query)  # tables of the same names
             collect_stays(database, sqlglot.transpile(local, read="bigquery", write="duckdb")[0], result)
     except (duckdb.Error, InputError) as error:

@@ -16,8 +16,7 @@ from duckdb import DuckDBPyConnection
 from clinical_lf import duck, files, mimic, tables
 from clinical_lf.files import InputError, logger
 from clinical_lf.meds import MedsTask, is_meds, meds_account, register_meds
-from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, OTHER_TYPES, STATIC_COLUMNS, STAY_COLUMNS
-from clinical_lf.tables import ReadReport, StayTable
+from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS, STAY_COLUMNS, ReadReport, StayTable
 
 # What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
 ARRAYS_VERSION = 6  # raise it when what is made of a source changes: arrays that were kept before are then made anew
@@ -25,7 +24,7 @@ KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in second
 IDS = ("patient_id", "admission_id", "icu_stay_id")
 QUERY_FILE = Path(__file__).resolve().parent.parent / "table.sql"
 _CLEANED = ", ".join(f"null_if_missing({name}) AS {name}" for name, kind in STAY_COLUMNS.items() if kind == "VARCHAR")
-_FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": [*EVENT_TYPES, *OTHER_TYPES]}
+_FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": [*EVENT_TYPES, *tables.OTHER_TYPES]}
 SQL = duck.named_statements(QUERY_FILE, **_FILLED)
 
 
@@ -54,15 +53,14 @@ def read_stays(
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, task, need_label)
-                if vitals and not (kind == "nested" and added and _add_vitals(con, added)):
+                if vitals and (kind != "nested" or not _add_vitals(con, added)):
                     raise files.refusal("vitals_of_nothing", vitals=vitals, source=name)
                 _check(con, name, kind, label, need_label, static_features)
                 notes = _load_stays(con, name, kind, need_label, days, counts)
                 table = _load_events(con, name, counts, notes)
                 notes = {"length_recomputed": 0} | {code: count for code, count in notes.items() if count}
-                results_read = [found[0].parent for found in (parts, added) if found and kind == "nested"]
-                sources = mimic.complete_account(con, results_read)
-                sources += meds_account(con) if task else []
+                folders = [paths[0].parent for paths in (parts, added) if kind == "nested" and paths]
+                sources = meds_account(con) if task else mimic.complete_account(con, folders)
                 return table, ReadReport({code: count for code, count in counts.items() if count}, notes, sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise duck.out_of_memory_error(f"{name}: reading", error, memory_limit, results) from None
@@ -92,11 +90,11 @@ def read_stays(
             raise files.refusal("no_parts", source=data)
         queries = [mimic.QUERY_FILE] + [mimic.VITALS_FILE] * (vitals == mimic.VITALS_FILE.name)
         for query in queries:  # what is missing is said before hours of work
-            mimic.find_mimic_files(path, query)
+            mimic.find_mimic_files(path, query.read_text("utf-8"))
         made = [mimic.run_mimic_query(path, Path(cache_dir), memory_limit, query) for query in queries]
-        parts, *of_vitals = map(files.parquet_files, made)
-        added = sum(of_vitals, [])
-    added = added or (table_files(Path(os.path.expanduser(vitals))) if vitals else [])
+        parts, added = files.parquet_files(made[0]), [*files.parquet_files(made[-1])] * (len(made) > 1)
+    if vitals != mimic.VITALS_FILE.name:
+        added = table_files(Path(os.path.expanduser(vitals))) if vitals else []
     source, stats = path if task else parts, [(str(part.absolute()), part.stat()) for part in [*parts, *added]]
     if sum(stat.st_size for _, stat in stats) < KEEP_ARRAYS_FROM:
         return read(source, str(data))
@@ -163,16 +161,17 @@ def _rows_of_arrays(con: DuckDBPyConnection, relation: str) -> str:
 
 
 def _add_vitals(con: DuckDBPyConnection, added: list[Path]) -> bool:
-    """Add the events of vitals.sql's result to `event_rows`; return whether there are any, of stays that are read."""
-    con.execute(f"CREATE TEMP VIEW given_vitals AS FROM read_parquet({duck.file_list(added)})")
-    if not (more := _rows_of_arrays(con, "given_vitals")):
+    """Add the events of vitals.sql's result to `event_rows`; return whether there are such, of stays that are read."""
+    if not added:
         return False
-    both = f"{_rows_of_arrays(con, 'given')} UNION ALL BY NAME {more}"
-    con.execute(f"CREATE OR REPLACE TEMP VIEW event_rows AS {both}")
-    of_others = (
-        "SELECT count(*) > 0 AND count(g.icu_stay_id) = 0 FROM given_vitals LEFT JOIN given AS g USING (icu_stay_id)"
-    )
-    return not duck.first_value(con, of_others)
+    con.execute(f"CREATE TEMP VIEW given_vitals AS FROM read_parquet({duck.file_list(added)})")
+    if not (vitals := _rows_of_arrays(con, "given_vitals")):
+        return False
+    rows = f"{_rows_of_arrays(con, 'given')} UNION ALL BY NAME {vitals}"
+    con.execute(f"CREATE OR REPLACE TEMP VIEW event_rows AS {rows}")
+    told = "SELECT count(*), count(stay) FROM given_vitals LEFT JOIN (SELECT icu_stay_id, 1 AS stay FROM given)"
+    n_vitals, n_shared = con.execute(f"{told} USING (icu_stay_id)").fetchall()[0]
+    return n_shared > 0 or n_vitals == 0
 
 
 def _check(
@@ -250,14 +249,15 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
     offsets = tables.sums_before(stays.pop("n_events").to_numpy())
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}
-    kind = f"least(event_type, {len(EVENT_TYPES)})"  # types for which the model has no input are one
-    order, filled = f"icu_stay_id, minutes_since_intime, {kind}, text, known_minutes_since_intime", 0
+    no_input = len(EVENT_TYPES)  # the model has none for what is beyond, be its type known or not
+    order = f"icu_stay_id, minutes_since_intime, least(event_type, {no_input}), text, known_minutes_since_intime"
     events = con.sql(f"SELECT {', '.join(arrays)} FROM events ORDER BY {order}")
+    filled = 0
     for batch in events.to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():
             array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
         filled += len(batch)
-    counts["event_of_unknown_type"] = int((arrays["event_type"] == len((*EVENT_TYPES, *OTHER_TYPES))).sum())
-    arrays["event_type"].clip(max=len(EVENT_TYPES), out=arrays["event_type"])
+    counts["event_of_unknown_type"] = int((arrays["event_type"] == no_input + len(tables.OTHER_TYPES)).sum())
+    arrays["event_type"].clip(max=no_input, out=arrays["event_type"])
     texts = con.execute("SELECT DISTINCT cleaned FROM texts ORDER BY cleaned").fetchnumpy()["cleaned"]
     return StayTable(stays, offsets, texts=texts, **arrays).with_own_texts()
