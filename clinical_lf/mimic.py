@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,10 +108,11 @@ def account_for_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[So
     return accounts
 
 
-def complete_account(con: duckdb.DuckDBPyConnection, folders: Sequence[Path]) -> list[SourceAccount]:
+def complete_account(con: duckdb.DuckDBPyConnection, folders: Iterable[Path]) -> list[SourceAccount]:
     """Return the accounts that lie beside queries' results, with the events that were read: every row is in it once."""
     told = [json.loads((folder / ACCOUNT).read_text("utf-8")) for folder in folders if (folder / ACCOUNT).is_file()]
-    accounts = {account["table"]: SourceAccount(**account) for account in sum(told, [])}
+    if not (accounts := {account["table"]: SourceAccount(**account) for account in sum(told, [])}):
+        return []
     count = "SELECT event_type, count(*) FROM {} GROUP BY event_type"
     found, used = (dict(con.execute(count.format(rows)).fetchall()) for rows in ("event_rows", "events"))
     for number, (table, event_type) in enumerate(zip(EVENT_TABLES, (*EVENT_TYPES, *OTHER_TYPES))):

@@ -52,14 +52,16 @@ def read_stays(
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
-                kind, counts = _register_source(con, source, task, need_label)
-                if vitals and (kind != "nested" or not _add_vitals(con, added)):
+                kind, counts = _register_source(con, source, added, task, need_label)
+                if vitals and (kind != "nested" or not added):
                     raise files.refusal("vitals_of_nothing", vitals=vitals, source=name)
                 _check(con, name, kind, label, need_label, static_features)
                 notes = _load_stays(con, name, kind, need_label, days, counts)
                 table = _load_events(con, name, counts, notes)
+                if vitals and not (table.event_type == len(EVENT_TYPES)).any():
+                    raise files.refusal("vitals_of_nothing", vitals=vitals, source=name)
                 notes = {"length_recomputed": 0} | {code: count for code, count in notes.items() if count}
-                folders = [paths[0].parent for paths in (parts, added) if kind == "nested" and paths]
+                folders = dict.fromkeys(path.parent for path in [*parts, *added])
                 sources = meds_account(con) if task else mimic.complete_account(con, folders)
                 return table, ReadReport({code: count for code, count in counts.items() if count}, notes, sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
@@ -129,9 +131,16 @@ def _is_csv(path: Path) -> bool:
 
 
 def _register_source(
-    con: DuckDBPyConnection, data: Path | list[Path] | pd.DataFrame, task: MedsTask | None, need_label: bool
+    con: DuckDBPyConnection,
+    data: Path | list[Path] | pd.DataFrame,
+    added: list[Path],
+    task: MedsTask | None,
+    need_label: bool,
 ) -> tuple[str, dict]:
-    """Make `stay_rows` and `event_rows`, columns as is; return 'nested', 'flat' or 'meds', and what was left out."""
+    """Make `stay_rows` and `event_rows`, columns as is; return 'nested', 'flat' or 'meds', and what was left out.
+
+    added: files of a row per stay, whose arrays of events come to those of a nested table.
+    """
     if task and isinstance(data, Path):
         return "meds", register_meds(con, data, task, need_label)
     if isinstance(data, list):
@@ -145,33 +154,21 @@ def _register_source(
         con.execute(f"CREATE TEMP VIEW given AS FROM {duck.csv_rows(data) if is_csv else parquet}")
     else:
         con.register("given", data)
-    kind, stay_rows, event_rows = "flat", "FROM given", "FROM given"
-    if nested := _rows_of_arrays(con, "given"):
-        kind, stay_rows, event_rows = "nested", "SELECT * EXCLUDE events FROM given", nested
-    con.execute(f"CREATE TEMP VIEW stay_rows AS {stay_rows}; CREATE TEMP VIEW event_rows AS {event_rows}")
-    return kind, {}
-
-
-def _rows_of_arrays(con: DuckDBPyConnection, relation: str) -> str:
-    """Return the SQL of a row per event of a relation's array of events; '' if it has none."""
-    array = duck.column_types(con, relation).get("events", "")
-    # BigQuery's exports wrap each element of an array in structs called list and element.
-    events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-    return array and f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {relation})"
-
-
-def _add_vitals(con: DuckDBPyConnection, added: list[Path]) -> bool:
-    """Add the events of vitals.sql's result to `event_rows`; return whether there are such, of stays that are read."""
-    if not added:
-        return False
-    con.execute(f"CREATE TEMP VIEW given_vitals AS FROM read_parquet({duck.file_list(added)})")
-    if not (vitals := _rows_of_arrays(con, "given_vitals")):
-        return False
-    rows = f"{_rows_of_arrays(con, 'given')} UNION ALL BY NAME {vitals}"
-    con.execute(f"CREATE OR REPLACE TEMP VIEW event_rows AS {rows}")
-    told = "SELECT count(*), count(stay) FROM given_vitals LEFT JOIN (SELECT icu_stay_id, 1 AS stay FROM given)"
-    n_vitals, n_shared = con.execute(f"{told} USING (icu_stay_id)").fetchall()[0]
-    return n_shared > 0 or n_vitals == 0
+    if "events" not in duck.column_types(con, "given"):
+        con.execute("CREATE TEMP VIEW stay_rows AS FROM given; CREATE TEMP VIEW event_rows AS FROM given")
+        return "flat", {}
+    if added:
+        con.execute(f"CREATE TEMP VIEW given_vitals AS FROM read_parquet({duck.file_list(added)})")
+    rows = []
+    for relation in ("given", *["given_vitals"] * bool(added)):
+        if array := duck.column_types(con, relation).get("events"):
+            # BigQuery's exports wrap each element of an array in structs called list and element.
+            events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
+            rows.append(f"SELECT icu_stay_id, unnest({events}) AS event FROM {relation}")
+    event_rows = " UNION ALL BY NAME ".join(f"SELECT icu_stay_id, event.* FROM ({unnested})" for unnested in rows)
+    con.execute("CREATE TEMP VIEW stay_rows AS SELECT * EXCLUDE events FROM given")
+    con.execute(f"CREATE TEMP VIEW event_rows AS {event_rows}")
+    return "nested", {}
 
 
 def _check(

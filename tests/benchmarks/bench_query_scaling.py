@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_query_scaling.py PATH/TO/mimic-iv-demo --copies 5 20 80
     python tests/benchmarks/bench_query_scaling.py PATH/TO/mimic-iv-demo --copies 670 --memory-limit 3GB   # full size
     python tests/benchmarks/bench_query_scaling.py PATH/TO/mimic-iv --as-is                                # your own
-    python tests/benchmarks/bench_query_scaling.py PATH/TO/mimic-iv --as-is --vitals                     # and vitals.sql
+    python tests/benchmarks/bench_query_scaling.py PATH/TO/mimic-iv --as-is --vitals                    # and vitals.sql
 
 A stand-in has copies of the demo with ids of their own, jittered values, and rows of patients who never were in an ICU,
 in MIMIC-IV's own layout: 670 copies are 93,800 stays, 158 million lab rows, 5 GB. Folders and results are made in
