@@ -31,15 +31,10 @@ READ_AS["TIMESTAMP"] = f"""CASE WHEN {duck.IS_PLAIN} THEN {{1}}({{0}} AS TIMESTA
                            ELSE CAST({READ_AS["TIMESTAMPTZ"]} AS TIMESTAMP) END"""
 
 
-def tables_of(query: str) -> list[str]:
-    """Return the tables that a query reads, in the order in which they are loaded."""
-    return [table for table in _TABLES if re.search(rf"_{table.replace('/', '[.]')}`", query)]
-
-
 def find_mimic_files(folder: Path, query: str) -> dict[str, Path]:
     """Return the file of every table that a query reads; InputError names what is missing or double."""
-    files_of = lambda table: [*filter(Path.is_file, (folder / f"{table}{end}" for end in (".csv", ".csv.gz")))]
-    found = {table: files_of(table) for table in tables_of(query)}
+    ends, read = (".csv", ".csv.gz"), [table for table in _TABLES if f"_{table.replace('/', '.')}`" in query]
+    found = {table: [*filter(Path.is_file, (folder / f"{table}{end}" for end in ends))] for table in read}
     if missing := [f"{table}.csv[.gz]" for table, paths in found.items() if not paths]:
         raise refusal("incomplete_mimic", folder=folder, missing=", ".join(missing))
     if doubled := [" and ".join(map(str, paths)) for paths in found.values() if len(paths) == 2]:
@@ -72,13 +67,13 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
     parts["also"] = " OR ".join(says.get("noted", {"nothing": "false"}).values())
     parts["read"] = _STATEMENTS["read"].format(**parts)
     statement = _STATEMENTS["near stays"].format(**parts, **says) if table in EVENT_TABLES else parts["read"]
-    for counted in ("any", "read", "of_cohort"):
-        database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{counted}")
+    for rows_counted in ("any", "read", "of_cohort"):
+        database.execute(f"CREATE OR REPLACE SEQUENCE {name}_{rows_counted}")
     try:
         database.execute(f"CREATE TABLE {name} AS {statement}").fetchall()
     except duckdb.ConversionException:
         counted = [f"count({FINITE}) - count({READ_AS[kind]})".format(c, "TRY_CAST") for c, kind in columns.items()]
-        counts = database.execute(f"SELECT {', '.join(counted)} FROM {rows}").fetchall()[0]
+        counts = database.execute(f"SELECT {', '.join(counted)} FROM {parts['rows']}").fetchall()[0]
         unfit = [f"{column} ({columns[column]}) in {count} rows" for column, count in zip(columns, counts) if count]
         raise InputError(f"{path} has values that do not fit: {', '.join(unfit)}.") from None
     if unique := says.get("key"):
@@ -92,8 +87,9 @@ def account_for_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[So
     """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
     passed = dict(database.execute("SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()").fetchall())
     accounts, faults = [], faults_of_rows(query)
-    for table in tables_of(query):
-        name, says = Path(table).name, _TABLES[table]
+    for table, says in _TABLES.items():
+        if f"{(name := Path(table).name)}_read" not in passed:  # of another query
+            continue
         others = passed[f"{name}_any"] - passed[f"{name}_read"] if "of_items" in says else 0
         account = SourceAccount(table, passed[f"{name}_read"] + others)
         if table in faults:
@@ -134,9 +130,10 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", qu
     # Kept while both stay the same; a stopped run goes on from its tables and slices.
     folder, results, query_file = Path(folder), Path(cache_dir) / "query_results", query_file or QUERY_FILE
     query = query_file.read_text("utf-8")
-    paths, tables = find_mimic_files(folder, query), {table: _TABLES[table] for table in tables_of(query)}
+    paths = find_mimic_files(folder, query)
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
     # Which way a tie is rounded (3.05) depends on DuckDB's version.
+    tables = {table: _TABLES[table] for table in paths}
     made_of = (query, tables, READ_AS, _STATEMENTS, duck.MISSING, duckdb.__version__, stats)
     key = hashlib.md5(repr(made_of).encode()).hexdigest()
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"

@@ -26,6 +26,7 @@ QUERY_FILE = Path(__file__).resolve().parent.parent / "table.sql"
 _CLEANED = ", ".join(f"null_if_missing({name}) AS {name}" for name, kind in STAY_COLUMNS.items() if kind == "VARCHAR")
 _FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": [*EVENT_TYPES, *tables.OTHER_TYPES]}
 SQL = duck.named_statements(QUERY_FILE, **_FILLED)
+Source = Path | list[Path] | pd.DataFrame  # a MEDS folder, the files of a table, or one in memory
 
 
 def read_stays(
@@ -41,25 +42,23 @@ def read_stays(
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
     data may be a data frame, one row per event. task: what is predicted of a MEDS data set; outcome: of others, as in
-    tables.LABELS. Of what describes a stay, only the static_features must be there. vitals: "vitals.sql" to run it on
-    the folder, or the files of its result for those of query.sql's. Raises InputError for a table that cannot be read
-    as it was meant.
+    tables.LABELS. Of what describes a stay, only the static_features must be there. vitals: "vitals.sql", to run it on
+    the folder, or files of its result. Raises InputError for a table that cannot be read as it was meant.
     """
     results, parts, added = Path(cache_dir) / "query_results", list[Path](), list[Path]()
     label, days = LABEL if task else tables.LABELS[outcome], 30 if outcome == "30d" and not task else None
 
-    def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
+    def read(source: Source, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
                 kind, counts = _register_source(con, source, added, task, need_label)
-                if vitals and (kind != "nested" or not added):
+                shared = "SELECT count(*) FROM given_vitals SEMI JOIN given USING (icu_stay_id)"
+                if vitals and not (kind == "nested" and added and duck.first_value(con, shared)):
                     raise files.refusal("vitals_of_nothing", vitals=vitals, source=name)
                 _check(con, name, kind, label, need_label, static_features)
                 notes = _load_stays(con, name, kind, need_label, days, counts)
                 table = _load_events(con, name, counts, notes)
-                if vitals and not (table.event_type == len(EVENT_TYPES)).any():
-                    raise files.refusal("vitals_of_nothing", vitals=vitals, source=name)
                 notes = {"length_recomputed": 0} | {code: count for code, count in notes.items() if count}
                 folders = dict.fromkeys(path.parent for path in [*parts, *added])
                 sources = meds_account(con) if task else mimic.complete_account(con, folders)
@@ -91,8 +90,8 @@ def read_stays(
         if path.suffix.lower() in (".parquet", ".csv"):
             raise files.refusal("no_parts", source=data)
         queries = [mimic.QUERY_FILE] + [mimic.VITALS_FILE] * (vitals == mimic.VITALS_FILE.name)
-        for query in queries:  # what is missing is said before hours of work
-            mimic.find_mimic_files(path, query.read_text("utf-8"))
+        # What is missing is said before hours of work.
+        mimic.find_mimic_files(path, "".join(query.read_text("utf-8") for query in queries))
         made = [mimic.run_mimic_query(path, Path(cache_dir), memory_limit, query) for query in queries]
         parts, added = files.parquet_files(made[0]), [*files.parquet_files(made[-1])] * (len(made) > 1)
     if vitals != mimic.VITALS_FILE.name:
@@ -131,16 +130,9 @@ def _is_csv(path: Path) -> bool:
 
 
 def _register_source(
-    con: DuckDBPyConnection,
-    data: Path | list[Path] | pd.DataFrame,
-    added: list[Path],
-    task: MedsTask | None,
-    need_label: bool,
+    con: DuckDBPyConnection, data: Source, added: list[Path], task: MedsTask | None, need_label: bool
 ) -> tuple[str, dict]:
-    """Make `stay_rows` and `event_rows`, columns as is; return 'nested', 'flat' or 'meds', and what was left out.
-
-    added: files of a row per stay, whose arrays of events come to those of a nested table.
-    """
+    """Make `stay_rows` and `event_rows` (arrays with those `added`); return 'nested', 'flat' or 'meds', and counts."""
     if task and isinstance(data, Path):
         return "meds", register_meds(con, data, task, need_label)
     if isinstance(data, list):
@@ -161,10 +153,10 @@ def _register_source(
         con.execute(f"CREATE TEMP VIEW given_vitals AS FROM read_parquet({duck.file_list(added)})")
     rows = []
     for relation in ("given", *["given_vitals"] * bool(added)):
-        if array := duck.column_types(con, relation).get("events"):
-            # BigQuery's exports wrap each element of an array in structs called list and element.
-            events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-            rows.append(f"SELECT icu_stay_id, unnest({events}) AS event FROM {relation}")
+        # BigQuery's exports wrap each element of an array in structs called list and element.
+        array = duck.column_types(con, relation).get("events", "[]")
+        events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
+        rows.append(f"SELECT icu_stay_id, unnest({events}) AS event FROM {relation}")
     event_rows = " UNION ALL BY NAME ".join(f"SELECT icu_stay_id, event.* FROM ({unnested})" for unnested in rows)
     con.execute("CREATE TEMP VIEW stay_rows AS SELECT * EXCLUDE events FROM given")
     con.execute(f"CREATE TEMP VIEW event_rows AS {event_rows}")

@@ -16,12 +16,9 @@ LIMITS = {"low": ("at least", ge), "high": ("at most", le), "above": ("above", g
 
 
 def setting(default: Any, help_text: str, alone: str = "", **limits: Any) -> Any:
-    """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed).
-
-    alone: its value where the option stands without one.
-    """
-    metadata = {"help": help_text.replace("%", "%%"), "limits": limits}  # a lone percent sign is argparse's
-    metadata |= {"nargs": "?", "const": alone} if alone else {}
+    """Return a field: help, value where its option stands alone, limits low, high (allowed), above, below (not)."""
+    metadata: dict[str, Any] = {"nargs": "?", "const": alone} if alone else {}
+    metadata |= {"help": help_text.replace("%", "%%"), "limits": limits}  # a lone percent sign is argparse's
     start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**start, metadata=metadata)
 

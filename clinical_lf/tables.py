@@ -139,7 +139,7 @@ class ReadReport:
 
 def columns_with_values(table: StayTable, columns: Sequence[str]) -> list[str]:
     """Return those of the static columns that have any value, and the types of which there is any event."""
-    types = [name for number, name in enumerate(EVENT_TYPES) if number in np.unique(table.event_type)]
+    types = [(*EVENT_TYPES, "events of other types")[number] for number in np.unique(table.event_type)]
     return [*table.static_columns[list(columns)].dropna(axis=1, how="all"), *types]
 
 

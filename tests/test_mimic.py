@@ -200,7 +200,7 @@ def test_slice_that_is_too_large_is_halved_and_without_memory_the_next_run_goes_
     result = run_mimic_query(folder, tmp_path)
     loaded = sorted(call.args[1] for call in mimic.load_mimic_table.call_args_list)
     assert (
-        loaded == sorted(mimic.tables_of(mimic.QUERY_FILE.read_text("utf-8")))
+        loaded == sorted(mimic.find_mimic_files(folder, mimic.QUERY_FILE.read_text("utf-8")))
         and (result / "part_00000001.parquet").stat().st_mtime_ns == first
     )
     assert pyarrow.parquet.read_table(result).equals(pyarrow.parquet.read_table(whole))
