@@ -21,7 +21,6 @@ from clinical_lf import duck, mimic, tables
 from clinical_lf.files import HALF_WRITTEN, WORDS, InputError
 from clinical_lf.mimic import EVENT_TABLES, MIMIC_TABLES, run_mimic_query
 from clinical_lf.reading import read_stays
-from train import SAMPLE
 
 MIMIC = Path(__file__).resolve().parent / "mimic"
 at = lambda time: datetime.fromisoformat(f"2150-01-{time}")
@@ -32,7 +31,7 @@ STAY_201 = f"2,21,201,MICU,MICU,{IN},{OUT},2"
 FOLDERS = dict(reversed(table.split("/")) for table in sorted(MIMIC_TABLES))
 TABLES = {name: (MIMIC / part / f"{name}.csv").read_text("utf-8").rstrip("\n") for name, part in FOLDERS.items()}
 HEADERS = {name: text.split("\n")[0] for name, text in TABLES.items()}
-LAB, FILES = HEADERS["labevents"], (mimic.QUERY_FILE, mimic.VITALS_FILE)
+LAB, QUERY = HEADERS["labevents"], mimic.QUERY_FILE.read_text("utf-8")
 CASES = yaml.safe_load((MIMIC.parent / "mimic_cases.yaml").read_text("utf-8"))  # inputs, and what is read of them
 
 
@@ -65,9 +64,9 @@ def changed_tables(changes):
     return ChainMap(*changed, {change[0]: cut(TABLES[change[0]]) for change in changes if not change[1:]})
 
 
-def rows_of(tmp_path, query_file=None, **changed):
+def rows_of(tmp_path, **changed):
     """{stay id: row as a dict} of the query's result on the folder of the tables."""
-    result = run_mimic_query(write_folder(tmp_path / "it's a mimic[1]", **changed), tmp_path, query_file=query_file)
+    result = run_mimic_query(write_folder(tmp_path / "it's a mimic[1]", **changed), tmp_path)
     return {row["icu_stay_id"]: row for row in pyarrow.parquet.read_table(result).to_pylist()}
 
 
@@ -85,11 +84,6 @@ def stays(tmp_path_factory):
     return rows_of(tmp_path_factory.mktemp("query"))
 
 
-@pytest.fixture(scope="module")
-def vitals(tmp_path_factory):
-    return rows_of(tmp_path_factory.mktemp("vitals"), mimic.VITALS_FILE)
-
-
 def test_query_yields_every_stay_with_the_columns_of_the_contract_hospital_death_and_age_at_admission(stays):
     """Age counts on from the anchor year."""
     assert {stay: row["patient_expired_in_hospital"] for stay, row in stays.items()} == {101: 0, 102: 0, 201: 1, 301: 0}
@@ -101,19 +95,18 @@ def test_query_yields_every_stay_with_the_columns_of_the_contract_hospital_death
 
 
 def test_queries_have_no_table_but_those_that_are_read():
-    trees = (sqlglot.parse_one(file.read_text("utf-8"), read="bigquery") for file in FILES)
+    trees = sqlglot.parse(f"{QUERY};{mimic.VITALS_FILE.read_text('utf-8')}", read="bigquery")
     used = [table for tree in trees for table in tree.find_all(sqlglot.exp.Table) if table.db]
     assert {f"{table.db.rsplit('_', 1)[1]}/{table.name}" for table in used} == set(MIMIC_TABLES)
 
 
-@pytest.mark.parametrize("stay, wanted", expected("events", "icu_stay_id") + expected("vitals", "icu_stay_id"))
-def test_events_lie_between_admission_and_the_final_event_with_their_texts_and_known_times(stay, wanted, stays, vitals):
+@pytest.mark.parametrize("stay, wanted", expected("events", "icu_stay_id"))
+def test_events_lie_between_admission_and_the_final_event_with_their_texts_and_known_times(stay, wanted, stays):
     """Both ends are included, and death counts though ICU discharge is later. What is missing is left out of a text.
 
-    Known by store and end times, None where unknown; a culture stored on a day is known at its end. Of an hour of an
-    item the last value is told, and of some the lowest and the highest; of what became known in another hour, too.
+    Known by store and end times, None where unknown; a culture stored on a day is known at its end.
     """
-    events = (vitals if set(wanted["event_type"]) <= {*tables.OTHER_TYPES} else stays)[int(stay)]["events"]
+    events = stays[int(stay)]["events"]
     for name in tables.EVENT_COLUMNS:
         assert [str(event[name]) for event in events] == wanted[name].tolist()
     keys = [(event["event_time"], event["event_type"], event["event_text"]) for event in events]
@@ -199,10 +192,8 @@ def test_slice_that_is_too_large_is_halved_and_without_memory_the_next_run_goes_
     first = next(tmp_path.glob("query_results/*/*/part_00000001.parquet")).stat().st_mtime_ns
     result = run_mimic_query(folder, tmp_path)
     loaded = sorted(call.args[1] for call in mimic.load_mimic_table.call_args_list)
-    assert (
-        loaded == sorted(mimic.find_mimic_files(folder, mimic.QUERY_FILE.read_text("utf-8")))
-        and (result / "part_00000001.parquet").stat().st_mtime_ns == first
-    )
+    assert loaded == sorted(mimic.find_mimic_files(folder, QUERY))
+    assert (result / "part_00000001.parquet").stat().st_mtime_ns == first
     assert pyarrow.parquet.read_table(result).equals(pyarrow.parquet.read_table(whole))
     assert list(tmp_path.glob("query_results/[!.]*")) == [result] and not leftovers(tmp_path)
 
@@ -239,10 +230,9 @@ def test_every_connection_has_the_limits(tmp_path, monkeypatch):
 def test_rows_far_from_every_stay_are_not_stored_and_the_others_lie_by_patient(tmp_path):
     labs = TABLES["labevents"] + "\n1,11,1,2150-01-06 10:00:00,,1,1,,,,,,"  # between stays 101 and 102
     labs += "\n2,21,1,2150-01-10 12:00:00,,1,1,,,,,,"  # in a stay, of another patient
-    query = mimic.QUERY_FILE.read_text("utf-8")
     with duck.open_duckdb("1GB", tmp_path / "spilled", tmp_path / "mimic.duckdb") as database:
-        for table, path in mimic.find_mimic_files(write_folder(tmp_path / "mimic", labevents=labs), query).items():
-            mimic.load_mimic_table(database, table, path, query)
+        for table, path in mimic.find_mimic_files(write_folder(tmp_path / "mimic", labevents=labs), QUERY).items():
+            mimic.load_mimic_table(database, table, path, QUERY)
         patients, times = zip(*database.execute("SELECT patient, charttime FROM labevents").fetchall())
     assert len(times) == 11 and list(patients) == sorted(patients)  # all labs of the tables above
     assert max(times).month == 1 and 6 not in {time.day for time in times}
@@ -287,10 +277,9 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path, log):
     found = {table: astuple(account)[1:] for table, account in accounts(report).items()}
     lost = {"without a time": 1, "outside the ICU stays": 3, "repeated, or of a stay that was dropped": 1}
     assert found["hosp/labevents"] == (15, 13, 8, lost, {})
-    lost = {"rewritten, never done": 1, "of a negative duration": 1}
-    assert found["icu/procedureevents"] == (4, 4, 2, lost, {})
-    lost = {"rewritten, never given": 1, "of a negative amount or duration": 1}
-    assert found["icu/ingredientevents"] == (4, 4, 2, lost, {})
+    assert found["icu/procedureevents"] == (4, 4, 2, {"rewritten, never done": 1, "of a negative duration": 1}, {})
+    given = {"rewritten, never given": 1, "of a negative amount or duration": 1}
+    assert found["icu/ingredientevents"] == (4, 4, 2, given, {})
     lost, noted = {"outside the ICU stays": 1}, {"(used or not) have a day without a time: its end is taken": 2}
     assert found["hosp/microbiologyevents"] == (3, 3, 2, lost, noted) and found["icu/icustays"] == (4, 4, 4, {}, {})
     report.log(1)
@@ -298,7 +287,8 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path, log):
     assert line in log.text and "1 duplicate events; 1 stays without events (counted by table above, too)" in log.text
 
 
-def test_rows_of_vitals_are_accounted_for_and_change_nothing_else_from_a_folder_or_an_export(tmp_path, log):
+def test_vitals_of_a_folder_or_an_export_are_accounted_for_and_change_nothing_else(tmp_path):
+    """Of an hour of an item the last value is told, of some the lowest and the highest; what is known later, apart."""
     folder = write_folder(tmp_path / "mimic")
     without, (table, report) = read_stays(folder, tmp_path)[0], read_stays(folder, tmp_path, vitals="vitals.sql")
     found = {name: astuple(account)[1:] for name, account in accounts(report).items()}
@@ -307,32 +297,26 @@ def test_rows_of_vitals_are_accounted_for_and_change_nothing_else_from_a_folder_
     lost = {"of other items": 1, "without a plausible value": 1, "outside the ICU stays": 1}
     assert found["icu/outputevents"] == (5, 5, 2, lost, {}) and "event_of_unknown_type" not in report.counts
     assert_same_table(table.take([0, 1, 2], table.event_type < len(tables.EVENT_TYPES)).with_own_texts(), without)
-    assert (table.event_type == len(tables.EVENT_TYPES)).sum() == 21 and len(report.sources) == len(MIMIC_TABLES)
-    query, more = (run_mimic_query(folder, tmp_path, query_file=file) for file in FILES)
-    assert_same_table(read_stays(query / "*.parquet", vitals=f"{more}/*.parquet")[0], table)
-    rows = pyarrow.parquet.read_table(more)
-    pyarrow.parquet.write_table(rows.set_column(0, "icu_stay_id", [[1, 2, 3]]), tmp_path / "others.parquet")
-    for data, named in (
-        (query, "vitals.sql"),
-        (query, "none.parquet"),
-        (query, tmp_path / "others.parquet"),
-        (SAMPLE, more),
-    ):
-        with pytest.raises(InputError, match=f"^--vitals {named}: no events of the stays of .*{data.name}"):
-            read_stays(data, tmp_path, vitals=str(named))
+    query, vitals = (run_mimic_query(folder, tmp_path, query_file=file) for file in (None, mimic.VITALS_FILE))
+    assert_same_table(read_stays(query / "*.parquet", vitals=f"{vitals}/*.parquet")[0], table)
+    rows, others = pyarrow.parquet.read_table(vitals), tmp_path / "others.parquet"
+    for (_, wanted), row in zip(expected("vitals", "icu_stay_id"), rows.to_pylist(), strict=True):
+        assert [[*map(str, event.values())] for event in row["events"]] == wanted.iloc[:, 1:].values.tolist()
+    pyarrow.parquet.write_table(rows.set_column(0, "icu_stay_id", [[1, 2, 3]]), others)
     (folder / "icu" / "chartevents.csv.gz").unlink()
-    with pytest.raises(InputError, match=r"icu/chartevents\.csv\[\.gz\] not found"):
-        read_stays(folder, tmp_path, vitals="vitals.sql")
-    assert_same_table(read_stays(folder, tmp_path)[0], without)
+    flat, alone = MIMIC / "expected_parts.csv", "vitals.sql"
+    for data, given in ((folder, alone), (query, alone), (query, others), (query, "none"), (flat, vitals)):
+        words = f"^--vitals {given}: no events of the stays of .*{data.name}|icu/chartevents.csv.* not found"
+        with pytest.raises(InputError, match=words):
+            read_stays(data, tmp_path, vitals=str(given))
 
 
 def test_reason_why_a_row_is_no_event_is_read_from_the_query(tmp_path, monkeypatch):
     """A condition that is added to query.sql with its reason is counted by it; one without, as outside the stays."""
-    query = mimic.QUERY_FILE.read_text("utf-8")
     given = "    AND (l.hadm_id = s.admission_id OR l.hadm_id IS NULL)\n"
     more = "    AND IFNULL(l.valuenum, 0) < 7.0  -- else: high, it's said\n    AND l.itemid <> 4\n"
     changed = tmp_path / "query.sql"
-    changed.write_text(query.replace(given, given + more))
+    changed.write_text(QUERY.replace(given, given + more))
     monkeypatch.setattr(mimic, "QUERY_FILE", changed)
     table, report = read(tmp_path)
     labs = accounts(report)["hosp/labevents"]
@@ -343,7 +327,7 @@ def test_reason_why_a_row_is_no_event_is_read_from_the_query(tmp_path, monkeypat
 
 @pytest.mark.parametrize("table", EVENT_TABLES)
 def test_row_without_any_value_has_no_fault_but_its_missing_time(table):
-    fault = mimic.faults_of_rows(mimic.QUERY_FILE.read_text("utf-8"))[table]
+    fault = mimic.faults_of_rows(QUERY)[table]
     nothing = ", ".join(f"NULL::{kind} AS {name}" for name, kind in MIMIC_TABLES[table].items())
     timed = nothing.replace("NULL::TIMESTAMP", "TIMESTAMP '2150-01-01'")
     for row, expected in ((nothing, "without a time"), (timed, None)):
