@@ -113,15 +113,14 @@ def complete_account(con: duckdb.DuckDBPyConnection, folders: Iterable[Path]) ->
     found, used = (dict(con.execute(count.format(rows)).fetchall()) for rows in ("event_rows", "events"))
     for number, (table, event_type) in enumerate(zip(EVENT_TABLES, (*EVENT_TYPES, *OTHER_TYPES))):
         account, name = accounts.get(table), Path(table).name
-        if account and account.in_stays is not None:
+        if account and account.of_cohort is not None:
             if event_type in OTHER_TYPES:  # vitals.sql counts what it leaves out, in columns of the table's name
                 sums = con.sql(f"SELECT coalesce(sum(COLUMNS('^{name}_')), 0) FROM given_vitals").df().iloc[0]
                 account.lost |= {why.removeprefix(f"{name}_").replace("_", " "): int(n) for why, n in sums.items()}
-                account.in_stays -= int(sums.sum())
-            in_stays, n_used = found.get(event_type, 0), used.get(number, 0)
-            lost = {"outside the ICU stays": account.in_stays - in_stays}
-            lost["repeated, or of a stay that was dropped"] = in_stays - n_used
-            account.in_stays, account.lost = n_used, {why: n for why, n in (account.lost | lost).items() if n}
+            in_stays, account.in_stays = found.get(event_type, 0), used.get(number, 0)
+            lost = {"outside the ICU stays": account.of_cohort - sum(account.lost.values()) - in_stays}
+            lost["repeated, or of a stay that was dropped"] = in_stays - account.in_stays
+            account.lost = {why: n for why, n in (account.lost | lost).items() if n}
     return list(accounts.values())
 
 
@@ -185,15 +184,15 @@ def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path)
     done = max((int(path.stem.split("_")[1]) for path in result.glob("part_*.parquet")), default=0)
     most = f"least({ROWS_PER_SLICE}, parse_formatted_bytes(current_setting('memory_limit')) // {BYTES_PER_ROW})"
     n_slices = duck.first_value(database, f"SELECT 1 + sum(estimated_size) // {most} FROM duckdb_tables()")
-    stored = {name for (name,) in database.execute("SHOW TABLES").fetchall()}
-    keys = dict.fromkeys(stored & {Path(table).name for table in EVENT_TABLES}, "patient")
-    size, by_patient = len(patients) // int(n_slices) or 1, "patient_id, " * ("patient_id" in query)
-    copied = f"COPY (SELECT * FROM ({query}) ORDER BY {by_patient}icu_stay_id) TO "
+    of_patients = "SELECT table_name, column_name FROM duckdb_columns() WHERE column_name = 'patient'"
+    keys = dict(database.execute(of_patients).fetchall()) | {"icustays": "subject_id"}
+    size, by_ids = len(patients) // int(n_slices) or 1, "COLUMNS('^(patient|icu_stay)_id$')"
+    copied = f"COPY (SELECT * FROM ({query}) ORDER BY {by_ids}) TO "
     options = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16000000)"  # a thread that reads holds a group
     with Progress(total=len(patients), initial=done, desc="building events", unit=" patients") as bar:
         while done < len(patients):
             part = patients[done : done + size]
-            for name, key in {**keys, "icustays": "subject_id"}.items():
+            for name, key in keys.items():
                 rows = f"SELECT * FROM mimic.{name} WHERE {key} BETWEEN {part[0][0]} AND {part[-1][0]}"
                 database.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {rows}")
             write = lambda name: database.execute(f"{copied}{duck.quoted(name)} {options}").fetchall()

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
+from typing import TypeAlias
 
 import duckdb
 import numpy as np
@@ -26,7 +27,7 @@ QUERY_FILE = Path(__file__).resolve().parent.parent / "table.sql"
 _CLEANED = ", ".join(f"null_if_missing({name}) AS {name}" for name, kind in STAY_COLUMNS.items() if kind == "VARCHAR")
 _FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": [*EVENT_TYPES, *tables.OTHER_TYPES]}
 SQL = duck.named_statements(QUERY_FILE, **_FILLED)
-Source = Path | list[Path] | pd.DataFrame  # a MEDS folder, the files of a table, or one in memory
+Source: TypeAlias = Path | list[Path] | pd.DataFrame  # a MEDS folder, the files of a table, or one in memory
 
 
 def read_stays(
