@@ -146,8 +146,8 @@ rows_in_stays AS (
     r.words,
     i.*,
     IFNULL(IF(i.kind = 'mode', r.words IS NOT NULL, r.x BETWEEN i.low AND i.high), FALSE) AS is_plausible,
-    GREATEST(1, CEIL(DATETIME_DIFF(r.charttime, s.icu_intime, SECOND) / 3600)) AS charted_hour,
-    GREATEST(1, CEIL(DATETIME_DIFF(r.storetime, s.icu_intime, SECOND) / 3600)) AS known_hour
+    GREATEST(1, CAST(CEIL(DATETIME_DIFF(r.charttime, s.icu_intime, SECOND) / 3600) AS INT)) AS charted_hour,
+    GREATEST(1, CAST(CEIL(DATETIME_DIFF(r.storetime, s.icu_intime, SECOND) / 3600) AS INT)) AS known_hour
   FROM stays AS s
   INNER JOIN item_rows AS r ON r.icu_stay_id = s.icu_stay_id
   INNER JOIN named_items AS i ON i.itemid = r.itemid
