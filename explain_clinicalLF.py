@@ -79,7 +79,11 @@ class ExplainSettings:
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
     save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
     stays: int = setting(
-        4, "Stays shown: highest, lowest, most uncertain, most wrong risk.", "; --stay-ids takes ids", low=0, high=50
+        4,
+        "Stays shown: highest, lowest, most uncertain, most wrong risk.",
+        hint="; --stay-ids takes ids",
+        low=0,
+        high=50,
     )
     stay_ids: str = setting("", "Ids (icu_stay_id) of the held-out stays to show in full, instead of a choice: 1,2,3.")
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
@@ -87,6 +91,7 @@ class ExplainSettings:
     quick: bool = setting(False, "In half a minute: short stays, few checks, no layers; a full run may differ.")
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
+    vitals: str = field(default="", metadata=SHARED["vitals"].metadata)
     cache_dir: str = field(default="", metadata=SHARED["cache_dir"].metadata)
     memory_limit: str = field(default=train.Settings.memory_limit, metadata=SHARED["memory_limit"].metadata)
     n_bootstrap: int = setting(1000, "Bootstrap samples behind every 95 % interval.", low=1)
@@ -155,7 +160,7 @@ def load_unseen(
     # The folder given, else the one that training used, where this machine has it, else train.py's default.
     own = trained.cache_dir if os.access(trained.cache_dir, os.W_OK) else train.Settings.cache_dir
     given = {"cache_dir": settings.cache_dir or own, "memory_limit": settings.memory_limit}
-    given |= {"labels": settings.labels, "text_encoder": settings.text_encoder}
+    given |= {"labels": settings.labels, "vitals": settings.vitals, "text_encoder": settings.text_encoder}
     loaded = train.load_run(checkpoint, test_data_path, accelerator, only_unseen=True, **given)
     held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
     if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():

@@ -64,6 +64,9 @@ class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
     data: str = setting("", "MIMIC-IV or MEDS folder, nested Parquet (or glob), flat CSV or Parquet; else the sample.")
+    vitals: str = setting(
+        "", "Add vitals.sql's events: bare for MIMIC-IV, or its result as Parquet.", alone="vitals.sql"
+    )
     output_dir: str = setting("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = setting("clinical_LF_precomp_emb", "Folder for vectors, query results and encoder weights.")
     memory_limit: str = setting("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
@@ -1141,8 +1144,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
-    "seed outcome static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
-    "max_events_per_batch weight_decay temporal_weight tau_hours dropout init_from d_model n_layers n_heads "
+    "seed outcome vitals static_features item_history observation_hours gap_hours first_stay_only learning_rate "
+    "batch_size max_events_per_batch weight_decay temporal_weight tau_hours dropout init_from d_model n_layers n_heads "
     "n_pooling_heads"
 ).split()
 # One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
@@ -1585,9 +1588,9 @@ def read_source(
     logger.info(f"Reading     {settings.data}")
     source = data if isinstance(data, pd.DataFrame) else data_path(settings.data)
     task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
-    options = (settings.memory_limit, settings.static_features, settings.outcome, settings.observation_hours > 0)
+    options = (settings.cache_dir, need_label, task, settings.memory_limit, settings.static_features, settings.outcome)
     with accelerator.main_process_first():  # one process runs the query, the others find its result
-        whole, report = read_stays(source, settings.cache_dir, need_label, task, *options)
+        whole, report = read_stays(source, *options, settings.observation_hours > 0, settings.vitals)
     table, flow = tables.choose_cohort(whole, settings.first_stay_only, settings.observation_hours, settings.gap_hours)
     table = table.with_own_texts()
     known = table.labels[~np.isnan(table.labels)]
@@ -1780,6 +1783,9 @@ def load_run(
         given["observation_hours"] = 0.0  # a label has its own time
     elif given["data"] != trained.data and not is_meds(data_path(given["data"])):
         given |= {"labels": "", "history_hours": 0.0}
+    if given["data"] != trained.data:  # not the vitals of the data of training
+        is_folder = (data_path(given["data"]) / "icu").is_dir()
+        given.setdefault("vitals", "vitals.sql" if trained.vitals and is_folder else "")
     # What the checkpoint's settings name may have been replaced; a path in it is not followed.
     encoder = given.get("text_encoder", CLINICAL_LONGFORMER)
     if encoder == CLINICAL_LONGFORMER:
@@ -1840,7 +1846,7 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     from clinical_lf import run_folder
 
     taken = "output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate n_bootstrap"
-    given = {name: getattr(settings, name) for name in f"{taken} no_test split resume init_from".split()}
+    given = {name: getattr(settings, name) for name in f"{taken} no_test split resume init_from vitals".split()}
     given |= {"observation_hours": settings.observation_hours} if settings.observation_hours else {}
     runs, risks = load_runs(settings.evaluate, settings.data, accelerator, **given)
     checkpoint, _, table, *_, own, source = runs[0]

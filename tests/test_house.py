@@ -79,10 +79,10 @@ def test_installed_copy_trains_and_explains_from_another_folder(tmp_path):
     options = "--quiet --no-deps --no-build-isolation --no-index --disable-pip-version-check --target".split()
     python = lambda *words: run_python(*words, folder=elsewhere, PYTHONPATH=str(target))
     python("-m", "pip", "install", *options, target, source)
-    places = "train.__file__, train.SAMPLE, mimic.QUERY_FILE, meds.QUERY_FILE, reading.QUERY_FILE"
+    places = "train.__file__, train.SAMPLE, mimic.QUERY_FILE, mimic.VITALS_FILE, meds.QUERY_FILE, reading.QUERY_FILE"
     lookup = f"import train; from clinical_lf import meds, mimic, reading; print({places}, sep='\\n')"
     found = [Path(line) for line in python("-c", lookup).splitlines()]
-    wanted = ("train.py", "sample_train.csv", "query.sql", "meds.sql", "table.sql")
+    wanted = ("train.py", "sample_train.csv", "query.sql", "vitals.sql", "meds.sql", "table.sql")
     for path, name in zip(found, wanted, strict=True):
         assert path == target / name and path.read_bytes() == (ROOT / name).read_bytes()
     python("-m", "train", *TINY, "--text-encoder", "hashing", "--output-dir", "out")
