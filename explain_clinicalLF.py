@@ -1361,10 +1361,7 @@ LOGGED_CHECKS = ("discrimination", "calibration", "patients", "time", "quick", "
 
 
 class Explanation(dict[str, Any]):
-    """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures.
-
-    >>> run_explainability_analysis(checkpoint).events["attribution"].sum()  # doctest: +SKIP
-    """
+    """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures."""
 
     def __init__(self, tables: dict[str, Any], text_encoder: str, report: Path | None) -> None:
         super().__init__(tables)
