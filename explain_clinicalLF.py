@@ -1223,7 +1223,7 @@ def to_shap(found: dict[str, Any]) -> Any:
     try:
         import shap
     except ImportError:
-        raise InputError("to_shap needs another package (0.51 works). Run: pip install shap") from None
+        raise InputError("to_shap needs the package shap (0.51 works). Run: pip install shap") from None
     stays, rows = found["stays"], findings.with_statics(found).groupby(["icu_stay_id", "item"])
     values = rows["attribution"].sum().unstack(fill_value=0.0).loc[stays["icu_stay_id"]]
     data = rows["value"].last().unstack().loc[values.index, values.columns]
