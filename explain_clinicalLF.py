@@ -247,6 +247,7 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     the logit's gradient by it; for survival in the map times the gradient of minus the logit.
     """
     layers: list[Any] = list(model.transformer_encoder)
+    sequence, static, _ = checked_inputs(model, sequence, static)
     seen, recent = {}, max(0, sequence.shape[1] - MAX_MAP_EVENTS)
     layout_of = lambda events: train.layout_of_lengths(np.array([len(events)]), events.device)
     whole = model.score_packed(sequence[0], static, layout_of(sequence[0]))[1]
