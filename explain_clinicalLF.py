@@ -74,7 +74,7 @@ SHARED = train.Settings.__dataclass_fields__  # settings that mean what they mea
 class ExplainSettings:
     """What a person may want to change; everything about the model comes from its checkpoint."""
 
-    checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
+    checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint or run's folder.")
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
     save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
     stays: int = setting(
@@ -83,7 +83,7 @@ class ExplainSettings:
     stay_ids: str = setting("", "Ids (icu_stay_id) of the held-out stays to show in full, instead of a choice: 1,2,3.")
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
     decision_threshold: float = setting(0.5, "Risk of a decision: which events turn it?", above=0, below=1)
-    quick: bool = setting(False, "In half a minute: short stays, few checks, no layers; a full run may differ.")
+    quick: bool = setting(False, "Half a minute's look: short stays, few checks, no layers; a full run may differ.")
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
     cache_dir: str = field(default="", metadata=SHARED["cache_dir"].metadata)
