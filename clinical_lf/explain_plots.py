@@ -132,8 +132,7 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
 def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     """Draw the pooling weights of `attention`, (1, heads, 1, L)."""
     attention, own = tables["attention"], pictured_events(tables)
-    weights = np.asarray(attention["pooling_weights"], float)[0, :, 0]
-    rows = [(f"head {head}", of_head, False) for head, of_head in enumerate(weights, start=1)]
+    rows = [(f"head {head}", weights, False) for head, weights in enumerate(attention["pooling_weights"][0, :, 0], 1)]
     title = f"Stay {attention['icu_stay_id']}: weight of every event, times an even share; its three heaviest are dark"
     return draw_stems(page("sequence_importance", caption, len(rows) + 1.2), title, rows, own)
 
@@ -213,8 +212,7 @@ def draw_item_importance(tables: Tables, caption: str) -> Figure:
         rho.append(f"{item.rho:+.2f} ({item.n_values})".replace("-", "−") * (item.kind in ("typical", "average")))
     name_rows(axes, names, rho, xlabel=f"push, {LOGIT}\na dot an event or stay; grey: no value; (!): tells the outcome")
     axes.set_title("rho of number and what it does (n), where it is a finding", fontsize=7.5, loc="right")
-    ends = {0: "lowest", 0.5: "middle", 1: "highest"}
-    small_bar(figure, places, axes, "value among those of its item", ends)
+    small_bar(figure, places, axes, "value among those of its item", {0: "lowest", 0.5: "middle", 1: "highest"})
     return figure
 
 
@@ -259,10 +257,9 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     """Draw one stay, by default that of the highest risk: pushes and risk over time, the strongest events."""
     stays = tables["stays"].set_index("icu_stay_id")
     icu_stay_id = icu_stay_id or stays["probability"].idxmax()
-    row = stays.loc[icu_stay_id]
     own = [tables[name].query(f"icu_stay_id == {icu_stay_id}") for name in ("events", "statics", "trajectory")]
     events, statics, arriving = own
-    push, hours = events["attribution"], events["hours_to_end"]
+    row, push, hours = stays.loc[icu_stay_id], events["attribution"], events["hours_to_end"]
     facts = {"stay": icu_stay_id, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
     line, middle, over_time = bands(page("captum_attributions", caption, 8.4, **facts), [1, 2.2, 1.7])
     said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "

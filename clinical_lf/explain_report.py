@@ -102,7 +102,7 @@ def plain_number(value: object) -> str:
     """Return a number without needless digits, anything else as it is."""
     try:
         number = float(str(value))
-        return f"{number:,.0f}" if 1000 <= abs(number) < math.inf else f"{number:.3g}"
+        return f"{number:,.0f}" if 999.5 <= abs(number) < math.inf else f"{number:.3g}"
     except ValueError:
         return str(value)
 
@@ -194,10 +194,9 @@ def question_of(row: Any) -> str:
 
 def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     """Say how many checks are passed, and which are not; none is counted where the verdict warns."""
-    if verdict["passed"].eq(False).any():
-        return WORDS["page"]["warned"]
-    if set(faithfulness["check"]) == {"completeness"}:
-        return WORDS["page"]["few"]
+    is_warned = verdict["passed"].eq(False).any()
+    if is_warned or set(faithfulness["check"]) == {"completeness"}:
+        return WORDS["page"]["warned" if is_warned else "few"]
     fallen = [question_of(row) for row in faithfulness[faithfulness["passed"].eq(False)].itertuples()]
     n_judged, n_stays = faithfulness["passed"].notna().sum(), faithfulness["n"].min()
     words = WORDS["page"]["fallen" if fallen else "passed"]
