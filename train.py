@@ -1,16 +1,14 @@
 """Predict in-hospital mortality from the event texts of an ICU stay: a frozen text encoder and a small transformer.
 
-    python train.py                             # the bundled synthetic sample, half a minute on a CPU
-    python train.py --data PATH/TO/mimic-iv     # MIMIC-IV or its open demo: has hosp/ and icu/; README.md has more
+    python train.py --data PATH/TO/mimic-iv     # or without --data the bundled synthetic sample; README.md has more
 
 Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer
 turns each distinct text into a vector once; a transformer reads the stay's events and pools them by attention. The
 sections stand in the order in which data flow. Sources, figures, pictures and pages are in clinical_lf/.
 
 Axes: B stays in a batch, L events of a stay, N events of a whole batch without padding, E text dimension, D model
-dimension, S static dimension, H heads. Times carry their unit in the name. Masks are True at real events.
-
-Research software: not a medical device, not for clinical use.
+dimension, S static dimension, H heads. Times carry their unit in the name. Masks are True at real events. Research
+software: not a medical device, not for clinical use.
 """
 
 import hashlib
@@ -1259,7 +1257,7 @@ class Trainer:
     def take_over(self, model: ClinicalTransformer, first: Checkpoint) -> None:
         """Give a new model the weights of another of its sizes; of static inputs those of what both know."""
         path, own, its = self.settings.init_from, model.architecture, first.model.architecture
-        sizes = [name for name in own if name not in ("static_dim", "dropout") and own[name] != its[name]]
+        sizes = sorted(name for name in own.keys() - {"static_dim", "dropout"} if own[name] != its[name])
         unlike = [f"{name} {own[name]} instead of {its[name]}" for name in sizes]
         if not first.has_read(self.text_encoder, self.encoder_weights):
             unlike.append(f"text encoder {self.text_encoder} instead of {first.text_encoder}")
@@ -1853,15 +1851,12 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     rows = []  # of each moment, of the stays that last longer
     for hours in trajectory_hours(settings.trajectory):
         with suppress(files.NoStayLeft):
-            (then, *_), at = load_runs(
-                settings.evaluate, settings.data, accelerator, **given | {"observation_hours": hours}
-            )
+            given["observation_hours"] = hours
+            (then, *_), at = load_runs(settings.evaluate, settings.data, accelerator, **given)
             frame = then.table.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hours, probability=at)
             rows.append(frame.assign(label=then.table.labels))
     if settings.trajectory and (own.labels or not rows):
-        raise InputError(
-            f"--trajectory {settings.trajectory}: no ICU stay lasts that long (a MEDS label has one time)."
-        )
+        raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long (a label has one time).")
     if not accelerator.is_main_process:
         return {}
     is_seen = np.any([run.checkpoint.is_seen(table.stays) for run in runs], axis=0)
