@@ -74,12 +74,10 @@ def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> list[tuple[np.
 def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Return the cross-validated AUROC of one column (n,) alone, labels (n,); NaN where no fold can tell.
 
-    Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
+    Numbers go through a small tree (missing is a value), all else through smoothed death rates per category.
     """
     from sklearn import metrics, preprocessing, tree
 
-    if pd.api.types.is_datetime64_any_dtype(column):
-        column = (column - column.min()).dt.total_seconds()
     if pd.api.types.is_numeric_dtype(column):
         values, least = column.to_numpy(dtype=float, na_value=np.nan)[:, None], max(5, len(column) // 50)
         model = tree.DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=least, random_state=0)
