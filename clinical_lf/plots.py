@@ -16,7 +16,6 @@ from clinical_lf.metrics import METRIC_WORDS, calibration_table, figure_text, sm
 
 BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#767676"  # of Okabe and Ito, for all eyes
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
-BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}  # between the ends of intervals
 
 
 def new_figure(title: str, caption: str, height: float, width: float = 7.2) -> Figure:
