@@ -21,6 +21,7 @@ SMALLEST_GROUP = 10  # patients: counts of fewer would tell of a person, and are
 SENSITIVITY = 0.8  # of the operating point: at least this share of the validation stays' deaths is found
 LEVEL = 90  # percent of either outcome whose conformal set holds it
 AUROC_INTERVAL = "Newcombe's score interval, its variance at least the bootstrap's over patients"
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels, risks and patients, (n) each
 SHOWN_CALIBRATED = {"calibration_slope": (0.8, 1.25), "calibration_intercept": (-0.25, 0.25)}  # whole intervals
 
 
@@ -237,14 +238,12 @@ def thresholds_of(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, floa
     return {"alarm": down(alarm), "died_from": down(died_from), "survived_to": -down(-survived_to)}
 
 
-def subgroup_table(
-    columns: tuple[np.ndarray, np.ndarray, np.ndarray], groups: pd.DataFrame, thresholds: Mapping[str, Any], **more: Any
-) -> pd.DataFrame:
+def subgroup_table(columns: Columns, groups: pd.DataFrame, thresholds: Mapping[str, Any], **more: Any) -> pd.DataFrame:
     """Return counts, the figures of `evaluate_predictions` and what an alarm costs, of all stays and per group.
 
-    columns: labels, risks, patients (n,). groups: a row per stay, a column per grouping. thresholds: as `thresholds_of`
-    returns them, or one per stay. more: n_bootstrap, seed. A group of fewer than SMALLEST_GROUP patients is left out;
-    one with fewer than TOO_FEW_OF_GROUP of either outcome has counts only.
+    groups: a row per stay, a column per grouping. thresholds: as `thresholds_of` returns them, or one per stay. more:
+    n_bootstrap, seed. A group of fewer than SMALLEST_GROUP patients is left out; one with fewer than TOO_FEW_OF_GROUP
+    of either outcome has counts only.
     """
     limits, rows = pd.DataFrame(dict(thresholds), index=range(len(groups))), []
     dead, alarm, may_die = columns[0] == 1, columns[1] >= limits["alarm"], columns[1] >= limits["died_from"]

@@ -41,7 +41,7 @@ class Predictions(NamedTuple):
     thresholds: Content  # of validation stays, as `metrics.thresholds_of` returns them, or (n) of each
 
     @property
-    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def columns(self) -> metrics.Columns:
         """Labels, probabilities and patients (n), as the functions of `metrics` take them."""
         return self.stays[LABEL].to_numpy(float), self.probabilities, self.stays["patient_id"].to_numpy()
 

@@ -75,11 +75,11 @@ def unseen_risks(table: StayTable, statics: np.ndarray, seed: int) -> np.ndarray
     return cross_val_predict(model, filled, died, cv=folds, method="predict_proba")[:, 1]
 
 
-def compared(columns: tuple[np.ndarray, ...], of_trees: np.ndarray, **resampling: int) -> dict[str, Any]:
+def compared(columns: metrics.Columns, of_trees: np.ndarray, **resampling: int) -> dict[str, Any]:
     """Return AUROC and AUPRC of the trees and of the mean of both log-odds, and how far the model lies above them.
 
-    columns: labels, the model's risks, patients (n,). Differences are paired: 95 % intervals over resampled patients
-    (n_bootstrap, seed), the same for all. Nothing where one outcome is missing.
+    columns: with the model's risks. Differences are paired: 95 % intervals over resampled patients (n_bootstrap, seed),
+    the same for all. Nothing where one outcome is missing.
     """
     died, own, patients = columns
     if not metrics.fewest(died):
