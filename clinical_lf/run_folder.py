@@ -245,8 +245,7 @@ class RunFolder:
             risks = np.concatenate([own.probabilities for own in tested])
             scored = Predictions(stays, risks, stays[list(tested[0].thresholds)].to_dict("list"))
         encoder, title = contents[0]["text_encoder"], f"Pooled      {what}: {scored.words()}"
-        caption = f"text encoder: {encoder} · {what}, {scored.words()}"
-        pooled = self.write_evaluation(scored, scored, caption, title)
+        pooled = self.write_evaluation(scored, scored, f"text encoder: {encoder} · {what}, {scored.words()}", title)
         figures = moments.rename({"std": "sd"}).T.assign(**{f"{unit}s": spread.T.to_numpy().tolist()})
         content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": figures.to_dict("index")}
         return self.end(file, content | {"pooled": pooled, "cohort": contents[0]["cohort"]})
