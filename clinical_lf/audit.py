@@ -16,10 +16,7 @@ REPAIRED = WORDS["repaired"]  # what is left out or mended on reading, but belon
 
 def audit_table(table: StayTable, split: Split, report: ReadReport, settings: dict) -> pd.DataFrame:
     """Return the audit of a run's table and split: `leakage_audit` of its columns, of stays' times, and of counts."""
-    stays, record = table.stays.assign(part=None), stay_hours(table)
-    for name, members in split._asdict().items():
-        stays.loc[members, "part"] = name
-    hours = 24 * stays["icu_length_of_stay_in_days"].astype(float)
+    hours, record = 24 * table.stays["icu_length_of_stay_in_days"].astype(float), stay_hours(table)
     columns = table.static_columns
     columns["first event, hours after ICU admission"] = table.minutes_since_intime[table.offsets[:-1]] / 60
     columns["last event, hours after ICU admission"] = last = table.minutes_since_intime[table.offsets[1:] - 1] / 60
@@ -29,13 +26,14 @@ def audit_table(table: StayTable, split: Split, report: ReadReport, settings: di
     known, end_hours = report.counts | report.notes, settings["observation_hours"] or record[table.stay_of_event]
     counts = dict.fromkeys(WORDS["impossible"], 0) | {code: known[code] for code in REPAIRED if code in known}
     counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
-    counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
+    counts["admission_with_two_labels"] = int((table.stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
-        counts[f"{unit}_in_two_parts"] = int((stays.groupby(f"{unit}_id")["part"].nunique() > 1).sum())
+        ids = np.concatenate([table.stays[f"{unit}_id"].iloc[part].dropna().unique() for part in split])
+        counts[f"{unit}_in_two_parts"] = int((np.unique(ids, return_counts=True)[1] > 1).sum())
     if settings["outcome"] != "hospital":  # of two stays of an admission one may end with that death
         del counts["admission_with_two_labels"]
-    is_train, is_prospective = stays["part"] == "train", bool(settings["labels"]) or settings["observation_hours"] > 0
-    return leakage_audit(columns[is_train], stays[is_train], counts, is_prospective)
+    is_prospective = bool(settings["labels"]) or settings["observation_hours"] > 0
+    return leakage_audit(columns.iloc[split.train], table.stays.iloc[split.train], counts, is_prospective)
 
 
 def leakage_audit(facts: pd.DataFrame, stays: pd.DataFrame, counts: dict[str, int], prospective: bool) -> pd.DataFrame:
