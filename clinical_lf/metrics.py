@@ -252,7 +252,8 @@ def subgroup_table(columns: Columns, groups: pd.DataFrame, thresholds: Mapping[s
     counts = counts.assign(deaths_covered=may_die & dead, survivors_covered=may_survive & ~dead)
     counts = counts.assign(both_possible=may_die & may_survive, none_possible=~may_die & ~may_survive)
     threshold = limits["alarm"].iloc[0] if limits["alarm"].nunique() == 1 else math.nan
-    groups = groups.astype(str).assign(all="all stays")[["all", *groups]]
+    varied = groups.columns[groups.nunique(dropna=False) > 1]  # of one value it would be all stays once more
+    groups = groups.astype(str).assign(all="all stays")[["all", *varied]]
     for group in groups:
         for value, members in groups.groupby(group).indices.items():
             died, _, patients = own = tuple(column[members] for column in columns)
@@ -264,10 +265,8 @@ def subgroup_table(columns: Columns, groups: pd.DataFrame, thresholds: Mapping[s
                 parts = (figures[metric][part] for part in ("value", "low", "high"))
                 row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = parts
             rows.append(row)
-    table = pd.DataFrame(rows)
-    is_part = (table["patients"] >= SMALLEST_GROUP) & (table["stays"] < len(groups))
-    table = table[(table["group"] == "all") | is_part]
-    read = table[(table["group"] == "all") | ~table["too_few_to_read"]]
+    table = pd.DataFrame(rows).query("group == 'all' or patients >= @SMALLEST_GROUP")
+    read = table.query("group == 'all' or not too_few_to_read")
     survivors, found = read["stays"] - read["deaths"], read["deaths_found"]
     rates = {"sensitivity": found / read["deaths"], "alarms_per_true_death": read["alarms"] / found}
     return table.assign(**rates, specificity=(survivors - read["alarms"] + found) / survivors)
