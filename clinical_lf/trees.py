@@ -47,7 +47,7 @@ def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int
     """Return the risks (n_stays,) by boosted trees of the size and number that suit the validation stays best."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    best, found = np.inf, np.full(len(labels), np.nan)
+    fits = []  # of each size: the lowest loss, the stage that has it, and the model
     features = features[:, ~np.isnan(features[split.train]).all(0)]
     for leaves, share, most in SIZES:
         size = {"max_leaf_nodes": leaves, "max_features": share, "max_iter": most}
@@ -55,10 +55,9 @@ def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int
         model.fit(features[split.train], labels[split.train])
         staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
         losses = -np.log(np.where(labels[split.validation] == 1, staged, 1 - staged).clip(1e-15)).mean(1)
-        if losses.min() < best:
-            best = losses.min()
-            found = next(itertools.islice(model.staged_predict_proba(features), int(losses.argmin()), None))[:, 1]
-    return found
+        fits.append((losses.min(), int(losses.argmin()), model))
+    _, stage, model = min(fits, key=lambda fit: fit[0])
+    return next(itertools.islice(model.staged_predict_proba(features), stage, None))[:, 1]
 
 
 def unseen_risks(table: StayTable, statics: np.ndarray, seed: int) -> np.ndarray:
