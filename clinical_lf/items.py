@@ -83,8 +83,7 @@ def item_history(table: StayTable) -> pd.DataFrame:
     history["first"] = of_item.transform("first").where(value.notna())
     at_time = pd.DataFrame({"key": key, "minute": table.minutes_since_intime})
     last_before = of_item.shift(1).where(~at_time.duplicated())  # known at the first of each time
-    of_time = last_before.groupby([at_time["key"], at_time["minute"]], sort=False)
-    history["previous"] = of_time.transform("first").fillna(value)
+    history["previous"] = last_before.groupby([key, at_time["minute"]], sort=False).transform("first").fillna(value)
     history["count"] = of_item.cumcount() + 1
     history["is_latest"] = ~key.duplicated(keep="last")
     return history
