@@ -1822,9 +1822,9 @@ def load_runs(
 ) -> tuple[list[LoadedRun], np.ndarray]:
     """Return the same stays as each model of a folder of folds or seeds reads them, and their mean risks (n_stays)."""
     runs = [load_run(path, data, accelerator, **options) for path in checkpoint_files(checkpoint)]
-    if any(not run.table.stays["icu_stay_id"].equals(runs[0].table.stays["icu_stay_id"]) for run in runs):
+    if any(not each.table.stays["icu_stay_id"].equals(runs[0].table.stays["icu_stay_id"]) for each in runs):
         raise files.refusal("unlike_models", folder=checkpoint, count=len(runs))
-    return runs, np.mean([scipy.special.expit(run.logits) for run in runs], axis=0)
+    return runs, np.mean([scipy.special.expit(each.logits) for each in runs], axis=0)
 
 
 def predict(checkpoint: str | Path, data: str | Path | pd.DataFrame = "", **options: Any) -> pd.DataFrame:
@@ -1859,7 +1859,7 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long (a label has one time).")
     if not accelerator.is_main_process:
         return {}
-    is_seen = np.any([run.checkpoint.is_seen(table.stays) for run in runs], axis=0)
+    is_seen = np.any([each.checkpoint.is_seen(table.stays) for each in runs], axis=0)
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(own))
     folder.begin()
     if rows:
@@ -1871,7 +1871,7 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     described: dict[str, Any] = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate}
     described |= {"models": len(runs)} | source.origin(own)
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
-    limits = pd.DataFrame([run.checkpoint.state["thresholds"] for run in runs]).mean().to_dict()
+    limits = pd.DataFrame([each.checkpoint.state["thresholds"] for each in runs]).mean().to_dict()
     return folder.report_evaluation(described, run_folder.Predictions(table.stays, risks, limits), is_seen, unseen)
 
 
