@@ -75,18 +75,23 @@ SHARED = train.Settings.__dataclass_fields__  # settings that mean what they mea
 class ExplainSettings:
     """What a person may want to change; everything about the model comes from its checkpoint."""
 
-    checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint to explain.")
+    checkpoint: str = setting("trained_models/clinical_LF/checkpoints/best_model.pth", "Checkpoint or run's folder.")
     data: str = setting("", "Data whose held-out stays are used, as train.py takes it; default: the checkpoint's.")
     save_dir: str = setting("", "Folder for the report and its files; default: explainability beside checkpoints.")
     stays: int = setting(
-        4, "Stays shown: highest, lowest, most uncertain, most wrong risk.", "; --stay-ids takes ids", low=0, high=50
+        4,
+        "Stays shown: highest, lowest, most uncertain, most wrong risk.",
+        hint="; --stay-ids takes ids",
+        low=0,
+        high=50,
     )
     stay_ids: str = setting("", "Ids (icu_stay_id) of the held-out stays to show in full, instead of a choice: 1,2,3.")
     max_stays: int = setting(100, "Held-out stays analysed at most, drawn at random; 0 takes all.", low=0)
     decision_threshold: float = setting(0.5, "Risk of a decision: which events turn it?", above=0, below=1)
-    quick: bool = setting(False, "In half a minute: short stays, few checks, no layers; a full run may differ.")
+    quick: bool = setting(False, "Half a minute's look: short stays, few checks, no layers; a full run may differ.")
     text_encoder: str = field(default="", metadata=SHARED["text_encoder"].metadata)
     labels: str = field(default="", metadata=SHARED["labels"].metadata)
+    vitals: str = field(default="", metadata=SHARED["vitals"].metadata)
     cache_dir: str = field(default="", metadata=SHARED["cache_dir"].metadata)
     memory_limit: str = field(default=train.Settings.memory_limit, metadata=SHARED["memory_limit"].metadata)
     n_bootstrap: int = setting(1000, "Bootstrap samples behind every 95 % interval.", low=1)
@@ -156,7 +161,7 @@ def load_unseen(
     # The folder given, else the one that training used, where this machine has it, else train.py's default.
     own = trained.cache_dir if os.access(trained.cache_dir, os.W_OK) else train.Settings.cache_dir
     given = {"cache_dir": settings.cache_dir or own, "memory_limit": settings.memory_limit}
-    given |= {"labels": settings.labels, "text_encoder": settings.text_encoder}
+    given |= {"labels": settings.labels, "vitals": settings.vitals, "text_encoder": settings.text_encoder}
     loaded = train.load_run(checkpoint, test_data_path, accelerator, only_unseen=True, **given)
     held_out = int(loaded.dataset.table.stays["patient_id"].isin(checkpoint.patients["test"]).sum())
     if not held_out and not checkpoint.is_seen(loaded.source.table.stays).any():
@@ -248,6 +253,7 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     the logit's gradient by it; for survival in the map times the gradient of minus the logit.
     """
     layers: list[Any] = list(model.transformer_encoder)
+    sequence, static, _ = checked_inputs(model, sequence, static)
     seen, recent = {}, max(0, sequence.shape[1] - MAX_MAP_EVENTS)
     layout_of = lambda events: train.layout_of_lengths(np.array([len(events)]), events.device)
     whole = model.score_packed(sequence[0], static, layout_of(sequence[0]))[1]
@@ -1213,7 +1219,7 @@ def to_shap(found: dict[str, Any]) -> Any:
     try:
         import shap
     except ImportError:
-        raise InputError("to_shap needs another package (0.51 works). Run: pip install shap") from None
+        raise InputError("to_shap needs the package shap (0.51 works). Run: pip install shap") from None
     stays, rows = found["stays"], findings.with_statics(found).groupby(["icu_stay_id", "item"])
     values = rows["attribution"].sum().unstack(fill_value=0.0).loc[stays["icu_stay_id"]]
     data = rows["value"].last().unstack().loc[values.index, values.columns]
@@ -1351,10 +1357,7 @@ LOGGED_CHECKS = ("discrimination", "calibration", "patients", "time", "quick", "
 
 
 class Explanation(dict[str, Any]):
-    """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures.
-
-    >>> run_explainability_analysis(checkpoint).events["attribution"].sum()  # doctest: +SKIP
-    """
+    """The tables of an analysis: `found.events` is `found["events"]`; a notebook shows its report and its figures."""
 
     def __init__(self, tables: dict[str, Any], text_encoder: str, report: Path | None) -> None:
         super().__init__(tables)

@@ -1,16 +1,14 @@
 """Predict in-hospital mortality from the event texts of an ICU stay: a frozen text encoder and a small transformer.
 
-    python train.py                             # the bundled synthetic sample, half a minute on a CPU
-    python train.py --data PATH/TO/mimic-iv     # MIMIC-IV or its open demo: has hosp/ and icu/; README.md has more
+    python train.py --data PATH/TO/mimic-iv     # or without --data the bundled synthetic sample; README.md has more
 
 Every event (a drug order, a procedure, a lab result, a culture, an IV ingredient) is a short text; Clinical-Longformer
 turns each distinct text into a vector once; a transformer reads the stay's events and pools them by attention. The
 sections stand in the order in which data flow. Sources, figures, pictures and pages are in clinical_lf/.
 
 Axes: B stays in a batch, L events of a stay, N events of a whole batch without padding, E text dimension, D model
-dimension, S static dimension, H heads. Times carry their unit in the name. Masks are True at real events.
-
-Research software: not a medical device, not for clinical use.
+dimension, S static dimension, H heads. Times carry their unit in the name. Masks are True at real events. Research
+software: not a medical device, not for clinical use.
 """
 
 import hashlib
@@ -64,6 +62,9 @@ class Settings:
     """Every number a person may want to change. The checkpoint carries it."""
 
     data: str = setting("", "MIMIC-IV or MEDS folder, nested Parquet (or glob), flat CSV or Parquet; else the sample.")
+    vitals: str = setting(
+        "", "Add vitals.sql's events: bare for MIMIC-IV, or its result as Parquet.", alone="vitals.sql"
+    )
     output_dir: str = setting("trained_models/clinical_LF", "Folder for checkpoints, plots, metrics and predictions.")
     cache_dir: str = setting("clinical_LF_precomp_emb", "Folder for vectors, query results and encoder weights.")
     memory_limit: str = setting("33%", "Memory for reading the data: a share of the machine's, or a size like 16GB.")
@@ -1141,8 +1142,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 # What a resumed run must share with the run it goes on from.
 SETTINGS_OF_A_RUN = (
-    "seed outcome static_features item_history observation_hours gap_hours first_stay_only learning_rate batch_size "
-    "max_events_per_batch weight_decay temporal_weight tau_hours dropout init_from d_model n_layers n_heads "
+    "seed outcome vitals static_features item_history observation_hours gap_hours first_stay_only learning_rate "
+    "batch_size max_events_per_batch weight_decay temporal_weight tau_hours dropout init_from d_model n_layers n_heads "
     "n_pooling_heads"
 ).split()
 # One number among forty flags goes unheard else: with weight 1 a tenth of the sample's true effect of age is learnt.
@@ -1256,7 +1257,7 @@ class Trainer:
     def take_over(self, model: ClinicalTransformer, first: Checkpoint) -> None:
         """Give a new model the weights of another of its sizes; of static inputs those of what both know."""
         path, own, its = self.settings.init_from, model.architecture, first.model.architecture
-        sizes = [name for name in own if name not in ("static_dim", "dropout") and own[name] != its[name]]
+        sizes = sorted(name for name in own.keys() - {"static_dim", "dropout"} if own[name] != its[name])
         unlike = [f"{name} {own[name]} instead of {its[name]}" for name in sizes]
         if not first.has_read(self.text_encoder, self.encoder_weights):
             unlike.append(f"text encoder {self.text_encoder} instead of {first.text_encoder}")
@@ -1585,9 +1586,9 @@ def read_source(
     logger.info(f"Reading     {settings.data}")
     source = data if isinstance(data, pd.DataFrame) else data_path(settings.data)
     task = MedsTask(settings.labels, settings.history_hours, settings.gap_hours) if settings.labels else None
-    options = (settings.memory_limit, settings.static_features, settings.outcome, settings.observation_hours > 0)
+    options = (settings.cache_dir, need_label, task, settings.memory_limit, settings.static_features, settings.outcome)
     with accelerator.main_process_first():  # one process runs the query, the others find its result
-        whole, report = read_stays(source, settings.cache_dir, need_label, task, *options)
+        whole, report = read_stays(source, *options, settings.observation_hours > 0, settings.vitals)
     table, flow = tables.choose_cohort(whole, settings.first_stay_only, settings.observation_hours, settings.gap_hours)
     table = table.with_own_texts()
     known = table.labels[~np.isnan(table.labels)]
@@ -1780,6 +1781,9 @@ def load_run(
         given["observation_hours"] = 0.0  # a label has its own time
     elif given["data"] != trained.data and not is_meds(data_path(given["data"])):
         given |= {"labels": "", "history_hours": 0.0}
+    if given["data"] != trained.data:  # not the vitals of the data of training
+        is_folder = (data_path(given["data"]) / "icu").is_dir()
+        given.setdefault("vitals", "vitals.sql" if trained.vitals and is_folder else "")
     # What the checkpoint's settings name may have been replaced; a path in it is not followed.
     encoder = given.get("text_encoder", CLINICAL_LONGFORMER)
     if encoder == CLINICAL_LONGFORMER:
@@ -1818,9 +1822,9 @@ def load_runs(
 ) -> tuple[list[LoadedRun], np.ndarray]:
     """Return the same stays as each model of a folder of folds or seeds reads them, and their mean risks (n_stays)."""
     runs = [load_run(path, data, accelerator, **options) for path in checkpoint_files(checkpoint)]
-    if any(not run.table.stays["icu_stay_id"].equals(runs[0].table.stays["icu_stay_id"]) for run in runs):
+    if any(not each.table.stays["icu_stay_id"].equals(runs[0].table.stays["icu_stay_id"]) for each in runs):
         raise files.refusal("unlike_models", folder=checkpoint, count=len(runs))
-    return runs, np.mean([scipy.special.expit(run.logits) for run in runs], axis=0)
+    return runs, np.mean([scipy.special.expit(each.logits) for each in runs], axis=0)
 
 
 def predict(checkpoint: str | Path, data: str | Path | pd.DataFrame = "", **options: Any) -> pd.DataFrame:
@@ -1840,25 +1844,22 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     from clinical_lf import run_folder
 
     taken = "output_dir cache_dir memory_limit text_encoder labels history_hours first_stay_only evaluate n_bootstrap"
-    given = {name: getattr(settings, name) for name in f"{taken} no_test split resume init_from".split()}
+    given = {name: getattr(settings, name) for name in f"{taken} no_test split resume init_from vitals".split()}
     given |= {"observation_hours": settings.observation_hours} if settings.observation_hours else {}
     runs, risks = load_runs(settings.evaluate, settings.data, accelerator, **given)
     checkpoint, _, table, *_, own, source = runs[0]
     rows = []  # of each moment, of the stays that last longer
     for hours in trajectory_hours(settings.trajectory):
         with suppress(files.NoStayLeft):
-            (then, *_), at = load_runs(
-                settings.evaluate, settings.data, accelerator, **given | {"observation_hours": hours}
-            )
+            given["observation_hours"] = hours
+            (then, *_), at = load_runs(settings.evaluate, settings.data, accelerator, **given)
             frame = then.table.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hours, probability=at)
             rows.append(frame.assign(label=then.table.labels))
     if settings.trajectory and (own.labels or not rows):
-        raise InputError(
-            f"--trajectory {settings.trajectory}: no ICU stay lasts that long (a MEDS label has one time)."
-        )
+        raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long (a label has one time).")
     if not accelerator.is_main_process:
         return {}
-    is_seen = np.any([run.checkpoint.is_seen(table.stays) for run in runs], axis=0)
+    is_seen = np.any([each.checkpoint.is_seen(table.stays) for each in runs], axis=0)
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(own))
     folder.begin()
     if rows:
@@ -1870,7 +1871,7 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     described: dict[str, Any] = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate}
     described |= {"models": len(runs)} | source.origin(own)
     described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
-    limits = pd.DataFrame([run.checkpoint.state["thresholds"] for run in runs]).mean().to_dict()
+    limits = pd.DataFrame([each.checkpoint.state["thresholds"] for each in runs]).mean().to_dict()
     return folder.report_evaluation(described, run_folder.Predictions(table.stays, risks, limits), is_seen, unseen)
 
 

@@ -16,10 +16,7 @@ REPAIRED = WORDS["repaired"]  # what is left out or mended on reading, but belon
 
 def audit_table(table: StayTable, split: Split, report: ReadReport, settings: dict) -> pd.DataFrame:
     """Return the audit of a run's table and split: `leakage_audit` of its columns, of stays' times, and of counts."""
-    stays, record = table.stays.assign(part=None), stay_hours(table)
-    for name, members in split._asdict().items():
-        stays.loc[members, "part"] = name
-    hours = 24 * stays["icu_length_of_stay_in_days"].astype(float)
+    hours, record = 24 * table.stays["icu_length_of_stay_in_days"].astype(float), stay_hours(table)
     columns = table.static_columns
     columns["first event, hours after ICU admission"] = table.minutes_since_intime[table.offsets[:-1]] / 60
     columns["last event, hours after ICU admission"] = last = table.minutes_since_intime[table.offsets[1:] - 1] / 60
@@ -29,13 +26,14 @@ def audit_table(table: StayTable, split: Split, report: ReadReport, settings: di
     known, end_hours = report.counts | report.notes, settings["observation_hours"] or record[table.stay_of_event]
     counts = dict.fromkeys(WORDS["impossible"], 0) | {code: known[code] for code in REPAIRED if code in known}
     counts["event_known_after_prediction"] = int((table.known_minutes_since_intime > 60 * end_hours).sum())
-    counts["admission_with_two_labels"] = int((stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
+    counts["admission_with_two_labels"] = int((table.stays.groupby("admission_id")[LABEL].nunique() > 1).sum())
     for unit in ("patient", "admission"):
-        counts[f"{unit}_in_two_parts"] = int((stays.groupby(f"{unit}_id")["part"].nunique() > 1).sum())
+        ids = np.concatenate([table.stays[f"{unit}_id"].iloc[part].dropna().unique() for part in split])
+        counts[f"{unit}_in_two_parts"] = int((np.unique(ids, return_counts=True)[1] > 1).sum())
     if settings["outcome"] != "hospital":  # of two stays of an admission one may end with that death
         del counts["admission_with_two_labels"]
-    is_train, is_prospective = stays["part"] == "train", bool(settings["labels"]) or settings["observation_hours"] > 0
-    return leakage_audit(columns[is_train], stays[is_train], counts, is_prospective)
+    is_prospective = bool(settings["labels"]) or settings["observation_hours"] > 0
+    return leakage_audit(columns.iloc[split.train], table.stays.iloc[split.train], counts, is_prospective)
 
 
 def leakage_audit(facts: pd.DataFrame, stays: pd.DataFrame, counts: dict[str, int], prospective: bool) -> pd.DataFrame:
@@ -74,12 +72,10 @@ def patient_folds(labels: np.ndarray, patient_ids: np.ndarray) -> list[tuple[np.
 def single_column_auroc(column: pd.Series, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Return the cross-validated AUROC of one column (n,) alone, labels (n,); NaN where no fold can tell.
 
-    Numbers and times go through a small tree (missing is a value), all else through smoothed death rates per category.
+    Numbers go through a small tree (missing is a value), all else through smoothed death rates per category.
     """
     from sklearn import metrics, preprocessing, tree
 
-    if pd.api.types.is_datetime64_any_dtype(column):
-        column = (column - column.min()).dt.total_seconds()
     if pd.api.types.is_numeric_dtype(column):
         values, least = column.to_numpy(dtype=float, na_value=np.nan)[:, None], max(5, len(column) // 50)
         model = tree.DecisionTreeRegressor(max_leaf_nodes=16, min_samples_leaf=least, random_state=0)

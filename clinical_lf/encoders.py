@@ -155,22 +155,20 @@ class HuggingFaceEncoder:
         if lost or config.is_encoder_decoder:
             raise InputError(f"{self._folder} holds no complete encoder: {len(lost)} of its weights are missing")
         self._tokenizer, self._pad = tokenizer, tokenizer.pad_token_id or 0
-        facts = {name: getattr(self, name) for name in ("pooling", "max_tokens", "dim")}
         # A thousandth of the weights and the vocabulary. The pooler is never used, and random where the files lack it.
         weights = [(name, value.flatten()[::997].float()) for name, value in sorted(model.state_dict().items())]
         read = [name.encode() + value.numpy().tobytes() for name, value in weights if not name.startswith("pooler.")]
         read.append(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-        facts |= {"encoder": self.id, "weights": hashlib.sha256(b"".join(read)).hexdigest()[:12]}
-        described = read_description(cache_folder / "encoder.json")
-        if described.get("weights", facts["weights"]) != facts["weights"]:
+        digits, cached = hashlib.sha256(b"".join(read)).hexdigest()[:12], cache_folder / "encoder.json"
+        if read_description(cached).get("weights", digits) != digits:
             raise InputError(WORDS["encoder"]["other_weights"].format(cache=cache_folder, folder=self._folder))
-        write_json(cache_folder / "encoder.json", facts)
+        facts = {name: getattr(self, name) for name in ("pooling", "max_tokens", "dim")}
+        write_json(cached, facts | {"encoder": self.id, "weights": digits})
         windows = set(config.attention_window) if config.model_type == "longformer" else set()
         # Of attention: what is no Longformer has none, nor one whose layers differ; a longer band takes much memory.
         self.window = windows.pop() if len(windows) == 1 and self._length_limit <= 1024 else None
         model = (longformer_as_roberta(model) if self.window else model).to(self._dtype).eval().requires_grad_(False)
-        others = [copy.deepcopy(model).to(device) for device in self._devices[:-1]]  # the last takes the model itself
-        self._models = [*others, model.to(self._devices[-1])]
+        self._models = [copy.deepcopy(model).to(device) for device in self._devices]
         check_vectors(self)
 
     def unload(self) -> None:

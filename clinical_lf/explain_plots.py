@@ -122,8 +122,7 @@ def draw_layer_attention_weights(tables: Tables, caption: str) -> Figure:
 def draw_sequence_importance(tables: Tables, caption: str) -> Figure:
     """Draw the pooling weights of `attention`, (1, heads, 1, L)."""
     attention, own = tables["attention"], of_stay(tables["events"], tables["attention"]["icu_stay_id"])
-    weights = np.asarray(attention["pooling_weights"], float)[0, :, 0]
-    rows = [(f"head {head}", of_head, False) for head, of_head in enumerate(weights, start=1)]
+    rows = [(f"head {head}", weights, False) for head, weights in enumerate(attention["pooling_weights"][0, :, 0], 1)]
     title = f"Stay {attention['icu_stay_id']}: weight of every event, times an even share; its three heaviest are dark"
     return draw_stems(page("sequence_importance", caption, len(rows) + 1.2), title, rows, own)
 

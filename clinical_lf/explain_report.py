@@ -99,7 +99,7 @@ def counted(number: int, word: str) -> str:
 def plain_number(value: object) -> str:
     """Return a number without needless digits, anything else as it is."""
     number = pd.to_numeric(str(value), errors="coerce")
-    return str(value) if pd.isna(number) else f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    return str(value) if pd.isna(number) else f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
 
 
 def short_text(text: str, width: int = 46) -> str:
@@ -200,10 +200,9 @@ def question_of(row: Any) -> str:
 
 def checks_sentence(faithfulness: pd.DataFrame, verdict: pd.DataFrame) -> str:
     """Say how many checks are passed, and which are not; none is counted where the verdict warns."""
-    if verdict["passed"].eq(False).any():
-        return WORDS["page"]["warned"]
-    if set(faithfulness["check"]) == {"completeness"}:
-        return WORDS["page"]["few"]
+    is_warned = verdict["passed"].eq(False).any()
+    if is_warned or set(faithfulness["check"]) == {"completeness"}:
+        return WORDS["page"]["warned" if is_warned else "few"]
     fallen = [question_of(row) for row in faithfulness[faithfulness["passed"].eq(False)].itertuples()]
     n_judged, n_stays = faithfulness["passed"].notna().sum(), faithfulness["n"].min()
     words = WORDS["page"]["fallen" if fallen else "passed"]

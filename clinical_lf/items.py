@@ -14,11 +14,12 @@ from clinical_lf.tables import StayTable
 # 4, 4.1, .5, 25,000 or 1.1e-05; atomic, so that nothing less is read of it
 DIGITS = r"(?>(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"
 NUMBER = re.compile(rf"(?<![\w.]){DIGITS}")  # also before a unit, but not the 2 of PaO2
-# Number, or a range whose unit may stand twice (2 mg - 4 mg), and unit; no titer (1:40) and no pair (120/80).
+# Number, or a range whose unit may stand twice (2 mg - 4 mg), what it means (6 (Obeys Commands)), and unit; no titer
+# (1:40) and no pair (120/80).
 MEASUREMENT = re.compile(
     r"(\| (?:Value|Rate|Dose|Amount): (?:(?:[<>≤≥=~]+|(?i:(?:less|greater|more) than)) ?)?)"
     rf"([-−+]?{DIGITS})(?: ?(?P<unit>[^\W\d_][^\s\d–-]*|%?) ?(?:[-–]|to) ?([-−+]?{DIGITS})(?= ?(?P=unit)))?"
-    r"(?! ?[:/] ?\d)(?=[\s%°]|[^\W\d_]|$)([^|]*)"
+    r"(?! ?[:/] ?\d)(?=[\s%°]|[^\W\d_]|$)(?: \([^|]*\))?([^|]*)"
 )
 
 # What the model reads of an event's item; see `item_history`.
@@ -82,8 +83,7 @@ def item_history(table: StayTable) -> pd.DataFrame:
     history["first"] = of_item.transform("first").where(value.notna())
     at_time = pd.DataFrame({"key": key, "minute": table.minutes_since_intime})
     last_before = of_item.shift(1).where(~at_time.duplicated())  # known at the first of each time
-    of_time = last_before.groupby([at_time["key"], at_time["minute"]], sort=False)
-    history["previous"] = of_time.transform("first").fillna(value)
+    history["previous"] = last_before.groupby([key, at_time["minute"]], sort=False).transform("first").fillna(value)
     history["count"] = of_item.cumcount() + 1
     history["is_latest"] = ~key.duplicated(keep="last")
     return history

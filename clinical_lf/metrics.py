@@ -21,6 +21,7 @@ SMALLEST_GROUP = 10  # patients: counts of fewer would tell of a person, and are
 SENSITIVITY = 0.8  # of the operating point: at least this share of the validation stays' deaths is found
 LEVEL = 90  # percent of either outcome whose conformal set holds it
 AUROC_INTERVAL = "Newcombe's score interval, its variance at least the bootstrap's over patients"
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels, risks and patients, (n) each
 SHOWN_CALIBRATED = {"calibration_slope": (0.8, 1.25), "calibration_intercept": (-0.25, 0.25)}  # whole intervals
 
 
@@ -237,14 +238,12 @@ def thresholds_of(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, floa
     return {"alarm": down(alarm), "died_from": down(died_from), "survived_to": -down(-survived_to)}
 
 
-def subgroup_table(
-    columns: tuple[np.ndarray, np.ndarray, np.ndarray], groups: pd.DataFrame, thresholds: Mapping[str, Any], **more: Any
-) -> pd.DataFrame:
+def subgroup_table(columns: Columns, groups: pd.DataFrame, thresholds: Mapping[str, Any], **more: Any) -> pd.DataFrame:
     """Return counts, the figures of `evaluate_predictions` and what an alarm costs, of all stays and per group.
 
-    columns: labels, risks, patients (n,). groups: a row per stay, a column per grouping. thresholds: as `thresholds_of`
-    returns them, or one per stay. more: n_bootstrap, seed. A group of fewer than SMALLEST_GROUP patients is left out;
-    one with fewer than TOO_FEW_OF_GROUP of either outcome has counts only.
+    groups: a row per stay, a column per grouping. thresholds: as `thresholds_of` returns them, or one per stay. more:
+    n_bootstrap, seed. A group of fewer than SMALLEST_GROUP patients is left out; one with fewer than TOO_FEW_OF_GROUP
+    of either outcome has counts only.
     """
     limits, rows = pd.DataFrame(dict(thresholds), index=range(len(groups))), []
     dead, alarm, may_die = columns[0] == 1, columns[1] >= limits["alarm"], columns[1] >= limits["died_from"]
@@ -253,7 +252,8 @@ def subgroup_table(
     counts = counts.assign(deaths_covered=may_die & dead, survivors_covered=may_survive & ~dead)
     counts = counts.assign(both_possible=may_die & may_survive, none_possible=~may_die & ~may_survive)
     threshold = limits["alarm"].iloc[0] if limits["alarm"].nunique() == 1 else math.nan
-    groups = groups.astype(str).assign(all="all stays")[["all", *groups]]
+    varied = groups.columns[groups.nunique(dropna=False) > 1]  # of one value it would be all stays once more
+    groups = groups.astype(str).assign(all="all stays")[["all", *varied]]
     for group in groups:
         for value, members in groups.groupby(group).indices.items():
             died, _, patients = own = tuple(column[members] for column in columns)
@@ -265,10 +265,8 @@ def subgroup_table(
                 parts = (figures[metric][part] for part in ("value", "low", "high"))
                 row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = parts
             rows.append(row)
-    table = pd.DataFrame(rows)
-    is_part = (table["patients"] >= SMALLEST_GROUP) & (table["stays"] < len(groups))
-    table = table[(table["group"] == "all") | is_part]
-    read = table[(table["group"] == "all") | ~table["too_few_to_read"]]
+    table = pd.DataFrame(rows).query("group == 'all' or patients >= @SMALLEST_GROUP")
+    read = table.query("group == 'all' or not too_few_to_read")
     survivors, found = read["stays"] - read["deaths"], read["deaths_found"]
     rates = {"sensitivity": found / read["deaths"], "alarms_per_true_death": read["alarms"] / found}
     return table.assign(**rates, specificity=(survivors - read["alarms"] + found) / survivors)

@@ -20,7 +20,6 @@ from clinical_lf.metrics import METRIC_WORDS, calibration_table, figure_text, sm
 BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#767676"  # of Okabe and Ito, for all eyes
 FALLBACKS = ["DejaVu Sans", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC"]  # fonts that have µ and ≥, Chinese
 REFERENCE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
-BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}  # between the ends of intervals
 
 
 def png_of(figure: Figure, dpi: int = 150, compress_level: int = 6) -> bytes:

@@ -7,29 +7,29 @@ import uuid
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import duckdb
 import numpy as np
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from clinical_lf import duck, files, tables
+from clinical_lf import duck, files, mimic, tables
 from clinical_lf.files import InputError, logger
 from clinical_lf.meds import MedsTask, is_meds, meds_account, register_meds
-from clinical_lf.mimic import complete_account, run_mimic_query
 from clinical_lf.tables import EVENT_COLUMNS, EVENT_TYPES, LABEL, STATIC_COLUMNS, STAY_COLUMNS, ReadReport, StayTable
 
 # What was read of a big source is kept as arrays: a later start maps them into memory instead of reading it again.
-ARRAYS_VERSION = 5  # raise it when what is made of a source changes: arrays that were kept before are then made anew
+ARRAYS_VERSION = 6  # raise it when what is made of a source changes: arrays that were kept before are then made anew
 KEEP_ARRAYS_FROM = 2**24  # bytes of the source; a smaller one is read in seconds
 IDS = ("patient_id", "admission_id", "icu_stay_id")
 # Of a prediction before the end all but the first.
 MAY_BE_MISSING = ("event_known_time", "admission_id", "patient_death_time", "relative_time_to_final_event")
 QUERY_FILE = Path(__file__).resolve().parent.parent / "table.sql"
 _CLEANED = ", ".join(f"null_if_missing({name}) AS {name}" for name, kind in STAY_COLUMNS.items() if kind == "VARCHAR")
-_FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": list(EVENT_TYPES)}
+_FILLED = {"columns": ", ".join(STAY_COLUMNS), "cleaned": _CLEANED, "types": [*EVENT_TYPES, *tables.OTHER_TYPES]}
 SQL = duck.named_statements(QUERY_FILE, **_FILLED)
+Source: TypeAlias = Path | list[Path] | pd.DataFrame  # a MEDS folder, the files of a table, or one in memory
 
 
 def read_stays(
@@ -41,32 +41,37 @@ def read_stays(
     static_features: Sequence[str] = STATIC_COLUMNS,
     outcome: str = "hospital",
     prospective: bool = False,
+    vitals: str = "",
 ) -> tuple[StayTable, ReadReport]:
     """Read a MIMIC-IV folder, nested Parquet or flat CSV/Parquet; also say how much was repaired or dropped, and why.
 
     data may be a data frame, one row per event. task: what is predicted of a MEDS data set; outcome: of others, as in
     tables.LABELS. Of what describes a stay, only the static_features must be there. prospective: the prediction is
     before the end of a stay, so that events need the time at which they were known, and stays to be scored no end.
-    Raises InputError for a table that cannot be read as it was meant.
+    vitals: "vitals.sql", to run it on the folder, or files of its result. Raises InputError for a table that cannot be
+    read as it was meant.
     """
-    results, parts = Path(cache_dir) / "query_results", list[Path]()
+    results, parts, added = Path(cache_dir) / "query_results", list[Path](), list[Path]()
     label, days = LABEL if task else tables.LABELS[outcome], 30 if outcome == "30d" and not task else None
     may_last = prospective and not need_label
     asked = {"need_label": need_label, "may_last": may_last, "days": days}
     unneeded = {*MAY_BE_MISSING[prospective:], *STATIC_COLUMNS} - {*static_features}
     unneeded |= {*[label] * (not need_label), *["icu_outtime"] * may_last}
 
-    def read(source: Path | list[Path] | pd.DataFrame, name: str) -> tuple[StayTable, ReadReport]:
+    def read(source: Source, name: str) -> tuple[StayTable, ReadReport]:
         spill = results / f".spilled{files.HALF_WRITTEN}{uuid.uuid4().hex}"
         try:
             with duck.open_duckdb(memory_limit, spill) as con:
-                kind, counts = _register_source(con, source, task, need_label)
+                kind, counts = _register_source(con, source, added, task, need_label)
+                shared = "SELECT count(*) FROM given_vitals SEMI JOIN given USING (icu_stay_id)"
+                if vitals and not (kind == "nested" and added and duck.first_value(con, shared)):
+                    raise files.refusal("vitals_of_nothing", vitals=vitals, source=name)
                 _check(con, name, kind, label, need_label, unneeded)
                 notes = _load_stays(con, name, kind, asked, counts)
                 table = _load_events(con, name, counts, notes)
                 notes = {"length_recomputed": 0} | {code: count for code, count in notes.items() if count}
-                sources = complete_account(con, parts[0].parent, table) if kind == "nested" else []
-                sources += meds_account(con) if task else []
+                folders = dict.fromkeys(path.parent for path in [*parts, *added])
+                sources = meds_account(con) if task else mimic.complete_account(con, folders)
                 return table, ReadReport({code: count for code, count in counts.items() if count}, notes, sources)
         except (duckdb.OutOfMemoryException, MemoryError) as error:  # numpy's arrays need room beside DuckDB
             raise duck.out_of_memory_error(f"{name}: reading", error, memory_limit, results) from None
@@ -75,7 +80,7 @@ def read_stays(
                 results.mkdir(parents=True)
                 return read(source, name)
             is_csv = any(map(_is_csv, parts))
-            reason = duck.reason_without_rows(error, [] if is_csv else parts).removeprefix(f"{name}: ")
+            reason = duck.reason_without_rows(error, [] if is_csv else [*parts, *added]).removeprefix(f"{name}: ")
             raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
@@ -94,8 +99,14 @@ def read_stays(
     elif not (parts := table_files(path)):
         if path.suffix.lower() in (".parquet", ".csv"):
             raise files.refusal("no_parts", source=data)
-        parts = files.parquet_files(run_mimic_query(path, Path(cache_dir), memory_limit))
-    source, stats = path if task else parts, [(str(part.absolute()), part.stat()) for part in parts]
+        queries = [mimic.QUERY_FILE] + [mimic.VITALS_FILE] * (vitals == mimic.VITALS_FILE.name)
+        # What is missing is said before hours of work.
+        mimic.find_mimic_files(path, "".join(query.read_text("utf-8") for query in queries))
+        made = [mimic.run_mimic_query(path, Path(cache_dir), memory_limit, query) for query in queries]
+        parts, added = files.parquet_files(made[0]), [*files.parquet_files(made[-1])] * (len(made) > 1)
+    if vitals != mimic.VITALS_FILE.name:
+        added = table_files(Path(os.path.expanduser(vitals))) if vitals else []
+    source, stats = path if task else parts, [(str(part.absolute()), part.stat()) for part in [*parts, *added]]
     if sum(stat.st_size for _, stat in stats) < KEEP_ARRAYS_FROM:
         return read(source, str(data))
     versions = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -129,9 +140,9 @@ def _is_csv(path: Path) -> bool:
 
 
 def _register_source(
-    con: DuckDBPyConnection, data: Path | list[Path] | pd.DataFrame, task: MedsTask | None, need_label: bool
+    con: DuckDBPyConnection, data: Source, added: list[Path], task: MedsTask | None, need_label: bool
 ) -> tuple[str, dict]:
-    """Make `stay_rows` and `event_rows`, columns as is; return 'nested', 'flat' or 'meds', and what was left out."""
+    """Make `stay_rows` and `event_rows` (arrays with those `added`); return 'nested', 'flat' or 'meds', and counts."""
     if task and isinstance(data, Path):
         return "meds", register_meds(con, data, task, need_label)
     if isinstance(data, list):
@@ -145,14 +156,21 @@ def _register_source(
         con.execute(f"CREATE TEMP VIEW given AS FROM {duck.csv_rows(data) if is_csv else parquet}")
     else:
         con.register("given", data)
-    kind, stay_rows, event_rows = "flat", "FROM given", "FROM given"
-    if array := duck.column_types(con, "given").get("events"):
+    if "events" not in duck.column_types(con, "given"):
+        con.execute("CREATE TEMP VIEW stay_rows AS FROM given; CREATE TEMP VIEW event_rows AS FROM given")
+        return "flat", {}
+    if added:
+        con.execute(f"CREATE TEMP VIEW given_vitals AS FROM read_parquet({duck.file_list(added)})")
+    rows = []
+    for relation in ("given", *["given_vitals"] * bool(added)):
         # BigQuery's exports wrap each element of an array in structs called list and element.
+        array = duck.column_types(con, relation).get("events", "[]")
         events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-        kind, stay_rows = "nested", "SELECT * EXCLUDE events FROM given"
-        event_rows = f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM given)"
-    con.execute(f"CREATE TEMP VIEW stay_rows AS {stay_rows}; CREATE TEMP VIEW event_rows AS {event_rows}")
-    return kind, {}
+        rows.append(f"SELECT icu_stay_id, unnest({events}) AS event FROM {relation}")
+    event_rows = " UNION ALL BY NAME ".join(f"SELECT icu_stay_id, event.* FROM ({unnested})" for unnested in rows)
+    con.execute("CREATE TEMP VIEW stay_rows AS SELECT * EXCLUDE events FROM given")
+    con.execute(f"CREATE TEMP VIEW event_rows AS {event_rows}")
+    return "nested", {}
 
 
 def _check(con: DuckDBPyConnection, source: str, kind: str, label: str, need_label: bool, unneeded: set[str]) -> None:
@@ -228,12 +246,15 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
     offsets = tables.sums_before(stays.pop("n_events").to_numpy())
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}
-    order, filled = "icu_stay_id, minutes_since_intime, event_type, text, known_minutes_since_intime", 0
+    no_input = len(EVENT_TYPES)  # the model has none for what is beyond, be its type known or not
+    order = f"icu_stay_id, minutes_since_intime, least(event_type, {no_input}), text, known_minutes_since_intime"
     events = con.sql(f"SELECT {', '.join(arrays)} FROM events ORDER BY {order}")
+    filled = 0
     for batch in events.to_arrow_reader(2**20):  # never all of them twice in memory
         for name, array in arrays.items():
             array[filled : filled + len(batch)] = batch[name].to_numpy(zero_copy_only=False)  # NULL becomes NaN
         filled += len(batch)
-    counts["event_of_unknown_type"] = int((arrays["event_type"] == len(EVENT_TYPES)).sum())
+    counts["event_of_unknown_type"] = int((arrays["event_type"] == no_input + len(tables.OTHER_TYPES)).sum())
+    arrays["event_type"].clip(max=no_input, out=arrays["event_type"])
     texts = con.execute("SELECT DISTINCT cleaned FROM texts ORDER BY cleaned").fetchnumpy()["cleaned"]
     return StayTable(stays, offsets, texts=texts, **arrays).with_own_texts()

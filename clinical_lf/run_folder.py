@@ -41,7 +41,7 @@ class Predictions(NamedTuple):
     thresholds: Content  # of validation stays, as `metrics.thresholds_of` returns them, or (n) of each
 
     @property
-    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def columns(self) -> metrics.Columns:
         """Labels, probabilities and patients (n), as the functions of `metrics` take them."""
         return self.stays[LABEL].to_numpy(float), self.probabilities, self.stays["patient_id"].to_numpy()
 
@@ -134,10 +134,10 @@ class RunFolder:
         self.table("leakage_audit.csv", found)
         self.table("leakage_audit_texts.csv", texts)
         self.audit = json.loads(found.to_json(orient="records"))
-        flagged = set(found.loc[found["flagged"] & (found["kind"] == "column"), "name"])
+        self.used = ", ".join(sorted({*found["name"][found["flagged"]]} & {*self.settings["static_features"]}))
         logger.info(f"Audit       {audit.audit_summary(found)}")
-        if used := ", ".join(sorted(flagged & set(self.settings["static_features"]))):
-            logger.warning(WORDS["log"]["used"].format(names=used))
+        if self.used:
+            logger.warning(WORDS["log"]["used"].format(names=self.used))
         if telling := [text[:80] for text in texts["text"][texts["flagged"]]]:
             more = f" and {len(telling) - 5} more" * (len(telling) > 5)
             logger.warning(WORDS["log"]["telling"].format(texts=f"{'; '.join(telling[:5])}{more}"))
@@ -151,7 +151,7 @@ class RunFolder:
             self.table("predictions.parquet", meds_predictions(scored.stays, pd.Series(scored.probabilities)))
         if known.stays.empty:
             return {}
-        labels, risks, patients = known.columns
+        labels, risks, _ = known.columns
         figures = metrics.evaluate_predictions(*known.columns, **self.resampling)
         groups = metrics.subgroups_of_stays(known.stays)
         self.subgroups = metrics.subgroup_table(known.columns, groups, known.thresholds, **self.resampling)
@@ -194,7 +194,7 @@ class RunFolder:
         content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai, "boosted_trees": beside}
         if beside and not figures["too_few_to_read"]:
             logger.info(f"Trees       {trees.sentence(beside)}")
-        facts = globals() | {"folder": self, "part": part, "figures": figures}  # `metrics` are the module's functions
+        facts = globals() | {"folder": self, "part": part, "scored": scored, "figures": figures}  # metrics: the module
         self.text("model_card.md", render("model_card.md.j2", content | facts))
         if part == "validation":
             logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
@@ -245,11 +245,9 @@ class RunFolder:
             risks = np.concatenate([own.probabilities for own in tested])
             scored = Predictions(stays, risks, stays[list(tested[0].thresholds)].to_dict("list"))
         encoder, title = contents[0]["text_encoder"], f"Pooled      {what}: {scored.words()}"
-        caption = f"text encoder: {encoder} · {what}, {scored.words()}"
-        pooled = self.write_evaluation(scored, scored, caption, title)
-        content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": {}}
-        for name, own in moments.rename({"std": "sd"}).to_dict().items():
-            content["spread"][name] = own | {f"{unit}s": spread[name].tolist()}
+        pooled = self.write_evaluation(scored, scored, f"text encoder: {encoder} · {what}, {scored.words()}", title)
+        figures = moments.rename({"std": "sd"}).T.assign(**{f"{unit}s": spread.T.to_numpy().tolist()})
+        content = {"text_encoder": encoder, f"{unit}s": len(outcomes), "spread": figures.to_dict("index")}
         return self.end(file, content | {"pooled": pooled, "cohort": contents[0]["cohort"]})
 
 

@@ -15,9 +15,13 @@ from clinical_lf.files import WORDS, InputError
 LIMITS = {"low": ("at least", ge), "high": ("at most", le), "above": ("above", gt), "below": ("below", lt)}
 
 
-def setting(default: Any, help_text: str, hint: str = "", **limits: Any) -> Any:
-    """Return a field with its one-sentence help and its limits: low, high (allowed), above, below (not allowed)."""
-    metadata = {"limits": limits, "hint": hint, "help": help_text.replace("%", "%%")}  # a lone % is argparse's
+def setting(default: Any, help_text: str, hint: str = "", alone: str = "", **limits: Any) -> Any:
+    """Return a field: help, its limits low, high (allowed), above, below (not) and a hint beside them.
+
+    alone: the value where its option stands alone.
+    """
+    metadata: dict[str, Any] = {"nargs": "?", "const": alone} if alone else {}
+    metadata |= {"limits": limits, "hint": hint, "help": help_text.replace("%", "%%")}  # a lone % is argparse's
     start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**start, metadata=metadata)
 

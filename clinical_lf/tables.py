@@ -14,6 +14,7 @@ import pandas as pd
 from clinical_lf.files import WORDS, InputError, NoStayLeft, logger, refusal
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
+OTHER_TYPES = ("vital", "output")  # known, but the model has no input for them: as those of unknown type
 # {column: SQL type} of stays and of their events, in the order of the file.
 COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"), index_col="column")
 STAY_COLUMNS, EVENT_COLUMNS = (rows["type"].to_dict() for _, rows in COLUMNS.groupby("table", sort=False))
@@ -148,7 +149,7 @@ class ReadReport:
 
 def columns_with_values(table: StayTable, columns: Sequence[str]) -> list[str]:
     """Return those of the static columns that have any value, and the types of which there is any event."""
-    types = [name for number, name in enumerate(EVENT_TYPES) if number in np.unique(table.event_type)]
+    types = [(*EVENT_TYPES, "events of other types")[number] for number in np.unique(table.event_type)]
     return [*table.static_columns[list(columns)].dropna(axis=1, how="all"), *types]
 
 

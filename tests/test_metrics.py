@@ -138,14 +138,14 @@ def test_subgroup_has_figures_with_twenty_of_either_outcome_and_is_hidden_with_l
     labels, logits = simulate(300)
     died, stays = np.flatnonzero(labels == 1), np.arange(300)
     few = np.where(np.isin(stays, died[:19]), "19 died", "others")
-    groups = pd.DataFrame({"sex": few, "unit": np.select([stays < 9, stays < 20], ["A", "B"], "C")})
+    groups = pd.DataFrame({"sex": few, "unit": np.select([stays < 9, stays < 20], ["A", "B"], "C"), "same": "D"})
     limits = metrics.thresholds_of(labels, expit(logits))
     table = metrics.subgroup_table((labels, expit(logits), stays), groups, limits, n_bootstrap=50).set_index("value")
     dead, others, is_other = table.loc["19 died"], table.loc["others"], few == "others"
     assert dead["too_few_to_read"] and dead["auroc":].isna().all() and (dead["stays"], dead["deaths"]) == (19, 19)
     assert others["auroc"] == pytest.approx(roc_auc_score(labels[is_other], logits[is_other]))
     assert table.loc["all stays", "deaths"] == labels.sum() and not others["too_few_to_read"]
-    assert table["patients"][table["group"] == "unit"].to_dict() == {"B": 11, "C": 280}
+    assert table["patients"][table["group"].isin(["unit", "same"])].to_dict() == {"B": 11, "C": 280}
     one = metrics.subgroup_table((labels[:9], expit(logits[:9]), stays[:9]), groups[:9], limits, n_bootstrap=0)
     assert one["value"].tolist() == ["all stays"]
 

@@ -15,6 +15,7 @@ import pytest
 import sqlglot
 import yaml
 from small_table import leftovers, run_python
+from test_reading import assert_same_table
 
 from clinical_lf import duck, mimic, tables
 from clinical_lf.files import HALF_WRITTEN, WORDS, InputError
@@ -30,7 +31,7 @@ STAY_201 = f"2,21,201,MICU,MICU,{IN},{OUT},2"
 FOLDERS = dict(reversed(table.split("/")) for table in sorted(MIMIC_TABLES))
 TABLES = {name: (MIMIC / part / f"{name}.csv").read_text("utf-8").rstrip("\n") for name, part in FOLDERS.items()}
 HEADERS = {name: text.split("\n")[0] for name, text in TABLES.items()}
-LAB = HEADERS["labevents"]
+LAB, QUERY = HEADERS["labevents"], mimic.QUERY_FILE.read_text("utf-8")
 CASES = yaml.safe_load((MIMIC.parent / "mimic_cases.yaml").read_text("utf-8"))  # inputs, and what is read of them
 
 
@@ -93,9 +94,9 @@ def test_query_yields_every_stay_with_the_columns_of_the_contract_hospital_death
     assert (stays[101]["patient_age"], stays[201]["patient_age"]) == (72, 50)
 
 
-def test_query_has_no_table_but_those_that_are_read():
-    tree = sqlglot.parse_one(mimic.QUERY_FILE.read_text(encoding="utf-8"), read="bigquery")
-    used = [table for table in tree.find_all(sqlglot.exp.Table) if table.db]
+def test_queries_have_no_table_but_those_that_are_read():
+    trees = sqlglot.parse(f"{QUERY};{mimic.VITALS_FILE.read_text('utf-8')}", read="bigquery")
+    used = [table for tree in trees for table in tree.find_all(sqlglot.exp.Table) if table.db]
     assert {f"{table.db.rsplit('_', 1)[1]}/{table.name}" for table in used} == set(MIMIC_TABLES)
 
 
@@ -191,7 +192,8 @@ def test_slice_that_is_too_large_is_halved_and_without_memory_the_next_run_goes_
     first = next(tmp_path.glob("query_results/*/*/part_00000001.parquet")).stat().st_mtime_ns
     result = run_mimic_query(folder, tmp_path)
     loaded = sorted(call.args[1] for call in mimic.load_mimic_table.call_args_list)
-    assert loaded == sorted(MIMIC_TABLES) and (result / "part_00000001.parquet").stat().st_mtime_ns == first
+    assert loaded == sorted(mimic.find_mimic_files(folder, QUERY))
+    assert (result / "part_00000001.parquet").stat().st_mtime_ns == first
     assert pyarrow.parquet.read_table(result).equals(pyarrow.parquet.read_table(whole))
     assert list(tmp_path.glob("query_results/[!.]*")) == [result] and not leftovers(tmp_path)
 
@@ -228,10 +230,9 @@ def test_every_connection_has_the_limits(tmp_path, monkeypatch):
 def test_rows_far_from_every_stay_are_not_stored_and_the_others_lie_by_patient(tmp_path):
     labs = TABLES["labevents"] + "\n1,11,1,2150-01-06 10:00:00,,1,1,,,,,,"  # between stays 101 and 102
     labs += "\n2,21,1,2150-01-10 12:00:00,,1,1,,,,,,"  # in a stay, of another patient
-    faults = mimic.faults_of_rows(mimic.QUERY_FILE.read_text("utf-8"))
     with duck.open_duckdb("1GB", tmp_path / "spilled", tmp_path / "mimic.duckdb") as database:
-        for table, path in mimic.find_mimic_files(write_folder(tmp_path / "mimic", labevents=labs)).items():
-            mimic.load_mimic_table(database, table, path, faults.get(table, ""))
+        for table, path in mimic.find_mimic_files(write_folder(tmp_path / "mimic", labevents=labs), QUERY).items():
+            mimic.load_mimic_table(database, table, path, QUERY)
         patients, times = zip(*database.execute("SELECT patient, charttime FROM labevents").fetchall())
     assert len(times) == 11 and list(patients) == sorted(patients)  # all labs of the tables above
     assert max(times).month == 1 and 6 not in {time.day for time in times}
@@ -276,10 +277,9 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path, log):
     found = {table: astuple(account)[1:] for table, account in accounts(report).items()}
     lost = {"without a time": 1, "outside the ICU stays": 3, "repeated, or of a stay that was dropped": 1}
     assert found["hosp/labevents"] == (15, 13, 8, lost, {})
-    lost = {"rewritten, never done": 1, "of a negative duration": 1}
-    assert found["icu/procedureevents"] == (4, 4, 2, lost, {})
-    lost = {"rewritten, never given": 1, "of a negative amount or duration": 1}
-    assert found["icu/ingredientevents"] == (4, 4, 2, lost, {})
+    assert found["icu/procedureevents"] == (4, 4, 2, {"rewritten, never done": 1, "of a negative duration": 1}, {})
+    given = {"rewritten, never given": 1, "of a negative amount or duration": 1}
+    assert found["icu/ingredientevents"] == (4, 4, 2, given, {})
     lost, noted = {"outside the ICU stays": 1}, {"(used or not) have a day without a time: its end is taken": 2}
     assert found["hosp/microbiologyevents"] == (3, 3, 2, lost, noted) and found["icu/icustays"] == (4, 4, 4, {}, {})
     report.log(1)
@@ -287,13 +287,36 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path, log):
     assert line in log.text and "1 duplicate events; 1 stays without events (counted by table above, too)" in log.text
 
 
+def test_vitals_of_a_folder_or_an_export_are_accounted_for_and_change_nothing_else(tmp_path):
+    """Of an hour of an item the last value is told, of some the lowest and the highest; what is known later, apart."""
+    folder = write_folder(tmp_path / "mimic")
+    without, (table, report) = read_stays(folder, tmp_path)[0], read_stays(folder, tmp_path, vitals="vitals.sql")
+    found = {name: astuple(account)[1:] for name, account in accounts(report).items()}
+    lost = {"of other items": 1, "without a time": 1, "without a plausible value": 3, "thinned out of their hour": 3}
+    assert found["icu/chartevents"] == (30, 29, 19, lost | {"outside the ICU stays": 2}, {})
+    lost = {"of other items": 1, "without a plausible value": 1, "outside the ICU stays": 1}
+    assert found["icu/outputevents"] == (5, 5, 2, lost, {}) and "event_of_unknown_type" not in report.counts
+    assert_same_table(table.take([0, 1, 2], table.event_type < len(tables.EVENT_TYPES)).with_own_texts(), without)
+    query, vitals = (run_mimic_query(folder, tmp_path, query_file=file) for file in (None, mimic.VITALS_FILE))
+    assert_same_table(read_stays(query / "*.parquet", vitals=f"{vitals}/*.parquet")[0], table)
+    rows, others = pyarrow.parquet.read_table(vitals), tmp_path / "others.parquet"
+    for (_, wanted), row in zip(expected("vitals", "icu_stay_id"), rows.to_pylist(), strict=True):
+        assert [[*map(str, event.values())] for event in row["events"]] == wanted.iloc[:, 1:].values.tolist()
+    pyarrow.parquet.write_table(rows.set_column(0, "icu_stay_id", [[1, 2, 3]]), others)
+    (folder / "icu" / "chartevents.csv.gz").unlink()
+    flat, alone = MIMIC / "expected_parts.csv", "vitals.sql"
+    for data, given in ((folder, alone), (query, alone), (query, others), (query, "none"), (flat, vitals)):
+        words = f"^--vitals {given}: no events of the stays of .*{data.name}|icu/chartevents.csv.* not found"
+        with pytest.raises(InputError, match=words):
+            read_stays(data, tmp_path, vitals=str(given))
+
+
 def test_reason_why_a_row_is_no_event_is_read_from_the_query(tmp_path, monkeypatch):
     """A condition that is added to query.sql with its reason is counted by it; one without, as outside the stays."""
-    query = mimic.QUERY_FILE.read_text("utf-8")
     given = "    AND (l.hadm_id = s.admission_id OR l.hadm_id IS NULL)\n"
     more = "    AND IFNULL(l.valuenum, 0) < 7.0  -- else: high, it's said\n    AND l.itemid <> 4\n"
     changed = tmp_path / "query.sql"
-    changed.write_text(query.replace(given, given + more))
+    changed.write_text(QUERY.replace(given, given + more))
     monkeypatch.setattr(mimic, "QUERY_FILE", changed)
     table, report = read(tmp_path)
     labs = accounts(report)["hosp/labevents"]
@@ -304,7 +327,7 @@ def test_reason_why_a_row_is_no_event_is_read_from_the_query(tmp_path, monkeypat
 
 @pytest.mark.parametrize("table", EVENT_TABLES)
 def test_row_without_any_value_has_no_fault_but_its_missing_time(table):
-    fault = mimic.faults_of_rows(mimic.QUERY_FILE.read_text("utf-8"))[table]
+    fault = mimic.faults_of_rows(QUERY)[table]
     nothing = ", ".join(f"NULL::{kind} AS {name}" for name, kind in MIMIC_TABLES[table].items())
     timed = nothing.replace("NULL::TIMESTAMP", "TIMESTAMP '2150-01-01'")
     for row, expected in ((nothing, "without a time"), (timed, None)):

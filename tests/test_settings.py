@@ -61,10 +61,10 @@ def test_options_overrule_the_file_and_the_file_the_defaults(tmp_path):
     content = "{max_epochs: 3, learning_rate: 1, item_history: true, static_features: [insurance]}"
     (tmp_path / "s.yml").write_text(content)
     options = "--max-epochs 4 --static-features patient_age patient_race --mixed-precision bf16 --no-test --seed=7"
-    argv = [str(tmp_path / "s.yml"), *options.split(), "--cache-dir", "a b", "--n_heads", "1"]
+    argv = [str(tmp_path / "s.yml"), *options.split(), "--cache-dir", "a b", "--vitals", "--n_heads", "1"]
     expected = {"static_features": ["patient_age", "patient_race"], "mixed_precision": "bf16", "item_history": True}
     expected |= {"max_epochs": 4, "learning_rate": 1, "no_test": True, "seed": 7, "n_heads": 1, "cache_dir": "a b"}
-    assert settings_from(argv, train.Settings, "") == train.Settings(**expected)
+    assert settings_from(argv, train.Settings, "") == train.Settings(**expected, vitals="vitals.sql")
     check_limits(train.Settings(**expected))
 
 

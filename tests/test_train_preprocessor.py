@@ -73,14 +73,16 @@ def test_fit_is_not_moved_by_other_stays(table):
     assert before == after
     rest = table.take(rest)  # whose history is told by the quantiles of those fitted on
     expected = items.encode_history(rest, items.item_quantiles(table.take(first)))
-    assert np.array_equal(fitted(table.take(first), item_history=True).encode_history(rest), expected)
+    vectors = np.zeros((len(rest.texts), 1), np.float32)
+    dataset = train.ClinicalSequenceDataset(rest, fitted(table.take(first), item_history=True), vectors)
+    assert np.array_equal(dataset.event_columns[:, 1:], expected)
 
 
 def test_state_is_plain_data_and_round_trips(table):
     preprocessor = fitted(table, item_history=True)
     copy = train.ClinicalDataPreprocessor().load_state_dict(json.loads(json.dumps(preprocessor.state_dict())))
     assert copy.static_names == preprocessor.static_names and copy.item_history
-    inputs = {"static_features": table.static_columns, "history": table, "relative_time": table.minutes_to_end}
+    inputs = {"static_features": table.static_columns, "relative_time": table.minutes_to_end}
     for name, value in inputs.items():
         again, encoded = (getattr(each, f"encode_{name}")(value) for each in (copy, preprocessor))
         assert np.array_equal(again, encoded)

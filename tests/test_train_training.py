@@ -45,6 +45,8 @@ def test_training_writes_every_output_with_each_patient_in_one_part(sample_run):
     found = {str(path.relative_to(out)) for kind in ("*", "[!e]*/*") for path in out.glob(kind) if path.is_file()}
     assert found == {".lock", *WRITTEN, *attention}
     assert all((out / name).stat().st_size for name in found - {".lock"})
+    shown = [train.load_attention_weights(path)["icu_stay_id"] for path in (out / "attention_weights").iterdir()]
+    assert len(shown) == 3 and len(set(map(int, shown))) == 1  # the same stay in every epoch
     history = pd.read_csv(out / "history.csv")
     assert history["epoch"].tolist() == [1, 2, 3] and (history["seconds"] > 0).all()
     content = json.loads((out / "metrics.json").read_text())
