@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -183,24 +183,22 @@ def choose_cohort(
     table: StayTable, first_stay_only: bool = False, observation_hours: float = 0.0, gap_hours: float = 0.0
 ) -> tuple[StayTable, list[dict[str, Any]]]:
     """Return the stays to analyse, as known by observation_hours if any, and the flow to them; InputError if none."""
-    flow, least = list[dict[str, Any]](), observation_hours + gap_hours
-    steps: dict[str, Callable[[StayTable], StayTable]] = {"all stays with events": lambda now: now}
+    steps, flow = {"all stays with events": table}, list[dict[str, Any]]()
     if first_stay_only:
-        earliest = lambda stays: stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
-        steps["first ICU stay of each patient"] = lambda now: now.take(np.sort(earliest(now.stays)))
+        earliest = table.stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
+        steps["first ICU stay of each patient"] = table = table.take(np.sort(earliest))
     if observation_hours > 0:
-        no_end = " (or without an end yet)" if np.isinf(stay_hours(table)).any() else ""
-        in_icu = f"still in the ICU and alive {least:g} h after admission{no_end}"
-        steps[in_icu] = lambda now: now.take(stay_hours(now) > least)
-        known = lambda now: known_at(now, observation_hours, is_described=True)  # in subgroups; it is never a feature
-        steps[f"with an event known {observation_hours:g} h after admission"] = known
-    for name, step in steps.items():
-        table = step(table)
-        counts = {"stays": len(table.stays), "patients": table.stays["patient_id"].nunique(), "events": len(table.text)}
-        flow.append({"name": name} | counts | {"deaths": int(np.nansum(table.labels))})
-        if table.stays.empty:
-            so_far = "; ".join(f"{done['name']}: {done['stays']}" for done in flow)
-            raise NoStayLeft(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
+        least, hours = observation_hours + gap_hours, stay_hours(table)
+        no_end = " (or without an end yet)" if np.isinf(hours).any() else ""
+        steps[f"still in the ICU and alive {least:g} h after admission{no_end}"] = table = table.take(hours > least)
+        table = known_at(table, observation_hours, is_described=True)  # in subgroups; it is never a feature
+        steps[f"with an event known {observation_hours:g} h after admission"] = table
+    for name, now in steps.items():
+        counts = {"stays": len(now.stays), "patients": now.stays["patient_id"].nunique(), "events": len(now.text)}
+        flow.append({"name": name} | counts | {"deaths": int(np.nansum(now.labels))})
+    if table.stays.empty:
+        so_far = "; ".join(f"{step['name']}: {step['stays']}" for step in flow)
+        raise NoStayLeft(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
     return table, flow
 
 
