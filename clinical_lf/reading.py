@@ -84,8 +84,6 @@ def read_stays(
             raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
-        with contextlib.suppress(OSError):
-            results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
     path = Path(os.path.expanduser(data))
     if "\n" in str(data):
@@ -128,6 +126,8 @@ def table_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
+        if os.path.lexists(path):  # a device, or a link to nothing: no pattern finds more
+            raise files.refusal("not_a_table", path=path)
         return sum(map(table_files, map(Path, sorted(glob(str(path), recursive=True)))), list[Path]())
     if (path / "hosp").is_dir() or (path / "icu").is_dir():
         return []
@@ -166,10 +166,9 @@ def _register_source(
         # BigQuery's exports wrap each element of an array in structs called list and element.
         array = duck.column_types(con, relation).get("events", "[]")
         events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-        rows.append(f"SELECT icu_stay_id, unnest({events}) AS event FROM {relation}")
-    event_rows = " UNION ALL BY NAME ".join(f"SELECT icu_stay_id, event.* FROM ({unnested})" for unnested in rows)
+        rows.append(f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {relation})")
     con.execute("CREATE TEMP VIEW stay_rows AS SELECT * EXCLUDE events FROM given")
-    con.execute(f"CREATE TEMP VIEW event_rows AS {event_rows}")
+    con.execute(f"CREATE TEMP VIEW event_rows AS {' UNION ALL BY NAME '.join(rows)}")
     return "nested", {}
 
 
