@@ -158,7 +158,7 @@ def _fill(working: Path, target: Path, folder: Path, query_file: Path, memory_li
                 if (Path(table).name,) not in done:
                     load_mimic_table(database, table, read, query)
             read = folder
-            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, query))))
+            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, query, paths))))
             local = re.sub(r"`[\w.-]+\.(\w+)`", r"\1", query)  # tables of the same names
             collect_stays(database, sqlglot.transpile(local, read="bigquery", write="duckdb")[0], result)
     except (duckdb.Error, InputError) as error:
