@@ -164,9 +164,8 @@ def _register_source(
     rows = []
     for relation in ("given", *["given_vitals"] * bool(added)):
         # BigQuery's exports wrap each element of an array in structs called list and element.
-        array = duck.column_types(con, relation).get("events", "[]")
-        events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-        rows.append(f"SELECT icu_stay_id, event.* FROM (SELECT icu_stay_id, unnest({events}) AS event FROM {relation})")
+        array = "events" if duck.column_types(con, relation).get("events", "[]").endswith("[]") else "events.list"
+        rows.append(f"SELECT icu_stay_id, unnest({array}, recursive := true) FROM {relation}")
     con.execute("CREATE TEMP VIEW stay_rows AS SELECT * EXCLUDE events FROM given")
     con.execute(f"CREATE TEMP VIEW event_rows AS {' UNION ALL BY NAME '.join(rows)}")
     return "nested", {}
@@ -243,7 +242,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
     if stays.empty:
         reasons = "; ".join(f"{count} {files.WORDS['reasons'][code]}" for code, count in counts.items() if count)
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
-    offsets = tables.sums_before(stays.pop("n_events").to_numpy())
+    offsets = np.cumulative_sum(stays.pop("n_events").to_numpy(), include_initial=True)
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}
     no_input = len(EVENT_TYPES)  # the model has none for what is beyond, be its type known or not
     order = f"icu_stay_id, minutes_since_intime, least(event_type, {no_input}), text, known_minutes_since_intime"

@@ -64,18 +64,18 @@ class StayTable:
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> Self:
         """Return the table of these stays (indices in their order, or a mask) and of events that `keep_event` marks."""
         stays = np.arange(len(self.stays))[stays]
-        offsets = sums_before(self.lengths[stays])
+        offsets = np.cumulative_sum(self.lengths[stays], include_initial=True)
         events = np.arange(offsets[-1]) + np.repeat(self.offsets[stays] - offsets[:-1], np.diff(offsets))
         if keep_event is not None:
             is_kept = keep_event[events]
-            events, offsets = events[is_kept], sums_before(is_kept)[offsets]
+            events, offsets = events[is_kept], np.cumulative_sum(is_kept, include_initial=True)[offsets]
         arrays = {name: getattr(self, name)[events] for name in EVENT_ARRAYS}
         return replace(self, stays=self.stays.iloc[stays].reset_index(drop=True), offsets=offsets, **arrays)
 
     def with_own_texts(self) -> Self:
         """Return the table without the texts that none of its events has: they need no vector."""
         is_used = np.bincount(self.text, minlength=len(self.texts)) > 0
-        number = sums_before(is_used).astype(np.int32)  # of each text that is used: how many of these precede it
+        number = np.cumsum(is_used, dtype=np.int32) - 1  # of each text that is used: how many of these precede it
         return replace(self, text=number[self.text], texts=self.texts[is_used])
 
     def fingerprint(self) -> str:
@@ -88,15 +88,10 @@ class StayTable:
         return digest.hexdigest()
 
 
-def sums_before(counts: np.ndarray) -> np.ndarray:
-    """Return the sum of what stands before each place, and of all: (n,) -> (n + 1) int64."""
-    return np.concatenate([[0], np.cumsum(counts)])
-
-
 def stacked(tables: Sequence[StayTable]) -> StayTable:
     """Return one table of the stays of all, which have the same texts."""
     stays = pd.concat([table.stays for table in tables], ignore_index=True)
-    offsets = sums_before(np.concatenate([table.lengths for table in tables]))
+    offsets = np.cumulative_sum(np.concatenate([table.lengths for table in tables]), include_initial=True)
     arrays = {name: np.concatenate([getattr(table, name) for table in tables]) for name in EVENT_ARRAYS}
     return StayTable(stays, offsets, texts=tables[0].texts, **arrays)
 
@@ -278,10 +273,10 @@ def split_of_parts(table: StayTable, part_of_patient: pd.Series, path: str) -> S
 def split_from_file(table: StayTable, path: Path) -> Split:
     """Return the stays of the patients that a CSV file (patient_id, part) puts into train, validation and test."""
     try:
-        part_of_patient = pd.read_csv(path).drop_duplicates().set_index("patient_id")["part"]
-    except (OSError, ValueError, KeyError) as error:
+        rows = pd.read_csv(path, usecols=["patient_id", "part"]).drop_duplicates()
+    except (OSError, ValueError) as error:
         raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
-    split = split_of_parts(table, part_of_patient, f"--split {path}")
+    split = split_of_parts(table, rows.set_index("patient_id")["part"], f"--split {path}")
     for name, stays in zip(Split._fields, split):
         if not has_both_outcomes(table, stays) and (len(stays) or name != "test"):
             raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")

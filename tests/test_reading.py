@@ -196,7 +196,7 @@ BAD_FILES = {
     "no gzip": ("data.csv.gz", holding(CSV), "not a GZIP stream"),
     "Parquet cut short": ("data.parquet", holding(PARQUET[:-100]), "cannot be read"),
     "another Parquet": ("data.parquet", pd.DataFrame({"a": [1]}).to_parquet, "missing columns"),
-    "events are numbers": ("data.parquet", holding(PARQUET), "cannot be read"),
+    "events are numbers": ("data.parquet", holding(PARQUET), "missing columns"),
     "times are numbers": ("data.parquet", lambda p: parquet_with(p, icu_intime=7), "column icu_intime is not a time"),
     "ids are floats": ("data.parquet", lambda p: parquet_with(p, patient_id=2.0**54), "stored as floating point"),
     "hours for minutes": ("data.csv", in_hours, "is in hours in 120 of 120 events"),
