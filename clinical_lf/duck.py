@@ -1,10 +1,8 @@
 """DuckDB as every source uses it: within limits, in UTC, with errors that hold no row."""
 
-import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from glob import escape
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +127,17 @@ def reason_without_rows(error: Exception, parquet: Iterable[Path] = ()) -> str:
     text = str(error).split("\nLINE 1")[0]
     named = re.findall(r"""(?:['"]|stream: |\n  file = )(.+?\.\w+)(?:['"]|$)""", text, re.MULTILINE)
     at_fault = [name for name in named if Path(name).is_file()][-1:]
-    at_fault = at_fault or [*islice((str(path) for path in parquet if not _is_readable(path)), 1)]
+    for path in () if at_fault else parquet:
+        try:  # every value is read
+            duckdb.connect().execute(f"SELECT max(hash(COLUMNS(*))) FROM read_parquet({file_list([path])})").fetchall()
+        except duckdb.Error:
+            at_fault = [str(path)]
+            break
     reasons = [words for pattern, words in WORDS["damage"].items() if re.search(pattern, text)]
     line = re.search(r"Line: ?(\d+)", text)
     # DuckDB's own words may hold a value.
     reason = f"{[*reasons, type(error).__name__][0]}{f' at line {line[1]}' if line else ''}"
     return ": ".join([*at_fault, reason])
-
-
-def _is_readable(parquet: Path) -> bool:
-    with contextlib.suppress(duckdb.Error), duckdb.connect() as con:
-        return bool(con.execute(f"SELECT max(hash(COLUMNS(*))) FROM read_parquet({file_list([parquet])})").fetchall())
-    return False
 
 
 def out_of_memory_error(what: str, error: Exception, memory_limit: str, folder: Path) -> InputError:

@@ -1,7 +1,6 @@
 """A MEDS data set (Medical Event Data Standard): each label row is one stay that ends with its prediction."""
 
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf import duck, tables
-from clinical_lf.duck import column_types, file_list, first_value, open_duckdb, reason_without_rows, typed_rows
+from clinical_lf.duck import first_value
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
 from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
@@ -48,16 +47,14 @@ def make_view(con: DuckDBPyConnection, table: str, paths: list[Path], may_be_emp
     columns.loc[columns.index == may_be_empty, "must"] = "false"
     known, place = columns["names"].str.split("|").explode(), "file_of_row AS place, file_row_number + 1 AS number"
     options = "hive_partitioning = false, filename = 'file_of_row', file_row_number = true"
-    rows_of = lambda files: f"read_parquet({file_list(files)}, {options})"
-    alike, read = defaultdict[tuple[tuple[str, str], ...], list[Path]](list), []
-    for path in paths:
-        alike[tuple(column_types(con, rows_of([path])).items())].append(path)
-    for types, members in alike.items():
-        names = [name for name, _ in types][:-2]
+    rows_of = lambda files: f"read_parquet({duck.file_list(files)}, {options})"
+    read, schemas = [], pd.Series({path: str(duck.column_types(con, rows_of([path]))) for path in paths})
+    for members in schemas.groupby(schemas, sort=False).groups.values():
+        names = [*duck.column_types(con, rows_of(members))][:-2]
         columns["given"] = known[known.isin(names)].groupby("column").first().reindex(columns.index, fill_value="")
         if absent := [*columns.index[columns["must"].ne("") & columns["given"].eq("")]]:
             raise refusal("no_meds_column", path=members[0], column=absent[0], present=", ".join(names[:12]))
-        read.append(typed_rows(con, rows_of(members), columns, place))
+        read.append(duck.typed_rows(con, rows_of(members), columns, place))
     con.execute(f"CREATE TEMP VIEW {table} AS {' UNION ALL '.join(rows for rows, _ in read)}")
     return pd.concat(zones for _, zones in read).sum()
 
@@ -109,11 +106,11 @@ def meds_split(table: StayTable, root: Path, seed: int = 0) -> Split | None:
     if not path.is_file():
         return None
     try:
-        with open_duckdb("33%", path.parent) as con:
+        with duck.open_duckdb("33%", path.parent) as con:
             make_view(con, "splits", [path])
             subjects = con.sql("SELECT DISTINCT subject_id, split FROM splits").df()
     except duckdb.Error as error:
-        raise refusal("unreadable", source=path, reason=reason_without_rows(error)) from None
+        raise refusal("unreadable", source=path, reason=duck.reason_without_rows(error)) from None
     names = subjects["split"].str.lower().str.replace(r"[\W_]", "", regex=True)
     subjects["part"] = names.map(CSV["parts"].set_index("name")["part"])
     if unknown := ", ".join(subjects["split"][subjects["part"].isna()].unique()[:3]):

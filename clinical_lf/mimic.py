@@ -83,13 +83,12 @@ def load_mimic_table(database: duckdb.DuckDBPyConnection, table: str, path: Path
             raise refusal("repeated_keys", table=table, column=unique, count=count, first=first)
 
 
-def account_for_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[SourceAccount]:
+def account_for_rows(database: duckdb.DuckDBPyConnection, query: str, tables: Iterable[str]) -> list[SourceAccount]:
     """Count the rows of every table: read, of the cohort, lost and why. Events in stays: see `complete_account`."""
     passed = dict(database.execute("SELECT sequence_name, coalesce(last_value, 0) FROM duckdb_sequences()").fetchall())
     accounts, faults = [], faults_of_rows(query)
-    for table, says in _TABLES.items():
-        if f"{(name := Path(table).name)}_read" not in passed:  # of another query
-            continue
+    for table in tables:
+        name, says = Path(table).name, _TABLES[table]
         others = passed[f"{name}_any"] - passed[f"{name}_read"] if "of_items" in says else 0
         account = SourceAccount(table, passed[f"{name}_read"] + others)
         if table in faults:
@@ -159,7 +158,7 @@ def _fill(working: Path, target: Path, folder: Path, query_file: Path, memory_li
                 if (Path(table).name,) not in done:
                     load_mimic_table(database, table, read, query)
             read = folder
-            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, query))))
+            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, query, paths))))
             local = re.sub(r"`[\w.-]+\.(\w+)`", r"\1", query)  # tables of the same names
             collect_stays(database, sqlglot.transpile(local, read="bigquery", write="duckdb")[0], result)
     except (duckdb.Error, InputError) as error:

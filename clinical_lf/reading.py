@@ -84,8 +84,6 @@ def read_stays(
             raise files.refusal("unreadable_csv" if is_csv else "unreadable", source=name, reason=reason) from None
 
     if isinstance(data, pd.DataFrame):
-        with contextlib.suppress(OSError):
-            results.mkdir(parents=True, exist_ok=True)
         return read(data, "the data frame")
     path = Path(os.path.expanduser(data))
     if "\n" in str(data):
@@ -128,6 +126,8 @@ def table_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
+        if os.path.lexists(path):  # a device, or a link to nothing: no pattern finds more
+            raise files.refusal("not_a_table", path=path)
         return sum(map(table_files, map(Path, sorted(glob(str(path), recursive=True)))), list[Path]())
     if (path / "hosp").is_dir() or (path / "icu").is_dir():
         return []
@@ -164,12 +164,10 @@ def _register_source(
     rows = []
     for relation in ("given", *["given_vitals"] * bool(added)):
         # BigQuery's exports wrap each element of an array in structs called list and element.
-        array = duck.column_types(con, relation).get("events", "[]")
-        events = "events" if array.endswith("[]") else "list_transform(events.list, lambda e: e.element)"
-        rows.append(f"SELECT icu_stay_id, unnest({events}) AS event FROM {relation}")
-    event_rows = " UNION ALL BY NAME ".join(f"SELECT icu_stay_id, event.* FROM ({unnested})" for unnested in rows)
+        array = "events" if duck.column_types(con, relation).get("events", "[]").endswith("[]") else "events.list"
+        rows.append(f"SELECT icu_stay_id, unnest({array}, recursive := true) FROM {relation}")
     con.execute("CREATE TEMP VIEW stay_rows AS SELECT * EXCLUDE events FROM given")
-    con.execute(f"CREATE TEMP VIEW event_rows AS {event_rows}")
+    con.execute(f"CREATE TEMP VIEW event_rows AS {' UNION ALL BY NAME '.join(rows)}")
     return "nested", {}
 
 
@@ -244,7 +242,7 @@ def _load_events(con: DuckDBPyConnection, source: str, counts: dict[str, int], n
     if stays.empty:
         reasons = "; ".join(f"{count} {files.WORDS['reasons'][code]}" for code, count in counts.items() if count)
         raise files.refusal("no_events" if reasons else "no_rows", source=source, reasons=reasons)
-    offsets = tables.sums_before(stays.pop("n_events").to_numpy())
+    offsets = np.cumulative_sum(stays.pop("n_events").to_numpy(), include_initial=True)
     arrays = {name: np.empty(offsets[-1], kind) for name, kind in tables.EVENT_ARRAYS.items()}
     no_input = len(EVENT_TYPES)  # the model has none for what is beyond, be its type known or not
     order = f"icu_stay_id, minutes_since_intime, least(event_type, {no_input}), text, known_minutes_since_intime"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -64,18 +64,18 @@ class StayTable:
     def take(self, stays: np.ndarray, keep_event: np.ndarray | None = None) -> Self:
         """Return the table of these stays (indices in their order, or a mask) and of events that `keep_event` marks."""
         stays = np.arange(len(self.stays))[stays]
-        offsets = sums_before(self.lengths[stays])
+        offsets = np.cumulative_sum(self.lengths[stays], include_initial=True)
         events = np.arange(offsets[-1]) + np.repeat(self.offsets[stays] - offsets[:-1], np.diff(offsets))
         if keep_event is not None:
             is_kept = keep_event[events]
-            events, offsets = events[is_kept], sums_before(is_kept)[offsets]
+            events, offsets = events[is_kept], np.cumulative_sum(is_kept, include_initial=True)[offsets]
         arrays = {name: getattr(self, name)[events] for name in EVENT_ARRAYS}
         return replace(self, stays=self.stays.iloc[stays].reset_index(drop=True), offsets=offsets, **arrays)
 
     def with_own_texts(self) -> Self:
         """Return the table without the texts that none of its events has: they need no vector."""
         is_used = np.bincount(self.text, minlength=len(self.texts)) > 0
-        number = sums_before(is_used).astype(np.int32)  # of each text that is used: how many of these precede it
+        number = np.cumsum(is_used, dtype=np.int32) - 1  # of each text that is used: how many of these precede it
         return replace(self, text=number[self.text], texts=self.texts[is_used])
 
     def fingerprint(self) -> str:
@@ -88,15 +88,10 @@ class StayTable:
         return digest.hexdigest()
 
 
-def sums_before(counts: np.ndarray) -> np.ndarray:
-    """Return the sum of what stands before each place, and of all: (n,) -> (n + 1) int64."""
-    return np.concatenate([[0], np.cumsum(counts)])
-
-
 def stacked(tables: Sequence[StayTable]) -> StayTable:
     """Return one table of the stays of all, which have the same texts."""
     stays = pd.concat([table.stays for table in tables], ignore_index=True)
-    offsets = sums_before(np.concatenate([table.lengths for table in tables]))
+    offsets = np.cumulative_sum(np.concatenate([table.lengths for table in tables]), include_initial=True)
     arrays = {name: np.concatenate([getattr(table, name) for table in tables]) for name in EVENT_ARRAYS}
     return StayTable(stays, offsets, texts=tables[0].texts, **arrays)
 
@@ -183,24 +178,22 @@ def choose_cohort(
     table: StayTable, first_stay_only: bool = False, observation_hours: float = 0.0, gap_hours: float = 0.0
 ) -> tuple[StayTable, list[dict[str, Any]]]:
     """Return the stays to analyse, as known by observation_hours if any, and the flow to them; InputError if none."""
-    flow, least = list[dict[str, Any]](), observation_hours + gap_hours
-    steps: dict[str, Callable[[StayTable], StayTable]] = {"all stays with events": lambda now: now}
+    steps, flow = {"all stays with events": table}, list[dict[str, Any]]()
     if first_stay_only:
-        earliest = lambda stays: stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
-        steps["first ICU stay of each patient"] = lambda now: now.take(np.sort(earliest(now.stays)))
+        earliest = table.stays.sort_values(["icu_intime", "icu_stay_id"]).drop_duplicates("patient_id").index
+        steps["first ICU stay of each patient"] = table = table.take(np.sort(earliest))
     if observation_hours > 0:
-        no_end = " (or without an end yet)" if np.isinf(stay_hours(table)).any() else ""
-        in_icu = f"still in the ICU and alive {least:g} h after admission{no_end}"
-        steps[in_icu] = lambda now: now.take(stay_hours(now) > least)
-        known = lambda now: known_at(now, observation_hours, is_described=True)  # in subgroups; it is never a feature
-        steps[f"with an event known {observation_hours:g} h after admission"] = known
-    for name, step in steps.items():
-        table = step(table)
-        counts = {"stays": len(table.stays), "patients": table.stays["patient_id"].nunique(), "events": len(table.text)}
-        flow.append({"name": name} | counts | {"deaths": int(np.nansum(table.labels))})
-        if table.stays.empty:
-            so_far = "; ".join(f"{done['name']}: {done['stays']}" for done in flow)
-            raise NoStayLeft(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
+        least, hours = observation_hours + gap_hours, stay_hours(table)
+        no_end = " (or without an end yet)" if np.isinf(hours).any() else ""
+        steps[f"still in the ICU and alive {least:g} h after admission{no_end}"] = table = table.take(hours > least)
+        table = known_at(table, observation_hours, is_described=True)  # in subgroups; it is never a feature
+        steps[f"with an event known {observation_hours:g} h after admission"] = table
+    for name, now in steps.items():
+        counts = {"stays": len(now.stays), "patients": now.stays["patient_id"].nunique(), "events": len(now.text)}
+        flow.append({"name": name} | counts | {"deaths": int(np.nansum(now.labels))})
+    if table.stays.empty:
+        so_far = "; ".join(f"{step['name']}: {step['stays']}" for step in flow)
+        raise NoStayLeft(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
     return table, flow
 
 
@@ -280,10 +273,10 @@ def split_of_parts(table: StayTable, part_of_patient: pd.Series, path: str) -> S
 def split_from_file(table: StayTable, path: Path) -> Split:
     """Return the stays of the patients that a CSV file (patient_id, part) puts into train, validation and test."""
     try:
-        part_of_patient = pd.read_csv(path).drop_duplicates().set_index("patient_id")["part"]
-    except (OSError, ValueError, KeyError) as error:
+        rows = pd.read_csv(path, usecols=["patient_id", "part"]).drop_duplicates()
+    except (OSError, ValueError) as error:
         raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
-    split = split_of_parts(table, part_of_patient, f"--split {path}")
+    split = split_of_parts(table, rows.set_index("patient_id")["part"], f"--split {path}")
     for name, stays in zip(Split._fields, split):
         if not has_both_outcomes(table, stays) and (len(stays) or name != "test"):
             raise InputError(f"--split {path}: its part {name} holds no stays of both outcomes in this data.")

@@ -179,6 +179,8 @@ BAD_FILES = {
     "a glob without files": ("none*.parquet", lambda p: None, "nor a pattern that one fits"),
     "empty CSV": ("data.csv", holding(""), "the file is empty"),
     "empty Parquet": ("data.parquet", holding(""), "the file is empty"),
+    "neither file nor folder": ("/dev/null", lambda p: None, "--data takes a folder"),
+    "a link to nothing": ("data.csv", lambda p: p.symlink_to("gone"), "--data takes a folder"),
     "another kind of file": ("data.xlsx", holding("PK"), "--data takes a folder"),
     "empty folder": ("folder", Path.mkdir, "is no complete MIMIC-IV folder"),
     "no header": ("data.csv", holding("\n".join(LINES[1:])), "missing columns patient_id"),
@@ -194,7 +196,7 @@ BAD_FILES = {
     "no gzip": ("data.csv.gz", holding(CSV), "not a GZIP stream"),
     "Parquet cut short": ("data.parquet", holding(PARQUET[:-100]), "cannot be read"),
     "another Parquet": ("data.parquet", pd.DataFrame({"a": [1]}).to_parquet, "missing columns"),
-    "events are numbers": ("data.parquet", holding(PARQUET), "cannot be read"),
+    "events are numbers": ("data.parquet", holding(PARQUET), "missing columns"),
     "times are numbers": ("data.parquet", lambda p: parquet_with(p, icu_intime=7), "column icu_intime is not a time"),
     "ids are floats": ("data.parquet", lambda p: parquet_with(p, patient_id=2.0**54), "stored as floating point"),
     "hours for minutes": ("data.csv", in_hours, "is in hours in 120 of 120 events"),
@@ -350,9 +352,11 @@ def test_limit_of_memory_that_is_none_is_said_and_too_low_a_one_does_not_blame_t
         read_stays(train.SAMPLE, tmp_path, memory_limit=limit)
 
 
-def test_data_frame_that_passes_the_limit_of_memory_has_a_folder_to_spill_into(tmp_path):
+def test_data_frame_that_passes_the_limit_of_memory_has_a_folder_to_spill_into(tmp_path, monkeypatch):
     """DuckDB makes the last folder of its path only."""
-    read_stays(small_table(), tmp_path / "new" / "cache")
+    large, check = "CREATE TEMP TABLE large AS SELECT random() AS x FROM range(4000000) ORDER BY x", reading._check
+    monkeypatch.setattr(reading, "_check", lambda con, *others: con.execute(large) and check(con, *others))
+    assert len(read_stays(small_table(), tmp_path / "new" / "cache", memory_limit="40MB")[0].stays) == 40
     assert (tmp_path / "new" / "cache" / "query_results").is_dir()
 
 
