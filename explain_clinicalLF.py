@@ -1469,12 +1469,8 @@ def write_everything(folder: Path, run: Run, found: Explanation, checkpoint: str
         files.delete_quietly(path)  # an earlier explanation may have drawn what this one does not
     for name, picture in pictures.items():
         files.write_whole(folder / f"{name}.png", partial(Path.write_bytes, data=picture["png"]))
-    info: dict[str, Any] = {"data": run_folder.data_in_words(run.data), "checkpoint": checkpoint}
-    info |= {
-        "text_encoder": found.text_encoder,
-        "thresholds": run.checkpoint.state["thresholds"],
-        "level": metrics.LEVEL,
-    }
+    info: dict = {"data": run_folder.data_in_words(run.data), "checkpoint": checkpoint, "level": metrics.LEVEL}
+    info |= {"text_encoder": found.text_encoder, "thresholds": run.checkpoint.state["thresholds"]}
     info["setting"] = run_folder.moment_of_prediction(writer.settings["observation_hours"], writer.settings["labels"])
     info |= {"labels": run.table.labels, "risks": expit(run.logits), "ids": run.table.stays["icu_stay_id"].to_numpy()}
     writer.text("report.html", explain_report.render_report(found, pictures, info))
