@@ -125,8 +125,8 @@ def complete_account(con: duckdb.DuckDBPyConnection, folders: Iterable[Path]) ->
 
 def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", query_file: Path | None = None) -> Path:
     """Return the folder of Parquet files with what query.sql gives for a MIMIC-IV folder: a row per ICU stay."""
-    # Kept while both stay the same; a stopped run goes on from its tables and slices.
-    folder, results, query_file = Path(folder), Path(cache_dir) / "query_results", query_file or QUERY_FILE
+    # Kept while both stay the same; a stopped run goes on from its tables and slices, or if damaged is begun anew.
+    results, query_file = cache_dir / "query_results", query_file or QUERY_FILE
     query = query_file.read_text("utf-8")
     paths = find_mimic_files(folder, query)
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values()]
@@ -135,43 +135,37 @@ def run_mimic_query(folder: Path, cache_dir: Path, memory_limit: str = "33%", qu
     made_of = (query, tables, READ_AS, _STATEMENTS, duck.MISSING, duckdb.__version__, stats)
     key = hashlib.md5(repr(made_of).encode()).hexdigest()
     target, working = results / f"{key}.parquet", results / f"unfinished-{key}"
-    if not target.exists():
-        with files.lock_folder(results):
-            for unfinished in set(results.glob("unfinished-*")) - {working}:
-                files.delete_quietly(unfinished)
-            if not target.exists():  # another run may have made it while this one waited
-                _fill(working, target, folder, query_file, memory_limit)
-    return target
+    if target.exists():
+        return target
+    import sqlglot  # here: it takes a while, and most starts find the result
 
-
-def _fill(working: Path, target: Path, folder: Path, query_file: Path, memory_limit: str) -> None:
-    """Make a query's result by way of `working`: a stopped run's is gone on from, or if damaged begun anew."""
-    import sqlglot
-
-    is_begun, read, result, query = working.exists(), folder, working / target.name, query_file.read_text("utf-8")
-    working.mkdir(exist_ok=True)
-    try:
-        with duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb") as database:
-            done = database.execute("SHOW TABLES").fetchall()
-            paths = find_mimic_files(folder, query)
-            for table, read in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
-                if (Path(table).name,) not in done:
-                    load_mimic_table(database, table, read, query)
-            read = folder
-            files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, query, paths))))
-            local = re.sub(r"`[\w.-]+\.(\w+)`", r"\1", query)  # tables of the same names
-            collect_stays(database, sqlglot.transpile(local, read="bigquery", write="duckdb")[0], result)
-    except (duckdb.Error, InputError) as error:
-        if isinstance(error, duckdb.OutOfMemoryException) or "No space left" in str(error):  # the next run goes on
-            raise duck.out_of_memory_error(query_file.name, error, memory_limit, working.parent) from None
+    with files.lock_folder(results):
+        for unfinished in set(results.glob("unfinished-*")) - {working}:
+            files.delete_quietly(unfinished)
+        while not target.exists():  # another run may have made it while this one waited
+            is_begun, read, result = working.exists(), folder, working / target.name
+            working.mkdir(exist_ok=True)
+            try:
+                with duck.open_duckdb(memory_limit, working / "spilled", working / "mimic.duckdb") as database:
+                    done = database.execute("SHOW TABLES").fetchall()
+                    for table, read in Progress(paths.items(), desc="reading MIMIC-IV", unit=" tables"):
+                        if (Path(table).name,) not in done:
+                            load_mimic_table(database, table, read, query)
+                    read = folder
+                    files.write_json(result / ACCOUNT, list(map(asdict, account_for_rows(database, query, paths))))
+                    local = re.sub(r"`[\w.-]+\.(\w+)`", r"\1", query)  # tables of the same names
+                    collect_stays(database, sqlglot.transpile(local, read="bigquery", write="duckdb")[0], result)
+                os.replace(result, target)
+            except (duckdb.Error, InputError) as error:
+                if isinstance(error, duckdb.OutOfMemoryException) or "No space left" in str(error):  # the next goes on
+                    raise duck.out_of_memory_error(query_file.name, error, memory_limit, results) from None
+                files.delete_quietly(working)
+                if not is_begun or working.exists():  # else another DuckDB made it, or the disk lost some of it: anew
+                    if isinstance(error, InputError):  # it has to be mended first
+                        raise
+                    raise refusal("unreadable_mimic", path=read, reason=duck.reason_without_rows(error)) from None
         files.delete_quietly(working)
-        if is_begun and not working.exists():  # another version of DuckDB made it, or the disk lost some of it
-            return _fill(working, target, folder, query_file, memory_limit)
-        if isinstance(error, InputError):  # it has to be mended first
-            raise
-        raise refusal("unreadable_mimic", path=read, reason=duck.reason_without_rows(error)) from None
-    os.replace(result, target)
-    files.delete_quietly(working)
+    return target
 
 
 def collect_stays(database: duckdb.DuckDBPyConnection, query: str, result: Path) -> None:
