@@ -10,7 +10,6 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from clinical_lf import duck, tables
-from clinical_lf.duck import first_value
 from clinical_lf.files import WORDS, logger, parquet_files, refusal
 from clinical_lf.tables import LABEL, SourceAccount, Split, StayTable
 
@@ -72,20 +71,20 @@ def register_meds(con: DuckDBPyConnection, root: Path, task: MedsTask, need_labe
     if made := MADE_LABELS.fullmatch(task.labels):
         hours = float(made[2])
         con.execute(statements["made labels"], {"hours": hours, "outcome": made[1].split("-")[1]})
-        left_out = {"label_of_ended_stay": first_value(con, "DELETE FROM label_rows WHERE NOT lasts")}
-        left_out["label_untold"] = untold = first_value(con, statements["untold labels"])
-        if not first_value(con, "SELECT count(*) FROM label_rows"):
+        left_out = {"label_of_ended_stay": duck.first_value(con, "DELETE FROM label_rows WHERE NOT lasts")}
+        left_out["label_untold"] = untold = duck.first_value(con, statements["untold labels"])
+        if not duck.first_value(con, "SELECT count(*) FROM label_rows"):
             raise refusal("no_stay_to_label", labels=task.labels, hours=hours + task.gap_hours, untold=untold)
     elif not task.files:
         raise refusal("no_labels", labels=task.labels)
     else:  # Parquet in the MEDS label schema
         zones += make_view(con, "labels", task.files, "" if need_label else "boolean_value")
         con.execute("CREATE TEMP TABLE label_rows AS FROM labels")
-        if not first_value(con, "SELECT count(*) FROM label_rows SEMI JOIN data USING (subject_id)"):
+        if not duck.first_value(con, "SELECT count(*) FROM label_rows SEMI JOIN data USING (subject_id)"):
             raise refusal("labels_of_nobody", labels=task.labels)
-        if conflicts := first_value(con, statements["contradictions"]):
+        if conflicts := duck.first_value(con, statements["contradictions"]):
             raise refusal("contradicting_labels", labels=task.labels, count=conflicts)
-        left_out = {"label_after_death": first_value(con, statements["labels after death"])}
+        left_out = {"label_after_death": duck.first_value(con, statements["labels after death"])}
     if (zones > 0).all():
         raise refusal("mixed_offsets", labels=task.labels, root=root)
     con.execute(statements["stays"])
