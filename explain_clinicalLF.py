@@ -754,7 +754,10 @@ def verdict_of(run: Run, leaks: dict[str, float]) -> list[Check]:
     with torch.no_grad():
         logit = float(checkpoint.model.logits(sequence, checkpoint.baseline["static"][None]))
     found = {"value": logit, "risk": 100 * expit(logit), "mean": percent(risks.mean()), "n": len(risks)}
-    found |= {"died": percent(known.mean()) if len(known) else "–", "above": int((run.logits > logit).sum())}
+    found |= {
+        "died": f", and {percent(known.mean())} died" * (len(known) > 0),
+        "above": int((run.logits > logit).sum()),
+    }
     return [*checks, Check("baseline, of few" if is_few else "baseline", found)]
 
 

@@ -1599,7 +1599,7 @@ def read_source(
     logger.info(f"Length      {lengths} events per stay (min, 25 %, median, 75 %, 95 %, max)")
     report.log(len(whole.stays))
     for step in flow if len(flow) > 1 else ():
-        logger.info(files.WORDS["log"]["cohort"].format(**step))
+        logger.info(files.WORDS["log"]["cohort" if len(known) else "cohort_untold"].format(**step))
     return Source(table, flow, report)
 
 
@@ -1794,19 +1794,19 @@ def load_run(
     check_limits(settings)
     if is_early := settings.observation_hours != trained.observation_hours and not settings.labels:
         logger.warning(files.WORDS["log"]["other_moment"].format(own=trained.observation_hours, **asdict(settings)))
-    source = read_source(settings, accelerator, data, need_label=False)
-    table = source.table
-    if is_early:  # what is known only later may be a feature of this model
-        table = replace(table, stays=table.stays.assign(**tables.KNOWN_ONLY_LATER))
+    unknown_yet = tables.KNOWN_ONLY_LATER if is_early else {}  # which may be features of this model
+    needed = [name for name in settings.static_features if name not in unknown_yet]
+    source = read_source(replace(settings, static_features=needed), accelerator, data, need_label=False)
+    table = replace(source.table, stays=source.table.stays.assign(**unknown_yet))
     if only_unseen:
         is_seen = checkpoint.is_seen(table.stays)
         if is_seen.all():
             raise files.refusal("all_seen", data=settings.data, count=len(is_seen))
         table = table.take(~is_seen).with_own_texts()
     for column, count in checkpoint.preprocessor.unknown_categories(table).items():
-        words = f"{column}: {count} of {len(table.stays)} stays, as in no stay of training"
-        is_much = count > 0.2 * len(table.stays)
-        logger.log(30 if is_much else 20, f"Data        {'WARNING: ' * is_much}{words}")
+        is_much, counted = count > 0.2 * len(table.stays), f"{column}: {count} of {len(table.stays)} stays"
+        said = files.WORDS["log"]["empty" if column.endswith("(empty)") else "unlike"]
+        logger.log(30 if is_much else 20, f"Data        {'WARNING: ' * is_much}{counted}, {said}")
     texts = texts_to_encode(table.texts, settings)
     settings, text_encoder = make_text_encoder(settings, texts, accelerator)
     if not checkpoint.has_read(*text_encoder.identity):
@@ -1850,7 +1850,7 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     checkpoint, _, table, *_, own, source = runs[0]
     rows = []  # of each moment, of the stays that last longer
     for hours in trajectory_hours(settings.trajectory):
-        with suppress(files.NoStayLeft):
+        if (tables.stay_hours(table) > hours).any():
             given["observation_hours"] = hours
             (then, *_), at = load_runs(settings.evaluate, settings.data, accelerator, **given)
             frame = then.table.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hours, probability=at)

@@ -31,10 +31,6 @@ class InputError(ValueError):
     """Something that the person who runs the program can mend: says what is wrong, where, and how to mend it."""
 
 
-class NoStayLeft(InputError):
-    """No stay of the data is what was asked for."""
-
-
 class Progress(tqdm):
     """A bar where somebody watches, a terminal or a notebook; in a log a line every 30 s with the time left."""
 

@@ -95,7 +95,7 @@ def meds_account(con: DuckDBPyConnection) -> list[SourceAccount]:
     """Return where the rows of data/ went; one that is in the sequences of two labels counts once."""
     fates = con.execute("FROM row_fates").fetchall()
     lost = {fate: count for fate, count, _ in fates}
-    noted = {"rows named by their code, which has no description": sum(count for *_, count in fates)}
+    noted = {"(used or not) are named by their code, which has no description": sum(count for *_, count in fates)}
     return [SourceAccount("data", sum(lost.values()), in_stays=lost.pop("", 0), lost=lost, noted=noted)]
 
 

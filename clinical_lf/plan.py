@@ -34,10 +34,7 @@ def only_cpu() -> bool:
 
 
 def describe_plan(table: StayTable, splits: list[Split], is_missing: np.ndarray, encoder: Any, settings: Any) -> None:
-    """Log the sizes of the parts, with a warning where figures will be luck, and what the run will do and need.
-
-    is_missing: which of the distinct texts have no vector yet of the encoder.
-    """
+    """Log the parts' sizes, with a warning where figures will be luck, and what is to be done: is_missing (n_texts)."""
     for split in splits:
         stays = " / ".join(str(len(part)) for part in split)
         deaths = " / ".join(f"{table.labels[part].sum():.0f}" for part in split)

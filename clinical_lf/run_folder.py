@@ -145,7 +145,7 @@ class RunFolder:
     def write_evaluation(self, scored: Predictions, known: Predictions, caption: str, title: str) -> Content:
         """Write predictions and, of those of known outcome, tables and plots; log and return their figures."""
         frame = scored.stays.assign(probability=scored.probabilities).astype({LABEL: "Int64"})
-        frame = frame.filter(["icu_stay_id", "patient_id", LABEL, "probability", "fold"])
+        frame = frame.filter(["icu_stay_id", "patient_id", LABEL, "probability", "fold", "seen_in_training"])
         self.table("predictions.csv", frame.rename(columns={LABEL: LABELS[self.settings["outcome"]]}))
         if self.settings["labels"]:
             self.table("predictions.parquet", meds_predictions(scored.stays, pd.Series(scored.probabilities)))
@@ -197,7 +197,7 @@ class RunFolder:
         facts = globals() | {"folder": self, "part": part, "scored": scored, "figures": figures}  # metrics: the module
         self.text("model_card.md", render("model_card.md.j2", content | facts))
         if part == "validation":
-            logger.warning("Validation  these stays chose the epoch: the figures flatter the model (--no-test)")
+            logger.warning("Validation  these stays chose the epoch: the figures flatter the model")
         return self.end("metrics.json", content)
 
     def report_evaluation(
@@ -212,11 +212,13 @@ class RunFolder:
             overlap = f"{is_seen.sum()} stays of patients that the model was trained or tuned on are left out"
             logger.warning(f"Evaluation  {overlap} of figures and pictures")
         title = f"Evaluation  of known outcome {judged.words()}"
-        figures = self.write_evaluation(predictions, judged, f"{encoder} · {judged.words()} · {overlap}", title)
+        scored = predictions._replace(stays=stays.assign(seen_in_training=is_seen))
+        figures = self.write_evaluation(scored, judged, f"{encoder} · {judged.words()} · {overlap}", title)
         unseen = unseen_items.groupby("item", as_index=False).sum()
         self.table("unseen_in_training.csv", unseen.sort_values("of_new_item", ascending=False, kind="stable"))
         share = float(unseen["of_new_item"].sum() / max(unseen["events"].sum(), 1))
-        logger.info(f"Unseen      {share:.1%} of these stays' events are of items that training never saw")
+        if unseen["events"].any():
+            logger.info(f"Unseen      {share:.1%} of these stays' events are of items that training never saw")
         content = described | {"thresholds": predictions.thresholds}
         content |= {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
         content |= {"metrics": figures or None, "unseen_in_training": {"of_new_item": round(share, 4)}}

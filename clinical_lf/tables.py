@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pandas as pd
 
-from clinical_lf.files import WORDS, InputError, NoStayLeft, logger, refusal
+from clinical_lf.files import WORDS, InputError, logger, refusal
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 OTHER_TYPES = ("vital", "output")  # known, but the model has no input for them: as those of unknown type
@@ -190,10 +190,11 @@ def choose_cohort(
         steps[f"with an event known {observation_hours:g} h after admission"] = table
     for name, now in steps.items():
         counts = {"stays": len(now.stays), "patients": now.stays["patient_id"].nunique(), "events": len(now.text)}
-        flow.append({"name": name} | counts | {"deaths": int(np.nansum(now.labels))})
+        died = None if np.isnan(now.labels).all() else int(np.nansum(now.labels))
+        flow.append({"name": name} | counts | {"deaths": died})
     if table.stays.empty:
         so_far = "; ".join(f"{step['name']}: {step['stays']}" for step in flow)
-        raise NoStayLeft(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
+        raise InputError(f"no stay is left ({so_far}). Lower --observation-hours or --gap-hours.")
     return table, flow
 
 
@@ -276,6 +277,8 @@ def split_from_file(table: StayTable, path: Path) -> Split:
         rows = pd.read_csv(path, usecols=["patient_id", "part"]).drop_duplicates()
     except (OSError, ValueError) as error:
         raise InputError(f"--split {path}: cannot be read as CSV with patient_id and part ({error}).") from None
+    if unknown := ", ".join({*rows["part"].dropna().astype(str)} - {*Split._fields}):
+        raise refusal("unknown_split", path=f"--split {path}", names=unknown, known=", ".join(Split._fields))
     split = split_of_parts(table, rows.set_index("patient_id")["part"], f"--split {path}")
     for name, stays in zip(Split._fields, split):
         if not has_both_outcomes(table, stays) and (len(stays) or name != "test"):

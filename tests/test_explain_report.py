@@ -87,7 +87,9 @@ def test_checks_say_in_words_whether_they_hold_and_are_counted_unless_the_verdic
 def test_a_risk_is_set_beside_what_became_of_the_stays_nearest_to_it_without_itself():
     risks, labels = np.linspace(0.05, 0.95, 40), (np.arange(40) >= 20).astype(float)
     words = explain_report.similar_sentence(labels, risks, 39)
-    assert words.startswith("Of the 20 other stays whose risks are nearest (49 % to 93 %), 19 died: 95 %, 95 % inter")
+    assert words.startswith(
+        "Of the 20 other stays of the nearest log-odds (risks of 49 % to 93 %), 19 died: 95 %, 95 % inter"
+    )
     alone = np.arange(40) == 39  # the only death is the stay's own
     assert ", 0 died: 0 %" in explain_report.similar_sentence(alone * 1.0, risks, 39)
     few = np.where(np.arange(40) < 20, labels, np.nan)

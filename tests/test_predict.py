@@ -24,7 +24,7 @@ def at_12_hours(sample_run, tmp_path_factory):
 def test_prediction_is_that_of_evaluate_for_a_file_and_a_frame(sample_run, tmp_path):
     data, places = sample_run / "data.csv", {"cache_dir": str(tmp_path)}
     out, _ = evaluated(tmp_path, data, best_model(sample_run))
-    expected = pd.read_csv(out / "predictions.csv").drop(columns=LABEL)
+    expected = pd.read_csv(out / "predictions.csv").drop(columns=[LABEL, "seen_in_training"])
     for given in (data, pd.read_csv(data)):
         pd.testing.assert_frame_equal(train.predict(best_model(sample_run), given, **places), expected, atol=1e-6)
     run = train.load_run(best_model(sample_run), data, **places)

@@ -173,7 +173,7 @@ def test_values_that_training_never_saw_are_counted_by_column_with_a_warning_abo
     empty = {f"{name} (empty)": 40 for name in ("marital_status", *EVENT_TYPES) if name != "labevent"}
     assert content["unknown_categories"] == {"patient_race": 1, "insurance": 40} | empty
     output = capfd.readouterr().out
-    assert "WARNING: insurance: 40 of 40 stays, as in no stay of training" in output
+    assert "WARNING: insurance: 40 of 40 stays, with a value that no stay of training has" in output
     assert "WARNING: marital_status (empty): 40 of 40 stays" in output
     assert "WARNING: patient_race" not in output
 
