@@ -432,7 +432,7 @@ def test_verdict_warns_of_an_untrained_model_foreign_stays_and_a_text_that_tells
     other = other._replace(is_new_item=np.ones(len(run.is_new_item), bool))
     passed, words = verdict_of(other, {"Procedure: Comfort measures": 1.0, "Lab: Sodium": 0.96})
     assert passed == [False] * 3
-    warnings = "nothing to explain; none of them is of its own; These stays are not like those; 100% of their; \n2 "
+    warnings = "nothing to explain; none of them is of its own; These stays are not like those; 100.0% of their; \n2 "
     for warning in (*warnings.split("; "), "most of all: Procedure: Comfort measures (AUROC 1.00"):
         assert warning in words
     assert run.checkpoint.is_new_item([run.table.texts[0] + " | Value: 7 mmol/L", "Lab: Nonsense"]).tolist() == [0, 1]

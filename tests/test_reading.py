@@ -410,6 +410,7 @@ def loads_or_is_refused(path):
     return True
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(EDIT, min_size=1, max_size=4))
 def test_any_cells_load_or_are_refused_in_a_csv_as_in_parquet_of_text_columns(tmp_path, edits):

@@ -178,6 +178,7 @@ def test_values_that_training_never_saw_are_counted_by_column_with_a_warning_abo
     assert "WARNING: patient_race" not in output
 
 
+@pytest.mark.slow
 def test_item_history_and_another_encoder_train_and_explain(tiny_longformer, finished, tmp_path, monkeypatch):
     data, options = finished / "data.csv", ["--item-history", "--n-layers", 0]
     assert train.main(arguments(tmp_path, data, *options, encoder=tiny_longformer)) == 0
@@ -193,6 +194,7 @@ def test_item_history_and_another_encoder_train_and_explain(tiny_longformer, fin
     assert not {"layer_attention_weights", "captum_layer_attributions"} & set(found.figures)
 
 
+@pytest.mark.slow
 def test_shuffled_labels_score_near_one_half(tmp_path):
     """With labels that mean nothing, held-out patients cannot be told apart."""
     table = make_sample(400, seed=2).table.assign(patient_death_time=None, relative_time_to_final_event=None)
