@@ -241,7 +241,8 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     line, middle, over_time = bands(page("captum_attributions", caption, 8.4, **facts), [1, 2.2, 1.7])
     said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
-    said += signed(row["logit"]) + ("" if row["complete"] else f" (gap {signed(row['gap_error'])}: not complete)")
+    gap = f" (gap {signed(row['gap_error'])}{'' if row['complete'] else ': not complete'})"
+    said += signed(row["logit"]) + gap * bool(abs(row["gap_error"]) >= 0.005)
     axes = line.subplots()
     axes.axhspan(-FLOOR, FLOOR, color=BAND, linewidth=0)
     axes.vlines(hours, 0, push, color=np.where(push >= 0, VERMILLION, BLUE), linewidth=1.1)

@@ -123,7 +123,14 @@ def test_report_tells_risk_outcome_checks_gap_and_decisive_events_of_every_shown
     shown = tables["stays"].query("why_shown != ''")
     assert report.count('<section class="stay"') == len(shown) == 2
     risks, outcomes = shown["probability"].map(explain_report.percent), shown["label"].map(explain_report.outcome)
-    judged = ["<td>falls short</td>", "<td>not judged</td>", "1 of 2 checks", "push, logit</th>", "do not add up"]
+    judged = [
+        "<td>falls short</td>",
+        "<td>not judged</td>",
+        "1 of 2 checks",
+        "push, logit</th>",
+        "do not add up",
+        "but for a gap of +0.30, gives",
+    ]
     decisive = "Without these 2 events the risk would be 18 % instead of 61 %, on the other side of 50 %: "
     for expected in (*shown["why_shown"], *risks, *outcomes, *judged, decisive, INFO["setting"]):
         assert expected in report
