@@ -1287,8 +1287,10 @@ def analyze_layer_attention_patterns(attention_weights: dict[str, Any], near: in
     `head_matrices` (H, L, L), `head_local_attention` and `head_global_attention` (H,), and `head_local_share` of all
     weight (H,) beside `local_share_by_chance`. Maps read from a file are of equal bins: L is then their number.
     """
-    rows = []
-    for stay, (pooling, events) in enumerate(weights_and_events(attention_weights)):
+    rows, passes = [], weights_and_events(attention_weights)
+    if "layer_attention_weights" not in attention_weights:
+        raise files.refusal("no_attention")
+    for stay, (pooling, events) in enumerate(passes):
         for layer, weights in enumerate(attention_weights["layer_attention_weights"], start=1):
             matrices = to_numpy(weights[stay])
             first = pooling.shape[1] - int(attention_weights.get("n_mapped") or pooling.shape[1])  # maps begin here
