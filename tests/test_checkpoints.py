@@ -86,6 +86,7 @@ def test_bad_checkpoint_is_refused_and_nothing_in_it_is_executed(name, option, f
     assert not Path("let_in").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best_model.pth", "latest_checkpoint.pth"])
 def test_checkpoint_that_lacks_any_one_part_is_refused(name, finished, tmp_path):
     state = torch.load(finished / "out" / "checkpoints" / name, weights_only=True)

@@ -64,6 +64,7 @@ def test_second_run_is_refused_and_a_stopped_one_says_how_to_go_on(number, data,
     assert epochs_done(tmp_path) == reached + 1
 
 
+@pytest.mark.slow
 def test_cross_validation_goes_on_with_the_fold_it_was_stopped_in(data, tmp_path):
     argv, predictions = arguments(tmp_path, data, "--cross-validate", 2), tmp_path / "out" / "predictions.csv"
     assert train.main(argv) == 0

@@ -220,6 +220,7 @@ def test_an_absent_event_has_the_effect_that_the_table_without_it_has(any_run, m
             explain.ablation_analysis(*given)
 
 
+@pytest.mark.slow
 def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run):
     """Thresholds ask for a share of the strongest event's effect: it is enough, or not."""
     sizes = {0.9: [], 1.3: []}

@@ -59,6 +59,7 @@ def test_head_specialization_counts_only_heads_that_move_the_logit(tables):
     assert "0 of 8 heads matter" in words_of(draw_figure("head_specialization", {"heads": heads.assign(effect=0.0)}))
 
 
+@pytest.mark.slow
 def test_figures_survive_one_stay_without_label_and_without_heads(tables):
     drawn = draw_figures(one_stay(tables) | {"curves": tables["curves"]})
     assert {*drawn, "head_specialization"} == set(NAMES) == set(FIGURES)

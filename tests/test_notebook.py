@@ -38,6 +38,7 @@ def test_data_frame_of_other_patients_is_explained_and_named_as_other_data(sampl
     assert alone.faithfulness["check"].tolist() == ["completeness"] and not alone["items"]["is_finding"].any()
 
 
+@pytest.mark.slow
 def test_quick_look_takes_no_more_than_was_asked_for_and_says_what_it_is(sample_run):
     given = {"stays": 1, "quick": True, "cache_dir": str(sample_run / "cache")}
     found = explain.run_explainability_analysis(best_model(sample_run), "", None, **given)

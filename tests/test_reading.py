@@ -315,6 +315,7 @@ def test_second_start_maps_the_arrays_of_the_first_until_the_source_changes(keep
     assert len(read_stays(source, cache)[0].text) == len(sample.text) - 1 and not leftovers(cache)
 
 
+@pytest.mark.slow
 def test_damaged_arrays_are_made_anew(keep_all, tmp_path):
     frame = pd.concat([small_table(), small_table()[:7]])
     path, (table, report) = as_csv(frame, tmp_path), read_stays(frame)
@@ -429,6 +430,7 @@ edit_of = lambda column: st.tuples(st.just(column[0]), ROW, st.just("stay"), VAL
 TYPED_EDIT = st.sampled_from(list(ALL_COLUMNS.items())).flatmap(edit_of)
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(TYPED_EDIT, max_size=3), st.booleans())
 def test_any_typed_values_in_parquet_load_or_are_refused(tmp_path, edits, nested):
