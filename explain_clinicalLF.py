@@ -413,24 +413,24 @@ def layer_analysis(
     sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}
     layers |= {f"encoder layer {number}": layer for number, layer in enumerate(model.transformer_encoder, start=1)}
-    rows = []
+    stays = [(sequences[stay, None, is_event], static_features[stay, None]) for stay, is_event in enumerate(mask)]
+    starts, rows = [baselines_like(*stay, baseline)[0] for stay in stays], []
+    with torch.no_grad():
+        both = [(torch.cat([stay[0], start]), stay[1].expand(2, -1)) for stay, start in zip(stays, starts)]
+        logits = np.array([model.logits(*pair).squeeze(1).tolist() for pair in both])  # (B, 2)
+    moved = logits[:, 0] - logits[:, 1]
     for name, layer in layers.items():
-        attribution, gaps, adds = np.zeros(mask.shape), [], []
-        for stay, is_event in enumerate(mask):
-            sequence, static = sequences[stay, None, is_event], static_features[stay, None]
-            start, _ = baselines_like(sequence, static, baseline)
-            with torch.no_grad():
-                logits = model.logits(torch.cat([sequence, start]), static.expand(2, -1)).squeeze(1).tolist()
+        attribution = np.zeros(mask.shape)
+        for number, ((sequence, static), start) in enumerate(zip(stays, starts)):
             # The outputs of a stay's layer are packed, (L, D): Captum sees L rows per step.
             per_pass = max(GRADIENT_EVENTS, sequence.shape[1])
             options = {"n_steps": n_steps, "method": "gausslegendre", "internal_batch_size": per_pass}
             gradients = LayerIntegratedGradients(model.logits, layer)
             found = gradients.attribute(sequence, start, additional_forward_args=(static,), **options)
-            attribution[stay, is_event.cpu()] = found.detach().double().sum(1).cpu().numpy()  # (L,)
-            gaps.append(attribution[stay].sum() - (logits[0] - logits[1]))
-            adds.append(adds_up(gaps[-1], logits[0] - logits[1]))
-        row = {"layer": name, "attribution": attribution}
-        rows.append(row | {"gap_error": np.array(gaps), "complete": np.array(adds)})
+            attribution[number, mask[number].cpu()] = found.detach().double().sum(1).cpu().numpy()  # (L,)
+        gaps = attribution.sum(1) - moved
+        complete = np.array([adds_up(*pair) for pair in zip(gaps, moved)])
+        rows.append({"layer": name, "attribution": attribution, "gap_error": gaps, "complete": complete})
     return rows
 
 

@@ -416,9 +416,8 @@ class EmbeddingCache:
         for folder in filter(Path.is_dir, self.legacy_folders):
             names = {entry.name for entry in os.scandir(folder)}
             found = [key for key in keys[self.missing(keys)] if f"{key.tobytes().hex()}.npy" in names]
-            for block in (
-                np.array(found[at : at + 50_000], KEY) for at in range(0, len(found), 50_000)
-            ):  # bounds memory
+            for start in range(0, len(found), 50_000):  # bounds memory
+                block = np.array(found[start : start + 50_000], KEY)
                 vectors = np.full((len(block), self.dim), np.nan, np.float32)
                 for key, vector in zip(block, vectors):
                     with suppress(Exception):  # whatever is wrong with it
@@ -1527,8 +1526,8 @@ def run(settings: Settings) -> dict[str, Any]:
     """Go through all phases of a run; return what metrics.json holds."""
     accelerator = plan.make_accelerator(settings.mixed_precision)
     settings = replace(settings, output_dir=str(output_folder(settings)))
-    for path in checkpoint_files(settings.evaluate) if settings.evaluate else filter(None, [settings.init_from]):
-        load_checkpoint(path)  # a mistyped one leaves no folder, and costs no hours of encoding
+    if settings.init_from:
+        load_checkpoint(settings.init_from)  # a mistyped one costs no hours of encoding
     with files.lock_folder(Path(settings.output_dir), wait=False) if accelerator.is_main_process else nullcontext():
         if settings.evaluate:
             return evaluate(settings, accelerator)
