@@ -23,10 +23,10 @@ def predictions(n):
     return labels, expit(logits)
 
 
-def scored(n: int, judge: Any = metrics.evaluate_predictions) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Labels and risks of n stays, and what is found of them."""
+def scored(n: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Labels and risks of n stays, and their figures."""
     labels, risks = predictions(n)
-    return labels, risks, judge(labels, risks, patient_ids=np.arange(n), n_bootstrap=20)
+    return labels, risks, metrics.evaluate_predictions(labels, risks, np.arange(n), n_bootstrap=20)
 
 
 def attention(n, n_layers=4):
