@@ -9,6 +9,7 @@ Every criterion stands in the log with its value, its interval over patients and
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import make_sample
 
 import explain_clinicalLF as explain
 import train
-from clinical_lf import files, metrics, tables
+from clinical_lf import files, metrics
 from clinical_lf.settings import setting, settings_from
 
 # Of the sample's effects: a cause then moves the logit by 1.5 (median). With the full effects seven in ten true logits
@@ -56,18 +57,8 @@ def criterion(check: str, method: str, found: dict[str, Any], **said: Any) -> di
     return row | {"sentence": words.format(**row, **said)}
 
 
-def run_of(checkpoint: train.Checkpoint, table: tables.StayTable, vectors: Any) -> explain.Run:
-    """Return a model and stays it has not seen, ready to be explained."""
-    dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
-    logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, explain.float32_accelerator())
-    typical = explain.typical_texts(table.texts, checkpoint.preprocessor.state_dict()["item_quantiles"])
-    return explain.Run(checkpoint, table, dataset, logits, len(logits), checkpoint.is_new_item(table.texts), typical)
-
-
-def train_on_sample(
-    seed: int, folder: Path, size: Size, item_history: bool = False
-) -> tuple[explain.Run, pd.DataFrame]:
-    """Return a model trained on a fresh sample, ready to be explained, and the truth about the events of all stays."""
+def train_on_sample(seed: int, folder: Path, size: Size, item_history: bool) -> tuple[explain.Run, pd.DataFrame]:
+    """Return a model trained on a fresh sample, with stays it has not seen, and the truth about all stays' events."""
     sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
     make_sample.write_csv(sample, folder / "sample.csv")
     given: dict[str, Any] = {"data": str(folder / "sample.csv"), "output_dir": str(folder), "text_encoder": "hashing"}
@@ -75,7 +66,12 @@ def train_on_sample(
     given["item_history"] = item_history
     trainer, checkpoint = train.train_model(train.Settings(**given), accelerator=explain.float32_accelerator())
     assert trainer.test_set is not None
-    run = run_of(checkpoint, trainer.test_set.table, trainer.test_set.text_vectors)
+    table = trainer.test_set.table
+    dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, trainer.test_set.text_vectors)
+    logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, explain.float32_accelerator())
+    typical = explain.typical_texts(table.texts, checkpoint.preprocessor.state_dict()["item_quantiles"])
+    is_new = checkpoint.is_new_item(table.texts)
+    run = explain.Run(checkpoint, table, dataset, logits, len(logits), is_new, typical)
     return run, sample.events.assign(event_text=sample.table["event_text"])
 
 
@@ -125,8 +121,7 @@ def redundant_groups(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
     for (stay, _), part in events[events["role"] == "redundant"].groupby(["icu_stay_id", "group"]):
         sequence, static = run.inputs(ids.index(stay))
         is_member = np.isin(np.arange(sequence.shape[1]), part["event"])
-        keep = np.stack([is_member | True, ~is_member])
-        logits = explain.variant_logits(model, run.one(ids.index(stay)), keep)
+        logits = explain.variant_logits(model, run.one(ids.index(stay)), np.stack([is_member | True, ~is_member]))
         nothing, statics = explain.baselines_like(sequence, static, baseline)
         members = torch.from_numpy(is_member)[:, None]
         with torch.no_grad():
@@ -155,19 +150,17 @@ def planted_pairs(run: explain.Run, events: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def of_pairs(pairs: pd.DataFrame, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
-    """Return how far the planted pairs of each kind interact in the model, and how many with the right sign."""
-    rows = []
+def of_pairs(pairs: pd.DataFrame, settings: explain.ExplainSettings) -> Iterator[dict[str, Any]]:
+    """Yield how far the planted pairs of each kind interact in the model, and how many with the right sign."""
     for kind, part in pairs.groupby("kind"):
         right = np.sign(part["found"]) == np.sign(part["true"])
         for check, values in (("pairs, {kind}", part["found"]), ("pairs, {kind}: sign", right.astype(float))):
             found = metrics.mean_with_interval(values, part["patient_id"], settings.n_bootstrap, settings.seed)
-            rows.append(criterion(check, "if_absent", found, kind=kind, truth=part["true"].mean()))
-    return rows
+            yield criterion(check, "if_absent", found, kind=kind, truth=part["true"].mean())
 
 
-def of_latest(events: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return what is said of a stay's latest lactate where an earlier one was higher, against what is said of causes.
+def of_latest(events: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield what is said of a stay's latest lactate where an earlier one was higher, against what is said of causes.
 
     Each as a share of the true effect: 1 is right however far the model falls short of all effects.
     """
@@ -175,30 +168,26 @@ def of_latest(events: pd.DataFrame) -> list[dict[str, Any]]:
     of_stay = lactates.groupby(["patient_id", "icu_stay_id"])
     is_latest = of_stay["event"].transform("max") == lactates["event"]
     chosen = lactates[is_latest & (of_stay["value"].cummax() > lactates["value"]) & (lactates["true_effect"] != 0)]
-    rows = []
     for method in ("attribution", "if_absent"):
         said = [part[method].sum() / part["true_effect"].sum() for part in (chosen, causes)]
         found = {"value": float(said[0] / said[1]) if len(chosen) else np.nan, "n": len(chosen)}
-        rows.append(criterion("latest after higher", method, found))
-    return rows
+        yield criterion("latest after higher", method, found)
 
 
-def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> list[dict[str, Any]]:
-    """Return what is asked of planted truth, per method; attention, which has no sign, is measured too."""
-    rows, checks = [], {"planted precision@k": "precision", "planted sign": "right_sign"}
+def of_rank(scores: pd.DataFrame, settings: explain.ExplainSettings) -> Iterator[dict[str, Any]]:
+    """Yield what is asked of planted truth, per method; attention, which has no sign, is measured too."""
+    checks = {"planted precision@k": "precision", "planted sign": "right_sign"}
     for method, part in scores.groupby("method", sort=False):
         for check, column in list(checks.items())[: 1 if method in UNSIGNED else 2]:
             found = metrics.mean_with_interval(part[column], part["patient_id"], settings.n_bootstrap, settings.seed)
-            rows.append(criterion(check, method, found, chance=part["chance"].mean()))
+            yield criterion(check, method, found, chance=part["chance"].mean())
         for name in HARMLESS:
             found = {"value": float(part["cause"].mean() / part[name].mean()), "n": int(part[name].count())}
-            rows.append(criterion(f"causes over {name}", method, found))
-    return rows
+            yield criterion(f"causes over {name}", method, found)
 
 
-def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the explanation's error (IG against the model's effects) and the model's (against the truth), by size."""
-    rows = []
+def of_redundancy(groups: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield the explanation's error (IG against the model's effects) and the model's (against the truth), by size."""
     for size, part in groups.groupby("size"):
         push, joint, alone, true = part[["attribution", "joint", "alone", "true"]].mean()
         for check, method, found, wanted in (
@@ -207,22 +196,19 @@ def of_redundancy(groups: pd.DataFrame) -> list[dict[str, Any]]:
             ("redundant, {size}: model", "model", joint, true),
         ):
             error = {"value": float(abs(found / wanted - 1)), "n": len(part)}
-            rows.append(criterion(check, method, error, size=size))
-    return rows
+            yield criterion(check, method, error, size=size)
 
 
-def of_traps(events: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return how far the model's own logit moves, and how large the push is, for a trap in shares of a cause's.
+def of_traps(events: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield how far the model's own logit moves, and how large the push is, for a trap in shares of a cause's.
 
     The truth is 0. Where both shares are large the model takes traps for causes, and the explanation says so.
     """
     is_trap, is_cause = events["role"].isin(HARMLESS["traps"]), events["true_effect"] != 0
-    rows = []
     for column, method in (("if_absent", "model"), ("attribution", "attribution")):
         size = events[column].abs()
         found = {"value": float(size[is_trap].mean() / size[is_cause].mean()), "n": int(is_trap.sum())}
-        rows.append(criterion("traps in shares of causes", method, found, column=column, cause=size[is_cause].mean()))
-    return rows
+        yield criterion("traps in shares of causes", method, found, column=column, cause=size[is_cause].mean())
 
 
 def selfcheck(size: Size, settings: explain.ExplainSettings, item_history: bool) -> list[dict[str, Any]]:
@@ -239,8 +225,8 @@ def selfcheck(size: Size, settings: explain.ExplainSettings, item_history: bool)
         samples.append(events.assign(patient_id=events["patient_id"].astype(str) + f" of sample {seed}"))
         runs.append(found["faithfulness"].assign(seed=seed))
     events = pd.concat(samples)
-    criteria = of_rank(planted_scores(events), settings) + of_redundancy(pd.concat(groups)) + of_traps(events)
-    criteria += of_pairs(pd.concat(pairs), settings) + of_latest(events)
+    criteria = [*of_rank(planted_scores(events), settings), *of_redundancy(pd.concat(groups)), *of_traps(events)]
+    criteria += [*of_pairs(pd.concat(pairs), settings), *of_latest(events)]
     rows = [row | {"seed": "all"} for row in criteria] + pd.concat(runs).to_dict("records")
     return [row | {"recipe": "item history" if item_history else "774 inputs"} for row in rows]
 

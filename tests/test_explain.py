@@ -27,6 +27,7 @@ from clinical_lf.reading import read_stays
 from clinical_lf.tables import LABEL, known_at, stacked
 
 N_EVENTS, INPUT_DIM, STATIC_DIM = 7, 14, 4  # an event: 5 type, 8 text, 1 time
+EVERY_EVENT = torch.ones(1, N_EVENTS, dtype=torch.bool)
 PARTS = ("type", "text", "time", "history")
 ANALYSES = (explain.captum_analysis, explain.layer_analysis, explain.ablation_analysis)
 LINEAR = LinearStay(INPUT_DIM, STATIC_DIM)
@@ -109,10 +110,8 @@ def test_attribution_ignores_masked_events_whatever_they_are_and_wherever_they_s
 def test_retry_takes_more_steps_where_it_does_not_add_up(stay, monkeypatch):
     linear = LINEAR.logits
     monkeypatch.setattr(LINEAR, "logits", lambda *inputs: linear(*inputs).sin())  # two steps do not follow a sine
-    is_event = torch.ones(1, N_EVENTS, dtype=torch.bool)
-    once = sum(part.sum().item() for part in explain.integrated_gradients(LINEAR, *stay.inputs, is_event, None, 2))
-    nothing = LINEAR.logits(*map(torch.zeros_like, stay.inputs))
-    missed = abs(once - (LINEAR.logits(*stay.inputs) - nothing).item())
+    once = sum(part.sum().item() for part in explain.integrated_gradients(LINEAR, *stay.inputs, EVERY_EVENT, None, 2))
+    missed = abs(once - (LINEAR.logits(*stay.inputs) - LINEAR.logits(*map(torch.zeros_like, stay.inputs))).item())
     assert missed > 0.05
     again = explain.captum_analysis(LINEAR, *stay.inputs, n_steps=2)
     assert again.n_steps[0] in (8, 32) and again.complete[0] and abs(again.gap_errors[0]) < missed
@@ -159,18 +158,14 @@ def test_a_wrong_call_is_told_in_a_sentence(call, words, model, batch, attention
 
 
 # ---- Ablation
-def without(stay, *events):
-    """What is left of the stay where these events had not been there."""
-    return stay.sequence[:, [event for event in range(N_EVENTS) if event not in events]]
-
-
 def test_groups_equal_a_loop_over_shorter_stays_without_gradients(model, stay, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("ablation needs no gradient"))
     letters, names = {"letter": list("aabbbca")}, ["sex", "sex", "age", "race"]
     groups = explain.ablation_analysis(model, *stay.inputs, None, stay.baseline, letters, names).groups
     scores, static = groups.set_index(["kind", "group"])["ablation"], stay.static.clone()
     static[0, :2] = stay.baseline["static"][:2]
-    left = [logit(model, without(stay, 2, 3, 4), stay.static), logit(model, stay.sequence, static)]
+    without_b = stay.sequence[:, [0, 1, 5, 6]]  # what is left where its events had not been there
+    left = [logit(model, without_b, stay.static), logit(model, stay.sequence, static)]
     falls = scores[[("letter", "b"), ("static", "sex")]].tolist()
     assert falls == pytest.approx(logit(model, *stay.inputs) - np.array(left), abs=1e-5)
     assert len(scores) == 6 and groups["n_events"].tolist() == [3, 3, 1, 0, 0, 0]
@@ -242,20 +237,16 @@ def test_without_the_decisive_events_the_table_gives_the_other_decision(any_run)
 
 
 def test_a_typical_number_is_that_of_the_nearest_text_that_says_the_same_and_its_history_follows(any_run):
-    texts = [
-        " | Value: 9 mmol/L | Level: far above range | Flag: abnormal",
-        " | Value: 2 mmol/L",
-        " | Value: 1.9 mmol/L | Flag: low",
-    ]
-    texts = np.array([f"Lab: Lactate{text}" for text in (*texts, " | Value: 4 mmol/L | Comment: x", "")])
+    far = " | Value: 9 mmol/L | Level: far above range | Flag: abnormal"
+    texts = (far, " | Value: 2 mmol/L", " | Value: 1.9 mmol/L | Flag: low", " | Value: 4 mmol/L | Comment: x", "")
+    texts = np.array([f"Lab: Lactate{text}" for text in texts])
     known = {"Lab: Lactate mmol/L": [1.0, 1.5, 2.0, 3.0, 12.0], "Lab: Sodium mEq/L": [100.0, 140.0]}
     assert explain.typical_texts(texts, known).tolist() == [1, 1, 1, -1, -1]  # 4 is in the upper quarter
     assert explain.typical_texts(texts, {}).tolist() == [-1] * 5
-    alone, own, other = any_run.table.take(np.array([0])), any_run.table.text[: any_run.table.offsets[1]], []
+    alone, own = any_run.table.take(np.array([0])), any_run.table.text[: any_run.table.offsets[1]]
     typical = any_run.typical_texts[own]
     changed = np.flatnonzero((typical >= 0) & (typical != own))
-    for event in changed:
-        other.append(replace(alone, text=np.where(np.arange(len(own)) == event, typical[event], own)))
+    other = [replace(alone, text=np.where(np.arange(len(own)) == event, typical[event], own)) for event in changed]
     found = explain.if_typical(any_run, 0, np.arange(len(own)))
     np.testing.assert_allclose(found[changed], any_run.logits[0] - read_anew(any_run, stacked(other)), atol=2e-5)
     assert len(changed) > 2 and np.isnan(found[typical < 0]).all()
@@ -323,9 +314,8 @@ def test_untrained_model_keeps_the_input_statistics_and_the_callers_random_state
 
 # ---- Checks
 def test_deletion_and_insertion_on_a_linear_model(stay):
-    one = explain.OneStay(*stay.inputs)
     effects = (stay.sequence[0] @ LINEAR.w).detach().numpy()
-    curves = explain.deletion_insertion(LINEAR, one, {"if_absent": effects})
+    curves = explain.deletion_insertion(LINEAR, explain.OneStay(*stay.inputs), {"if_absent": effects})
     first = curves[curves["fraction"] == 0.05].set_index("direction")["change"]
     assert len(curves) == 2 * (len(explain.FRACTIONS) + 1)
     assert first[["deletion", "insertion"]].tolist() == pytest.approx([-effects.max(), effects.max()], abs=1e-5)
@@ -337,12 +327,11 @@ def test_listed_are_the_highest_and_the_lowest_events():
 
 
 def test_infidelity_of_the_truth_about_a_linear_model_is_zero_also_where_some_events_are_unknown(stay):
-    one = explain.OneStay(*stay.inputs)
     effects = (stay.sequence[0] @ LINEAR.w).detach().numpy()
     partly = np.where(np.arange(N_EVENTS) == 3, math.nan, effects)  # ranks in the middle
     scores = {"truth": effects, "none": np.zeros(N_EVENTS), "half": effects / 2}
     for given in (scores, scores | {"partly": partly}):
-        found = explain.infidelity(LINEAR, one, given, seed=0)
+        found = explain.infidelity(LINEAR, explain.OneStay(*stay.inputs), given, seed=0)
         assert found["truth"] == pytest.approx(0, abs=1e-8) and found["none"] == pytest.approx(1)
         assert 0 < found["half"] < 1 and found.get("partly", 0) == pytest.approx(0, abs=1e-8)
     columns = {"attribution": effects, "if_absent": partly, "attention": 1.0, "relevance": 0.0}
@@ -353,8 +342,7 @@ def test_infidelity_of_the_truth_about_a_linear_model_is_zero_also_where_some_ev
 
 
 def test_random_models_that_are_the_model_itself_agree_with_it_no_more_than_with_each_other(model, stay):
-    is_event = torch.ones(1, N_EVENTS, dtype=torch.bool)
-    own, _ = explain.integrated_gradients(model, *stay.inputs, is_event, None, explain.FEW_STEPS)
+    own, _ = explain.integrated_gradients(model, *stay.inputs, EVERY_EVENT, None, explain.FEW_STEPS)
     found = explain.randomisation([model, model], *stay.inputs, None, own[0].sum(1).numpy())
     assert found["model and reset"] == pytest.approx(1) and found["reset excess"] == pytest.approx(0)
 
@@ -386,8 +374,6 @@ LABELS = np.tile([1.0, 0, 0, 0], N_STAYS // 4)
 SHUFFLED = np.random.default_rng(1).permutation(LABELS)
 FEW = np.where(np.arange(N_STAYS) < 36, LABELS, np.nan)
 GOOD_RISKS = expit(3 * LABELS - 2 + np.random.default_rng(0).normal(0, 1, N_STAYS))
-
-
 VERDICTS = {  # labels, risks, whether it passes, and what is said
     "good": (LABELS, GOOD_RISKS, True, "shown to discriminate: AUROC 0.9; on 80 stays, 20 deaths"),
     "shuffled": (SHUFFLED, GOOD_RISKS, False, "not shown that this model discriminates; not shown to be calibrated"),
@@ -417,8 +403,7 @@ def verdict_of(run, leaks):
 def test_verdict_on_the_models_own_test_stays(run):
     spread = run._replace(logits=4 * run.logits)
     passed, words = verdict_of(spread, {})
-    assert passed == [True] * 3
-    assert "own held-out" in words and "Of no text do more than 98 %" in words
+    assert passed == [True] * 3 and "own held-out" in words and "Of no text do more than 98 %" in words
     nothing = run.checkpoint.baseline["event"].expand(1, int(np.median(run.table.lengths)), -1)
     start = logit(run.checkpoint.model, nothing, run.checkpoint.baseline["static"][None])
     assert f"risk {100 * expit(start):.2g} %" in words and "24 % died" in words
@@ -441,8 +426,7 @@ def test_verdict_warns_of_an_untrained_model_foreign_stays_and_a_text_that_tells
 
 def test_use_of_time_is_how_far_shuffling_moves_the_logit_and_a_sum_uses_none(stay, explained):
     run = SimpleNamespace(checkpoint=SimpleNamespace(model=LINEAR), parts=explain.event_parts(INPUT_DIM))
-    run.inputs = lambda at: stay.inputs
-    run.logits = np.array([logit(LINEAR, *stay.inputs) + 1])
+    run.logits, run.inputs = np.array([logit(LINEAR, *stay.inputs) + 1]), lambda at: stay.inputs
     assert explain.moved_by_shuffling(run, 0, seed=1) == pytest.approx(1, abs=1e-4)
     moved = explained.stays["moved_by_shuffling"].mean()
     row = explained.verdict[explained.verdict["check"].str.startswith("time")].iloc[0]
@@ -455,8 +439,7 @@ def attention():
     """The dict of a pass over two stays, of 4 and 2 events, with two pooling heads and one layer of one head."""
     pooling = torch.tensor([[[0.7, 0.1, 0.1, 0.1], [0.05, 0.05, 0.2, 0.7]], [[0.5, 0.5, 0, 0], [1, 0, 0, 0]]])
     output, layer = torch.ones(2, 4, 3), torch.full((2, 1, 4, 4), 0.25)
-    output[1, 2:], layer[1] = 0, 0
-    layer[1, :, :2, :2] = 0.5
+    output[1, 2:], layer[1], layer[1, :, :2, :2] = 0, 0, 0.5
     return {"pooling_weights": pooling[:, :, None], "transformer_output": output, "layer_attention_weights": [layer]}
 
 
@@ -483,9 +466,7 @@ def test_critical_time_periods_are_read_per_head_and_described(attention, descri
     assert {row["stay"] for row in above} == {0, 1}
 
 
-def test_feature_importance_over_time_leaves_padding_out_and_counts_hours_of_a_record(
-    attention, attention_weights, described
-):
+def test_importance_over_time_leaves_padding_out_and_counts_hours_of_a_record(attention, attention_weights, described):
     table = pd.DataFrame(explain.analyze_feature_importance_over_time(attention, n_windows=2, top=1))
     places = table.groupby(["stay", "head"])["position"].apply(list)
     assert places[1, 1] == [0, 1] and places[0, 2] == [0, 3]
@@ -559,8 +540,7 @@ def test_examples_in_docstrings_are_true(model, batch, run, attention, described
 # ---- From a checkpoint to the files
 @pytest.fixture(scope="module")
 def run(sample_run):
-    settings = explain.ExplainSettings(cache_dir=str(sample_run / "cache"))
-    return explain.load_unseen(best_model(sample_run), settings=settings)
+    return explain.load_unseen(best_model(sample_run), "", explain.ExplainSettings(cache_dir=str(sample_run / "cache")))
 
 
 def test_only_stays_of_held_out_patients_are_explained_and_data_of_others_alone_refused(run, sample_run):
@@ -571,8 +551,7 @@ def test_only_stays_of_held_out_patients_are_explained_and_data_of_others_alone_
     settings = partial(explain.ExplainSettings, cache_dir=str(sample_run / "cache"))
     with pytest.raises(InputError, match="trained or tuned on"):
         explain.load_unseen(best_model(sample_run), seen, settings())
-    first, last = run.table.stays["icu_stay_id"].iloc[[0, -1]]
-    other = seen["icu_stay_id"].iloc[0]
+    (first, last), other = run.table.stays["icu_stay_id"].iloc[[0, -1]], seen["icu_stay_id"].iloc[0]
     with pytest.raises(InputError, match=rf"ids {other} \(seen in training\), 7 \(not in the data\):"):
         explain.load_unseen(best_model(sample_run), "", settings(stay_ids=f"{first},{other} 7"))
     asked = explain.load_unseen(best_model(sample_run), "", settings(stay_ids=f"{last}, {first}"))
@@ -582,11 +561,9 @@ def test_only_stays_of_held_out_patients_are_explained_and_data_of_others_alone_
 
 def test_parts_of_every_event_sum_to_its_attribution_and_all_to_the_logit(explained):
     events, stays = explained["events"], explained["stays"].set_index("icu_stay_id")
-    parts = sum(events[f"attribution_{part}"] for part in PARTS)
-    np.testing.assert_allclose(parts, events["attribution"], atol=1e-5)
+    np.testing.assert_allclose(sum(events[f"attribution_{part}"] for part in PARTS), events["attribution"], atol=1e-5)
     sums = [explained[name].groupby("icu_stay_id")["attribution"].sum()[stays.index] for name in ("events", "statics")]
-    expected = stays["logit"] - stays["baseline_logit"] + stays["gap_error"]
-    np.testing.assert_allclose(sums[0] + sums[1], expected, atol=1e-4)
+    np.testing.assert_allclose(sum(sums), stays["logit"] - stays["baseline_logit"] + stays["gap_error"], atol=1e-4)
     groups = explained["groups"].groupby(["icu_stay_id", "kind"])["attribution"].sum().unstack().loc[stays.index]
     for kind, total in (("event type", sums[0]), ("clock window", sums[0]), ("static", sums[1])):
         np.testing.assert_allclose(groups[kind], total, atol=1e-6)
@@ -642,8 +619,7 @@ def test_every_file_is_written(explained):
 
 
 def test_chosen_stays_are_shown_for_a_reason_and_a_death_is_among_them(run):
-    stays = lambda labels: run.table.stays.assign(**{LABEL: 1.0 * labels})
-    with_labels = lambda labels: run._replace(table=replace(run.table, stays=stays(labels)))
+    with_labels = lambda y: run._replace(table=replace(run.table, stays=run.table.stays.assign(**{LABEL: 1.0 * y})))
     asked = lambda shown, most=0: explain.ExplainSettings(stays=shown, max_stays=most)
     chosen, why = explain.choose_stays(with_labels(run.logits * 0 + 1), asked(3, 6), 10**9)
     assert len(chosen) == 6 and list(why.values()) == ["highest risk", "lowest risk", "most uncertain of the others"]
@@ -653,9 +629,8 @@ def test_chosen_stays_are_shown_for_a_reason_and_a_death_is_among_them(run):
     assert why == {quiet: "highest risk of those who died"}
     lengths, most = run.table.lengths, 6 * int(np.median(run.table.lengths))
     chosen, why = explain.choose_stays(run, asked(3), most)
-    assert (
-        lengths[chosen].max() <= most // 6 and most - most // 6 < lengths[chosen].sum() <= most and {*why} < {*chosen}
-    )
+    assert lengths[chosen].max() <= most // 6 and {*why} < {*chosen}
+    assert most - most // 6 < lengths[chosen].sum() <= most
     chosen, why = explain.choose_stays(run, asked(3), 1)  # there is none so short: the shortest ones
     assert len(chosen) == len(why) == 3 and lengths[chosen].max() <= np.sort(lengths)[2]
 

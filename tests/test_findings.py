@@ -71,8 +71,7 @@ def test_rank_correlation_of_an_item_equals_scipy_and_its_interval_is_over_patie
 def test_statics_are_findings_as_items_are():
     numbers = {"icu_stay_id": 1, "patient_id": range(12), "attribution": np.arange(12.0), "ablation": np.arange(12.0)}
     statics = pd.DataFrame(numbers | {"feature": "length of stay", "value": [*map(str, range(11)), "Unknown"]})
-    tables = {"statics": statics, "events": events_of([1.0], [0.0])}
-    row = findings.item_table(findings.with_statics(tables)).iloc[0]
+    row = findings.item_table(findings.with_statics({"statics": statics, "events": events_of([1.0], [0.0])})).iloc[0]
     assert "length of stay: the higher, the higher the predicted risk (its average" in row["sentence"]
     assert row["is_static"] and row["n_values"] == 11
 
@@ -100,9 +99,7 @@ def test_organ_system_of_an_item_is_what_it_was():
 def test_organ_systems_sum_all_pushes_of_a_stay():
     rows = pd.DataFrame({"icu_stay_id": [1, 1, 1, 2, 2], "attribution": [51.0, 8, 2, 14, 6], "event": 0})
     items = ["Lab: Lactate (Blood, Blood Gas)", "Prescription: Propofol", "Lab: Something"]
-    events = rows.assign(patient_id=1, item=[*items, *items[:2]])
-    table = findings.system_table(events)
-    found = table.groupby("icu_stay_id")[["push", "n_events"]].sum()
-    assert found.values.tolist() == [[61, 3], [20, 2]]
+    table = findings.system_table(rows.assign(patient_id=1, item=[*items, *items[:2]]))
+    assert table.groupby("icu_stay_id")[["push", "n_events"]].sum().values.tolist() == [[61, 3], [20, 2]]
     of_first = table[table["icu_stay_id"] == 1].set_index("system")["push"].to_dict()
     assert of_first == {"circulation": 51, "brain and sedation": 8, "other": 2}

@@ -10,8 +10,7 @@ def test_planted_scores_of_the_truth_itself_are_perfect():
     columns = {"attribution": [2.0, 0, -1, 0.1, 0.5], "if_absent": [0.0, 3, 0, 0, 0], "attention": 0.2}
     columns |= {"relevance": columns["attribution"], "rollout": 0.2}
     columns |= {"true_effect": [2.0, 0, -1, 0, 0], "role": ["cause", "decoy", "cause", "background", "lone"]}
-    events = pd.DataFrame({"icu_stay_id": 1, "patient_id": 1} | columns)
-    scores = selfcheck.planted_scores(events).set_index("method")
+    scores = selfcheck.planted_scores(pd.DataFrame(columns | {"icu_stay_id": 1, "patient_id": 1})).set_index("method")
     names = ["precision", "right_sign", "cause", "decoys", "traps"]
     assert scores.loc["attribution", names].tolist() == [1, 1, 1.5, 0, 0.5]
     assert scores.loc["if_absent", "precision"] == 0.5 and scores.loc["attention", "chance"] == 0.4
@@ -45,9 +44,7 @@ def test_truth_is_matched_by_stay_text_and_order_and_another_samples_is_an_error
 
 def test_what_falls_short_is_returned_and_nothing_is_asked_of_attention():
     found = {"value": 0.95, "low": 0.85, "high": 1.0, "n": 3}
-    short, unasked = (
-        selfcheck.criterion("planted precision@k", name, found, chance=0.2) for name in ("m", "attention")
-    )
+    short, unasked = (selfcheck.criterion("planted precision@k", by, found, chance=0.2) for by in ("m", "attention"))
     short |= {"seed": "all", "recipe": "774 inputs"}
     said = "of the events that m ranks first, 0.950 [0.850, 1.000] are causes (chance 0.20)"
     assert short["sentence"] == said and short["passed"] is False and unasked["passed"] is None
