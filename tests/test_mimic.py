@@ -181,10 +181,9 @@ def test_slice_that_is_too_large_is_halved_and_without_memory_the_next_run_goes_
             raise duckdb.OutOfMemoryException("no more")
         return write(path, *arguments)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="query.sql stopped.*--memory-limit 1GB"):
         patch.setattr(mimic.files, "write_whole", of_little_memory)
-        with pytest.raises(InputError, match="query.sql stopped.*--memory-limit 1GB"):
-            run_mimic_query(folder, tmp_path, "1GB")
+        run_mimic_query(folder, tmp_path, "1GB")
     first = next(tmp_path.glob("query_results/*/*/part_00000001.parquet")).stat().st_mtime_ns
     result = run_mimic_query(folder, tmp_path)
     loaded = sorted(call.args[1] for call in mimic.load_mimic_table.call_args_list)
@@ -197,10 +196,9 @@ def test_slice_that_is_too_large_is_halved_and_without_memory_the_next_run_goes_
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "another version", "flipped"])
 def test_working_database_that_is_damaged_is_begun_anew(kind, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "mimic")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped"):
         patch.setattr(mimic, "collect_stays", Mock(side_effect=duckdb.OutOfMemoryException("no more")))
-        with pytest.raises(InputError, match="stopped"):
-            run_mimic_query(folder, tmp_path)
+        run_mimic_query(folder, tmp_path)
     (path,) = tmp_path.glob("query_results/unfinished-*/mimic.duckdb")
     is_ours, begin = path.read_bytes(), {"another version": 12, "flipped": 12288, "cut": 20000}.get(kind, 0)
     rest = {"another version": b"\xff" + is_ours[13:], "flipped": bytes(255 ^ byte for byte in is_ours[12288:])}
