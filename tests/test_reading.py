@@ -71,8 +71,7 @@ def table_of(case):
 
 @pytest.mark.parametrize("source, name", [(source, name) for source in ("flat", "nested") for name in CASES[source]])
 def test_table_is_read_as_it_was_meant_or_refused_in_a_sentence(source, name, tmp_path, log):
-    case = CASES[source][name]
-    nested = tmp_path / "data.parquet"
+    case, nested = CASES[source][name], tmp_path / "data.parquet"
     path = as_csv(table_of(case), tmp_path) if source == "flat" else to_parquet(table_of(case), nested, nested=True)
     if "refused" in case:
         assert_refused(case["refused"], path, tmp_path)
@@ -157,6 +156,7 @@ def holding(content):
 
 parquet_with = lambda **columns: pd.read_parquet(BytesIO(FLAT)).assign(**columns).to_parquet()
 FLAT_AND_NESTED = holding({"a.parquet": to_parquet(FIRST), "b.parquet": to_parquet(LAST, nested=True)})
+ONE_CUT_SHORT = holding({"a.parquet": FLAT, "b.parquet": FLAT[:-100]})
 IN_HOURS = small_table().assign(**{END: lambda table: table[END].astype(float) / 60}).to_csv(index=False)
 CUT_ROW = "\n".join([*LINES[:50], LINES[50][:60], *LINES[51:]])
 RAGGED, NO_END = "more or fewer values than the header", "end of GZIP stream"
@@ -190,11 +190,7 @@ BAD_FILES = {
     "hours for minutes": ("data.csv", holding(IN_HOURS), "is in hours in 120 of 120 events"),
     "one column twice": ("data.csv", holding(TWICE), "columns patient_race stand twice"),
     "Parquet that is none": ("data.parquet", holding("x" * 99), "no whole Parquet file). Copy or export it again"),
-    "one bad shard": (
-        "*.parquet",
-        holding({"a.parquet": FLAT, "b.parquet": FLAT[:-100]}),
-        "b.parquet: no whole Parquet file)",
-    ),
+    "one bad shard": ("*.parquet", ONE_CUT_SHORT, "b.parquet: no whole Parquet file)"),
     "another schema": ("*.parquet", FLAT_AND_NESTED, "b.parquet: its columns, or their types, are not those"),
     "empty Spark folder": ("stays.parquet", Path.mkdir, "the folder holds no part files"),
     "CSV and Parquet": ("*", holding({"a.parquet": FLAT, "data.csv": CSV}), "all of one kind"),
