@@ -38,8 +38,8 @@ def small_table(n_patients=40, n_events=3, first_id=10_000_000):
     return pd.DataFrame(rows)[[*STAY_COLUMNS, *EVENT_COLUMNS]].astype(str)
 
 
-def to_parquet(table, path, nested=False):
-    """The table with its types, as Parquet: flat, or one row per stay with an array of structs."""
+def to_parquet(table, path=None, nested=False):
+    """The table with its types, as Parquet: flat, or one row per stay with an array of structs; bytes if no path."""
     kinds = {"BIGINT": "Int64", "DOUBLE": "float64", "VARCHAR": "string"}
     typed = table.replace("", pd.NA).copy()
     for name, kind in {**STAY_COLUMNS, **EVENT_COLUMNS}.items():
@@ -48,8 +48,7 @@ def to_parquet(table, path, nested=False):
     if nested:
         events = [group[list(EVENT_COLUMNS)].to_dict("records") for _, group in typed.groupby("icu_stay_id")]
         typed = typed[list(STAY_COLUMNS)].drop_duplicates("icu_stay_id").assign(events=events)
-    typed.to_parquet(path, index=False)
-    return path
+    return typed.to_parquet(path, index=False) or path
 
 
 def arguments(folder, data, *more, encoder="hashing"):

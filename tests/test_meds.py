@@ -147,6 +147,7 @@ def make_hospital(root):
 
 
 hospital = pytest.fixture(lambda tmp_path_factory: make_hospital(tmp_path_factory.mktemp("hospital")), scope="module")
+table = pytest.fixture(lambda hospital: read(hospital)[0], scope="module")
 
 
 def run(root, *options):
@@ -162,9 +163,8 @@ def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital,
     assert predictions["boolean_value"].tolist() == [subject % 3 == 0 for subject in held_out]
     risk = predictions["predicted_boolean_probability"]
     assert (predictions["predicted_boolean_value"] == (risk >= 0.5)).all() and risk.between(0, 1).all()
-    new = []
-    for subject in (91, 92):
-        new += [lab(subject, at, 2.0, f"LAB//{name}//x") for at, name in ((0, "lactate"), (1, "glucose"), (20, "late"))]
+    items = (0, "lactate"), (1, "glucose"), (20, "late")
+    new = [lab(subject, at, 2.0, f"LAB//{name}//x") for subject in (91, 92) for at, name in items]
     other = write_meds(tmp_path / "other", new, [(91, 10, True), (92, 10, False)])
     run(other, "--evaluate", best_model(tmp_path), "--output-dir", tmp_path / "scored")
     scored = tmp_path / "scored" / "evaluation"
@@ -178,11 +178,6 @@ def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital,
     assert 0 <= scores["samples_equally_weighted"]["roc_auc_score"] <= 1
 
 
-@pytest.fixture(scope="module")
-def table(hospital):
-    return read(hospital)[0]
-
-
 @pytest.mark.parametrize("name", CASES["splits"])
 def test_split_of_the_data_set_keeps_the_held_out_apart_however_it_is_written(name, hospital, table, tmp_path, caplog):
     case, rows = CASES["splits"][name], pd.read_parquet(hospital / "metadata" / "subject_splits.parquet")
@@ -191,8 +186,7 @@ def test_split_of_the_data_set_keeps_the_held_out_apart_however_it_is_written(na
     again = rows[: case.get("repeat", 0)]
     rows["split"] = rows["split"].replace(case.get("names", {}))
     rows = pd.concat([rows, again.assign(split="test") if "refused" in case else again])
-    rows = rows.astype({"subject_id": str} if case.get("as_text") else {})
-    rows = rows.rename(columns=case.get("columns", {}))
+    rows = rows.astype({"subject_id": str} if case.get("as_text") else {}).rename(columns=case.get("columns", {}))
     rows = rows.set_index("subject_id").rename_axis(case["index"]) if "index" in case else rows
     (tmp_path / "metadata").mkdir()
     assert meds_split(table, tmp_path) is None

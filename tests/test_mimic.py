@@ -70,8 +70,7 @@ def rows_of(tmp_path, **changed):
     return {row["icu_stay_id"]: row for row in pyarrow.parquet.read_table(result).to_pylist()}
 
 
-def of_events(row):
-    return [event["event_text"] for event in row["events"] or []]
+of_events = lambda row: [event["event_text"] for event in row["events"] or []]
 
 
 def expected(name, column):
@@ -79,9 +78,7 @@ def expected(name, column):
     return list(pd.read_csv(MIMIC / f"expected_{name}.csv", dtype=str, keep_default_na=False).groupby(column))
 
 
-@pytest.fixture(scope="module")
-def stays(tmp_path_factory):
-    return rows_of(tmp_path_factory.mktemp("query"))
+stays = pytest.fixture(lambda tmp_path_factory: rows_of(tmp_path_factory.mktemp("query")), scope="module")
 
 
 def test_query_yields_every_stay_with_the_columns_of_the_contract_hospital_death_and_age_at_admission(stays):
@@ -114,10 +111,9 @@ def test_events_lie_between_admission_and_the_final_event_with_their_texts_and_k
 
 
 def test_orders_of_the_admissions_hour_count_from_the_admission(tmp_path):
-    given = [f"21,2150-01-01 {hour}:00:00,,Heparin,,1,UNIT,," for hour in ("09", "10", "11")]
-    orders = "\n".join([HEADERS["prescriptions"], *given])
+    given = [f"\n21,2150-01-01 {hour}:00:00,,Heparin,,1,UNIT,," for hour in ("09", "10", "11")]
     later = swapped("icustays", f"2,21,201,MICU,MICU,{IN}", "2,21,201,MICU,MICU,2150-01-01 10:23:00")
-    events = rows_of(tmp_path, prescriptions=orders, **later)[201]["events"]
+    events = rows_of(tmp_path, prescriptions="".join([HEADERS["prescriptions"], *given]), **later)[201]["events"]
     times = [event["event_time"] for event in events if event["event_type"] == "prescription"]
     assert times == [at("01 10:23"), at("01 11:00")]
 
@@ -185,10 +181,9 @@ def test_slice_that_is_too_large_is_halved_and_without_memory_the_next_run_goes_
             raise duckdb.OutOfMemoryException("no more")
         return write(path, *arguments)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="query.sql stopped.*--memory-limit 1GB"):
         patch.setattr(mimic.files, "write_whole", of_little_memory)
-        with pytest.raises(InputError, match="query.sql stopped.*--memory-limit 1GB"):
-            run_mimic_query(folder, tmp_path, "1GB")
+        run_mimic_query(folder, tmp_path, "1GB")
     first = next(tmp_path.glob("query_results/*/*/part_00000001.parquet")).stat().st_mtime_ns
     result = run_mimic_query(folder, tmp_path)
     loaded = sorted(call.args[1] for call in mimic.load_mimic_table.call_args_list)
@@ -201,10 +196,9 @@ def test_slice_that_is_too_large_is_halved_and_without_memory_the_next_run_goes_
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "another version", "flipped"])
 def test_working_database_that_is_damaged_is_begun_anew(kind, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "mimic")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped"):
         patch.setattr(mimic, "collect_stays", Mock(side_effect=duckdb.OutOfMemoryException("no more")))
-        with pytest.raises(InputError, match="stopped"):
-            run_mimic_query(folder, tmp_path)
+        run_mimic_query(folder, tmp_path)
     (path,) = tmp_path.glob("query_results/unfinished-*/mimic.duckdb")
     is_ours, begin = path.read_bytes(), {"another version": 12, "flipped": 12288, "cut": 20000}.get(kind, 0)
     rest = {"another version": b"\xff" + is_ours[13:], "flipped": bytes(255 ^ byte for byte in is_ours[12288:])}
@@ -249,18 +243,17 @@ def test_stay_across_a_clock_change_is_as_long_in_every_time_zone(tmp_path):
     assert [float(minutes) for minutes in there.split()] == here.tolist() and here.max() == 2880
 
 
-def read(tmp_path, **changed):
-    return read_stays(write_folder(tmp_path / "mimic", **changed), tmp_path)
+def read(tmp_path, outcome="hospital", **changed):
+    return read_stays(write_folder(tmp_path / "mimic", **changed), tmp_path, outcome=outcome)
 
 
-def accounts(report):
-    return {account.table: account for account in report.sources}
+accounts = lambda report: {account.table: account for account in report.sources}
+figures = lambda report: {account.table: astuple(account)[1:] for account in report.sources}
 
 
 @pytest.mark.parametrize("case", CASES["stays"])
 def test_stay_has_the_label_of_the_outcome_or_is_left_out_counted_and_named(case, tmp_path, log):
-    folder = write_folder(tmp_path / "mimic", **changed_tables(case["changes"]))
-    table, report = read_stays(folder, tmp_path, outcome=case.get("outcome", "hospital"))
+    table, report = read(tmp_path, case.get("outcome", "hospital"), **changed_tables(case["changes"]))
     labels, code = dict(zip(table.stays.icu_stay_id.tolist(), table.labels.tolist())), case.get("code")
     assert labels == case["labels"] and report.counts == {"stay_without_events": 1} | ({code: 1} if code else {})
     (stay,) = {101, 102, 201} - set(labels) or {None}
@@ -274,8 +267,10 @@ def test_every_row_of_every_table_is_accounted_for(tmp_path, log):
     labs = TABLES["labevents"] + foreign + "\n1,11,1,,,1,1,,,,,," + repeated
     cultures = TABLES["microbiologyevents"] + "\n1,11,2150-03-01 00:00:00,,,,URINE,,,,,"  # far from every stay
     _, report = read(tmp_path, labevents=labs, microbiologyevents=cultures)
-    found = {table: astuple(account)[1:] for table, account in accounts(report).items()}
-    lost = {"without a time": 1, "outside the ICU stays": 3, "repeated, or of a stay that was dropped": 1}
+    found, lost = (
+        figures(report),
+        {"without a time": 1, "outside the ICU stays": 3, "repeated, or of a stay that was dropped": 1},
+    )
     assert found["hosp/labevents"] == (15, 13, 8, lost, {})
     assert found["icu/procedureevents"] == (4, 4, 2, {"rewritten, never done": 1, "of a negative duration": 1}, {})
     given = {"rewritten, never given": 1, "of a negative amount or duration": 1}
@@ -291,11 +286,10 @@ def test_vitals_of_a_folder_or_an_export_are_accounted_for_and_change_nothing_el
     """Of an hour of an item the last value is told, of some the lowest and the highest; what is known later, apart."""
     folder = write_folder(tmp_path / "mimic")
     without, (table, report) = read_stays(folder, tmp_path)[0], read_stays(folder, tmp_path, vitals="vitals.sql")
-    found = {name: astuple(account)[1:] for name, account in accounts(report).items()}
     lost = {"of other items": 1, "without a time": 1, "without a plausible value": 3, "thinned out of their hour": 3}
-    assert found["icu/chartevents"] == (30, 29, 19, lost | {"outside the ICU stays": 2}, {})
+    assert figures(report)["icu/chartevents"] == (30, 29, 19, lost | {"outside the ICU stays": 2}, {})
     lost = {"of other items": 1, "without a plausible value": 1, "outside the ICU stays": 1}
-    assert found["icu/outputevents"] == (5, 5, 2, lost, {}) and "event_of_unknown_type" not in report.counts
+    assert figures(report)["icu/outputevents"] == (5, 5, 2, lost, {}) and "event_of_unknown_type" not in report.counts
     assert_same_table(table.take([0, 1, 2], table.event_type < len(tables.EVENT_TYPES)).with_own_texts(), without)
     query, vitals = (run_mimic_query(folder, tmp_path, query_file=file) for file in (None, mimic.VITALS_FILE))
     assert_same_table(read_stays(query / "*.parquet", vitals=f"{vitals}/*.parquet")[0], table)
@@ -315,9 +309,8 @@ def test_reason_why_a_row_is_no_event_is_read_from_the_query(tmp_path, monkeypat
     """A condition that is added to query.sql with its reason is counted by it; one without, as outside the stays."""
     given = "    AND (l.hadm_id = s.admission_id OR l.hadm_id IS NULL)\n"
     more = "    AND IFNULL(l.valuenum, 0) < 7.0  -- else: high, it's said\n    AND l.itemid <> 4\n"
-    changed = tmp_path / "query.sql"
-    changed.write_text(QUERY.replace(given, given + more))
-    monkeypatch.setattr(mimic, "QUERY_FILE", changed)
+    (tmp_path / "query.sql").write_text(QUERY.replace(given, given + more))
+    monkeypatch.setattr(mimic, "QUERY_FILE", tmp_path / "query.sql")
     table, report = read(tmp_path)
     labs = accounts(report)["hosp/labevents"]
     assert labs.in_stays == (table.event_type == 2).sum() == 5
@@ -335,8 +328,7 @@ def test_row_without_any_value_has_no_fault_but_its_missing_time(table):
 
 
 def test_stays_whose_admission_or_patient_is_missing_are_counted(tmp_path):
-    more = f"\n4,41,401,MICU,MICU,{IN},{OUT},2\n1,,402,MICU,MICU,{IN},{OUT},2\n1,11,,MICU,MICU,{IN},{OUT},2"
-    more += f"\n2,11,403,MICU,MICU,{IN},{OUT},2"
+    more = "".join(f"\n{ids},MICU,MICU,{IN},{OUT},2" for ids in ("4,41,401", "1,,402", "1,11,", "2,11,403"))
     order = "\n11,2150-01-01 11:00:00,,Aspirin,,1,TAB,,"  # of patient 1, whose admission patient 2 claims, too
     orders = {"icustays": TABLES["icustays"] + more, "prescriptions": TABLES["prescriptions"] + order}
     table, report = read(tmp_path, **orders, **swapped("patients", "\n3,M", "\n33,M"))
@@ -347,8 +339,7 @@ def test_stays_whose_admission_or_patient_is_missing_are_counted(tmp_path):
 
 
 def test_table_of_another_release_is_a_warning_that_names_it(tmp_path, log):
-    _, report = read(tmp_path, **swapped("ingredientevents", "\n201,", "\n999,"))
-    report.log(1)
+    read(tmp_path, **swapped("ingredientevents", "\n201,", "\n999,"))[1].log(1)
     assert "icu/ingredientevents contributes nothing: 4 rows read, 0 of the cohort" in log.text
 
 

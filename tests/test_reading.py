@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+from io import BytesIO
 from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
@@ -64,15 +65,13 @@ def test_bad_cells_are_refused(column, wanted, values, tmp_path):
 
 def table_of(case):
     table = small_table().assign(**case.get("all", {}), **case.get("others", {}))
-    rows = case.get("rows", [0, 1, 2])
-    table = table[:0] if rows == "all" else put(table, case.get("set", {}), rows)
+    table = table[:0] if case.get("rows") == "all" else put(table, case.get("set", {}), case.get("rows", [0, 1, 2]))
     return table.drop(columns=case.get("drop", [])).rename(columns=case.get("rename", {}))
 
 
 @pytest.mark.parametrize("source, name", [(source, name) for source in ("flat", "nested") for name in CASES[source]])
 def test_table_is_read_as_it_was_meant_or_refused_in_a_sentence(source, name, tmp_path, log):
-    case = CASES[source][name]
-    nested = tmp_path / "data.parquet"
+    case, nested = CASES[source][name], tmp_path / "data.parquet"
     path = as_csv(table_of(case), tmp_path) if source == "flat" else to_parquet(table_of(case), nested, nested=True)
     if "refused" in case:
         assert_refused(case["refused"], path, tmp_path)
@@ -121,8 +120,7 @@ def test_odd_texts_are_read_as_they_are_and_trained_on(tmp_path):
 
 
 def test_texts_that_say_they_are_missing_are_one_empty_text(tmp_path):
-    table = put(small_table(), {"event_text": ["nan", "", " NULL "]}, [0, 1, 3])
-    read, _ = read_stays(as_csv(table, tmp_path))
+    read, _ = read_stays(as_csv(put(small_table(), {"event_text": ["nan", "", " NULL "]}, [0, 1, 3]), tmp_path))
     assert len(read.text) == 120 and (read.texts[read.text] == "").sum() == 3
     assert len(set(read.texts)) == len(read.texts)
 
@@ -132,8 +130,7 @@ def test_column_that_no_feature_needs_may_be_missing_and_labels_where_none_is_ne
     assert len(read_stays(path, static_features=["patient_age", "patient_gender"])[0].stays) == 40
     with pytest.raises(InputError, match="missing columns patient_race, insurance\\. "):
         read_stays(path, static_features=train.DEFAULT_STATIC_FEATURES)
-    unlabelled = small_table().drop(columns=LABEL)
-    assert np.isnan(read_stays(unlabelled, need_label=False)[0].labels).all()
+    assert np.isnan(read_stays(small_table().drop(columns=LABEL), need_label=False)[0].labels).all()
 
 
 CSV = small_table().to_csv(index=False)
@@ -142,34 +139,25 @@ LATIN = small_table().assign(patient_race="Ñandú").to_csv(index=False).encode(
 ZIPPED = gzip.compress(CSV.encode())
 
 
+FLAT, NESTED = to_parquet(small_table()), to_parquet(small_table(), nested=True)
+FIRST, LAST = small_table()[:60], small_table()[60:]
+
+
 def holding(content):
-    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    """What writes this content to a path, or a dictionary of names and contents into the path's folder."""
+
+    def write(path):
+        for name, part in (content if isinstance(content, dict) else {path.name: content}).items():
+            (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / name).write_bytes(part if isinstance(part, bytes) else part.encode())
+
+    return write
 
 
-def nested_and_flat(path):
-    to_parquet(small_table()[:60], path.with_name("a.parquet"))
-    to_parquet(small_table()[60:], path.with_name("b.parquet"), nested=True)
-
-
-def one_cut_short(path):
-    to_parquet(small_table(), path.with_name("a.parquet"))
-    path.with_name("b.parquet").write_bytes(path.with_name("a.parquet").read_bytes()[:-100])
-
-
-def csv_and_parquet(path):
-    to_parquet(small_table(), path.with_name("a.parquet"))
-    as_csv(small_table(), path.parent)
-
-
-def in_hours(path):
-    table = small_table()
-    table.assign(**{END: table[END].astype(float) / 60}).to_csv(path, index=False)
-
-
-def parquet_with(path, **columns):
-    pd.read_parquet(to_parquet(small_table(), path)).assign(**columns).to_parquet(path)
-
-
+parquet_with = lambda **columns: pd.read_parquet(BytesIO(FLAT)).assign(**columns).to_parquet()
+FLAT_AND_NESTED = holding({"a.parquet": to_parquet(FIRST), "b.parquet": to_parquet(LAST, nested=True)})
+ONE_CUT_SHORT = holding({"a.parquet": FLAT, "b.parquet": FLAT[:-100]})
+IN_HOURS = small_table().assign(**{END: lambda table: table[END].astype(float) / 60}).to_csv(index=False)
 CUT_ROW = "\n".join([*LINES[:50], LINES[50][:60], *LINES[51:]])
 RAGGED, NO_END = "more or fewer values than the header", "end of GZIP stream"
 TWICE = "patient_race," + CSV.replace("\n", "\nx,")[:-2]
@@ -197,16 +185,16 @@ BAD_FILES = {
     "Parquet cut short": ("data.parquet", holding(PARQUET[:-100]), "cannot be read"),
     "another Parquet": ("data.parquet", pd.DataFrame({"a": [1]}).to_parquet, "missing columns"),
     "events are numbers": ("data.parquet", holding(PARQUET), "missing columns"),
-    "times are numbers": ("data.parquet", lambda p: parquet_with(p, icu_intime=7), "column icu_intime is not a time"),
-    "ids are floats": ("data.parquet", lambda p: parquet_with(p, patient_id=2.0**54), "stored as floating point"),
-    "hours for minutes": ("data.csv", in_hours, "is in hours in 120 of 120 events"),
+    "times are numbers": ("data.parquet", holding(parquet_with(icu_intime=7)), "column icu_intime is not a time"),
+    "ids are floats": ("data.parquet", holding(parquet_with(patient_id=2.0**54)), "stored as floating point"),
+    "hours for minutes": ("data.csv", holding(IN_HOURS), "is in hours in 120 of 120 events"),
     "one column twice": ("data.csv", holding(TWICE), "columns patient_race stand twice"),
     "Parquet that is none": ("data.parquet", holding("x" * 99), "no whole Parquet file). Copy or export it again"),
-    "one bad shard": ("*.parquet", one_cut_short, "b.parquet: no whole Parquet file)"),
-    "another schema": ("*.parquet", nested_and_flat, "b.parquet: its columns, or their types, are not those"),
+    "one bad shard": ("*.parquet", ONE_CUT_SHORT, "b.parquet: no whole Parquet file)"),
+    "another schema": ("*.parquet", FLAT_AND_NESTED, "b.parquet: its columns, or their types, are not those"),
     "empty Spark folder": ("stays.parquet", Path.mkdir, "the folder holds no part files"),
-    "CSV and Parquet": ("*", csv_and_parquet, "all of one kind"),
-    "nested and flat mixed": ("*.parquet", nested_and_flat, "must share a schema"),
+    "CSV and Parquet": ("*", holding({"a.parquet": FLAT, "data.csv": CSV}), "all of one kind"),
+    "nested and flat mixed": ("*.parquet", FLAT_AND_NESTED, "must share a schema"),
 }
 
 
@@ -218,59 +206,35 @@ def test_bad_file_is_refused(name, tmp_path):
     assert_refused(fragment, tmp_path / "data" / file_name, tmp_path)
 
 
-def as_bigquery_exports(path):
-    """Each element of an array in structs called list and element."""
-    table = pd.read_parquet(to_parquet(small_table(), path, nested=True))
-    table["events"] = [{"list": [{"element": event} for event in events]} for events in table["events"]]
-    table.to_parquet(path)
-
-
-def with_columns_in_two_orders(path):
-    table = small_table()
-    table[:60].to_csv(path.with_name("a.csv"), index=False)
-    table[60:][table.columns[::-1]].to_csv(path.with_name("b.csv"), index=False)
-
-
-def as_spark_writes(path, nested=False):
+def as_spark_writes(nested):
     """Parts in folders by a column, beside files that are no data."""
-    table = small_table()
-    for place, rows in (("year=2149", table[:60]), ("year=2150/month=1", table[60:])):
-        (path / place).mkdir(parents=True)
-        to_parquet(rows, path / place / "part-00000.snappy.parquet", nested)
-        (path / place / ".part-00000.snappy.parquet.crc").write_bytes(b"x")
-    (path / "_temporary").mkdir()
-    to_parquet(table, path / "_temporary" / "part-00009.parquet")
-    for name in ("_SUCCESS", "._part-00000.parquet"):
-        (path / name).write_bytes(b"x")
+    parts = {"year=2149": FIRST, "year=2150/month=1": LAST}
+    files = {f"{place}/part-00000.snappy.parquet": to_parquet(parts[place], nested=nested) for place in parts}
+    files |= {f"{place}/.part-00000.snappy.parquet.crc": "x" for place in parts}
+    files |= {"_temporary/part-00009.parquet": FLAT, "_SUCCESS": "x", "._part-00000.parquet": "x"}
+    return lambda path: holding(files)(path / "any")
 
 
-def parts_of_csv(path):
-    path.mkdir()
-    as_csv(small_table()[:60], path).rename(path / "part-00000.csv")
-    as_csv(small_table()[60:], path).rename(path / "part-00001.csv")
-
-
-def beside_its_pattern(path):
-    path.write_text(CSV)
-    path.with_name("stays1.csv").write_text(CSV[:-60])
-
-
+# BigQuery exports each element of an array in structs called list and element.
+in_structs = lambda events: {"list": [{"element": event} for event in events]}
+EXPORTED = pd.read_parquet(BytesIO(NESTED)).assign(events=lambda table: table["events"].map(in_structs)).to_parquet()
+CSV_PARTS = {"part-00000.csv": FIRST.to_csv(index=False), "part-00001.csv": LAST.to_csv(index=False)}
 GOOD_FILES = {
-    "stays.parquet": as_spark_writes,
-    "export": as_spark_writes,
-    "nested": lambda path: as_spark_writes(path, nested=True),
-    "stays.csv": parts_of_csv,
-    "parts": parts_of_csv,
-    "stays[1].csv": beside_its_pattern,
+    "stays.parquet": as_spark_writes(nested=False),
+    "export": as_spark_writes(nested=False),
+    "nested": as_spark_writes(nested=True),
+    "stays.csv": lambda path: holding(CSV_PARTS)(path / "any"),
+    "parts": lambda path: holding(CSV_PARTS)(path / "any"),
+    "stays[1].csv": holding({"stays[1].csv": CSV, "stays1.csv": CSV[:-60]}),  # beside what fits it as a pattern
     "UPPER.CSV.GZ": holding(ZIPPED),
-    "UPPER[1].PARQUET": lambda path: to_parquet(small_table(), path),
+    "UPPER[1].PARQUET": holding(FLAT),
     "data.csv": holding(CSV.encode("utf-8-sig")),  # a byte order mark
     "lines.csv": holding(CSV.replace("\n", "\r\n")),
     "data.csv.gz": holding(ZIPPED),
-    "flat.parquet": lambda path: to_parquet(small_table(), path),
-    "nested.parquet": lambda path: to_parquet(small_table(), path, nested=True),
-    "exported.parquet": as_bigquery_exports,
-    "*.csv": with_columns_in_two_orders,
+    "flat.parquet": holding(FLAT),
+    "nested.parquet": holding(NESTED),
+    "exported.parquet": holding(EXPORTED),
+    "*.csv": holding({"a.csv": FIRST.to_csv(index=False), "b.csv": LAST[LAST.columns[::-1]].to_csv(index=False)}),
     "o'neill.csv": holding(CSV),
     "data [1].csv": holding(CSV),
 }
@@ -286,8 +250,7 @@ def test_same_table_in_any_form_reads_the_same(name, tmp_path):
 def test_data_frame_is_read_as_its_file(tmp_path):
     table = small_table()
     path = as_csv(table, tmp_path)
-    typed = pd.read_csv(path, parse_dates=["icu_intime", "icu_outtime", "event_time"])
-    for frame in (table, typed):
+    for frame in (table, pd.read_csv(path, parse_dates=["icu_intime", "icu_outtime", "event_time"])):
         assert_same_table(read_stays(frame)[0], read_stays(path)[0])
     with pytest.raises(InputError, match="the data frame: missing columns icu_intime"):
         read_stays(table.drop(columns="icu_intime"))

@@ -24,8 +24,8 @@ def sample():
     return read_stays(make_sample(90, seed=1).table)[0]
 
 
-def small(n_patients=40, **columns):
-    return read_stays(small_table(n_patients).assign(**columns))[0]
+small = lambda n_patients=40, **columns: read_stays(small_table(n_patients).assign(**columns))[0]
+patients_of = lambda table, split: [set(table.stays["patient_id"].to_numpy()[part]) for part in split]
 
 
 @pytest.mark.parametrize("chosen", [[5, 3], [0], np.arange(90) % 7 == 2, slice(80, None)])
@@ -85,8 +85,7 @@ def test_cohort_is_those_still_there_with_something_known_and_the_flow_counts_th
 
 
 def test_first_stay_of_each_patient_is_the_earliest():
-    frame = small_table(6)
-    frame["patient_id"] = ["1"] * 9 + ["2"] * 9
+    frame = small_table(6).assign(patient_id=["1"] * 9 + ["2"] * 9)
     frame.loc[frame["icu_stay_id"].isin(["30000002", "30000004"]), "icu_intime"] = "2150-03-01 07:00:00"
     cohort, flow = choose_cohort(read_stays(frame)[0], first_stay_only=True)
     assert cohort.stays["icu_stay_id"].tolist() == [30_000_002, 30_000_004]
@@ -104,14 +103,10 @@ def test_cohort_of_nobody_is_refused(columns, hours, gap, steps):
 
 def test_prospective_cohort_has_the_texts_that_it_reads(tmp_path):
     sample = read_stays(train.SAMPLE)[0]
-    options = {"data": str(train.SAMPLE), "cache_dir": str(tmp_path), "observation_hours": 6.0}
-    table = train.read_source(train.check_settings(train.Settings(**options)), Accelerator()).table
+    settings = train.Settings(data=str(train.SAMPLE), cache_dir=str(tmp_path), observation_hours=6.0)
+    table = train.read_source(train.check_settings(settings), Accelerator()).table
     known = sample.known_minutes_since_intime <= 6 * 60
     assert set(table.texts) == set(table.texts[table.text]) == set(sample.texts[sample.text[known]]) < set(sample.texts)
-
-
-def patients_of(table, split):
-    return [set(table.stays["patient_id"].to_numpy()[part]) for part in split]
 
 
 def test_split_keeps_patients_whole_and_the_share_of_deaths_in_each_part(sample):
@@ -139,8 +134,7 @@ def test_folds_of_cross_validation_keep_patients_whole_and_test_every_stay_once(
 
 def test_split_file_gives_each_part_its_patients_and_names_those_that_have_none(tmp_path, log):
     table, ids = small(), range(10_000_000, 10_000_030)
-    parts = ["test"] * 20 + ["train"] * 6 + ["validation"] * 4
-    rows = pd.DataFrame({"patient_id": ids, "part": parts, "note": "x"})
+    rows = pd.DataFrame({"patient_id": ids, "part": ["test"] * 20 + ["train"] * 6 + ["validation"] * 4, "note": "x"})
     pd.concat([rows, rows[:3].assign(note="y")])[::-1].to_csv(tmp_path / "split.csv", index=False)
     split = split_from_file(table, tmp_path / "split.csv")
     assert patients_of(table, split) == [{*ids[20:26]}, {*ids[26:]}, {*ids[:20]}]
