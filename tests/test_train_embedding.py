@@ -159,12 +159,16 @@ def test_killed_writer_leaves_nothing_half_written(tmp_path, caplog):
 
 # ---- each text once ----
 @pytest.fixture
-def make(tiny_longformer, tmp_path, monkeypatch):
+def make(tiny_longformer, tmp_path):
     """Builds encoders with small batches, which by default share this test's cache folder."""
-    split, usual = train.split_by_budget, {"devices": ["cpu"], "dtype": "float32"}
-    monkeypatch.setattr(train, "split_by_budget", lambda lengths, budget: split(lengths, 400))
-    build = lambda cache, options: train.ClinicalTextEncoder(tiny_longformer, cache_dir=tmp_path / cache, **options)
-    return lambda cache="cache", **options: build(cache, usual | options)
+
+    def build(cache="cache", budget=400, **options):
+        places = {"cache_dir": tmp_path / cache, "devices": ["cpu"], "dtype": "float32"}
+        encoder = train.ClinicalTextEncoder(tiny_longformer, **places | options)
+        encoder.encoder.budget = budget
+        return encoder
+
+    return build
 
 
 events = lambda count: [f"lab: lactate | value: {i} mmol/l" + " | level: above range" * (i % 5) for i in range(count)]
@@ -181,7 +185,7 @@ def test_cached_text_is_never_encoded_again(make):
 
 
 def test_stopped_run_keeps_what_is_done_and_ends_with_the_same_bits(make, monkeypatch):
-    whole, stopped, again = make("whole"), make(), make()
+    whole, stopped, again = make("whole", 600), make(budget=600), make(budget=600)
     expected = whole.encode_event_text_batch(events(300))
     four_batches = Mock(wraps=stopped.encoder.forward, side_effect=[*[DEFAULT] * 4, KeyboardInterrupt])
     monkeypatch.setattr(stopped.encoder, "forward", four_batches)
