@@ -124,11 +124,8 @@ def test_single_files_are_read_as_they_are_and_damaged_ones_ignored(tmp_path, ca
 
 # ---- several processes ----
 def start_writer(folder, first, count):
-    def write():
-        cache = cache_in(folder)
-        for i in range(first, first + count):
-            cache.append(keys_of(f"text {i}"), vectors_of(1, i + 1.0))
-
+    cache, numbers = cache_in(folder), range(first, first + count)
+    write = lambda: [cache.append(keys_of(f"text {i}"), vectors_of(1, i + 1.0)) for i in numbers]
     process = multiprocessing.get_context("fork").Process(target=write)
     process.start()
     return process
