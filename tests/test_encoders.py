@@ -28,13 +28,8 @@ from clinical_lf import encoders
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable
 from clinical_lf.files import InputError
 
-
-def text_of(n_tokens):
-    """A text of exactly `n_tokens` tokens for the tiny tokenizer: capitals, one token each, and the two at the ends."""
-    return "".join(np.random.RandomState(n_tokens).choice(list("QXZJKVWY"), n_tokens - 2))
-
-
-TEXTS = [text_of(n) for n in (5, 60, 257, 258, 400, 512)]
+# Texts of exactly `n` tokens for the tiny tokenizer: capitals, one token each, and the two at the ends.
+TEXTS = ["".join(np.random.RandomState(n).choice(list("QXZJKVWY"), n - 2)) for n in (5, 60, 257, 258, 400, 512)]
 EVENTS = events(5)
 
 
