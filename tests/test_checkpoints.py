@@ -110,8 +110,8 @@ OF_RESUMING = {
 
 @pytest.mark.parametrize("what", [*OF_RESUMING, "a damaged best model"])
 def test_run_is_not_resumed_from_what_lacks_parts(what, finished, tmp_path, capfd):
-    folder = shutil.copytree(finished / "out" / "checkpoints", tmp_path / "out" / "checkpoints")
-    path = folder / "latest_checkpoint.pth"
+    path = best_model(tmp_path).with_name("latest_checkpoint.pth")
+    shutil.copytree(best_model(finished).parent, path.parent)
     state = torch.load(path, weights_only=True)
     if what in OF_RESUMING:
         OF_RESUMING[what](state)
@@ -132,8 +132,7 @@ def test_path_inside_a_checkpoint_is_not_followed(finished, tmp_path, capfd):
     state = torch.load(best_model(finished), weights_only=True)
     own = {**state["settings"], "text_encoder": str(save_longformer(tmp_path / "encoder"))}
     changed(text_encoder="encoder@1", settings=own)(state, tmp_path / "evil.pth")
-    options = ["--evaluate", tmp_path / "evil.pth"]
-    argv = arguments(tmp_path, finished / "data.csv", *options, encoder=CLINICAL_LONGFORMER)
+    argv = arguments(tmp_path, finished / "data.csv", "--evaluate", tmp_path / "evil.pth", encoder=CLINICAL_LONGFORMER)
     assert_refused(argv, "paths inside a checkpoint are not followed", capfd, tmp_path)
 
 

@@ -117,22 +117,6 @@ def test_loss_of_nan_stops_at_most_a_step_later_and_keeps_the_best_checkpoint(da
     assert best_model(tmp_path).read_bytes() == best and epochs_done(tmp_path) == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path, request):
-    """A function that mounts a tmpfs of so many kB and returns its folder."""
-
-    def mount(kilobytes):
-        folder = tmp_path / f"disk_{kilobytes}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("needs the right to mount a tmpfs")
-        request.addfinalizer(lambda: subprocess.run(["umount", folder], check=True))
-        return folder
-
-    return mount
-
-
 STAY = f"{HEADERS['icustays']}\n1,2,3,MICU,MICU,2150-01-01 00:00:00,2150-01-02 00:00:00,1"
 FULL, STOPPED = r"No space left|cannot be written|Is the disk full\?", r"query.sql stopped \(IOException\)"
 SMALL_DISKS = [("--output-dir", size, "data.csv", FULL) for size in (64, 600, 1500)]
@@ -140,8 +124,12 @@ SMALL_DISKS += [("--cache-dir", 16, "data.csv", FULL), ("--cache-dir", 8, "mimic
 
 
 @pytest.mark.parametrize("option, size, source, words", SMALL_DISKS)
-def test_full_disk_is_a_clear_error_and_leaves_no_half(option, size, source, words, data, tmp_path, small_disk, capfd):
-    folder = small_disk(size)
+def test_full_disk_is_a_clear_error_and_leaves_no_half(option, size, source, words, data, tmp_path, request, capfd):
+    folder = tmp_path / f"disk_{size}"  # a tmpfs of so many kB
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    request.addfinalizer(lambda: subprocess.run(["umount", folder], check=True))
     broken_mimic(tmp_path / "mimic", icustays=STAY)
     assert train.main(arguments(tmp_path, tmp_path / source, option, folder)) == 2
     message = capfd.readouterr().err

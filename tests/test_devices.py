@@ -50,8 +50,7 @@ def small_settings(**changes):
 
 def packed_input(machine):
     """At most two waits a step, wherever the vectors live; the same logits as the padded path on the CPU."""
-    on_gpu, on_host = train.place_vectors, lambda vectors, device: torch.from_numpy(vectors)
-    for place, where in ((on_gpu, "cuda"), (on_host, "cpu")):
+    for place, where in ((train.place_vectors, "cuda"), (lambda vectors, device: torch.from_numpy(vectors), "cpu")):
         train.place_vectors = place
         trainer, checkpoint = train.train_model(small_settings())
         assert trainer.train_set.device.type == where
@@ -75,8 +74,7 @@ def another_encoder(machine):
     torch.manual_seed(0)
     sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 64, "max_position_embeddings": 514}
-    config = transformers.RobertaConfig(**sizes, initializer_range=0.2)
-    transformers.RobertaModel(config).save_pretrained(folder)
+    transformers.RobertaModel(transformers.RobertaConfig(**sizes, initializer_range=0.2)).save_pretrained(folder)
     texts = [f"Lab: Lactate | Value: {i} mmol/L" + " and so on" * (i % 40) for i in range(40)] + [""]
     ways = {"cpu": {"devices": ["cpu"], "dtype": "float32"}, "cuda": {"dtype": "float32"}, "bf16": {}}
     encoders = {way: train.ClinicalTextEncoder(folder, cache_dir=Path(way), **ways[way]) for way in ways}
@@ -157,8 +155,7 @@ def test_default_timeout_outlasts_days_of_encoding(monkeypatch):
     handlers = {}
     monkeypatch.setattr(plan, "Accelerator", lambda **options: handlers.update(options))
     plan.make_accelerator()
-    timeouts = [handler.timeout for handler in handlers["kwargs_handlers"] if hasattr(handler, "timeout")]
-    assert timeouts == [timedelta(days=7)]
+    assert [one.timeout for one in handlers["kwargs_handlers"] if hasattr(one, "timeout")] == [timedelta(days=7)]
 
 
 def test_apple_gpus_are_left_alone_with_a_sentence(monkeypatch, log):

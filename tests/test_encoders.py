@@ -28,13 +28,8 @@ from clinical_lf import encoders
 from clinical_lf.encoders import CLINICAL_LONGFORMER, EncoderUnreachable
 from clinical_lf.files import InputError
 
-
-def text_of(n_tokens):
-    """A text of exactly `n_tokens` tokens for the tiny tokenizer: capitals, one token each, and the two at the ends."""
-    return "".join(np.random.RandomState(n_tokens).choice(list("QXZJKVWY"), n_tokens - 2))
-
-
-TEXTS = [text_of(n) for n in (5, 60, 257, 258, 400, 512)]
+# Texts of exactly `n` tokens for the tiny tokenizer: capitals, one token each, and the two at the ends.
+TEXTS = ["".join(np.random.RandomState(n).choice(list("QXZJKVWY"), n - 2)) for n in (5, 60, 257, 258, 400, 512)]
 EVENTS = events(5)
 
 
@@ -82,8 +77,7 @@ def test_vectors_equal_longformer_one_by_one_and_in_one_padded_batch(make, tmp_p
     vectors = encoder.encode_event_text_batch(TEXTS)
     assert encoder.encoder.window == window and vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, atol=1e-4)
-    one_by_one = [alone.encode_event_text_batch([text])[0] for text in TEXTS]
-    np.testing.assert_allclose(one_by_one, expected, atol=1e-4)
+    np.testing.assert_allclose([alone.encode_event_text_batch([text])[0] for text in TEXTS], expected, atol=1e-4)
 
 
 def test_vectors_in_bfloat16_point_the_same_way_and_the_band_matters_beyond_257_tokens(make, tmp_path, monkeypatch):
@@ -103,11 +97,9 @@ def test_odd_text_has_a_vector_of_its_own_and_missing_text_that_of_the_empty_str
 
 
 # ---- never mixed ----
-@pytest.mark.parametrize(
-    "name, end, pooling", [(CLINICAL_LONGFORMER, "clinical_longformer", "cls"), ("some/model", "some--model", "mean")]
-)
-def test_full_cache_needs_no_weights(make, tiny_longformer, tmp_path, no_hub, name, end, pooling):
-    home = shutil.copytree(tiny_longformer, tmp_path / "hf" / end)
+@pytest.mark.parametrize("name, end", [(CLINICAL_LONGFORMER, "clinical_longformer"), ("some/model", "some--model")])
+def test_full_cache_needs_no_weights(make, tiny_longformer, tmp_path, no_hub, name, end):
+    home, pooling = shutil.copytree(tiny_longformer, tmp_path / "hf" / end), "mean" if name == "some/model" else "cls"
     if pooling == "mean":
         ask_for(home, pooling_mode_mean_tokens=True)
     expected = make(name).encode_event_text_batch(EVENTS)
@@ -174,11 +166,13 @@ def save_code(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def keep_half_the_layers(folder):
-    state = {name: value for name, value in load_file(folder / "model.safetensors").items() if "layer.1" not in name}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+half = lambda weights: {name: value for name, value in weights.items() if "layer.1" not in name}
+zeros = lambda weights: {name: 0 * value for name, value in weights.items()}
 lose = lambda *names: lambda folder: [(folder / name).unlink(missing_ok=True) for name in names]
 dump = lambda evil, path: path.write_bytes(pickle.dumps(evil))
 UNUSABLE = "cannot be used as a text encoder"
@@ -186,7 +180,7 @@ DAMAGE = {
     "no tokenizer": (lose("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"), "has no tokenizer"),
     "no weights": (lose("model.safetensors"), UNUSABLE),
     "no configuration": (lose("config.json"), "is no text encoder: a folder with config.json"),
-    "half the weights": (keep_half_the_layers, "weights are missing"),
+    "half the weights": (lambda folder: change_weights(folder, half), "weights are missing"),
     "weights cut short": (lambda folder: os.truncate(folder / "model.safetensors", 50_000), UNUSABLE),
     "malicious, as torch saves it": (lambda folder: save_pickle(folder, torch.save), UNUSABLE),
     "malicious, a bare pickle": (lambda folder: save_pickle(folder, dump), UNUSABLE),
@@ -211,22 +205,6 @@ def test_unreachable_model_names_both_ways_out(make, no_hub, tmp_path):
     with pytest.raises(EncoderUnreachable, match="clinical_longformer(.|\n)*--text-encoder hashing"):
         make(CLINICAL_LONGFORMER)
     assert not (tmp_path / "cache").exists()
-
-
-def save_clinical_longformer(folder):
-    """The hub's file list of Clinical-Longformer, weights random: a LongformerForMaskedLM with its head, as pickle."""
-    save_longformer(folder)
-    torch.manual_seed(0)
-    config = transformers.LongformerConfig.from_pretrained(folder, initializer_range=0.2)
-    masked_lm = transformers.LongformerForMaskedLM(config).eval()
-    torch.save(masked_lm.state_dict(), folder / "pytorch_model.bin")
-    config.architectures = ["LongformerForMaskedLM"]
-    config.save_pretrained(folder)
-    (folder / "evil.py").write_text("raise SystemExit")
-    for path in folder.iterdir():
-        if "token" in path.name or path.suffix == ".safetensors":
-            path.unlink()
-    return masked_lm
 
 
 @pytest.fixture
@@ -266,8 +244,18 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("revision, weights", [("", "pytorch_model.bin"), ("@v1", "model.safetensors")])
 def test_clinical_longformer_comes_from_the_hub_and_gives_its_own_vectors(make, tmp_path, hub, revision, weights):
+    """The hub's file list of Clinical-Longformer, weights random: a LongformerForMaskedLM with its head, as pickle."""
     folder, asked = hub
-    masked_lm = save_clinical_longformer(folder)
+    save_longformer(folder)
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig.from_pretrained(folder, initializer_range=0.2)
+    masked_lm = transformers.LongformerForMaskedLM(config).eval()
+    torch.save(masked_lm.state_dict(), folder / "pytorch_model.bin")
+    config.architectures = ["LongformerForMaskedLM"]
+    config.save_pretrained(folder)
+    (folder / "evil.py").write_text("raise SystemExit")
+    for path in [*folder.glob("*token*"), *folder.glob("*.safetensors")]:
+        path.unlink()
     if weights == "model.safetensors":
         masked_lm.save_pretrained(folder)  # beside the pickle, which is then left
     vectors = make(CLINICAL_LONGFORMER + revision).encode_event_text_batch(TEXTS)
@@ -280,8 +268,7 @@ def test_clinical_longformer_comes_from_the_hub_and_gives_its_own_vectors(make, 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         for text, vector in zip(TEXTS, vectors, strict=True):
-            inputs = tokenizer(text, return_tensors="pt")
-            last = masked_lm(**inputs, output_hidden_states=True).hidden_states[-1]
+            last = masked_lm(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[-1]
             np.testing.assert_allclose(vector, last[0, 0].numpy(), atol=1e-5)
 
 
@@ -345,8 +332,7 @@ def test_causal_model_gives_its_last_token_and_one_without_a_limit_reads_all(mak
 
 
 def test_encoder_that_gives_texts_of_different_tokens_one_vector_is_refused_whatever_it_is(make, copied, monkeypatch):
-    zeros = {name: 0 * value for name, value in load_file(copied / "model.safetensors").items()}
-    save_file(zeros, copied / "model.safetensors", metadata={"format": "pt"})
+    change_weights(copied, zeros)
     monkeypatch.setattr(encoders.HashingEncoder, "forward", lambda self, device, texts: np.ones((len(texts), 768)))
     for encoder in 2 * [make(copied), make("hashing")]:  # asking again does not help
         with pytest.raises(InputError, match="different texts one vector"):
@@ -377,22 +363,21 @@ def test_tokenizer_of_a_larger_vocabulary_is_a_clear_error(make, bert):
 # ---- the encoder without weights ----
 def test_hashing_puts_near_numbers_of_an_item_near_however_spelt_and_items_codes_and_concentrations_apart(make):
     """A level belongs to its item: that of another one is farther away than the same item's other value."""
-    hashing, values = make("hashing"), ("7.10", "7.12", "7.40", "14.8")
-    texts = [f"Lab: pH (Blood) | Value: {value}" for value in values]
-    to_first = np.corrcoef(hashing.encode_event_text_batch([*texts, "Lab: Lactate (Blood) | Value: 7.10"]))[0, 1:]
+    alike = lambda texts: np.corrcoef(make("hashing").encode_event_text_batch(texts))
+    texts = [f"Lab: pH (Blood) | Value: {value}" for value in ("7.10", "7.12", "7.40", "14.8")]
+    to_first = alike([*texts, "Lab: Lactate (Blood) | Value: 7.10"])[0, 1:]
     assert (np.diff(to_first) < -0.02).all() and to_first[0] > 0.98 and to_first[2] > 0.5 > to_first[3]
     said = ("Lactate | Value: 5", "Lactate | Value: 9", "Glucose | Value: 5")
-    texts = [f"Lab: {item_and_value} mmol/L | Level: far above range" for item_and_value in said]
-    near = np.corrcoef(hashing.encode_event_text_batch(texts))
+    near = alike([f"Lab: {item_and_value} mmol/L | Level: far above range" for item_and_value in said])
     assert near[0, 1] > 0.7 > 0.4 > near[0, 2]
     # Neighbouring bins share 16; 1.5 lies halfway between 1 and 2, where the magnitude is straight between powers of 2.
     bins = list(encoders.HashingEncoder().numbers_of_item(f"pH | {1.5 - 1 / 64} {2 - 1 / 64}"))
     assert bins[:2] == [("pH # # 0 1 2", 8), ("pH # # 0 1 3", 8)]
     assert bins[8:10] == [("pH # # 1 4 12", 16), ("pH # # 1 4 13", 0)]
     names = "Lab: 50912|Lab: 50931|SNOMED: 3950001|SNOMED: 184099003|NaCl 0.45 %|NaCl 0.9 %".split("|")
-    assert (np.corrcoef(hashing.encode_event_text_batch(names)) - np.eye(6)).max() < 0.9
-    doses = [f"Heparin | Dose: {dose} UNIT" for dose in ("25,000", "25000", "2.49E+04", "9", "1e999")]
-    same, close, *far = np.corrcoef(hashing.encode_event_text_batch(doses))[0, 1:]
+    assert (alike(names) - np.eye(6)).max() < 0.9
+    doses = ("25,000", "25000", "2.49E+04", "9", "1e999")
+    same, close, *far = alike([f"Heparin | Dose: {dose} UNIT" for dose in doses])[0, 1:]
     assert same == pytest.approx(1) and close > 0.98 > 0.9 > max(far)
 
 

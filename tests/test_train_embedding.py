@@ -9,6 +9,7 @@ import signal
 import time
 import weakref
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -107,14 +108,12 @@ def single_file(folder, name, array):
     np.save(folder / (keys_of(name).tobytes().hex() + ".npy"), array, allow_pickle=True)
 
 
-BAD_ARRAYS = [np.ones(DIM - 1), np.full(DIM, np.nan), np.array([Malicious()], object), np.array(["x"])]
-
-
 def test_single_files_are_read_as_they_are_and_damaged_ones_ignored(tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     single_file(tmp_path / "old", "flat", np.full(DIM, 2, np.float32))
     single_file(tmp_path / "new", "row", np.full((1, DIM), 3, np.float64))
-    for number, array in enumerate(BAD_ARRAYS):
+    bad = [np.ones(DIM - 1), np.full(DIM, np.nan), np.array([Malicious()], object), np.array(["x"])]
+    for number, array in enumerate(bad):
         single_file(tmp_path / "new", str(number), array)
     cache = cache_in(tmp_path / "new", [tmp_path / "old", tmp_path / "none"])
     cache.adopt_legacy(keys_of("flat", "x", "row", *"0123"))
@@ -125,11 +124,8 @@ def test_single_files_are_read_as_they_are_and_damaged_ones_ignored(tmp_path, ca
 
 # ---- several processes ----
 def start_writer(folder, first, count):
-    def write():
-        cache = cache_in(folder)
-        for i in range(first, first + count):
-            cache.append(keys_of(f"text {i}"), vectors_of(1, i + 1.0))
-
+    cache, numbers = cache_in(folder), range(first, first + count)
+    write = lambda: [cache.append(keys_of(f"text {i}"), vectors_of(1, i + 1.0)) for i in numbers]
     process = multiprocessing.get_context("fork").Process(target=write)
     process.start()
     return process
@@ -188,14 +184,8 @@ def test_cached_text_is_never_encoded_again(make):
 def test_stopped_run_keeps_what_is_done_and_ends_with_the_same_bits(make, monkeypatch):
     whole, stopped, again = make("whole", 600), make(budget=600), make(budget=600)
     expected = whole.encode_event_text_batch(events(300))
-    four_batches = [stopped.encoder.forward] * 4
-
-    def stop_after_four_batches(device, tokens):
-        if not four_batches:
-            raise KeyboardInterrupt
-        return four_batches.pop()(device, tokens)
-
-    monkeypatch.setattr(stopped.encoder, "forward", stop_after_four_batches)
+    four_batches = Mock(wraps=stopped.encoder.forward, side_effect=[*[DEFAULT] * 4, KeyboardInterrupt])
+    monkeypatch.setattr(stopped.encoder, "forward", four_batches)
     with pytest.raises(KeyboardInterrupt):
         stopped.embed(events(300), progress=False)
     np.testing.assert_array_equal(again.encode_event_text_batch(events(300)), expected)
