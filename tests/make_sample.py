@@ -123,8 +123,7 @@ def draw_values(rng, lab, n):
         values = lab.smallest * (lab.largest / lab.smallest) ** position
     else:
         values = lab.smallest + (lab.largest - lab.smallest) * (position + rng.random(n)) / 2
-    in_steps = np.clip(np.round(np.round(values / lab.step) * lab.step, 3), lab.smallest, lab.largest)
-    return as_charted(lab, in_steps)
+    return as_charted(lab, np.clip(np.round(np.round(values / lab.step) * lab.step, 3), lab.smallest, lab.largest))
 
 
 def procedure_text(label, category, minutes, location=""):
@@ -156,8 +155,7 @@ def lab_delay(rng, n):
 
 def prescription_events(rng, kind, n):
     """`n` orders of one kind; an order is known when it is made."""
-    texts = np.array(CATALOGUE["prescriptions"][kind], dtype=object)
-    return texts[rng.integers(0, len(texts), n)], np.zeros(n)
+    return rng.choice(np.array(CATALOGUE["prescriptions"][kind], dtype=object), n), np.zeros(n)
 
 
 def procedure_events(rng, kind, n):
@@ -172,9 +170,8 @@ def procedure_events(rng, kind, n):
 
 def culture_events(rng, kind, n):
     """`n` cultures of one kind, reported after one to three days; for 3 % that time was not stored."""
-    texts = np.array(CATALOGUE["cultures"][kind], dtype=object)
     delay = np.where(rng.random(n) < 0.03, np.nan, rng.integers(24 * 60, 72 * 60 + 1, n))
-    return texts[rng.integers(0, len(texts), n)], delay
+    return rng.choice(np.array(CATALOGUE["cultures"][kind], dtype=object), n), delay
 
 
 def ingredient_events(rng, kind, n):
@@ -212,8 +209,7 @@ MAKERS["microbiology"] = culture_events
 # ---- Planting ----
 def stays_with(rng, n_stays, probability, second=0.0):
     """Stay number of every event of a kind: a stay has it with `probability`, and then twice with `second`."""
-    count = (rng.random(n_stays) < probability) * (1 + (rng.random(n_stays) < second))
-    return np.repeat(np.arange(n_stays), count)
+    return np.repeat(np.arange(n_stays), (rng.random(n_stays) < probability) * (1 + (rng.random(n_stays) < second)))
 
 
 def plant_lactate(rng, duration):
@@ -276,8 +272,7 @@ def fill(rng, role, count):
         chosen = tested[lab_index == index]
         yield part(chosen, "labevent", *lab_events(rng, lab, len(chosen))[:2], role, role)
     chosen = tested[lab_index == -1]
-    texts = FREE_TEXT_LABS[rng.integers(0, len(FREE_TEXT_LABS), len(chosen))]
-    yield part(chosen, "labevent", texts, lab_delay(rng, len(chosen)), role, role)
+    yield part(chosen, "labevent", rng.choice(FREE_TEXT_LABS, len(chosen)), lab_delay(rng, len(chosen)), role, role)
     for index, (event_type, maker) in enumerate(MAKERS.items(), start=1):
         chosen = stay[type_index == index]
         yield part(chosen, event_type, *maker(rng, role, len(chosen)), role, role)
@@ -329,8 +324,7 @@ def pair_up(rng, stays, share=0.27):
     age, label = stays["patient_age"].to_numpy(), stays["label"].to_numpy()
     first, second = np.where(label[first] > label[second], (second, first), (first, second))  # survivors come first
     same_admission = (label[first] == 1) | ((label[first] == label[second]) & (rng.random(len(first)) < 0.4))
-    usable = np.flatnonzero(age[first] == age[second])
-    chosen = rng.permutation(usable)[: round(share * len(stays))]
+    chosen = rng.permutation(np.flatnonzero(age[first] == age[second]))[: round(share * len(stays))]
     earlier, shares_admission = np.full(len(stays), -1), np.zeros(len(stays), dtype=bool)
     earlier[second[chosen]], shares_admission[second[chosen]] = first[chosen], same_admission[chosen]
     return earlier, shares_admission
@@ -338,15 +332,13 @@ def pair_up(rng, stays, share=0.27):
 
 def choose(rng, name, n):
     """`n` draws of a static column."""
-    options = np.array(list(CATALOGUE["shares"][name]), dtype=object)
-    edges = np.cumsum(list(CATALOGUE["shares"][name].values()))
-    return options[np.searchsorted(edges, rng.random(n) * edges[-1], side="right")]
+    shares = CATALOGUE["shares"][name]
+    return pick(rng, [(option, 0) for option in shares], n, list(shares.values()))[0]
 
 
 def add_people(rng, stays, earlier, shares_admission):
     """Ids and static columns: drawn per stay, then copied from the first stay of the same patient or admission."""
-    n = len(stays)
-    own = np.arange(n)
+    n, own = len(stays), np.arange(len(stays))
     patient, admission = np.where(earlier >= 0, earlier, own), np.where(shares_admission, earlier, own)
     stays["patient_id"] = 10_000_000 + 7 * np.unique(patient, return_inverse=True)[1]
     stays["admission_id"] = 20_000_000 + 7 * np.unique(admission, return_inverse=True)[1]
@@ -357,8 +349,7 @@ def add_people(rng, stays, earlier, shares_admission):
         stays[name] = choose(rng, name, n)[admission]
     stays.loc[stays["label"] == 1, "discharge_location"] = "DIED"
     stays["first_icu_careunit"] = choose(rng, "careunit", n)
-    moves = rng.random(n) < 0.1
-    stays["last_icu_careunit"] = np.where(moves, choose(rng, "careunit", n), stays["first_icu_careunit"])
+    stays["last_icu_careunit"] = np.where(rng.random(n) < 0.1, choose(rng, "careunit", n), stays["first_icu_careunit"])
 
 
 def add_times(rng, stays, duration, earlier, shares_admission):

@@ -71,9 +71,8 @@ def test_audit_of_a_table_judges_training_stays_and_counts_what_crosses_the_spli
     frame.loc[(of_stay >= 40) & (frame[LABEL] == "1"), "insurance"] = "None"  # the label, but in other parts only
     table, report = read_stays(frame, tmp_path)
     split = Split(*np.split(np.arange(len(table.stays)), [40, 50]))
-    of_labels = lambda labels: USUAL | {"labels": labels}
-    audits = {bool(name): audit.audit_table(table, split, report, of_labels(name)) for name in ("", "a file")}
-    found = {flag: audited.set_index("name") for flag, audited in audits.items()}
+    audited = lambda report, **usual: audit.audit_table(table, split, report, USUAL | usual).set_index("name")
+    found = {bool(labels): audited(report, labels=labels) for labels in ("", "a file")}
     counts, flagged = found[True]["count"], {flag: set(table.index[table.flagged]) for flag, table in found.items()}
     assert counts["patients in two parts of the split"] == 1 and counts["admissions in two parts of the split"] == 0
     assert counts["admissions with conflicting labels"] == 1 and counts[LATE] == 6
@@ -82,8 +81,7 @@ def test_audit_of_a_table_judges_training_stays_and_counts_what_crosses_the_spli
     assert flagged[True] - flagged[False] == {LATE}
     assert "discharge_location" in flagged[True] and "patient_age" not in flagged[True]
     assert found[True].auroc["insurance"] == 0.5
-    early = audit.audit_table(table, split, ReadReport(), USUAL | {"observation_hours": 2.5}).set_index("name")
-    assert early["count"][LATE] > 6  # the third hour's, known at 3.5 h
+    assert audited(ReadReport(), observation_hours=2.5)["count"][LATE] > 6  # the third hour's, known at 3.5 h
 
 
 # ---- Texts
@@ -114,8 +112,7 @@ def test_leaking_texts_are_those_of_known_outcome_alone_whatever_common_ones_sta
     planted = {"Lab: Sodium": range(80), "Procedure: Comfort measures": [*deaths, *deaths]}
     assert audit.leaking_texts(table_of(planted)) == {"Procedure: Comfort measures": 1.0}
     nine_deaths = table_of(events, np.where(np.arange(80) < 36, LABELS, np.nan))
-    unknown = audit.audit_texts(nine_deaths).iloc[0]
-    assert (unknown["stays"], unknown["deaths"]) == (27, 0)  # of 36 stays
+    assert audit.audit_texts(nine_deaths)[["stays", "deaths"]].iloc[0].tolist() == [27, 0]  # of 36 stays
     assert audit.leaking_texts(nine_deaths) == {"Procedure: Discharge teaching": 1.0}
     assert audit.leaking_texts(table_of(events, np.full(80, np.nan))) == {}
 

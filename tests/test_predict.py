@@ -59,8 +59,7 @@ def test_what_a_prediction_needs_is_named_where_it_is_missing(at_12_hours, sampl
 
 
 def test_folder_of_seeds_is_evaluated_with_the_mean_risk_and_one_of_other_stays_is_refused(finished, tmp_path):
-    options = arguments(tmp_path, finished / "data.csv", "--seeds", 2, "--max-epochs", 1)
-    assert train.main(options) == 0
+    assert train.main(arguments(tmp_path, finished / "data.csv", "--seeds", 2, "--max-epochs", 1)) == 0
     out, content = evaluated(tmp_path, finished / "data.csv", tmp_path / "out")
     each = [best_model(tmp_path).parents[1] / f"seed_{n}" / "checkpoints" / "best_model.pth" for n in (1, 2)]
     risks = [train.predict(path, cache_dir=str(tmp_path / "cache"))["probability"] for path in each]
@@ -83,17 +82,14 @@ def test_fine_tuning_starts_from_the_other_model_and_knows_new_categories_not(sa
     at = before.table.stays["icu_stay_id"].isin(start.test_set.table.stays["icu_stay_id"]).to_numpy()
     assert start.predict(start.test_set) == pytest.approx(before.logits[at], abs=1e-5)
     assert "are taken" not in log.text and f"{len(start.test_set)} of {len(start.test_set)} test stays" not in log.text
-    other = pd.read_csv(sample_run / "data.csv").assign(
-        insurance="Other country's", patient_age=lambda t: t["patient_age"] + 9
-    )
+    other = pd.read_csv(sample_run / "data.csv").assign(insurance="Other country's")
+    other["patient_age"] += 9
     start, _ = trained(sample_run, tmp_path / "other", data=other, init_from=first, learning_rate=1e-12, max_epochs=1)
     names, known = start.preprocessor.static_names, before.checkpoint.preprocessor.static_names
     now, then = (model.classifier[0].weight.detach() for model in (start.model, before.model))
     for column, name in enumerate(names, start=32):
-        is_known = name in known
-        assert torch.allclose(
-            now[:, column], then[:, 32 + known.index(name)] if is_known else now[:, column], atol=1e-6
-        )
+        expected = then[:, 32 + known.index(name)] if name in known else now[:, column]
+        assert torch.allclose(now[:, column], expected, atol=1e-6)
     assert ("insurance", "Other country's") not in known and "insurance: Other country's" in log.text
     assert start.preprocessor.state_dict()["means"] == before.checkpoint.preprocessor.state_dict()["means"]
     with pytest.raises(train.InputError, match="d_model 64 instead of 32"):

@@ -64,12 +64,10 @@ def test_output_of_a_stay_depends_on_no_padding_and_on_no_other_of_its_batch(mod
     (sequences, static, mask), output = batch, model(*batch)
     longer = torch.cat([sequences, torch.full((B, 5, INPUT), 1e6)], dim=1)
     longer[:, :L][~mask] = -7.0
-    padded = model(longer, static, torch.cat([mask, torch.zeros(B, 5, dtype=torch.bool)], dim=1))
-    assert torch.allclose(padded, output, atol=1e-5)
+    assert torch.allclose(model(longer, static, torch.nn.functional.pad(mask, (0, 5))), output, atol=1e-5)
     single = [model(sequences[i : i + 1, : mask[i].sum()], static[i : i + 1]) for i in range(B)]
     assert torch.allclose(torch.cat(single), output, atol=1e-5)
-    order = torch.tensor([2, 0, 1])
-    assert torch.allclose(output[order], model(*(part[order] for part in batch)), atol=1e-6)
+    assert torch.allclose(output[[2, 0, 1]], model(*(part[[2, 0, 1]] for part in batch)), atol=1e-6)
     assert torch.isfinite(model(sequences, static, torch.zeros_like(mask))).all()  # stays without events
 
 
@@ -103,13 +101,12 @@ def test_attention_sums_to_one_over_events_and_is_that_of_the_pass_that_made_the
 def test_packed_layer_is_the_pre_norm_layer_of_torch():
     packed = train.EncoderLayer(32, 4, 48, 0.1).eval()
     plain = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=True).eval()
-    parts = {"self_attn.in_proj_": "query_key_value.", "self_attn.out_proj.": "attention_output."}
-    parts |= {"linear1.": "feedforward.0.", "linear2.": "feedforward.3."}
-    parts |= {"norm1.": "norm_attention.", "norm2.": "norm_feedforward."}
+    theirs = "self_attn.in_proj_ self_attn.out_proj. linear1. linear2. norm1. norm2.".split()
+    own = "query_key_value. attention_output. feedforward.0. feedforward.3. norm_attention. norm_feedforward.".split()
     torch.nn.init.ones_(packed.attention_scale)
     torch.nn.init.ones_(packed.feedforward_scale)
     weights, kinds = packed.state_dict(), ("weight", "bias")
-    plain.load_state_dict({its + kind: weights[ours + kind] for its, ours in parts.items() for kind in kinds})
+    plain.load_state_dict({its + kind: weights[ours + kind] for its, ours in zip(theirs, own) for kind in kinds})
     events, lengths = torch.randn(12, 32), np.array([7, 5])
     found = packed(events, train.layout_of_lengths(lengths, torch.device("cpu"))).split(lengths.tolist())
     for ours, stay in zip(found, events.split(lengths.tolist()), strict=True):
@@ -149,9 +146,8 @@ def test_pooling_in_training_is_not_shown_a_share_of_the_events():
 
 
 def test_positions_are_made_for_any_length():
-    positions = train.sinusoidal_positions(torch.tensor([0, 100_000]), 4)
-    expected = [[0, 1, 0, 1], [math.sin(1e5), math.cos(1e5), math.sin(1e3), math.cos(1e3)]]
-    assert torch.allclose(positions, torch.tensor(expected), atol=2e-2)
+    expected = torch.tensor([[0, 1, 0, 1], [math.sin(1e5), math.cos(1e5), math.sin(1e3), math.cos(1e3)]])
+    assert torch.allclose(train.sinusoidal_positions(torch.tensor([0, 100_000]), 4), expected, atol=2e-2)
 
 
 def test_whitened_items_differ_as_much_in_all_directions_in_which_they_differ():
@@ -175,8 +171,7 @@ def test_numbers_enter_as_eight_soft_steps_and_only_where_an_event_has_one():
     events = torch.zeros(4, INPUT + len(HISTORY))
     events[:, INPUT] = torch.tensor([-1, 0.125, 1, 1])  # quantiles of the value
     events[:, INPUT + HISTORY.index("has_value")] = torch.tensor([1.0, 1, 1, 0])
-    expected = [[-0.5] * 8, [0.5] * 4 + [0] + [-0.5] * 3, [0.5] * 8, [0] * 8]
-    assert projection(events)[:, :8].tolist() == expected
+    assert projection(events)[:, :8].tolist() == [[-0.5] * 8, [0.5] * 4 + [0] + [-0.5] * 3, [0.5] * 8, [0] * 8]
 
 
 def test_where_one_event_speaks_for_its_item_its_weight_is_multiplied_and_events_are_hidden_in_training(model):
@@ -241,8 +236,7 @@ def test_logits_leave_bf16_autocast_in_fp32(dataset, small_model):
         event_logits = train.in_full_precision(torch.nn.Linear(32, 1), details["transformer_output"].bfloat16())
     assert logits.dtype == event_logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
-    exact = padded_logits(small_model, dataset)
-    assert len(logits.unique()) == 30 and (logits[:, 0] - exact).abs().max() < 0.02
+    assert len(logits.unique()) == 30 and (logits[:, 0] - padded_logits(small_model, dataset)).abs().max() < 0.02
 
 
 LENGTHS = np.random.default_rng(0).integers(1, 500, 300)
@@ -281,8 +275,7 @@ def test_input_statistics_are_the_training_mean_and_a_scale_that_gives_text_thre
     events = torch.cat([dataset[i][0] for i in range(len(dataset))])
     assert torch.allclose(mean, events.mean(0), atol=1e-4)
     variance = ((events - mean) / scale).var(0, correction=0)
-    assert variance[5:773].sum() == pytest.approx(0.75 * 774, rel=0.01)
-    assert variance.sum() == pytest.approx(774, rel=0.01)
+    assert [variance[5:773].sum(), variance.sum()] == pytest.approx([0.75 * 774, 774], rel=0.01)
 
 
 def test_temporal_loss_of_two_events_by_hand_and_plain_bce_without():

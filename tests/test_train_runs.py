@@ -37,10 +37,9 @@ def test_run_says_how_it_came_about(finished):
     assert said["seconds"] > 0 and said["versions"]["torch"] == torch.__version__
     assert set(said) >= {"command", "date", "commit"}
     content, card = read_json(finished), (finished / "out" / "model_card.md").read_text()
-    block = content["tripod_ai"]
+    block, test = content["tripod_ai"], content["metrics"]["test"]
     assert sum(block["events_per_type"].values()) == 120 and block["missing_per_column"]["patient_age"] == 0
     assert content["cohort"][0]["stays"] == 40 and sum(block["patients_per_part"].values()) == 40
-    test = content["metrics"]["test"]
     assert f"{test['n_stays']} stays of {test['n_patients']} patients, {test['n_deaths']} deaths" in card
     assert f"| AUPRC | {test['auprc']['value']:.2f} (95 % interval {test['auprc']['low']:.2f}" in card
     assert "not for clinical use" in card and "{" not in card and "nan" not in card
@@ -56,11 +55,9 @@ def test_run_says_how_it_came_about(finished):
 
 def test_split_file_gives_each_part_its_patients(finished, tmp_path):
     split = read_csv(finished, "split.csv")
-    swapped = split.assign(part=split["part"].replace({"train": "test", "test": "train"}))
-    swapped.to_csv(tmp_path / "split.csv", index=False)
+    split.replace({"part": {"train": "test", "test": "train"}}).to_csv(tmp_path / "split.csv", index=False)
     run(tmp_path, finished, "--split", tmp_path / "split.csv")
-    tested = read_csv(tmp_path, "predictions.csv")["patient_id"]
-    assert set(tested) == set(split.loc[split["part"] == "train", "patient_id"])
+    assert {*read_csv(tmp_path, "predictions.csv")["patient_id"]} == {*split["patient_id"][split["part"] == "train"]}
 
 
 def test_no_test_learns_from_all_patients_and_says_that_it_was_not_tested(finished, tmp_path):
@@ -121,10 +118,9 @@ def test_ctrl_c_in_the_middle_of_an_epoch_loses_that_epoch_alone(finished, tmp_p
     run(tmp_path / "straight", finished, *options)
     stopped, straight = (tmp_path / name / "out" for name in ("stopped", "straight"))
     assert (stopped / "predictions.csv").read_bytes() == (straight / "predictions.csv").read_bytes()
-    latest = [
-        torch.load(out / "checkpoints" / "latest_checkpoint.pth", weights_only=True) for out in (stopped, straight)
-    ]
-    assert all(torch.equal(latest[0]["model"][name], weight) for name, weight in latest[1]["model"].items())
+    latest = (out / "checkpoints" / "latest_checkpoint.pth" for out in (stopped, straight))
+    found, expected = (torch.load(path, weights_only=True)["model"] for path in latest)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_dry_run_says_what_would_be_done_and_trains_nothing(finished, tmp_path, capfd, monkeypatch):

@@ -72,10 +72,9 @@ def test_attention_is_saved_five_times_an_epoch_and_rates_and_averages_follow_th
     pooling = train.load_attention_weights(paths[-1])["pooling_weights"]
     assert pooling[0, :, 0].sum(1) == pytest.approx(np.ones(4), abs=1e-4)
     shares = {(0, 0): 0.02, (24, 0): 0.5, (49, 0): 1, (0, 0.1): 0.97553, (99, 0.5): 0.5, (99, 1): 0}
-    for (trainer.step, fraction), share in shares.items():
+    for (trainer.step, fraction), part in shares.items():
         trainer.set_learning_rate(fraction)
-        rate, greatest = trainer.optimizer.param_groups[0]["lr"], trainer.settings.learning_rate
-        assert rate == pytest.approx(share * greatest, abs=1e-7)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(part * trainer.settings.learning_rate, abs=1e-7)
     for trainer.step, share in {0: 1, 10: 0.5, 10_000: 0.02}.items():
         averaged = [torch.zeros(1)]
         trainer.average.multi_avg_fn(averaged, [torch.ones(1)], 0)
@@ -213,8 +212,7 @@ def test_import_does_no_work(tmp_path, tmp_path_factory):
     lines = "import sys", "sys.argv = ['x', '--nonsense']", "import train"
     code = "\n".join([*lines, "assert not {'captum', 'matplotlib.pyplot'} & {*sys.modules}"])
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path_factory.mktemp("home"))}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and not done.stdout and not done.stderr and not list(tmp_path.iterdir()), done.stderr
 
 

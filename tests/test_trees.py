@@ -22,8 +22,7 @@ def test_summaries_of_an_item_are_those_of_its_numbers_and_texts_without_one_are
     table["event_text"] = "Culture | Organism: B"
     lactates = [f"Lab: Lactate | Value: {number} mmol/L" for number in (4, 1, 7)]
     table.loc[:4, "event_text"] = [*lactates, *["Culture | Organism: A"] * 2]
-    table.to_csv(tmp_path / "table.csv", index=False)
-    stays, _ = read_stays(tmp_path / "table.csv")
+    stays, _ = read_stays(table, tmp_path)
     found = trees.item_summaries(stays, np.zeros((4, 1)), np.arange(4))
     assert found.shape == (4, 1 + 6 + 6 + 1)  # only culture B, of three stays, and no number
     monkeypatch.setattr(trees, "FEWEST_STAYS", 1)
