@@ -24,7 +24,7 @@ import make_sample
 
 import explain_clinicalLF as explain
 import train
-from clinical_lf import files, metrics
+from clinical_lf import files, metrics, tables
 from clinical_lf.settings import setting, settings_from
 
 # Of the sample's effects: a cause then moves the logit by 1.5 (median). With the full effects seven in ten true logits
@@ -57,6 +57,14 @@ def criterion(check: str, method: str, found: dict[str, Any], **said: Any) -> di
     return row | {"sentence": words.format(**row, **said)}
 
 
+def run_of(checkpoint: train.Checkpoint, table: tables.StayTable, vectors: Any) -> explain.Run:
+    """Return a model and stays it has not seen, ready to be explained."""
+    dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, vectors)
+    logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, explain.float32_accelerator())
+    typical = explain.typical_texts(table.texts, checkpoint.preprocessor.state_dict()["item_quantiles"])
+    return explain.Run(checkpoint, table, dataset, logits, len(logits), checkpoint.is_new_item(table.texts), typical)
+
+
 def train_on_sample(seed: int, folder: Path, size: Size, item_history: bool) -> tuple[explain.Run, pd.DataFrame]:
     """Return a model trained on a fresh sample, with stays it has not seen, and the truth about all stays' events."""
     sample = make_sample.make_sample(round(size.stays / 0.64), seed, EFFECTS)  # train.py trains on 64 %
@@ -66,12 +74,7 @@ def train_on_sample(seed: int, folder: Path, size: Size, item_history: bool) -> 
     given["item_history"] = item_history
     trainer, checkpoint = train.train_model(train.Settings(**given), accelerator=explain.float32_accelerator())
     assert trainer.test_set is not None
-    table = trainer.test_set.table
-    dataset = train.ClinicalSequenceDataset(table, checkpoint.preprocessor, trainer.test_set.text_vectors)
-    logits = train.predict_logits(checkpoint.model, dataset, checkpoint.settings, explain.float32_accelerator())
-    typical = explain.typical_texts(table.texts, checkpoint.preprocessor.state_dict()["item_quantiles"])
-    is_new = checkpoint.is_new_item(table.texts)
-    run = explain.Run(checkpoint, table, dataset, logits, len(logits), is_new, typical)
+    run = run_of(checkpoint, trainer.test_set.table, trainer.test_set.text_vectors)
     return run, sample.events.assign(event_text=sample.table["event_text"])
 
 

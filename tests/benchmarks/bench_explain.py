@@ -66,7 +66,7 @@ def measure(n_events: int, n_stays: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         size = selfcheck.Size(max(100, n_events // 4), 1, cache_dir=folder)  # twice the events of one such stay
-        trained, _ = selfcheck.train_on_sample(0, Path(folder), size)
+        trained, _ = selfcheck.train_on_sample(0, Path(folder), size, item_history=False)
     table = long_stays(trained.table, n_stays, n_events)
     run = selfcheck.run_of(trained.checkpoint, table, trained.dataset.text_vectors)
     before = peak_memory_gb()
