@@ -54,8 +54,9 @@ def mask_numbers(text: str) -> str:
 
 
 def item_hash(text: str) -> str:
-    """Return eight bytes, in hex, that tell whether two texts are of one item and cannot be read back."""
-    return hashlib.md5(read_text(text).item.encode()).hexdigest()[:16]
+    """Return eight bytes, in hex, that tell whether two texts are of one item, in one unit, and cannot be read back."""
+    reading = read_text(text)
+    return hashlib.md5(f"{reading.item} {reading.unit}".encode()).hexdigest()[:16]
 
 
 def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
@@ -63,8 +64,7 @@ def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
     used, text_of_event = np.unique(table.text, return_inverse=True)
     readings = [read_text(text) for text in table.texts[used]]
     items = pd.Categorical([f"{reading.item} {reading.unit}".strip() for reading in readings])
-    values = np.array([reading.value for reading in readings], float)
-    return items[text_of_event], values[text_of_event]
+    return items[text_of_event], np.array([reading.value for reading in readings], float)[text_of_event]
 
 
 def item_history(table: StayTable) -> pd.DataFrame:

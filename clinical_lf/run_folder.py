@@ -218,7 +218,7 @@ class RunFolder:
         self.table("unseen_in_training.csv", unseen.sort_values("of_new_item", ascending=False, kind="stable"))
         share = float(unseen["of_new_item"].sum() / max(unseen["events"].sum(), 1))
         if unseen["events"].any():
-            logger.info(f"Unseen      {share:.1%} of these stays' events are of items that training never saw")
+            logger.info(f"Unseen      {share:.1%} of these stays' events are of items or units that training never saw")
         content = described | {"thresholds": predictions.thresholds}
         content |= {"seen_patients": {"stays": int(is_seen.sum()), "of": len(is_seen), "note": overlap}}
         content |= {"metrics": figures or None, "unseen_in_training": {"of_new_item": round(share, 4)}}

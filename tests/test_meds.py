@@ -163,16 +163,16 @@ def test_data_sets_own_split_is_used_and_predictions_are_in_its_schema(hospital,
     assert predictions["boolean_value"].tolist() == [subject % 3 == 0 for subject in held_out]
     risk = predictions["predicted_boolean_probability"]
     assert (predictions["predicted_boolean_value"] == (risk >= 0.5)).all() and risk.between(0, 1).all()
-    items = (0, "lactate"), (1, "glucose"), (20, "late")
-    new = [lab(subject, at, 2.0, f"LAB//{name}//x") for subject in (91, 92) for at, name in items]
+    items = (0, "lactate//mmol/L"), (1, "glucose//x"), (2, "lactate//mg/dL"), (20, "late//x")
+    new = [lab(subject, at, 2.0, f"LAB//{item}") for subject in (91, 92) for at, item in items]
     other = write_meds(tmp_path / "other", new, [(91, 10, True), (92, 10, False)])
     run(other, "--evaluate", best_model(tmp_path), "--output-dir", tmp_path / "scored")
     scored = tmp_path / "scored" / "evaluation"
     assert pd.read_parquet(scored / "predictions.parquet")["subject_id"].tolist() == [91, 92]
     assert "2 after the prediction" in (said := capsys.readouterr().out) and "lost on reading" not in said
     unseen = pd.read_csv(scored / "unseen_in_training.csv").to_numpy().tolist()
-    assert unseen == [["Lab: glucose", 2, 2], ["Lab: lactate", 2, 0]]
-    assert json.loads((scored / "metrics.json").read_text())["unseen_in_training"] == {"of_new_item": 0.5}
+    assert unseen == [["Lab: glucose", 2, 2], ["Lab: lactate", 4, 2]]
+    assert json.loads((scored / "metrics.json").read_text())["unseen_in_training"] == {"of_new_item": 0.6667}
     evaluation, polars = pytest.importorskip("meds_evaluation.evaluate"), pytest.importorskip("polars")
     scores = evaluation.evaluate_binary_classification(polars.read_parquet(tmp_path / "out" / "predictions.parquet"))
     assert 0 <= scores["samples_equally_weighted"]["roc_auc_score"] <= 1
