@@ -238,7 +238,7 @@ def draw_captum_attributions(tables: Tables, caption: str, icu_stay_id: int | No
     events, statics, arriving = (of_stay(tables[name], row.name) for name in ("events", "statics", "trajectory"))
     push, hours = events["attribution"], events["hours_to_end"]
     facts = {"stay": row.name, "risk": report.percent(row["probability"]), "outcome": report.outcome(row["label"])}
-    line, middle, over_time = bands(page("captum_attributions", caption, 8.4, **facts), [1, 2.2, 1.7])
+    line, middle, over_time = bands(page("captum_attributions", caption, 8.4, **facts), [1.35, 2.1, 1.55])
     said = f"All {counted(len(events), 'event')}: sum {signed(push.sum())}; patient and admission "
     said += f"{signed(statics['attribution'].sum())}; starting from logit {signed(row['baseline_logit'])} gives "
     gap = f" (gap {signed(row['gap_error'])}{'' if row['complete'] else ': not complete'})"
@@ -276,7 +276,7 @@ def draw_captum_layer_attributions(tables: Tables, caption: str) -> Figure:
     """Draw `layers` (layer, icu_stay_id, event, attribution, gap_error): the stay of the highest risk."""
     layers, risks = tables["layers"], tables["stays"].set_index("icu_stay_id")["probability"]
     stay = risks[layers["icu_stay_id"].unique()].idxmax()
-    caption = f"{report.verdict_on_layers(tables['verdict'])} Patient and admission: held fixed. {caption}"
+    caption = f"{report.verdict_on_layers(tables['verdict'])} Held fixed: what passes them by. {caption}"
     own = of_stay(tables["layers"], stay)
     wide = own.pivot(index="layer", columns="event", values="attribution").loc[own["layer"].unique()]
     names, top = [name.replace("_", " ") for name in wide.index], max(np.quantile(wide.abs(), 0.99), 1e-12)
