@@ -122,7 +122,7 @@ class Run(NamedTuple):
     dataset: train.ClinicalSequenceDataset
     logits: np.ndarray  # (n_stays) float64
     held_out: int  # stays of patients of the checkpoint's own test split
-    is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text
+    is_new_item: np.ndarray  # (n_texts) bool: training never saw the item of the text, or not in its unit
     typical_texts: np.ndarray  # (n_texts) number of the text that `typical_texts` gives each, -1 without
     asked: tuple[int, ...] = ()  # stays to show, if not a choice
     data: str = ""  # what the data are called
@@ -250,7 +250,8 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
 
     Rollout (Abnar & Zuidema 2020) takes (identity + map) / 2 for each layer: the skip connection counts as much as
     attention. Relevance (Chefer et al. 2021) takes identity + the mean over heads of what is positive in the map times
-    the logit's gradient by it; for survival in the map times the gradient of minus the logit.
+    the logit's gradient by it; for survival in the map times the gradient of minus the logit. What the memory of item
+    histories says is in neither.
     """
     layers: list[Any] = list(model.transformer_encoder)
     sequence, static, _ = checked_inputs(model, sequence, static)
@@ -407,8 +408,9 @@ def layer_analysis(
 ) -> list[dict[str, Any]]:
     """Attribute (B, L, C) events to the outputs of `input_projection` and of each layer, per event.
 
-    Statics are held fixed, and deeper layers have already mixed the events. Return dicts of layer, attribution (B, L),
-    exactly 0 at padding, and gap_error (B,), complete (B,).
+    What passes layers by is held fixed: statics, and of item histories the memory, which is then missing in the sums.
+    Deeper layers have mixed the events. Return dicts of layer, attribution (B, L), exactly 0 at padding, and gap_error
+    (B,), complete (B,).
     """
     sequences, static_features, mask = checked_inputs(model.eval(), sequences, static_features, attention_mask)
     layers: dict[str, nn.Module] = {"input_projection": model.input_projection}

@@ -52,7 +52,7 @@ from clinical_lf.tables import EVENT_TYPES, STATIC_COLUMNS, ReadReport, Split, S
 
 SAMPLE = Path(__file__).resolve().parent / "sample_train.csv"
 THE_FRAME = "the data frame"  # what a run's settings name where the data are no file
-CHECKPOINT_FORMAT = 4  # raise it when what a model reads of a text changes, as items and their numbers
+CHECKPOINT_FORMAT = 5  # raise it when what a model reads of a text changes, as items and their numbers
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ class Settings:
     n_pooling_heads: int = setting(4, "Attention heads that pool the events.", low=1)
     dropout: float = setting(0.1, "Dropout everywhere but in attention, whose kernels take none.", low=0, below=1)
 
-    temporal_weight: float = setting(0.0, "Share of the loss given to the events' own predictions.", low=0, high=1)
+    temporal_weight: float = setting(0.05, "Share of the events' own predictions in the late loss.", low=0, high=1)
     tau_hours: float = setting(24.0, "An event tau hours earlier weighs 1/e in the temporal loss.", above=0)
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.", above=0)
     weight_decay: float = setting(0.1, "Weight decay of AdamW.", low=0)
@@ -733,6 +733,7 @@ def share_of_batch(batch: np.ndarray, rank: int, world: int) -> tuple[np.ndarray
 D_FEEDFORWARD = 512  # twice the default width; wider brought nothing
 LAYER_SCALE = 0.1
 LATEST_BIAS = 4.0  # the latest event of each item weighs e^4 = 55 times an earlier one when training begins
+MEMORY_KEYS = 16  # of the latest numbers of a stay's items; 64 overfit the synthetic stays
 EVENT_DROPOUT = 0.2  # where one event speaks for its item; where all events of an item speak, hiding some only harms
 
 
@@ -818,14 +819,11 @@ class EncoderLayer(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Multi-head attention of one learnable query over a stay's events; in training a share of them is hidden.
+    """Multi-head attention of one learnable query over a stay's events."""
 
-    Another share at each step: dropout of keys before the softmax (Li et al. 2023, arXiv 2208.02646).
-    """
-
-    def __init__(self, d_model: int, n_heads: int, event_dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
-        self.n_heads, self.event_dropout = n_heads, event_dropout
+        self.n_heads = n_heads
         self.query_projection, self.key, self.value, self.output = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def scores(self, query: Tensor, events: Tensor) -> Tensor:
@@ -844,9 +842,6 @@ class AttentionPooling(nn.Module):
 
         All in fp32. The query and what it pools pass the projections of keys and values, not each event: the same sums.
         """
-        if self.training and self.event_dropout > 0:
-            is_shown = torch.rand(attention_mask.shape, device=events.device) >= self.event_dropout  # (B, L)
-            attention_mask = attention_mask & is_shown
         split = (self.n_heads, -1)
         with torch.autocast(events.device.type, enabled=False):
             scores = self.scores(query, events).unsqueeze(2)  # (B, H, 1, L)
@@ -870,12 +865,12 @@ class ItemHistoryProjection(nn.Module):
 
     def __init__(self, n_plain: int, d_model: int) -> None:
         super().__init__()
-        n_quantiles, n_others = len(STATISTICS), len(HISTORY) - len(STATISTICS)
+        self.parts = n_text, _, n_quantiles, n_others = n_plain - 1, 1, len(STATISTICS), len(HISTORY) - len(STATISTICS)
         n_numbers = n_quantiles * self.n_steps + n_others + 1
-        self.parts = (n_plain - 1, 1, n_quantiles, n_others)
-        self.text, self.numbers = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model, bias=False)
-        self.text_factor, self.number_factor = nn.Linear(n_plain - 1, d_model), nn.Linear(n_numbers, d_model)
+        self.text, self.numbers = nn.Linear(n_text, d_model), nn.Linear(n_numbers, d_model, bias=False)
+        self.text_factor, self.number_factor = nn.Linear(n_text, d_model), nn.Linear(n_numbers, d_model)
         self.product = nn.Linear(d_model, d_model, bias=False)
+        self.key = nn.Linear(n_text, MEMORY_KEYS)
         self.register_buffer("item_axes", torch.eye(n_plain - 1))
 
     def whiten(self, training_items: Tensor) -> None:
@@ -897,11 +892,9 @@ class ItemHistoryProjection(nn.Module):
     def forward(self, events: Tensor) -> Tensor:
         """(N, 5 + E + 1 + 9) -> (N, D)."""
         text, time_to_end, quantiles, others = events.split(self.parts, dim=1)
-        time_to_end = time_to_end / 5
         edges = torch.arange(self.n_steps, device=events.device)
         steps = ((quantiles.unsqueeze(2) + 1) * self.n_steps / 2 - edges).clamp(0, 1) - 0.5  # (N, 6, 8)
-        has_value = others[:, :1]
-        numbers = torch.cat([steps.flatten(1) * has_value, others, time_to_end], dim=1)  # (N, 52)
+        numbers = torch.cat([steps.flatten(1) * others[:, :1], others, time_to_end / 5], dim=1)  # (N, 52)
         product = self.product(self.of_item(self.text_factor, text) * self.number_factor(numbers))
         return self.of_item(self.text, text) + self.numbers(numbers) + product
 
@@ -937,9 +930,8 @@ class ClinicalTransformer(nn.Module):
         self.register_buffer("static_weight", torch.ones(static_dim))
         projection = ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
         self.input_projection: ItemHistoryProjection | nn.Linear = projection
-        # An average event is all bias. Were that tiny, the LayerNorm would blow the smallest difference from it up,
-        # and a path from the average event, as Integrated Gradients takes, would cross logits that no stay ever has.
-        # Events with their history start out more alike: the same bias would drown what tells them apart.
+        # An average event is all bias. Were that tiny, the LayerNorm would blow up the smallest difference from it, and
+        # so the paths of Integrated Gradients. With histories events are alike: it would drown what tells them apart.
         bias = projection.text.bias if isinstance(projection, ItemHistoryProjection) else projection.bias
         nn.init.normal_(bias, std=0.3 if n_history else 1.0)
         self.input_norm = nn.LayerNorm(d_model)
@@ -949,9 +941,9 @@ class ClinicalTransformer(nn.Module):
         self.transformer_encoder = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(d_model)
         self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, d_model))
-        self.attention_pooling = AttentionPooling(d_model, n_pooling_heads, EVENT_DROPOUT if n_history else 0.0)
+        self.attention_pooling = AttentionPooling(d_model, n_pooling_heads)
         self.latest_bias = nn.Parameter(torch.full((n_pooling_heads,), LATEST_BIAS)) if n_history else None
-        widths = (d_model + static_dim, 256, 128)
+        widths = (d_model + static_dim + MEMORY_KEYS * n_history, 256, 128)
         hidden = [(nn.Linear(*pair), nn.ReLU(), nn.Dropout(dropout)) for pair in zip(widths, widths[1:])]
         self.classifier = nn.Sequential(*hidden[0], *hidden[1], nn.Linear(128, 1))
 
@@ -1018,13 +1010,21 @@ class ClinicalTransformer(nn.Module):
             outputs = layer(outputs, layout, layer_weights)
         outputs = unpack(self.final_norm(outputs), layout)  # (B, L, D)
         query = self.query_vector.expand(len(outputs), -1, -1)  # (B, 1, D)
-        bias = None
-        if self.latest_bias is not None:
-            is_latest = events[:, self.n_plain + HISTORY.index("is_latest"), None]  # (N, 1)
-            is_latest = unpack(is_latest if rows is None else is_latest[rows], layout)  # (B, L, 1)
+        # A memory addressed by text (Schlag et al. 2021, arXiv 2102.11174) keeps apart by item what attention averages.
+        projection, is_shown, bias = self.input_projection, layout.attention_mask, None
+        memory = outputs.new_zeros(len(outputs), 0)
+        if self.latest_bias is not None and isinstance(projection, ItemHistoryProjection):
+            if self.training:  # dropout of keys before the softmax (Li et al. 2023, arXiv 2208.02646)
+                is_shown = is_shown & (torch.rand(is_shown.shape, device=is_shown.device) >= EVENT_DROPOUT)
+            parts = (projection.of_item(projection.key, normalised[:, : self.n_plain - 1]), events[:, self.n_plain :])
+            keys, history = (unpack(part if rows is None else part[rows], layout) for part in parts)  # (B, L, 16 and 9)
+            is_latest = history[..., HISTORY.index("is_latest"), None]  # (B, L, 1)
             bias = (self.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
-        pooled, pooling_weights = self.attention_pooling(query, outputs, layout.attention_mask, bias)
-        inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight], dim=1)  # (B, D + S)
+            latest = history * is_latest * is_shown.unsqueeze(2)  # (B, L, 9)
+            with torch.autocast(keys.device.type, enabled=False):
+                memory = (keys.transpose(1, 2) @ latest).flatten(1)  # (B, 144)
+        pooled, pooling_weights = self.attention_pooling(query, outputs, is_shown, bias)
+        inputs = torch.cat([pooled.squeeze(1), static_features * self.static_weight, memory], dim=1)
         attention = {"transformer_output": outputs, "pooling_weights": pooling_weights, "query_vector": query}
         return in_full_precision(self.classifier, inputs), attention | {"layer_attention_weights": layer_weights}
 
@@ -1098,7 +1098,7 @@ class Checkpoint(NamedTuple):
         return own == weights if own and weights else self.text_encoder == text_encoder
 
     def is_new_item(self, texts: Iterable[str]) -> np.ndarray:
-        """Return whether training never saw the item of each text: (n,) bool."""
+        """Return whether training never saw the item of each text, or not in its unit: (n,) bool."""
         known = frozenset(self.state["training_items"])
         return np.array([items.item_hash(text) not in known for text in texts], dtype=bool)
 
@@ -1151,6 +1151,7 @@ TEXT_SHARE = 0.75  # of an event's variance; scaling column by column would leav
 WARMUP_STEPS = 50  # Adam's second moments settle in about so many
 GRADIENT_CLIP = 1.0  # norm; that of most steps is below
 TREES_SHARE = 0.5  # of a label, with item history: what trees say that have not seen the patient (Hinton et al. 2015)
+PLAIN_EPOCHS = 3  # the temporal loss joins after them: from the first epoch on it costs the sample 0.02 of AUPRC
 AVERAGING = 0.98  # decay per step of the running mean of the weights, which is validated and kept
 MOST_ATTENTION_FILES = 5  # of an epoch
 ATTENTION_FOLDER = f"{Settings.output_dir}/attention_weights"
@@ -1265,6 +1266,7 @@ class Trainer:
         weights, static = first.model.state_dict(), self.preprocessor.static_names
         at, before = (part["classifier.0.weight"].clone() for part in (model.state_dict(), weights))
         at[:, : own["d_model"]] = before[:, : own["d_model"]]
+        at[:, own["d_model"] + own["static_dim"] :] = before[:, own["d_model"] + its["static_dim"] :]  # of the memory
         place = {name: own["d_model"] + column for column, name in enumerate(first.preprocessor.static_names)}
         for column, name in enumerate(static, start=own["d_model"]):
             at[:, column] = before[:, place[name]] if name in place else at[:, column]
@@ -1295,6 +1297,7 @@ class Trainer:
         bar = Progress(loader, total=len(batches), desc=f"epoch {epoch}", unit=" batches", active=self.is_main)
         attention_every = max(settings.save_attention_every, math.ceil(len(batches) / MOST_ATTENTION_FILES))
         self.objective.train()
+        self.accelerator.unwrap_model(self.objective).loss.weight = settings.temporal_weight * (epoch > PLAIN_EPOCHS)
         unread: deque[tuple[np.ndarray, Future[Tensor]]] = deque()
         total_loss, n_stays = 0.0, 0
         for number, batch in enumerate(bar):
@@ -1317,8 +1320,7 @@ class Trainer:
             if settings.save_attention_every and number % attention_every == 0 and self.is_main:
                 self.save_attention(epoch, number, self.shown[number // attention_every % len(self.shown)])
         total_loss += self.read_losses(*unread.popleft())
-        sums = self.accelerator.reduce(torch.tensor([total_loss], device=self.accelerator.device))
-        return float(sums[0]) / n_stays
+        return float(self.accelerator.reduce(torch.tensor(total_loss, device=self.accelerator.device))) / n_stays
 
     def average_weights(self, averaged: Any, current: Any, _: Tensor | int) -> None:
         """Move the running mean of the weights; its memory grows with the steps, so that the beginning is forgotten."""
@@ -1867,9 +1869,8 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     of_new_item = n_events * checkpoint.is_new_item(table.texts)
     names = [items.read_text(text).item for text in table.texts]
     unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
-    described: dict[str, Any] = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate}
-    described |= {"models": len(runs)} | source.origin(own)
-    described["unknown_categories"] = checkpoint.preprocessor.unknown_categories(table)
+    described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **source.origin(own)}
+    described |= {"models": len(runs), "unknown_categories": checkpoint.preprocessor.unknown_categories(table)}
     limits = pd.DataFrame([each.checkpoint.state["thresholds"] for each in runs]).mean().to_dict()
     return folder.report_evaluation(described, run_folder.Predictions(table.stays, risks, limits), is_seen, unseen)
 

@@ -55,7 +55,6 @@ def test_training_knows_nothing_of_the_explainer_and_nothing_is_imported_that_on
 
 
 def test_torch_has_attention_within_stays():
-    """With it bf16 training on a GPU attends within stays."""
     found = importlib.util.find_spec("torch.nn.attention.varlen")
     assert found, f"torch {torch.__version__} lacks torch.nn.attention.varlen: pip install 'torch>=2.10,<=2.13.0'"
 

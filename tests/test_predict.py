@@ -15,7 +15,6 @@ COMPUTED = ["admission_id", "patient_death_time", "relative_time_to_final_event"
 
 @pytest.fixture(scope="module")
 def at_12_hours(sample_run, tmp_path_factory):
-    """A model that predicts 12 hours after admission, and its data as a frame of text."""
     folder = tmp_path_factory.mktemp("at_12_hours")
     assert train.main(arguments(folder, sample_run / "data.csv", "--observation-hours", 12)) == 0
     return folder, pd.read_csv(sample_run / "data.csv", dtype=str)
@@ -75,8 +74,9 @@ def test_training_on_a_frame_is_that_on_its_file(finished, tmp_path):
 
 
 def test_fine_tuning_starts_from_the_other_model_and_knows_new_categories_not(sample_run, tmp_path, log):
-    first = str(best_model(sample_run))
-    start, _ = trained(sample_run, tmp_path / "same", init_from=first, learning_rate=1e-12, max_epochs=1)
+    first = str(trained(sample_run, tmp_path, item_history=True)[0].output / "checkpoints" / "best_model.pth")
+    options = {"item_history": True, "init_from": first, "learning_rate": 1e-12, "max_epochs": 1}
+    start, _ = trained(sample_run, tmp_path / "same", **options)
     before = train.load_run(first, cache_dir=str(sample_run / "cache"))
     assert start.test_set is not None and len(start.test_set) > 5
     at = before.table.stays["icu_stay_id"].isin(start.test_set.table.stays["icu_stay_id"]).to_numpy()
@@ -84,7 +84,7 @@ def test_fine_tuning_starts_from_the_other_model_and_knows_new_categories_not(sa
     assert "are taken" not in log.text and f"{len(start.test_set)} of {len(start.test_set)} test stays" not in log.text
     other = pd.read_csv(sample_run / "data.csv").assign(insurance="Other country's")
     other["patient_age"] += 9
-    start, _ = trained(sample_run, tmp_path / "other", data=other, init_from=first, learning_rate=1e-12, max_epochs=1)
+    start, _ = trained(sample_run, tmp_path / "other", data=other, **options)
     names, known = start.preprocessor.static_names, before.checkpoint.preprocessor.static_names
     now, then = (model.classifier[0].weight.detach() for model in (start.model, before.model))
     for column, name in enumerate(names, start=32):
@@ -93,4 +93,4 @@ def test_fine_tuning_starts_from_the_other_model_and_knows_new_categories_not(sa
     assert ("insurance", "Other country's") not in known and "insurance: Other country's" in log.text
     assert start.preprocessor.state_dict()["means"] == before.checkpoint.preprocessor.state_dict()["means"]
     with pytest.raises(train.InputError, match="d_model 64 instead of 32"):
-        trained(sample_run, tmp_path / "wide", init_from=first, d_model=64)
+        trained(sample_run, tmp_path / "wide", d_model=64, **options)

@@ -128,21 +128,21 @@ def test_pooling_is_the_multi_head_attention_of_torch():
         assert torch.allclose(found, right, atol=1e-6)
 
 
-def test_pooling_in_training_is_not_shown_a_share_of_the_events():
-    """Where every event is hidden, output and gradient are finite."""
-    pooling = train.AttentionPooling(8, 2, event_dropout=0.25)
-    query, events, mask = torch.randn(1, 1, 8), torch.randn(1, 400, 8), torch.ones(1, 400, dtype=torch.bool)
-    shown = [pooling(query, events, mask)[1][0, :, 0] > 0 for _ in range(2)]  # (2 heads, 400) at each of two steps
-    assert all((heads[0] == heads[1]).all() and 270 < heads[0].sum() < 330 for heads in shown)
-    assert (shown[0] != shown[1]).any()
-    pooled, weights = pooling(query, events, mask)
-    alone = pooling.eval()(query, events[:, weights[0, 0, 0] > 0], mask[:, weights[0, 0, 0] > 0])[0]
-    assert torch.allclose(pooled, alone, atol=1e-6)
-    assert (pooling(query, events, mask)[1] > 0).all()
-    pooling, events = train.AttentionPooling(8, 2, event_dropout=1 - 1e-9), events.requires_grad_()
-    pooled, weights = pooling(query, events, mask)
-    pooled.sum().backward()
-    assert (weights == 0).all() and torch.equal(pooled[0, 0], pooling.output.bias) and (events.grad == 0).all()
+def test_a_share_of_the_events_is_hidden_from_pooling_and_memory_in_training(monkeypatch):
+    model, seen = train.ClinicalTransformer(INPUT + 9, S, 32, 0, 4, dropout=0.0, n_history=9), []
+    torch.nn.init.zeros_(model.position_scale)
+    model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    events, statics = torch.randn(1, 400, INPUT + 9, requires_grad=True), torch.randn(1, S)
+    pass_of = lambda events: model(events, statics, return_attention=True)[1]["pooling_weights"][0, :, 0] > 0
+    shown = [pass_of(events) for _ in range(2)]  # (4 heads, 400) each
+    assert all((own == own[0]).all() and 290 < own[0].sum() < 350 for own in shown) and (shown[0] != shown[1]).any()
+    model.eval()
+    pass_of(events[:, shown[1][0]])
+    assert torch.allclose(seen[1], seen[2], atol=1e-4)
+    monkeypatch.setattr(train, "EVENT_DROPOUT", 1.0)
+    model.train()(events, statics).sum().backward()
+    assert torch.equal(seen[3][0, :32], model.attention_pooling.output.bias)
+    assert not seen[3][0, 32 + S :].any() and not events.grad.any()
 
 
 def test_positions_are_made_for_any_length():
@@ -174,17 +174,19 @@ def test_numbers_enter_as_eight_soft_steps_and_only_where_an_event_has_one():
     assert projection(events)[:, :8].tolist() == [[-0.5] * 8, [0.5] * 4 + [0] + [-0.5] * 3, [0.5] * 8, [0] * 8]
 
 
-def test_where_one_event_speaks_for_its_item_its_weight_is_multiplied_and_events_are_hidden_in_training(model):
-    assert model.attention_pooling.event_dropout == 0
-    model = train.ClinicalTransformer(INPUT + len(HISTORY), S, n_history=len(HISTORY), **SIZES).eval()
-    assert model.attention_pooling.event_dropout == train.EVENT_DROPOUT > 0
-    sequences, odds = torch.randn(1, 2, INPUT + len(HISTORY)), []
-    sequences[0, :, INPUT + HISTORY.index("is_latest")] = torch.tensor([0.0, 1])
+def test_the_latest_event_of_an_item_weighs_more_and_its_numbers_are_kept_under_the_key_of_its_text():
+    model, inputs, odds = train.ClinicalTransformer(INPUT + 9, S, n_history=9, **SIZES).eval(), {}, []
+    sequences, latest = torch.randn(1, 3, INPUT + 9), INPUT + HISTORY.index("is_latest")
+    sequences[0, :, latest] = torch.tensor([0.0, 1, 1])
+    model.classifier.register_forward_pre_hook(lambda _, given: inputs.update(last=given[0][0]))
     for bias in (train.LATEST_BIAS, 0.0):
         torch.nn.init.constant_(model.latest_bias, bias)
         weights = model(sequences, torch.zeros(1, S), return_attention=True)[1]["pooling_weights"][0, :, 0]
         odds.append(weights[:, 1] / weights[:, 0])  # of each head
     assert torch.allclose(odds[0], math.exp(4) * odds[1], rtol=1e-4)
+    keys = sequences[0, :, : INPUT - 1] @ model.input_projection.key.weight.T + model.input_projection.key.bias
+    kept = sum(torch.outer(keys[event], sequences[0, event, INPUT:]) for event in (1, 2))
+    assert torch.allclose(inputs["last"][32 + S :], kept.flatten(), atol=1e-4)
 
 
 def test_dataset_item_has_774_columns_whole_sequence_oldest_first(dataset):

@@ -81,6 +81,9 @@ def test_attention_is_saved_five_times_an_epoch_and_rates_and_averages_follow_th
         assert averaged[0].item() == pytest.approx(share)
     is_number = [category is None for _, category in trainer.preprocessor.static_names]
     assert trainer.model.static_weight.tolist() == [3 if number else 1 for number in is_number]
+    for epoch in (3, 4):  # from the fourth on, events' own predictions have a share in the loss
+        trainer.train_epoch(epoch)
+        assert trainer.objective.loss.event_head.weight.grad.any() == (epoch == 4)
 
 
 def test_weights_of_the_lowest_validation_loss_are_kept_and_patience_ends_training(finished, tmp_path, monkeypatch):
@@ -195,7 +198,6 @@ def test_item_history_and_another_encoder_train_and_explain(tiny_longformer, fin
 
 @pytest.mark.slow
 def test_shuffled_labels_score_near_one_half(tmp_path):
-    """With labels that mean nothing, held-out patients cannot be told apart."""
     table = make_sample(400, seed=2).table.assign(patient_death_time=None, relative_time_to_final_event=None)
     patients = table["patient_id"].unique()
     drawn = np.random.default_rng(0).permutation(np.arange(len(patients)) % 4 == 0).astype(int)
@@ -218,7 +220,6 @@ def test_import_does_no_work(tmp_path, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
-    """Same losses, gradients of the last step and held-out logits, each stay once: one process or two."""
     for name, launcher in {"one.pt": [sys.executable], "two.pt": TWO_OF}.items():
         command = [*launcher, ROOT / "tests" / "processes" / "gradients.py", name]
         subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT, cwd=tmp_path)

@@ -104,9 +104,10 @@ def unseen_number_of_events(trainer: train.Trainer) -> None:
         model.static_weight[-1] = 0.0  # numbers come last, the number of events last of them
 
 
-def every_event_shown(trainer: train.Trainer) -> None:
+def no_memory(trainer: train.Trainer) -> None:
     for model in fresh_models(trainer):
-        model.attention_pooling.event_dropout = 0.0
+        for parameter in cast(train.ItemHistoryProjection, model.input_projection).key.parameters():
+            parameter.requires_grad_(False).zero_()
 
 
 def labels_alone(trainer: train.Trainer) -> None:
@@ -127,7 +128,7 @@ class Variant(NamedTuple):
     at_start: Callable[[train.Trainer], None] | None = None
 
 
-HISTORY_ALONE = {"item_history": True, "n_layers": 0}
+ONE_LAYER = {"item_history": True, "n_layers": 1}
 VARIANTS = {
     "default": Variant({}),
     "no layer": Variant({}, no_layer),
@@ -135,15 +136,13 @@ VARIANTS = {
     "layers at full size from the start": Variant({}, full_size_layers),
     "one layer": Variant({"n_layers": 1}),
     "item history": Variant({"item_history": True}),
-    "item history, no layer": Variant(HISTORY_ALONE),
-    "item history, no layer, every event shown": Variant(HISTORY_ALONE, every_event_shown),
-    "item history, one layer": Variant({"item_history": True, "n_layers": 1}),
-    "item history, one layer, labels alone": Variant({"item_history": True, "n_layers": 1}, labels_alone),
-    "temporal loss 0.05": Variant({"temporal_weight": 0.05}),
+    "item history, no layer": Variant({"item_history": True, "n_layers": 0}),
+    "item history, one layer": Variant(ONE_LAYER),
+    "item history, one layer, labels alone": Variant(ONE_LAYER, labels_alone),
+    "item history, one layer, no memory": Variant(ONE_LAYER, no_memory),
+    "item history, one layer, no temporal loss": Variant(ONE_LAYER | {"temporal_weight": 0.0}),
+    "no temporal loss": Variant({"temporal_weight": 0.0}),
     "temporal loss 0.1": Variant({"temporal_weight": 0.1}),
-    "temporal loss 0.3": Variant({"temporal_weight": 0.3}),
-    "item history, no layer, temporal loss 0.05": Variant({**HISTORY_ALONE, "temporal_weight": 0.05}),
-    "item history, no layer, temporal loss 0.1": Variant({**HISTORY_ALONE, "temporal_weight": 0.1}),
     "number of events unseen": Variant({}, unseen_number_of_events),
     "static numbers weigh as flags": Variant({}, light_static_numbers),
     "inputs as they are": Variant({}, raw_inputs),
