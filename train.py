@@ -87,7 +87,7 @@ class Settings:
     n_pooling_heads: int = setting(4, "Attention heads that pool the events.", low=1)
     dropout: float = setting(0.1, "Dropout everywhere but in attention, whose kernels take none.", low=0, below=1)
 
-    temporal_weight: float = setting(0.05, "Share of the events' own predictions in the late loss.", low=0, high=1)
+    temporal_weight: float = setting(0.05, "Share of events' own predictions in the loss, from epoch 4.", low=0, high=1)
     tau_hours: float = setting(24.0, "An event tau hours earlier weighs 1/e in the temporal loss.", above=0)
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.", above=0)
     weight_decay: float = setting(0.1, "Weight decay of AdamW.", low=0)
