@@ -870,7 +870,7 @@ class ItemHistoryProjection(nn.Module):
         self.text, self.numbers = nn.Linear(n_text, d_model), nn.Linear(n_numbers, d_model, bias=False)
         self.text_factor, self.number_factor = nn.Linear(n_text, d_model), nn.Linear(n_numbers, d_model)
         self.product = nn.Linear(d_model, d_model, bias=False)
-        self.key = nn.Linear(n_text, MEMORY_KEYS)
+        self.key = nn.Linear(n_text, MEMORY_KEYS)  # under which a stay keeps its latest numbers
         self.register_buffer("item_axes", torch.eye(n_plain - 1))
 
     def whiten(self, training_items: Tensor) -> None:
