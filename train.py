@@ -871,7 +871,7 @@ class ItemHistoryProjection(nn.Module):
         self.text_factor, self.number_factor = nn.Linear(n_text, d_model), nn.Linear(n_numbers, d_model)
         self.product = nn.Linear(d_model, d_model, bias=False)
         self.key = nn.Linear(n_text, MEMORY_KEYS)  # under which a stay keeps its latest numbers
-        self.register_buffer("item_axes", torch.eye(n_plain - 1))
+        self.register_buffer("item_axes", torch.eye(n_text))
 
     def whiten(self, training_items: Tensor) -> None:
         """Take over the directions in which items (K, 5 + E), each once and normalised, differ, and how far."""

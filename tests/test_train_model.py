@@ -133,11 +133,11 @@ def test_a_share_of_the_events_is_hidden_from_pooling_and_memory_in_training(mon
     torch.nn.init.zeros_(model.position_scale)
     model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     events, statics = torch.randn(1, 400, INPUT + 9, requires_grad=True), torch.randn(1, S)
-    pass_of = lambda events: model(events, statics, return_attention=True)[1]["pooling_weights"][0, :, 0] > 0
-    shown = [pass_of(events) for _ in range(2)]  # (4 heads, 400) each
+    pass_of = lambda model, events: model(events, statics, return_attention=True)[1]["pooling_weights"][0, :, 0] > 0
+    shown = [pass_of(model, events) for _ in range(2)]  # (4 heads, 400) each
     assert all((own == own[0]).all() and 290 < own[0].sum() < 350 for own in shown) and (shown[0] != shown[1]).any()
-    model.eval()
-    pass_of(events[:, shown[1][0]])
+    assert pass_of(train.ClinicalTransformer(INPUT, S, **SIZES), events[..., :INPUT]).all()  # the default hides none
+    assert pass_of(model.eval(), events[:, shown[1][0]]).all()
     assert torch.allclose(seen[1], seen[2], atol=1e-4)
     monkeypatch.setattr(train, "EVENT_DROPOUT", 1.0)
     model.train()(events, statics).sum().backward()
