@@ -179,7 +179,7 @@ def typical_texts(texts: np.ndarray, quantiles: dict[str, list[float]]) -> np.nd
     """
     rows = []
     for number, reading in enumerate(map(read_text, texts)):
-        known = quantiles.get(f"{reading.item} {reading.unit}".strip())
+        known = quantiles.get(reading.kind)
         if known and math.isfinite(reading.value):
             place = float(quantiles_in(known, np.array(reading.value)))  # 0 at the median
             rows.append((number, LEVEL.sub("", reading.without_value), abs(place)))

@@ -52,7 +52,7 @@ from clinical_lf.tables import EVENT_TYPES, STATIC_COLUMNS, ReadReport, Split, S
 
 SAMPLE = Path(__file__).resolve().parent / "sample_train.csv"
 THE_FRAME = "the data frame"  # what a run's settings name where the data are no file
-CHECKPOINT_FORMAT = 5  # raise it when what a model reads of a text changes, as items and their numbers
+CHECKPOINT_FORMAT = 6  # raise it when what a model reads of a text changes, as items and their numbers
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 
@@ -863,7 +863,7 @@ class ItemHistoryProjection(nn.Module):
     n_steps = 8
     item_axes: Tensor  # (5 + E, 5 + E), one axis a row
 
-    def __init__(self, n_plain: int, d_model: int) -> None:
+    def __init__(self, n_plain: int, d_model: int, n_pooling_heads: int = 4) -> None:
         super().__init__()
         self.parts = n_text, _, n_quantiles, n_others = n_plain - 1, 1, len(STATISTICS), len(HISTORY) - len(STATISTICS)
         n_numbers = n_quantiles * self.n_steps + n_others + 1
@@ -871,6 +871,7 @@ class ItemHistoryProjection(nn.Module):
         self.text_factor, self.number_factor = nn.Linear(n_text, d_model), nn.Linear(n_numbers, d_model)
         self.product = nn.Linear(d_model, d_model, bias=False)
         self.key = nn.Linear(n_text, MEMORY_KEYS)  # under which a stay keeps its latest numbers
+        self.latest_bias = nn.Parameter(torch.full((n_pooling_heads,), LATEST_BIAS))
         self.register_buffer("item_axes", torch.eye(n_text))
 
     def whiten(self, training_items: Tensor) -> None:
@@ -928,12 +929,12 @@ class ClinicalTransformer(nn.Module):
         self.register_buffer("event_mean", torch.zeros(input_dim))
         self.register_buffer("event_scale", torch.ones(input_dim))
         self.register_buffer("static_weight", torch.ones(static_dim))
-        projection = ItemHistoryProjection(self.n_plain, d_model) if n_history else nn.Linear(input_dim, d_model)
+        of_history = partial(ItemHistoryProjection, self.n_plain, d_model, n_pooling_heads)
+        projection = of_history() if n_history else nn.Linear(input_dim, d_model)
         self.input_projection: ItemHistoryProjection | nn.Linear = projection
         # An average event is all bias. Were that tiny, the LayerNorm would blow up the smallest difference from it, and
         # so the paths of Integrated Gradients. With histories events are alike: it would drown what tells them apart.
-        bias = projection.text.bias if isinstance(projection, ItemHistoryProjection) else projection.bias
-        nn.init.normal_(bias, std=0.3 if n_history else 1.0)
+        nn.init.normal_(cast(Tensor, getattr(projection, "text", projection).bias), std=0.3 if n_history else 1.0)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
@@ -942,7 +943,6 @@ class ClinicalTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(d_model)
         self.query_vector = nn.Parameter(0.02 * torch.randn(1, 1, d_model))
         self.attention_pooling = AttentionPooling(d_model, n_pooling_heads)
-        self.latest_bias = nn.Parameter(torch.full((n_pooling_heads,), LATEST_BIAS)) if n_history else None
         widths = (d_model + static_dim + MEMORY_KEYS * n_history, 256, 128)
         hidden = [(nn.Linear(*pair), nn.ReLU(), nn.Dropout(dropout)) for pair in zip(widths, widths[1:])]
         self.classifier = nn.Sequential(*hidden[0], *hidden[1], nn.Linear(128, 1))
@@ -1013,13 +1013,13 @@ class ClinicalTransformer(nn.Module):
         # A memory addressed by text (Schlag et al. 2021, arXiv 2102.11174) keeps apart by item what attention averages.
         projection, is_shown, bias = self.input_projection, layout.attention_mask, None
         memory = outputs.new_zeros(len(outputs), 0)
-        if self.latest_bias is not None and isinstance(projection, ItemHistoryProjection):
+        if isinstance(projection, ItemHistoryProjection):
             if self.training:  # dropout of keys before the softmax (Li et al. 2023, arXiv 2208.02646)
                 is_shown = is_shown & (torch.rand(is_shown.shape, device=is_shown.device) >= EVENT_DROPOUT)
             parts = (projection.of_item(projection.key, normalised[:, : self.n_plain - 1]), events[:, self.n_plain :])
             keys, history = (unpack(part if rows is None else part[rows], layout) for part in parts)  # (B, L, 16 and 9)
             is_latest = history[..., HISTORY.index("is_latest"), None]  # (B, L, 1)
-            bias = (self.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
+            bias = (projection.latest_bias * is_latest).transpose(1, 2).unsqueeze(2)  # (B, H, 1, L)
             latest = history * is_latest * is_shown.unsqueeze(2)  # (B, L, 9)
             with torch.autocast(keys.device.type, enabled=False):
                 memory = (keys.transpose(1, 2) @ latest).flatten(1)  # (B, 144)

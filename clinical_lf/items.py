@@ -32,19 +32,19 @@ class TextReading(NamedTuple):
 
     item: str  # `Lab: Lactate (Blood, Blood Gas)`: what stands before the first bar
     value: float  # NaN where the text has none
-    unit: str
+    kind: str  # what has numbers of its own: the item in one unit
     without_value: str  # the text with # for its measurements, for a model that has them from the item's history
 
 
 def read_text(text: str) -> TextReading:
-    """Return item, number (of a range its middle, NaN beyond what a float holds) and unit of an event's text."""
+    """Return what an event's text says: of a range its middle, NaN for numbers beyond what a float holds."""
     item = " ".join(text.split(" | ", 1)[0].split())
     found = min(MEASUREMENT.finditer(text), key=lambda match: match[1].startswith("| Amount"), default=None)
     if found is None:
-        return TextReading(item, math.nan, "", text)
+        return TextReading(item, math.nan, item, text)
     ends = [float(end.replace(",", "").replace("−", "-")) for end in found.group(2, 4) if end]
     value = math.nan if math.inf in map(abs, ends) else sum(ends) / len(ends)
-    return TextReading(item, value, found[5].strip(), MEASUREMENT.sub(r"\1#\5", text))
+    return TextReading(item, value, f"{item} {found[5].strip()}".strip(), MEASUREMENT.sub(r"\1#\5", text))
 
 
 def mask_numbers(text: str) -> str:
@@ -55,15 +55,14 @@ def mask_numbers(text: str) -> str:
 
 def item_hash(text: str) -> str:
     """Return eight bytes, in hex, that tell whether two texts are of one item, in one unit, and cannot be read back."""
-    reading = read_text(text)
-    return hashlib.md5(f"{reading.item} {reading.unit}".encode()).hexdigest()[:16]
+    return hashlib.md5(read_text(text).kind.encode()).hexdigest()[:16]
 
 
 def items_and_values(table: StayTable) -> tuple[pd.Categorical, np.ndarray]:
     """Return item with its unit, and number, of each event (n_events,); every distinct text is read once."""
     used, text_of_event = np.unique(table.text, return_inverse=True)
     readings = [read_text(text) for text in table.texts[used]]
-    items = pd.Categorical([f"{reading.item} {reading.unit}".strip() for reading in readings])
+    items = pd.Categorical([reading.kind for reading in readings])
     return items[text_of_event], np.array([reading.value for reading in readings], float)[text_of_event]
 
 

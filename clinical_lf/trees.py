@@ -16,6 +16,7 @@ from clinical_lf.tables import EVENT_TYPES, Split, StayTable
 SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
 MOST_KINDS, SMALLEST_SHARE, FEWEST_STAYS = 300, 0.01, 3  # of items, and of training stays that have one
 USUAL = {"learning_rate": 0.05, "min_samples_leaf": 10, "l2_regularization": 1.0, "early_stopping": False}
+OF_FOLDS = USUAL | {"max_leaf_nodes": 6, "max_features": 0.3, "max_iter": 150}
 SIZES = [*itertools.product((2, 4, 8, 16), (0.3, 1.0), (300,))]  # leaves of a tree, share of features a split, trees
 
 
@@ -63,15 +64,16 @@ def tree_risks(features: np.ndarray, labels: np.ndarray, split: Split, seed: int
 def unseen_risks(table: StayTable, statics: np.ndarray, seed: int) -> np.ndarray:
     """Return the risks (n_stays,) by trees that never saw the patient, of five folds; the labels where few died."""
     from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.model_selection import cross_val_predict
 
-    died = table.labels
-    if len(folds := patient_folds(died, table.stays["patient_id"].to_numpy())) < 5:
-        return died
-    model = HistGradientBoostingClassifier(max_leaf_nodes=6, max_features=0.3, max_iter=150, random_state=seed, **USUAL)
+    died, risks = table.labels, table.labels.astype(float)
+    folds = patient_folds(died, table.stays["patient_id"].to_numpy())
     features = item_summaries(table, statics, np.arange(len(died)))
-    filled = np.nan_to_num(features, nan=-1e6)  # a fold may hold no number of some item
-    return cross_val_predict(model, filled, died, cv=folds, method="predict_proba")[:, 1]
+    for fitted, judged in folds if len(folds) == 5 else []:
+        known = ~np.isnan(features[fitted]).all(0)  # elsewhere NaN stays: trees send it where it fits
+        model = HistGradientBoostingClassifier(**OF_FOLDS, random_state=seed)
+        model.fit(features[np.ix_(fitted, known)], died[fitted])
+        risks[judged] = model.predict_proba(features[np.ix_(judged, known)])[:, 1]
+    return risks
 
 
 def compared(columns: metrics.Columns, of_trees: np.ndarray, **resampling: int) -> dict[str, Any]:
@@ -92,11 +94,9 @@ def compared(columns: metrics.Columns, of_trees: np.ndarray, **resampling: int) 
         return np.stack([by_trees, both, model - by_trees, both - by_trees], axis=1)  # (R, 4, 2)
 
     values, draws = compare(np.ones((1, len(died))))[0], metrics.bootstrap(compare, patients, **resampling)
-    found: dict[str, Any] = {}
-    for i, name in enumerate(("trees", "mean_of_both", "model_less_trees", "mean_of_both_less_trees")):
-        figures = map(metrics.with_interval, values[i], draws[:, i].T)
-        found[name] = dict(zip(("auroc", "auprc"), figures))
-    return found
+    names = ("trees", "mean_of_both", "model_less_trees", "mean_of_both_less_trees")
+    figures = [map(metrics.with_interval, values[i], draws[:, i].T) for i in range(len(names))]
+    return {name: dict(zip(("auroc", "auprc"), pair)) for name, pair in zip(names, figures)}
 
 
 def sentence(found: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ def test_the_latest_event_of_an_item_weighs_more_and_its_numbers_are_kept_under_
     sequences[0, :, latest] = torch.tensor([0.0, 1, 1])
     model.classifier.register_forward_pre_hook(lambda _, given: inputs.update(last=given[0][0]))
     for bias in (train.LATEST_BIAS, 0.0):
-        torch.nn.init.constant_(model.latest_bias, bias)
+        torch.nn.init.constant_(model.input_projection.latest_bias, bias)
         weights = model(sequences, torch.zeros(1, S), return_attention=True)[1]["pooling_weights"][0, :, 0]
         odds.append(weights[:, 1] / weights[:, 0])  # of each head
     assert torch.allclose(odds[0], math.exp(4) * odds[1], rtol=1e-4)
