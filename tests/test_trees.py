@@ -73,15 +73,15 @@ def test_a_run_says_what_trees_find_in_the_same_stays(tmp_path):
 
 
 def test_half_a_training_label_is_what_trees_say_that_never_saw_the_patient(tmp_path):
-    small_table(80, 2).to_csv(tmp_path / "data.csv", index=False)
-    stays, _ = read_stays(tmp_path / "data.csv")
+    table = small_table(80, 2)
+    table.loc[[0, 1, 2, 4], "event_text"] = "Lab: Rare | Value: 5 mg"  # its deviation is known of one stay, in one fold
+    stays, _ = read_stays(table, tmp_path)
     telling, idle = (trees.unseen_risks(stays, column[:, None], 0) for column in (stays.labels, RANDOM.normal(size=80)))
     assert roc_auc_score(stays.labels, telling) > 0.95 > 0.8 > roc_auc_score(stays.labels, idle)
     assert not trees.unseen_risks(stays.take(np.flatnonzero(stays.labels == 0)[:9]), np.zeros((9, 1)), 0).any()
-    seen = []
-    places = {"data": str(tmp_path / "data.csv"), "cache_dir": str(tmp_path), "output_dir": str(tmp_path / "out")}
-    small = {"text_encoder": "hashing", "d_model": 32, "n_layers": 0, "max_epochs": 1, "item_history": True}
-    train.train_model(train.Settings(**places, **small), at_start=lambda trainer: seen.append(trainer))
+    seen, small = [], {"text_encoder": "hashing", "d_model": 32, "n_layers": 0, "max_epochs": 1, "item_history": True}
+    settings = train.Settings(output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path), **small)
+    train.train_model(settings, table, at_start=seen.append)
     of_table, risks = seen[0].train_set.table.labels, 2 * seen[0].train_set.labels[:, 0].numpy()
     expected = trees.unseen_risks(seen[0].train_set.table, seen[0].train_set.static.numpy(), 0)
     np.testing.assert_allclose(risks - of_table, expected, atol=1e-6)
