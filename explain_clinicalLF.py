@@ -24,6 +24,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -262,13 +263,12 @@ def attend(model: ClinicalTransformer, sequence: Tensor, static: Tensor) -> Atte
     layout = layout_of(events)
     keep = lambda part, given, made: seen.update({part: (given[0], made)})
     parts = [part for layer in layers for part in (layer.query_key_value, layer.attention_output)]
-    hooks = [part.register_forward_hook(keep) for part in parts]
-    with torch.enable_grad():
+    with ExitStack() as hooks, torch.enable_grad():
+        for part in parts:
+            hooks.enter_context(part.register_forward_hook(keep))
         logit, found = model.score_packed(events, static, layout)
         attended = [seen[layer.attention_output][0] for layer in layers]  # (n, D) each
         gradient, *gradients = torch.autograd.grad(logit, [found["pooling_weights"], *attended])
-    for hook in hooks:
-        hook.remove()
     pooling, rollout = whole["pooling_weights"][0, :, 0], whole["pooling_weights"][0, :, 0, recent:].mean(0)
     moves, rollout = (found["pooling_weights"] * gradient)[0, :, 0], rollout / rollout.sum()  # (Hp, n), (n,)
     relevance = [(sign * moves).relu().mean(0) for sign in (1, -1)]

@@ -1849,26 +1849,26 @@ def evaluate(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     given |= {"observation_hours": settings.observation_hours} if settings.observation_hours else {}
     runs, risks = load_runs(settings.evaluate, settings.data, accelerator, **given)
     checkpoint, _, table, *_, own, source = runs[0]
+    seen_by_any = lambda stays: np.any([each.checkpoint.is_seen(stays) for each in runs], axis=0)
     rows = []  # of each moment, of the stays that last longer
     for hours in trajectory_hours(settings.trajectory):
         if (tables.stay_hours(table) > hours).any():
             given["observation_hours"] = hours
             (then, *_), at = load_runs(settings.evaluate, settings.data, accelerator, **given)
             frame = then.table.stays[["icu_stay_id", "patient_id"]].assign(hours_after_admission=hours, probability=at)
-            rows.append(frame.assign(label=then.table.labels))
+            rows.append(frame.assign(label=then.table.labels, seen_in_training=seen_by_any(then.table.stays)))
     if settings.trajectory and (own.labels or not rows):
         raise InputError(f"--trajectory {settings.trajectory}: no stay lasts that long (a label has one time).")
     if not accelerator.is_main_process:
         return {}
-    is_seen = np.any([each.checkpoint.is_seen(table.stays) for each in runs], axis=0)
+    is_seen = seen_by_any(table.stays)
     folder = run_folder.RunFolder(Path(settings.output_dir), asdict(own))
     folder.begin()
     if rows:
         folder.table("risk_trajectories.csv", pd.concat(rows, ignore_index=True))
     n_events = np.bincount(table.take(~is_seen).text, minlength=len(table.texts))
-    of_new_item = n_events * checkpoint.is_new_item(table.texts)
-    names = [items.read_text(text).item for text in table.texts]
-    unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": of_new_item})
+    names, is_new = [items.read_text(text).item for text in table.texts], checkpoint.is_new_item(table.texts)
+    unseen = pd.DataFrame({"item": names, "events": n_events, "of_new_item": n_events * is_new})
     described = {"text_encoder": checkpoint.text_encoder, "checkpoint": settings.evaluate, **source.origin(own)}
     described |= {"models": len(runs), "unknown_categories": checkpoint.preprocessor.unknown_categories(table)}
     limits = pd.DataFrame([each.checkpoint.state["thresholds"] for each in runs]).mean().to_dict()

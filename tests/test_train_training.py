@@ -109,14 +109,14 @@ def test_evaluate_gives_the_probabilities_of_training_also_without_labels_and_wh
     out, content = evaluated(tmp_path, tmp_path / "new.csv", best_model(sample_run), "--trajectory", "24,6")
     scored, before = (pd.read_csv(place / "predictions.csv") for place in (out, sample_run / "out"))
     assert scored[LABEL].isna().all() and content["metrics"] is None and len(scored) == 90
+    seen = scored.set_index("icu_stay_id")["seen_in_training"]
     scored, before = (frame.set_index("icu_stay_id")["probability"] for frame in (scored, before))
     assert np.allclose(scored[before.index], before, atol=2e-6)
     rows, table = pd.read_csv(out / "risk_trajectories.csv"), read_stays(sample_run / "data.csv")[0]
     in_a_day = (table.known_minutes_since_intime <= 24 * 60) & (table.minutes_since_intime <= 24 * 60)
     lasting = np.intersect1d(np.unique(table.stay_of_event[in_a_day]), np.flatnonzero(stay_hours(table) > 24))
-    at_a_day = rows.loc[rows["hours_after_admission"] == 24, "icu_stay_id"]
-    assert set(rows["hours_after_admission"]) == {6, 24}
-    assert sorted(at_a_day) == sorted(table.stays["icu_stay_id"].iloc[lasting])
+    assert sorted(rows["icu_stay_id"][rows["hours_after_admission"] == 24]) == sorted(table.stays.icu_stay_id[lasting])
+    assert {*rows.hours_after_admission} == {6, 24} and rows.seen_in_training.equals(rows.icu_stay_id.map(seen))
 
 
 def test_held_out_stays_teach_nothing(finished, tmp_path):
