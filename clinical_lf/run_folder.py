@@ -192,8 +192,9 @@ class RunFolder:
         of_trees = predictions.get("trees", scored).probabilities
         beside = trees.compared(scored.columns, of_trees, **self.resampling) if "trees" in predictions else {}
         content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai, "boosted_trees": beside}
-        if beside and not figures["too_few_to_read"]:
-            logger.info(f"Trees       {trees.sentence(beside)}")
+        if beside:
+            said = WORDS["trees"]["few"] if figures["too_few_to_read"] else trees.sentence(beside)
+            logger.info(f"Trees       {said}")
         facts = globals() | {"folder": self, "part": part, "scored": scored, "figures": figures}  # metrics: the module
         self.text("model_card.md", render("model_card.md.j2", content | facts))
         if part == "validation":

@@ -62,10 +62,10 @@ def test_comparison_equals_scikit_learn_and_says_who_is_shown_to_be_ahead():
     assert trees.compared((DIED * 0, good, np.arange(200)), bad, n_bootstrap=9, seed=0) == {}
 
 
-def test_a_run_says_what_trees_find_in_the_same_stays(tmp_path):
+def test_a_run_says_what_trees_find_in_the_same_stays(tmp_path, capfd):
     small_table().to_csv(tmp_path / "data.csv", index=False)
     given = [word for word in arguments(tmp_path, tmp_path / "data.csv", "--no-test") if word != "--no-baseline"]
-    assert train.main(given) == 0
+    assert train.main(given) == 0 and "Trees       Too few of one outcome" in capfd.readouterr().out  # 8 stays judge
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["boosted_trees"].keys() == {"trees", "mean_of_both", "model_less_trees", "mean_of_both_less_trees"}
     model, less = metrics["metrics"]["validation"]["auroc"]["value"], metrics["boosted_trees"]["model_less_trees"]
