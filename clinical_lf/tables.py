@@ -251,9 +251,9 @@ def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator
 
     splitter, inner = (StratifiedGroupKFold(n, shuffle=True, random_state=seed) for n in (folds, 5))
     labels, patients = table.labels, table.stays["patient_id"].to_numpy()
-    deaths = len(np.unique(patients[labels == 1]))
-    if deaths < folds + 4:
-        raise InputError(f"--cross-validate {folds}: only {deaths} patients died; use fewer folds.")
+    died, needed = pd.Series(labels).groupby(patients).max(), max(10, folds + 4)  # what is left of a fold has 5
+    if (least := min(int(died.sum()), int((1 - died).sum()))) < needed:
+        raise InputError(f"--cross-validate {folds}: only {least} patients of one outcome; it takes {needed}.")
     for rest, test in splitter.split(labels, labels, patients):
         train, validation = next(inner.split(labels[rest], labels[rest], patients[rest]))
         yield Split(rest[train], rest[validation], test)

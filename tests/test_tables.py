@@ -158,11 +158,11 @@ def test_bad_split_file_is_refused(content, words, tmp_path):
 def test_too_few_patients_for_a_split_or_folds_are_refused(n_patients, deaths):
     with pytest.raises(InputError, match=f"^{n_patients} patients, {deaths} of whom died: too few to split"):
         split_by_patient(small(n_patients), seed=0)
-    with pytest.raises(InputError, match=f"--cross-validate 2: only {deaths} patients died; use fewer folds"):
-        list(tables.cross_validation_splits(small(n_patients), 2, seed=0))
-    survivors = small(patient_expired_in_hospital="0", patient_death_time="", relative_time_to_final_event="")
+    with pytest.raises(InputError, match=f"--cross-validate 2: only {deaths + 7} patients of one outcome; it takes 10"):
+        list(tables.cross_validation_splits(small(n_patients + 14), 2, seed=0))
+    ends = dict.fromkeys(("patient_death_time", "relative_time_to_final_event"), "")
     with pytest.raises(InputError, match="40 patients, 0 of whom died: a part of the split has one outcome only"):
-        split_by_patient(survivors, seed=0)
+        split_by_patient(small(patient_expired_in_hospital="0", **ends), seed=0)
 
 
 def test_too_little_to_learn_from_is_refused_before_encoding(tmp_path, capfd):
