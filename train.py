@@ -934,7 +934,8 @@ class ClinicalTransformer(nn.Module):
         self.input_projection: ItemHistoryProjection | nn.Linear = projection
         # An average event is all bias. Were that tiny, the LayerNorm would blow up the smallest difference from it, and
         # so the paths of Integrated Gradients. With histories events are alike: it would drown what tells them apart.
-        nn.init.normal_(cast(Tensor, getattr(projection, "text", projection).bias), std=0.3 if n_history else 1.0)
+        bias = projection.text.bias if isinstance(projection, ItemHistoryProjection) else projection.bias
+        nn.init.normal_(bias, std=0.3 if n_history else 1.0)
         self.input_norm = nn.LayerNorm(d_model)
         self.position_scale = nn.Parameter(torch.tensor(0.1))
         self.dropout = nn.Dropout(dropout)
@@ -1230,8 +1231,7 @@ class Trainer:
             self.take_over(model, first)
         loss = TemporalAwareLoss(settings.d_model, settings.tau_hours, settings.temporal_weight)
         objective = TrainingObjective(model, loss, self.preprocessor)
-        rate, decay = settings.learning_rate, settings.weight_decay
-        optimizer = torch.optim.AdamW(objective.parameters(), lr=rate, weight_decay=decay)
+        optimizer = torch.optim.AdamW(objective.parameters(), weight_decay=settings.weight_decay)  # rate: by step
         self.step = self.epochs_done = 0
         self.average = AveragedModel(model.to(accelerator.device), multi_avg_fn=self.average_weights)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)

@@ -183,18 +183,17 @@ class RunFolder:
         plots.save_figure(self.pictures / "training_curves.png", curves)
         of_validation = metrics.evaluate_predictions(*validation.columns, **self.resampling)
         counts = np.bincount(table.event_type, minlength=len(EVENT_TYPES) + 1).tolist()
-        tripod_ai = {  # what a TRIPOD+AI report asks for beside these and subgroups.csv
+        tripod_ai = {  # what a TRIPOD+AI report asks for found these and subgroups.csv
             "patients_per_part": {part: len(members) for part, members in self.patients.items()},
             "missing_per_column": table.static_columns.isna().mean().round(4).to_dict(),
             "events_per_type": dict(zip((*EVENT_TYPES, "other"), counts)),
         }
         content = described | {"thresholds": scored.thresholds, "metrics": {part: figures, "validation": of_validation}}
         of_trees = predictions.get("trees", scored).probabilities
-        beside = trees.compared(scored.columns, of_trees, **self.resampling) if "trees" in predictions else {}
-        content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai, "boosted_trees": beside}
-        if beside:
-            said = WORDS["trees"]["few"] if figures["too_few_to_read"] else trees.sentence(beside)
-            logger.info(f"Trees       {said}")
+        found = trees.compared(scored.columns, of_trees, **self.resampling) if "trees" in predictions else {}
+        content |= {"leakage_audit": self.audit, "tripod_ai": tripod_ai, "boosted_trees": found}
+        if found:
+            logger.info(f"Trees       {WORDS['trees']['few'] if figures['too_few_to_read'] else trees.sentence(found)}")
         facts = globals() | {"folder": self, "part": part, "scored": scored, "figures": figures}  # metrics: the module
         self.text("model_card.md", render("model_card.md.j2", content | facts))
         if part == "validation":

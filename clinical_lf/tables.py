@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from clinical_lf.files import WORDS, InputError, logger, refusal
+from clinical_lf.metrics import fewest
 
 EVENT_TYPES = ("prescription", "procedure_event", "labevent", "microbiology", "ingredient")
 OTHER_TYPES = ("vital", "output")  # known, but the model has no input for them: as those of unknown type
@@ -251,8 +252,8 @@ def cross_validation_splits(table: StayTable, folds: int, seed: int) -> Iterator
 
     splitter, inner = (StratifiedGroupKFold(n, shuffle=True, random_state=seed) for n in (folds, 5))
     labels, patients = table.labels, table.stays["patient_id"].to_numpy()
-    died, needed = pd.Series(labels).groupby(patients).max(), max(10, folds + 4)  # what is left of a fold has 5
-    if (least := min(int(died.sum()), int((1 - died).sum()))) < needed:
+    died, needed = pd.Series(labels).groupby(patients).max(), max(folds + 4, 5 + 5 // (folds - 1))
+    if (least := fewest(died.to_numpy())) < needed:  # so that some 5 of either outcome are left beside each fold
         raise InputError(f"--cross-validate {folds}: only {least} patients of one outcome; it takes {needed}.")
     for rest, test in splitter.split(labels, labels, patients):
         train, validation = next(inner.split(labels[rest], labels[rest], patients[rest]))

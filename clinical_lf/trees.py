@@ -16,7 +16,6 @@ from clinical_lf.tables import EVENT_TYPES, Split, StayTable
 SUMMARIES = ("value", "minimum", "maximum", "mean", "first", "deviation")  # value: the last
 MOST_KINDS, SMALLEST_SHARE, FEWEST_STAYS = 300, 0.01, 3  # of items, and of training stays that have one
 USUAL = {"learning_rate": 0.05, "min_samples_leaf": 10, "l2_regularization": 1.0, "early_stopping": False}
-OF_FOLDS = USUAL | {"max_leaf_nodes": 6, "max_features": 0.3, "max_iter": 150}
 SIZES = [*itertools.product((2, 4, 8, 16), (0.3, 1.0), (300,))]  # leaves of a tree, share of features a split, trees
 
 
@@ -65,12 +64,13 @@ def unseen_risks(table: StayTable, statics: np.ndarray, seed: int) -> np.ndarray
     """Return the risks (n_stays,) by trees that never saw the patient, of five folds; the labels where few died."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    died, risks = table.labels, table.labels.astype(float)
-    folds = patient_folds(died, table.stays["patient_id"].to_numpy())
-    features = item_summaries(table, statics, np.arange(len(died)))
-    for fitted, judged in folds if len(folds) == 5 else []:
+    died = table.labels
+    if len(folds := patient_folds(died, table.stays["patient_id"].to_numpy())) < 5:
+        return died
+    model = HistGradientBoostingClassifier(max_leaf_nodes=6, max_features=0.3, max_iter=150, random_state=seed, **USUAL)
+    features, risks = item_summaries(table, statics, np.arange(len(died))), np.empty(len(died))
+    for fitted, judged in folds:
         known = ~np.isnan(features[fitted]).all(0)  # elsewhere NaN stays: trees send it where it fits
-        model = HistGradientBoostingClassifier(**OF_FOLDS, random_state=seed)
         model.fit(features[np.ix_(fitted, known)], died[fitted])
         risks[judged] = model.predict_proba(features[np.ix_(judged, known)])[:, 1]
     return risks
